@@ -1,0 +1,47 @@
+"""Tune one small dense transformer, train any Mixture-of-Experts with the hyperparameters that follow from it.
+
+>>> import mue
+>>> base = mue.Dense(width=128, ffn=128, layers=8)
+>>> target = mue.MoE.parse("128e8a1s", width=1024, expert=1024, layers=8)
+>>> plan = mue.transfer(base, target, mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.01))
+>>> plan.route_scale, round(plan.output_multiplier, 6)
+(8.0, 0.111111)
+
+Numbers need no torch: it is imported when a plan meets a model.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mue.plan import Convention, Multipliers, Plan, transfer
+from mue.rules import RULES, get_rule
+from mue.shapes import Block, Dense, HParams, Mixed, MoE, Training
+
+if TYPE_CHECKING:
+    from mue.roles import Layout
+
+__all__ = [
+    "RULES",
+    "Block",
+    "Convention",
+    "Dense",
+    "HParams",
+    "Layout",
+    "Mixed",
+    "MoE",
+    "Multipliers",
+    "Plan",
+    "Training",
+    "get_rule",
+    "transfer",
+]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Layout":
+        from mue.roles import Layout
+
+        return Layout
+    raise AttributeError(f"module 'mue' has no attribute {name!r}")

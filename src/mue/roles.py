@@ -1,0 +1,201 @@
+"""Every parameter of a torch model gets exactly one role and a declared layout, or the model is refused.
+
+A layout table maps canonical parameter names to a role and to the meaning of each axis. Fan-in comes from that
+declaration and never from "the last axis", so fused expert tensors are right by construction.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from mue.rules.table import ROLES, VECTORS
+from mue.words import nearest
+
+# Wrappers put these in front of, or into, a parameter's name (DDP, torch.compile, FSDP, activation checkpointing).
+_WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+AXES = ("in", "out", "expert", "vector")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Names matching ``pattern`` have ``role``; ``axes`` names each axis: ``in``, ``out``, ``expert`` or ``vector``.
+
+    ``pattern`` is a canonical name in which ``*`` stands for one dotted part, e.g. ``blocks.*.attention.q``; the
+    first ``*`` of a block's parameter is its layer.
+    """
+
+    pattern: str
+    role: str
+    axes: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        if self.role not in ROLES:
+            raise ValueError(f"layout {self.pattern!r}: unknown role {self.role!r}{nearest(self.role, ROLES)}")
+        for axis in self.axes:
+            if axis not in AXES:
+                raise ValueError(f"layout {self.pattern!r}: unknown axis {axis!r}{nearest(axis, AXES)}")
+        if self.role not in VECTORS and "in" not in self.axes:
+            raise ValueError(f"layout {self.pattern!r}: a {self.role} needs an 'in' axis, its fan-in")
+
+    @property
+    def regex(self) -> re.Pattern[str]:
+        return re.compile(
+            "".join(r"([^.]+)" if part == "*" else re.escape(part) for part in re.split(r"(\*)", self.pattern))
+        )
+
+
+@runtime_checkable
+class HasLayout(Protocol):
+    """A model that declares its own parameters, as ours do."""
+
+    def layout(self) -> Sequence[Layout]: ...
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One parameter with its role: canonical ``name``, layer (None outside the blocks), axes and shape."""
+
+    name: str
+    parameter: Tensor
+    layout: Layout
+    layer: int | None
+
+    @property
+    def role(self) -> str:
+        return self.layout.role
+
+    def _size(self, axis: str) -> int:
+        return math.prod(n for n, a in zip(self.parameter.shape, self.layout.axes, strict=True) if a == axis)
+
+    @property
+    def fan_in(self) -> int:
+        """Product of the axes declared ``in``."""
+        return self._size("in")
+
+    @property
+    def fan_out(self) -> int:
+        return self._size("out")
+
+    @property
+    def experts(self) -> int:
+        """Experts stacked in this tensor; 1 for an ordinary one."""
+        return self._size("expert")
+
+
+def canonical(name: str) -> str:
+    """A parameter's name without what wrappers add to it (DDP, compile, FSDP, checkpointing)."""
+    changed = True
+    while changed:
+        changed = False
+        for wrapper in _WRAPPERS:
+            if name.startswith(wrapper):
+                name, changed = name.removeprefix(wrapper), True
+            elif f".{wrapper}" in name and wrapper != "module.":
+                name, changed = name.replace(f".{wrapper}", "."), True
+    return name
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model inside DDP, ``torch.compile`` and the like."""
+    while True:
+        inner = getattr(model, "_orig_mod", None) or (
+            getattr(model, "module", None) if not isinstance(model, HasLayout) else None
+        )
+        if not isinstance(inner, nn.Module):
+            return model
+        model = inner
+
+
+def layout_of(model: nn.Module) -> Sequence[Layout]:
+    """The table a model declares; ``ValueError`` with the fix where it declares none."""
+    inner = unwrap(model)
+    if isinstance(inner, HasLayout):
+        return inner.layout()
+    raise ValueError(
+        f"{type(inner).__name__} declares no parameter layout: give it a method layout() that returns mue.Layout rows"
+        " (pattern, role, axes), one for each kind of parameter"
+    )
+
+
+def place(model: nn.Module, layout: Sequence[Layout] | None = None) -> list[Placed]:
+    """Every trainable parameter with its role, in the model's order; a tied parameter once, under its first name.
+
+    Raises:
+        ValueError: a parameter that no row or more than one row matches, a row that matches nothing, a layout with
+            another number of axes than the tensor. All of a model's faults are listed, not only the first.
+    """
+    table = list(layout_of(model) if layout is None else layout)
+    regexes = [row.regex for row in table]
+    used: set[int] = set()
+    faults: list[str] = []
+    placed: list[Placed] = []
+    for raw, parameter in model.named_parameters():  # yields a tied parameter once
+        name = canonical(raw)
+        hits = [(i, m) for i, regex in enumerate(regexes) if (m := regex.fullmatch(name))]
+        used |= {i for i, _ in hits}
+        if not hits:
+            faults.append(_unknown(name, parameter, table))
+        elif len(hits) > 1:
+            faults.append(
+                f"{name} is matched by {len(hits)} rows ({', '.join(table[i].pattern for i, _ in hits)}): keep one"
+            )
+        elif len(table[hits[0][0]].axes) != parameter.dim():
+            row = table[hits[0][0]]
+            faults.append(f"{name} has shape {tuple(parameter.shape)}, but {row.pattern!r} declares axes {row.axes}")
+        else:
+            row, match = table[hits[0][0]], hits[0][1]
+            layer = int(match[1]) if match.lastindex and match[1].isdigit() else None
+            placed.append(Placed(name, parameter, row, layer))
+    aliases = _tied_names(model)
+    for i, row in enumerate(table):
+        if i not in used and not any(regexes[i].fullmatch(alias) for alias in aliases):
+            faults.append(
+                f"layout row {row.pattern!r} ({row.role}) matches no parameter: remove it or correct the pattern"
+            )
+    if faults:
+        raise ValueError("this model's parameters do not fit its layout:\n  " + "\n  ".join(faults))
+    return placed
+
+
+def _tied_names(model: nn.Module) -> set[str]:
+    """Names under which an already seen parameter appears again."""
+    every = {canonical(n) for n, _ in model.named_parameters(remove_duplicate=False)}
+    return every - {canonical(n) for n, _ in model.named_parameters()}
+
+
+def _unknown(name: str, parameter: Tensor, table: Iterable[Layout]) -> str:
+    close = difflib.get_close_matches(name, [row.pattern for row in table], n=1, cutoff=0.0)
+    pattern = re.sub(r"\.\d+\.", ".*.", name)
+    axes = (
+        ("out", "in")
+        if parameter.dim() == 2
+        else ("expert", "out", "in")
+        if parameter.dim() == 3
+        else ("vector",) * parameter.dim()
+    )
+    hint = f" (nearest known: {close[0]!r})" if close else ""
+    return f"{name} {tuple(parameter.shape)} has no role{hint}; add e.g. Layout({pattern!r}, ROLE, {axes})"
+
+
+def by_role(placed: Iterable[Placed]) -> Mapping[str, list[Placed]]:
+    """Placed parameters grouped by role."""
+    groups: dict[str, list[Placed]] = {}
+    for p in placed:
+        groups.setdefault(p.role, []).append(p)
+    return groups
+
+
+def expert_slices(p: Placed) -> Iterator[tuple[int | None, Tensor]]:
+    """(expert index, its slice) of a stacked tensor, or (None, the tensor) of an ordinary one."""
+    if "expert" not in p.layout.axes:
+        yield None, p.parameter
+        return
+    axis = p.layout.axes.index("expert")
+    yield from enumerate(p.parameter.detach().unbind(axis))

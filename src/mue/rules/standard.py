@@ -1,0 +1,17 @@
+"""Standard parametrization: every value as tuned, whatever the target. The baseline everything is measured against."""
+
+from __future__ import annotations
+
+from mue.rules.table import PUBLISHED, ROLES, Row, Rule
+
+
+def standard() -> Rule:
+    """All factors 1, no forward multipliers, the normalised routed sum as it is (R = 1)."""
+    row = Row(source="unchanged: what a stock model does", status=PUBLISHED)
+    return Rule(
+        name="standard",
+        title="Standard parametrization",
+        source="the default of torch and of every stock model",
+        rows=dict.fromkeys(ROLES, row),
+        routed=False,
+    )
