@@ -1,0 +1,58 @@
+"""Atomic writes and meaning-preserving hashes; standard library only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let ``write`` fill a temporary file beside ``path``, then put it in place; on any error nothing changes.
+
+    The data is on disk before the name is, so that a reader after a crash sees the old file or the whole new one.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        write(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.chmod(0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    write_atomic(path, lambda temporary: temporary.write_text(text, encoding="utf-8") and None)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write JSON atomically, readable and with non-ASCII as it is."""
+    write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+
+
+def rounded(data: Any) -> Any:
+    """``data`` with numbers as text of 12 significant digits: blind to the last bits that differ between libraries."""
+    if isinstance(data, Mapping):
+        return {str(k): rounded(v) for k, v in data.items()}
+    if isinstance(data, list | tuple):
+        return [rounded(v) for v in data]
+    if isinstance(data, bool) or not isinstance(data, int | float):
+        return data
+    return f"{data:.12g}"
+
+
+def digest(data: Any) -> str:
+    """16 hex digits over the meaning of ``data``: key order, formatting and last bits change nothing."""
+    text = json.dumps(rounded(data), sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

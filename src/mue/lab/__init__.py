@@ -1,0 +1,1 @@
+"""The lab: a real trainer at small scale (models, data, training, sweeps, reports)."""

@@ -1,0 +1,244 @@
+"""The language model of the lab: a decoder with RMSNorm, RoPE, QK-norm and SwiGLU, each block dense or with experts.
+
+It is built from a shape (numbers) and the forward multipliers of a plan; with the default multipliers it is a stock
+model. No biases, no dropout.
+
+Shape suffixes: B sequences, T tokens of a sequence, D width, H heads, K key/value heads, E head size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mue.moe import MoELayer, Routing
+from mue.moe.layer import Balance
+from mue.plan import Multipliers
+from mue.roles import Layout
+from mue.shapes import Block, Transformer
+
+
+@dataclass
+class Output:
+    """Logits (B, T, V); the mean loss where targets were given; the routing of each block with experts."""
+
+    logits: Tensor
+    loss: Tensor | None = None
+    routings: list[Routing] = field(default_factory=list)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · gain over the last axis."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
+
+
+class Attention(nn.Module):
+    """Causal attention with QK-norm and RoPE; the logits are multiplied by ``scale`` (None: 1/√E)."""
+
+    turn: Tensor
+
+    def __init__(self, shape: Transformer, scale: float | None) -> None:
+        super().__init__()
+        E, D = shape.head_dim, shape.width
+        if E % 2:
+            raise ValueError(f"head_dim {E} is odd: rotary positions need pairs, choose an even head_dim")
+        self.heads, self.kv_heads, self.head_dim = shape.num_heads, shape.num_kv_heads, E
+        self.scale = E**-0.5 if scale is None else scale
+        self.q = nn.Linear(D, self.heads * E, bias=False)
+        self.k = nn.Linear(D, self.kv_heads * E, bias=False)
+        self.v = nn.Linear(D, self.kv_heads * E, bias=False)
+        self.o = nn.Linear(self.heads * E, D, bias=False)
+        self.q_norm, self.k_norm = RMSNorm(E), RMSNorm(E)
+        self.register_buffer("turn", rotary_table(shape.sequence, E), persistent=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        B, T, _ = x_BTD.shape
+        q_BTHE = self.q_norm(self.q(x_BTD).view(B, T, self.heads, self.head_dim))
+        k_BTKE = self.k_norm(self.k(x_BTD).view(B, T, self.kv_heads, self.head_dim))
+        v_BTKE = self.v(x_BTD).view(B, T, self.kv_heads, self.head_dim)
+        q, k = (rotate(x, self.turn[:T]).transpose(1, 2) for x in (q_BTHE, k_BTKE))
+        y = attend(q, k, v_BTKE.transpose(1, 2), self.scale)
+        return self.o(y.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
+
+
+def rotary_table(length: int, head_dim: int, base: float = 10_000.0) -> Tensor:
+    """cos and sin of RoPE (2104.09864) as (length, 1, head_dim/2, 2)."""
+    frequency = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    return torch.stack((angle.cos(), angle.sin()), -1).float()[:, None]
+
+
+def rotate(x: Tensor, turn: Tensor) -> Tensor:
+    """RoPE on neighbouring pairs of the last axis of (B, T, H, E): one complex product; fp32 or better."""
+    dtype = torch.promote_types(x.dtype, turn.dtype)
+    pairs = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.view_as_complex(turn.to(dtype))).flatten(-2).to(x.dtype)
+
+
+def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, scale: float) -> Tensor:
+    """Causal softmax attention, (B, H, T, E).
+
+    bf16 on a CPU takes plain products: the fused kernel's backward is several times slower there at short lengths.
+    """
+    H, K = q_BHTE.shape[1], k_BKTE.shape[1]
+    if q_BHTE.device.type == "cpu" and v_BKTE.dtype == torch.bfloat16 and q_BHTE.shape[2] <= 512:
+        k, v = (x.repeat_interleave(H // K, 1) if H > K else x for x in (k_BKTE, v_BKTE))
+        T = q_BHTE.shape[2]
+        mask = torch.ones(T, T, dtype=torch.bool, device=q_BHTE.device).triu(1)
+        score = (q_BHTE @ k.transpose(-1, -2)).mul(scale).masked_fill(mask, float("-inf"))
+        return score.float().softmax(-1).to(v.dtype) @ v
+    q, k = (x.to(v_BKTE.dtype) for x in (q_BHTE, k_BKTE))  # under autocast the norms come back in fp32
+    return F.scaled_dot_product_attention(q, k, v_BKTE, is_causal=True, scale=scale, enable_gqa=H > K)
+
+
+class FeedForward(nn.Module):
+    """A · down(silu(gate x) · up x), or A · down(gelu(up x)) where not gated."""
+
+    def __init__(self, width: int, hidden: int, gated: bool, output_multiplier: float) -> None:
+        super().__init__()
+        self.up = nn.Linear(width, hidden, bias=False)
+        self.gate = nn.Linear(width, hidden, bias=False) if gated else None
+        self.down = nn.Linear(hidden, width, bias=False)
+        self.output_multiplier = output_multiplier
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
+        return scaled(self.down(h), self.output_multiplier)
+
+
+class TransformerBlock(nn.Module):
+    """x + l^-α·attention(norm x), then x + l^-α·feed-forward(norm x)."""
+
+    def __init__(self, shape: Transformer, block: Block, multipliers: Multipliers, layer: int, balance: Balance) -> None:
+        super().__init__()
+        A = multipliers.output[layer] if multipliers.output else 1.0
+        R = multipliers.route[layer] if multipliers.route else 1.0
+        self.residual = multipliers.residual
+        self.attention_norm = RMSNorm(shape.width)
+        self.attention = Attention(shape, multipliers.attention_scale)
+        self.ffn_norm = RMSNorm(shape.width)
+        self.ffn: FeedForward | None = None
+        self.moe: MoELayer | None = None
+        if block.ffn is not None:
+            self.ffn = FeedForward(shape.width, block.ffn, shape.gated, A)
+        else:
+            self.moe = MoELayer(
+                shape.width,
+                block.experts,
+                block.active,
+                block.groups,
+                block.shared_experts,
+                expert_width=block.expert or 0,
+                shared_width=block.shared,
+                score="sigmoid" if block.router == "sigmoid" else "softmax",
+                normalize=block.normalize,
+                gates="measured" if block.gates == "measured" else "normalised",
+                route_scale=R,
+                output_multiplier=A,
+                gated=shape.gated,
+                balance=balance,
+            )
+
+    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing | None]:
+        x_BTD = x_BTD + scaled(self.attention(self.attention_norm(x_BTD)), self.residual)
+        y, routing = self.ffn_norm(x_BTD), None
+        if self.ffn is not None:
+            y = self.ffn(y)
+        elif self.moe is not None:
+            y, routing = self.moe(y)
+        return x_BTD + scaled(y, self.residual), routing
+
+
+class LanguageModel(nn.Module):
+    """A causal language model of ``shape`` with the forward ``multipliers`` of a plan (default: a stock model).
+
+    Args:
+        shape: width, blocks, heads, vocabulary, longest sequence, tied or not.
+        multipliers: ``plan.multipliers``.
+        balance: how experts are balanced: ``"bias"`` (aux-loss-free), ``"loss"`` or ``"none"``.
+
+    Raises:
+        ValueError: an odd head size; multipliers for another number of layers.
+    """
+
+    def __init__(
+        self, shape: Transformer, multipliers: Multipliers | None = None, *, balance: Balance = "bias"
+    ) -> None:
+        super().__init__()
+        ones = (1.0,) * shape.layers
+        multipliers = multipliers or Multipliers(output=ones, route=ones)
+        for name in ("output", "route"):
+            given = getattr(multipliers, name)
+            if len(given) != shape.layers:
+                raise ValueError(f"multipliers.{name} has {len(given)} entries, the shape {shape.layers} layers")
+        self.shape, self.multipliers = shape, multipliers
+        self.embedding = nn.Embedding(shape.vocab, shape.width)
+        kinds = [block for block in shape.blocks for _ in range(block.layers)]
+        self.blocks = nn.ModuleList(
+            TransformerBlock(shape, block, multipliers, layer, balance) for layer, block in enumerate(kinds)
+        )
+        self.final_norm = RMSNorm(shape.width)
+        self.head = nn.Linear(shape.width, shape.vocab, bias=False)
+        if shape.tied:
+            self.head.weight = self.embedding.weight
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Output:
+        """Logits, and the mean cross-entropy in nats where targets are given.
+
+        Raises:
+            ValueError: sequences longer than the shape's.
+        """
+        if tokens_BT.shape[1] > self.shape.sequence:
+            raise ValueError(f"sequence of {tokens_BT.shape[1]} tokens, the model was built for {self.shape.sequence}")
+        x_BTD = self.embedding(tokens_BT)
+        routings = []
+        for block in self.blocks:
+            x_BTD, routing = block(x_BTD)
+            if routing is not None and routing.num_experts:
+                routings.append(routing)
+        # On the hidden state rather than on the logits: the same product, V/D times fewer elements.
+        logits_BTV = self.head(scaled(self.final_norm(x_BTD), self.multipliers.head))
+        loss = None
+        if targets_BT is not None:
+            loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
+        return Output(logits_BTV, loss, routings)
+
+    @torch.no_grad()
+    def update_bias_(self, speed: float) -> None:
+        """One step of aux-loss-free balancing in every block, after the optimizer's step."""
+        for block in self.blocks:
+            if isinstance(block, TransformerBlock) and block.moe is not None:
+                block.moe.update_bias_(speed)
+
+    def layout(self) -> Sequence[Layout]:
+        """Role and axes of every parameter (``mue.roles``)."""
+        blocks, gated = self.shape.blocks, self.shape.gated
+        parts = ("up", "gate", "down") if gated else ("up", "down")
+        rows = [Layout("embedding.weight", "embedding", ("in", "out"))]
+        rows += [Layout(f"blocks.*.attention.{x}.weight", f"attention_{x}", ("out", "in")) for x in "qkvo"]
+        rows += [Layout(f"blocks.*.attention.{x}_norm.weight", "qk_norm", ("vector",)) for x in "qk"]
+        rows += [Layout(f"blocks.*.{x}_norm.weight", "norm", ("vector",)) for x in ("attention", "ffn")]
+        if any(not block.is_moe for block in blocks):
+            rows += [Layout(f"blocks.*.ffn.{part}.weight", f"ffn_{part}", ("out", "in")) for part in parts]
+        if any(block.experts for block in blocks):
+            rows += [Layout("blocks.*.moe.router.weight", "router", ("out", "in"))]
+            rows += [Layout(f"blocks.*.moe.experts_{p}", f"expert_{p}", ("expert", "out", "in")) for p in parts]
+        if any(block.shared_experts for block in blocks):
+            rows += [Layout(f"blocks.*.moe.shared_{p}", f"shared_{p}", ("out", "in")) for p in parts]
+        rows += [Layout("final_norm.weight", "final_norm", ("vector",))]
+        return [*rows, Layout("head.weight", "head", ("out", "in"))]
+
+
+def scaled(x: Tensor, multiplier: float) -> Tensor:
+    """x · multiplier, free where it is 1."""
+    return x if multiplier == 1.0 else x * multiplier

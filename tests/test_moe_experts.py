@@ -1,0 +1,375 @@
+"""mue.moe.experts: every backend against the plain loop, gradients, edge cases, determinism."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mue.moe import ExpertWeights, MoELayer, Routing, experts
+from mue.moe import losses as moe_losses
+from mue.moe.experts import BACKENDS
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
+FAST = [name for name in BACKENDS if name != "reference"]
+
+
+def make_weights(number: int, width: int, inner: int, dtype: torch.dtype, gated: bool = True) -> list[Tensor | None]:
+    def matrix(*shape: int) -> Tensor:
+        return torch.randn(shape, dtype=dtype).div_(shape[-1] ** 0.5).requires_grad_()
+
+    gate = matrix(number, inner, width) if gated else None
+    return [gate, matrix(number, inner, width), matrix(number, width, inner)]
+
+
+def make_routing(kind: str, tokens: int, number: int, slots: int, dtype: torch.dtype = torch.float64) -> Routing:
+    """A random routing of one kind; its weight_P is a leaf."""
+    if kind == "choice":  # expert choice: every expert takes the same number of tokens
+        capacity = max(1, tokens * slots // number) if tokens else 0
+        token_P = torch.stack([torch.randperm(tokens)[:capacity] for _ in range(number)]).reshape(-1)
+        expert_P = torch.arange(number).repeat_interleave(min(capacity, tokens))
+        weight_P = torch.rand(len(token_P), dtype=dtype, requires_grad=True)
+        return Routing(token_P, expert_P, weight_P, tokens, number, slots=0)
+    score_TN = torch.rand(tokens, number)
+    if kind == "one":  # everything to the last experts
+        score_TN += torch.arange(number)
+    expert_TK = score_TN.argsort(dim=1, descending=True)[:, :slots]
+    weight_TK = torch.rand(tokens, slots, dtype=dtype)
+    if kind == "ragged":
+        padding_TK = torch.rand(tokens, slots) < 0.4
+        expert_TK, weight_TK = expert_TK.masked_fill(padding_TK, number), weight_TK.masked_fill(padding_TK, 0.0)
+    weight_P = weight_TK.reshape(-1).requires_grad_()
+    token_P = torch.arange(tokens).repeat_interleave(slots)
+    return Routing(token_P, expert_TK.reshape(-1), weight_P, tokens, number, slots)
+
+
+def run(
+    backend: str, x_TD: Tensor, routing: Routing, weights: list[Tensor | None], dy_TD: Tensor
+) -> tuple[Tensor, list[Tensor]]:
+    """Output and the gradients of x, weight_P and the weights."""
+    y_TD = experts(x_TD, routing, ExpertWeights(*weights), backend=backend)
+    leaves = [x_TD, routing.weight_P, *(weight for weight in weights if weight is not None)]
+    gradients = torch.autograd.grad(y_TD, leaves, dy_TD.to(y_TD.dtype), allow_unused=True)
+    return y_TD.detach(), [torch.zeros_like(x) if g is None else g for g, x in zip(gradients, leaves, strict=True)]
+
+
+def assert_close(left: Tensor, right: Tensor, tolerance: float) -> None:
+    """Relative to the largest value: a sum's rounding is of the size of its terms."""
+    assert left.shape == right.shape
+    assert left.dtype == right.dtype
+    if left.numel():
+        error = (left - right).abs().max() / right.abs().max().clamp(min=1e-30)
+        assert error <= tolerance, float(error)
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 2**31),
+    kind=st.sampled_from(["topk", "ragged", "choice", "one"]),
+    tokens=st.integers(0, 40),
+    number=st.integers(1, 24),
+    slots=st.integers(1, 6),
+    width=st.integers(1, 20),
+    inner=st.integers(1, 20),
+    gated=st.booleans(),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    backend=st.sampled_from(FAST),
+)
+def test_backends_agree_with_the_reference(
+    seed: int, kind: str, tokens: int, number: int, slots: int, width: int, inner: int, gated: bool,
+    dtype: torch.dtype, backend: str,
+) -> None:  # fmt: skip
+    torch.manual_seed(seed)
+    routing = make_routing(kind, tokens, number, min(slots, number), dtype)
+    weights = make_weights(number, width, inner, dtype, gated)
+    x_TD = torch.randn(tokens, width, dtype=dtype, requires_grad=True)
+    dy_TD = torch.randn(tokens, width, dtype=dtype)
+    y, gradients = run(backend, x_TD, routing, weights, dy_TD)
+    y_reference, reference = run("reference", x_TD, routing, weights, dy_TD)
+    assert_close(y, y_reference, TOLERANCE[dtype])
+    for ours, theirs in zip(gradients, reference, strict=True):
+        assert_close(ours, theirs, TOLERANCE[dtype])
+
+
+def test_the_comparison_sees_a_wrong_gradient() -> None:
+    """Negative control of the test above: one entry off by 1e-4 of the largest fails."""
+    right = torch.randn(50)
+    wrong = right.clone()
+    wrong[7] += 1e-4 * right.abs().max()
+    with pytest.raises(AssertionError):
+        assert_close(wrong, right, TOLERANCE[torch.float32])
+
+
+def test_reference_is_the_formula() -> None:
+    """The oracle itself, against one token and one pair at a time."""
+    torch.manual_seed(0)
+    routing, (gate, up, down) = make_routing("ragged", 9, 5, 3), make_weights(5, 6, 4, torch.float64)
+    assert gate is not None and up is not None and down is not None
+    x_TD = torch.randn(9, 6, dtype=torch.float64)
+    expected = torch.zeros_like(x_TD)
+    for token, expert, weight in zip(routing.token_P, routing.expert_P, routing.weight_P, strict=True):
+        if expert < 5:
+            x = x_TD[token]
+            expected[token] += weight * (down[expert] @ (F.silu(gate[expert] @ x) * (up[expert] @ x)))
+    got = experts(x_TD, routing, ExpertWeights(gate, up, down), backend="reference")
+    assert_close(got, expected, 1e-12)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("kind", ["topk", "ragged", "choice"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_gradcheck(backend: str, kind: str, gated: bool) -> None:
+    torch.manual_seed(1)
+    routing, weights = make_routing(kind, 5, 4, 2), make_weights(4, 3, 2, torch.float64, gated)
+    x_TD = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    leaves = [weight for weight in weights if weight is not None]
+
+    def forward(x: Tensor, weight_P: Tensor, *rest: Tensor) -> Tensor:
+        again = Routing(routing.token_P, routing.expert_P, weight_P, 5, 4, routing.slots)
+        gate, up, down = rest if gated else (None, *rest)
+        return experts(x, again, ExpertWeights(gate, up, down), backend=backend)
+
+    assert torch.autograd.gradcheck(forward, (x_TD, routing.weight_P, *leaves))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_thousand_experts_empty_ones_get_exact_zeros(backend: str) -> None:
+    torch.manual_seed(2)
+    routing, weights = make_routing("topk", 30, 1024, 3, torch.float32), make_weights(1024, 4, 3, torch.float32)
+    x_TD, dy_TD = torch.randn(30, 4, requires_grad=True), torch.randn(30, 4)
+    y, gradients = run(backend, x_TD, routing, weights, dy_TD)
+    y_reference, reference = run("reference", x_TD, routing, weights, dy_TD)
+    assert_close(y, y_reference, 1e-5)
+    empty_N = torch.bincount(routing.expert_P, minlength=1024) == 0
+    assert empty_N.any() and not empty_N.all()
+    for ours, theirs in zip(gradients[2:], reference[2:], strict=True):
+        assert_close(ours, theirs, 1e-5)
+        assert torch.equal(ours[empty_N], torch.zeros_like(ours[empty_N]))
+        assert (ours[~empty_N].abs().amax((1, 2)) > 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["topk", "choice"])
+def test_same_inputs_give_the_same_bits(dtype: torch.dtype, kind: str) -> None:
+    torch.manual_seed(3)
+    routing, weights = make_routing(kind, 200, 8, 2, torch.float32), make_weights(8, 32, 24, torch.float32)
+    x_TD, dy_TD = torch.randn(200, 32, requires_grad=True), torch.randn(200, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+        runs = [run("portable", x_TD, routing, weights, dy_TD) for _ in range(3)]
+    for y, gradients in runs[1:]:
+        assert torch.equal(y, runs[0][0])
+        assert all(torch.equal(a, b) for a, b in zip(gradients, runs[0][1], strict=True))
+
+
+@pytest.mark.parametrize("kind", ["topk", "ragged", "choice", "one"])
+def test_bf16_autocast_is_as_good_as_a_bf16_loop(kind: str) -> None:
+    """Error against float64 at most 1.2 times the reference's under the same autocast (issue 4)."""
+    torch.manual_seed(4)
+    routing, weights = make_routing(kind, 150, 6, 2, torch.float32), make_weights(6, 48, 40, torch.float32)
+    x_TD, dy_TD = torch.randn(150, 48, requires_grad=True), torch.randn(150, 48)
+    doubles = [None if w is None else w.detach().double().requires_grad_() for w in weights]
+    weight_P = routing.weight_P.detach().double().requires_grad_()
+    exact_routing = Routing(routing.token_P, routing.expert_P, weight_P, 150, 6, routing.slots)
+    exact_y, exact = run("reference", x_TD.detach().double().requires_grad_(), exact_routing, doubles, dy_TD.double())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, ours = run("portable", x_TD, routing, weights, dy_TD)
+        y_loop, loop = run("reference", x_TD, routing, weights, dy_TD)
+    assert y.dtype == y_loop.dtype == torch.bfloat16
+    for mine, theirs, true in zip([y, *ours], [y_loop, *loop], [exact_y, *exact], strict=True):
+        error, allowed = (mine.double() - true).norm() / true.norm(), (theirs.double() - true).norm() / true.norm()
+        assert 1e-4 < allowed < 0.05  # bf16 really ran
+        assert error <= 1.2 * allowed
+
+
+def test_bf16_rows_come_in_buckets() -> None:
+    """Every row count of a bf16 product is a multiple of 32 (issue 4, reason 2); float32 rows are not padded."""
+    from mue.moe.experts import _order
+
+    routing = make_routing("topk", 100, 7, 2)
+    assert all(rows % 32 == 0 for rows in _order(routing, 32).rows)
+    assert _order(routing, 1).rows == torch.bincount(routing.expert_P).tolist()
+    assert any(rows % 32 for rows in _order(routing, 1).rows)
+
+
+def test_bucket_rows_do_not_spread_a_nan() -> None:
+    """An alignment row repeats a token of its own expert, so a NaN stays with the experts that saw it."""
+    routing = Routing.from_topk(torch.tensor([[0], [1], [1]]), torch.ones(3, 1), 2, stats=False)
+    weights = make_weights(2, 8, 8, torch.float32)
+    x_TD = torch.randn(3, 8)
+    x_TD[0] = float("nan")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y_TD = experts(x_TD, routing, ExpertWeights(*weights), backend="portable")
+    torch.autograd.backward(y_TD[1:].sum())
+    assert y_TD[0].isnan().all() and y_TD[1:].isfinite().all()
+    up = weights[1]
+    assert up is not None and up.grad is not None and up.grad[1].isfinite().all()
+
+
+def test_frozen_weights_and_input() -> None:
+    """Gradients that nobody needs are not computed, and the others do not change."""
+    torch.manual_seed(5)
+    routing, weights = make_routing("topk", 20, 4, 2), make_weights(4, 6, 5, torch.float64)
+    x_TD, dy_TD = torch.randn(20, 6, dtype=torch.float64), torch.randn(20, 6, dtype=torch.float64)
+    _, full = run("portable", x_TD.requires_grad_(), routing, weights, dy_TD)
+    leaves = [x_TD, routing.weight_P, *(weight for weight in weights if weight is not None)]
+    for kept in range(len(leaves)):
+        for index, leaf in enumerate(leaves):
+            leaf.requires_grad_(index == kept)
+        y_TD = experts(x_TD, routing, ExpertWeights(*weights), backend="portable")
+        (gradient,) = torch.autograd.grad(y_TD, leaves[kept], dy_TD)
+        assert_close(gradient, full[kept], 1e-12)
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_shared_experts_are_added_with_coefficient_one(backend: str) -> None:
+    torch.manual_seed(6)
+    routing, routed = make_routing("topk", 11, 4, 2), make_weights(4, 6, 5, torch.float64)
+    gate, up, down = (torch.randn(s, dtype=torch.float64) for s in ((7, 6), (7, 6), (6, 7)))
+    x_TD = torch.randn(11, 6, dtype=torch.float64)
+    routed_gate, routed_up, routed_down = routed
+    weights = ExpertWeights(routed_gate, routed_up, routed_down, gate, up, down)
+    both = experts(x_TD, routing, weights, backend=backend)
+    alone = experts(x_TD, routing, ExpertWeights(*routed), backend=backend)
+    assert_close(both - alone, (F.silu(x_TD @ gate.T) * (x_TD @ up.T)) @ down.T, 1e-12)
+    none = experts(x_TD, Routing.empty(11), ExpertWeights(None, None, None, gate, up, down), backend=backend)
+    assert_close(none, both - alone, 1e-12)
+
+
+def layer_like(shared_experts: int, shared_width: int) -> MoELayer:
+    return MoELayer(6, 4, 2, shared_experts=shared_experts, expert_width=5, shared_width=shared_width).double()
+
+
+def test_n_shared_of_width_h_are_one_of_n_times_h() -> None:
+    """Property of conventions.md 12, and what the two layers hold is the same tensors' shapes."""
+    torch.manual_seed(7)
+    many, one = layer_like(3, 4), layer_like(1, 12)
+    one.load_state_dict(many.state_dict())
+    x = torch.randn(2, 5, 6, dtype=torch.float64)
+    assert torch.equal(many(x)[0], one(x)[0])
+    assert many.shared_up is not None and many.shared_gate is not None and many.shared_down is not None
+    by_hand = torch.zeros_like(x)  # the three experts one by one
+    for i in range(3):
+        rows = slice(4 * i, 4 * i + 4)
+        by_hand += (F.silu(x @ many.shared_gate[rows].T) * (x @ many.shared_up[rows].T)) @ many.shared_down[:, rows].T
+    alone = MoELayer(6, 0, 0, shared_experts=3, expert_width=5, shared_width=4).double()
+    alone.load_state_dict({k: v for k, v in many.state_dict().items() if k.startswith("shared_")})
+    y, routing = alone(x)
+    assert_close(y, by_hand, 1e-12)
+    assert routing.num_pairs == 0 and routing.num_experts == 0 and alone.router is None
+    with pytest.raises(RuntimeError):  # negative control: another total width is another layer
+        layer_like(2, 4).load_state_dict(many.state_dict())
+
+
+@pytest.mark.parametrize("backend", list(BACKENDS))
+def test_one_expert_always_on_is_the_dense_ffn(backend: str) -> None:
+    torch.manual_seed(8)
+    layer = MoELayer(6, 1, 1, expert_width=9, output_multiplier=0.25, backend=backend).double()
+    assert layer.experts_gate is not None and layer.experts_up is not None and layer.experts_down is not None
+    x = torch.randn(3, 4, 6, dtype=torch.float64)
+    gate, up, down = layer.experts_gate[0], layer.experts_up[0], layer.experts_down[0]
+    dense = 0.25 * (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+    assert_close(layer(x)[0], dense, 1e-12)
+    doubled = MoELayer(6, 1, 1, expert_width=9, output_multiplier=0.25, route_scale=2.0, backend=backend).double()
+    doubled.load_state_dict(layer.state_dict())
+    assert_close(doubled(x)[0], 2 * dense, 1e-12)  # negative control: R is seen
+
+
+def test_activation_checkpointing() -> None:
+    torch.manual_seed(9)
+    layer = MoELayer(8, 6, 2, shared_experts=1, expert_width=5)
+    x = torch.randn(30, 8, requires_grad=True)
+    gradients = []
+    for wrapped in (False, True):
+        layer.zero_grad()
+        x.grad = None
+        y = checkpoint(lambda x: layer(x)[0], x, use_reentrant=False) if wrapped else layer(x)[0]
+        torch.autograd.backward(y.square().sum())
+        gradients.append([x.grad, *(p.grad for p in layer.parameters())])
+    for plain, again in zip(*gradients, strict=True):
+        assert plain is not None and again is not None and torch.equal(plain, again)
+
+
+def test_torch_compile_gives_the_same_results() -> None:
+    """Graph breaks are allowed for now; aot_eager traces forward and backward without needing a C++ compiler."""
+    torch.manual_seed(10)
+    layer = MoELayer(8, 6, 2, shared_experts=1, expert_width=5)
+    compiled = torch.compile(layer, backend="aot_eager")
+    for tokens in (30, 17):
+        x = torch.randn(tokens, 8)
+        results = []
+        for module in (layer, compiled):
+            layer.zero_grad()
+            y = module(x)[0]
+            torch.autograd.backward(y.square().sum())
+            results.append([y.detach(), *(p.grad for p in layer.parameters())])
+        for plain, traced in itertools.zip_longest(*results):
+            assert plain is not None and traced is not None
+            torch.testing.assert_close(plain, traced, rtol=1e-5, atol=1e-7)
+
+
+def test_saved_bytes_stay_within_the_dense_ffn() -> None:
+    """At most 1.5 times what autograd saves for an eager dense FFN of equal active width (issue 4)."""
+    torch.manual_seed(11)
+    routing, weights = make_routing("topk", 256, 16, 4, torch.float32), make_weights(16, 32, 32, torch.float32)
+    x_TD = torch.randn(256, 32, requires_grad=True)
+    gate, up, down = (torch.randn(s, requires_grad=True) for s in ((128, 32), (128, 32), (32, 128)))
+
+    def saved(forward: object, leave_out: list[Tensor | None]) -> int:
+        known = {tensor.data_ptr() for tensor in leave_out if tensor is not None}
+        found: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.data_ptr() not in known:
+                found[tensor.data_ptr()] = tensor.numel() * tensor.element_size()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            assert callable(forward)
+            kept = forward()
+        del kept
+        return sum(found.values())
+
+    ours = saved(lambda: experts(x_TD, routing, ExpertWeights(*weights)), weights)
+    dense = saved(lambda: F.linear(F.silu(F.linear(x_TD, gate)) * F.linear(x_TD, up), down), [gate, up, down])
+    assert 0 < ours <= 1.5 * dense
+
+
+def test_refusals_name_the_numbers() -> None:
+    x_TD, routing, weights = torch.randn(6, 4), make_routing("topk", 6, 3, 2), make_weights(3, 4, 5, torch.float32)
+    gate, up, down = weights
+    routed = ExpertWeights(*weights)
+    with pytest.raises(ValueError, match=r"unknown.*portable"):
+        experts(x_TD, routing, routed, backend="fast")
+    with pytest.raises(ValueError, match="6 tokens"):
+        experts(x_TD[:5], routing, routed)
+    with pytest.raises(ValueError, match=r"down \(3, 4, 5\)"):
+        experts(x_TD, routing, ExpertWeights(gate, up, None if down is None else down.mT))
+    with pytest.raises(ValueError, match="both up and down"):
+        experts(x_TD, routing, ExpertWeights(gate, up))
+    with pytest.raises(ValueError, match="neither"):
+        experts(x_TD, routing, ExpertWeights())
+    for bad, message in ((4, "reaches 4"), (-1, "negative")):
+        wrong = Routing(routing.token_P, routing.expert_P.clone().fill_(bad), routing.weight_P, 6, 3, 2)
+        for backend in BACKENDS:
+            with pytest.raises(ValueError, match=message):
+                experts(x_TD, wrong, routed, backend=backend)
+    order = torch.randperm(12)
+    shuffled = Routing(routing.token_P.flip(0), routing.expert_P[order], routing.weight_P[order], 6, 3, 2)
+    with pytest.raises(ValueError, match="slots=0"):
+        experts(x_TD, shuffled, routed, backend="portable")
+    with pytest.raises(ValueError, match=r"6 \* 3"):
+        Routing(routing.token_P, routing.expert_P, routing.weight_P, 6, 3, 3)
+    with pytest.raises(ValueError, match="at least one expert"):
+        MoELayer(8, 0, 0, expert_width=4)
+    assert moe_losses.router_z_loss(torch.zeros(0, 3)).item() == 0
+
+
+def test_notation_is_shown() -> None:
+    assert "16e4a2g1s" in repr(MoELayer(8, 16, 4, 2, 1, expert_width=4))
+    assert MoELayer(8, 16, 4, expert_width=4).notation == "16e4a"

@@ -1,0 +1,156 @@
+"""The valley fit: its interval covers, it says when it does not know, and it moves and scales with its data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mue.lab.valley import Point, Valley, _student_quantile, fit_valley, regret
+
+GRID = range(-3, 4)
+Shape = Callable[[float], float]
+
+
+def parabola(x: float) -> float:
+    return 3 + 0.05 * x**2
+
+
+def steep_right(x: float) -> float:
+    """Almost a straight slope far to the left, exponential to the right; minimum at 0."""
+    return 3 + 0.1 * (math.sqrt(1 + (x / 1.5) ** 2) - 1) + 0.01 * (math.exp(x) - 1 - x)
+
+
+def draw(
+    shape: Shape, at: float, noise: float, rng: np.random.Generator, seeds: int = 1, wall: float = 99
+) -> list[Point]:
+    """A sweep over GRID; learning rates beyond ``wall`` diverge."""
+    return [
+        Point(x, shape(x - at) + noise * rng.normal() if x < wall else math.nan, seed)
+        for x in GRID
+        for seed in range(seeds)
+    ]
+
+
+def coverage(
+    shape: Shape, noise: float, draws: int, seeds: int = 1, told: float | None = None, wall: float = 99
+) -> float:
+    rng = np.random.default_rng(0)
+    hits = 0
+    for _ in range(draws):
+        at = rng.uniform(-0.7, 0.7)
+        low, high = fit_valley(draw(shape, at, noise, rng, seeds, wall), noise=told).interval
+        hits += low <= at <= high
+    return hits / draws
+
+
+@pytest.mark.parametrize(
+    ("shape", "noise", "seeds", "wall"),
+    [(parabola, 0.01, 1, 99), (parabola, 0.03, 2, 99), (steep_right, 0.01, 2, 99), (steep_right, 0.01, 2, 2.5)],
+)
+def test_the_95_percent_interval_covers(shape: Shape, noise: float, seeds: int, wall: float) -> None:
+    assert 0.90 <= coverage(shape, noise, 300, seeds, wall=wall) <= 0.99
+
+
+def test_control_understated_noise_does_not_cover() -> None:
+    assert coverage(parabola, 0.03, 100, told=0.006) < 0.8
+
+
+def test_control_shuffled_losses_are_undetermined() -> None:
+    rng = np.random.default_rng(1)
+    bounded = 0
+    for _ in range(60):
+        points = draw(parabola, 0.0, 0.03, rng)
+        losses = rng.permutation([p.loss for p in points])
+        bounded += fit_valley([Point(p.log2_lr, y) for p, y in zip(points, losses, strict=True)]).determined
+    assert bounded < 20  # of 60; the same sweeps unshuffled: most
+
+
+def test_a_clean_parabola() -> None:
+    valley = fit_valley([Point(x - 8, parabola(x - 0.4)) for x in GRID])
+    assert valley.minimum == pytest.approx(-7.6, abs=1e-3)
+    assert valley.loss_at_minimum == pytest.approx(3, abs=1e-4)
+    assert valley.curvature == pytest.approx(0.1, rel=0.01)
+    assert valley.determined and valley.edge is None and valley.warning is None
+    assert regret(valley, -6.6) == pytest.approx(0.05, rel=0.01)
+    assert regret(valley, 40.0) > 1  # along the tangent, still upwards
+    assert "minimum at lr = 0.0052 (2^-7.60), 95 % interval 2^" in valley.verdict
+
+
+@pytest.mark.parametrize(("shift", "edge", "word"), [(-5, "low", "smaller"), (5, "high", "larger")])
+def test_a_minimum_beyond_the_grid_is_an_edge(shift: float, edge: str, word: str) -> None:
+    valley = fit_valley([Point(x, parabola(x - shift)) for x in GRID])
+    assert valley.edge == edge and f"widen it towards {word} lr" in valley.verdict and not valley.determined
+    assert valley.minimum == (-3 if edge == "low" else 3)  # never a number from outside the grid
+
+
+def test_divergence_bounds_the_grid_and_is_kept_as_a_result() -> None:
+    points = [Point(x, parabola(x - 2)) for x in GRID if x < 3] + [Point(3, math.nan), Point(3, math.inf, 1)]
+    valley = fit_valley(points)
+    assert valley.diverged == 2 and valley.edge is None and all(math.isfinite(p.loss) for p in valley.used)
+    with pytest.raises(ValueError, match=r"no run has a finite loss \(1 diverged\): sweep smaller learning rates"):
+        fit_valley([Point(0, math.nan)])
+
+
+def test_too_little_says_what_is_missing() -> None:
+    two = fit_valley([Point(0, 3.0), Point(1, 3.1), Point(2, math.nan)])
+    assert two.interval == (-math.inf, math.inf) and "2 learning rates" in two.verdict and "at least 3" in two.verdict
+    with pytest.raises(ValueError, match="no curve was fitted"):
+        two.predict(0.0)
+    three = fit_valley([Point(x, parabola(x)) for x in (-1, 0, 1)])
+    assert three.interval == (-math.inf, math.inf) and three.minimum == pytest.approx(0, abs=1e-3)
+    assert all(map(math.isfinite, fit_valley([Point(x, parabola(x)) for x in (-1, 0, 1)], noise=0.001).interval))
+    assert "every loss is the same" in fit_valley([Point(x, 3.0) for x in GRID]).verdict
+
+
+def test_one_bad_run_among_replicates_does_not_bend_the_valley() -> None:
+    points = draw(parabola, 0.3, 0.005, np.random.default_rng(3), seeds=3)
+    bad = [Point(p.log2_lr, p.loss + 0.5 * (p == points[12]), p.seed) for p in points]
+    assert abs(fit_valley(bad).minimum - fit_valley(points).minimum) < 0.05
+
+
+def test_a_second_valley_is_pointed_out() -> None:
+    points = [Point(x, y + 0.001 * s, s) for x, y in enumerate([3.2, 3.0, 3.1, 3.4, 3.1, 3.05, 3.3]) for s in range(3)]
+    valley = fit_valley(points)
+    assert "second valley" in str(valley.warning) and 0 < valley.minimum < 2
+
+
+def test_bad_arguments() -> None:
+    points = [Point(x, parabola(x)) for x in GRID]
+    for confidence in (0.0, 1.0, math.nan):
+        with pytest.raises(ValueError, match="confidence"):
+            fit_valley(points, confidence=confidence)
+    for noise in (0.0, -1.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="noise"):
+            fit_valley(points, noise=noise)
+    with pytest.raises(ValueError, match="learning rate is zero"):
+        fit_valley([*points, Point(-math.inf, 3.0)])
+
+
+@pytest.mark.parametrize(("p", "freedom", "table"), [(0.975, 1, 12.706), (0.975, 4, 2.776), (0.995, 7, 3.499)])
+def test_students_quantile(p: float, freedom: int, table: float) -> None:
+    assert _student_quantile(p, freedom) == pytest.approx(table, abs=1e-3)
+
+
+def close(a: float, b: float) -> bool:
+    return a == b or abs(a - b) < 1e-3
+
+
+@settings(deadline=None, max_examples=25)
+@given(shift=st.floats(-30, 30), factor=st.floats(1e-3, 1e3), offset=st.floats(-10, 10), seed=st.integers(0, 999))
+def test_shift_and_scale(shift: float, factor: float, offset: float, seed: int) -> None:
+    points = draw(parabola, 0.2, 0.01, np.random.default_rng(seed))
+    plain = fit_valley(points)
+
+    def moved(valley: Valley, by: float) -> bool:
+        ends = zip((valley.minimum, *valley.interval), (plain.minimum, *plain.interval), strict=True)
+        return all(close(a, b + by) for a, b in ends)
+
+    assert moved(fit_valley([Point(p.log2_lr + shift, p.loss) for p in points]), shift)
+    scaled = fit_valley([Point(p.log2_lr, factor * (p.loss + offset)) for p in points])
+    assert moved(scaled, 0.0)
+    assert scaled.noise == pytest.approx(factor * plain.noise, rel=1e-3)
