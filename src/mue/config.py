@@ -8,7 +8,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from mue.plan import Convention, Inputs
+from mue.inputs import Convention, Inputs
+from mue.rules.options import OPTIONS
 from mue.rules.table import ROLES
 from mue.shapes import Block, Dense, HParams, Mixed, MoE, Training, Transformer, parse_notation, positive
 from mue.words import nearest
@@ -62,8 +63,8 @@ def plan_inputs(data: Mapping[str, Any], tuned: HParams | None = None) -> Inputs
     for name, table in (("base", base), ("target", target)):
         if not table:
             raise ValueError(f"the file needs a [{name}] table")
-    options = table_of(data, "options")
-    check_keys(options, ("depth_exponent",), "[options]")
+    options = dict(table_of(data, "options"))
+    check_keys(options, tuple(OPTIONS), "[options]")
     if tuned is None:
         if "tuned" not in data:
             raise ValueError("the file needs a [tuned] table (or mue plan --tuned SWEEP)")
@@ -72,7 +73,7 @@ def plan_inputs(data: Mapping[str, Any], tuned: HParams | None = None) -> Inputs
         raise ValueError("the file has a [tuned] table and --tuned is given: use one of them")
     convention = table_of(base, "convention", "base.")
     check_keys(convention, tuple(f.name for f in fields(Convention)), "[base.convention]")
-    depth = options.get("depth_exponent")
+    depth = options.pop("depth_exponent", None)
     return Inputs(
         base=shape_from(base, "base", ("training", "convention", "output_multiplier")),
         target=shape_from(target, "target", ("training",)),
@@ -82,6 +83,7 @@ def plan_inputs(data: Mapping[str, Any], tuned: HParams | None = None) -> Inputs
         rule=data.get("rule", "complete-mue"),
         convention=Convention(**convention),
         depth_exponent=None if depth is None else str(depth),
+        options=options,
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mue.rules.table import Rule
+from mue.rules.table import BUFFERS, Rule
 from mue.shapes import Block, Training, Transformer
 
 
@@ -28,7 +28,7 @@ def ratios(
 ) -> dict[str, float]:
     """Every ratio of :data:`mue.rules.algebra.RATIOS` for one block of the target.
 
-    ``kind`` ("shared" or anything else) picks whose down projection ρ_H speaks of.
+    ``kind`` ("shared" or anything else) picks whose down projection ρ_H speaks of. A dense block counts as one expert.
     """
     source = base_block(base)
     fan_in = block.shared or block.expert or block.fan_in if kind == "shared" else block.fan_in
@@ -38,6 +38,8 @@ def ratios(
         "ρ_o": target.attention_width / base.attention_width,
         "ρ_H": fan_in / source.fan_in,
         "ρ_L": target.layers / base.layers,
+        "ρ_N": max(block.experts, 1) / max(source.experts, 1),
+        "ρ_a": max(block.active, 1) / max(source.active, 1),
         "ρ_e": (block.active_width * base.width) / (target.width * source.active_width),
         "ρ_κ": block.kappa / source.kappa,
         "ρ_B": 1.0 if same else training.batch / base_training.batch,  # type: ignore[union-attr]
@@ -45,15 +47,38 @@ def ratios(
     }
 
 
-def refuse(rule: Rule, base: Transformer, target: Transformer, ratio: dict[str, float]) -> None:
-    """``ValueError`` when the change from base to target uses an axis the rule has no answer for."""
-    changed = {
-        "width": ratio["ρ_d"] != 1,
-        "depth": ratio["ρ_L"] != 1,
-        "moe": any(block.is_moe for block in (*base.blocks, *target.blocks)),
+def changes(base: Transformer, target: Transformer, block: Block, ratio: dict[str, float]) -> dict[str, bool]:
+    """Which axes of :data:`mue.rules.table.AXES` differ between the base and one block of the target."""
+    source = base_block(base)
+    routed = block.experts > 0, source.experts > 0
+    share = (block.active, block.experts) if routed[0] else (1, 1)
+    share0 = (source.active, source.experts) if routed[1] else (1, 1)
+    return {
+        "width": target.width != base.width,
+        "depth": target.layers != base.layers,
+        "expansion": block.active_width * base.width != source.active_width * target.width,
+        "moe": block.is_moe or source.is_moe,
+        "dense to moe": routed[0] != routed[1],
+        "experts": routed[0] and routed[1] and block.experts != source.experts,
+        "active": routed[0] and routed[1] and block.active != source.active,
+        "sparsity": share[0] * share0[1] != share0[0] * share[1],
+        "expert width": block.fan_in != source.fan_in,
+        "granularity": block.fan_in * base.width != source.fan_in * target.width,
+        "gates": block.gate_moments is not None or source.gate_moments is not None,
         "batch": ratio["ρ_B"] != 1,
         "duration": ratio["ρ_D"] != 1,
+        "tied": target.tied,
     }
-    for axis, reason in rule.refuses.items():
-        if changed[axis]:
-            raise ValueError(f"rule {rule.name!r} cannot plan {base.name} → {target.name}: {reason}")
+
+
+def refuse(rule: Rule, base: Transformer, target: Transformer, ratio: dict[str, float]) -> None:
+    """``ValueError`` when the change from base to target uses an axis, or has a role, the rule has no answer for."""
+    where = f"rule {rule.name!r} cannot plan {base.name} → {target.name}"
+    for block in target.blocks:
+        changed = changes(base, target, block, ratio)
+        for axis, reason in rule.refuses.items():
+            if changed[axis]:
+                raise ValueError(f"{where}: {reason}")
+    for role, count in target.counts().items():
+        if count and role not in rule.rows and role not in BUFFERS:
+            raise ValueError(f"{where}: {rule.why_not(role)}")

@@ -18,6 +18,20 @@ from mue.words import nearest
 NORMALISED = "unit-sum"
 MEASURED = "measured"
 ROUTERS = ("sigmoid", "softmax")
+# Optimizers whose transfer is derived for at least one rule (mue.rules.optimizers says what holds for which).
+OPTIMIZERS = (
+    "adamw",
+    "adamw-independent",
+    "adam-l2",
+    "nadamw",
+    "lion",
+    "sgd",
+    "muon",
+    "lamb",
+    "adafactor",
+    "hyperball",
+)
+DECOUPLED = ("adamw", "nadamw", "lion")  # decay as torch's AdamW has it, p *= 1 - lr·wd, in every parameter
 
 
 def positive_int(name: str, value: object) -> int:
@@ -530,8 +544,10 @@ class HParams:
         if not isinstance(self.betas, list | tuple) or len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers, got {self.betas!r}")
         put("betas", tuple(positive(f"beta{i + 1}", b, zero=True, below=1) for i, b in enumerate(self.betas)))
-        if self.optimizer != "adamw":
-            raise ValueError(f"optimizer {self.optimizer!r} is not supported; only 'adamw' is derived so far")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer {self.optimizer!r} is not understood, and what is not derived is not guessed{nearest(self.optimizer, OPTIMIZERS)}"
+            )
         put("clip", None if self.clip is None else positive("clip", self.clip))
         put("warmup", positive("warmup", self.warmup, zero=True, below=1))
         put("floor", positive("floor", self.floor, zero=True, below=1))

@@ -16,11 +16,14 @@ RATIOS: dict[str, str] = {
     "ρ_o": "fan-in of the attention output, heads·d_head / (heads*·d_head*)",
     "ρ_H": "fan-in of one down projection, h / H*",
     "ρ_L": "depth L / L*",
+    "ρ_N": "routed experts N / N*",
+    "ρ_a": "active routed experts a / a*",
     "ρ_e": "active expansion (H_act/d) / (H_act*/d*)",
     "ρ_κ": "second moment of the gates against uniform ones (1 for normalised gates)",
     "ρ_B": "batch in tokens per step, B / B*",
     "ρ_D": "tokens of the run, B·T / (B*·T*)",
 }
+_ORDER = {name: i for i, name in enumerate(RATIOS)}
 
 Exponent = int | Fraction | str
 
@@ -93,6 +96,5 @@ def _monomial(value: Monomial | int | Fraction) -> Monomial:
 
 
 def _build(coefficient: Fraction, powers: Mapping[str, Fraction]) -> Monomial:
-    order = {name: i for i, name in enumerate(RATIOS)}
-    kept = sorted(((n, p) for n, p in powers.items() if p), key=lambda item: order[item[0]])
+    kept = sorted(((n, p) for n, p in powers.items() if p), key=lambda item: _ORDER[item[0]])
     return Monomial(coefficient, tuple(kept))

@@ -15,25 +15,65 @@ from mue.rules.algebra import ONE, Monomial, ratio
 from mue.rules.table import INFERRED, PUBLISHED, Row, Rule
 
 d, o, L, e, κ, B, D = (ratio(f"ρ_{x}") for x in ("d", "o", "L", "e", "κ", "B", "D"))
-s = (B / D) ** "1/2"  # the SDE factor √(ρ_B/ρ_D) = √(T*/T)
+UP_GATE = (e / κ) ** "1/2"  # the drift of 1.9: what the update of up and gate grows by when H_act/d does
+WIDTH_POWER = {"constant-product": Fraction(1), "sqrt-width": Fraction(1, 2), "none": Fraction(0)}
 
 
-def complete_mue(depth_exponent: Fraction = Fraction(1)) -> Rule:
-    """The recommended rule; ``depth_exponent`` is CompleteP's α in [1/2, 1]."""
+def sde(duration_exponent: Fraction) -> Monomial:
+    """s = ρ_B^1/2 · ρ_D^-q, the factor of rates and weight decay; at q = 1/2 the SDE factor √(ρ_B/ρ_D) = √(T*/T).
+
+    eps takes 1/s and 1-β takes s², so that η·ε, λ/η and (1-β)/η² hold for every q; T·η² and η·λ·T only for 1/2.
+    """
+    return B ** "1/2" * D**-duration_exponent
+
+
+def horizon_note(duration_exponent: Fraction) -> tuple[str, ...]:
+    """What is lost when the duration exponent is not the SDE's."""
+    if duration_exponent == Fraction(1, 2):
+        return ()
+    return (
+        f"duration_exponent = {duration_exponent}: T·η² and η·λ·T are no longer those of the base (both hold only at 1/2);"
+        " η·ε, λ/η and (1-β)/η² still are",
+    )
+
+
+def complete_mue(
+    depth_exponent: Fraction = Fraction(1),
+    duration_exponent: Fraction = Fraction(1, 2),
+    weight_decay_width: str = "constant-product",
+    head: str = "completep",
+    betas: str = "linear",
+    up_gate_correction: bool = False,
+) -> Rule:
+    """The recommended rule; every option is a row of :data:`mue.rules.options.OPTIONS`."""
     α = depth_exponent
     depth_lr, depth_eps = L ** (α - 1), L**-α
+    s = sde(duration_exponent)
+    decay = WIDTH_POWER[weight_decay_width]
+    decay_source = {
+        "constant-product": "wd: constant product, W2",
+        "sqrt-width": "wd: √width, 2510.15262",
+        "none": "wd: unscaled, the authors' table",
+    }[weight_decay_width]
 
-    def hidden(fan_in: Monomial, source: str, *, std: Monomial = ONE, eps: Monomial = ONE) -> Row:
+    def hidden(fan_in: Monomial, source: str, *, std: Monomial = ONE, eps: Monomial = ONE, rate: Monomial = ONE) -> Row:
         return Row(
             init_std=fan_in ** "-1/2" * std,
-            lr=fan_in**-1 * depth_lr * s,
-            weight_decay=fan_in * s,
+            lr=fan_in**-1 * depth_lr * rate * s,
+            weight_decay=(fan_in / rate) ** decay * s,
             eps=eps * fan_in**-1 * depth_eps / s,
-            source=source + "; lr and std: Table 1; wd: constant product, W2; eps: CompleteP Table 1 and 1.9",
+            source=f"{source}; lr and std: Table 1; {decay_source}; eps: CompleteP Table 1 and 1.9",
         )
 
     attention = hidden(d, "width µP")
-    up = hidden(d, "width µP, no MoE factor", eps=e ** "-1/2")
+    corrected = UP_GATE**-1 if up_gate_correction else ONE
+    up = hidden(
+        d,
+        "width µP, "
+        + ("lr × (ρ_e/ρ_κ)^-1/2: experimental correction of 1.9" if up_gate_correction else "no MoE factor"),
+        eps=e ** "-1/2",
+        rate=corrected,
+    )
     down = hidden(d, "σ_down = √(H_act/d)·σ^(1), lr unchanged by a, N, h", std=e ** "1/2" * κ ** "-1/2", eps=e**-1)
     return Rule(
         name="complete-mue",
@@ -67,20 +107,31 @@ def complete_mue(depth_exponent: Fraction = Fraction(1)) -> Rule:
                 lr=s, eps=1 / (d * s), source="CompleteP Table 1; eps with the head multiplier outside it"
             ),
             "head": Row(
-                lr=s, weight_decay=s, eps=1 / (d * s), source="CompleteP Table 1 (W1: the authors' table differs)"
+                init_std=d ** "-1/2" if head == "paper" else ONE,
+                lr=s / d if head == "paper" else s,
+                weight_decay=s,
+                eps=1 / (d * s),
+                source="arXiv 2605.23893 Table 1: both width factors and the multiplier (W1)"
+                if head == "paper"
+                else "CompleteP Table 1 (W1: the authors' table differs)",
             ),
         },
         output_multiplier=e**-1,
         residual_multiplier=L**-α,
         head_multiplier=d**-1,
-        one_minus_beta=B / D,
+        one_minus_beta=s**2,
+        betas=betas,
+        up_gate=UP_GATE * corrected,
+        notes=horizon_note(duration_exponent),
+        gradient=True,
+        spectral=True,
     )
 
 
 def complete_mue_paper(depth_exponent: Fraction = Fraction(1)) -> Rule:
     """The authors' published table to the letter, in ratio form: differs in head, weight decay and eps."""
     recommended = complete_mue(depth_exponent)
-    α = depth_exponent
+    α, s = depth_exponent, sde(Fraction(1, 2))
     depth_lr = L ** (α - 1)
 
     def hidden(fan_in: Monomial, source: str, std: Monomial = ONE, status: str = PUBLISHED) -> Row:
@@ -136,7 +187,8 @@ def complete_mue_paper(depth_exponent: Fraction = Fraction(1)) -> Rule:
         output_multiplier=e**-1,
         residual_multiplier=L**-α,
         head_multiplier=d**-1,
-        one_minus_beta=B / D,
+        one_minus_beta=s**2,
+        up_gate=UP_GATE,
         notes=(
             "the published head row scales the logit update by 1/ρ_d (W1); lr·weight_decay of hidden weights falls by 1/ρ_d (W2)",
         ),

@@ -24,12 +24,9 @@ def mup() -> Rule:
         )
 
     vector = Row(source="2203.03466 Table 8: input weights and biases unscaled", status=PUBLISHED)
-    unread = Row(source="no router in a dense model", status=PUBLISHED)
     rows = dict.fromkeys(("embedding", "norm", "qk_norm", "bias", "final_norm", "head"), vector)
-    rows |= {f"attention_{x}": hidden(d) for x in "qkv"} | {"attention_o": hidden(o)}
-    for kind in ("ffn", "expert", "shared"):  # an expert role is planned, with count 0, only to stay complete
-        rows |= {f"{kind}_up": hidden(d), f"{kind}_gate": hidden(d), f"{kind}_down": hidden(H)}
-    rows |= {"router": unread, "router_bias": unread}
+    rows |= {"attention_q": hidden(d), "attention_k": hidden(d), "attention_v": hidden(d), "attention_o": hidden(o)}
+    rows |= {"ffn_up": hidden(d), "ffn_gate": hidden(d), "ffn_down": hidden(H)}
     return Rule(
         name="mup",
         title="µP (Yang et al. 2022)",

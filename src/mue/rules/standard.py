@@ -14,4 +14,5 @@ def standard() -> Rule:
         source="the default of torch and of every stock model",
         rows=dict.fromkeys(ROLES, row),
         routed=False,
+        optimizer="any",
     )

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from mue.rules.algebra import ONE, Monomial
+from mue.rules.options import OptionValue
 from mue.shapes import Block
 
 # Every role a parameter can have, in the order of the forward pass. One parameter, one role.
@@ -32,6 +33,7 @@ ROLES: tuple[str, ...] = (
     "final_norm",
     "head",
 )
+ATTENTION = ("attention_q", "attention_k", "attention_v", "attention_o")
 # Gains start at 1 and biases at 0, neither is decayed: their tables have no init std and weight decay 0.
 VECTORS = frozenset({"norm", "qk_norm", "bias", "final_norm"})
 # Moved by load statistics, never by the optimizer.
@@ -45,6 +47,32 @@ PUBLISHED = "published"
 AUTHORS_CODE = "authors' code"
 INFERRED = "inferred"
 
+NORMAL = "normal"
+ZERO_INIT = "zero"
+SHARED_INIT = "shared"
+ZERO = Monomial(coefficient=ONE.coefficient * 0)
+
+FIELDS = ("init_std", "lr", "weight_decay", "eps")
+CELLS = {"init_std": "init std", "lr": "lr", "weight_decay": "weight decay", "eps": "eps"}
+
+# What can change between a base and a target; a rule refuses those it has no answer for.
+AXES: dict[str, str] = {
+    "width": "residual width d",
+    "depth": "number of blocks L",
+    "expansion": "active expansion H_act/d",
+    "moe": "experts at all, in base or target",
+    "dense to moe": "a dense feed-forward becomes routed experts, or the other way round",
+    "experts": "number of routed experts N",
+    "active": "active experts per token a",
+    "sparsity": "share of the tokens an expert sees, a/N (1 where dense)",
+    "expert width": "width h of one expert (or of the dense feed-forward)",
+    "granularity": "width of one expert against the residual width, h/d",
+    "gates": "gates that do not sum to one",
+    "batch": "tokens per step",
+    "duration": "tokens of the run",
+    "tied": "a head that is the embedding's matrix",
+}
+
 
 @dataclass(frozen=True)
 class Row:
@@ -53,6 +81,9 @@ class Row:
     Attributes:
         source: paper, table or equation of each cell. status: :data:`PUBLISHED`, :data:`AUTHORS_CODE` or
             :data:`INFERRED`, of the row's weakest cell.
+        init: how the role is drawn: ``"normal"``, ``"zero"`` (then init_std is :data:`ZERO`), or ``"shared"``: all
+            experts start from one and the same draw.
+        unknown: cells the source does not give. They stay as tuned, and the plan says so.
     """
 
     source: str
@@ -61,6 +92,8 @@ class Row:
     weight_decay: Monomial = ONE
     eps: Monomial = ONE
     status: str = INFERRED
+    init: str = NORMAL
+    unknown: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,13 +101,19 @@ class Rule:
     """A published transfer rule as data.
 
     Attributes:
-        rows: role → :class:`Row`; a role without a row is one the rule has no answer for.
+        rows: role → :class:`Row`; a role without a row is one the rule has no answer for, and a target that has it is
+            refused. unanswered: role → why, where there is more to say.
         output_multiplier: of the feed-forward branch, on the base's own A*.
         residual_multiplier, head_multiplier: of both residual branches, of the logits.
-        one_minus_beta: factor on 1-β1 and 1-β2.
+        one_minus_beta: factor on 1-β1 and 1-β2. betas: ``"linear"``, or ``"power"`` for β^factor.
         routed: R follows the block (``a`` on the normalised routed sum) if true, 1 otherwise.
-        refuses: axis → reason, for the changes the rule has no answer to (``width depth moe batch duration``).
+        refuses: axis of :data:`AXES` → reason, for the changes the rule has no answer to.
         notes: what a reader of a plan must know, always printed.
+        up_gate: update of up and gate against the base (reported, not corrected); None where nobody derived it.
+        optimizer: the family the table is written for: ``"adam"``, ``"hyperball"``, or ``"any"``.
+        gradient: the eps cells (without batch and duration) are the scale of the gradients, so that optimizers which
+            do not normalise them can be derived. spectral: its assumptions hold for orthogonalised updates too.
+        options: every option of the rule with its value.
     """
 
     name: str
@@ -85,13 +124,24 @@ class Rule:
     residual_multiplier: Monomial = ONE
     head_multiplier: Monomial = ONE
     one_minus_beta: Monomial = ONE
+    betas: str = "linear"
     routed: bool = True
     refuses: Mapping[str, str] = field(default_factory=dict)
+    unanswered: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    up_gate: Monomial | None = None
+    optimizer: str = "adam"
+    gradient: bool = False
+    spectral: bool = False
+    options: Mapping[str, OptionValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        missing = [role for role in ROLES if role not in self.rows and "moe" not in self.refuses]
-        assert not missing, f"rule {self.name} has no row for {missing}"
+        assert set(self.rows) <= set(ROLES), f"rule {self.name} has rows for {set(self.rows) - set(ROLES)}"
+        assert set(self.refuses) <= set(AXES), f"rule {self.name} refuses {set(self.refuses) - set(AXES)}"
+
+    def why_not(self, role: str) -> str:
+        """Why the rule has no row for a role."""
+        return self.unanswered.get(role, f"{self.title} says nothing about {role.replace('_', ' ')}")
 
 
 def present(role: str, block: Block) -> bool:

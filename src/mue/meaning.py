@@ -1,0 +1,37 @@
+"""A plan's meaning against its wording: what is hashed, compared and stored."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+TEXTS = frozenset({"source", "status", "formula", "notes"})
+
+
+def without_texts(data: Any) -> Any:
+    """Nested data with everything left out that explains and does not mean."""
+    if isinstance(data, Mapping):
+        return {k: without_texts(v) for k, v in data.items() if k not in TEXTS}
+    return [without_texts(v) for v in data] if isinstance(data, list | tuple) else data
+
+
+def flat(data: Any, path: str = "") -> dict[str, Any]:
+    """Nested data as ``{"roles.head.lr": ..., "betas[0]": ...}``."""
+    if isinstance(data, Mapping):
+        return {
+            k: v for key, value in data.items() for k, v in flat(value, f"{path}.{key}" if path else str(key)).items()
+        }
+    if isinstance(data, list | tuple):
+        return {k: v for i, value in enumerate(data) for k, v in flat(value, f"{path}[{i}]").items()}
+    return {path: data}
+
+
+def rounded(data: Any) -> Any:
+    """12 significant digits: enough for meaning, blind to the last bits that differ between maths libraries."""
+    if isinstance(data, Mapping):
+        return {k: rounded(v) for k, v in data.items()}
+    if isinstance(data, list | tuple):
+        return [rounded(v) for v in data]
+    if isinstance(data, float):
+        return f"{data:.12g}"
+    return f"{data:d}" if isinstance(data, int) and not isinstance(data, bool) else data

@@ -1,0 +1,102 @@
+"""The pieces a plan is made of: values of a role, of a block, of the forward pass. Numbers only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from mue.rules.table import FIELDS, NORMAL
+
+
+@dataclass(frozen=True)
+class Values:
+    """One role's numbers. None: the role has no such thing (a gain has no init std), or blocks differ in it."""
+
+    init_std: float | None
+    lr: float | None
+    weight_decay: float | None
+    eps: float | None
+
+    def items(self) -> list[tuple[str, float | None]]:
+        return [(name, getattr(self, name)) for name in FIELDS]
+
+
+NOTHING = Values(None, None, None, None)
+
+
+@dataclass(frozen=True)
+class RolePlan:
+    """One role of a plan: its values, the factors on the base's values, the formulas behind them and their source.
+
+    ``init`` is ``"normal"``, ``"zero"``, ``"shared"`` (all experts start from one draw) or ``"constant"``; the last
+    starts at ``constant`` (a gain at 1, a bias at 0, a folded final norm at its coefficient).
+    """
+
+    values: Values
+    factor: Values
+    formula: Mapping[str, str]
+    count: int
+    source: str
+    status: str
+    init: str = NORMAL
+    constant: float | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            **dict(self.values.items()),
+            "factor": dict(self.factor.items()),
+            "formula": dict(self.formula),
+            "count": self.count,
+            "source": self.source,
+            "status": self.status,
+            "init": self.init,
+            "constant": self.constant,
+        }
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What holds in ``layers`` equal blocks."""
+
+    layers: int
+    notation: str
+    active_width: int
+    output_multiplier: float
+    route_scale: float
+    drift: Mapping[str, float | None]
+    roles: Mapping[str, RolePlan]
+
+    def to_dict(self) -> dict[str, Any]:
+        out = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "roles"}
+        return {**out, "drift": dict(self.drift), "roles": {r: p.to_dict() for r, p in self.roles.items()}}
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Forward multipliers of a model; the default is a stock model.
+
+    Attributes:
+        residual: l^-α on both branches of every block. head: on the logits. attention_scale: on q·k
+            (None: 1/√head_dim). output: A per layer. route: R per layer.
+    """
+
+    residual: float = 1.0
+    head: float = 1.0
+    attention_scale: float | None = None
+    output: tuple[float, ...] = ()
+    route: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Folding:
+    """How a plan was folded: ``route`` is ``"weights"`` or ``"model"`` (who carries R), and c by block and role.
+
+    Roles that are not named have c = 1.
+    """
+
+    route: str
+    coefficients: tuple[Mapping[str, float], ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"route": self.route, "coefficients": [dict(c) for c in self.coefficients]}

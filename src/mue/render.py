@@ -1,0 +1,75 @@
+"""A plan for readers: the header lines and the table of every parameter."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from mue.rules.options import plain
+from mue.rules.table import FIELDS
+from mue.shapes import Transformer
+from mue.words import number, text_table
+
+if TYPE_CHECKING:
+    from mue.plan import Plan
+
+COLUMNS = ["role", "tensors", "init std", "lr", "weight decay", "eps", "× std", "× lr", "× wd", "× eps", "source"]
+
+
+def header(plan: Plan) -> list[tuple[str, str]]:
+    """The plan in a few lines: (what, value)."""
+    base = plan.inputs.base
+    several = len(plan.blocks) > 1
+    drift = {
+        k: number(v) if v is not None else "(differs by block)" if several else "(not derived)"
+        for k, v in plan.drift.items()
+    }
+    lines = [
+        ("rule", f"{plan.rule.name} ({plan.rule.source})"),
+        ("base", base.name if isinstance(base, Transformer) else f"plan {base.hash} ({base.target.name})"),
+        (
+            "target",
+            f"{plan.target.name}: {plan.target.parameters:,} parameters, {plan.target.active_parameters:,} active",
+        ),
+        ("active width", " / ".join(f"{b.active_width} ({b.notation} × {b.layers})" for b in plan.blocks)),
+        ("output multiplier A", " / ".join(number(b.output_multiplier) for b in plan.blocks)),
+        ("route scale R", " / ".join(number(b.route_scale) for b in plan.blocks)),
+        ("residual, head multiplier", f"{number(plan.residual_multiplier)}, {number(plan.head_multiplier)}"),
+        ("attention scale", number(plan.attention_scale)),
+        ("betas", ", ".join(number(b) for b in plan.betas)),
+        (
+            "drift, reported only",
+            f"σ0 experts × {drift['sigma0_experts']}, σ0 others × {drift['sigma0_other']}, up/gate update × {drift['up_gate']}",
+        ),
+        ("unchanged", ", ".join(f"{k} {v}" for k, v in plan.unchanged.items())),
+    ]
+    if plan.rule.options:
+        lines.insert(1, ("options", ", ".join(f"{k} {v}" for k, v in plain(plan.rule.options).items())))
+    if plan.folding is not None:
+        lines.append(("folded", f"multipliers are in the weights; R is in the {plan.folding.route}"))
+    return lines + [("note", note) for note in plan.notes] + [("hash", plan.hash)]
+
+
+def table(plan: Plan) -> tuple[list[str], list[list[str]]]:
+    """Header and one line per role present (per block where blocks differ): values, factors, source and its mark."""
+    rows = []
+    first = plan.blocks[0].roles
+    for index, block in enumerate(plan.blocks):
+        for role, r in block.roles.items():
+            repeated = index > 0 and r.values == first[role].values and first[role].count
+            if not r.count or repeated:
+                continue
+            name = role if len(plan.blocks) == 1 else f"{role} [{block.notation}]"
+            std = r.init if r.init in ("zero", "shared") else ""
+            values = [number(v) for _, v in r.values.items()]
+            values[0] = std if std == "zero" else f"{values[0]} {std}".rstrip()
+            formulas = [r.formula.get(f, "–") for f in FIELDS]
+            rows.append([name, str(r.count), *values, *formulas, f"{r.source} ({r.status})"])
+    return list(COLUMNS), rows
+
+
+def text(plan: Plan) -> str:
+    """The plan as plain text: header, then the table with each row's mark in place of its source."""
+    head = "\n".join(f"{what:<26} {value}" for what, value in header(plan))
+    columns, rows = table(plan)
+    marked = [[*row[:-1], row[-1].rpartition("(")[2].rstrip(")")] for row in rows]
+    return f"{head}\n\n{text_table([*columns[:-1], 'mark'], marked)}"

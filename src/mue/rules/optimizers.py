@@ -1,0 +1,209 @@
+"""How a rule's table, written for Adam, reads for another optimizer: derived here, or refused.
+
+A rule fixes what happens to functions: by how much one step moves an element of W (Adam: lr, whatever the gradient),
+and by how much it shrinks (torch's AdamW: lr·wd). Another optimizer that makes the same moves trains the same model, so
+its lr and weight decay follow from its update, with σ the init std of a weight and γ the scale of its gradient. γ is what
+a table's eps cell is (without batch and duration), for eps is compared with nothing but the gradient.
+
+==================  ======================================  ==============  ==================  =========
+optimizer           one step moves an element by            lr              weight decay        eps
+==================  ======================================  ==============  ==================  =========
+adamw, nadamw       lr; shrinks by lr·wd                    η               λ                   ε
+lion                lr (a sign); shrinks by lr·wd           η               λ                   has none
+adamw-independent   lr; shrinks by wd                       η               η·λ                 ε
+adam-l2             lr; wd·W joins the gradient             η               λ·γ                 ε
+sgd                 lr·γ; shrinks by lr·wd                  η/γ             λ·γ                 has none
+lamb                lr·rms(W); shrinks by lr·rms(W)·wd      η/σ             λ                   ε
+adafactor           lr·rms(W); shrinks by lr·wd             η/σ             λ·σ                 ε²
+muon, matrices      lr·√(out/in) in operator norm           ρ_L^(α-1)/c     λ·η/lr              has none
+hyperball           lr·‖W‖, back on the sphere of ‖W‖       only rule hyperp
+==================  ======================================  ==============  ==================  =========
+
+``muon``: c is the multiplier the weight is used with, A·R for a routed down projection; the rest of the model stays on
+AdamW. Every row becomes *inferred*, for no source prints these tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+from mue.rules.algebra import ONE, Monomial, ratio
+from mue.rules.table import BUFFERS, INFERRED, VECTORS, ZERO_INIT, Row, Rule
+from mue.shapes import OPTIMIZERS
+from mue.words import nearest
+
+MATRICES = ("attention", "ffn", "expert", "shared", "router")  # what a Muon hybrid orthogonalises
+
+_BATCH = {
+    "batch": "{0} under another batch is not derived: the √ rule is Adam's",
+    "duration": "{0} over another number of tokens is not derived: the SDE rule is Adam's",
+}
+_SHARE = "an expert's gradient falls with its share of the tokens, to a power between 1/2 and 1, and {0} does not normalise it"
+
+
+def for_optimizer(rule: Rule, optimizer: str) -> Rule:
+    """The rule as it reads for ``optimizer``; ``ValueError`` where that was not derived."""
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"optimizer {optimizer!r} is not understood{nearest(optimizer, OPTIMIZERS)}")
+    if rule.optimizer == "any" or (rule.optimizer, optimizer) in {("adam", "adamw"), ("hyperball", "hyperball")}:
+        return rule
+    if rule.optimizer != "adam" or optimizer == "hyperball":
+        written = "AdamW" if rule.optimizer == "adam" else rule.optimizer
+        raise ValueError(
+            f"rule {rule.name!r} is written for {written}, and how it scales under {optimizer!r} is not derived"
+            + (': use rule = "hyperp"' if optimizer == "hyperball" else "")
+        )
+    return _DERIVED[optimizer](rule)
+
+
+def _derived(rule: Rule, optimizer: str, change: Callable[[str, Row], Row], **more: object) -> Rule:
+    """``change`` on every row, marked inferred; ``more`` are fields of the rule."""
+    rows = {
+        role: row
+        if role in BUFFERS
+        else replace(change(role, row), source=f"{row.source}; {optimizer}: mue.rules.optimizers", status=INFERRED)
+        for role, row in rule.rows.items()
+    }
+    return replace(rule, rows=rows, **more)  # type: ignore[arg-type]
+
+
+def _refuse(rule: Rule, optimizer: str, *axes: dict[str, str]) -> dict[str, str]:
+    new = {axis: reason.format(optimizer) for table in axes for axis, reason in table.items()}
+    return {**rule.refuses, **{axis: reason for axis, reason in new.items() if axis not in rule.refuses}}
+
+
+def _at_one_run(cell: Monomial) -> Monomial:
+    """A cell without its batch and duration."""
+    for name in ("ρ_B", "ρ_D"):
+        cell = cell / ratio(name) ** cell.exponent(name)
+    return cell
+
+
+def _need(rule: Rule, optimizer: str, what: str, has: bool) -> None:
+    if not has:
+        raise ValueError(f"rule {rule.name!r} under {optimizer!r} is not derived: {what}")
+
+
+def _nadamw(rule: Rule) -> Rule:
+    """Nesterov's look-ahead changes the average of past gradients, not its scale; independent of every ratio."""
+    return _derived(rule, "nadamw", lambda _, row: row)
+
+
+def _lion(rule: Rule) -> Rule:
+    """A sign of an average: ±lr an element as Adam, and the same noise per step; it has no eps."""
+    return _derived(rule, "lion", lambda _, row: replace(row, eps=ONE))
+
+
+def _adamw_independent(rule: Rule) -> Rule:
+    """``p *= 1 - wd``: the shrink lr·wd of torch's form is now wd itself."""
+    return _derived(rule, "adamw-independent", lambda _, row: replace(row, weight_decay=row.weight_decay * row.lr))
+
+
+def _adam_l2(rule: Rule) -> Rule:
+    """wd·W/√v with √v ∝ γ is a shrink of lr·wd/γ: equal to torch's form for wd = λ·γ, batch and duration included."""
+    _need(rule, "adam-l2", "it needs the scale of every gradient, and this table's eps does not give it", rule.gradient)
+    refuses = _refuse(rule, "adam-l2", {"sparsity": _SHARE})
+    return _derived(
+        rule, "adam-l2", lambda _, row: replace(row, weight_decay=row.weight_decay * row.eps), refuses=refuses
+    )
+
+
+def _sgd(rule: Rule) -> Rule:
+    """lr·γ must be η, and lr·wd must be η·λ. Momentum 1-β and the rate of a longer run are not settled: refused."""
+    _need(rule, "sgd", "it needs the scale of every gradient, and this table's eps does not give it", rule.gradient)
+
+    def change(_: str, row: Row) -> Row:
+        γ = _at_one_run(row.eps)
+        return replace(row, lr=_at_one_run(row.lr) / γ, weight_decay=_at_one_run(row.weight_decay) * γ, eps=ONE)
+
+    return _derived(rule, "sgd", change, refuses=_refuse(rule, "sgd", _BATCH, {"sparsity": _SHARE}))
+
+
+def _relative(rule: Rule, optimizer: str) -> None:
+    zero = any(row.init == ZERO_INIT or "init_std" in row.unknown for row in rule.rows.values())
+    _need(
+        rule,
+        optimizer,
+        "its step is relative to the weight, and this table has a weight without a known init",
+        not zero,
+    )
+
+
+_RELATIVE_NOTE = (
+    "{0}: a step is relative to the weight, so its factor holds while rms(W) keeps the proportion it had at init"
+)
+
+
+def _lamb(rule: Rule) -> Rule:
+    """lr·rms(W) takes Adam's place: lr = η/σ and wd as AdamW's. A gain starts at 1, so σ is 1 there."""
+    _relative(rule, "lamb")
+    notes = (*rule.notes, _RELATIVE_NOTE.format("lamb"))
+    return _derived(rule, "lamb", lambda role, row: replace(row, lr=row.lr / _std(role, row)), notes=notes)
+
+
+def _adafactor(rule: Rule) -> Rule:
+    """As LAMB, but torch shrinks by lr·wd, not by lr·rms(W)·wd; eps1 stands beside the squared gradient; β2 follows t."""
+    _relative(rule, "adafactor")
+
+    def change(role: str, row: Row) -> Row:
+        σ = _std(role, row)
+        lr, wd, γ = (_at_one_run(cell) for cell in (row.lr, row.weight_decay, row.eps))
+        return replace(row, lr=lr / σ, weight_decay=wd * σ, eps=γ**2)
+
+    notes = (*rule.notes, _RELATIVE_NOTE.format("adafactor"))
+    return _derived(rule, "adafactor", change, notes=notes, refuses=_refuse(rule, "adafactor", _BATCH))
+
+
+def _std(role: str, row: Row) -> Monomial:
+    return ONE if role in VECTORS else row.init_std
+
+
+def _muon(rule: Rule) -> Rule:
+    """An orthogonal update times lr·√(out/in) has operator norm lr (RMS to RMS), whatever the width (transfer-rules 7).
+
+    Used through a multiplier c it moves the function by c·lr, so lr takes 1/c: A for a down projection, A·R where routed
+    (the normalised weights average the experts). Depth stays ρ_L^(α-1). With shared experts the average and the shared
+    outputs add up, and nobody derived that sum. Weight decay keeps η·λ (2512.05620 wants that product ∝ 1/width).
+    """
+    _need(rule, "muon", "only tables with CompleteP's widths and depth carry over", rule.spectral)
+    A = rule.output_multiplier
+
+    def change(role: str, row: Row) -> Row:
+        if role.partition("_")[0] not in MATRICES:
+            return row
+        c = ONE
+        if role.endswith("_down"):
+            c = A * ratio("ρ_a") if role == "expert_down" and rule.routed else A
+        α_lr = ratio("ρ_L") ** row.lr.exponent("ρ_L")
+        lr = α_lr / c
+        return replace(row, lr=lr, weight_decay=_at_one_run(row.weight_decay * row.lr) / lr, eps=ONE)
+
+    gates = {"gates": "measured gates under {0} are not derived"}
+    made = _derived(rule, "muon", change, up_gate=None, refuses=_refuse(rule, "muon", _BATCH, gates))
+    shared = {
+        f"shared_{x}": "shared experts beside an average of experts are not derived under muon"
+        for x in ("up", "gate", "down")
+    }
+    return replace(
+        made,
+        rows={role: row for role, row in made.rows.items() if role not in shared},
+        unanswered={**rule.unanswered, **shared},
+        notes=(
+            *made.notes,
+            "muon: matrices take torch.optim.Muon(adjust_lr_fn='spectral_unclamped'), everything else AdamW;"
+            " give the two their own rates with per-role tuned values",
+        ),
+    )
+
+
+_DERIVED: dict[str, Callable[[Rule], Rule]] = {
+    "nadamw": _nadamw,
+    "lion": _lion,
+    "adamw-independent": _adamw_independent,
+    "adam-l2": _adam_l2,
+    "sgd": _sgd,
+    "lamb": _lamb,
+    "adafactor": _adafactor,
+    "muon": _muon,
+}

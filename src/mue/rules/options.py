@@ -1,0 +1,95 @@
+"""The choices a rule leaves open: names, meanings, defaults. A rule has those that its builder takes as keywords."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from mue.words import nearest
+
+OptionValue = Fraction | str | bool
+
+
+@dataclass(frozen=True)
+class Option:
+    """One choice: what it means, with its source, and either a range of numbers, a list of words, or yes/no."""
+
+    meaning: str
+    low: Fraction | None = None
+    high: Fraction | None = None
+    words: tuple[str, ...] = ()
+
+    def parse(self, name: str, value: object) -> OptionValue:
+        """``value`` as the rule reads it; ``ValueError`` with the range otherwise."""
+        if self.words:
+            if value not in self.words:
+                raise ValueError(f"{name} must be one of {', '.join(self.words)}, got {value!r}")
+            return str(value)
+        if self.low is None or self.high is None:
+            if not isinstance(value, bool):
+                raise ValueError(f"{name} must be true or false, got {value!r}")
+            return value
+        try:
+            number = None if isinstance(value, bool) else Fraction(str(value))
+        except (ValueError, ZeroDivisionError):
+            number = None
+        if number is None or not self.low <= number <= self.high:
+            raise ValueError(f"{name} must be a number in [{self.low}, {self.high}], got {value!r}")
+        return number
+
+
+OPTIONS: dict[str, Option] = {
+    "depth_exponent": Option(
+        "α: both residual branches × ρ_L^-α, rates inside blocks × ρ_L^(α-1) (CompleteP 2505.01618)",
+        Fraction(1, 2),
+        Fraction(1),
+    ),
+    "duration_exponent": Option(
+        "q: rates × ρ_B^1/2 · ρ_D^-q; 1/2 by theory (SDE), about 0.3 as measured by others (2409.19913)",
+        Fraction(1, 100),
+        Fraction(1),
+    ),
+    "weight_decay_width": Option(
+        "weight decay of hidden matrices × ρ_d (CompleteP), × √ρ_d (2510.15262), or unscaled (the authors' table)",
+        words=("constant-product", "sqrt-width", "none"),
+    ),
+    "head": Option(
+        "output head: multiplier only (CompleteP), or with both width factors as well (the authors' table, W1)",
+        words=("completep", "paper"),
+    ),
+    "betas": Option(
+        "1-β × ρ_B/ρ_D, or β^(ρ_B/ρ_D), equal to first order and never outside (0, 1)", words=("linear", "power")
+    ),
+    "up_gate_correction": Option(
+        "experimental: rates of up and gate × (ρ_e/ρ_κ)^-1/2, which removes the drift of their update (1.9)"
+    ),
+}
+
+
+def option_names(builder: Callable[..., Any]) -> tuple[str, ...]:
+    """The options a rule's builder takes."""
+    return tuple(inspect.signature(builder).parameters)
+
+
+def resolve(name: str, builder: Callable[..., Any], given: Mapping[str, object]) -> dict[str, OptionValue]:
+    """Every option of a rule, given or default; ``ValueError`` for one the rule does not have."""
+    signature = inspect.signature(builder).parameters
+    for key, value in given.items():
+        if key not in OPTIONS:
+            raise ValueError(f"unknown option {key!r}{nearest(key, OPTIONS)}")
+        if value is not None and key not in signature:
+            has = f"it has {', '.join(signature)}" if signature else "it has none"
+            raise ValueError(f"rule {name!r} has no option {key}: {has}; drop {key} or choose another rule")
+    resolved: dict[str, OptionValue] = {}
+    for key, parameter in signature.items():
+        value = given.get(key)
+        resolved[key] = parameter.default if value is None else OPTIONS[key].parse(key, value)
+    return resolved
+
+
+def plain(options: Mapping[str, OptionValue]) -> dict[str, str | bool]:
+    """Options as JSON holds them: exponents as exact fractions in text."""
+    return {k: v if isinstance(v, bool) else str(v) for k, v in options.items()}

@@ -1,0 +1,242 @@
+"""Shapes, runs and tuned values in numbers."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import mue
+from mue.shapes import OPTIMIZERS, parse_notation, shape_from_dict
+
+
+@given(
+    a=st.integers(1, 8),
+    k=st.integers(1, 16),
+    g=st.integers(1, 4),
+    s=st.integers(0, 3),
+    order=st.permutations([0, 1, 2, 3]),
+)
+def test_notation_round_trip(a: int, k: int, g: int, s: int, order: list[int]) -> None:
+    numbers = {"experts": a * g * k, "active": a * g, "groups": g, "shared_experts": s}
+    moe = mue.MoE(width=64, expert=8, layers=1, **numbers)
+    written = {k: v for k, v in numbers.items() if v and not (k == "groups" and v == 1)}
+    assert parse_notation(moe.notation) == written
+    assert mue.MoE.parse(moe.notation, width=64, expert=8, layers=1) == moe
+    parts = [f"{v}{k[0] if k != 'shared_experts' else 's'}" for k, v in written.items()]
+    shuffled = "".join(parts[i] for i in order if i < len(parts))
+    assert parse_notation(shuffled) == written
+
+
+def test_notation_examples() -> None:
+    assert mue.MoE.parse("128e8a4g1s", width=64, expert=8, layers=1).notation == "128e8a4g1s"
+    assert mue.MoE.parse("2s", width=64, expert=8, layers=1).notation == "2s"
+
+
+@pytest.mark.parametrize(
+    ("notation", "message"),
+    [
+        ("", "cannot read"),
+        ("8", "cannot read"),
+        ("8e-2a", "cannot read"),
+        ("8E2A", "cannot read"),
+        ("8e2a ", "cannot read"),
+        ("8e2x", "unknown suffix 'x'"),
+        ("8e2a4e", "'e' appears twice"),
+        ("8e0a", "0a"),
+        ("8e", "needs both e"),
+        ("2a", "needs both e"),
+        ("4g", "needs both e"),
+        ("8e2a0s", "0s"),
+        ("2e4a", "4 active of 2 experts"),
+        ("8e2a3g", "3 groups must divide"),
+        ("8e3a2g", "2 groups must divide"),
+    ],
+)
+def test_bad_notation(notation: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mue.MoE.parse(notation, width=64, expert=8, layers=1)
+
+
+def test_counts_by_hand() -> None:
+    """A dense decoder of width 8, two heads of 4, ffn 16, vocabulary 10, two blocks; SwiGLU; untied."""
+    dense = mue.Dense(width=8, ffn=16, layers=2, head_dim=4, vocab=10, sequence=32)
+    block = 4 * 8 * 8 + 3 * 8 * 16 + 2 * 8 + 2 * 4
+    assert dense.parameters == 10 * 8 + 2 * block + 8 + 10 * 8
+    assert dense.active_parameters == dense.parameters - 10 * 8  # the embedding is a look-up
+    assert replace(dense, tied=True).parameters == dense.parameters - 10 * 8
+    assert replace(dense, tied=True).active_parameters == dense.active_parameters
+    matrices = 2 * (4 * 64 + 3 * 128) + 80
+    assert dense.flops_per_token == 6 * matrices + 12 * 2 * 8 * 32
+    assert replace(dense, gated=False).parameters == dense.parameters - 2 * 8 * 16
+    assert replace(dense, kv_heads=1).parameters == dense.parameters - 2 * 2 * 8 * 4
+    assert dense.active_width == 16 and dense.expansion == 2
+
+
+def test_moe_counts_by_hand() -> None:
+    moe = mue.MoE.parse("4e2a1s", width=8, expert=6, layers=2, head_dim=4, vocab=10, shared=5)
+    per_expert, shared = 3 * 8 * 6, 3 * 8 * 5
+    dense = mue.Dense(width=8, ffn=6, layers=2, head_dim=4, vocab=10)
+    assert moe.parameters == dense.parameters + 2 * (3 * per_expert + shared + 8 * 4)
+    assert moe.active_parameters == dense.active_parameters + 2 * (per_expert + shared + 8 * 4)
+    assert moe.active_width == 2 * 6 + 5
+    assert moe.counts()["expert_up"] == 8 and moe.counts()["shared_up"] == 2 and moe.counts()["router_bias"] == 2
+    assert moe.name == "4e2a1s d8 L2"
+
+
+def test_mixed_blocks_add_up() -> None:
+    blocks = (mue.Block(layers=1, ffn=16), mue.Block(layers=3, expert=8, experts=4, active=2))
+    mixed = mue.Mixed(32, blocks, head_dim=16)
+    first = mue.Dense(width=32, ffn=16, layers=4, head_dim=16)
+    rest = mue.MoE.parse("4e2a", width=32, expert=8, layers=4, head_dim=16)
+    assert mixed.layers == 4 and mixed.active_width == 16 and mixed.counts()["ffn_up"] == 1
+    assert 4 * mixed.parameters == first.parameters + 3 * rest.parameters
+    assert replace(mixed, blocks=(mue.Block(layers=1, ffn=8), blocks[1])).active_width is None
+
+
+@given(
+    st.sampled_from(
+        [
+            mue.Dense(width=64, ffn=96, layers=3, tied=True, output_multiplier=0.5),
+            mue.MoE.parse("8e2a2g1s", width=64, expert=24, layers=3, kv_heads=1),
+            mue.MoE(
+                width=64,
+                expert=24,
+                layers=3,
+                experts=8,
+                active=2,
+                gates="measured",
+                gate_moments=(0.5, 0.2),
+                normalize=False,
+            ),
+            mue.Mixed(64, (mue.Block(layers=1, ffn=16), mue.Block(layers=2, expert=8, experts=4, active=2))),
+        ]
+    )
+)
+def test_dictionaries_round_trip(shape: Any) -> None:
+    assert shape_from_dict(shape.to_dict()) == shape
+    assert shape_from_dict({**shape.to_dict(), "vocab": 999}) != shape
+    with pytest.raises(ValueError, match="unknown kind"):
+        shape_from_dict({**shape.to_dict(), "kind": "sparse"})
+
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"width": 0}, "width must be a whole number of at least 1"),
+    ({"width": -64}, "width must be"),
+    ({"width": 64.0}, "width must be"),
+    ({"width": True}, "width must be"),
+    ({"layers": 0}, "layers must be"),
+    ({"ffn": 0}, "ffn must be"),
+    ({"vocab": 0}, "vocab must be"),
+    ({"sequence": 0}, "sequence must be"),
+    ({"width": 100}, "width 100 is not divisible by head_dim 64"),
+    ({"heads": 5}, "width 128 is not divisible by 5 heads"),
+    ({"kv_heads": 3}, "3 kv_heads do not divide the 2 heads"),
+    ({"output_multiplier": 0.0}, "output_multiplier must be greater than 0"),
+    ({"output_multiplier": float("nan")}, "output_multiplier must be a finite number"),
+    ({"output_multiplier": float("inf")}, "output_multiplier must be a finite number"),
+    ({"gated": 1}, "gated must be true or false"),
+    ({"tied": "no"}, "tied must be true or false"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), BAD)
+def test_bad_dense(change: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"width": 128, "ffn": 256, "layers": 2}
+    mue.Dense(**good)
+    with pytest.raises(ValueError, match=message):
+        mue.Dense(**{**good, **change})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"router": "sigmod"}, "did you mean 'sigmoid'"),
+        ({"gates": "none"}, "gates must be 'unit-sum' or 'measured'"),
+        ({"router": "softmax", "normalize": False}, "sums to about a/N"),
+        ({"normalize": False}, 'need gates = "measured"'),
+        ({"gate_moments": (1, 1)}, 'only with gates = "measured"'),
+        ({"gates": "measured"}, "needs gate_moments"),
+        ({"gates": "measured", "gate_moments": (1.0,)}, "needs gate_moments"),
+        ({"gates": "measured", "gate_moments": (1.0, 0.1)}, r"E\[Σw²\] cannot be below"),
+        ({"gates": "measured", "gate_moments": (0.0, 0.1)}, "gate_moments must be greater than 0"),
+        ({"shared": 8}, "there are none"),
+        ({"expert": 0}, "expert must be"),
+        ({"groups": 0}, "groups must be"),
+        ({"experts": 0}, "experts must be"),
+    ],
+)
+def test_bad_moe(change: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"width": 128, "expert": 64, "layers": 2, "experts": 8, "active": 2}
+    mue.MoE(**good)
+    with pytest.raises(ValueError, match=message):
+        mue.MoE(**{**good, **change})
+
+
+def test_a_measured_softmax_is_allowed() -> None:
+    moe = mue.MoE(
+        width=64,
+        expert=8,
+        layers=1,
+        experts=8,
+        active=2,
+        router="softmax",
+        normalize=False,
+        gates="measured",
+        gate_moments=(0.25, 0.04),
+    )
+    assert moe.blocks[0].route_scale == pytest.approx(8.0)
+
+
+def test_blocks_are_dense_or_moe() -> None:
+    with pytest.raises(ValueError, match="not both"):
+        mue.Block(layers=1, ffn=8, experts=4, active=1, expert=8)
+    with pytest.raises(ValueError, match="needs ffn"):
+        mue.Block(layers=1)
+    with pytest.raises(ValueError, match="blocks is empty"):
+        mue.Mixed(64, ())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 0}, "lr must be greater than 0"),
+        ({"lr": float("nan")}, "lr must be a finite number"),
+        ({"lr": "1e-3"}, "lr must be a finite number"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        ({"init_std": 0}, "init_std must be greater than 0"),
+        ({"eps": 0}, "eps must be greater than 0"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
+        ({"betas": (0.9, 1.0)}, "beta2 must be at least 0 and below 1"),
+        ({"betas": (-0.1, 0.9)}, "beta1 must be at least 0"),
+        ({"clip": 0}, "clip must be greater than 0"),
+        ({"warmup": 1}, "warmup must be at least 0 and below 1"),
+        ({"floor": -1}, "floor must be at least 0"),
+        ({"balance": float("inf")}, "balance must be a finite number"),
+        ({"optimizer": "adam"}, "'adam' is not understood.*did you mean 'adamw'"),
+        ({"optimizer": "prodigy"}, "'prodigy' is not understood"),
+        ({"roles": {"embedding": {"rate": 1}}}, "unknown key 'rate' in tuned.roles.embedding"),
+        ({"roles": {"embedding": {"lr": 0}}}, "tuned.roles.embedding.lr must be greater than 0"),
+        ({"roles": {"embedding": 3}}, "must be a table"),
+    ],
+)
+def test_bad_tuned(change: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "init_std": 0.02}
+    mue.HParams(**good)
+    with pytest.raises(ValueError, match=message):
+        mue.HParams(**{**good, **change})
+
+
+def test_bad_training() -> None:
+    assert mue.Training(8, 100).tokens == 800
+    for bad in ((0, 1), (1, 0), (1.5, 10), (8, -1)):
+        with pytest.raises(ValueError, match="training"):
+            mue.Training(*bad)  # type: ignore[arg-type]
+
+
+def test_every_known_optimizer_is_accepted() -> None:
+    for optimizer in OPTIMIZERS:
+        assert mue.HParams(1e-3, 0.1, 0.02, optimizer=optimizer).optimizer == optimizer
