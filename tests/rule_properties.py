@@ -12,7 +12,7 @@ from typing import Any
 from hypothesis import strategies as st
 
 import mue
-from mue.rules.table import BUFFERS, ROLES, VECTORS
+from mue.rules.table import BUFFERS, ROLES, VECTORS, ZERO
 from mue.shapes import Transformer
 
 CLOSE = 1e-12
@@ -29,7 +29,9 @@ class Case:
 
 
 def plan(rule: str, base: Any, target: Case, tuned: mue.HParams = TUNED, **options: Any) -> mue.Plan:
-    """base → target; ``base`` is a :class:`Case` or a plan."""
+    """base → target; ``base`` is a :class:`Case` or a plan. A rule for one optimizer gets that optimizer."""
+    if mue.get_rule(rule).optimizer not in ("adam", "any"):
+        tuned = tuned.replace(optimizer=mue.get_rule(rule).optimizer)
     if isinstance(base, mue.Plan):
         return mue.transfer(base, target.shape, training=target.training, rule=rule, **options)
     return mue.transfer(
@@ -72,11 +74,11 @@ def same(one: mue.Plan, other: mue.Plan, tolerance: float = CLOSE, skip: tuple[s
 def identity(rule: str, case: Case) -> None:
     """1: a change of nothing has every factor exactly 1, A = A*; R is the target's own."""
     p = plan(rule, case, case)
-    for role in (r for r in ROLES if r in p.rule.rows and r not in BUFFERS):
-        for field in FIELDS:
+    for role, row in p.rule.rows.items():
+        for field in FIELDS if role not in BUFFERS else ():
             factor = getattr(p.roles[role].factor, field)
-            drawn_zero = field == "init_std" and p.roles[role].init == "zero"
-            assert factor == (0.0 if drawn_zero else 1.0), f"{role}.{field} × {factor}"
+            set_to_zero = getattr(row, field) == ZERO  # drawn at zero, or not decayed: nothing to scale
+            assert factor == (0.0 if set_to_zero else 1.0), f"{role}.{field} × {factor}"
     assert p.output_multiplier == case.shape.output_multiplier
     assert p.residual_multiplier == p.head_multiplier == 1
     assert p.betas == TUNED.betas
@@ -164,7 +166,7 @@ def constant_product(rule: str, base: Case, target: Case) -> None:
     """11: lr·wd of every decayed matrix is the base's times s², whatever the width, depth (α = 1) and experts."""
     p = plan(rule, base, target)
     s2 = base.training.steps / target.training.steps
-    for role in ROLES:
+    for role in p.rule.rows:
         if role in VECTORS or role in BUFFERS:
             continue
         v = p.roles[role].values
@@ -213,6 +215,7 @@ def cases(draw: st.DrawFn, rule: str, count: int) -> list[Case]:
             "tied": tied,
         }
         moe = "moe" not in fixed and (moe0 if "dense to moe" in fixed else draw(st.booleans()))
+        moe = moe or "ffn_down" not in the_rule.rows
         if not moe:
             ffn = per_width * width if "expansion" in fixed else draw(st.integers(1, 2000))
             ffn = h0 if "expert width" in fixed else per_width * width if "granularity" in fixed else ffn
@@ -220,11 +223,12 @@ def cases(draw: st.DrawFn, rule: str, count: int) -> list[Case]:
         else:
             scale = draw(st.integers(1, 8))
             N, a = share[1] * scale, share[0] * scale
-            if "sparsity" not in fixed:
-                N = N0 if "experts" in fixed else draw(st.integers(1, 64))
+            if "experts" in fixed or "active" in fixed:
+                N = N0 if "experts" in fixed else draw(st.integers(a0, a0 + 64))
                 a = a0 if "active" in fixed else draw(st.integers(1, N))
-            elif "experts" in fixed or "active" in fixed:
-                N, a = N0, a0
+            elif "sparsity" not in fixed:
+                N = draw(st.integers(1, 64))
+                a = draw(st.integers(1, N))
             h = draw(st.integers(1, 600))
             h = h0 if "expert width" in fixed else per_width * width if "granularity" in fixed else h
             shared = draw(st.integers(0, 2)) if shared_known else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
@@ -164,7 +165,7 @@ def test_init_scale_is_constant(rule: str, data: st.DataObject, star: float) -> 
 
 # ---- batch, duration, weight decay -----------------------------------------------------------------------------------
 
-TIMED = ["complete-mue"]
+TIMED = ["complete-mue", "complete-mue-paper", "complete-d-p"]
 
 
 @pytest.mark.parametrize("rule", TIMED)
@@ -195,18 +196,149 @@ def test_the_three_scenarios(
     assert p.drift["sigma0_other"] == pytest.approx(sigma, rel=1e-12)
 
 
+PRODUCT = [
+    "complete-mue",
+    "complete-d-p",
+    "completep",
+    "mup",
+    "u-mup",
+    "jiang",
+    "mssp-fixed-experts",
+    "mssp-bottleneck",
+    "mssp-all-scaling",
+]
+
+
+@pytest.mark.parametrize("rule", PRODUCT)
 @quick
 @given(data=st.data())
-def test_constant_product(data: st.DataObject) -> None:
-    properties.constant_product("complete-mue", *data.draw(cases("complete-mue", 2)))
+def test_constant_product(rule: str, data: st.DataObject) -> None:
+    properties.constant_product(rule, *data.draw(cases(rule, 2)))
 
 
 def test_the_published_table_has_no_constant_product() -> None:
     """W2, the documented difference: there lr·wd of a hidden matrix falls with the width."""
-    with pytest.raises(AssertionError, match="attention_q"):
-        properties.constant_product("complete-mue-paper", DENSE, WIDE)
     v = plan("complete-mue-paper", DENSE, Case(WIDE.shape, RUN)).roles["expert_up"].values
     assert v.lr * v.weight_decay == pytest.approx(1e-3 * 0.1 / 4)  # type: ignore[operator]
+
+
+# ---- what a rule does not preserve, with an example ------------------------------------------------------------------
+
+MOE = Case(mue.MoE.parse("16e4a", width=128, expert=64, layers=4), RUN)
+FINE = Case(mue.MoE.parse("32e8a", width=128, expert=32, layers=4), RUN)
+LARGE = Case(mue.MoE.parse("32e4a", width=128, expert=64, layers=4), RUN)
+WIDER = Case(mue.Dense(width=256, ffn=512, layers=4), RUN)
+LONGER = Case(DENSE.shape, LONG)
+CLAIMS: dict[str, list[str]] = {
+    "capacity": [*OURS, "malasnicki", "hidden-ratio-only", "standard"],
+    "granularity": OURS,
+    "sde": TIMED,
+    "constant product": [*PRODUCT, "standard"],
+}
+# (property, rule) → an example on which it fails, and the reason. Rules that refuse the change need none.
+COUNTEREXAMPLES: dict[tuple[str, str], tuple[Callable[[str], None], str]] = {
+    ("granularity", "jiang"): (
+        lambda r: properties.granularity(r, MOE, MOE, FINE, 2),
+        "std and rate of the down projection go as 1/h, and R stays 1: the folded form of what Complete-muE does with R",
+    ),
+    ("granularity", "mssp-all-scaling"): (
+        lambda r: properties.granularity(r, MOE, MOE, FINE, 2),
+        "its tables know M and N_e apart",
+    ),
+    ("granularity", "hidden-ratio-only"): (
+        lambda r: properties.granularity(r, MOE, MOE, FINE, 2),
+        "no route scale: the mean over more, smaller experts shrinks by 1/k",
+    ),
+    ("granularity", "standard"): (
+        lambda r: properties.granularity(r, MOE, MOE, FINE, 2),
+        "no route scale: the mean over more, smaller experts shrinks by 1/k",
+    ),
+    ("sde", "hidden-ratio-only"): (lambda r: properties.sde(r, DENSE, LONGER), "it has no batch and no duration"),
+    ("sde", "standard"): (lambda r: properties.sde(r, DENSE, LONGER), "it has no batch and no duration"),
+    ("sde", "hyperp"): (lambda r: properties.sde(r, DENSE, LONGER), "measured exponents, weight decay 0"),
+    ("constant product", "complete-mue-paper"): (
+        lambda r: properties.constant_product(r, DENSE, WIDE),
+        "W2: weight decay is left out of the width rule",
+    ),
+    ("constant product", "hidden-ratio-only"): (
+        lambda r: properties.constant_product(r, DENSE, WIDER),
+        "weight decay is not compensated, though wd_mult exists",
+    ),
+    ("constant product", "malasnicki"): (
+        lambda r: properties.constant_product(r, DENSE, WIDER),
+        "no weight decay is given, so it stays as tuned",
+    ),
+    ("constant product", "hyperp"): (lambda r: properties.constant_product(r, DENSE, LONGER), "weight decay is 0"),
+}
+REFUSED_AXIS = {
+    "capacity": "sparsity experts moe",
+    "granularity": "granularity moe experts active sparsity 'expert width'",
+    "sde": "batch",
+    "constant product": "",
+}
+
+
+@pytest.mark.parametrize("prop", list(CLAIMS))
+@pytest.mark.parametrize("rule", list(mue.RULES))
+def test_every_rule_claims_refuses_or_fails_with_an_example(rule: str, prop: str) -> None:
+    example = COUNTEREXAMPLES.get((prop, rule))
+    if example is not None:
+        assert rule not in CLAIMS[prop]
+        with pytest.raises(AssertionError):
+            example[0](rule)
+        return
+    refuses = mue.get_rule(rule).refuses
+    if rule not in CLAIMS[prop]:
+        assert any(axis in REFUSED_AXIS[prop] for axis in refuses), f"{rule}: {prop} is neither claimed nor refused"
+    elif prop == "capacity":
+        properties.capacity(rule, MOE, MOE, LARGE)
+
+
+PAIRS: dict[str, list[tuple[Case, Case]]] = {
+    "width": [(DENSE, WIDER)],
+    "depth": [(c, Case(replace(c.shape, layers=9), RUN)) for c in (DENSE, MOE)],
+    "expansion": [(DENSE, Case(mue.Dense(width=128, ffn=512, layers=4), RUN))],
+    "moe": [(DENSE, MOE)],
+    "dense to moe": [(DENSE, MOE)],
+    "experts": [(MOE, LARGE)],
+    "active": [(MOE, Case(mue.MoE.parse("16e8a", width=128, expert=64, layers=4), RUN))],
+    "sparsity": [(MOE, LARGE)],
+    "expert width": [(MOE, Case(mue.MoE.parse("16e4a", width=128, expert=32, layers=4), RUN))],
+    "granularity": [(MOE, Case(mue.MoE.parse("16e4a", width=128, expert=32, layers=4), RUN))],
+    "gates": [(MOE, Case(replace(MOE.shape, gates="measured", gate_moments=(0.9, 0.5)), RUN))],
+    "batch": [(c, Case(c.shape, mue.Training(RUN.batch * 2, RUN.steps))) for c in (DENSE, MOE)],
+    "duration": [(c, Case(c.shape, mue.Training(RUN.batch, RUN.steps * 2))) for c in (DENSE, MOE)],
+    "tied": [(c, Case(replace(c.shape, tied=True), RUN)) for c in (DENSE, MOE)],
+}
+REFUSALS = [(rule, axis) for rule in mue.RULES for axis in mue.get_rule(rule).refuses]
+
+
+@pytest.mark.parametrize(("rule", "axis"), REFUSALS)
+def test_an_axis_without_an_answer_is_refused_with_its_reason(rule: str, axis: str) -> None:
+    dense = "ffn_down" in mue.get_rule(rule).rows
+    base, target = next(
+        pair for pair in PAIRS[axis] if dense or axis == "dense to moe" or pair[0].shape.blocks[0].is_moe
+    )
+    if dense or axis != "dense to moe":
+        plan(rule, base, base)
+    with pytest.raises(ValueError, match=re.escape(mue.get_rule(rule).refuses[axis])) as error:
+        plan(rule, base, target)
+    assert f"rule '{rule}' cannot plan" in str(error.value)
+
+
+@pytest.mark.parametrize("rule", ["malasnicki", "jiang", "mssp-bottleneck"])
+def test_a_role_without_a_row_is_refused(rule: str) -> None:
+    shared = Case(mue.MoE.parse("16e4a1s", width=128, expert=64, layers=4), RUN)
+    with pytest.raises(ValueError, match="says nothing about shared up"):
+        plan(rule, MOE, shared)
+
+
+def test_cells_the_source_does_not_give_are_marked_and_left_alone() -> None:
+    p = plan("malasnicki", MOE, Case(mue.MoE.parse("16e4a", width=256, expert=128, layers=4), RUN))
+    up = p.roles["expert_up"]
+    assert up.formula["weight_decay"] == up.formula["eps"] == "?" and up.factor.weight_decay == 1
+    assert any("gives no weight decay for" in note and "expert_up" in note for note in p.notes)
+    assert "?" in str(p) and "?" not in str(plan("complete-mue", DENSE, WIDE))
 
 
 @pytest.mark.parametrize("rule", OURS)

@@ -66,7 +66,7 @@ class Inputs:
     rule: str
     convention: Convention
     depth_exponent: str | None
-    options: Mapping[str, str | bool] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -426,7 +426,7 @@ class MoE(Transformer):
     @classmethod
     def parse(cls, notation: str, **numbers: Any) -> MoE:
         """``MoE.parse("128e8a1s", width=1024, expert=1024, layers=8)``; ``ValueError`` names what cannot be read."""
-        return cls(**parse_notation(notation), **numbers)
+        return cls(**{**parse_notation(notation), **numbers})
 
     @property
     def blocks(self) -> tuple[Block, ...]:
