@@ -113,7 +113,9 @@ def sweep_from(data: Mapping[str, Any], folder: Path) -> SweepSpec:
             raise ValueError(f"a sweep file needs a [{name}] table")
     check_keys(table, _SWEEP, "[sweep]")
     if "convention" in base:
-        raise ValueError("[base.convention] describes a base tuned elsewhere; a sweep trains the lab's own: leave it out")
+        raise ValueError(
+            "[base.convention] describes a base tuned elsewhere; a sweep trains the lab's own: leave it out"
+        )
     training = training_from(base, "base")
     if training is None:
         raise ValueError("a sweep needs [base.training] with batch (tokens per step) and steps")

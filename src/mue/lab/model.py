@@ -81,7 +81,7 @@ def rotary_table(length: int, head_dim: int, base: float = 10_000.0) -> Tensor:
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """RoPE on neighbouring pairs of the last axis of (B, T, H, E): one complex product; fp32 or better."""
     dtype = torch.promote_types(x.dtype, turn.dtype)
-    pairs = torch.view_as_complex(x.to(dtype).unflatten(-1, (-1, 2)))
+    pairs = torch.view_as_complex(x.to(dtype).reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * torch.view_as_complex(turn.to(dtype))).flatten(-2).to(x.dtype)
 
 
@@ -119,7 +119,9 @@ class FeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """x + l^-α·attention(norm x), then x + l^-α·feed-forward(norm x)."""
 
-    def __init__(self, shape: Transformer, block: Block, multipliers: Multipliers, layer: int, balance: Balance) -> None:
+    def __init__(
+        self, shape: Transformer, block: Block, multipliers: Multipliers, layer: int, balance: Balance
+    ) -> None:
         super().__init__()
         A = multipliers.output[layer] if multipliers.output else 1.0
         R = multipliers.route[layer] if multipliers.route else 1.0

@@ -22,7 +22,7 @@ Event = Callable[[str, int, float], None]
 """Called with (run key, step, loss) as runs advance."""
 
 
-class Failed(RuntimeError):
+class FailedError(RuntimeError):
     """A run ended in an error that is ours, not the user's."""
 
 
@@ -40,7 +40,7 @@ def run_all(
     Runs with the same key are trained once. Results appear in ``on_done`` as they come, known ones first.
 
     Raises:
-        ValueError, OSError: what a run said of its input or of the disk. Failed: an error of ours, with its text.
+        ValueError, OSError: what a run said of its input or of the disk. FailedError: an error of ours, with its text.
     """
     results: dict[str, dict[str, Any]] = {}
     todo: dict[str, Run] = {}
@@ -109,7 +109,9 @@ class _Pool:
                 continue  # a worker that ended after its last job
             run = busy[index]
             if message is None:
-                raise Failed(f"the worker training run {run.key} ended (exit code {self.workers[index].wait()}); run it again to go on")
+                raise FailedError(
+                    f"the worker training run {run.key} ended (exit code {self.workers[index].wait()}); run it again to go on"
+                )
             if "error" in message:
                 _raise(message)
             if "step" in message:
@@ -148,4 +150,4 @@ class _Pool:
 def _raise(message: dict[str, Any]) -> None:
     if message["kind"] == "user":
         raise (OSError if message["type"] == "OSError" else ValueError)(message["error"])
-    raise Failed(f"{message['type']}: {message['error']}")
+    raise FailedError(f"{message['type']}: {message['error']}")

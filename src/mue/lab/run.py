@@ -118,7 +118,7 @@ class Run:
         return cls(Inputs.from_dict(data["plan"]).plan(), Settings(**data["settings"]), data["data"])
 
 
-class Busy(RuntimeError):
+class BusyError(RuntimeError):
     """Another process is training this run right now."""
 
 
@@ -153,12 +153,12 @@ class Store:
 
     @contextmanager
     def locked(self, key: str) -> Iterator[Path]:
-        """The run's folder, held by this process alone; the lock dies with the process. Raises :class:`Busy`."""
+        """The run's folder, held by this process alone; the lock dies with the process. Raises :class:`BusyError`."""
         folder = self.folder(key)
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / "lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
-                raise Busy(f"run {key} is being trained by another process") from None
+                raise BusyError(f"run {key} is being trained by another process") from None
             yield folder

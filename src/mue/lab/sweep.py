@@ -70,6 +70,19 @@ def sweep_run(spec: SweepSpec, values: Values, seed: int, data: dict[str, Any]) 
     return Run(plan, replace(spec.settings, seed=seed), data)
 
 
+def sweep_runs(spec: SweepSpec, data: dict[str, Any]) -> list[Run]:
+    """Every run of a grid, in the order they are started; of a sampler's search, none before it proposes them."""
+    return [sweep_run(spec, values, seed, data) for values, seed in grid_points(spec.grid)]
+
+
+def grid_points(grid: Grid) -> list[tuple[Values, int]]:
+    """(values, seed) of every combination; empty where a sampler proposes instead."""
+    if grid.sampler != "grid":
+        return []
+    points = itertools.product(grid.init_std, grid.weight_decay, grid.lr, grid.seeds)
+    return [({"lr": lr, "weight_decay": wd, "init_std": std}, seed) for std, wd, lr, seed in points]
+
+
 def identity(spec: SweepSpec, data_hash: str) -> dict[str, Any]:
     """What must not change under a sweep's folder: all but the grid and the seeds."""
     from dataclasses import asdict
@@ -109,7 +122,7 @@ def run_sweep(
     """Run what is missing of the sweep and fit it; the result is also written to ``out/result.json``.
 
     Raises:
-        ValueError: the folder belongs to another experiment; every run diverged. mue.lab.run.Busy: it is being swept.
+        ValueError: the folder belongs to another experiment; every run diverged. mue.lab.run.BusyError: it is being swept.
     """
     data = described(spec.source, corpus)
     store = open_store(out, spec, corpus.hash)
@@ -146,8 +159,7 @@ def run_sweep(
 def _batches(grid: Grid, index: _Index, workers: int) -> Any:
     """Lists of (values, seed) to run together: the whole grid, or a sampler's proposals as it learns."""
     if grid.sampler == "grid":
-        points = itertools.product(grid.init_std, grid.weight_decay, grid.lr, grid.seeds)
-        yield [({"lr": lr, "weight_decay": wd, "init_std": std}, seed) for std, wd, lr, seed in points]
+        yield grid_points(grid)
         return
     yield [(values, seed) for values, seed in index.known()]
     while (left := (grid.trials or 0) - len(index.known())) > 0:

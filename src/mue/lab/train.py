@@ -62,7 +62,7 @@ def train(
         checkpoint_seconds: time between checkpoints. keep_weights: leave ``model.safetensors`` in the run's folder.
 
     Raises:
-        mue.lab.run.Busy: another process trains it. ValueError: the folder holds a checkpoint of something else.
+        mue.lab.run.BusyError: another process trains it. ValueError: the folder holds a checkpoint of something else.
         OSError: the disk is full; the last good checkpoint stays.
     """
     done = store.result(run.key)
@@ -70,7 +70,9 @@ def train(
         return done
     with store.locked(run.key) as folder:
         done = store.result(run.key)  # another process may have finished it while we waited
-        return done if done is not None else _Trainer(run, folder, corpus).run(progress, checkpoint_seconds, keep_weights)
+        return (
+            done if done is not None else _Trainer(run, folder, corpus).run(progress, checkpoint_seconds, keep_weights)
+        )
 
 
 class _Trainer:
@@ -82,7 +84,9 @@ class _Trainer:
         self.key, self.steps, self.tuned = run.key, run.plan.training.steps, run.plan.tuned
         shape = run.plan.target
         if corpus.vocab > shape.vocab:
-            raise ValueError(f"the data has {corpus.vocab} tokens, the model a vocabulary of {shape.vocab}: raise vocab")
+            raise ValueError(
+                f"the data has {corpus.vocab} tokens, the model a vocabulary of {shape.vocab}: raise vocab"
+            )
         self.batch = run.plan.training.batch
         sequences = self.batch // shape.sequence
         self.batches = Batches(corpus, "train", shape.sequence, sequences, self.settings.seed)

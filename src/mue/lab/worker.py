@@ -51,7 +51,9 @@ def _serve(job: dict[str, Any], corpus: Any, out: TextIO) -> None:
     torch.set_num_threads(job["threads"])
     run = Run.from_dict(job["run"])
     if corpus.hash != run.data["hash"]:
-        raise ValueError(f"the text changed: the run was planned on {run.data['hash'][:12]}, it is now {corpus.hash[:12]}")
+        raise ValueError(
+            f"the text changed: the run was planned on {run.data['hash'][:12]}, it is now {corpus.hash[:12]}"
+        )
     result = train(
         run,
         Store(Path(job["store"])),

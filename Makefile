@@ -1,0 +1,43 @@
+# Each target sets up what it needs by itself in .venv; nothing has to be installed before but git, make and Python.
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3 python; do command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
+# One thread for each test process: tests are many and small.
+TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
+
+.PHONY: demo test slow check clean
+
+demo: $(VENV)/.lab
+	$(BIN)/mue demo
+
+test: $(VENV)/.dev
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto
+
+slow: $(VENV)/.dev
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto -m slow --timeout 1800
+
+check: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@test -n "$(PYTHON)" || { echo "mue needs Python 3.11 or newer; none was found (set PYTHON=/path/to/python)"; exit 1; }
+	@echo "setting up $(VENV) (PyTorch is a large download; only the first time)"
+	$(PYTHON) -m venv $(VENV)
+
+# torch first and alone: pip then takes the pinned build and not whatever another package would pull in.
+$(VENV)/.lab: pyproject.toml constraints.txt | $(BIN)/python
+	$(PIP) torch
+	$(PIP) -e '.[lab]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.lab
+	$(PIP) -e '.[lab,dev]'
+	$(PIP) --no-deps mup  # an oracle of the tests; its own requirements would bring torchvision and another torch
+	@touch $@

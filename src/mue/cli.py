@@ -1,0 +1,255 @@
+"""The command line: parses, calls, prints. Every command's ``--help`` teaches it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError:  # pragma: no cover - the message is the point
+    sys.exit("the mue command needs the lab extra: pip install 'mue[lab]'")
+
+from mue.config import plan_inputs, read_toml
+from mue.plan import Plan
+from mue.rules import RULES
+
+app = typer.Typer(
+    name="mue",
+    help="Tune one small dense transformer, train any Mixture-of-Experts with the hyperparameters that follow from it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for runs and results; rerun with the same to go on.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", "-w", min=1, help="Training processes at once [default: one per core].")
+]
+Tuned = Annotated[Path | None, typer.Option("--tuned", help="Read the tuned values from this finished sweep's folder.")]
+File = Annotated[Path, typer.Argument(help="A TOML file; see the example below.", show_default=False)]
+
+
+@app.command()
+def demo(out: Out = Path("runs/demo"), workers: Workers = None) -> None:
+    """Run the whole idea on real text in a few minutes, and write a report.
+
+    Sweeps lr × weight decay × init std of a small dense transformer on the Python standard library's own source,
+    transfers to a 16e4a1s MoE of twice the width, trains it with those values, and sweeps the learning-rate multiplier
+    to show where the MoE's own valley lies. Interrupt it at any time: the next start goes on.
+    """
+    from mue.lab.demo import demo as run
+
+    run(out, Console(), workers=workers)
+
+
+@app.command()
+def plan(
+    file: File,
+    json_: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, full precision.")] = False,
+    sources: Annotated[bool, typer.Option("--sources", help="Show where each row comes from.")] = False,
+    tuned: Tuned = None,
+    rule: Annotated[str | None, typer.Option(help=f"Override the file's rule: {', '.join(RULES)}.")] = None,
+    save: Annotated[Path | None, typer.Option(help="Also save the plan as JSON here (mue.Plan.load reads it).")] = None,
+) -> None:
+    """Print every hyperparameter of the target, role by role.
+
+    \b
+    [bold]Example[/] (leave out both training tables for no change of batch or duration):
+      \\[base]               # the dense model you tuned
+      width = 128
+      ffn = 128
+      layers = 8
+      \\[base.training]
+      batch = 524288        # tokens per step
+      steps = 25000
+      \\[tuned]
+      lr = 1e-3
+      weight_decay = 0.1
+      init_std = 0.01
+      \\[target]             # the MoE you want: 128 experts, 8 active, 1 shared
+      moe = "128e8a1s"
+      width = 1024
+      expert = 1024
+      layers = 8
+      \\[target.training]
+      batch = 524288
+      steps = 100000
+    """
+    from mue.lab.tables import plan_table
+
+    data = {k: v for k, v in read_toml(file).items() if k not in ("data", "run", "sweep")}
+    if rule is not None:
+        data["rule"] = rule
+    made: Plan = plan_inputs(_tuned_table(data, tuned), _tuned_values(tuned)).plan()
+    if save is not None:
+        made.save(save)
+    if json_:
+        print(json.dumps(made.to_dict(), indent=1, ensure_ascii=False))
+    else:
+        Console().print(plan_table(made, sources=sources))
+
+
+@app.command()
+def sweep(file: File, out: Out = Path("runs/sweep"), workers: Workers = None) -> None:
+    """Sweep lr × weight decay × init std of the base, fit the valley, and write a report.
+
+    Finished runs are never run again: interrupt it, kill it, widen the grid, and start it again with the same --out.
+
+    \b
+    [bold]Example[/]
+      \\[base]
+      width = 64
+      ffn = 64
+      layers = 3
+      head_dim = 32
+      sequence = 128
+      \\[base.training]
+      batch = 1024          # tokens per step
+      steps = 150
+      \\[data]
+      source = "texts/"     # text, JSONL, Parquet, .bin, a folder, or "stdlib"
+      \\[sweep]
+      lr = \\[0.001, 0.002, 0.004, 0.008]
+      weight_decay = \\[0.1]
+      init_std = \\[0.05, 0.1]
+    """
+    from mue.lab.data import Corpus
+    from mue.lab.experiment import described, open_corpus, sweep_from
+    from mue.lab.progress import RunProgress
+    from mue.lab.report import sweep_report
+    from mue.lab.run import Run
+    from mue.lab.sweep import run_sweep, sweep_runs
+
+    console = Console()
+    spec = sweep_from(read_toml(file), file.parent)
+    corpus: Corpus = open_corpus(spec.source)
+    _say_data(console, corpus)
+
+    def label(run: Run) -> str:
+        t = run.plan.tuned
+        return f"lr {t.lr:<9.3g} wd {t.weight_decay:<6g} std {t.init_std:<6g} seed {run.settings.seed}"
+
+    with RunProgress(console, "sweep", sweep_runs(spec, described(spec.source, corpus)), label) as progress:
+        swept = run_sweep(spec, out, corpus, workers=workers, on_event=progress.event, on_done=progress.done)
+    console.print(f"[bold]{swept.verdict}[/]", highlight=False)
+    console.print(
+        f"tuned: lr {swept.tuned.lr:.4g}, weight decay {swept.tuned.weight_decay:g}, init std {swept.tuned.init_std:g}"
+    )
+    console.print(f"report: {sweep_report(out)}\nuse it: mue plan FILE.toml --tuned {out}")
+
+
+@app.command()
+def train(file: File, out: Out = Path("runs/train"), tuned: Tuned = None) -> None:
+    """Train the file's target (or its base, if it has no target) with the planned values.
+
+    The file is a plan file with a [bold]\\[data][/] table (see mue sweep --help) and optionally
+    [bold]\\[run][/]: seed, schedule = "wsd" | "cosine", decay, precision = "fp32" | "bf16", balance = "bias" | "loss",
+    eval_every, eval_sequences, log_every. Weights, metrics and a report land in OUT/runs/HASH; a run that was
+    interrupted goes on exactly where its last checkpoint stands.
+    """
+    from mue.lab.data import Corpus
+    from mue.lab.experiment import PLAN_TABLES, data_source, described, open_corpus, settings_from, train_plan
+    from mue.lab.progress import RunProgress
+    from mue.lab.report import run_report
+    from mue.lab.run import Run, Store
+    from mue.lab.train import train as run_training
+
+    console = Console()
+    data = _tuned_table(read_toml(file), tuned)
+    from mue.config import check_keys
+
+    check_keys(data, (*PLAN_TABLES, "data", "run", "sweep"), "the file's top level")
+    made = train_plan(data, _tuned_values(tuned))
+    source, settings = data_source(data, file.parent), settings_from(data)
+    corpus: Corpus = open_corpus(source)
+    _say_data(console, corpus)
+    run = Run(made, settings, described(source, corpus))
+    store = Store(out)
+    console.print(f"run {run.key}, plan {made.hash}: {made.target.name}, {made.target.parameters:,} parameters")
+    with RunProgress(console, "train", [run], lambda r: r.plan.target.name) as progress:
+        result = run_training(
+            run, store, corpus, progress=lambda step, loss: progress.event(run.key, step, loss), keep_weights=True
+        )
+        progress.done(run, result)
+    made.save(store.folder(run.key) / "plan.json")
+    console.print(f"report: {run_report(store.folder(run.key))}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="Folder of a demo, a sweep or a training run.")]) -> None:
+    """Write the report of a finished sweep or run again, from what is on disk."""
+    from mue.lab.report import run_report, sweep_report
+
+    if (folder / "sweep.json").exists() and (folder / "demo.json").exists():
+        from mue.lab.demo import demo as run
+
+        path = run(folder, Console())
+    elif (folder / "result.json").exists() and (folder / "sweep.json").exists():
+        path = sweep_report(folder)
+    elif (folder / "config.json").exists():
+        path = run_report(folder)
+    else:
+        raise ValueError(
+            f"{folder} is neither a finished sweep nor a run: expected sweep.json and result.json, or config.json"
+        )
+    Console().print(f"report: {path}")
+
+
+def _tuned_values(folder: Path | None) -> Any:
+    if folder is None:
+        return None
+    from mue.lab.sweep import tuned_of
+
+    values, edge = tuned_of(folder)
+    if edge:
+        print(
+            f"note: this sweep's best lr is at the {edge} edge of its grid: widen it before you trust it",
+            file=sys.stderr,
+        )
+    return values
+
+
+def _tuned_table(data: dict[str, Any], folder: Path | None) -> dict[str, Any]:
+    """With ``--tuned`` the file's [tuned] may hold what no sweep looks for; the sweep's own values already include it."""
+    if folder is not None and "tuned" in data:
+        swept = [k for k in ("lr", "weight_decay", "init_std") if k in data["tuned"]]
+        if swept:
+            raise ValueError(f"the file's [tuned] has {swept[0]} and --tuned is given: use one of them")
+        return {k: v for k, v in data.items() if k != "tuned"}
+    return data
+
+
+def _say_data(console: Console, corpus: Any) -> None:
+    skipped = ", ".join(f"{n} {why}" for why, n in corpus.skipped.items())
+    console.print(
+        f"data: {corpus.files} files, {corpus.bytes / 1e6:.1f} MB, {corpus.tokens:,} tokens of {corpus.vocab}, sha256 {corpus.hash[:16]}"
+        + (f" (left out: {skipped})" if skipped else ""),
+        highlight=False,
+    )
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    Console(stderr=True).print(f"[red]error:[/] {message}", highlight=False, markup=True, soft_wrap=True)
+    sys.exit(code)
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one clear line and exit code 2."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        _fail("interrupted; start the same command again to go on", 130)
+    except (ValueError, OSError) as error:
+        from rich.markup import escape
+
+        _fail(escape(str(error)), 2)
+    except RuntimeError as error:
+        if type(error).__module__.startswith("mue."):
+            from rich.markup import escape
+
+            _fail(escape(str(error)), 1)
+        raise

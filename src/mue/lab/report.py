@@ -1,0 +1,242 @@
+"""Reports: one self-contained HTML file and the same pictures as PNG, from what is on disk."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from mue.files import write_atomic, write_text
+from mue.lab import plots
+from mue.lab.run import Run, Store
+from mue.lab.sweep import valley_dict
+from mue.lab.valley import Point, Valley, fit_valley
+from mue.plan import Plan
+from mue.words import number
+
+
+@dataclass
+class Section:
+    """One part of a report: texts, a picture, facts, a table; any of them may be missing."""
+
+    id: str
+    title: str
+    texts: list[dict[str, Any]] = field(default_factory=list)
+    figure: Figure | None = None
+    caption: str = ""
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    wrap: tuple[int, ...] = ()
+    fold: str = ""
+
+
+def text(words: str, *, warn: bool = False) -> dict[str, Any]:
+    """A paragraph, set apart where it warns."""
+    return {"text": words, "warn": warn}
+
+
+def write_report(
+    folder: Path, title: str, lead: str, sections: Sequence[Section], cards: Sequence[tuple[str, str]] = ()
+) -> Path:
+    """Write ``folder/report.html`` and ``folder/<section>.png`` for each picture, each file atomically."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    rendered = []
+    for section in sections:
+        svg = ""
+        if section.figure is not None:
+            svg = _svg(section.figure)
+            write_atomic(folder / f"{section.id}.png", partial(section.figure.savefig, dpi=160, format="png"))
+        table = {"header": section.header, "rows": section.rows, "wrap": section.wrap} if section.rows else None
+        rendered.append({**vars(section), "svg": svg, "table": table})
+    environment = Environment(
+        loader=PackageLoader("mue.lab"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("report.html").render(
+        title=title, lead=lead, sections=rendered, cards=[{"value": v, "label": k} for k, v in cards]
+    )
+    path = folder / "report.html"
+    write_text(path, html)
+    return path
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue().partition("<svg")[1] + buffer.getvalue().partition("<svg")[2]
+
+
+# ---- sections -------------------------------------------------------------------------------------------------------
+
+
+def valley_of(points: Sequence[tuple[float, float | None]]) -> Valley | None:
+    """The fit of a curve with one run at each place; None where every run diverged."""
+    try:
+        return fit_valley([Point(x, math.inf if y is None else y) for x, y in points])
+    except ValueError:
+        return None
+
+
+def sweep_section(result: Mapping[str, Any]) -> Section:
+    """The sweep's valleys, from its ``result.json``."""
+    cells = []
+    for cell in result["cells"]:
+        points = [(math.log2(p["lr"]), p["loss"]) for p in cell["points"]]
+        label = f"wd {cell['weight_decay']:g}, std {cell['init_std']:g}"
+        fitted = [
+            Point(math.log2(p["lr"]), math.inf if p["loss"] is None else p["loss"], p["seed"]) for p in cell["points"]
+        ]
+        finite = any(p["loss"] is not None for p in cell["points"])
+        cells.append({"label": label, "points": points, "valley": fit_valley(fitted) if finite else None})
+    tuned = result["tuned"]
+    best = next(
+        i
+        for i, c in enumerate(result["cells"])
+        if c["weight_decay"] == tuned["weight_decay"] and c["init_std"] == tuned["init_std"]
+    )
+    shape = result["identity"]["base"]
+    training = result["identity"]["training"]
+    rows = [
+        [
+            f"{p['lr']:.3g}",
+            f"{c['weight_decay']:g}",
+            f"{c['init_std']:g}",
+            str(p["seed"]),
+            "diverged" if p["loss"] is None else f"{p['loss']:.4f}",
+        ]
+        for c in result["cells"]
+        for p in c["points"]
+    ]
+    return Section(
+        id="sweep",
+        title="The one sweep, on the dense base",
+        texts=[
+            text(
+                f"{result['runs']} runs of a dense transformer (width {shape['width']}, ffn {shape.get('ffn')}, {shape['layers']} layers),"
+                f" {training['steps']} steps of {training['batch']:,} tokens each; {result['diverged']} diverged."
+            ),
+            text(result["verdict"] + ".", warn=result["edge"] is not None),
+        ],
+        figure=plots.sweep_figure(cells, best),
+        caption="Points are runs, lines the fitted valleys, ▼ the fitted minima. ▲ marks runs above the picture, × diverged ones.",
+        header=["lr", "weight decay", "init std", "seed", "validation loss"],
+        rows=rows,
+        fold="every run",
+    )
+
+
+def plan_section(plan: Plan) -> Section:
+    """The plan: header, picture and the full table with sources."""
+    header, rows = plan.table()
+    return Section(
+        id="plan",
+        title="The plan: every parameter of the target",
+        facts=plan.header(),
+        figure=plots.plan_figure(plan),
+        header=header,
+        rows=rows,
+        wrap=(len(header) - 1,),
+        fold="the same table as text, with the source of every row",
+    )
+
+
+def runs_section(named: Sequence[tuple[str, Run, Mapping[str, Any]]], facts: Sequence[tuple[str, str]]) -> Section:
+    """What was run and with which hashes."""
+    rows = []
+    for name, run, result in named:
+        held = result["val_loss"]
+        rows.append(
+            [
+                name,
+                result["name"],
+                f"{result['parameters']:,}",
+                f"{result['active_parameters']:,}",
+                f"{result['tokens']:,}",
+                "diverged" if held is None else f"{held:.4f}",
+                f"{result['seconds']:.1f}",
+                run.key,
+                run.plan.hash,
+            ]
+        )
+    header = ["run", "model", "parameters", "active", "tokens", "validation loss", "seconds", "run hash", "plan hash"]
+    return Section(id="runs", title="What was run", facts=list(facts), header=header, rows=rows)
+
+
+def run_report(folder: Path) -> Path:
+    """The report of one training run, from its folder."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    run = Run.from_dict({k: config[k] for k in ("plan", "settings", "data")})
+    store = Store(folder.parent.parent)
+    result = store.result(run.key)
+    if result is None:
+        raise ValueError(f"{folder} has no result yet: train it to its end first")
+    metrics = store.metrics(run.key)
+    curve = {
+        "label": result["name"],
+        "color": plots.MUE,
+        "metrics": metrics,
+        "flops_per_token": result["flops_per_token"],
+    }
+    sections = [Section(id="loss", title="Loss", figure=plots.loss_figure([curve]))]
+    sections += load_sections(run, metrics)
+    sections += [plan_section(run.plan), runs_section([("run", run, result)], [("data", run.data["hash"])])]
+    held = result["val_loss"]
+    lead = f"validation loss {number(held)} after {result['tokens']:,} tokens" if held is not None else "diverged"
+    return write_report(folder, f"Training {result['name']}", lead, sections)
+
+
+def load_sections(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """Expert load over time, where there are experts."""
+    experts = {b.experts for b in run.plan.target.blocks if b.experts}
+    if len(experts) != 1 or not any(row.get("load") for row in metrics):
+        return []
+    share = run.plan.target.blocks[-1].share
+    N = experts.pop()
+    last = [row for row in metrics if row.get("load")][-1]["load"]
+    worst = max(max(layer) * N for layer in last)
+    return [
+        Section(
+            id="load",
+            title="Expert load over time",
+            texts=[
+                text(
+                    f"Each token uses {share:.0%} of the experts. At the end the busiest expert has {worst:.2f} times its fair share."
+                )
+            ],
+            figure=plots.load_figure(metrics, N),
+            caption="White: a fair share of the tokens; orange: more; purple: less. The balance bias moves only the selection.",
+        )
+    ]
+
+
+def sweep_report(folder: Path) -> Path:
+    """The report of a sweep, from its folder."""
+    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return write_report(folder, "Sweep of the dense base", result["verdict"], [sweep_section(result)])
+
+
+def check_entry(points: Sequence[tuple[float, float | None]]) -> dict[str, Any]:
+    """A valley check for JSON: losses by multiplier, the fit, and what transferring (multiplier 1) gives away."""
+    valley = valley_of(points)
+    finite = {x: y for x, y in points if y is not None}
+    at_one = finite.get(0.0)
+    lowest = min(finite.values()) if finite else None
+    return {
+        "losses": {f"{2.0**x:g}": y for x, y in points},
+        "valley": valley_dict(valley),
+        "loss_at_1": at_one,
+        "best_multiplier": None if lowest is None else 2.0 ** next(x for x, y in finite.items() if y == lowest),
+        "regret_vs_best_run": None if at_one is None or lowest is None else at_one - lowest,
+    }
