@@ -21,7 +21,7 @@ from rule_properties import Case, cases, plan, trainings
 
 OURS = ["complete-mue", "complete-mue-paper"]
 quick = settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )
 RUN = mue.Training(batch=1 << 16, steps=4_000)
 LONG = mue.Training(batch=1 << 17, steps=9_000)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import re
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +12,13 @@ import torch
 from torch import nn
 
 from mue.plan import Multipliers, Plan
+from mue.planned import Values
 from mue.roles import Placed, expert_slices, place, unwrap
-from mue.rules.table import VECTORS
+from mue.rules.optimizers import MATRICES
+from mue.rules.table import SHARED_INIT, VECTORS
 from mue.shapes import Block
 
-# Vector roles start at a constant: gains at 1, biases at 0.
-_CONSTANT = {"norm": 1.0, "qk_norm": 1.0, "final_norm": 1.0, "bias": 0.0}
+ADAFACTOR_FLOOR = 1e-3  # eps2 of torch.optim.Adafactor
 
 
 @torch.no_grad()
@@ -23,20 +26,33 @@ def init_(plan: Plan, model: nn.Module, seed: int = 0) -> None:
     """Draw every parameter with its planned std, in place.
 
     Draws are fp32 on the CPU from a generator seeded by (seed, canonical name, expert index), so that sharding,
-    device and order of parameters change nothing, and two plans with one seed share their noise.
+    device and order of parameters change nothing, and two plans with one seed share their noise. Experts of a role
+    planned as ``"shared"`` all start from one draw.
 
     Raises:
         ValueError: a parameter without a role, or a model of other shapes or multipliers than planned.
     """
     for p in matched(plan, model):
+        planned = plan.role(p.role, p.layer)
         if p.role in VECTORS:
-            p.parameter.fill_(_CONSTANT[p.role])
+            assert planned.constant is not None
+            p.parameter.fill_(planned.constant)
             continue
-        std = plan.role(p.role, p.layer).values.init_std
+        std = planned.values.init_std
         assert std is not None
+        shared = planned.init == SHARED_INIT
+        name = _name_of_all(p) if shared else p.name
         for expert, part in expert_slices(p):
-            noise = torch.randn(part.shape, generator=_generator(seed, p.name, expert), dtype=torch.float32)
-            part.copy_(noise.mul_(std))
+            noise = torch.randn(part.shape, generator=_generator(seed, name, None if shared else expert))
+            part.copy_(noise.to(torch.promote_types(part.dtype, noise.dtype)).mul_(std))
+
+
+def _name_of_all(p: Placed) -> str:
+    """One name for the same tensor of every expert of a layer, where experts are modules of their own."""
+    parts, layer = [], str(p.layer)
+    for i, part in enumerate(re.split(r"(\*)", p.layout.pattern)):
+        parts.append(layer if part == "*" and i == 1 else part)
+    return "".join(parts)
 
 
 def _generator(seed: int, name: str, expert: int | None) -> torch.Generator:
@@ -45,34 +61,60 @@ def _generator(seed: int, name: str, expert: int | None) -> torch.Generator:
 
 
 def param_groups(plan: Plan, model: nn.Module) -> list[dict[str, Any]]:
-    """Optimizer groups for ``torch.optim.AdamW``: one per distinct setting, so fused updates stay fused.
+    """Optimizer groups, one per distinct setting, so fused updates stay fused.
 
-    Each group has ``params, lr, weight_decay, eps, betas``, its ``roles``, and ``initial_lr`` for schedulers.
+    Each group has ``params, lr, weight_decay, eps, betas``, its ``roles``, and ``initial_lr`` for schedulers, and for other
+    optimizers than AdamW what torch's own call theirs: ``momentum`` (SGD, Muon), the pair of ``eps`` (Adafactor),
+    ``algorithm`` (``"muon"`` or ``"adamw"``: give each kind to its optimizer).
 
     Raises:
         ValueError: a parameter without a role, or a model of other shapes or multipliers than planned.
     """
-    groups: dict[tuple[float, float, float], dict[str, Any]] = {}
-    for p in matched(plan, model):
-        values = plan.role(p.role, p.layer).values
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for p, values, floor in _settings(plan, matched(plan, model)):
         assert values.lr is not None and values.weight_decay is not None and values.eps is not None
-        key = (values.lr, values.weight_decay, values.eps)
-        group = groups.setdefault(
-            key,
-            {
-                "params": [],
-                "lr": key[0],
-                "initial_lr": key[0],
-                "weight_decay": key[1],
-                "eps": key[2],
-                "betas": plan.betas,
-                "roles": [],
-            },
-        )
+        group: dict[str, Any] = {
+            "params": [],
+            "lr": values.lr,
+            "initial_lr": values.lr,
+            "weight_decay": values.weight_decay,
+            "eps": values.eps,
+            "betas": plan.betas,
+            **_own_words(plan, p.role, values.eps, floor),
+        }
+        key = tuple(v for k, v in group.items() if k != "params")
+        group = groups.setdefault(key, {**group, "roles": []})
         group["params"].append(p.parameter)
         if p.role not in group["roles"]:
             group["roles"].append(p.role)
     return list(groups.values())
+
+
+def _settings(plan: Plan, placed: list[Placed]) -> Iterator[tuple[Placed, Values, float]]:
+    """Every parameter with its values and its size at the start against the base's; a folded bias follows its weight."""
+    from mue.fold.model import placed_coefficients
+    from mue.fold.plan import folded_values
+
+    for p, c in placed_coefficients(plan, placed):
+        planned = plan.role(p.role, p.layer)
+        if p.role == "bias":
+            yield p, folded_values(plan, p.role, planned.values, c), c
+        elif p.role in VECTORS:
+            yield p, planned.values, planned.constant or 1.0
+        else:
+            yield p, planned.values, planned.factor.init_std or 1.0
+
+
+def _own_words(plan: Plan, role: str, eps: float, scale: float) -> dict[str, Any]:
+    """A group's settings under the names torch's optimizers give them."""
+    optimizer = plan.tuned.optimizer
+    if optimizer == "sgd":
+        return {"momentum": plan.betas[0]}
+    if optimizer == "adafactor":
+        return {"eps": (eps, ADAFACTOR_FLOOR * scale)}  # eps2 floors rms(W), so it has the weight's scale
+    if optimizer == "muon" and role.partition("_")[0] in MATRICES:
+        return {"algorithm": "muon", "momentum": plan.betas[0], "adjust_lr_fn": "spectral_unclamped"}
+    return {"algorithm": "adamw"} if optimizer == "muon" else {}
 
 
 def matched(plan: Plan, model: nn.Module) -> list[Placed]:
@@ -144,7 +186,13 @@ def _multiplier_faults(plan: Plan, model: nn.Module) -> list[str]:
     if not isinstance(own, Multipliers):
         return []
     planned = plan.multipliers
-    own = replace(own, attention_scale=own.attention_scale or plan.target.head_dim**-0.5)
+    ones = (1.0,) * plan.target.layers
+    own = replace(
+        own,
+        attention_scale=own.attention_scale or plan.target.head_dim**-0.5,
+        output=own.output or ones,
+        route=own.route or ones,
+    )
     return [
         f"the model's {name} multiplier is {getattr(own, name)}, planned {getattr(planned, name)}: build it with plan.multipliers"
         for name in ("residual", "head", "attention_scale", "output", "route")

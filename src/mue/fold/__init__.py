@@ -1,0 +1,36 @@
+"""The same training without forward multipliers: they go into init, lr, weight decay and eps, and back.
+
+>>> import mue
+>>> from mue.fold import fold, unfold
+>>> base, target = mue.Dense(width=128, ffn=128, layers=8), mue.Dense(width=1024, ffn=4096, layers=8)
+>>> plan = mue.transfer(base, target, mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.01))
+>>> fold(plan).output_multiplier, unfold(fold(plan)) == plan
+(1.0, True)
+
+Plans fold without torch; what meets a model (``coefficients``, ``convert``, ``clip_grad_norm_``) imports it on use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from mue.fold.plan import fold, unfold
+from mue.fold.table import FOLDS, Fold, fold_numbers
+
+if TYPE_CHECKING:
+    from mue.fold.clip import agc, clip_grad_norm_
+    from mue.fold.model import coefficients, convert
+
+__all__ = ["FOLDS", "Fold", "agc", "clip_grad_norm_", "coefficients", "convert", "fold", "fold_numbers", "unfold"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("agc", "clip_grad_norm_"):
+        from mue.fold import clip
+
+        return getattr(clip, name)
+    if name in ("coefficients", "convert"):
+        from mue.fold import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module 'mue.fold' has no attribute {name!r}")
