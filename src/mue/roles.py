@@ -15,33 +15,48 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from mue.rules.table import ROLES, VECTORS
+from mue.rules.table import BUFFERS, ROLES, VECTORS
 from mue.words import nearest
 
 # Wrappers put these in front of, or into, a parameter's name (DDP, torch.compile, FSDP, activation checkpointing).
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-AXES = ("in", "out", "expert", "vector")
+AXES = ("in", "out", "expert", "vector", "expert*in", "expert*out")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Names matching ``pattern`` have ``role``; ``axes`` names each axis: ``in``, ``out``, ``expert`` or ``vector``.
+    """Names matching ``pattern`` have ``role``; ``axes`` says what each axis is.
 
-    ``pattern`` is a canonical name in which ``*`` stands for one dotted part, e.g. ``blocks.*.attention.q``; the
-    first ``*`` of a block's parameter is its layer.
+    Attributes:
+        pattern: a canonical name in which ``*`` stands for one dotted part, e.g. ``blocks.*.attention.q``; the first
+            ``*`` of a block's parameter is its layer.
+        role: from :data:`mue.rules.table.ROLES`.
+        axes: one word per axis of the tensor: ``in``, ``out``, ``expert`` or ``vector``; ``expert*in`` and
+            ``expert*out`` where ``stacked`` experts lie one after another along an axis.
+        parts: roles of the matrices fused in this tensor along its out axis (gate-up, qkv); ``role`` is the first.
+        start: how the tensor starts where the plan does not draw it: a constant (a gain of 1, or 0 where the code adds
+            1 itself), or ``"own"``: as the model's code initialises it (decay rates of a state space, short filters).
     """
 
     pattern: str
     role: str
     axes: tuple[str, ...]
+    parts: tuple[str, ...] = ()
+    start: float | str | None = None
+    stacked: int = 1
 
     def __post_init__(self) -> None:
-        if self.role not in ROLES:
-            raise ValueError(f"layout {self.pattern!r}: unknown role {self.role!r}{nearest(self.role, ROLES)}")
+        for role in (self.role, *self.parts):
+            if role not in ROLES:
+                raise ValueError(f"layout {self.pattern!r}: unknown role {role!r}{nearest(role, ROLES)}")
+        if self.parts and self.parts[0] != self.role:
+            raise ValueError(f"layout {self.pattern!r}: role is {self.role!r}, but its first part is {self.parts[0]!r}")
+        if isinstance(self.start, str) and self.start != "own":
+            raise ValueError(f"layout {self.pattern!r}: start must be a number or 'own', got {self.start!r}")
         for axis in self.axes:
             if axis not in AXES:
                 raise ValueError(f"layout {self.pattern!r}: unknown axis {axis!r}{nearest(axis, AXES)}")
-        if self.role not in VECTORS and "in" not in self.axes:
+        if self.role not in VECTORS | BUFFERS and not {"in", "expert*in"} & set(self.axes):
             raise ValueError(f"layout {self.pattern!r}: a {self.role} needs an 'in' axis, its fan-in")
 
     @property
@@ -72,11 +87,13 @@ class Placed:
         return self.layout.role
 
     def _size(self, axis: str) -> int:
-        return math.prod(n for n, a in zip(self.parameter.shape, self.layout.axes, strict=True) if a == axis)
+        merged, stacked = f"expert*{axis}", self.layout.stacked
+        sizes = zip(self.parameter.shape, self.layout.axes, strict=True)
+        return math.prod(n if a == axis else n // stacked for n, a in sizes if a in (axis, merged))
 
     @property
     def fan_in(self) -> int:
-        """Product of the axes declared ``in``."""
+        """Product of the axes declared ``in``, of one expert."""
         return self._size("in")
 
     @property
@@ -86,7 +103,7 @@ class Placed:
     @property
     def experts(self) -> int:
         """Experts stacked in this tensor; 1 for an ordinary one."""
-        return self._size("expert")
+        return self._size("expert") * self.layout.stacked
 
 
 def canonical(name: str) -> str:
@@ -194,8 +211,11 @@ def by_role(placed: Iterable[Placed]) -> Mapping[str, list[Placed]]:
 
 def expert_slices(p: Placed) -> Iterator[tuple[int | None, Tensor]]:
     """(expert index, its slice) of a stacked tensor, or (None, the tensor) of an ordinary one."""
-    if "expert" not in p.layout.axes:
-        yield None, p.parameter
-        return
-    axis = p.layout.axes.index("expert")
-    yield from enumerate(p.parameter.detach().unbind(axis))
+    parameter = p.parameter.detach()
+    merged = next((i for i, a in enumerate(p.layout.axes) if a.startswith("expert*")), None)
+    if merged is not None:
+        yield from enumerate(parameter.chunk(p.layout.stacked, merged))
+    elif "expert" in p.layout.axes:
+        yield from enumerate(parameter.unbind(p.layout.axes.index("expert")))
+    else:
+        yield None, parameter

@@ -1,0 +1,75 @@
+"""What a router hands its experts: how many per token, weights that sum to one or not, read off a forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Gates:
+    """The weights of one layer's active experts, over the tokens of a tiny forward pass.
+
+    Attributes:
+        active: experts per token. total: mean of Σw. spread: largest |Σw - total|. square: mean of Σw².
+    """
+
+    active: int
+    total: float
+    spread: float
+    square: float
+
+    @property
+    def normalised(self) -> bool:
+        """Whether Σw is one number for all tokens (1, or the model's own route scale)."""
+        return self.spread <= 1e-4 * max(abs(self.total), 1e-9)
+
+
+@contextmanager
+def watch_gates(model: nn.Module, into: MutableMapping[str, Gates]) -> Iterator[None]:
+    """While active, fill ``into`` with the gates of every module that is handed expert indices and weights."""
+
+    def hook(name: str) -> Any:
+        def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            found = _gates([*args, *kwargs.values()])
+            if found is not None:
+                into.setdefault(name, found)
+
+        return seen
+
+    handles = [
+        m.register_forward_pre_hook(hook(n), with_kwargs=True)
+        for n, m in model.named_modules()
+        if "expert" in n.lower()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _gates(args: list[Any]) -> Gates | None:
+    indices = [a for a in args if isinstance(a, Tensor) and a.dtype in (torch.int64, torch.int32) and a.dim() == 2]
+    if not indices:
+        return None
+    index = indices[0]
+    for w in args:
+        if isinstance(w, Tensor) and w.is_floating_point() and w.dim() == 2 and w.shape[0] == index.shape[0]:
+            if w.shape[1] == index.shape[1]:
+                picked = w
+            elif w.shape[1] > int(index.max()) and w.shape[1] < 4096 and bool((w >= 0).all()) and w is not args[0]:
+                picked = w.gather(1, index.long())  # weights of all experts, zero or unused elsewhere
+            else:
+                continue
+            total = picked.detach().double().sum(1)
+            mean = float(total.mean())
+            return Gates(
+                index.shape[1], mean, float((total - mean).abs().max()), float((picked.double() ** 2).sum(1).mean())
+            )
+    return None
