@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 import mue
 import rule_properties as properties
-from mue.rules.algebra import Monomial, ratio
 from mue.rules import OPTIONS
+from mue.rules.algebra import Monomial, ratio
 from mue.rules.optimizers import for_optimizer
 from mue.rules.table import BUFFERS, VECTORS
 from mue.shapes import OPTIMIZERS
@@ -56,7 +56,7 @@ def test_control_the_horizon_is_lost_by_another_exponent() -> None:
 def test_beta_domain_with_another_exponent() -> None:
     """The fewest steps it names are the fewest that work."""
     base, tuned = Case(DENSE, RUN), TUNED.replace(betas=(0.9, 0.95))
-    with pytest.raises(ValueError, match="beta1 = 0.9 cannot be carried") as error:
+    with pytest.raises(ValueError, match=r"beta1 = 0\.9 cannot be carried") as error:
         plan("complete-mue", base, Case(DENSE, mue.Training(RUN.batch * 4, 50)), tuned, duration_exponent=0.3)
     needed = int(str(error.value).split("at least ")[1].split(" steps")[0].replace(",", ""))
     plan("complete-mue", base, Case(DENSE, mue.Training(RUN.batch * 4, needed)), tuned, duration_exponent=0.3)

@@ -50,5 +50,6 @@ def hidden_ratio_only() -> Rule:
         },
         head_multiplier=d**-1,
         routed=False,
+        baseline=True,
         notes=("a baseline: depth, experts, batch and duration leave every value as it was",),
     )

@@ -14,5 +14,6 @@ def standard() -> Rule:
         source="the default of torch and of every stock model",
         rows=dict.fromkeys(ROLES, row),
         routed=False,
+        baseline=True,
         optimizer="any",
     )

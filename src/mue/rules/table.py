@@ -113,6 +113,7 @@ class Rule:
         optimizer: the family the table is written for: ``"adam"``, ``"hyperball"``, or ``"any"``.
         gradient: the eps cells (without batch and duration) are the scale of the gradients, so that optimizers which
             do not normalise them can be derived. spectral: its assumptions hold for orthogonalised updates too.
+        baseline: it refuses nothing because it answers nothing: what it does not scale stays as tuned.
         options: every option of the rule with its value.
     """
 
@@ -133,6 +134,7 @@ class Rule:
     optimizer: str = "adam"
     gradient: bool = False
     spectral: bool = False
+    baseline: bool = False
     options: Mapping[str, OptionValue] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
