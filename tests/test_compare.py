@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -100,6 +99,8 @@ def test_a_derivation_names_its_steps() -> None:
     steps = [s for s in why(PLANS["worked"], "expert_down") if s.number == "init std"]
     assert [round(s.value, 8) for s in steps] == [0.01, 0.00353553, 0.0106066, 0.0106066]
     assert "ρ_e^1/2 = 3" in steps[2].text and "active expansion" in steps[2].text and "Table 1" in steps[2].source
+    rates = [s for s in why(PLANS["worked"], "expert_down") if s.number == "lr"]
+    assert "Table 2" in rates[-1].source and "Table 2" not in rates[1].source  # each step its own source
     habits = [s.text for s in why(PLANS["habits"], "expert_down")]
     assert "tuned.roles.ffn_down.lr on dense d128 L8" in habits
     assert any("√(2·8)" in t for t in habits) and any("/ lr" in t for t in habits)
@@ -152,25 +153,29 @@ layers = 8
 """
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", "from mue.cli import main; main()", *arguments], capture_output=True, text=True
-    )
+def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from mue.cli import main
 
+    def command(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mue", *map(str, arguments)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        out, err = capsys.readouterr()
+        return int(end.value.code or 0), out, err
 
-def test_the_command(tmp_path: Path) -> None:
     file = tmp_path / "moe.toml"
     file.write_text(CONFIG)
-    table = command("rules", str(file))
-    assert table.returncode == 0 and "complete-mue-paper" in table.stdout and "jiang" in table.stdout
-    assert json.loads(command("rules", str(file), "--json").stdout)["refused"]["mup"]
-    steps = command("rules", str(file), "--why", "expert_down").stdout
+    code, table, _ = command("rules", file)
+    assert code == 0 and "complete-mue-paper" in table and "jiang" in table
+    assert json.loads(command("rules", file, "--json")[1])["refused"]["mup"]
+    steps = command("rules", file, "--why", "expert_down")[1]
     assert "ρ_e^1/2 = 3" in steps and "0.0106066" in steps
-    assert command("rules", "--markdown").stdout == markdown()
+    assert json.loads(command("rules", file, "--why", "head", "--json")[1])[0]["number"] == "init std"
+    assert command("rules", "--markdown")[1] == markdown()
     for arguments, message in (
         (("rules",), "needs a plan file"),
-        (("rules", str(file), "--why", "expert_dow"), "did you mean 'expert_down'"),
-        (("rules", str(tmp_path / "none.toml")), "does not exist"),
+        (("rules", file, "--why", "expert_dow"), "did you mean 'expert_down'"),
+        (("rules", tmp_path / "none.toml"), "does not exist"),
     ):
-        failed = command(*arguments)
-        assert failed.returncode == 2 and message in failed.stderr and failed.stderr.count("\n") == 1
+        code, out, err = command(*arguments)
+        assert code == 2 and message in err and not out and err.count("\n") == 1

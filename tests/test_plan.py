@@ -252,3 +252,11 @@ def test_planning_imports_no_torch() -> None:
     found = imported(PLANNING)
     assert "mue.plan" in found and not {m for m in found if m.split(".")[0] in ("torch", "numpy")}
     assert "torch" in imported("import mue\nmue.Layout")  # control: the layout of a model does need it
+
+
+def test_a_base_with_experts_says_which_route_scale_it_stands_for() -> None:
+    base = mue.MoE.parse("16e4a", width=128, expert=64, layers=8)
+    assert any("tuned with R = 4" in note for note in make(base=base).notes)
+    assert not make(base=base, rule="standard").notes
+    chain = mue.transfer(make(), TARGET)  # a plan says itself what it is
+    assert not any("R = 4" in note for note in chain.notes)

@@ -341,7 +341,7 @@ def transfer(
         head_multiplier=start.head * the_rule.head_multiplier(shared),
         attention_scale=start.scale * start.shape.head_dim / target.head_dim,
         betas=planning.carried_betas(start.betas, the_rule, change, shared),
-        notes=planning.notes(the_rule, start.shape, target),
+        notes=planning.notes(the_rule, start.shape, target, planned_base=start.plan is not None),
     )
 
 

@@ -128,6 +128,8 @@ def _factors(row: Row, ratio: Mapping[str, float]) -> Values:
 
 def merge(blocks: tuple[BlockPlan, ...]) -> dict[str, RolePlan]:
     """Roles of the whole model: from the blocks that hold them; a value in which those differ becomes None."""
+    if len(blocks) == 1:
+        return dict(blocks[0].roles)
     merged = {}
     for role in ROLES:
         holders = [b.roles[role] for b in blocks if b.roles[role].count] or [b.roles[role] for b in blocks]
@@ -174,9 +176,15 @@ def check_output_multiplier(target: Transformer, blocks: tuple[BlockPlan, ...]) 
             )
 
 
-def notes(rule: Rule, base: Transformer, target: Transformer) -> tuple[str, ...]:
+def notes(rule: Rule, base: Transformer, target: Transformer, *, planned_base: bool) -> tuple[str, ...]:
     """What a reader of this plan must know beyond its numbers."""
     found = list(rule.notes)
+    R = base_block(base).route_scale
+    if rule.routed and R != 1 and not planned_base:
+        found.append(
+            f"the base is a MoE, so this takes it as tuned with R = {R:g} on its normalised routed sum; if it was tuned with"
+            f" R = 1, give output_multiplier = {base.output_multiplier / R:g} (routed experts only), or tune it again"
+        )
     if target.tied and rule.name == "complete-mue-paper":
         found.append("tied embeddings: the embedding row wins, and the head multiplier stays on the logits")
     found += _unknown_cells(rule, target)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 
 # The names a rule may read, in the order they are printed. Each is target over base, so 1 at the base.
 RATIOS: dict[str, str] = {
@@ -66,16 +67,24 @@ class Monomial:
 
     def __call__(self, ratios: Mapping[str, float]) -> float:
         """The value at ``ratios``; a missing ratio is a ``KeyError`` (our mistake, not a user's)."""
-        value = float(self.coefficient)
-        for name, power in self.exponents:
-            value *= float(ratios[name]) ** float(power)
+        value, powers = self._floats
+        for name, power in powers:
+            value *= float(ratios[name]) ** power
         return value
+
+    @cached_property
+    def _floats(self) -> tuple[float, tuple[tuple[str, float], ...]]:
+        return float(self.coefficient), tuple((name, float(power)) for name, power in self.exponents)
 
     def exponent(self, name: str) -> Fraction:
         """The power of one ratio, 0 where it does not appear."""
         return dict(self.exponents).get(name, Fraction(0))
 
     def __str__(self) -> str:
+        return self._text
+
+    @cached_property
+    def _text(self) -> str:
         parts = [] if self.coefficient == 1 and self.exponents else [str(self.coefficient)]
         parts += [name if power == 1 else f"{name}^{power}" for name, power in self.exponents]
         return " · ".join(parts)

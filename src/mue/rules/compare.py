@@ -217,7 +217,8 @@ def _derivation(plan: Plan, role: str, block: Block, index: int, field: str) -> 
         factor = here[ratio_name] ** float(power)
         value *= factor
         written = ratio_name if power == 1 else f"{ratio_name}^{power}"
-        yield Step(name, f"× {written} = {number(factor)}, for {_meaning(ratio_name, here)}", value, row.source)
+        source = plan.rule.source_of(role, field, ratio_name)
+        yield Step(name, f"× {written} = {number(factor)}, for {_meaning(ratio_name, here)}", value, source)
     if plan.folding is not None and (c := plan.folding.coefficients[index].get(role)):
         yield Step(
             name, f"folded with c = {number(c)}", final, f"mue.fold.table, {plan.tuned.optimizer}; conventions 7"

@@ -18,6 +18,12 @@ d, o, L, e, κ, B, D = (ratio(f"ρ_{x}") for x in ("d", "o", "L", "e", "κ", "B"
 UP_GATE = (e / κ) ** "1/2"  # the drift of 1.9: what the update of up and gate grows by when H_act/d does
 WIDTH_POWER = {"constant-product": Fraction(1), "sqrt-width": Fraction(1, 2), "none": Fraction(0)}
 
+AXIS_SOURCES = {
+    "ρ_L": "CompleteP 2505.01618 Table 1",
+    "ρ_B": "arXiv 2605.23893 Table 2, the SDE rule",
+    "ρ_D": "arXiv 2605.23893 Table 2, the SDE rule",
+}
+
 
 def sde(duration_exponent: Fraction) -> Monomial:
     """s = ρ_B^1/2 · ρ_D^-q, the factor of rates and weight decay; at q = 1/2 the SDE factor √(ρ_B/ρ_D) = √(T*/T).
@@ -51,9 +57,9 @@ def complete_mue(
     s = sde(duration_exponent)
     decay = WIDTH_POWER[weight_decay_width]
     decay_source = {
-        "constant-product": "wd: constant product, W2",
-        "sqrt-width": "wd: √width, 2510.15262",
-        "none": "wd: unscaled, the authors' table",
+        "constant-product": "constant product, W2",
+        "sqrt-width": "√width, 2510.15262",
+        "none": "unscaled, the authors' table",
     }[weight_decay_width]
 
     def hidden(fan_in: Monomial, source: str, *, std: Monomial = ONE, eps: Monomial = ONE, rate: Monomial = ONE) -> Row:
@@ -62,7 +68,13 @@ def complete_mue(
             lr=fan_in**-1 * depth_lr * rate * s,
             weight_decay=(fan_in / rate) ** decay * s,
             eps=eps * fan_in**-1 * depth_eps / s,
-            source=f"{source}; lr and std: Table 1; {decay_source}; eps: CompleteP Table 1 and 1.9",
+            source=f"{source}; lr and std: Table 1; wd: {decay_source}; eps: CompleteP Table 1 and 1.9",
+            cells={
+                "init_std": f"arXiv 2605.23893 Table 1: {source}",
+                "lr": f"arXiv 2605.23893 Table 1: {source}",
+                "weight_decay": decay_source,
+                "eps": "CompleteP 2505.01618 Table 1; gradient scales of transfer-rules 1.9",
+            },
         )
 
     attention = hidden(d, "width µP")
@@ -125,6 +137,7 @@ def complete_mue(
         notes=horizon_note(duration_exponent),
         gradient=True,
         spectral=True,
+        axes=AXIS_SOURCES,
     )
 
 
@@ -189,6 +202,7 @@ def complete_mue_paper(depth_exponent: Fraction = Fraction(1)) -> Rule:
         head_multiplier=d**-1,
         one_minus_beta=s**2,
         up_gate=UP_GATE,
+        axes=AXIS_SOURCES,
         notes=(
             "the published head row scales the logit update by 1/ρ_d (W1); lr·weight_decay of hidden weights falls by 1/ρ_d (W2)",
         ),

@@ -84,6 +84,7 @@ class Row:
         init: how the role is drawn: ``"normal"``, ``"zero"`` (then init_std is :data:`ZERO`), or ``"shared"``: all
             experts start from one and the same draw.
         unknown: cells the source does not give. They stay as tuned, and the plan says so.
+        cells: cell → its own source, where they differ.
     """
 
     source: str
@@ -94,6 +95,7 @@ class Row:
     status: str = INFERRED
     init: str = NORMAL
     unknown: tuple[str, ...] = ()
+    cells: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ class Rule:
             do not normalise them can be derived. spectral: its assumptions hold for orthogonalised updates too.
         baseline: it refuses nothing because it answers nothing: what it does not scale stays as tuned.
         options: every option of the rule with its value.
+        axes: ratio → source of the axis it stands for, where that is not the row's own (depth, batch, duration).
     """
 
     name: str
@@ -136,10 +139,16 @@ class Rule:
     spectral: bool = False
     baseline: bool = False
     options: Mapping[str, OptionValue] = field(default_factory=dict)
+    axes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         assert set(self.rows) <= set(ROLES), f"rule {self.name} has rows for {set(self.rows) - set(ROLES)}"
         assert set(self.refuses) <= set(AXES), f"rule {self.name} refuses {set(self.refuses) - set(AXES)}"
+
+    def source_of(self, role: str, cell: str, ratio: str) -> str:
+        """The source of one ratio in one cell of a role."""
+        row = self.rows[role]
+        return self.axes.get(ratio) or row.cells.get(cell) or row.source
 
     def why_not(self, role: str) -> str:
         """Why the rule has no row for a role."""

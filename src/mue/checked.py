@@ -1,0 +1,22 @@
+"""Numbers from users: what they must be, said in one line."""
+
+from __future__ import annotations
+
+import math
+
+
+def positive_int(name: str, value: object) -> int:
+    """``value`` as a positive whole number, or a ``ValueError`` that names it."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    return value
+
+
+def positive(name: str, value: object, *, zero: bool = False, below: float = math.inf) -> float:
+    """``value`` as a finite number above 0 (or ≥ 0) and below ``below``, or a ``ValueError`` that names it."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if value < 0 or (value == 0 and not zero) or value >= below:
+        limit = f" and below {below:g}" if below < math.inf else ""
+        raise ValueError(f"{name} must be {'at least 0' if zero else 'greater than 0'}{limit}, got {value!r}")
+    return float(value)
