@@ -146,7 +146,7 @@ def _matrix(f: Facts) -> Decision:
         return Decision("head", axes, f"{seen}, out follows the vocabulary")
     direction = 1 if from_width and not to_width else -1 if to_width and not from_width else 0
     experts = any(a.startswith("expert") for a in axes) or bool(re.search(r"\bexperts\.\*", f.pattern))
-    if any(re.fullmatch(NORM, t) and not re.search("attn|attention", t) for t in f.words):
+    if any(re.fullmatch(NORM, t) and not re.search("norm_att", t) for t in f.words):
         return Decision(None, axes, f"{seen}; a matrix inside a norm is none of the known roles")
     if f.named(HYPER):
         if out or not into:

@@ -37,11 +37,13 @@ class Description:
     Attributes:
         found: every pattern of parameters. gates: what each router's weights are, by the module that holds the experts.
         unbuilt: dimensions that could not be varied, with the reason.
+        score: ``"sigmoid"`` or ``"softmax"`` where one of them ran over as many numbers as there are experts.
     """
 
     found: tuple[Found, ...]
     gates: Mapping[str, Gates] = field(default_factory=dict)
     unbuilt: Mapping[str, str] = field(default_factory=dict)
+    score: str | None = None
 
     @property
     def undecided(self) -> list[Found]:
@@ -93,16 +95,19 @@ def describe(
     shapes = {canonical(n): tuple(p.shape) for n, p in model.named_parameters()}
     _wake(model)
     gates: dict[str, Gates] = {}
+    scores: set[tuple[str, int]] = set()
     top = min((size_of(tiny, "vocabulary") or 90, 90))
     run = forward or (lambda m: m(input_ids=torch.randint(min(3, top - 1), top, TOKENS), use_cache=False))
     with watch_gates(model, gates):
-        uses = {canonical(n): u for n, u in watch(model, lambda: run(model)).items()}
+        uses = {canonical(n): u for n, u in watch(model, lambda: run(model), scores).items()}
     found = []
     for pattern, names in _patterns(shapes).items():
         facts = [_facts(pattern, n, shapes[n], uses, follows, constants[n]) for n in _distinct(names, shapes, uses)]
         found.append(_found(pattern, facts, _final(uses, follows, shapes), rows))
     _check_rows(rows, shapes)
-    return Description(tuple(found), gates, follows.unbuilt)
+    experts = size_of(tiny, "experts")
+    score = {kernel for kernel, size in scores if size == experts}
+    return Description(tuple(found), gates, follows.unbuilt, score.pop() if len(score) == 1 else None)
 
 
 @torch.no_grad()

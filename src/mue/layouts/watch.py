@@ -30,6 +30,7 @@ _SUMS: dict[str, dict[int, tuple[int, ...]]] = {
     "_convolution": {1: (1, 2)},
     "mkldnn_convolution": {1: (1, 2)},
 }
+_SCORES = {"sigmoid": "sigmoid", "sigmoid_": "sigmoid", "_softmax": "softmax", "softmax": "softmax"}
 _LOOKUPS = {"embedding": 0}
 # Results that are their input again, perhaps cast, moved or with entries picked along one axis.
 _COPIES = ("clone", "_to_copy", "contiguous", "index_select", "lift_fresh", "lift_fresh_copy", "slice_copy", "flip")
@@ -74,6 +75,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.uses: dict[str, Use] = {}
+        self.scores: set[tuple[str, int]] = set()  # (sigmoid or softmax, length of the last axis) that ran
         self._origins: dict[int, list[_Origin]] = {}
         self._alive: list[Tensor] = []  # followed storages must not be freed and their addresses used again
         self._clock = 0
@@ -87,8 +89,11 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
         out = func(*args, **(kwargs or {}))
         self._clock += 1
         tensors = list(_tensors(args))
+        kernel = func.overloadpacket.__name__
+        if kernel in _SCORES and isinstance(out, Tensor) and out.dim():
+            self.scores.add((_SCORES[kernel], out.shape[-1]))
         if any(self._known(t) for _, t in tensors):
-            self._record(func.overloadpacket.__name__, args, tensors, out)
+            self._record(kernel, args, tensors, out)
         return out
 
     def _known(self, t: Tensor) -> list[_Origin]:
@@ -187,7 +192,7 @@ def _tensors(args: Iterable[Any]) -> Iterator[tuple[int, Tensor]]:
                     yield position, item
 
 
-def watch(model: nn.Module, run: Callable[[], object]) -> dict[str, Use]:
+def watch(model: nn.Module, run: Callable[[], object], scores: set[tuple[str, int]] | None = None) -> dict[str, Use]:
     """Call ``run`` (a forward pass of ``model``) without gradients and return how each of its parameters was used.
 
     A parameter that the pass did not reach, but whose module is a plain torch layer, is shown that layer alone.
@@ -206,5 +211,7 @@ def watch(model: nn.Module, run: Callable[[], object]) -> dict[str, Use]:
                     else torch.randn(3, module.in_features)
                 )
             seen.uses.update(alone.uses)
+    if scores is not None:
+        scores |= seen.scores
     uses: dict[str, Use] = seen.uses
     return uses

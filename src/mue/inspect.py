@@ -1,0 +1,155 @@
+"""``mue inspect``: everything there is to know about a stock model before a plan touches it. Pure functions, no printing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mue.layouts.describe import Description, pattern_of, question
+from mue.layouts.families import build, default_config, describe_config, families_with_experts, read_config
+from mue.layouts.scalings import Scaling, scalings
+from mue.layouts.shape import Routers, routers, shape_of
+from mue.roles import Layout, Placed, place
+from mue.shapes import Transformer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kind of parameter: its pattern, role (None: undecided), layout, fan-in, how many there are, and why.
+
+    ``shape`` is one tensor's; ``tensors`` counts them, ``parameters`` all their elements.
+    """
+
+    pattern: str
+    role: str | None
+    parts: tuple[str, ...]
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    fan_in: int | None
+    tensors: int
+    parameters: int
+    how: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A model as ``mue inspect`` shows it.
+
+    Attributes:
+        name: of the config's class. rows: one per kind of parameter, in the model's order.
+        routing: None where there are no experts. scalings: factors the model already has.
+        shape: in mue's numbers; None where it cannot be read, then ``no_shape`` says why.
+        undecided: parameters without a role, each with the line to write.
+    """
+
+    name: str
+    rows: tuple[Row, ...]
+    routing: Routers | None
+    scalings: tuple[Scaling, ...]
+    shape: Transformer | None
+    no_shape: str
+    undecided: tuple[str, ...]
+
+    @property
+    def parameters(self) -> int:
+        return sum(row.parameters for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What ``mue inspect --json`` prints."""
+        r = self.routing
+        return {
+            "model": self.name,
+            "parameters": self.parameters,
+            "undecided": list(self.undecided),
+            "rows": [
+                {**vars(row), "parts": list(row.parts), "axes": list(row.axes), "shape": list(row.shape)}
+                for row in self.rows
+            ],
+            "routing": None if r is None else {**vars(r), "advice": r.advice},
+            "scalings": [{**vars(s), "active": s.active} for s in self.scalings],
+            "shape": None if self.shape is None else self.shape.to_dict(),
+            "no_shape": self.no_shape,
+        }
+
+
+def inspect(
+    source: str | Path | Any, rows: Sequence[Layout] = (), gate_moments: tuple[float, float] | None = None
+) -> Inspection:
+    """Inspect a config file, a folder with one, a family's name, or a config object.
+
+    Args:
+        rows: the user's own layout rows; they win over what is observed.
+        gate_moments: for models whose gates do not sum to one.
+
+    Raises:
+        ValueError: nothing that can be read or run; a user's row that fits no parameter.
+    """
+    config = read_config(source) if isinstance(source, str | Path) else source
+    description = describe_config(config, rows)
+    with torch.device("meta"):
+        model = build(config)
+    table = _rows(model, description)
+    undecided = tuple(question(f) for f in description.undecided)
+    routing = routers(config, description, lambda other: describe_config(other, rows))
+    shape, why = None, "some parameters have no role"
+    if not undecided:
+        shape, why = _shape(config, place(model, description.layout()), routing, gate_moments)
+    return Inspection(type(config).__name__, table, routing, tuple(scalings(config)), shape, why, undecided)
+
+
+def _shape(
+    config: Any, placed: Sequence[Placed], routing: Routers | None, moments: tuple[float, float] | None
+) -> tuple[Transformer | None, str]:
+    try:
+        return shape_of(config, placed, routing, moments), ""
+    except ValueError as error:
+        return None, str(error)
+
+
+def _rows(model: torch.nn.Module, description: Description) -> tuple[Row, ...]:
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    example: dict[str, torch.Tensor] = {}
+    for name, p in model.named_parameters():
+        shapes.setdefault(pattern_of(name), []).append(tuple(p.shape))
+        example.setdefault(pattern_of(name), p)
+    found = {f.pattern: f for f in description.found}
+    rows = []
+    for pattern, many in shapes.items():
+        f = found[pattern]
+        fan_in = None
+        if f.row is not None and "vector" not in f.row.axes:
+            fan_in = Placed(pattern, example[pattern], f.row, None).fan_in
+        role, parts, axes = (f.row.role, f.row.parts, f.row.axes) if f.row else (None, (), f.axes)
+        rows.append(Row(pattern, role, parts, axes, many[0], fan_in, len(many), sum(map(prod, many)), f.how))
+    return tuple(rows)
+
+
+def walk(families: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
+    """Every family with experts at a tiny size: ``{family, passed, parameters, undecided, reason}``, one at a time.
+
+    ``parameters`` counts the kinds of parameters of the family's default config, ``undecided`` lists those without a role.
+    """
+    for family in families_with_experts() if families is None else families:
+        result: dict[str, Any] = {"family": family, "passed": False, "parameters": 0, "undecided": [], "reason": ""}
+        try:
+            found = describe_config(default_config(family))
+        except Exception as error:  # one family's own failure must not end the walk
+            yield {
+                **result,
+                "reason": f"{error}" if isinstance(error, ValueError) else f"{type(error).__name__}: {error}",
+            }
+            continue
+        undecided = [f.pattern for f in found.undecided]
+        reason = "; ".join(dict.fromkeys(f.how for f in found.undecided))
+        yield {
+            **result,
+            "passed": not undecided,
+            "parameters": len(found.found),
+            "undecided": undecided,
+            "reason": reason,
+        }
