@@ -80,7 +80,7 @@ def demo(out: Path, console: Console, *, workers: int | None = None) -> Path:
 
     console.rule("[bold]3  transfer to the MoE")
     plan = _transfer(ours, swept, ours.target, "complete-mue")
-    console.print(plan_table(plan))
+    console.print(plan_table(plan, width=console.width))
     plan.save(out / "plan.json")
 
     console.rule("[bold]4, 5  train with those values; check the valley")
@@ -136,7 +136,7 @@ def _runs(ours: Experiment, swept: Swept, plan: Plan, data: dict[str, Any]) -> d
 
 
 def _label(run: Run) -> str:
-    return f"{run.plan.rule.name:<13} {run.plan.target.name:<17} lr {run.plan.tuned.lr:<9.3g}"
+    return f"{run.plan.rule.name:<12} {run.plan.target.name:<15} lr {run.plan.tuned.lr:<8.3g}"
 
 
 def _points(rule: str, results: dict[str, dict[str, Any]]) -> list[tuple[float, float | None]]:
@@ -194,6 +194,19 @@ def findings(summary: dict[str, Any]) -> list[str]:
         out.append(
             f"{rule}: the valley's minimum {where}; the transferred lr gives {at:.4f},"
             f" {entry['regret_vs_best_run']:.4f} above the best of the five ({entry['best_multiplier']:g}×)."
+        )
+    lowest = {
+        rule: min((y for y in entry["losses"].values() if y is not None), default=None) for rule, entry in check.items()
+    }
+    ours, plain = lowest["complete-mue"], lowest["standard"]
+    if ours is not None and plain is not None:
+        out.append(
+            f"Lowest loss with the lr multiplier retuned on the MoE itself: complete-mue {ours:.4f}, standard {plain:.4f}."
+            + (
+                " Standard parametrization ends lower here: what transfers is the place of the valley, not its depth."
+                if plain < ours
+                else ""
+            )
         )
     return out
 

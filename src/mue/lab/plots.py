@@ -86,11 +86,11 @@ def _loss_limits(axes: Axes, curves: Sequence[tuple[Points, str]]) -> None:
     low = losses[0]
     top = min(losses[-1], low + 4 * max(0.02, losses[len(losses) // 2] - low))
     margin = 0.07 * (top - low) or 0.01
-    axes.set_ylim(low - margin, top + margin)
+    axes.set_ylim(low - margin, top + 3 * margin)  # room for the legend
     for points, color in curves:
         for x, y in points:
-            if y is not None and y > top + margin:
-                axes.annotate("▲", (x, top + margin), color=color, ha="center", va="top", fontsize=7)
+            if y is not None and y > top + 3 * margin:
+                axes.annotate("▲", (x, top + 3 * margin), color=color, ha="center", va="top", fontsize=7)
 
 
 def sweep_figure(cells: Sequence[Mapping[str, Any]], best: int) -> Figure:
@@ -109,8 +109,16 @@ def sweep_figure(cells: Sequence[Mapping[str, Any]], best: int) -> Figure:
         _loss_limits(axes, [(cells[i]["points"], colors[i]) for i in colors])
         axes.set_xlabel("learning rate of the dense base")
         axes.set_ylabel("validation loss, nats per byte")
-        axes.set_title("The one sweep: the band is the 95 % interval of the best valley's minimum")
-        axes.legend(loc="upper left", ncols=2)
+        axes.set_title("Dense base: ▼ fitted minima, band the 95 % interval of the best")
+        axes.legend(
+            loc="upper center",
+            ncols=2,
+            title="weight decay, init std",
+            title_fontsize=8,
+            framealpha=0.85,
+            frameon=True,
+            edgecolor="none",
+        )
         return fig
 
 
@@ -130,18 +138,17 @@ def check_figure(curves: Sequence[Mapping[str, Any]]) -> Figure:
         axes.axvline(0, color=INK, lw=1, ls=":")
         _loss_limits(axes, [(curve["points"], curve["color"]) for curve in curves])
         axes.annotate(
-            "transferred",
-            (0, 1),
+            "transferred value",
+            (0, 0),
             xycoords=("data", "axes fraction"),
-            xytext=(4, -2),
+            xytext=(5, 5),
             textcoords="offset points",
-            va="top",
             fontsize=8.5,
         )
         axes.set_xlabel("learning rate multiplier on the MoE")
         axes.set_ylabel("validation loss, nats per byte")
         axes.set_title("Valley check: ▼ fitted minimum, band 95 % interval")
-        axes.legend(loc="upper center")
+        axes.legend(loc="upper center", framealpha=0.85, frameon=True, edgecolor="none")
         return fig
 
 
@@ -219,7 +226,7 @@ def plan_figure(plan: Plan) -> Figure:
         header.index(h) for h in ("role", "tensors", "init std", "lr", "weight decay", "eps", "× std", "× lr", "× wd")
     ]
     with mpl.rc_context(BARE):
-        fig, (axes,) = figure(13, 0.55 + 0.27 * len(rows))
+        fig, (axes,) = figure(12, 0.6 + 0.29 * len(rows))
         axes.axis("off")
         axes.set_title(f"{plan.rule.name}: {plan.target.name}    plan {plan.hash}", pad=4)
         table = axes.table(
@@ -231,7 +238,7 @@ def plan_figure(plan: Plan) -> Figure:
             bbox=Bbox.unit(),
         )
         table.auto_set_font_size(False)
-        table.set_fontsize(8.5)
+        table.set_fontsize(9)
         for (line, _), cell in table.get_celld().items():
             cell.set_edgecolor(GRID)
             cell.set_linewidth(0.5)

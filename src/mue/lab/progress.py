@@ -59,6 +59,6 @@ class RunProgress:
         if key in self.ended:
             return
         self.ended.add(key)
-        loss = f"validation loss {result['val_loss']:.4f}" if result["val_loss"] is not None else "[red]diverged[/]"
+        loss = f"loss {result['val_loss']:.4f}" if result["val_loss"] is not None else "[red]diverged[/]"
         when = f"{result['seconds']:.0f} s" if fresh else "done before"
-        self.console.print(f"  {self.label(run)}  {loss}  [dim]{when}, run {key}[/]", highlight=False)
+        self.console.print(f"  {self.label(run)}  {loss}  [dim]{when}, {key[:8]}[/]", highlight=False, soft_wrap=True)

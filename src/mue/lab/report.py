@@ -36,6 +36,7 @@ class Section:
     rows: Sequence[Sequence[str]] = ()
     wrap: tuple[int, ...] = ()
     fold: str = ""
+    picture_in_page: bool = True  # a PNG is written either way; a table reads better as text
 
 
 def text(words: str, *, warn: bool = False) -> dict[str, Any]:
@@ -53,7 +54,7 @@ def write_report(
     for section in sections:
         svg = ""
         if section.figure is not None:
-            svg = _svg(section.figure)
+            svg = _svg(section.figure) if section.picture_in_page else ""
             write_atomic(folder / f"{section.id}.png", partial(section.figure.savefig, dpi=160, format="png"))
         table = {"header": section.header, "rows": section.rows, "wrap": section.wrap} if section.rows else None
         rendered.append({**vars(section), "svg": svg, "table": table})
@@ -148,7 +149,7 @@ def plan_section(plan: Plan) -> Section:
         header=header,
         rows=rows,
         wrap=(len(header) - 1,),
-        fold="the same table as text, with the source of every row",
+        picture_in_page=False,
     )
 
 

@@ -199,12 +199,13 @@ class _Index:
     def _ask(self) -> tuple[int, Values, int]:
         trial = self.study.ask()
         values = {axis: self._suggest(trial, axis) for axis in AXES}
-        return trial.number, values, int(trial.suggest_categorical("seed", self.grid.seeds))
+        seed = trial.suggest_int("seed", min(self.grid.seeds), max(self.grid.seeds))
+        if seed not in self.grid.seeds:  # a sampler drew between two of the listed seeds
+            seed = min(self.grid.seeds, key=lambda known: abs(known - seed))
+        return trial.number, values, seed
 
     def _suggest(self, trial: optuna.Trial, axis: str) -> float:
-        points = getattr(self.grid, axis)
-        if self.grid.sampler == "grid":
-            return float(trial.suggest_categorical(axis, points))
+        points = getattr(self.grid, axis)  # a range rather than a list, so that a grid may be widened later
         return float(trial.suggest_float(axis, points[0], points[-1], log=points[0] > 0 and len(points) > 1))
 
     def propose(self) -> tuple[Values, int]:

@@ -8,18 +8,28 @@ from rich.text import Text
 
 from mue.plan import Plan
 
+WIDE = 150  # columns that the formulas need
 
-def plan_table(plan: Plan, *, sources: bool = False) -> RenderableType:
-    """A plan as its header lines and one row for each role; with ``sources``, where each row comes from."""
+
+def plan_table(plan: Plan, *, width: int = 80, sources: bool = False) -> RenderableType:
+    """A plan as its header lines and one row for each role.
+
+    A terminal of at least :data:`WIDE` columns also shows the factors as formulas; ``sources`` adds where each row
+    comes from. ``mue plan --json`` has everything at any width.
+    """
     facts = Table.grid(padding=(0, 2))
     for what, value in plan.header():
         facts.add_row(Text(what, style="dim"), Text(value))
     header, rows = plan.table()
-    drop = set() if sources else {header.index("source"), header.index("× eps")}
+    dropped = {"× eps"} | (set() if sources else {"source"})
+    if width < WIDE:
+        dropped |= {name for name in header if name.startswith("×")}
+    kept = [i for i, name in enumerate(header) if name not in dropped]
     table = Table(box=None, header_style="bold", pad_edge=False)
-    for i, name in enumerate(header):
-        if i not in drop:
-            table.add_column(name, overflow="fold", style="cyan" if i == 0 else "dim" if name.startswith("×") else "")
+    for i in kept:
+        numeric = 0 < i < header.index("× std")
+        style = "cyan" if i == 0 else "" if numeric else "dim"
+        table.add_column(header[i], style=style, justify="right" if numeric else "left", no_wrap=header[i] != "source")
     for row in rows:
-        table.add_row(*(Text(cell) for i, cell in enumerate(row) if i not in drop))
+        table.add_row(*(Text(row[i]) for i in kept))
     return Group(facts, Text(""), table)

@@ -1,0 +1,81 @@
+"""Every snippet of the README runs, and every number it quotes is the one that was measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import mue
+from mue.config import plan_inputs
+from mue.lab.demo import findings
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def snippets(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+@pytest.mark.parametrize("code", snippets("python"))
+def test_python_snippets_run(code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {}
+    exec(compile(code, "README.md", "exec"), names)
+    if "Tiny" in names:
+        model = names["Tiny"](64, 64)  # type: ignore[operator]
+        from mue.roles import place
+
+        assert {p.role for p in place(model)} == {"embedding", "ffn_up", "ffn_down", "head"}
+
+
+def test_the_diff_runs() -> None:
+    lines = [line[2:] for line in snippets("diff")[0].splitlines() if line.startswith("+ ")]
+    code = "\n".join(line for line in lines if "model" not in line)
+    names: dict[str, object] = {}
+    exec(code, names)
+    assert names["plan"].route_scale == 8  # type: ignore[attr-defined]
+
+
+def test_the_toml_plans() -> None:
+    plan = plan_inputs(tomllib.loads(snippets("toml")[0])).plan()
+    assert plan.roles["expert_down"].values.init_std == pytest.approx(0.0106066, rel=1e-5)
+
+
+def test_commands_exist() -> None:
+    from typer.main import get_command
+
+    from mue.cli import app
+
+    known = set(get_command(app).commands)  # type: ignore[attr-defined]
+    for command in re.findall(r"^mue (\w+)", "\n".join(snippets("bash")), flags=re.M):
+        assert command in known
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make (\w+)", "\n".join(snippets("bash")), flags=re.M):
+        assert f"\n{target}:" in makefile
+
+
+def test_quoted_numbers_are_the_measured_ones() -> None:
+    summary = json.loads((ROOT / "docs/results/demo.json").read_text(encoding="utf-8"))
+    quoted = README.partition("<!-- findings -->")[2].partition("<!-- /findings -->")[0]
+    assert [line.removeprefix("- ") for line in quoted.strip().splitlines()] == findings(summary)
+
+
+def test_the_recorded_plan_is_the_one_that_follows() -> None:
+    """The result file's plan is what today's code derives from the same inputs."""
+    summary = json.loads((ROOT / "docs/results/demo.json").read_text(encoding="utf-8"))
+    from mue.inputs import Inputs
+
+    plan = Inputs.from_dict(summary["plan"]["inputs"]).plan()
+    assert plan.hash == summary["plan"]["hash"] == summary["runs"]["MoE"]["plan"]
+
+
+def test_length_and_links() -> None:
+    assert README.count("\n") < 300
+    for link in re.findall(r"\]\((?!https?://)([^)]+)\)", README):
+        assert (ROOT / link).exists(), link
+    assert len(mue.__all__) < 20
