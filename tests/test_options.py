@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import mue
 import rule_properties as properties
 from mue.rules import OPTIONS
-from mue.rules.algebra import Monomial, ratio
+from mue.rules.algebra import ONE, Monomial, ratio
 from mue.rules.optimizers import for_optimizer
 from mue.rules.table import BUFFERS, VECTORS
 from mue.shapes import OPTIMIZERS
@@ -209,6 +209,11 @@ def test_a_relative_step_from_zero_is_refused() -> None:
         for_optimizer(mue.get_rule("mssp-bottleneck"), "lamb")
     with pytest.raises(ValueError, match="'adamW' is not understood; did you mean 'adamw'"):
         for_optimizer(mue.get_rule("standard"), "adamW")
+
+
+def test_what_a_source_does_not_give_stays_unknown_under_other_optimizers() -> None:
+    row = for_optimizer(mue.get_rule("malasnicki"), "adamw-independent").rows["expert_up"]
+    assert row.unknown == ("weight_decay", "eps") and row.weight_decay == ONE and row.lr != ONE
 
 
 def test_independent_decay_is_said_once() -> None:

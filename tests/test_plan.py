@@ -218,7 +218,9 @@ def test_printed_plans_show_everything() -> None:
     assert "(not derived)" not in text and "ρ_d^-1/2 · ρ_e^1/2" in text and "inferred" in text
     header, rows = make().table()
     assert len({len(row) for row in rows}) == 1 and len(rows[0]) == len(header)
-    assert all(row[-1].endswith(")") for row in rows)  # each source with its mark
+    assert header[-2:] == ["mark", "source"] and all(
+        row[-2] in ("published", "authors' code", "inferred") for row in rows
+    )
 
 
 def test_notes_warn() -> None:

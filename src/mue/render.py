@@ -12,7 +12,20 @@ from mue.words import number, text_table
 if TYPE_CHECKING:
     from mue.plan import Plan
 
-COLUMNS = ["role", "tensors", "init std", "lr", "weight decay", "eps", "× std", "× lr", "× wd", "× eps", "source"]
+COLUMNS = [
+    "role",
+    "tensors",
+    "init std",
+    "lr",
+    "weight decay",
+    "eps",
+    "× std",
+    "× lr",
+    "× wd",
+    "× eps",
+    "mark",
+    "source",
+]
 
 
 def header(plan: Plan) -> list[tuple[str, str]]:
@@ -63,13 +76,12 @@ def table(plan: Plan) -> tuple[list[str], list[list[str]]]:
             values = [number(v) for _, v in r.values.items()]
             values[0] = std if std == "zero" else f"{values[0]} {std}".rstrip()
             formulas = [r.formula.get(f, "–") for f in FIELDS]
-            rows.append([name, str(r.count), *values, *formulas, f"{r.source} ({r.status})"])
+            rows.append([name, str(r.count), *values, *formulas, r.status, r.source])
     return list(COLUMNS), rows
 
 
 def text(plan: Plan) -> str:
-    """The plan as plain text: header, then the table with each row's mark in place of its source."""
+    """The plan as plain text: header, then the table without the sources, which are long; their marks stay."""
     head = "\n".join(f"{what:<26} {value}" for what, value in header(plan))
     columns, rows = table(plan)
-    marked = [[*row[:-1], row[-1].rpartition("(")[2].rstrip(")")] for row in rows]
-    return f"{head}\n\n{text_table([*columns[:-1], 'mark'], marked)}"
+    return f"{head}\n\n{text_table(columns[:-1], [row[:-1] for row in rows])}"

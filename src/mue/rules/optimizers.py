@@ -27,6 +27,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from mue.rules.algebra import ONE, Monomial, ratio
 from mue.rules.table import BUFFERS, INFERRED, VECTORS, ZERO_INIT, Row, Rule
@@ -58,13 +59,16 @@ def for_optimizer(rule: Rule, optimizer: str) -> Rule:
 
 
 def _derived(rule: Rule, optimizer: str, change: Callable[[str, Row], Row], **more: object) -> Rule:
-    """``change`` on every row, marked inferred; ``more`` are fields of the rule."""
-    rows = {
-        role: row
-        if role in BUFFERS
-        else replace(change(role, row), source=f"{row.source}; {optimizer}: mue.rules.optimizers", status=INFERRED)
-        for role, row in rule.rows.items()
-    }
+    """``change`` on every row, marked inferred; cells that are unknown stay so. ``more`` are fields of the rule."""
+    why = f"{optimizer}: mue.rules.optimizers"
+
+    def derived(role: str, row: Row) -> Row:
+        made = replace(change(role, row), source=f"{row.source}; {why}", status=INFERRED)
+        cells = {cell: f"{text}; {why}" for cell, text in row.cells.items()}
+        unknown: dict[str, Any] = dict.fromkeys(row.unknown, ONE)
+        return replace(made, cells=cells, **unknown)
+
+    rows = {role: row if role in BUFFERS else derived(role, row) for role, row in rule.rows.items()}
     return replace(rule, rows=rows, **more)  # type: ignore[arg-type]
 
 
