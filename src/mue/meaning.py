@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-TEXTS = frozenset({"source", "status", "formula", "notes"})
+TEXTS = frozenset({"source", "status", "marks", "formula", "notes"})
 
 
 def without_texts(data: Any) -> Any:

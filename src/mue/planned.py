@@ -30,7 +30,8 @@ class RolePlan:
     """One role of a plan: its values, the factors on the base's values, the formulas behind them and their source.
 
     ``init`` is ``"normal"``, ``"zero"``, ``"shared"`` (all experts start from one draw) or ``"constant"``; the last
-    starts at ``constant`` (a gain at 1, a bias at 0, a folded final norm at its coefficient).
+    starts at ``constant`` (a gain at 1, a bias at 0, a folded final norm at its coefficient). ``status`` is the mark of the
+    weakest number, ``marks`` that of each.
     """
 
     values: Values
@@ -41,6 +42,7 @@ class RolePlan:
     status: str
     init: str = NORMAL
     constant: float | None = None
+    marks: Mapping[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -50,6 +52,7 @@ class RolePlan:
             "count": self.count,
             "source": self.source,
             "status": self.status,
+            "marks": dict(self.marks),
             "init": self.init,
             "constant": self.constant,
         }

@@ -113,7 +113,8 @@ def _role_plan(role: str, rule: Rule, star: Values, ratio: Mapping[str, float], 
         for name, value in values.items()
         if value is not None and role not in BUFFERS
     }
-    return RolePlan(values, factor, formula, count, row.source, row.status, _init(role, row), _START.get(role))
+    marks = {name: row.mark(name) for name in formula}
+    return RolePlan(values, factor, formula, count, row.source, row.status, _init(role, row), _START.get(role), marks)
 
 
 def _init(role: str, row: Row | None) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from mue.rules.options import plain
-from mue.rules.table import FIELDS
+from mue.rules.table import FIELDS, MARKS
 from mue.shapes import Transformer
 from mue.words import number, text_table
 
@@ -23,7 +23,7 @@ COLUMNS = [
     "× lr",
     "× wd",
     "× eps",
-    "mark",
+    "marks",
     "source",
 ]
 
@@ -55,6 +55,7 @@ def header(plan: Plan) -> list[tuple[str, str]]:
         ),
         ("unchanged", ", ".join(f"{k} {v}" for k, v in plan.unchanged.items())),
     ]
+    lines.append(("marks", f"of init std, lr, weight decay, eps: {', '.join(f'{v} {k}' for k, v in MARKS.items())}"))
     if plan.rule.options:
         lines.insert(1, ("options", ", ".join(f"{k} {v}" for k, v in plain(plan.rule.options).items())))
     if plan.folding is not None:
@@ -75,8 +76,9 @@ def table(plan: Plan) -> tuple[list[str], list[list[str]]]:
             std = r.init if r.init in ("zero", "shared") else ""
             values = [number(v) for _, v in r.values.items()]
             values[0] = std if std == "zero" else f"{values[0]} {std}".rstrip()
+            marks = " ".join(MARKS[r.marks[f]] if f in r.marks else "–" for f in FIELDS)
             formulas = [r.formula.get(f, "–") for f in FIELDS]
-            rows.append([name, str(r.count), *values, *formulas, r.status, r.source])
+            rows.append([name, str(r.count), *values, *formulas, marks, r.source])
     return list(COLUMNS), rows
 
 

@@ -13,7 +13,7 @@ from mue.planning import base_values
 from mue.ratios import ratios
 from mue.rules import RULES, get_rule, option_names
 from mue.rules.algebra import RATIOS
-from mue.rules.table import BUFFERS, CELLS, FALLBACK, FIELDS, ROLES, VECTORS, Rule
+from mue.rules.table import BUFFERS, CELLS, FALLBACK, FIELDS, ROLES, VECTORS, Row, Rule
 from mue.shapes import Block, Transformer
 from mue.words import nearest, number, text_table
 
@@ -275,12 +275,23 @@ def formulas(rule: Rule) -> list[list[str]]:
             cells[0] += " (shared)"
         if role in VECTORS:
             cells[0] = cells[2] = "–"
-        rest = [*cells, row.status, row.source]
+        rest = [*cells, _marks(role, row), row.source]
         if rows and rows[-1][1:] == rest:
             rows[-1][0] += f", {role}"
         else:
             rows.append([role, *rest])
     return rows
+
+
+def _marks(role: str, row: Row) -> str:
+    """``"published"``, or ``"published: init std, lr; inferred: eps"`` where the cells differ."""
+    by_mark: dict[str, list[str]] = {}
+    for cell in FIELDS:
+        if role not in VECTORS or cell in ("lr", "eps"):
+            by_mark.setdefault(row.mark(cell), []).append(CELLS[cell])
+    if len(by_mark) == 1:
+        return next(iter(by_mark))
+    return "; ".join(f"{mark}: {', '.join(cells)}" for mark, cells in by_mark.items())
 
 
 def all_rules() -> list[Rule]:

@@ -75,6 +75,11 @@ def complete_mue(
                 "weight_decay": decay_source,
                 "eps": "CompleteP 2505.01618 Table 1; gradient scales of transfer-rules 1.9",
             },
+            marks={
+                "init_std": PUBLISHED,
+                "lr": INFERRED if rate != ONE else PUBLISHED,
+                "weight_decay": PUBLISHED if weight_decay_width == "none" else INFERRED,
+            },
         )
 
     attention = hidden(d, "width µP")

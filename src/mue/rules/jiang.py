@@ -21,7 +21,8 @@ def jiang() -> Rule:
 
     def row(source: str, std: Monomial, lr: Monomial, wd: Monomial, eps: Monomial) -> Row:
         text = f"2601.20205, {code}: {source}; {port}"
-        return Row(init_std=std, lr=lr, weight_decay=wd, eps=eps, source=text, status=INFERRED)
+        marks = {"init_std": AUTHORS_CODE, "lr": AUTHORS_CODE}
+        return Row(init_std=std, lr=lr, weight_decay=wd, eps=eps, source=text, status=INFERRED, marks=marks)
 
     attention = row("attention", n ** "-1/2", n**-1, n, 1 / (n * L))
     up = row("W_up, n^-1/2 and 1/n", n ** "-1/2", n**-1, n, 1 / (m * L))

@@ -21,6 +21,7 @@ def mup() -> Rule:
             weight_decay=fan_in,
             source="2203.03466 Table 8 (std, lr); weight decay: package mup, MuAdamW; eps not scaled there",
             status=AUTHORS_CODE,
+            marks={"init_std": PUBLISHED, "lr": PUBLISHED},
         )
 
     vector = Row(source="2203.03466 Table 8: input weights and biases unscaled", status=PUBLISHED)

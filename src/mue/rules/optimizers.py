@@ -66,7 +66,7 @@ def _derived(rule: Rule, optimizer: str, change: Callable[[str, Row], Row], **mo
         made = replace(change(role, row), source=f"{row.source}; {why}", status=INFERRED)
         cells = {cell: f"{text}; {why}" for cell, text in row.cells.items()}
         unknown: dict[str, Any] = dict.fromkeys(row.unknown, ONE)
-        return replace(made, cells=cells, **unknown)
+        return replace(made, cells=cells, marks={"init_std": row.mark("init_std")}, **unknown)
 
     rows = {role: row if role in BUFFERS else derived(role, row) for role, row in rule.rows.items()}
     return replace(rule, rows=rows, **more)  # type: ignore[arg-type]

@@ -21,8 +21,8 @@ Each rule is one file in `src/mue/rules`. A cell is the factor on the value tune
 to base. `?` marks what a source does not give: that number stays as tuned, and the plan says so. A rule refuses the changes it
 has no answer for, with the reason; it never guesses.
 
-The last columns say how far to trust a row: *published* (printed in the paper), *authors' code*, or *inferred* (derived here,
-or taken from others); a row carries the mark of its weakest cell.
+The last columns say how far to trust a number: *published* (printed in the paper, or told by its authors), *authors' code*, or
+*inferred* (derived here, or taken from others).
 """
 
 FOLDING = """\

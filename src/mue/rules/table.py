@@ -46,6 +46,9 @@ FALLBACK: dict[str, str] = {
 PUBLISHED = "published"
 AUTHORS_CODE = "authors' code"
 INFERRED = "inferred"
+NOT_GIVEN = "not given"
+# One letter each, as plans print them, one for each cell of a row.
+MARKS = {PUBLISHED: "P", AUTHORS_CODE: "C", INFERRED: "I", NOT_GIVEN: "?"}
 
 NORMAL = "normal"
 ZERO_INIT = "zero"
@@ -84,7 +87,7 @@ class Row:
         init: how the role is drawn: ``"normal"``, ``"zero"`` (then init_std is :data:`ZERO`), or ``"shared"``: all
             experts start from one and the same draw.
         unknown: cells the source does not give. They stay as tuned, and the plan says so.
-        cells: cell → its own source, where they differ.
+        cells: cell → its own source, where they differ. marks: cell → its own mark, where that is stronger.
     """
 
     source: str
@@ -96,6 +99,11 @@ class Row:
     init: str = NORMAL
     unknown: tuple[str, ...] = ()
     cells: Mapping[str, str] = field(default_factory=dict)
+    marks: Mapping[str, str] = field(default_factory=dict)
+
+    def mark(self, cell: str) -> str:
+        """:data:`PUBLISHED`, :data:`AUTHORS_CODE` or :data:`INFERRED` of one cell; ``"not given"`` for an unknown one."""
+        return NOT_GIVEN if cell in self.unknown else self.marks.get(cell, self.status)
 
 
 @dataclass(frozen=True)
