@@ -266,3 +266,18 @@ def test_a_base_with_experts_says_which_route_scale_it_stands_for() -> None:
     assert not make(base=base, rule="standard").notes
     chain = mue.transfer(make(), TARGET)  # a plan says itself what it is
     assert not any("R = 4" in note for note in chain.notes)
+
+
+@pytest.mark.parametrize(
+    ("other", "what"),
+    [
+        (mue.Block(layers=1, ffn=512), "active width"),
+        (mue.Block(layers=1, ffn=256), "width of one expert"),
+        (mue.Block(layers=1, expert=64, experts=16, active=4), "number of experts"),
+    ],
+)
+def test_a_base_whose_blocks_differ_is_refused(other: mue.Block, what: str) -> None:
+    first = mue.Block(layers=1, expert=64, experts=8, active=4)
+    mue.transfer(mue.Mixed(256, (first, first)), TARGET, TUNED)
+    with pytest.raises(ValueError, match=f"differ in their {what}.*no single e"):
+        mue.transfer(mue.Mixed(256, (first, other)), TARGET, TUNED)

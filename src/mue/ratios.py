@@ -5,17 +5,32 @@ from __future__ import annotations
 from mue.rules.table import BUFFERS, Rule
 from mue.shapes import Block, Training, Transformer
 
+# What a rule may read of a base's block: name in a message → attribute.
+_READ = {
+    "active width": "active_width",
+    "width of one expert": "fan_in",
+    "number of experts": "experts",
+    "number of active experts": "active",
+    "gate moments": "kappa",
+}
+
 
 def base_block(base: Transformer) -> Block:
     """The block that stands for a base; ``ValueError`` where its blocks differ in what a rule reads."""
     first = base.blocks[0]
     for block in base.blocks[1:]:
-        if (block.active_width, block.fan_in, block.kappa) != (first.active_width, first.fan_in, first.kappa):
-            raise ValueError(
-                f"the base {base.name} has blocks of different active widths ({first.active_width} and {block.active_width}):"
-                " there is no single e* to transfer from; tune on a base whose blocks are alike"
-            )
+        for what, name in _READ.items():
+            if getattr(block, name) != getattr(first, name):
+                raise ValueError(
+                    f"the blocks of the base {base.name} differ in their {what} ({getattr(first, name)} and"
+                    f" {getattr(block, name)}): there is no single e* to transfer from; tune on a base whose blocks are alike"
+                )
     return first
+
+
+def _down_fan_in(block: Block, kind: str) -> int:
+    """Fan-in of one down projection: a shared expert's, or that of a routed expert or a dense feed-forward."""
+    return block.shared or block.fan_in if kind == "shared" else block.fan_in
 
 
 def ratios(
@@ -31,12 +46,11 @@ def ratios(
     ``kind`` ("shared" or anything else) picks whose down projection ρ_H speaks of. A dense block counts as one expert.
     """
     source = base_block(base)
-    fan_in = block.shared or block.expert or block.fan_in if kind == "shared" else block.fan_in
     same = base_training is None or training is None
     return {
         "ρ_d": target.width / base.width,
         "ρ_o": target.attention_width / base.attention_width,
-        "ρ_H": fan_in / source.fan_in,
+        "ρ_H": _down_fan_in(block, kind) / _down_fan_in(source, kind),
         "ρ_L": target.layers / base.layers,
         "ρ_N": max(block.experts, 1) / max(source.experts, 1),
         "ρ_a": max(block.active, 1) / max(source.active, 1),
