@@ -41,9 +41,17 @@ def demo(out: Out = Path("runs/demo"), workers: Workers = None) -> None:
     transfers to a 16e4a1s MoE of twice the width, trains it with those values, and sweeps the learning-rate multiplier
     to show where the MoE's own valley lies. Interrupt it at any time: the next start goes on.
     """
+    import os
+    import webbrowser
+
     from mue.lab.demo import demo as run
 
-    run(out, Console(), workers=workers)
+    console = Console()
+    path = run(out, console, workers=workers)
+    if console.is_terminal and (
+        sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    ):
+        webbrowser.open(path.absolute().as_uri())
 
 
 @app.command()
@@ -90,7 +98,8 @@ def plan(
     if json_:
         print(json.dumps(made.to_dict(), indent=1, ensure_ascii=False))
     else:
-        Console().print(plan_table(made, sources=sources))
+        console = Console()
+        console.print(plan_table(made, width=console.width, sources=sources))
 
 
 @app.command()

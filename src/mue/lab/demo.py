@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from mue.lab.report import (
     write_report,
 )
 from mue.lab.run import Run, Store
-from mue.lab.sweep import Swept, run_sweep, swept_dict
+from mue.lab.sweep import Swept, run_sweep, sweep_runs, swept_dict
 from mue.lab.tables import plan_table
 from mue.lab.train import provenance
 from mue.plan import Plan, transfer
@@ -75,7 +76,7 @@ def demo(out: Path, console: Console, *, workers: int | None = None) -> Path:
     )  # fmt: skip
 
     console.rule("[bold]2  one sweep of a small dense transformer")
-    swept = _sweep(spec, out, corpus, console, workers)
+    swept, swept_fresh = _sweep(spec, out, corpus, console, workers)
     console.print(f"  [bold]{swept.verdict}[/]", highlight=False)
 
     console.rule("[bold]3  transfer to the MoE")
@@ -90,7 +91,7 @@ def demo(out: Path, console: Console, *, workers: int | None = None) -> Path:
         results = run_all(list(named.values()), store, workers=workers, on_event=progress.event, on_done=progress.done)
     by_name = {name: results[run.key] for name, run in named.items()}
 
-    seconds = time.monotonic() - started
+    seconds = _total_seconds(out / "demo.json", time.monotonic() - started, fresh=progress.fresh + swept_fresh)
     summary = _summary(ours, swept, plan, named, by_name, corpus, seconds)
     write_json(out / "demo.json", summary)
     path = _report(out, ours, swept, plan, named, by_name, store, summary)
@@ -98,9 +99,8 @@ def demo(out: Path, console: Console, *, workers: int | None = None) -> Path:
     return path
 
 
-def _sweep(spec: SweepSpec, out: Path, corpus: Corpus, console: Console, workers: int | None) -> Swept:
-    from mue.lab.sweep import sweep_runs
-
+def _sweep(spec: SweepSpec, out: Path, corpus: Corpus, console: Console, workers: int | None) -> tuple[Swept, int]:
+    """The sweep, and how many of its runs were trained now."""
     runs = sweep_runs(spec, described(spec.source, corpus))
 
     def label(run: Run) -> str:
@@ -108,7 +108,14 @@ def _sweep(spec: SweepSpec, out: Path, corpus: Corpus, console: Console, workers
         return f"lr {t.lr:<9.3g} wd {t.weight_decay:<5g} std {t.init_std:<5g}"
 
     with RunProgress(console, "sweep", runs, label) as progress:
-        return run_sweep(spec, out, corpus, workers=workers, on_event=progress.event, on_done=progress.done)
+        swept = run_sweep(spec, out, corpus, workers=workers, on_event=progress.event, on_done=progress.done)
+    return swept, progress.fresh
+
+
+def _total_seconds(path: Path, now: float, *, fresh: int) -> float:
+    """Time spent over all sessions: a start that only reads what is done adds nothing."""
+    before = json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.exists() else 0.0
+    return before + now if fresh or not before else before
 
 
 def _transfer(ours: Experiment, swept: Swept, target: Transformer, rule: str) -> Plan:

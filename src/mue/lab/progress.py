@@ -22,6 +22,7 @@ class RunProgress:
         self.steps = {run.key: run.plan.training.steps for run in runs if run.plan.training is not None}
         self.seen: dict[str, int] = {}
         self.ended: set[str] = set()
+        self.fresh = 0  # runs trained in this session
         self.bar = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=None),
@@ -59,6 +60,7 @@ class RunProgress:
         if key in self.ended:
             return
         self.ended.add(key)
+        self.fresh += fresh
         loss = f"loss {result['val_loss']:.4f}" if result["val_loss"] is not None else "[red]diverged[/]"
         when = f"{result['seconds']:.0f} s" if fresh else "done before"
         self.console.print(f"  {self.label(run)}  {loss}  [dim]{when}, {key[:8]}[/]", highlight=False, soft_wrap=True)
