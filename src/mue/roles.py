@@ -131,10 +131,18 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def layout_of(model: nn.Module) -> Sequence[Layout]:
-    """The table a model declares; ``ValueError`` with the fix where it declares none."""
+    """The table a model declares, or, for a model of ``transformers``, the one that is observed.
+
+    Raises:
+        ValueError: neither, with the fix; parameters of a stock model whose role cannot be decided.
+    """
     inner = unwrap(model)
     if isinstance(inner, HasLayout):
         return inner.layout()
+    if hasattr(getattr(inner, "config", None), "model_type"):
+        from mue.layouts.stock import stock
+
+        return stock(inner).description.layout()
     raise ValueError(
         f"{type(inner).__name__} declares no parameter layout: give it a method layout() that returns mue.Layout rows"
         " (pattern, role, axes), one for each kind of parameter"

@@ -35,6 +35,8 @@ OWN = (
     r"sinks?|a_log|d|a|dt_bias|dt|lambda\w*|\w*_scale|scale|temp|alpha\w*|\w*gain|\w*_residual|residual\w*|recurrent_param"
     r"|\w*_bias|base|hc_base|position_bias|\w*_slope|beta|gamma"
 )
+# Offsets of something other than a matrix product, so that no weight's fold carries over to them.
+OWN_BIAS = r"dt_bias|position_bias|\w*(gate|states|residual)_bias"
 LAYERED = r"layers?|h|blocks?"
 
 
@@ -106,7 +108,7 @@ def decide(f: Facts) -> Decision:
     return _elementwise(f)
 
 
-def _vector(f: Facts, how: str, start: float | str | None, role: str = "bias") -> Decision:
+def _vector(f: Facts, how: str, start: float | str | None, role: str = "norm") -> Decision:
     return Decision(role, ("vector",) * len(f.shape), how, start=start)
 
 
@@ -115,8 +117,10 @@ def _elementwise(f: Facts) -> Decision:
     last = f.tokens[-1]
     if re.fullmatch(SELECTION, last):
         return _vector(f, "named as a selection bias: moved by load, not by the optimizer", "own", "router_bias")
-    if last == "bias" or last.endswith("_bias") or (f.named(NORM, 2) and last.startswith("b")):
-        return _vector(f, "added element by element", start)
+    if re.fullmatch(OWN_BIAS, last):
+        return _vector(f, f"met element by element, a known kind of vector ({last})", start)
+    if last == "bias" or last.endswith("_bias"):
+        return _vector(f, "added element by element", start, "bias")
     if f.named(QK_NORM, 2) and f.layered:
         return _vector(f, "gain of a query or key norm", start, "qk_norm")
     if f.named(NORM, 2) and len(f.shape) == 1:

@@ -38,12 +38,14 @@ class Description:
         found: every pattern of parameters. gates: what each router's weights are, by the module that holds the experts.
         unbuilt: dimensions that could not be varied, with the reason.
         score: ``"sigmoid"`` or ``"softmax"`` where one of them ran over as many numbers as there are experts.
+        cancelled: patterns of output projections whose scale changes nothing, because a norm follows.
     """
 
     found: tuple[Found, ...]
     gates: Mapping[str, Gates] = field(default_factory=dict)
     unbuilt: Mapping[str, str] = field(default_factory=dict)
     score: str | None = None
+    cancelled: frozenset[str] = frozenset()
 
     @property
     def undecided(self) -> list[Found]:
@@ -107,7 +109,42 @@ def describe(
     _check_rows(rows, shapes)
     experts = size_of(tiny, "experts")
     score = {kernel for kernel, size in scores if size == experts}
-    return Description(tuple(found), gates, follows.unbuilt, score.pop() if len(score) == 1 else None)
+    cancelled = _cancelled(model, run, found)
+    return Description(tuple(found), gates, follows.unbuilt, score.pop() if len(score) == 1 else None, cancelled)
+
+
+@torch.no_grad()
+def _cancelled(model: nn.Module, run: Callable[[nn.Module], object], found: Sequence[Found]) -> frozenset[str]:
+    """Output projections whose scale a norm right after them cancels: all of attention's together, all of feed-forward's.
+
+    Both are doubled where they outweigh the rest of the model, once at 32 times their size and once at 128. What a norm
+    cancels changes the logits through its epsilon only, by 1/m² at m times; anything else by 1/m.
+    """
+    idle: set[str] = set()
+    for role in ("_o", "_down"):
+        patterns = {f.pattern for f in found if f.row is not None and f.row.role.endswith(role)}
+        parameters = [p for n, p in model.named_parameters() if pattern_of(n) in patterns]
+        near, far = (_doubling(model, run, parameters, m) for m in (32.0, 128.0))
+        if near is not None and far is not None and far <= max(near / 8, 1e-5):
+            idle |= patterns
+    return frozenset(idle)
+
+
+def _doubling(
+    model: nn.Module, run: Callable[[nn.Module], object], parameters: Sequence[Tensor], scale: float
+) -> float | None:
+    """Relative change of the logits when parameters at ``scale`` times their size are doubled."""
+    logits = []
+    for factor in (scale, 2.0):
+        torch._foreach_mul_(list(parameters), factor)
+        torch.manual_seed(1)
+        out = run(model)
+        logits.append(getattr(out, "logits", out))
+    torch._foreach_mul_(list(parameters), 1 / (2 * scale))
+    a, b = logits
+    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
+        return None
+    return float((b - a).abs().max() / a.abs().max())
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from mue.layouts.describe import Description, Found, describe, pattern_of
-from mue.layouts.follow import attributes, size_of, sizes
+from mue.layouts.follow import Build, attributes, size_of, sizes
 from mue.layouts.tiny import parts, shrunk_enough, text_config
 from mue.roles import Layout
 from mue.words import nearest
@@ -102,7 +102,7 @@ def build(config: Any) -> nn.Module:
         return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # type: ignore[no-any-return]
 
 
-def describe_config(config: Any, rows: Sequence[Layout] = ()) -> Description:
+def describe_config(config: Any, rows: Sequence[Layout] = (), build: Build = build) -> Description:
     """Roles for every parameter of a transformers config of any size, observed on a tiny model of its family.
 
     The rows hold for the config's own size. A parameter that only the full model has is undecided.

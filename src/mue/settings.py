@@ -1,0 +1,104 @@
+"""What a plan says about each single tensor: the role's values, corrected for its own fan-in, its fold and its start."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import nn
+
+from mue.matching import matched
+from mue.plan import Plan
+from mue.planned import Values
+from mue.roles import HasLayout, Placed, unwrap
+from mue.rules.table import BUFFERS, FIELDS, VECTORS
+
+# Roles whose fan-in the plan takes to be the residual width; in latent attention and small router MLPs it may not be.
+_FROM_WIDTH = ("attention_q", "attention_k", "attention_v", "router")
+_GAINS = ("norm", "qk_norm", "final_norm")
+
+
+class Setting(NamedTuple):
+    """One tensor's values.
+
+    ``constant`` is what a vector starts at (None: as the model's code started it), ``scale`` its size at the start
+    against the base's, which floors of relative optimizers follow.
+    """
+
+    placed: Placed
+    values: Values
+    constant: float | None
+    scale: float
+
+
+def settings(plan: Plan, model: nn.Module) -> list[Setting]:
+    """Every parameter of the planned model with its values.
+
+    Raises:
+        ValueError: a model that is not the planned one; a fused tensor whose parts are planned differently.
+    """
+    from mue.fold.model import placed_coefficients
+    from mue.layouts.stock import query_coefficients
+
+    placed = matched(plan, model)
+    queries = {} if isinstance(unwrap(model), HasLayout) else query_coefficients(plan, model, placed)
+    return [_setting(plan, p, c, queries.get(p.name, 1.0)) for p, c in placed_coefficients(plan, placed)]
+
+
+def _setting(plan: Plan, p: Placed, c: float, query: float) -> Setting:
+    """``c`` is the fold's coefficient (planned already, but for biases), ``query`` the attention scale's."""
+    from mue.fold.plan import folded_values
+
+    planned = plan.role(p.role, p.layer)
+    values = _of_parts(plan, p)
+    own = c if p.role == "bias" else 1.0
+    values = _own_fan_in(plan, p, values)
+    if own * query != 1:
+        values = folded_values(plan, p.role, values, own * query)
+    if p.role in VECTORS | BUFFERS:
+        constant = _constant(p, planned.constant, own * query)
+        return Setting(p, values, constant, own * query * (planned.constant or 1.0))
+    return Setting(p, values, None, query * (planned.factor.init_std or 1.0))
+
+
+def _of_parts(plan: Plan, p: Placed) -> Values:
+    """The role's values; those of every part of a fused tensor must be the same."""
+    values = plan.role(p.role, p.layer).values
+    for part in p.layout.parts:
+        other = plan.role(part, p.layer).values
+        if other != values:
+            name = next(n for n in FIELDS if getattr(other, n) != getattr(values, n))
+            raise ValueError(
+                f"{p.name} holds {', '.join(p.layout.parts)} in one tensor, but {name} is planned as"
+                f" {getattr(values, name)} for {p.role} and {getattr(other, name)} for {part}: give them one value"
+            )
+    return values
+
+
+def _own_fan_in(plan: Plan, p: Placed, values: Values) -> Values:
+    """f/f* in place of the width's ratio for a matrix whose fan-in f is not the width (conventions 8; f* = d*)."""
+    if p.role not in _FROM_WIDTH or p.fan_in == plan.target.width:
+        return values
+    row, ratio = plan.rule.rows[p.role], p.fan_in / plan.target.width
+    changed = {
+        name: None if value is None else value * ratio ** float(getattr(row, name).exponent("ρ_d"))
+        for name, value in values.items()
+    }
+    return replace(values, **changed)
+
+
+def _constant(p: Placed, planned: float | None, c: float) -> float | None:
+    """Where a vector starts: the planned gain or zero, or, where the model's code says otherwise, as that does."""
+    start = p.layout.start
+    if start == "own" or p.role in BUFFERS:
+        if c != 1:
+            raise ValueError(f"{p.name} keeps the model's own start, and a multiplier {c:g} cannot be folded into it")
+        return None
+    assert planned is not None
+    if not isinstance(start, float):
+        return planned * c
+    if p.role in _GAINS and start == 0:
+        return planned * c - 1.0  # the code multiplies by 1 + w
+    if p.role in _GAINS and start == 1:
+        return planned * c
+    return start * c
