@@ -16,6 +16,7 @@ from mue.layouts.scalings import Scaling, scalings
 from mue.layouts.shape import Routers, routers, shape_of
 from mue.roles import Layout, Placed, place
 from mue.shapes import Transformer
+from mue.words import text_table
 
 
 @dataclass(frozen=True)
@@ -153,3 +154,29 @@ def walk(families: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
             "undecided": undecided,
             "reason": reason,
         }
+
+
+def lines(found: Inspection) -> list[str]:
+    """An inspection for people: the table of parameters, totals, routers, factors, the shape, and what is undecided."""
+    header = ("parameter", "role", "axes", "fan-in", "shape", "n", "how")
+    table = [
+        (
+            row.pattern,
+            " + ".join(row.parts) or row.role or "?",
+            " ".join(row.axes),
+            "–" if row.fan_in is None else str(row.fan_in),
+            "×".join(map(str, row.shape)),
+            str(row.tensors),
+            row.how,
+        )
+        for row in found.rows
+    ]
+    out = [text_table(header, table), "", f"{found.name}: {found.parameters:,} parameters in {len(table)} kinds"]
+    if found.routing is not None:
+        r = found.routing
+        out.append(f"router: {r.active} active, {r.score or 'scores not seen'}; {r.advice}")
+    for s in found.scalings:
+        note = f", already scaled: set {s.attribute} = {s.neutral:g} before you plan" if s.active else ""
+        out.append(f"factor: {s.attribute} = {s.value:g} on the {s.what}{note}")
+    out.append(f"shape: {found.shape.name}" if found.shape is not None else f"no shape: {found.no_shape}")
+    return [*out, *(f"undecided: {line}" for line in found.undecided)]
