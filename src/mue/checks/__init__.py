@@ -1,0 +1,20 @@
+"""Prove the wiring: is the plan really what this model, this optimizer and this scheduler do?
+
+>>> import mue, torch
+>>> from mue.lab.model import LanguageModel
+>>> shape = mue.MoE.parse("8e2a", width=64, expert=32, layers=2, head_dim=32, sequence=32, vocab=64)
+>>> plan = mue.transfer(mue.Dense(64, 64, 2, head_dim=32), shape, mue.HParams(1e-3, 0.1, 0.02))
+>>> model = LanguageModel(shape, plan.multipliers)
+>>> plan.init_(model)
+>>> tokens = torch.randint(64, (2, 32))
+>>> mue.check(model, plan, (tokens, tokens), torch.optim.AdamW(plan.param_groups(model))).ok
+True
+
+One subject per file; :mod:`mue.checks.run` has their order. In a test suite the call above is the whole test: it raises with
+the name of what is wrong.
+"""
+
+from mue.checks.report import CheckError, Finding, Report
+from mue.checks.run import NAMES, check
+
+__all__ = ["NAMES", "CheckError", "Finding", "Report", "check"]

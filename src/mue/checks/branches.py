@@ -1,0 +1,255 @@
+"""What each branch really adds to the residual stream, against the same branch computed here from its weights alone.
+
+A feed-forward branch is taken apart: every expert is computed from its own matrices, and the coefficients with which they
+add up to what the stream received are solved for. So the output multiplier, the route scale and every gate weight are read
+off the branch's output, whatever code made it (stacked, sorted, grouped or looped experts).
+
+Shape suffixes: T tokens, D width, C columns (one per routed expert, one for the shared experts).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mue.checks.trace import Added, Product, Record
+from mue.roles import Placed, expert_slices
+
+Activation = Callable[[Tensor], Tensor]
+ACTIVATIONS: dict[str, Activation] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+    "relu²": lambda x: F.relu(x).square(),
+}
+SWAPPED = "gate and up swapped"
+FFN_PARTS = ("up", "gate", "down")
+FIT = 2e-2  # largest relative residual at which a branch counts as understood
+
+
+@dataclass(frozen=True)
+class FeedForward:
+    """The matrices of one feed-forward as (out, in); ``gate`` None where it has none."""
+
+    up: Tensor
+    gate: Tensor | None
+    down: Tensor
+
+    def __call__(self, x_TD: Tensor, activation: Activation, swapped: bool = False) -> Tensor:
+        up = x_TD @ self.up.T
+        if self.gate is None:
+            hidden = activation(up)
+        else:
+            gate = x_TD @ self.gate.T
+            hidden = activation(up) * gate if swapped else activation(gate) * up
+        return hidden @ self.down.T
+
+
+@dataclass(frozen=True)
+class Coefficients:
+    """How a feed-forward branch is made of its parts.
+
+    Attributes:
+        routed: (T, N) coefficient of every expert for every token. single: (T,) of the dense or shared feed-forward, None
+            where there is none. residual: what the parts leave unexplained, relative. activation: which one fitted.
+        swapped: the activation is on ``up``. determined: as many equations as unknowns.
+    """
+
+    routed: Tensor
+    single: Tensor | None
+    residual: float
+    activation: str
+    swapped: bool = False
+    determined: bool = True
+
+    @property
+    def fits(self) -> bool:
+        return self.residual < FIT and self.determined
+
+    @property
+    def active(self) -> Tensor:
+        """(T, N) which experts a token really uses."""
+        size = self.routed.abs()
+        largest = size.amax(1, keepdim=True) if size.shape[1] else size
+        return size > 1e-2 * largest.clamp(min=1e-30)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One branch of one layer as it met the stream. ``kind`` is ``"attention"`` or ``"feed-forward"``."""
+
+    kind: str
+    layer: int
+    added: Added
+
+    @property
+    def out(self) -> Tensor:
+        """(T, D)"""
+        return self.added.branch.flatten(0, -2)
+
+    def last(self, *roles: str) -> Product | None:
+        """The last product with a parameter of one of ``roles``."""
+        return next((p for p in reversed(self.added.products) if p.placed.role in roles), None)
+
+    @property
+    def given(self) -> Tensor | None:
+        """(T, D): what the feed-forward reads."""
+        for p in self.added.products:
+            reads = p.placed.role == "router" or p.placed.role.rsplit("_", 1)[-1] in ("up", "gate")
+            if reads and p.given.dim() == 2 and p.given.shape[0] == self.out.shape[0] and not p.transposed:
+                return p.given
+            if reads and p.given.dim() == 3 and p.given.shape[0] == 1:
+                return p.given[0]
+        return None
+
+
+def branches(record: Record) -> list[Branch]:
+    """The branches of every block in the order of the forward pass; additions that belong to no block are left out."""
+    found = []
+    for added in record.added:
+        layers = {p.placed.layer for p in added.products if p.placed.layer is not None}
+        roles = {p.placed.role for p in added.products}
+        if not layers:
+            continue
+        attention = "attention_o" in roles
+        forward = any(role.endswith("_down") for role in roles)
+        if attention != forward:
+            found.append(Branch("attention" if attention else "feed-forward", max(layers), added))
+    return found
+
+
+# ---- weights -----------------------------------------------------------------------------------------------------------
+
+
+def matrices(p: Placed, tensor: Tensor, experts: bool) -> Iterator[tuple[str, Tensor]]:
+    """(role, matrix as (out, in)) of one tensor, the parts of a fused one apart. ``experts``: the expert axis is gone."""
+    axes = [a.removeprefix("expert*") for a in p.layout.axes if not (experts and a == "expert")]
+    out, inner = axes.index("out"), axes.index("in")
+    whole = tensor if (out, inner) == (0, 1) else tensor.transpose(out, inner)
+    parts = p.layout.parts or (p.role,)
+    yield from zip(parts, whole.chunk(len(parts), 0), strict=True)
+
+
+def dense_parts(placed: Iterable[Placed], layer: int, kind: str, dtype: torch.dtype) -> FeedForward | None:
+    """The dense or shared feed-forward of a layer; several shared experts side by side are one of their joint width."""
+    found: dict[str, list[Tensor]] = {}
+    for p in placed:
+        if p.layer == layer and p.role.startswith(f"{kind}_"):
+            for _, tensor in expert_slices(p):
+                for role, m in matrices(p, tensor, "expert" in p.layout.axes):
+                    found.setdefault(role.rpartition("_")[2], []).append(m.to(dtype))
+    return _assembled(found)
+
+
+def expert_parts(placed: Iterable[Placed], layer: int, dtype: torch.dtype) -> Iterator[FeedForward]:
+    """Every routed expert of a layer, one after another (their copies are freed as they go)."""
+    own = [p for p in placed if p.layer == layer and p.role.startswith("expert_")]
+    stacked = [p for p in own if "expert" in p.layout.axes or p.layout.stacked > 1]
+    if stacked:
+        slices = [[t for _, t in expert_slices(p)] for p in stacked]
+        for many in zip(*slices, strict=True):
+            yield _expert(zip(stacked, many, strict=True), "expert", dtype)
+        return
+    apart: dict[int, list[tuple[Placed, Tensor]]] = {}
+    for p in own:
+        match = p.layout.regex.fullmatch(p.name)
+        assert match is not None
+        apart.setdefault(int(match[2]), []).append((p, p.parameter.detach()))
+    for expert in sorted(apart):
+        yield _expert(apart[expert], "", dtype)
+
+
+def _expert(pairs: Iterable[tuple[Placed, Tensor]], gone: str, dtype: torch.dtype) -> FeedForward:
+    found: dict[str, list[Tensor]] = {}
+    for p, tensor in pairs:
+        for role, m in matrices(p, tensor, bool(gone)):
+            found.setdefault(role.rpartition("_")[2], []).append(m.to(dtype))
+    whole = _assembled(found)
+    assert whole is not None
+    return whole
+
+
+def _assembled(found: dict[str, list[Tensor]]) -> FeedForward | None:
+    if "up" not in found or "down" not in found:
+        return None
+    joined = {part: torch.cat(many, 1 if part == "down" else 0) for part, many in found.items()}
+    return FeedForward(joined["up"], joined.get("gate"), joined["down"])
+
+
+# ---- taking a branch apart -----------------------------------------------------------------------------------------------
+
+
+def coefficients(
+    branch: Branch, placed: Sequence[Placed], tokens: int = 64, likely: Coefficients | None = None
+) -> Coefficients | None:
+    """Solve for what a feed-forward branch is made of, on its first ``tokens`` tokens; None where its input was not seen.
+
+    ``likely`` is another layer's result: its activation is tried first.
+    """
+    given = branch.given
+    if given is None:
+        return None
+    x_TD, y_TD = given[:tokens].double(), branch.out[:tokens].double()
+    if likely is not None and likely.fits:
+        same = _solved(branch.layer, placed, x_TD, y_TD, likely.activation, likely.swapped)
+        if same is None or not same.determined or same.residual < 1e-4:
+            return same
+    best: Coefficients | None = None
+    for name, swapped in [(n, s) for s in (False, True) for n in ACTIVATIONS]:
+        few = _solved(branch.layer, placed, x_TD[:4], y_TD[:4], name, swapped)
+        if few is None or (few.routed.shape[1] and not few.determined):
+            return few
+        if best is None or few.residual < best.residual:
+            best = few
+    assert best is not None
+    return _solved(branch.layer, placed, x_TD, y_TD, best.activation, best.swapped)
+
+
+def columns(
+    layer: int, placed: Sequence[Placed], x_TD: Tensor, activation: str, swapped: bool = False
+) -> tuple[Tensor | None, Tensor | None]:
+    """(N, T, D) of the routed experts and (T, D) of the dense or shared feed-forward, without any multiplier."""
+    act = ACTIVATIONS[activation]
+    routed = [expert(x_TD, act, swapped) for expert in expert_parts(placed, layer, x_TD.dtype)]
+    single = None
+    for kind in ("ffn", "shared"):
+        part = dense_parts(placed, layer, kind, x_TD.dtype)
+        if part is not None:
+            single = part(x_TD, act, swapped)
+    return (torch.stack(routed) if routed else None), single
+
+
+def _solved(
+    layer: int, placed: Sequence[Placed], x_TD: Tensor, y_TD: Tensor, activation: str, swapped: bool
+) -> Coefficients | None:
+    routed, single = columns(layer, placed, x_TD, activation, swapped)
+    every = [m for m in (routed, None if single is None else single[None]) if m is not None]
+    if not every:
+        return None
+    M_TDC = torch.cat(every).permute(1, 2, 0)
+    experts = 0 if routed is None else routed.shape[0]
+    none = x_TD.new_zeros(x_TD.shape[0], experts)
+    if M_TDC.shape[2] >= M_TDC.shape[1]:
+        return Coefficients(none, None, 1.0, activation, swapped, determined=False)
+    if not bool(M_TDC.isfinite().all() and y_TD.isfinite().all()):
+        return Coefficients(none, None, float("inf"), activation, swapped)
+    # Least squares of least norm: twins (upcycled experts) share their coefficient, and the sum stays what it is.
+    c_TC = torch.linalg.lstsq(M_TDC, y_TD[..., None], driver="gelsd").solution[..., 0]
+    left = (M_TDC @ c_TC[..., None])[..., 0] - y_TD
+    residual = float(left.norm() / y_TD.norm().clamp(min=1e-300))
+    return Coefficients(c_TC[:, :experts], None if single is None else c_TC[:, experts], residual, activation, swapped)
+
+
+def ratio(out: Tensor, reference: Tensor) -> tuple[float, float]:
+    """(c, relative residual) of out = c · reference by least squares."""
+    a, b = out.double().flatten(), reference.double().flatten()
+    square = float(b @ b)
+    if square == 0 or not bool(a.isfinite().all()):
+        return float("nan"), float("inf")
+    c = float(a @ b) / square
+    return c, float((a - c * b).norm() / a.norm().clamp(min=1e-300))

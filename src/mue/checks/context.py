@@ -1,0 +1,140 @@
+"""What every check may look at: the model, the plan, a batch and what the user built from them; measured once, on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mue.checks.branches import Branch, Coefficients, branches, coefficients
+from mue.checks.trace import Record, traced
+from mue.plan import Plan
+from mue.roles import Placed, place, unwrap
+from mue.settings import Setting, settings
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+@dataclass
+class Context:
+    """The arguments of :func:`mue.check`, and measurements that several checks share."""
+
+    model: nn.Module
+    plan: Plan
+    batch: Any = None
+    optimizers: Sequence[Optimizer] = ()
+    scheduler: Any = None
+    checkpoint: Any = None
+    clip: Callable[[], Any] | None = None
+    loss: Loss | None = None
+    tokens: int = 64
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @cached_property
+    def placed(self) -> list[Placed]:
+        return place(self.model)
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        return settings(self.plan, self.model)
+
+    @cached_property
+    def expected(self) -> dict[int, dict[str, Any]]:
+        """id of a parameter → the optimizer group it belongs to, as planned."""
+        return {id(p): group for group in self.plan.param_groups(self.model) for p in group["params"]}
+
+    @property
+    def meta(self) -> bool:
+        """Whether the model has shapes only."""
+        return any(p.is_meta for p in self.model.parameters())
+
+    @cached_property
+    def names(self) -> dict[int, Placed]:
+        return {id(p.parameter): p for p in self.placed}
+
+    def forward(self) -> Any:
+        return forward(self.model, self.batch)
+
+    def loss_of_batch(self) -> Tensor:
+        """The training loss of the batch, a scalar with a gradient."""
+        return loss_of(self.model, self.batch, self.loss)
+
+    @cached_property
+    def seen(self) -> tuple[Record, Any]:
+        """One forward pass in evaluation mode, kernel by kernel."""
+        inner = unwrap(self.model)
+        with evaluating(inner):
+            return traced(self.placed, self.plan.target.width, lambda: forward(inner, self.batch))
+
+    @cached_property
+    def branches(self) -> list[Branch]:
+        return branches(self.seen[0])
+
+    @cached_property
+    def parts(self) -> dict[int, Coefficients | None]:
+        """Layer → what its feed-forward branch is made of."""
+        found: dict[int, Coefficients | None] = {}
+        likely: Coefficients | None = None
+        for b in self.branches:
+            if b.kind == "feed-forward":
+                likely = found[b.layer] = coefficients(b, self.placed, self.tokens, likely)
+        return found
+
+    @cached_property
+    def tolerance(self) -> float:
+        """Relative, of anything that went through the model's own arithmetic."""
+        low = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.model.parameters())
+        return 4e-2 if low or torch.is_autocast_enabled() else 2e-3
+
+
+def forward(model: nn.Module, batch: Any) -> Any:
+    """Call a model on a batch: a mapping as keywords, a tuple or list as arguments, anything else as the one argument."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)
+
+
+def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
+    """The training loss.
+
+    Raises:
+        ValueError: the model returns no loss and the user gave no function for it.
+    """
+    if loss is not None:
+        return loss(model, batch)
+    out = forward(model, batch)
+    found = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
+    if found is None and isinstance(out, Tensor) and out.dim() == 0:
+        found = out
+    if not isinstance(found, Tensor):
+        raise ValueError(
+            f"{type(unwrap(model)).__name__} returned no loss for this batch: put the targets into the batch"
+            " (tokens, targets) or give loss=lambda model, batch: ..."
+        )
+    return found
+
+
+def logits_of(out: Any) -> Tensor | None:
+    """The logits in what a model returned."""
+    found = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
+    return found if isinstance(found, Tensor) and found.dim() >= 2 else None
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode (no dropout, no load counting), every module's own mode put back after."""
+    modes = {m: m.training for m in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode

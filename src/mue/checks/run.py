@@ -1,0 +1,152 @@
+"""``mue.check``: all checks of one model against its plan, in order of what they need."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from mue.checks.attention import attention
+from mue.checks.checkpoint import checkpoint as checkpoint_check
+from mue.checks.clipping import clipping
+from mue.checks.context import Context, Loss
+from mue.checks.coverage import coverage
+from mue.checks.gates import gates, static_gates
+from mue.checks.groups import groups
+from mue.checks.init import init
+from mue.checks.moved import moved
+from mue.checks.multipliers import multipliers
+from mue.checks.report import FAIL, SKIP, CheckError, Finding, Report
+from mue.checks.scheduler import scheduler as scheduler_check
+from mue.checks.tied import tied
+from mue.plan import Plan
+from mue.words import nearest
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One check. ``needs``: ``roles``, ``plan`` (the model is the planned one), ``values`` (not on meta), ``batch``."""
+
+    name: str
+    run: Callable[[Context], Iterator[Finding]]
+    needs: tuple[str, ...] = ()
+
+
+SUBJECTS: tuple[Subject, ...] = (
+    Subject("coverage", coverage),
+    Subject("tied weights", tied, ("roles",)),
+    Subject("init", init, ("roles", "plan", "values")),
+    Subject("groups", groups, ("roles", "plan")),
+    Subject("scheduler", scheduler_check, ("roles", "plan")),
+    Subject("plan hash", checkpoint_check),
+    Subject("multipliers", multipliers, ("roles", "values", "batch")),
+    Subject("attention scale", attention, ("roles", "values", "batch")),
+    Subject("gates", gates, ("roles", "values", "batch")),
+    Subject("moved", moved, ("roles", "plan", "values", "batch")),
+    Subject("clipping", clipping, ("roles", "plan", "values")),
+)
+NAMES = tuple(s.name for s in SUBJECTS)
+
+
+def check(
+    model: nn.Module,
+    plan: Plan,
+    batch: Any = None,
+    optimizer: Optimizer | Sequence[Optimizer] | None = None,
+    scheduler: Any = None,
+    *,
+    checkpoint: Any = None,
+    clip: Callable[[], Any] | None = None,
+    loss: Loss | None = None,
+    only: Sequence[str] = (),
+    skip: Sequence[str] = (),
+    tokens: int = 64,
+    raises: bool = True,
+) -> Report:
+    """Prove the wiring of a freshly built model before money is spent. The model is left as it was.
+
+    Without a batch, or on the meta device, only what needs no forward is checked (coverage, tied weights, init, groups,
+    scheduler, gates, plan hash); with one, one forward and one training step as well.
+
+    Args:
+        model: as it will be trained, drawn by ``plan.init_``, on any device.
+        plan: as it was applied: the folded one for stock forward code.
+        batch: what the model is called with: a mapping (keywords), a tuple (arguments) or a tensor. 2 × 64 tokens do.
+        optimizer: the one that will train, or several. scheduler: on it, or a function of the step that sets the rates.
+        checkpoint: a path or mapping that has to carry the plan's hash.
+        clip: the call that clips, e.g. ``lambda: clip_grad_norm_(model.parameters(), 1.0)``.
+        loss: ``(model, batch) -> scalar``; by default what the model returns as ``loss``.
+        only, skip: names of checks (:data:`NAMES`); skip ``"init"`` for a model that was trained already.
+        tokens: how many tokens the branches are taken apart on.
+        raises: raise where something fails; else return the report.
+
+    Raises:
+        CheckError: something is wired wrong; names the tensor or module, what was expected and measured, the likeliest
+            causes and the line that mends it.
+        ValueError: an unknown name in ``only`` or ``skip``.
+
+    Source: C1–C12 of anchors B6; what each check measures stands in its own file.
+    """
+    for name in (*only, *skip):
+        if name not in NAMES:
+            raise ValueError(f"unknown check {name!r}{nearest(name, NAMES)}")
+    optimizers = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    ctx = Context(model, plan, batch, optimizers, scheduler, checkpoint, clip, loss, tokens)
+    wanted = [s for s in SUBJECTS if s.name not in skip and (not only or s.name in only)]
+    findings: list[Finding] = []
+    seconds: dict[str, float] = {}
+    lacking = _lacking(ctx)
+    for subject in wanted:
+        start = time.perf_counter()
+        findings += _run(subject, ctx, lacking)
+        seconds[subject.name] = time.perf_counter() - start
+    report = Report(tuple(findings), plan.hash, seconds)
+    if raises and not report.ok:
+        raise CheckError(report)
+    return report
+
+
+def _lacking(ctx: Context) -> dict[str, str]:
+    """What is not there → why, so that a check that needs it is left out with a reason."""
+    lacking = {}
+    try:
+        _ = ctx.placed
+        try:
+            _ = ctx.settings
+        except ValueError:
+            lacking["plan"] = "the model is not the planned one: see coverage"
+    except ValueError:
+        lacking["roles"] = "some tensors have no role: see coverage"
+    if ctx.meta:
+        lacking["values"] = "the model has shapes only (meta device)"
+    if ctx.batch is None:
+        lacking["batch"] = "no batch was given"
+    return lacking
+
+
+def _run(subject: Subject, ctx: Context, lacking: dict[str, str]) -> list[Finding]:
+    run = subject.run
+    missing = [lacking[need] for need in subject.needs if need in lacking]
+    if subject.name == "gates" and missing and "roles" not in lacking:
+        run, missing = static_gates, []
+    if missing:
+        return [Finding(subject.name, SKIP, measured=missing[0])]
+    try:
+        return list(run(ctx))
+    except Exception as error:  # the user's forward, loss, clip or scheduler failed: that is a finding, not a crash
+        first = (str(error) or "no message").splitlines()[0]
+        return [
+            Finding(
+                subject.name,
+                FAIL,
+                f"{type(ctx.model).__name__}",
+                "the check can run",
+                f"{type(error).__name__}: {first}",
+                ("the batch is not what the model takes", "the model cannot run as it is"),
+                "call the model on this batch by hand first",
+            )
+        ]

@@ -1,0 +1,216 @@
+"""One forward pass seen kernel by kernel: every use of a parameter, the residual stream, and what is added to it.
+
+No hooks: a module that is called twice, a functional call and a stacked tensor of experts are all seen, because what is
+recorded is what the kernels were handed. Values are kept, so use small batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mue.roles import Placed
+
+# Kernel → positions of its two factors.
+_PRODUCTS = {
+    "mm": (0, 1),
+    "bmm": (0, 1),
+    "addmm": (1, 2),
+    "baddbmm": (1, 2),
+    "linear": (0, 1),
+    "_grouped_mm": (0, 1),
+    "mv": (0, 1),
+    "dot": (0, 1),
+}
+_COPIES = frozenset(
+    {"_to_copy", "clone", "contiguous", "index_select", "index", "t_copy", "transpose_copy", "lift_fresh"}
+)
+_SCALED = frozenset({"_to_copy", "clone", "mul", "div", "mul_", "div_"})  # the stream again, perhaps times a number
+
+
+@dataclass
+class Product:
+    """One product with a parameter: the other factor, as rows where it stands on the left, and the result."""
+
+    placed: Placed
+    given: Tensor
+    out: Tensor
+    transposed: bool = False
+
+
+@dataclass
+class Added:
+    """One addition to the residual stream. ``before`` is the stream as it was left, ``carried`` what the branch joined."""
+
+    before: Tensor
+    carried: Tensor
+    branch: Tensor
+    products: list[Product]
+
+
+@dataclass
+class Softmax:
+    """One attention: the products with parameters since the last addition, and what the softmax saw.
+
+    ``logits`` (…, queries, keys) where a softmax ran over them, with ``scores``, the product they came from; else ``q``,
+    ``k`` and the kernel's own ``scale``.
+    """
+
+    products: list[Product]
+    scores: Tensor | None = None
+    logits: Tensor | None = None
+    q: Tensor | None = None
+    k: Tensor | None = None
+    scale: float | None = None
+
+
+@dataclass
+class Record:
+    """A whole forward pass."""
+
+    added: list[Added] = field(default_factory=list)
+    softmaxes: list[Softmax] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
+    lookup: Tensor | None = None
+    stream: Tensor | None = None
+    rest: list[Product] = field(default_factory=list)
+
+
+class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Record into ``record`` while this mode is on."""
+
+    def __init__(self, placed: Iterable[Placed], width: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.record = Record()
+        self._width = width
+        self._parameters: dict[int, list[tuple[int, int, Placed]]] = {}
+        self._aliases: dict[int, Tensor] = {}
+        self._alive: list[Tensor] = []
+        self._since: list[Product] = []
+        self._scores: Tensor | None = None  # the last product of two activations
+        for p in placed:
+            self._hold(p.parameter, p)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kernel = func.overloadpacket.__name__
+        joined = self._join(kernel, args, kwargs or {})
+        out = func(*args, **(kwargs or {}))
+        if joined is not None and isinstance(out, Tensor):
+            self._add(*joined, out)
+        elif isinstance(out, Tensor) and not self._carry(kernel, args, out):
+            self._product(kernel, args, out)
+        if kernel.startswith(("_scaled_dot_product", "_softmax")):
+            self._attention(kernel, args, kwargs or {})
+        return out
+
+    # ---- parameters ---------------------------------------------------------------------------------------------
+
+    def _hold(self, t: Tensor, p: Placed) -> None:
+        start = int(t.storage_offset())
+        self._parameters.setdefault(_key(t), []).append((start, start + max(int(t.numel()), 1), p))
+        self._alive.append(t)
+
+    def _parameter(self, t: object) -> Placed | None:
+        if not isinstance(t, Tensor) or not t.is_floating_point():
+            return None
+        for start, end, p in self._parameters.get(_key(t), []):
+            if start <= t.storage_offset() < end:
+                return p
+        return None
+
+    # ---- the stream ---------------------------------------------------------------------------------------------
+
+    def _on_stream(self, t: object) -> bool:
+        return isinstance(t, Tensor) and t.dim() > 0 and t.shape[-1] == self._width and _key(t) in self._aliases
+
+    def _join(self, kernel: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
+        """(carried, branch) where this kernel adds to the stream; taken before it runs, for it may run in place."""
+        if kernel not in ("add", "add_") or len(args) < 2 or not isinstance(args[1], Tensor):
+            return None
+        a, b = args[0], args[1]
+        if a.shape != b.shape or not (self._on_stream(a) or self._on_stream(b)):
+            return None
+        alpha = float(kwargs.get("alpha", 1))
+        carried, branch = (a, b * alpha) if self._on_stream(a) else (b * alpha, a)
+        return (carried.clone(), branch.clone()) if kernel == "add_" else (carried, branch)
+
+    def _add(self, carried: Tensor, branch: Tensor, out: Tensor) -> None:
+        assert self.record.stream is not None
+        self.record.added.append(Added(self.record.stream, carried, branch, self._since))
+        self._since = []
+        self._move(out)
+
+    def _move(self, stream: Tensor) -> None:
+        self.record.stream = stream
+        self._aliases = {_key(stream): stream}
+        self.record.rest = self._since
+
+    def _carry(self, kernel: str, args: tuple[Any, ...], out: Tensor) -> bool:
+        """Follow parameters and the stream through copies; True where there is nothing more to see in this kernel."""
+        tensors = [a for a in args if isinstance(a, Tensor)]
+        if not tensors:
+            return False
+        p = self._parameter(tensors[0])
+        if p is not None and kernel == "embedding":
+            if p.role == "embedding" and self.record.stream is None:
+                self.record.lookup = out
+                self._move(out)
+            return True
+        if p is not None and kernel in _COPIES:
+            if _key(out) != _key(tensors[0]):
+                self._hold(out, p)
+            return True
+        scalar = len(tensors) == 1 or (len(tensors) == 2 and tensors[1].numel() == 1)
+        if kernel in _SCALED and scalar and self._on_stream(tensors[0]) and out.shape == tensors[0].shape:
+            self._aliases[_key(out)] = out
+        return False
+
+    # ---- products and attention ---------------------------------------------------------------------------------
+
+    def _product(self, kernel: str, args: tuple[Any, ...], out: Tensor) -> None:
+        if kernel not in _PRODUCTS:
+            return
+        left, right = (args[i] for i in _PRODUCTS[kernel])
+        for p, other, transposed in ((self._parameter(right), left, False), (self._parameter(left), right, True)):
+            if p is not None:
+                found = Product(p, other, out, transposed)
+                self._since.append(found)
+                self.record.products.append(found)
+                return
+        if kernel == "bmm":
+            self._scores = out.clone()
+
+    def _attention(self, kernel: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        if kernel.startswith("_softmax"):
+            scores = args[0]
+            if scores.dim() >= 3 and scores.shape[-2] > 1 and not any(p.placed.role == "router" for p in self._since):
+                self.record.softmaxes.append(Softmax(self._since, self._scores, logits=scores))
+            return
+        if "math" in kernel:
+            return
+        q, k = args[0], args[1]
+        scale = kwargs.get("scale")
+        scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+        self.record.softmaxes.append(Softmax(self._since, q=q, k=k, scale=scale))
+
+
+def _key(t: Tensor) -> int:
+    try:
+        return t.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # sparse and other storageless tensors
+        return -1
+
+
+def traced(placed: Iterable[Placed], width: int, run: Callable[[], Any]) -> tuple[Record, Any]:
+    """Call ``run`` without gradients and return what was seen and what it returned."""
+    with torch.no_grad(), Trace(placed, width) as trace:
+        out = run()
+    record: Record = trace.record
+    return record, out
