@@ -16,6 +16,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
     The data is on disk before the name is, so that a reader after a crash sees the old file or the whole new one.
     """
+    made = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
@@ -28,6 +29,8 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        if made and not any(path.parent.iterdir()):
+            path.parent.rmdir()
         raise
 
 
@@ -51,9 +54,9 @@ def rounded(data: Any) -> Any:
         return {str(k): rounded(v) for k, v in data.items()}
     if isinstance(data, list | tuple):
         return [rounded(v) for v in data]
-    if isinstance(data, bool) or not isinstance(data, int | float):
-        return data
-    return f"{data:.12g}"
+    if isinstance(data, float):
+        return f"{data:.12g}"
+    return f"{data:d}" if isinstance(data, int) and not isinstance(data, bool) else data
 
 
 def digest(data: Any) -> str:

@@ -24,14 +24,3 @@ def flat(data: Any, path: str = "") -> dict[str, Any]:
     if isinstance(data, list | tuple):
         return {k: v for i, value in enumerate(data) for k, v in flat(value, f"{path}[{i}]").items()}
     return {path: data}
-
-
-def rounded(data: Any) -> Any:
-    """12 significant digits: enough for meaning, blind to the last bits that differ between maths libraries."""
-    if isinstance(data, Mapping):
-        return {k: rounded(v) for k, v in data.items()}
-    if isinstance(data, list | tuple):
-        return [rounded(v) for v in data]
-    if isinstance(data, float):
-        return f"{data:.12g}"
-    return f"{data:d}" if isinstance(data, int) and not isinstance(data, bool) else data

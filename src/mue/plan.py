@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -14,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mue import planning, render
+from mue.files import digest, rounded, write_json
 from mue.inputs import Convention, Inputs
-from mue.meaning import flat, rounded, without_texts
+from mue.meaning import flat, without_texts
 from mue.planned import BlockPlan, Folding, Multipliers, RolePlan, Values
 from mue.ratios import refuse
 from mue.rules import get_rule
@@ -173,9 +172,7 @@ class Plan:
     @cached_property
     def hash(self) -> str:
         """16 hex digits over the meaning: inputs and values, not texts, key order or the last bits of a float."""
-        data = {"meaning": without_texts(self._meaning()), "inputs": self.inputs.to_dict()}
-        text = json.dumps(rounded(data), sort_keys=True, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+        return digest({"meaning": without_texts(self._meaning()), "inputs": self.inputs.to_dict()})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Plan) and self.hash == other.hash
@@ -191,18 +188,7 @@ class Plan:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, atomically."""
-        path = Path(path)
-        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False) + "\n"
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        write_json(Path(path), self.to_dict())
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:

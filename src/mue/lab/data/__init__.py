@@ -1,0 +1,15 @@
+"""Text in, batches of tokens out: corpora as memory-mapped streams, batches as a pure function of (seed, step).
+
+    corpus  = load_corpus(Path("my_text/"), cache=Path("runs/cache"))     # or stdlib_corpus(cache): no download
+    batches = Batches(corpus, "train", sequence=256, batch_sequences=32, seed=0)
+    x_BT, y_BT = batches.at(1_000_000)                                     # any step, at once
+
+A corpus is tokenised once into ``cache/<hash>.bin``; the JSON beside it is written last and is what makes it valid.
+The cached file is itself a pre-tokenised source: ``load_corpus(cache / "<hash>.bin", ...)`` reads it.
+"""
+
+from mue.lab.data.batches import Batches
+from mue.lab.data.corpus import Corpus, load_corpus, stdlib_corpus
+from mue.lab.data.sources import TEXT_SUFFIXES
+
+__all__ = ["TEXT_SUFFIXES", "Batches", "Corpus", "load_corpus", "stdlib_corpus"]

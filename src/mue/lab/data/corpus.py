@@ -1,0 +1,272 @@
+"""A corpus: two token streams, tokenised once into a memory-mapped cache."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sysconfig
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import numpy.typing as npt
+
+from mue.files import write_atomic
+from mue.lab.data.documents import Piece, pieces
+from mue.lab.data.encode import Encoder, byte_encoder, padded, token_encoder, tokenizer_encoder
+from mue.lab.data.sources import (
+    CHUNK,
+    EXCLUDED_FOLDERS,
+    FORMAT,
+    TEXT_SUFFIXES,
+    File,
+    Index,
+    examine_all,
+    find,
+    nothing_usable,
+    read_json,
+    split,
+    write_json,
+)
+
+Tokens = npt.NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """Two token streams and where they come from.
+
+    ``train`` and ``validation`` are read-only memory maps of shape (tokens,), uint8, uint16 or uint32. ``hash`` is the
+    sha256 of contents, relative names, tokenizer and split: the same files give it on any machine, under any path.
+    ``bytes`` counts the source files. ``skipped`` says what was left out, as reason -> count; it is never silent.
+    """
+
+    train: Tokens
+    validation: Tokens
+    vocab: int
+    hash: str
+    files: int
+    bytes: int
+    tokenizer: str
+    """``"bytes"``, ``"sha256:<of the tokenizer file>"``, or what the sidecar of a ``.bin`` says."""
+    separator: int | None
+    """The token between two documents; None where a ``.bin`` does not say."""
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.train) + len(self.validation)
+
+    def describe(self) -> dict[str, Any]:
+        """What a result file records about its data: JSON-ready, no paths."""
+        return {
+            "hash": self.hash,
+            "files": self.files,
+            "bytes": self.bytes,
+            "train_tokens": len(self.train),
+            "validation_tokens": len(self.validation),
+            "vocab": self.vocab,
+            "tokenizer": self.tokenizer,
+            "skipped": dict(self.skipped),
+        }
+
+
+def load_corpus(
+    source: Path | str | list[Path],
+    *,
+    tokenizer: Path | None = None,
+    validation_fraction: float = 0.1,
+    cache: Path,
+    text_key: str = "text",
+    separator: str | None = None,
+    dtype: str | None = None,
+    vocab: int | None = None,
+    suffixes: frozenset[str] = TEXT_SUFFIXES,
+    exclude: frozenset[str] = EXCLUDED_FOLDERS,
+) -> Corpus:
+    """Read local text (or tokens) into a :class:`Corpus`, tokenising it only if ``cache`` does not hold it yet.
+
+    source: a text file, ``.jsonl`` (one object per line, the document under ``text_key``), ``.parquet`` (column
+        ``text_key``), ``.bin`` (tokens), a folder of these (recursive), or a list of files and folders. A file that
+        is named must be readable; inside a folder, what cannot be used is counted in ``Corpus.skipped``.
+    tokenizer: a ``tokenizers`` JSON; without it a token is a byte and documents are separated by byte 0. With it they
+        are separated by ``separator``, by default the tokenizer's end-of-text token.
+    validation_fraction: of files, chosen by a hash of the relative name, so that adding a file moves no other. From
+        a single file the tail is taken, cut between two documents where one ends close by. Files called ``train`` and
+        ``val`` (nothing else among them) are taken at their word.
+    dtype, vocab: for a ``.bin`` without its sidecar ``<name>.json`` = ``{"dtype", "vocab", "tokenizer"}`` (nanoGPT:
+        ``"uint16"``, 50257). For text, ``vocab`` may only enlarge the tokenizer's (padding).
+    suffixes, exclude: the text files taken, and folders skipped (by name or by relative path; so are hidden ones).
+
+    Raises ValueError with one line naming the thing and the fix. Nothing half-written is left behind.
+    """
+    if not 0 < validation_fraction < 1:
+        raise ValueError(f"validation_fraction must lie between 0 and 1, not {validation_fraction}")
+    sources = [Path(source)] if isinstance(source, (Path, str)) else [Path(s) for s in source]
+    found, skipped = find(sources, suffixes, exclude | {str(Path(cache).resolve())}, tokens_described=dtype is not None)
+    index = Index(Path(cache), [*sources, *sorted(suffixes)])
+    files = examine_all(found, index, skipped)
+    if not files:
+        raise ValueError(nothing_usable(sources, skipped, suffixes))
+
+    if any(f.kind == "bin" for f in files):
+        encoder = token_encoder(files, tokenizer, dtype, vocab)
+    else:
+        encoder = tokenizer_encoder(Path(tokenizer), separator) if tokenizer is not None else byte_encoder()
+        encoder = padded(encoder, vocab, tokenizer)
+
+    train, validation = split(files, validation_fraction)
+    recipe = {
+        "format": FORMAT,
+        "tokenizer": [encoder.name, encoder.vocab, encoder.separator, encoder.dtype.name],
+        "text_key": text_key if any(f.kind in ("jsonl", "parquet") for f in files) else None,
+        "train": [[f.name, f.kind, f.digest] for f in train],
+        "validation": [[f.name, f.kind, f.digest] for f in validation] or validation_fraction,
+    }
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+    stream, meta = cached(Path(cache), key, encoder.dtype) or build(
+        Path(cache), key, train, validation, encoder, text_key, validation_fraction
+    )
+    index.save()
+    cut = int(meta["train_tokens"])
+    return Corpus(
+        train=stream[:cut],
+        validation=stream[cut:],
+        vocab=encoder.vocab,
+        hash=key,
+        files=len(files),
+        bytes=sum(f.size for f in files),
+        tokenizer=encoder.name,
+        separator=encoder.separator,
+        skipped=dict(skipped + Counter(meta["skipped"])),
+    )
+
+
+def stdlib_corpus(cache: Path, *, validation_fraction: float = 0.1) -> Corpus:
+    """The Python standard library's own source on this machine: real text, no download, about 12 MB, byte-level.
+
+    Test suites are left out: Linux distributions strip them, so that with them the same Python would give another
+    corpus from machine to machine. Split by file. Raises ValueError where Python came without its source.
+    """
+    exclude = EXCLUDED_FOLDERS | {"test", "tests", "idle_test"}
+    source = Path(sysconfig.get_path("stdlib"))
+    return load_corpus(
+        source, cache=cache, validation_fraction=validation_fraction, suffixes=frozenset({".py"}), exclude=exclude
+    )
+
+
+def build(
+    cache: Path,
+    key: str,
+    train: list[File],
+    validation: list[File],
+    encoder: Encoder,
+    text_key: str,
+    fraction: float,
+) -> tuple[Tokens, dict[str, Any]]:
+    """Tokenise into ``<key>.bin`` (train, then validation) and describe it in ``<key>.json``, which is written last."""
+    skipped: Counter[str] = Counter()
+    cut = 0
+
+    def write(temporary: Path) -> None:
+        nonlocal cut
+        with temporary.open("wb") as handle:
+            _write_tokens(handle, train, encoder, text_key, skipped)
+            cut = handle.tell() // encoder.dtype.itemsize
+            _write_tokens(handle, validation, encoder, text_key, skipped)
+
+    path = cache / f"{key}.bin"
+    write_atomic(path, write)
+    tokens = path.stat().st_size // encoder.dtype.itemsize
+    try:
+        if tokens < 2:
+            raise ValueError(f"{train[0].path}: no text to learn from ({tokens} tokens); name a longer text")
+        if not validation:
+            cut = _tail(np.memmap(path, encoder.dtype, "r"), fraction, encoder.separator)
+        if cut in (0, tokens):
+            raise ValueError(f"{train[0].path}: one half of the split is empty; name more text")
+    except ValueError:
+        path.unlink()
+        raise
+    meta = {
+        "dtype": encoder.dtype.name,
+        "vocab": encoder.vocab,
+        "tokenizer": encoder.name,
+        "separator": encoder.separator,
+        "tokens": tokens,
+        "train_tokens": cut,
+        "skipped": dict(skipped),
+    }
+    write_json(cache / f"{key}.json", meta)
+    built = cached(cache, key, encoder.dtype)
+    assert built is not None, "the cache was written a moment ago"
+    return built
+
+
+def cached(cache: Path, key: str, dtype: np.dtype[Any]) -> tuple[Tokens, dict[str, Any]] | None:
+    meta = read_json(cache / f"{key}.json")
+    path = cache / f"{key}.bin"
+    if not isinstance(meta, dict) or not path.is_file() or path.stat().st_size != meta["tokens"] * dtype.itemsize:
+        return None
+    return np.memmap(path, dtype, "r"), meta
+
+
+def _write_tokens(handle: BinaryIO, files: list[File], encoder: Encoder, text_key: str, skipped: Counter[str]) -> None:
+    between = b"" if encoder.separator is None else np.array([encoder.separator], encoder.dtype).tobytes()
+    beginning = True
+    if files and files[0].kind == "bin":
+        for file in files:
+            handle.write(b"" if beginning else between)
+            beginning = False
+            for tokens in _token_chunks(file, encoder):
+                handle.write(tokens.tobytes())
+        return
+    stretches = (piece for file in files for piece in pieces(file, text_key, skipped))
+    for group in _grouped(stretches):
+        for (starts, _), tokens in zip(group, encoder.encode([text for _, text in group]), strict=True):
+            handle.write(between if starts and not beginning else b"")
+            beginning = False
+            handle.write(tokens.astype(encoder.dtype).tobytes())
+
+
+def _token_chunks(file: File, encoder: Encoder) -> Iterator[Tokens]:
+    position = 0
+    with file.path.open("rb") as handle:
+        while raw := handle.read(CHUNK):
+            tokens = np.frombuffer(raw, encoder.dtype)
+            if int(tokens.max()) >= encoder.vocab:
+                at = int(np.argmax(tokens >= encoder.vocab))
+                raise ValueError(
+                    f"{file.path}: token {tokens[at]} at position {position + at} is outside the vocab of"
+                    f" {encoder.vocab}; check vocab and dtype"
+                )
+            position += len(tokens)
+            yield tokens
+
+
+def _grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Pieces in groups of a few million characters: enough to keep the tokenizer's threads busy."""
+    group: list[Piece] = []
+    characters = 0
+    for piece in pieces:
+        group.append(piece)
+        characters += len(piece[1])
+        if characters >= CHUNK:
+            yield group
+            group, characters = [], 0
+    if group:
+        yield group
+
+
+def _tail(stream: Tokens, fraction: float, separator: int | None) -> int:
+    """Where the validation tail of a single file begins: after a separator near the fraction, else exactly there."""
+    size = max(1, round(len(stream) * fraction))
+    cut = max(1, len(stream) - size)
+    if separator is None:
+        return cut
+    low, high = max(0, cut - size // 2), min(len(stream) - 1, cut + size // 2)
+    ends = np.flatnonzero(stream[low:high] == separator) + low + 1
+    return int(ends[np.argmin(np.abs(ends - cut))]) if len(ends) else cut

@@ -1,0 +1,86 @@
+"""Documents out of text, JSONL and Parquet files."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mue.lab.data.sources import File
+
+Piece = tuple[bool, str]  # does a document start here, and its text or the next stretch of it
+
+
+def pieces(file: File, text_key: str, skipped: Counter[str]) -> Iterator[Piece]:
+    if file.kind == "text":
+        yield from _text_pieces(file.path)
+        return
+    documents = _jsonl_documents if file.kind == "jsonl" else _parquet_documents
+    for where, document in documents(file.path, text_key, skipped):
+        if not isinstance(document, str):
+            raise ValueError(
+                f"{where}: {text_key!r} is {type(document).__name__}, not text; name the text's key: text_key="
+            )
+        if "\0" in document or _has_surrogate(document):
+            raise ValueError(f"{where}: binary text (a NUL or a lone surrogate); remove the document or clean it")
+        if document:
+            yield True, document
+        else:
+            skipped["empty document"] += 1
+
+
+def _has_surrogate(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
+
+
+def _text_pieces(path: Path) -> Iterator[Piece]:
+    # A long text goes to the tokenizer in stretches of about a million characters, cut after a newline: one merge in
+    # a million may be missed there, and memory stays flat.
+    first = True
+    with path.open(encoding="utf-8", newline="") as handle:
+        while stretch := handle.read(1 << 20):
+            yield first, stretch + handle.readline()
+            first = False
+
+
+def _jsonl_documents(path: Path, key: str, skipped: Counter[str]) -> Iterator[tuple[str, object]]:
+    with path.open("rb") as handle:
+        for number, line in enumerate(handle, 1):
+            where = f"{path}, line {number}"
+            if not line.strip():
+                skipped["blank line"] += 1
+                continue
+            try:
+                record = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{where}: bad JSON ({error}); one object per line, nothing else") from error
+            if not isinstance(record, dict) or key not in record:
+                has = f"keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
+                raise ValueError(f"{where}: no key {key!r} (it has {has}); name the text's key: text_key=")
+            yield where, record[key]
+
+
+def _parquet_documents(path: Path, key: str, skipped: Counter[str]) -> Iterator[tuple[str, object]]:
+    try:
+        import pyarrow.parquet  # type: ignore[import-untyped,import-not-found,unused-ignore]
+    except ImportError as error:
+        raise ValueError(f"{path}: reading Parquet needs pyarrow: pip install pyarrow") from error
+    arrow: Any = pyarrow
+    try:
+        table = arrow.parquet.ParquetFile(path)
+    except arrow.ArrowInvalid as error:
+        raise ValueError(f"{path}: not a Parquet file ({str(error).splitlines()[0]}); write it again") from error
+    with table:
+        if key not in table.schema_arrow.names:
+            raise ValueError(f"{path}: no column {key!r} (it has {table.schema_arrow.names}); name it: text_key=")
+        row = 0
+        for batch in table.iter_batches(batch_size=1024, columns=[key]):
+            for document in batch.column(0).to_pylist():
+                yield f"{path}, row {row}", document
+                row += 1
