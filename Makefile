@@ -38,6 +38,6 @@ $(VENV)/.lab: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.lab
-	$(PIP) -e '.[lab,dev]'
+	$(PIP) -e '.[lab,hf,dev]'
 	$(PIP) --no-deps mup  # an oracle of the tests; its own requirements would bring torchvision and another torch
 	@touch $@

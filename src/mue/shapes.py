@@ -32,6 +32,9 @@ __all__ = [
 ]
 
 
+DEFAULT_HEAD_DIM = 64
+
+
 @dataclass(frozen=True, kw_only=True)
 class Transformer:
     """What every decoder here shares; use :class:`Dense`, :class:`MoE` or :class:`Mixed`.
@@ -44,7 +47,7 @@ class Transformer:
         output_multiplier: forward multiplier A* of the feed-forward branch of a *base*; 1 is a stock model.
     """
 
-    head_dim: int = 64
+    head_dim: int = DEFAULT_HEAD_DIM
     heads: int | None = None
     kv_heads: int | None = None
     vocab: int = 256
@@ -72,8 +75,13 @@ class Transformer:
             raise ValueError(
                 f"width {self.width} is not divisible by head_dim {self.head_dim}: change one, or give heads"
             )
-        if self.heads is not None and self.width % positive_int("heads", self.heads):
-            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads")
+        # With a head size of its own (Qwen3, GLM-4) heads·head_dim need not be the width; with the default it is a slip.
+        if (
+            self.heads is not None
+            and self.width % positive_int("heads", self.heads)
+            and self.head_dim == DEFAULT_HEAD_DIM
+        ):
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads: change one, or give head_dim")
         if self.kv_heads is not None and self.num_heads % positive_int("kv_heads", self.kv_heads):
             raise ValueError(f"{self.kv_heads} kv_heads do not divide the {self.num_heads} heads")
         for name in ("gated", "tied"):
