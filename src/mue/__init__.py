@@ -19,6 +19,7 @@ from mue.rules import RULES, get_rule
 from mue.shapes import Block, Dense, HParams, Mixed, MoE, Training
 
 if TYPE_CHECKING:
+    from mue.checks import check, coordinate_check
     from mue.roles import Layout
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "Multipliers",
     "Plan",
     "Training",
+    "check",
+    "coordinate_check",
     "get_rule",
     "transfer",
 ]
@@ -44,4 +47,8 @@ def __getattr__(name: str) -> Any:
         from mue.roles import Layout
 
         return Layout
+    if name in ("check", "coordinate_check"):
+        from mue import checks
+
+        return getattr(checks, name)
     raise AttributeError(f"module 'mue' has no attribute {name!r}")

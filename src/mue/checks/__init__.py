@@ -14,7 +14,20 @@ One subject per file; :mod:`mue.checks.run` has their order. In a test suite the
 the name of what is wrong.
 """
 
+from mue.checks.coordinates import Coordinates, coordinate_check
+from mue.checks.overlay import Overlay, first_losses, overlay
 from mue.checks.report import CheckError, Finding, Report
 from mue.checks.run import NAMES, check
 
-__all__ = ["NAMES", "CheckError", "Finding", "Report", "check"]
+__all__ = [
+    "NAMES",
+    "CheckError",
+    "Coordinates",
+    "Finding",
+    "Overlay",
+    "Report",
+    "check",
+    "coordinate_check",
+    "first_losses",
+    "overlay",
+]

@@ -79,10 +79,11 @@ def _expected(ctx: Context, products: Iterable[Product]) -> float:
 def _measured(ctx: Context, s: Softmax) -> float | None:
     """Scale by which the softmax's diagonal exceeds q·k from the weights; else by which it exceeds its own product."""
     diagonal = _diagonal(s)
-    fits = [] if diagonal is None else [ratio(diagonal, own) for own in _products(ctx, s, diagonal)]
-    c, residue = min(fits, key=lambda f: f[1], default=(0.0, 1.0))
-    if residue < 0.02:
-        return c
+    own = None if diagonal is None else _products(ctx, s, diagonal)
+    if diagonal is not None and own is not None:
+        c, residue = ratio(diagonal, own)
+        if residue < 0.02:
+            return c
     if s.scale is not None:
         return s.scale
     if s.logits is None or s.scores is None or diagonal is None:
@@ -105,23 +106,19 @@ def _diagonal(s: Softmax) -> Tensor | None:
     return (s.q * k).sum(-1) * s.scale
 
 
-def _products(ctx: Context, s: Softmax, diagonal: Tensor) -> Iterator[Tensor]:
-    """(B, H, T) of q·k as the weights and norms give them, one for each way a norm may be written."""
+def _products(ctx: Context, s: Softmax, diagonal: Tensor) -> Tensor | None:
+    """(B, H, T) of q·k as the weights and norms give them; None where they cannot be followed."""
     B, H, T = diagonal.shape
     q, k = (_projected(ctx, s, part) for part in ("q", "k"))
     if q is None or k is None or q.numel() % (B * T * H) or k.numel() % (B * T):
-        return
+        return None
     E = q.numel() // (B * T * H)
     if k.numel() % (B * T * E) or H % (k.numel() // (B * T * E)):
-        return
+        return None
     layer = s.products[0].placed.layer
     gains = [next(iter(_gains(ctx, layer, part)), None) for part in ("q", "k")]
-    for shift in (0.0, 1.0) if gains[0] is not None else (0.0,):
-        a, b = (
-            _normed(x.reshape(B, T, -1, E).double(), g, shift).transpose(1, 2)
-            for x, g in zip((q, k), gains, strict=True)
-        )
-        yield (a * b.repeat_interleave(H // b.shape[1], 1)).sum(-1)
+    a, b = (_normed(x.reshape(B, T, -1, E).double(), g).transpose(1, 2) for x, g in zip((q, k), gains, strict=True))
+    return (a * b.repeat_interleave(H // b.shape[1], 1)).sum(-1)
 
 
 def _projected(ctx: Context, s: Softmax, part: str) -> Tensor | None:
@@ -140,16 +137,16 @@ def _projected(ctx: Context, s: Softmax, part: str) -> Tensor | None:
 def _gains(ctx: Context, layer: int | None, part: str) -> Iterator[Tensor]:
     for p in ctx.placed:
         if p.role == "qk_norm" and p.layer == layer and p.name.rsplit(".", 2)[-2].startswith(part):
-            yield p.parameter.detach().double()
+            yield p.parameter.detach().double() + float(p.layout.start == 0)  # such code multiplies by 1 + w
 
 
-def _normed(x_BTHE: Tensor, gain: Tensor | None, shift: float) -> Tensor:
+def _normed(x_BTHE: Tensor, gain: Tensor | None) -> Tensor:
     if gain is None:
         return x_BTHE
     if gain.numel() != x_BTHE.shape[-1]:  # one norm over all heads
         flat = x_BTHE.flatten(2)
-        return (_rms(flat) * (gain + shift)).view_as(x_BTHE)
-    return _rms(x_BTHE) * (gain + shift)
+        return (_rms(flat) * gain).view_as(x_BTHE)
+    return _rms(x_BTHE) * gain
 
 
 def _rms(x: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def _measured(ctx: Context, threshold: float, c: Mapping[Tensor, float]) -> Find
 
 def _judged(ctx: Context, held: list[Tensor], factors: list[float]) -> Finding:
     low, high, wanted = min(factors), max(factors), 1 / FORCE
-    if high - low > 1e-3 * high:
+    if high - low > max(1e-3, ctx.tolerance) * high:
         worst = ctx.names[id(held[factors.index(low)])].name
         return Finding(
             NAME,
@@ -82,7 +82,7 @@ def _judged(ctx: Context, held: list[Tensor], factors: list[float]) -> Finding:
             ("clipped per tensor or per group instead of globally", "clipped by value"),
             MEND,
         )
-    if abs(high - wanted) > 1e-2 * wanted:
+    if abs(high - wanted) > max(1e-2, ctx.tolerance) * wanted:
         folded = ctx.plan.folding is not None
         return Finding(
             NAME,

@@ -58,7 +58,7 @@ def _faults(text: str) -> Iterator[Finding]:
     """One finding for each line of a refusal, which names its tensor first."""
     head, *lines = text.split("\n")
     for line in lines or [head]:
-        name = re.match(r"\s*([\w]+(?:\.[\w*]+)+)", line)
+        name = re.match(r"\s*(\w+(?:\.[\w*]+)+|\w+(?= \(\d))", line)
         multiplier = re.search(r"the model's (\w+) multiplier", line)
         where = canonical(name[1]) if name else f"{multiplier[1]} multiplier" if multiplier else head.rstrip(":")
         mend = re.search(r"(?:: |; )((?:add|remove|keep|set|use|build|give|correct) .*)$", line)

@@ -250,11 +250,8 @@ def _lost_finding(lost: list[tuple[Step, float]]) -> Finding:
         "a step that changes the stored value",
         f"{100 * lost[0][1]:.0f} % of the elements of {lost[0][0].placed.name} ({low}) stay what they were",
         (
-            f"{low} has too few digits for lr {'' if rounding else '(unlikely)'}: the step is rounded away".replace(
-                "  ", " "
-            ),
-            "lr is 0 in this group",
-            "the parameter is in no optimizer",
+            f"{low} has too few digits for this lr: the step is rounded away" if rounding else "lr is 0 in this group",
+            "the parameter is in no optimizer, or in one that does not step",
         ),
         "keep float32 master weights (model.float() with autocast), or an optimizer with stochastic rounding"
         if rounding

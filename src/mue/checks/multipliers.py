@@ -277,10 +277,10 @@ def _head_multiplier(ctx: Context) -> float:
 
 
 def _normed(ctx: Context, x: Tensor) -> Iterator[Tensor]:
-    gains = [p.parameter.detach().double() for p in ctx.placed if p.role == "final_norm"]
+    last = [p for p in ctx.placed if p.role == "final_norm"]
+    gains = [p.parameter.detach().double() + float(p.layout.start == 0) for p in last]  # such code multiplies by 1 + w
     gain = gains[0] if gains else x.new_ones(x.shape[-1])
     for eps in (1e-6, 1e-5):
         unit = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         yield unit * gain
-        yield unit * (1 + gain)
         yield F.layer_norm(x, (x.shape[-1],), gain, gains[1] if len(gains) > 1 else None, eps)

@@ -138,6 +138,8 @@ def _run(subject: Subject, ctx: Context, lacking: dict[str, str]) -> list[Findin
     try:
         return list(run(ctx))
     except Exception as error:  # the user's forward, loss, clip or scheduler failed: that is a finding, not a crash
+        if "batch" in subject.needs:
+            lacking["batch"] = f"the model could not be run: see {subject.name}"
         first = (str(error) or "no message").splitlines()[0]
         return [
             Finding(

@@ -1,0 +1,74 @@
+"""What ``mue check MODEL PLAN`` is given: a function of the user's that builds, or a stock family's config."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mue.plan import Plan
+from mue.words import nearest
+
+KEYS = ("model", "batch", "optimizer", "scheduler", "checkpoint", "clip", "loss")
+
+
+def arguments(model: str, plan: Plan) -> dict[str, Any]:
+    """The arguments of :func:`mue.check` besides the plan.
+
+    ``model`` is ``module:function`` or ``file.py:function``, called with the plan, that returns a model or a mapping with
+    the key ``model`` and any of the others of :data:`KEYS`; or a transformers ``config.json``, a folder that holds one, or
+    a family's name, which is then built on the meta device.
+
+    Raises:
+        ValueError: nothing that can be imported or built; unknown keys.
+    """
+    if ":" in model:
+        made = _function(model)(plan)
+        given = {"model": made} if isinstance(made, nn.Module) else made
+        if not isinstance(given, Mapping) or not isinstance(given.get("model"), nn.Module):
+            raise ValueError(f"{model} returned {type(made).__name__}: return a model, or a dict with the key 'model'")
+        for key in given:
+            if key not in KEYS:
+                raise ValueError(f"{model} returned the unknown key {key!r}{nearest(str(key), KEYS)}")
+        return dict(given)
+    from mue.layouts.families import build, read_config
+
+    config = read_config(model)
+    with torch.device("meta"):
+        return {"model": build(config)}
+
+
+def _function(name: str) -> Any:
+    where, _, attribute = name.rpartition(":")
+    if where.endswith(".py"):
+        path = Path(where)
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        if not path.exists() or spec is None or spec.loader is None:
+            raise ValueError(f"{where} does not exist; give MODEL as file.py:function or module:function")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    else:
+        sys.path.insert(0, "")
+        try:
+            module = importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{where} cannot be imported ({error}); give MODEL as file.py:function") from error
+    if not hasattr(module, attribute):
+        raise ValueError(f"{where} has no {attribute!r}{nearest(attribute, [n for n in vars(module) if n[:1] != '_'])}")
+    return getattr(module, attribute)
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan from the JSON that ``plan.save`` wrote, or from a plan file in TOML."""
+    if path.suffix != ".toml":
+        return Plan.load(path)
+    from mue.config import plan_inputs, read_toml
+
+    data = {k: v for k, v in read_toml(path).items() if k not in ("data", "run", "sweep")}
+    return plan_inputs(data, None).plan()

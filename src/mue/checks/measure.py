@@ -1,0 +1,145 @@
+"""Sizes and updates of every module of one model over some training steps, without hooks.
+
+What is compared is what the kernels were handed: a module that is used twice is seen twice, a functional call and a stacked
+tensor of experts are seen at all. Values are root mean squares over a held batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from mue.checks.branches import Branch, Coefficients, branches, coefficients, columns
+from mue.checks.context import Loss, evaluating, forward, logits_of, loss_of
+from mue.checks.trace import Record, traced
+from mue.plan import Plan
+from mue.roles import Placed, place, unwrap
+
+# Roles whose product has one row per token in the order of the batch, at any time of training.
+_ALIGNED = ("attention_q", "attention_k", "attention_v", "ffn_up", "ffn_gate", "shared_up", "shared_gate", "router")
+MakeOptimizer = Callable[[Plan, nn.Module], Optimizer]
+Values = dict[tuple[str, str], float]
+
+
+def adamw(plan: Plan, model: nn.Module) -> Optimizer:
+    """AdamW with the plan's own groups."""
+    return torch.optim.AdamW(plan.param_groups(model))
+
+
+def measure(
+    model: nn.Module,
+    plan: Plan,
+    batches: Callable[[int], Any],
+    held: Any,
+    steps: int,
+    make_optimizer: MakeOptimizer = adamw,
+    loss: Loss | None = None,
+) -> Values:
+    """{(module, quantity): rms} after ``steps`` of training; ``size`` is taken before, ``update`` is the change."""
+    placed, inner = place(model), unwrap(model)
+    unfolded = plan if plan.folding is None else plan.inputs.plan()
+    optimizer = make_optimizer(plan, model)
+
+    def look() -> tuple[Record, Any]:
+        with evaluating(inner):
+            return traced(placed, plan.target.width, lambda: forward(inner, held))
+
+    before = look()
+    old = {p.name: p.parameter.detach().clone() for p in placed}
+    parts = _parts(before[0], placed)
+    for step in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        loss_of(model, batches(step), loss).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    after = look()
+    found = _compared(_activations(*before, unfolded), _activations(*after, unfolded))
+    found.update(_by_weights(placed, old, parts, unfolded.residual_multiplier))
+    return found
+
+
+def _activations(record: Record, out: Any, plan: Plan) -> dict[str, list[Tensor]]:
+    """Module → its values, one for each layer and use. Branches are freed of the planned residual multiplier."""
+    found: dict[str, list[Tensor]] = {}
+    for p in record.products:
+        if p.placed.role in _ALIGNED:
+            found.setdefault(p.placed.role.replace("_", " "), []).append(p.out)
+    for b in branches(record):
+        found.setdefault(f"{b.kind} branch", []).append(b.out / plan.residual_multiplier)
+    if record.stream is not None:
+        found["stream"] = [record.stream]
+    logits = logits_of(out)
+    if logits is not None:
+        found["logits"] = [logits]
+    return found
+
+
+def _compared(before: Mapping[str, list[Tensor]], after: Mapping[str, list[Tensor]]) -> Values:
+    found: Values = {}
+    for module, many in before.items():
+        pairs = [
+            (a.float(), b.float()) for a, b in zip(many, after.get(module, ()), strict=False) if a.shape == b.shape
+        ]
+        if len(pairs) == len(many):
+            found[module, "size"] = _rms([a for a, _ in pairs])
+            found[module, "update"] = _rms([b - a for a, b in pairs])
+    return found
+
+
+def _rms(tensors: list[Tensor]) -> float:
+    total = math.fsum(float(torch.linalg.vector_norm(t, dtype=torch.float64)) ** 2 for t in tensors)
+    return math.sqrt(total / max(1, sum(t.numel() for t in tensors)))
+
+
+# ---- which weights changed the output of a feed-forward -------------------------------------------------------------------
+
+
+def _parts(record: Record, placed: list[Placed], tokens: int = 32) -> list[tuple[Branch, Coefficients]]:
+    found: list[tuple[Branch, Coefficients]] = []
+    for b in branches(record):
+        if b.kind == "feed-forward":
+            c = coefficients(b, placed, tokens, found[-1][1] if found else None)
+            if c is not None and c.fits:
+                found.append((b, c))
+    return found
+
+
+@torch.no_grad()
+def _by_weights(
+    placed: list[Placed], old: Mapping[str, Tensor], parts: list[tuple[Branch, Coefficients]], residual: float
+) -> Values:
+    """Change of the feed-forward's output, at the first inputs and gates, by its new down weights and by its new up and gate."""
+    new = {p.name: p.parameter.detach().clone() for p in placed}
+    made: dict[str, list[Tensor]] = {}
+    try:
+        for kind in ("old", "down", "up and gate"):
+            for p in placed:
+                down = p.role.endswith("_down")
+                fresh = kind != "old" and down == (kind == "down")
+                p.parameter.copy_((new if fresh else old)[p.name])
+            made[kind] = [_output(placed, b, c) / residual for b, c in parts]
+    finally:
+        for p in placed:
+            p.parameter.copy_(new[p.name])
+    if not parts:
+        return {}
+    return {
+        ("feed-forward branch", f"change of output by {kind}"): _rms(
+            [a - b for a, b in zip(made[kind], made["old"], strict=True)]
+        )
+        for kind in ("down", "up and gate")
+    }
+
+
+def _output(placed: list[Placed], b: Branch, c: Coefficients) -> Tensor:
+    given = b.given
+    assert given is not None
+    x = given[: max(c.routed.shape[0], 1)].double()
+    routed, single = columns(b.layer, placed, x, c.activation, c.swapped)
+    out = torch.zeros_like(x) if routed is None else torch.einsum("ntd,tn->td", routed, c.routed)
+    return out if single is None or c.single is None else out + single * c.single[:, None]
