@@ -113,8 +113,9 @@ def coordinate_check(
         raises: raise where a slope fails; else return.
 
     Updates are expected flat, except what the rule itself predicts otherwise: the change that up and gate make grows as
-    the plan's up/gate drift (√ρ_e; less half a power of the width while it is not aligned yet), experts with fewer tokens average less (the plan's σ0 drift), logits follow head lr × head multiplier × width (1/ρ_d for complete-mue-paper). In depth
-    flatness holds from about 8 layers on (docs/LOG.md).
+    the plan's up/gate drift (√ρ_e; less half a power of the width while it is not aligned yet), experts with fewer tokens
+    average less (the plan's σ0 drift), logits follow head lr × head multiplier × width (1/ρ_d for complete-mue-paper). In
+    depth flatness holds from about 8 layers on (docs/LOG.md).
 
     Raises:
         CheckError: a slope out of tolerance, named by axis and module.
@@ -175,10 +176,8 @@ def _slopes(
 
 def _expected(module: str, quantity: str, sizes: Sequence[float], plans: Sequence[Plan]) -> tuple[float, float]:
     """The range of slopes that the rule itself predicts; (0, 0) where it promises that nothing changes."""
-    drift, wide = (
-        fitted([(x, f(p)) for x, p in zip(sizes, plans, strict=True)])[0]
-        for f in (_drift, lambda p: p.active_width or 1)
-    )
+    known = (_drift, _active_width, _expert_noise)
+    drift, wide, noise = (fitted([(x, f(p)) for x, p in zip(sizes, plans, strict=True)])[0] for f in known)
     if quantity.startswith("change of output"):
         # Where the change and what it meets are aligned, the rule's exponent; where they are not, a random sum instead of a
         # coherent one: half a power of the summed width less. A few steps lie between the two.
