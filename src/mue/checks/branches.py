@@ -194,7 +194,8 @@ def coefficients(
     given = branch.given
     if given is None:
         return None
-    x_TD, y_TD = given[:tokens].double(), branch.out[:tokens].double()
+    x_TD, y_TD = given[:tokens], branch.out[:tokens].double()
+    x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     if likely is not None and likely.fits:
         same = _solved(branch.layer, placed, x_TD, y_TD, likely.activation, likely.swapped)
         if same is None or not same.determined or same.residual < 1e-4:
@@ -231,15 +232,18 @@ def _solved(
     every = [m for m in (routed, None if single is None else single[None]) if m is not None]
     if not every:
         return None
-    M_TDC = torch.cat(every).permute(1, 2, 0)
+    M_TDC = torch.cat(every).permute(1, 2, 0).double()
     experts = 0 if routed is None else routed.shape[0]
-    none = x_TD.new_zeros(x_TD.shape[0], experts)
+    none = y_TD.new_zeros(y_TD.shape[0], experts)
     if M_TDC.shape[2] >= M_TDC.shape[1]:
         return Coefficients(none, None, 1.0, activation, swapped, determined=False)
     if not bool(M_TDC.isfinite().all() and y_TD.isfinite().all()):
         return Coefficients(none, None, float("inf"), activation, swapped)
     # Least squares of least norm: twins (upcycled experts) share their coefficient, and the sum stays what it is.
-    c_TC = torch.linalg.lstsq(M_TDC, y_TD[..., None], driver="gelsd").solution[..., 0]
+    size = M_TDC.norm(dim=1, keepdim=True).clamp(min=1e-300)
+    unit = M_TDC / size
+    c_TC = torch.linalg.pinv(unit.mT @ unit, rtol=1e-9, hermitian=True) @ (unit.mT @ y_TD[..., None])
+    c_TC = c_TC[..., 0] / size[:, 0]
     left = (M_TDC @ c_TC[..., None])[..., 0] - y_TD
     residual = float(left.norm() / y_TD.norm().clamp(min=1e-300))
     return Coefficients(c_TC[:, :experts], None if single is None else c_TC[:, experts], residual, activation, swapped)

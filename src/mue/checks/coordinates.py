@@ -114,7 +114,8 @@ def coordinate_check(
 
     Updates are expected flat, except what the rule itself predicts otherwise: the change that up and gate make grows as
     the plan's up/gate drift (√ρ_e; less half a power of the width while it is not aligned yet), experts with fewer tokens
-    average less (the plan's σ0 drift), logits follow head lr × head multiplier × width (1/ρ_d for complete-mue-paper). In
+    average less (the plan's σ0 drift), logits lie between head lr × multiplier ×
+    width (learned) and head std × multiplier × √width (drawn): 1/ρ_d for complete-mue-paper. In
     depth flatness holds from about 8 layers on (docs/LOG.md).
 
     Raises:
@@ -184,8 +185,9 @@ def _expected(module: str, quantity: str, sizes: Sequence[float], plans: Sequenc
         full = drift if quantity == UP_GATE else 0.0
         return full - 0.5 * max(wide, 0.0) + min(noise, 0.0), full + max(noise, 0.0)
     if module == "logits":
-        slope = fitted([(x, _logit_step(p)) for x, p in zip(sizes, plans, strict=True)])[0]
-        return (slope, slope) if abs(slope) > 0.05 else (0.0, 0.0)
+        both = (fitted([(x, f(p)) for x, p in zip(sizes, plans, strict=True)])[0] for f in (_logit_step, _logit_start))
+        rounded = [round(slope, 3) + 0.0 for slope in both]
+        return min(rounded), max(rounded)
     if module == "feed-forward branch" and quantity == "update":
         return min(0.0, drift) + min(noise, 0.0), max(0.0, drift) + max(noise, 0.0)
     return 0.0, 0.0
@@ -213,6 +215,13 @@ def _logit_step(plan: Plan) -> float:
     lr = unfolded.role(role).values.lr
     assert lr is not None
     return lr * unfolded.head_multiplier * plan.target.width
+
+
+def _logit_start(plan: Plan) -> float:
+    """std · multiplier · √fan-in: what the head as it was drawn makes of a change of the hidden state."""
+    unfolded = plan if plan.folding is None else plan.inputs.plan()
+    std = unfolded.role("embedding" if plan.target.tied else "head").values.init_std
+    return (std or 1.0) * unfolded.head_multiplier * math.sqrt(plan.target.width)
 
 
 def _finding(s: Slope) -> Finding:

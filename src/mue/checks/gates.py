@@ -25,7 +25,7 @@ from mue.words import number
 
 NAME = "gates"
 VARIANCE = 1.25  # F above which the branch's init scale is off by more than a tenth
-TOKENS = 512
+TOKENS = 128
 
 
 def _blocks(ctx: Context) -> list[Block]:

@@ -264,18 +264,25 @@ def _size(ctx: Context, s: Step) -> tuple[str, str, str] | None:
     planned = ctx.expected.get(id(s.placed.parameter))
     if planned is None or s.gradient is None:
         return None
-    g, w = s.gradient.double(), s.before.double()
+    wide = torch.promote_types(s.before.dtype, torch.float32)  # a hundredth is asked for
+    g, w = s.gradient.to(wide), s.before.to(wide)
     step = planned["lr"] * g / (g.abs() + planned["eps"])
-    wanted = -step - planned["lr"] * planned["weight_decay"] * w
-    size, off = _rms(wanted), _rms(s.change.double() - wanted)
-    rounding = torch.finfo(s.before.dtype).eps * _rms(w)
-    if off <= 1e-2 * size + 2 * rounding:
-        return None
-    return s.placed.name, f"rms {size:.4g}", f"rms {_rms(s.change):.4g}, off by {off:.4g}"
+    decay = planned["lr"] * planned["weight_decay"]
+    wanted = -step - decay * w
+    size, off = _rms(wanted), _rms(s.change.to(wide) - wanted)
+    digits = torch.finfo(s.before.dtype).eps
+    if off > 1e-2 * size + 2 * digits * _rms(w):
+        return s.placed.name, f"rms {size:.4g}", f"rms {_rms(s.change):.4g}, off by {off:.4g}"
+    # The decay is a small part of the step, but the only part along the weights themselves.
+    square = float((w * w).sum())
+    shrunk = -float(((s.change.to(wide) + step) * w).sum()) / square if square else decay
+    if abs(shrunk - decay) > 0.05 * decay + 1e-3 * planned["lr"] + 4 * digits:
+        return s.placed.name, f"shrunk by lr·wd = {decay:.4g}", f"shrunk by {shrunk:.4g}"
+    return None
 
 
 def _rms(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x, dtype=torch.float64)) / math.sqrt(max(x.numel(), 1))
+    return float(torch.linalg.vector_norm(x)) / math.sqrt(max(x.numel(), 1))
 
 
 def _grouped(wrong: list[tuple[str, str, str]]) -> Iterator[Finding]:
