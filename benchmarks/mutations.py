@@ -26,7 +26,9 @@ from mue.checks import Report  # noqa: E402
 from mue.files import write_json  # noqa: E402
 from mue.lab.train import provenance  # noqa: E402
 from wiring_cases import FAMILIES, OURS, right  # noqa: E402
-from wiring_faults import FAULTS, broken  # noqa: E402
+from wiring_faults import broken, load  # noqa: E402
+
+FAULTS = load()
 
 
 def families() -> tuple[str, ...]:

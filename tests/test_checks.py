@@ -14,9 +14,10 @@ from mue.checks import CheckError
 from mue.checks.checkpoint import stored_hash
 from mue.lab.model import LanguageModel
 from wiring_cases import BASE, OURS, TUNED, case
-from wiring_faults import FAULTS, broken
+from wiring_faults import broken, load
 
 # The whole table is `make slow` and benchmarks/mutations.py; these are one or two of each check.
+FAULTS = load()
 SAMPLE = (
     "output multiplier missing in one layer",
     "output multiplier on the routed sum only",

@@ -13,9 +13,10 @@ import torch
 import mue
 from mue.fold import fold
 from wiring_cases import STOCK, case
-from wiring_faults import FAULTS, broken
+from wiring_faults import broken, load
 
 torch.set_num_threads(1)
+FAULTS = load()
 SAMPLE = (
     "a folded output multiplier applied in the forward pass too",
     "softmax without renormalisation",

@@ -45,8 +45,9 @@ class Gap:
 
     @property
     def ok(self) -> bool:
-        """The late gap is small and does not grow for certain."""
-        return math.isfinite(self.late) and abs(self.late) <= self.limit and not (self.low > self.growth)
+        """The gap is small, early within twice the limit, and does not grow for certain."""
+        small = abs(self.early) <= 2 * self.limit and abs(self.late) <= self.limit
+        return math.isfinite(self.late) and small and not self.low > self.growth
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def overlay(
     growth: float = 0.05,
     raises: bool = True,
 ) -> Overlay:
-    """Judge recorded losses: a gap above ``limit`` nats, or one that surely grows by more than ``growth`` per 100 steps, fails.
+    """Judge recorded losses: a late gap above ``limit`` nats (early: twice that), or one that surely grows by more than ``growth`` per 100 steps, fails.
 
     Args:
         losses: name → training losses of the first steps, all on the same batches (50 steps or more).
@@ -171,7 +172,7 @@ def _finding(g: Gap, reference: str) -> Finding:
         FAIL,
         g.name,
         f"within {g.limit:g} nats of {reference}, and not widening",
-        f"late gap {g.late:+.3f}, widening {g.widening:+.3f} per 100 steps",
+        f"early gap {g.early:+.3f}, late {g.late:+.3f}, widening {g.widening:+.3f} per 100 steps",
         (
             "a learning rate scaled twice or not at all",
             "another order of batches than the reference's",
