@@ -116,6 +116,10 @@ SPOILED = {
     "gates": (("layers = 8\n[target.training]", 'layers = 8\nrouter = "softmax"\nnormalize = false\n[target.training]'), ("measured",)),
     "rule": (('"complete-mue"', '"complete-mu"'), ("complete-mue",)),
     "not toml": (("[base]", "[base"), ("TOML",)),
+    "rule of another type": (('"complete-mue"', '["mup"]'), ("unknown rule",)),
+    "a number beyond reason": (("batch = 524288", "batch = 1" + "0" * 400), ("10^18",)),
+    "text for a switch": (("expert = 1024", 'expert = 1024\nnormalize = "false"'), ("normalize", "true or false")),
+    "one gate moment": (("expert = 1024", 'expert = 1024\ngates = "measured"\ngate_moments = 0.3'), ("gate_moments",)),
 }  # fmt: skip
 
 
@@ -146,7 +150,7 @@ def test_bad_data(
     }.items():
         experiment.write_text(good.replace('"texts"', f'"{name}"'))
         refused(in_process(capsys, monkeypatch, "sweep", experiment, "--out", out), *words)
-        assert not (out / "runs").exists() or not list((out / "runs").glob("*/metrics.jsonl"))
+        assert not out.exists()
 
 
 def test_sweep_report_and_plan_from_it(experiment: Path, tmp_path: Path) -> None:
@@ -161,7 +165,7 @@ def test_sweep_report_and_plan_from_it(experiment: Path, tmp_path: Path) -> None
     assert "done before" in again.stdout
     assert {p: p.stat().st_mtime_ns for p in out.glob("runs/*/result.json")} == results
 
-    tuned, _ = tuned_of(out)
+    tuned = tuned_of(out).tuned
     plan_file = tmp_path / "target.toml"
     plan_file.write_text(
         "[base]\nwidth = 32\nffn = 32\nlayers = 2\nhead_dim = 16\n[target]\nmoe = '8e2a'\nwidth = 64\nexpert = 32\nlayers = 2\nhead_dim = 16\n"
@@ -170,6 +174,14 @@ def test_sweep_report_and_plan_from_it(experiment: Path, tmp_path: Path) -> None
     assert json.loads(planned.stdout)["roles"]["embedding"]["lr"] == tuned.lr
 
     (out / "optuna.db").unlink()  # the index is not the truth
+    for old, new, word in (("width = 32", "width = 64", "width"), ("layers = 2", "layers = 3", "layers")):
+        plan_file.write_text(plan_file.read_text().replace(old, new, 1))
+        other = run("plan", plan_file, "--tuned", out)
+        refused((other.returncode, other.stdout, other.stderr), "another base", word)
+        plan_file.write_text(plan_file.read_text().replace(new, old, 1))
+    plan_file.write_text(plan_file.read_text() + "[tuned]\nclip = 1.0\n")
+    other = run("plan", plan_file, "--tuned", out)
+    refused((other.returncode, other.stdout, other.stderr), "[tuned]")
     rebuilt = run("sweep", experiment, "--out", out)
     assert rebuilt.returncode == 0, rebuilt.stderr
     assert {p: p.stat().st_mtime_ns for p in out.glob("runs/*/result.json")} == results
@@ -181,6 +193,25 @@ def test_sweep_report_and_plan_from_it(experiment: Path, tmp_path: Path) -> None
     wider = run("sweep", experiment, "--out", out)
     assert wider.returncode == 0, wider.stderr
     assert len(list(out.glob("runs/*/result.json"))) == 8
+
+
+def test_a_sampler_goes_on_and_ends(experiment: Path, tmp_path: Path) -> None:
+    """Seeds between the listed ones are never run, finished runs never again, and few points do not make it spin."""
+    experiment.write_text(
+        experiment.read_text()
+        .replace("lr = [0.002, 0.008, 0.032]", "lr = [0.008]\nseeds = [0, 9]\nsampler = 'random'\ntrials = 3")
+        .replace("init_std = [0.05, 0.1]", "init_std = [0.1]")
+        .replace("steps = 40", "steps = 10")
+    )
+    out = tmp_path / "random"
+    for _ in range(2):
+        done = run("sweep", experiment, "--out", out)
+        assert done.returncode == 0, done.stderr
+        seeds = {json.loads(p.read_text())["seed"] for p in out.glob("runs/*/result.json")}
+        assert seeds <= {0, 9}
+        found = sorted(p.stat().st_mtime_ns for p in out.glob("runs/*/result.json"))
+        assert 1 <= len(found) <= 2
+    assert len(found) == len(list(out.glob("runs/*/result.json")))
 
 
 def test_train_and_report(experiment: Path, tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_layer_balance_modes() -> None:
     x = torch.randn(2, 20, 8)
     for mode, names, moves in (
         ("bias", set(), True),
-        ("loss", {"load_balance", "router_z"}, False),
+        ("loss", {"load_balance"}, False),
         ("none", set(), False),
     ):
         layer = MoELayer(8, 6, 2, expert_width=4, balance=mode)  # type: ignore[arg-type]

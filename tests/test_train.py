@@ -22,7 +22,7 @@ from mue.lab.train import lr_factor, train
 
 BASE = mue.Dense(32, 32, 2, head_dim=16, sequence=32)
 TARGET = mue.MoE.parse("8e2a1s", width=64, expert=32, layers=2, head_dim=16, sequence=32)
-TUNED = mue.HParams(lr=0.01, weight_decay=0.1, init_std=0.1, clip=1.0, balance=0.01, z=1e-3)
+TUNED = mue.HParams(lr=0.01, weight_decay=0.1, init_std=0.1, clip=1.0, z=1e-3)
 SETTINGS = Settings(eval_every=10, eval_sequences=8, log_every=2)
 STEPS = 24
 
@@ -34,6 +34,7 @@ def corpus(experiment: Path) -> Corpus:
 
 def moe_run(corpus: Corpus, settings: Settings = SETTINGS, steps: int = STEPS, tuned: mue.HParams = TUNED) -> Run:
     training = mue.Training(128, steps)
+    tuned = tuned.replace(balance=0.01 if settings.balance == "loss" else 0.0)
     plan = mue.transfer(BASE, TARGET, tuned, base_training=training, training=training)
     return Run(plan, settings, described({"source": []}, corpus))
 
@@ -180,6 +181,46 @@ def test_a_batch_must_hold_whole_sequences(corpus: Corpus) -> None:
     plan = mue.transfer(BASE, TARGET, TUNED, base_training=training, training=training)
     with pytest.raises(ValueError, match="whole number of sequences"):
         Run(plan, SETTINGS, described({"source": []}, corpus))
+
+
+def test_coefficients_that_nothing_reads_are_refused(corpus: Corpus) -> None:
+    """A balance coefficient without its loss, the loss without its coefficient, another optimizer than the lab's."""
+    data, training = described({"source": []}, corpus), mue.Training(128, 10)
+
+    def run(settings: Settings, **changes: object) -> Run:
+        plan = mue.transfer(BASE, TARGET, TUNED.replace(**changes), base_training=training, training=training)
+        return Run(plan, settings, data)
+
+    with pytest.raises(ValueError, match="turns on"):
+        run(SETTINGS, balance=0.01)
+    with pytest.raises(ValueError, match="coefficient"):
+        run(Settings(balance="loss"))
+    with pytest.raises(ValueError, match="AdamW"):
+        run(SETTINGS, optimizer="lion")
+
+
+def test_the_z_loss_acts_in_every_balance_mode(tmp_path: Path, corpus: Corpus) -> None:
+    with_z, without = (moe_run(corpus, tuned=TUNED.replace(z=z)) for z in (1.0, 0.0))
+    store = Store(tmp_path)
+    assert train(with_z, store, corpus)["val_loss"] != train(without, store, corpus)["val_loss"]
+
+
+def test_a_checkpoint_without_some_weights_is_damaged(tmp_path: Path, corpus: Corpus) -> None:
+    from safetensors.torch import load_file, save_file
+
+    run, store = moe_run(corpus), Store(tmp_path)
+    with pytest.raises(Stop):
+        train(run, store, corpus, progress=stop_at(10), checkpoint_seconds=0)
+    path = store.folder(run.key) / "checkpoint.safetensors"
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata()
+    tensors = load_file(path)
+    tensors.pop("model/head.weight")
+    save_file(tensors, path, header)
+    with pytest.raises(ValueError, match="damaged"):
+        train(run, store, corpus)
 
 
 @pytest.mark.parametrize("steps", [10, 100, 1000])

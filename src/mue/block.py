@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from mue.checked import positive, positive_int
 from mue.words import nearest
@@ -46,8 +46,9 @@ class Block:
         positive_int("layers", self.layers)
         if self.ffn is not None:
             positive_int("ffn", self.ffn)
-            if self.expert is not None or self.experts or self.active or self.shared_experts:
-                raise ValueError("a block is dense (ffn) or a MoE (moe, expert), not both")
+            for f in fields(self):  # nothing that only experts read may stand beside ffn and be ignored
+                if f.name not in ("layers", "ffn") and getattr(self, f.name) != f.default:
+                    raise ValueError(f"a block is dense (ffn) or a MoE (moe, expert), not both: ffn beside {f.name}")
             return
         self._check_experts()
         self._check_gates()
@@ -73,6 +74,8 @@ class Block:
             raise ValueError(f"{g} groups must divide both the {N} experts and the {a} active ones")
 
     def _check_gates(self) -> None:
+        if not isinstance(self.normalize, bool):
+            raise ValueError(f"normalize must be true or false, got {self.normalize!r}")
         if self.router not in ROUTERS:
             raise ValueError(
                 f"router must be one of {', '.join(ROUTERS)}, got {self.router!r}{nearest(self.router, ROUTERS)}"
@@ -90,7 +93,9 @@ class Block:
             if self.gate_moments is not None:
                 raise ValueError('gate_moments are read only with gates = "measured"')
             return
-        if self.gate_moments is None or len(self.gate_moments) != 2:
+        if not self.experts:
+            raise ValueError('gates = "measured" needs routed experts; shared ones alone have no gate')
+        if not isinstance(self.gate_moments, tuple) or len(self.gate_moments) != 2:
             raise ValueError(
                 'gates = "measured" needs gate_moments = [E[Σw], E[Σw²]], measured over tokens at init'
                 " (mue.moe.gate_moments does it)"

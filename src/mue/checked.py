@@ -4,17 +4,24 @@ from __future__ import annotations
 
 import math
 
+LARGEST = 10**18  # beyond any shape or run, and well inside what a float holds
+
 
 def positive_int(name: str, value: object) -> int:
     """``value`` as a positive whole number, or a ``ValueError`` that names it."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if value > LARGEST:
+        raise ValueError(f"{name} must be at most 10^18, got a number of {len(str(value))} digits")
     return value
 
 
 def positive(name: str, value: object, *, zero: bool = False, below: float = math.inf) -> float:
     """``value`` as a finite number above 0 (or ≥ 0) and below ``below``, or a ``ValueError`` that names it."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{name} must be at most 10^18, got a number of {len(str(abs(value)))} digits")
+    if not isinstance(value, int | float) or not number or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
     if value < 0 or (value == 0 and not zero) or value >= below:
         limit = f" and below {below:g}" if below < math.inf else ""

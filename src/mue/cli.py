@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for runs and results; rerun with the same to go on.")]
 Workers = Annotated[
-    int | None, typer.Option("--workers", "-w", min=1, help="Training processes at once [default: one per core].")
+    int | None, typer.Option("--workers", "-w", min=1, help="Training processes at once (default: one for each core).")
 ]
 Tuned = Annotated[Path | None, typer.Option("--tuned", help="Read the tuned values from this finished sweep's folder.")]
 File = Annotated[Path, typer.Argument(help="A TOML file; see the example below.", show_default=False)]
@@ -92,7 +92,8 @@ def plan(
     data = {k: v for k, v in read_toml(file).items() if k not in ("data", "run", "sweep")}
     if rule is not None:
         data["rule"] = rule
-    made: Plan = plan_inputs(_tuned_table(data, tuned), _tuned_values(tuned)).plan()
+    data, values = _with_sweep(data, tuned)
+    made: Plan = plan_inputs(data, values).plan()
     if save is not None:
         made.save(save)
     if json_:
@@ -131,7 +132,8 @@ def rules(
     if file is None:
         raise ValueError("mue rules needs a plan file (or --markdown): mue rules moe.toml")
     data = {k: v for k, v in read_toml(file).items() if k not in ("data", "run", "sweep")}
-    inputs = plan_inputs(_tuned_table(data, tuned), _tuned_values(tuned))
+    data, values = _with_sweep(data, tuned)
+    inputs = plan_inputs(data, values)
     if why is not None:
         from dataclasses import asdict
 
@@ -210,11 +212,11 @@ def train(file: File, out: Out = Path("runs/train"), tuned: Tuned = None) -> Non
     from mue.lab.train import train as run_training
 
     console = Console()
-    data = _tuned_table(read_toml(file), tuned)
+    data, values = _with_sweep(read_toml(file), tuned)
     from mue.config import check_keys
 
     check_keys(data, (*PLAN_TABLES, "data", "run", "sweep"), "the file's top level")
-    made = train_plan(data, _tuned_values(tuned))
+    made = train_plan(data, values)
     source, settings = data_source(data, file.parent), settings_from(data)
     corpus: Corpus = open_corpus(source)
     _say_data(console, corpus)
@@ -236,9 +238,9 @@ def report(folder: Annotated[Path, typer.Argument(help="Folder of a demo, a swee
     from mue.lab.report import run_report, sweep_report
 
     if (folder / "sweep.json").exists() and (folder / "demo.json").exists():
-        from mue.lab.demo import demo as run
+        from mue.lab.demo import report_again
 
-        path = run(folder, Console())
+        path = report_again(folder)
     elif (folder / "result.json").exists() and (folder / "sweep.json").exists():
         path = sweep_report(folder)
     elif (folder / "config.json").exists():
@@ -320,34 +322,50 @@ def check(
         raise typer.Exit(1)
 
 
-def _tuned_values(folder: Path | None) -> Any:
+def _with_sweep(data: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any], Any]:
+    """The file's tables and the sweep's tuned values (None: the file has its own).
+
+    The sweep must have tuned the file's own base: another shape or another run is an error that names the difference.
+    """
     if folder is None:
-        return None
+        return data, None
+    from dataclasses import fields, replace
+
+    from mue.config import shape_from, table_of, training_from
     from mue.lab.sweep import tuned_of
 
-    values, edge = tuned_of(folder)
-    if edge:
-        print(
-            f"note: this sweep's best lr is at the {edge} edge of its grid: widen it before you trust it",
-            file=sys.stderr,
+    if "tuned" in data:
+        raise ValueError(
+            "the file has a [tuned] table and --tuned is given: the sweep's values include all of it, remove it"
         )
-    return values
-
-
-def _tuned_table(data: dict[str, Any], folder: Path | None) -> dict[str, Any]:
-    """With ``--tuned`` the file's [tuned] may hold what no sweep looks for; the sweep's own values already include it."""
-    if folder is not None and "tuned" in data:
-        swept = [k for k in ("lr", "weight_decay", "init_std") if k in data["tuned"]]
-        if swept:
-            raise ValueError(f"the file's [tuned] has {swept[0]} and --tuned is given: use one of them")
-        return {k: v for k, v in data.items() if k != "tuned"}
-    return data
+    found = tuned_of(folder)
+    base = table_of(data, "base")
+    shape = replace(
+        shape_from(base, "base", ("training", "convention", "output_multiplier")), sequence=found.base.sequence
+    )
+    for f in fields(shape):
+        mine, theirs = getattr(shape, f.name), getattr(found.base, f.name, None)
+        if mine != theirs:
+            raise ValueError(f"{folder} tuned another base: {f.name} is {theirs!r} there and {mine!r} in [base]")
+    training = training_from(base, "base")
+    if training is not None and training != found.training:
+        raise ValueError(
+            f"{folder} was tuned with batch {found.training.batch} and {found.training.steps} steps,"
+            f" [base.training] has {training.batch} and {training.steps}"
+        )
+    if training is None and "training" in table_of(data, "target"):
+        run = {"batch": found.training.batch, "steps": found.training.steps}
+        data = {**data, "base": {**base, "training": run}}
+    if found.edge:
+        note = f"note: this sweep's best lr is at the {found.edge} edge of its grid: widen it before you trust it"
+        print(note, file=sys.stderr)
+    return data, found.tuned
 
 
 def _say_data(console: Console, corpus: Any) -> None:
     skipped = ", ".join(f"{n} {why}" for why, n in corpus.skipped.items())
     console.print(
-        f"data: {corpus.files} files, {corpus.bytes / 1e6:.1f} MB, {corpus.tokens:,} tokens of {corpus.vocab}, sha256 {corpus.hash[:16]}"
+        f"data: {corpus.files} files, {corpus.bytes / 1e6:.1f} MB, {corpus.tokens:,} tokens, vocabulary {corpus.vocab}, sha256 {corpus.hash[:16]}"
         + (f" (left out: {skipped})" if skipped else ""),
         highlight=False,
     )

@@ -147,7 +147,7 @@ def _mixed(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Mixe
         need(block, "layers", f"[[{where}.blocks]]")
         own = dict(block)
         numbers: dict[str, Any] = dict(parse_notation(own.pop("moe"))) if "moe" in own else {}
-        if "gate_moments" in own:
+        if isinstance(own.get("gate_moments"), list):
             own["gate_moments"] = tuple(own["gate_moments"])
         made.append(Block(**numbers, **own))
     layers = common.pop("layers", None)

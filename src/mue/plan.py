@@ -325,7 +325,7 @@ def transfer(
         roles=planning.merge(blocks),
         residual_multiplier=start.residual * the_rule.residual_multiplier(shared),
         head_multiplier=start.head * the_rule.head_multiplier(shared),
-        attention_scale=start.scale * start.shape.head_dim / target.head_dim,
+        attention_scale=start.scale * (start.shape.head_dim / target.head_dim) ** float(the_rule.attention_exponent),
         betas=planning.carried_betas(start.betas, the_rule, change, shared),
         notes=planning.notes(the_rule, start.shape, target, planned_base=start.plan is not None),
     )

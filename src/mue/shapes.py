@@ -228,7 +228,7 @@ class MoE(Transformer):
     kind: ClassVar[str] = "moe"
 
     def __post_init__(self) -> None:
-        if self.gate_moments is not None:
+        if isinstance(self.gate_moments, list):
             object.__setattr__(self, "gate_moments", tuple(self.gate_moments))
         self._check()
         _ = self.blocks  # a block checks its own numbers

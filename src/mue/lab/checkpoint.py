@@ -42,6 +42,12 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, run:
                     f" (plan {plan}): use another folder, or remove it to start over"
                 )
             own = _unique(model)
+            stored = {name for name in file.keys() if name.startswith("model/")}  # noqa: SIM118 - not a dict
+            if stored != {f"model/{name}" for name in own}:
+                odd = sorted(stored ^ {f"model/{name}" for name in own})[0]
+                raise ValueError(
+                    f"{path} is damaged: {odd} is in the file or in the model, not in both; remove it to start over"
+                )
             own_state: dict[str, dict[str, torch.Tensor]] = {}
             for name in file.keys():  # noqa: SIM118 - not a dict
                 kind, _, rest = name.partition("/")
@@ -49,7 +55,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, run:
                     own[rest].copy_(file.get_tensor(name))
                 else:
                     parameter, _, key = rest.rpartition("/")
-                    own_state.setdefault(parameter, {})[key] = file.get_tensor(name)
+                    own_state.setdefault(parameter, {})[key] = file.get_tensor(name).to(own[parameter].device)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it to start over") from error
     for name, parameter in model.named_parameters():

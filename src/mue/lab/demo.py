@@ -94,7 +94,7 @@ def demo(out: Path, console: Console, *, workers: int | None = None) -> Path:
     seconds = _total_seconds(out / "demo.json", time.monotonic() - started, fresh=progress.fresh + swept_fresh)
     summary = _summary(ours, swept, plan, named, by_name, corpus, seconds)
     write_json(out / "demo.json", summary)
-    path = _report(out, ours, swept, plan, named, by_name, store, summary)
+    path = _report(out, plan, named, by_name, store, summary)
     _say(console, summary, path, seconds)
     return path
 
@@ -207,6 +207,12 @@ def findings(summary: dict[str, Any]) -> list[str]:
     }
     ours, plain = lowest["complete-mue"], lowest["standard"]
     if ours is not None and plain is not None:
+        at_one = check["complete-mue"]["loss_at_1"], check["standard"]["loss_at_1"]
+        if None not in at_one and at_one[1] < ours:
+            out.append(
+                f"Standard parametrization with the base's numbers as they are ({at_one[1]:.4f}) is {ours - at_one[1]:.4f} below"
+                f" complete-mue at its best multiplier ({ours:.4f}) in this short run."
+            )
         out.append(
             f"Lowest loss with the lr multiplier retuned on the MoE itself: complete-mue {ours:.4f}, standard {plain:.4f}."
             + (
@@ -218,10 +224,27 @@ def findings(summary: dict[str, Any]) -> list[str]:
     return out
 
 
+def report_again(out: Path) -> Path:
+    """The report of a finished demo, from what is on disk; nothing is trained.
+
+    Raises:
+        ValueError: a run's folder is gone or damaged.
+    """
+    summary = json.loads((out / "demo.json").read_text(encoding="utf-8"))
+    store = Store(out)
+    named, results = {}, {}
+    for name, said in summary["runs"].items():
+        config, result = store.folder(said["key"]) / "config.json", store.result(said["key"])
+        if result is None or not config.exists():
+            raise ValueError(f"{store.folder(said['key'])} of run {name!r} is gone: run mue demo --out {out} again")
+        parts = json.loads(config.read_text(encoding="utf-8"))
+        named[name] = Run.from_dict({k: parts[k] for k in ("plan", "settings", "data")})
+        results[name] = result
+    return _report(out, named["MoE"].plan, named, results, store, summary)
+
+
 def _report(
     out: Path,
-    ours: Experiment,
-    swept: Swept,
     plan: Plan,
     named: dict[str, Run],
     results: dict[str, dict[str, Any]],
@@ -266,7 +289,7 @@ def _report(
     ]  # fmt: skip
     gain = results["dense"]["val_loss"], results["MoE"]["val_loss"]
     cards = [
-        ("learning rate tuned on the base", f"{swept.tuned.lr:.2e}"),
+        ("learning rate tuned on the base", f"{summary['sweep']['tuned']['lr']:.2e}"),
         ("lr of the MoE's expert matrices", f"{plan.roles['expert_down'].values.lr:.2e}"),
         ("validation loss, dense of equal active width", "–" if gain[0] is None else f"{gain[0]:.3f}"),
         ("validation loss, MoE, no retuning", "–" if gain[1] is None else f"{gain[1]:.3f}"),

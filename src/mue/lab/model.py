@@ -120,7 +120,7 @@ class TransformerBlock(nn.Module):
     """x + l^-α·attention(norm x), then x + l^-α·feed-forward(norm x)."""
 
     def __init__(
-        self, shape: Transformer, block: Block, multipliers: Multipliers, layer: int, balance: Balance
+        self, shape: Transformer, block: Block, multipliers: Multipliers, layer: int, balance: Balance, z_loss: bool
     ) -> None:
         super().__init__()
         A = multipliers.output[layer] if multipliers.output else 1.0
@@ -149,6 +149,7 @@ class TransformerBlock(nn.Module):
                 output_multiplier=A,
                 gated=shape.gated,
                 balance=balance,
+                z_loss=z_loss,
             )
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing | None]:
@@ -168,13 +169,19 @@ class LanguageModel(nn.Module):
         shape: width, blocks, heads, vocabulary, longest sequence, tied or not.
         multipliers: ``plan.multipliers``.
         balance: how experts are balanced: ``"bias"`` (aux-loss-free), ``"loss"`` or ``"none"``.
+        z_loss: also compute the router z-loss.
 
     Raises:
         ValueError: an odd head size; multipliers for another number of layers.
     """
 
     def __init__(
-        self, shape: Transformer, multipliers: Multipliers | None = None, *, balance: Balance = "bias"
+        self,
+        shape: Transformer,
+        multipliers: Multipliers | None = None,
+        *,
+        balance: Balance = "bias",
+        z_loss: bool = False,
     ) -> None:
         super().__init__()
         ones = (1.0,) * shape.layers
@@ -187,7 +194,7 @@ class LanguageModel(nn.Module):
         self.embedding = nn.Embedding(shape.vocab, shape.width)
         kinds = [block for block in shape.blocks for _ in range(block.layers)]
         self.blocks = nn.ModuleList(
-            TransformerBlock(shape, block, multipliers, layer, balance) for layer, block in enumerate(kinds)
+            TransformerBlock(shape, block, multipliers, layer, balance, z_loss) for layer, block in enumerate(kinds)
         )
         self.final_norm = RMSNorm(shape.width)
         self.head = nn.Linear(shape.width, shape.vocab, bias=False)

@@ -70,6 +70,17 @@ class Run:
     def __post_init__(self) -> None:
         if self.plan.training is None:
             raise ValueError("a run needs [training]: batch in tokens per step, and steps")
+        tuned = self.plan.tuned
+        if tuned.optimizer != "adamw":
+            raise ValueError(
+                f"the lab trains with AdamW, the plan is for {tuned.optimizer}: use another trainer (plan.param_groups)"
+            )
+        if tuned.balance and self.settings.balance != "loss" and any(b.experts for b in self.plan.target.blocks):
+            raise ValueError(
+                f'balance = {tuned.balance:g} is the coefficient of a loss that [run] balance = "loss" turns on: set it, or leave it out'
+            )
+        if self.settings.balance == "loss" and not tuned.balance:
+            raise ValueError('[run] balance = "loss" needs its coefficient: [tuned] balance = 0.01, say')
         sequence, batch = self.plan.target.sequence, self.plan.training.batch
         if batch % sequence:
             raise ValueError(f"batch = {batch} tokens per step is not a whole number of sequences of {sequence} tokens")

@@ -19,8 +19,9 @@ from mue.lab.data import Corpus
 from mue.lab.experiment import Grid, SweepSpec, base_plan, described
 from mue.lab.pool import Event, run_all
 from mue.lab.run import Run, Store
+from mue.lab.train import batches_of
 from mue.lab.valley import Point, Valley, fit_valley
-from mue.shapes import HParams
+from mue.shapes import HParams, Training, Transformer, shape_from_dict
 
 if TYPE_CHECKING:
     import optuna
@@ -98,7 +99,10 @@ def open_store(out: Path, spec: SweepSpec, data_hash: str) -> Store:
     own = identity(spec, data_hash)
     path = out / "sweep.json"
     if path.exists():
-        stored = json.loads(path.read_text(encoding="utf-8"))["identity"]
+        try:
+            stored = json.loads(path.read_text(encoding="utf-8"))["identity"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): choose another folder with --out, or remove it") from error
         if digest(stored) != digest(own):
             wrong = [k for k in own if digest(stored.get(k)) != digest(own[k])]
             raise ValueError(
@@ -125,6 +129,8 @@ def run_sweep(
         ValueError: the folder belongs to another experiment; every run diverged. mue.lab.run.BusyError: it is being swept.
     """
     data = described(spec.source, corpus)
+    first = {axis: getattr(spec.grid, axis)[0] for axis in AXES}
+    batches_of(sweep_run(spec, first, spec.grid.seeds[0], data), corpus)  # before the folder is made
     store = open_store(out, spec, corpus.hash)
     with store.locked("sweep"):
         index = _Index(out, digest(identity(spec, corpus.hash)), spec.grid)
@@ -161,8 +167,8 @@ def _batches(grid: Grid, index: _Index, workers: int) -> Any:
     if grid.sampler == "grid":
         yield grid_points(grid)
         return
-    yield [(values, seed) for values, seed in index.known()]
-    while (left := (grid.trials or 0) - len(index.known())) > 0:
+    yield index.known()
+    while (left := (grid.trials or 0) - index.count) > 0:  # a point proposed twice is one run, but two trials
         yield [index.propose() for _ in range(min(left, workers))]
 
 
@@ -181,8 +187,11 @@ class _Index:
         )
         self.complete = optuna.trial.TrialState.COMPLETE
         trials = self.study.get_trials(deepcopy=False)
-        self.numbers = {t.user_attrs["run"]: t.number for t in trials if "run" in t.user_attrs}
+        self.numbers = {
+            t.user_attrs["run"]: t.number for t in trials if "run" in t.user_attrs and "seed" in t.user_attrs
+        }
         self.done = {t.number for t in trials if t.state == self.complete}
+        self.count = len(self.numbers)  # trials that stand for a run, proposed twice or not
         self.proposed: dict[tuple[float, ...], int] = {}
 
     def trial(self, key: str, values: Values, seed: int) -> int:
@@ -199,9 +208,11 @@ class _Index:
     def _ask(self) -> tuple[int, Values, int]:
         trial = self.study.ask()
         values = {axis: self._suggest(trial, axis) for axis in AXES}
-        seed = trial.suggest_int("seed", min(self.grid.seeds), max(self.grid.seeds))
-        if seed not in self.grid.seeds:  # a sampler drew between two of the listed seeds
-            seed = min(self.grid.seeds, key=lambda known: abs(known - seed))
+        drawn = trial.suggest_int("seed", min(self.grid.seeds), max(self.grid.seeds))
+        # A sampler draws from the range of the seeds; the run takes the listed one nearest to it.
+        seed = min(self.grid.seeds, key=lambda listed: abs(listed - drawn))
+        trial.set_user_attr("seed", seed)
+        self.count += 1
         return trial.number, values, seed
 
     def _suggest(self, trial: optuna.Trial, axis: str) -> float:
@@ -218,7 +229,7 @@ class _Index:
         """Every point that has a trial with a run."""
         kept = set(self.numbers.values())
         trials = [t for t in self.study.get_trials(deepcopy=False) if t.number in kept]
-        return [({axis: t.params[axis] for axis in AXES}, int(t.params["seed"])) for t in trials]
+        return [({axis: t.params[axis] for axis in AXES}, int(t.user_attrs["seed"])) for t in trials]
 
     def tell(self, number: int, result: dict[str, Any]) -> None:
         """A result for the index; a diverged run counts as infinitely bad, not as missing."""
@@ -304,16 +315,29 @@ def swept_dict(swept: Swept, spec: SweepSpec, data_hash: str) -> dict[str, Any]:
     }
 
 
-def tuned_of(folder: Path) -> tuple[HParams, str | None]:
-    """Tuned values of a finished sweep, and which edge of its grid they lie at, if any.
+@dataclass(frozen=True)
+class Found:
+    """What a finished sweep says: its values, at which edge of its grid they lie, on which base and run they were tuned."""
+
+    tuned: HParams
+    edge: str | None
+    base: Transformer
+    training: Training
+
+
+def tuned_of(folder: Path) -> Found:
+    """The result of a finished sweep.
 
     Raises:
-        ValueError: the folder holds no finished sweep.
+        ValueError: the folder holds no finished sweep, or a file that is not one's result.
     """
     path = folder / "result.json"
     if not path.exists():
         raise ValueError(f"{folder} holds no finished sweep (no result.json): run mue sweep with --out {folder} first")
-    data = json.loads(path.read_text(encoding="utf-8"))
-    if "tuned" not in data:
-        raise ValueError(f"{path} is not the result of a sweep")
-    return HParams(**{**data["tuned"], "betas": tuple(data["tuned"]["betas"])}), data.get("edge")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        tuned = HParams(**{**data["tuned"], "betas": tuple(data["tuned"]["betas"])})
+        identity = data["identity"]
+        return Found(tuned, data.get("edge"), shape_from_dict(identity["base"]), Training(**identity["training"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is not the result of a sweep ({error}): run the sweep again") from error

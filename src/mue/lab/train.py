@@ -68,11 +68,23 @@ def train(
     done = store.result(run.key)
     if done is not None:
         return done
+    batches_of(run, corpus)  # before the folder is made
     with store.locked(run.key) as folder:
         done = store.result(run.key)  # another process may have finished it while we waited
         return (
             done if done is not None else _Trainer(run, folder, corpus).run(progress, checkpoint_seconds, keep_weights)
         )
+
+
+def batches_of(run: Run, corpus: Corpus) -> tuple[Batches, Batches]:
+    """(training, validation) batches of a run; ``ValueError`` where the text does not suit it. Nothing is written."""
+    shape, settings = run.plan.target, run.settings
+    assert run.plan.training is not None
+    if corpus.vocab > shape.vocab:
+        raise ValueError(f"the data has {corpus.vocab} tokens, the model a vocabulary of {shape.vocab}: raise vocab")
+    sequences = run.plan.training.batch // shape.sequence
+    train = Batches(corpus, "train", shape.sequence, sequences, settings.seed)
+    return train, Batches(corpus, "validation", shape.sequence, min(sequences, settings.eval_sequences), 0)
 
 
 class _Trainer:
@@ -83,16 +95,11 @@ class _Trainer:
         self.run_, self.folder, self.settings, self.plan = run, folder, run.settings, run.plan
         self.key, self.steps, self.tuned = run.key, run.plan.training.steps, run.plan.tuned
         shape = run.plan.target
-        if corpus.vocab > shape.vocab:
-            raise ValueError(
-                f"the data has {corpus.vocab} tokens, the model a vocabulary of {shape.vocab}: raise vocab"
-            )
         self.batch = run.plan.training.batch
-        sequences = self.batch // shape.sequence
-        self.batches = Batches(corpus, "train", shape.sequence, sequences, self.settings.seed)
-        held = Batches(corpus, "validation", shape.sequence, min(sequences, self.settings.eval_sequences), 0)
+        self.batches, held = batches_of(run, corpus)
         self.validation = held.fixed(max(1, self.settings.eval_sequences // held.batch_sequences))
-        self.model = LanguageModel(shape, run.plan.multipliers, balance=self.settings.balance)  # type: ignore[arg-type]
+        balance, z = self.settings.balance, self.tuned.z > 0
+        self.model = LanguageModel(shape, run.plan.multipliers, balance=balance, z_loss=z)  # type: ignore[arg-type]
         run.plan.init_(self.model, self.settings.seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
@@ -101,8 +108,8 @@ class _Trainer:
         self.above = 0
 
     def run(self, progress: Progress | None, checkpoint_seconds: float, keep_weights: bool) -> dict[str, Any]:
-        write_json(self.folder / "config.json", {"key": self.key, "plan": self.plan.hash, **self.run_.to_dict()})
         step, seconds = self._resume()
+        write_json(self.folder / "config.json", {"key": self.key, "plan": self.plan.hash, **self.run_.to_dict()})
         started = saved = time.monotonic()
         status, loss, held = "finished", math.nan, math.nan
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
@@ -145,7 +152,7 @@ class _Trainer:
             output = self.model(tokens_BT, targets_BT)
         total = output.loss
         for name, coefficient in (("load_balance", self.tuned.balance), ("router_z", self.tuned.z)):
-            if coefficient and self.settings.balance == "loss":
+            if coefficient:
                 total = total + coefficient * sum(r.losses[name] for r in output.routings)
         total.backward()
         norm = None

@@ -37,8 +37,9 @@ class MoELayer(nn.Module):
         route_scale: R; the rule wants `active`.
         output_multiplier: A, on routed and shared alike.
         gated: SwiGLU; else gelu(up x).
-        balance: "bias" moves the selection bias (`update_bias_`), "loss" puts `load_balance` and `router_z` into
+        balance: "bias" moves the selection bias (`update_bias_`), "loss" puts `load_balance` into
             `Routing.losses`, "none" does neither.
+        z_loss: put `router_z` into `Routing.losses`.
         backend: see `mue.moe.experts`.
 
     Raises:
@@ -62,6 +63,7 @@ class MoELayer(nn.Module):
         output_multiplier: float = 1.0,
         gated: bool = True,
         balance: Balance = "bias",
+        z_loss: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -82,7 +84,7 @@ class MoELayer(nn.Module):
         if experts:
             self.router = Router(
                 width, experts, active, groups, score=score, normalize=normalize, gates=gates,
-                route_scale=route_scale, balance_loss=balance == "loss", z_loss=balance == "loss",
+                route_scale=route_scale, balance_loss=balance == "loss", z_loss=z_loss,
             )  # fmt: skip
         routed, inner = experts > 0, shared_experts * shared_width
         self.experts_gate = _weight(routed and gated, experts, expert_width, width)

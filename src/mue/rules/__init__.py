@@ -43,7 +43,7 @@ RULES: dict[str, Callable[..., Rule]] = {
 
 def get_rule(name: str, depth_exponent: object = None, **options: object) -> Rule:
     """The rule of that name; ``ValueError`` for an unknown name or an option the rule does not have (None: default)."""
-    if name not in RULES:
+    if not isinstance(name, str) or name not in RULES:
         raise ValueError(f"unknown rule {name!r}{nearest(name, RULES)}")
     builder = RULES[name]
     resolved = resolve(name, builder, {"depth_exponent": depth_exponent, **options})

@@ -23,6 +23,7 @@ WHOLE = {
     "route_scale": "route scale R",
     "residual_multiplier": "residual multiplier",
     "head_multiplier": "head multiplier",
+    "attention_scale": "attention scale",
     "one_minus_beta1": "1-β1",
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 from mue.rules.table import PUBLISHED, ROLES, Row, Rule
 
 
@@ -14,6 +16,7 @@ def standard() -> Rule:
         source="the default of torch and of every stock model",
         rows=dict.fromkeys(ROLES, row),
         routed=False,
+        attention_exponent=Fraction(1, 2),
         baseline=True,
         optimizer="any",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from fractions import Fraction
 
 from mue.rules.algebra import ONE, Monomial
 from mue.rules.options import OptionValue
@@ -116,6 +117,7 @@ class Rule:
         output_multiplier: of the feed-forward branch, on the base's own A*.
         residual_multiplier, head_multiplier: of both residual branches, of the logits.
         one_minus_beta: factor on 1-β1 and 1-β2. betas: ``"linear"``, or ``"power"`` for β^factor.
+        attention_exponent: of d_head*/d_head on the attention scale; 1/2 keeps a stock model's 1/√d_head.
         routed: R follows the block (``a`` on the normalised routed sum) if true, 1 otherwise.
         refuses: axis of :data:`AXES` → reason, for the changes the rule has no answer to.
         notes: what a reader of a plan must know, always printed.
@@ -138,6 +140,7 @@ class Rule:
     one_minus_beta: Monomial = ONE
     betas: str = "linear"
     routed: bool = True
+    attention_exponent: Fraction = Fraction(1)
     refuses: Mapping[str, str] = field(default_factory=dict)
     unanswered: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
