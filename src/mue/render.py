@@ -31,10 +31,9 @@ COLUMNS = [
 def header(plan: Plan) -> list[tuple[str, str]]:
     """The plan in a few lines: (what, value)."""
     base = plan.inputs.base
-    several = len(plan.blocks) > 1
     drift = {
-        k: number(v) if v is not None else "(differs by block)" if several else "(not derived)"
-        for k, v in plan.drift.items()
+        k: " / ".join(dict.fromkeys("(not derived)" if b.drift[k] is None else number(b.drift[k]) for b in plan.blocks))
+        for k in plan.drift
     }
     lines = [
         ("rule", f"{plan.rule.name} ({plan.rule.source})"),
@@ -72,7 +71,8 @@ def table(plan: Plan) -> tuple[list[str], list[list[str]]]:
             repeated = index > 0 and r.values == first[role].values and first[role].count
             if not r.count or repeated:
                 continue
-            name = role if len(plan.blocks) == 1 else f"{role} [{block.notation}]"
+            own = role.split("_")[0] in ("ffn", "expert", "shared", "router")  # the rest is in every block alike
+            name = f"{role} [{block.notation}]" if own and len(plan.blocks) > 1 else role
             std = r.init if r.init in ("zero", "shared") else ""
             values = [number(v) for _, v in r.values.items()]
             values[0] = std if std == "zero" else f"{values[0]} {std}".rstrip()

@@ -23,13 +23,16 @@ def plan_table(plan: Plan, *, width: int = 80, sources: bool = False) -> Rendera
     header, rows = plan.table()
     dropped = {"× eps"} | (set() if sources else {"source"})
     if width < WIDE:
-        dropped |= {name for name in header if name.startswith("×")}
+        dropped |= {name for name in header if name.startswith("×")} | {"marks"}
     kept = [i for i, name in enumerate(header) if name not in dropped]
     table = Table(box=None, header_style="bold", pad_edge=False)
     for i in kept:
         numeric = 0 < i < header.index("× std")
         style = "cyan" if i == 0 else "" if numeric else "dim"
-        table.add_column(header[i], style=style, justify="right" if numeric else "left", no_wrap=header[i] != "source")
+        whole = max(len(row[i]) for row in rows) if numeric else None  # a number is shown whole, or it is wrong
+        table.add_column(
+            header[i], style=style, justify="right" if numeric else "left", min_width=whole, overflow="fold"
+        )
     for row in rows:
         table.add_row(*(Text(row[i]) for i in kept))
     return Group(facts, Text(""), table)

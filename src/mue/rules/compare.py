@@ -128,7 +128,7 @@ def compare(inputs: Inputs, rules: Sequence[str] | None = None) -> Comparison:
 def lines(made: Comparison) -> str:
     """A comparison as plain text: the table, then who refused and why."""
     header, rows = made.table()
-    text = f"{made.inputs.target.name}, factors on the tuned values\n\n{text_table(header, rows)}"
+    text = f"{made.inputs.target.name}, factors on the tuned values (multipliers, R and attention scale: as they are)\n\n{text_table(header, rows)}"
     reasons = [[name, reason] for name, reason in made.refused.items()]
     return f"{text}\n\n{text_table(['refused', 'because'], reasons)}" if reasons else text
 
