@@ -73,6 +73,7 @@ def run(seeds: int = 20, only: str = "") -> dict[str, Any]:
         "right_models": clean,
         "false_alarms": alarms,
         "rows": rows,
+        "command": "python benchmarks/mutations.py",
         **provenance(),
     }
 
@@ -83,7 +84,12 @@ def _alarms(report: Report) -> list[Any]:
 
 def markdown(result: dict[str, Any]) -> str:
     """One line per fault: families, caught, named, by which check, seconds."""
-    lines = ["| fault | families | caught | named | by | seconds |", "|---|---|---|---|---|---|"]
+    head = (
+        f"{result['faults']} faults, {result['runs']} runs in {len(result['families'])} families:"
+        f" {100 * result['caught']:.1f} % caught, {100 * result['caught_and_named']:.1f} % caught and named;"
+        f" {len(result['false_alarms'])} false alarms on {result['right_models']} right models (20 seeds of each family).\n"
+    )
+    lines = [head, "| fault | families | caught | named | by | seconds |", "|---|---|---|---|---|---|"]
     for name in dict.fromkeys(r["fault"] for r in result["rows"]):
         rows = [r for r in result["rows"] if r["fault"] == name]
         by = ", ".join(dict.fromkeys(r["by"] for r in rows))
