@@ -42,8 +42,10 @@ def test_the_diff_runs() -> None:
 
 
 def test_the_toml_plans() -> None:
-    plan = plan_inputs(tomllib.loads(snippets("toml")[0])).plan()
-    assert plan.roles["expert_down"].values.init_std == pytest.approx(0.0106066, rel=1e-5)
+    plans = [plan_inputs(tomllib.loads(text)).plan() for text in snippets("toml")]
+    assert plans[0].roles["expert_down"].values.init_std == pytest.approx(0.0106066, rel=1e-5)
+    assert plans[1].output_multiplier is None  # its blocks differ
+    assert plans[1].roles["embedding"].values.lr == 3e-3
 
 
 def test_commands_exist() -> None:

@@ -203,6 +203,24 @@ def train(file: File, out: Out = Path("runs/train"), tuned: Tuned = None) -> Non
     [bold]\\[run][/]: seed, schedule = "wsd" | "cosine", decay, precision = "fp32" | "bf16", balance = "bias" | "loss",
     eval_every, eval_sequences, log_every. Weights, metrics and a report land in OUT/runs/HASH; a run that was
     interrupted goes on exactly where its last checkpoint stands.
+
+    \b
+    [bold]Example[/]
+      \\[base]               # without a target the base itself is trained
+      width = 64
+      ffn = 64
+      layers = 3
+      head_dim = 32
+      sequence = 128
+      \\[base.training]
+      batch = 1024
+      steps = 300
+      \\[tuned]
+      lr = 0.008
+      weight_decay = 0.1
+      init_std = 0.15
+      \\[data]
+      source = "stdlib"
     """
     from mue.lab.data import Corpus
     from mue.lab.experiment import PLAN_TABLES, data_source, described, open_corpus, settings_from, train_plan
