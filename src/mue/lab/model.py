@@ -80,7 +80,7 @@ def rotary_table(length: int, head_dim: int, base: float = 10_000.0) -> Tensor:
 
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """RoPE on neighbouring pairs of the last axis of (B, T, H, E): one complex product; fp32 or better."""
-    dtype = torch.promote_types(x.dtype, turn.dtype)
+    dtype = torch.promote_types(torch.promote_types(x.dtype, turn.dtype), torch.float32)  # no complex bf16 in torch
     pairs = torch.view_as_complex(x.to(dtype).reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * torch.view_as_complex(turn.to(dtype))).flatten(-2).to(x.dtype)
 
