@@ -10,29 +10,7 @@ import pytest
 
 import mue
 from mue.config import lr_grid, plan_inputs, read_toml
-
-FILE = """
-rule = "complete-mue"
-[base]
-width = 128
-ffn = 128
-layers = 8
-[base.training]
-batch = 524288
-steps = 25000
-[tuned]
-lr = 1e-3
-weight_decay = 0.1
-init_std = 0.01
-[target]
-moe = "128e8a1s"
-width = 1024
-expert = 1024
-layers = 8
-[target.training]
-batch = 524288
-steps = 100000
-"""
+from plan_file import PLAN as FILE
 
 
 def inputs(text: str) -> Any:

@@ -10,7 +10,7 @@ from torch import nn
 
 import mue
 from mue.lab.model import LanguageModel
-from mue.roles import Layout, by_role, canonical, expert_slices, layout_of, place, unwrap
+from mue.roles import Layout, Placed, canonical, expert_slices, layout_of, place, unwrap
 
 SHAPES = {
     "dense": mue.Dense(width=32, ffn=48, layers=2, head_dim=16, vocab=40),
@@ -46,6 +46,13 @@ def test_every_parameter_has_one_role_and_the_count_is_the_shapes(name: str) -> 
     counted = {role: sum(p.experts for p in group) for role, group in by_role(placed).items()}
     expected = {r: n for r, n in shape.counts().items() if r != "router_bias"}
     assert counted == expected
+
+
+def by_role(placed: list[Placed]) -> dict[str, list[Placed]]:
+    groups: dict[str, list[Placed]] = {}
+    for p in placed:
+        groups.setdefault(p.role, []).append(p)
+    return groups
 
 
 def test_fan_in_comes_from_the_declared_axes() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
@@ -207,14 +207,6 @@ def _unknown(name: str, parameter: Tensor, table: Iterable[Layout]) -> str:
     )
     hint = f" (nearest known: {close[0]!r})" if close else ""
     return f"{name} {tuple(parameter.shape)} has no role{hint}; add e.g. Layout({pattern!r}, ROLE, {axes})"
-
-
-def by_role(placed: Iterable[Placed]) -> Mapping[str, list[Placed]]:
-    """Placed parameters grouped by role."""
-    groups: dict[str, list[Placed]] = {}
-    for p in placed:
-        groups.setdefault(p.role, []).append(p)
-    return groups
 
 
 def expert_slices(p: Placed) -> Iterator[tuple[int | None, Tensor]]:
