@@ -1,0 +1,40 @@
+"""The command line: parses, calls, prints. Every command's ``--help`` teaches it; one file each, listed in this order."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+from mue.cli.app import app, fail
+
+__all__ = ["app", "main"]
+
+COMMANDS = (
+    "demo",
+    "plan",
+    "rules",
+    "sweep",
+    "train",
+    "report",
+    "inspect",
+    "check",
+)  # files of this folder, in the order the help shows them
+for _name in COMMANDS:
+    import_module(f"mue.cli.{_name}")
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one clear line and exit code 2."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        fail("interrupted; start the same command again to go on", 130)
+    except (ValueError, OSError) as error:
+        from rich.markup import escape
+
+        fail(escape(str(error)), 2)
+    except RuntimeError as error:
+        if type(error).__module__.startswith("mue."):
+            from rich.markup import escape
+
+            fail(escape(str(error)), 1)
+        raise

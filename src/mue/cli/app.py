@@ -1,0 +1,82 @@
+"""What the commands share: the app, the options they have in common, and the words they say alike."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+try:
+    import typer
+    from rich.console import Console
+except ImportError:  # pragma: no cover - the message is the point
+    sys.exit("the mue command needs the lab extra: pip install 'mue[lab]'")
+
+app = typer.Typer(
+    name="mue",
+    help="Tune one small dense transformer, train any Mixture-of-Experts with the hyperparameters that follow from it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+)
+Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for runs and results; rerun with the same to go on.")]
+Workers = Annotated[
+    int | None, typer.Option("--workers", "-w", min=1, help="Training processes at once (default: one for each core).")
+]
+Tuned = Annotated[Path | None, typer.Option("--tuned", help="Read the tuned values from this finished sweep's folder.")]
+File = Annotated[Path, typer.Argument(help="A TOML file; see the example below.", show_default=False)]
+
+
+def with_sweep(data: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any], Any]:
+    """The file's tables and the sweep's tuned values (None: the file has its own).
+
+    The sweep must have tuned the file's own base: another shape or another run is an error that names the difference.
+    """
+    if folder is None:
+        return data, None
+    from dataclasses import fields, replace
+
+    from mue.config import shape_from, table_of, training_from
+    from mue.lab.sweep import tuned_of
+
+    if "tuned" in data:
+        raise ValueError(
+            "the file has a [tuned] table and --tuned is given: the sweep's values include all of it, remove it"
+        )
+    found = tuned_of(folder)
+    base = table_of(data, "base")
+    shape = replace(
+        shape_from(base, "base", ("training", "convention", "output_multiplier")), sequence=found.base.sequence
+    )
+    for f in fields(shape):
+        mine, theirs = getattr(shape, f.name), getattr(found.base, f.name, None)
+        if mine != theirs:
+            raise ValueError(f"{folder} tuned another base: {f.name} is {theirs!r} there and {mine!r} in [base]")
+    training = training_from(base, "base")
+    if training is not None and training != found.training:
+        raise ValueError(
+            f"{folder} was tuned with batch {found.training.batch} and {found.training.steps} steps,"
+            f" [base.training] has {training.batch} and {training.steps}"
+        )
+    if training is None and "training" in table_of(data, "target"):
+        run = {"batch": found.training.batch, "steps": found.training.steps}
+        data = {**data, "base": {**base, "training": run}}
+    if found.edge:
+        note = f"note: this sweep's best lr is at the {found.edge} edge of its grid: widen it before you trust it"
+        print(note, file=sys.stderr)
+    return data, found.tuned
+
+
+def say_data(console: Console, corpus: Any) -> None:
+    skipped = ", ".join(f"{n} {why}" for why, n in corpus.skipped.items())
+    console.print(
+        f"data: {corpus.files} files, {corpus.bytes / 1e6:.1f} MB, {corpus.tokens:,} tokens, vocabulary {corpus.vocab}, sha256 {corpus.hash[:16]}"
+        + (f" (left out: {skipped})" if skipped else ""),
+        highlight=False,
+    )
+
+
+def fail(message: str, code: int) -> NoReturn:
+    Console(stderr=True).print(f"[red]error:[/] {message}", highlight=False, markup=True, soft_wrap=True)
+    sys.exit(code)

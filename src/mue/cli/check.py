@@ -1,0 +1,45 @@
+"""``mue check``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mue.cli.app import app
+
+
+@app.command()
+def check(
+    model: Annotated[
+        str,
+        typer.Argument(
+            help="file.py:function or module:function; or a transformers config or family.", show_default=False
+        ),
+    ],
+    plan: Annotated[Path, typer.Argument(help="A plan: JSON that was saved, or a TOML file.", show_default=False)],
+    json_: Annotated[bool, typer.Option("--json", help="Print all findings as JSON.")] = False,
+    only: Annotated[list[str] | None, typer.Option("--only", help="Run this check only; may be repeated.")] = None,
+    skip: Annotated[list[str] | None, typer.Option("--skip", help="Leave this check out; may be repeated.")] = None,
+) -> None:
+    """Prove that a model is wired as planned, before money is spent. Exit code 1 where something is wrong.
+
+    The function is called with the plan and returns the model, or a dict with model and any of batch, optimizer, scheduler,
+    checkpoint, clip and loss: what is given is checked. A transformers config is built on the meta device and checked by its
+    shapes and gates. See docs/checks.md for what each check measures.
+
+    \b
+    [bold]Examples[/]
+      mue check train.py:build plan.json
+      mue check train.py:build plan.json --json > wiring.json   # in CI
+      mue check config.json plan.json                            # 671 B without weights
+    """
+    from mue.checks import check as run
+    from mue.checks.command import arguments, read_plan
+
+    made = read_plan(plan)
+    report = run(plan=made, raises=False, only=tuple(only or ()), skip=tuple(skip or ()), **arguments(model, made))
+    print(report.json() if json_ else report)
+    if not report.ok:
+        raise typer.Exit(1)

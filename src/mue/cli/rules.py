@@ -1,0 +1,55 @@
+"""``mue rules``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mue.cli.app import Tuned, app, with_sweep
+from mue.config import plan_inputs, read_toml
+
+
+@app.command()
+def rules(
+    file: Annotated[Path | None, typer.Argument(help="A plan file, as mue plan reads it.", show_default=False)] = None,
+    why: Annotated[str | None, typer.Option("--why", help="Show how each number of this role comes about.")] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print docs/rules.md: all tables, no file needed.")
+    ] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print factors and reasons as JSON.")] = False,
+    tuned: Tuned = None,
+) -> None:
+    """Compare every published rule on one target, with sources.
+
+    One line per role and number, one column per rule that has an answer; below, the rules that refuse, and why.
+
+    \b
+    [bold]Examples[/]
+      mue rules moe.toml                      # all rules side by side
+      mue rules moe.toml --why expert_down    # one role of the file's rule, step by step
+      mue rules --markdown > docs/rules.md
+    """
+    from mue.rules.compare import compare, lines, why_lines
+    from mue.rules.page import markdown as page
+
+    if markdown:
+        print(page(), end="")
+        return
+    if file is None:
+        raise ValueError("mue rules needs a plan file (or --markdown): mue rules moe.toml")
+    data = {k: v for k, v in read_toml(file).items() if k not in ("data", "run", "sweep")}
+    data, values = with_sweep(data, tuned)
+    inputs = plan_inputs(data, values)
+    if why is not None:
+        from dataclasses import asdict
+
+        from mue.rules.compare import why as derive
+
+        steps = derive(inputs.plan(), why)
+        print(json.dumps([asdict(s) for s in steps], indent=1, ensure_ascii=False) if json_ else why_lines(why, steps))
+        return
+    made = compare(inputs)
+    print(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if json_ else lines(made))
