@@ -12,6 +12,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ class Run:
             "data": self.data["hash"],
         }
 
-    @property
+    @cached_property
     def key(self) -> str:
         """16 hex digits over :attr:`effective`."""
         return digest(self.effective)

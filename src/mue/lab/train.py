@@ -54,12 +54,15 @@ def train(
     progress: Progress | None = None,
     checkpoint_seconds: float = 10.0,
     keep_weights: bool = False,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, Any]:
     """Train ``run`` to its end and return its result; a finished run is read, an interrupted one goes on exactly.
 
     Args:
         progress: called with (step, loss) after every logged step.
         checkpoint_seconds: time between checkpoints. keep_weights: leave ``model.safetensors`` in the run's folder.
+        stop: asked after every step; true gives the run up: a checkpoint is left, and the result has status "stopped"
+            and is not stored.
 
     Raises:
         mue.lab.run.BusyError: another process trains it. ValueError: the folder holds a checkpoint of something else.
@@ -71,9 +74,9 @@ def train(
     batches_of(run, corpus)  # before the folder is made
     with store.locked(run.key) as folder:
         done = store.result(run.key)  # another process may have finished it while we waited
-        return (
-            done if done is not None else _Trainer(run, folder, corpus).run(progress, checkpoint_seconds, keep_weights)
-        )
+        if done is not None:
+            return done
+        return _Trainer(run, folder, corpus).run(progress, checkpoint_seconds, keep_weights, stop)
 
 
 def batches_of(run: Run, corpus: Corpus) -> tuple[Batches, Batches]:
@@ -107,7 +110,9 @@ class _Trainer:
         self.first: float | None = None
         self.above = 0
 
-    def run(self, progress: Progress | None, checkpoint_seconds: float, keep_weights: bool) -> dict[str, Any]:
+    def run(
+        self, progress: Progress | None, checkpoint_seconds: float, keep_weights: bool, stop: Callable[[], bool]
+    ) -> dict[str, Any]:
         step, seconds = self._resume()
         write_json(self.folder / "config.json", {"key": self.key, "plan": self.plan.hash, **self.run_.to_dict()})
         started = saved = time.monotonic()
@@ -130,9 +135,14 @@ class _Trainer:
                 if diverged:
                     status = "diverged"
                     break
-                if time.monotonic() - saved > checkpoint_seconds and step < self.steps:
+                if step == self.steps:
+                    break
+                stopped = stop()
+                if stopped or time.monotonic() - saved > checkpoint_seconds:
                     self._save(metrics, step, seconds + time.monotonic() - started)
                     saved = time.monotonic()
+                if stopped:
+                    return self._result("stopped", step, loss, held, seconds + time.monotonic() - started)
             metrics.flush()
             os.fsync(metrics.fileno())
         if keep_weights:

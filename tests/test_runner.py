@@ -1,0 +1,144 @@
+"""Runners: whatever trains a run leaves the same files; runs are given up and taken up again; nothing is lost."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+import mue
+from mue.config import read_toml
+from mue.lab.data import Corpus
+from mue.lab.experiment import base_plan, data_source, described, open_corpus
+from mue.lab.run import Run, Settings, Store
+from mue.lab.runner import Busy, Done, FailedError, Processes, Progress, Runner, open_runner
+from mue.lab.train import train
+
+BASE = mue.Dense(32, 32, 1, head_dim=16, sequence=32)
+SETTINGS = Settings(eval_every=10, eval_sequences=8, log_every=5)
+
+
+@pytest.fixture
+def source(experiment: Path) -> dict[str, object]:
+    return data_source(read_toml(experiment), experiment.parent)
+
+
+@pytest.fixture
+def corpus(source: dict[str, object]) -> Corpus:
+    return open_corpus(source)
+
+
+def dense_run(source: dict[str, object], corpus: Corpus, lr: float = 0.01, steps: int = 30) -> Run:
+    tuned = mue.HParams(lr=lr, weight_decay=0.1, init_std=0.1)
+    return Run(base_plan(BASE, mue.Training(128, steps), tuned), SETTINGS, described(dict(source), corpus))
+
+
+def until(runner: Runner, kind: type, patience: float = 60) -> list[object]:
+    """Everything heard up to and with the first message of a kind."""
+    heard: list[object] = []
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        heard += runner.wait(0.2)
+        if any(isinstance(message, kind) for message in heard):
+            return heard
+    raise AssertionError(f"no {kind.__name__} within {patience} s: {heard}")
+
+
+def same_run(a: Store, b: Store, key: str) -> bool:
+    return (a.folder(key) / "metrics.jsonl").read_bytes() == (b.folder(key) / "metrics.jsonl").read_bytes()
+
+
+def test_a_stopped_run_is_given_up_and_can_be_finished(
+    tmp_path: Path, source: dict[str, object], corpus: Corpus
+) -> None:
+    run, whole, store = dense_run(source, corpus, steps=400), Store(tmp_path / "whole"), Store(tmp_path / "store")
+    train(run, whole, corpus)
+    runner = open_runner("processes", store, workers=1)
+    try:
+        assert runner.slots == 1
+        assert runner.wait(5.0) == []  # nothing is in flight: it does not wait
+        runner.submit(run)
+        assert isinstance(until(runner, Progress)[0], Progress)
+        runner.stop(run.key)
+        (done,) = (m for m in until(runner, Done) if isinstance(m, Done))
+        assert done.run.key == run.key
+        assert done.result["status"] == "stopped"
+        assert done.result["val_loss"] is None
+        assert 0 < done.result["step"] < 400
+        assert store.result(run.key) is None
+        runner.submit(run)
+        (done,) = (m for m in until(runner, Done) if isinstance(m, Done))
+        assert done.result == store.result(run.key)
+        runner.submit(run)  # finished before: at once
+        assert runner.wait(5.0) == [Done(run, done.result)]
+    finally:
+        runner.close()
+    assert done.result["status"] == "finished"
+    assert same_run(whole, store, run.key)
+
+
+def test_a_run_that_waits_is_stopped_before_it_begins(
+    tmp_path: Path, source: dict[str, object], corpus: Corpus
+) -> None:
+    first, second = (dense_run(source, corpus, lr, steps=100_000) for lr in (0.01, 0.02))
+    runner = open_runner("processes", Store(tmp_path), workers=1)
+    try:
+        runner.submit(first)
+        runner.submit(second)
+        runner.stop(second.key)
+        (done,) = (m for m in until(runner, Done) if isinstance(m, Done))
+        assert done.run.key == second.key
+        assert done.result["step"] == 0
+    finally:
+        runner.close()
+
+
+def test_a_run_of_another_process_is_busy(tmp_path: Path, source: dict[str, object], corpus: Corpus) -> None:
+    run, store = dense_run(source, corpus), Store(tmp_path)
+    runner = open_runner("processes", store, workers=1)
+    try:
+        with store.locked(run.key):
+            runner.submit(run)
+            assert until(runner, Busy) == [Busy(run)]
+        runner.submit(run)
+        assert isinstance(until(runner, Done)[-1], Done)
+    finally:
+        runner.close()
+
+
+def test_a_killed_worker_is_an_error_and_the_runner_goes_on(
+    tmp_path: Path, source: dict[str, object], corpus: Corpus
+) -> None:
+    run, store = dense_run(source, corpus, steps=100_000), Store(tmp_path)
+    runner = Processes(1, 1, store, checkpoint_seconds=0.1)
+    try:
+        runner.submit(run)
+        until(runner, Progress)
+        os.kill(runner.workers[0].pid, signal.SIGKILL)
+        with pytest.raises(FailedError, match=run.key):
+            until(runner, Done)
+        runner.submit(run)
+        until(runner, Progress)
+    finally:
+        runner.close()
+
+
+def test_a_changed_text_is_the_users_affair(tmp_path: Path, source: dict[str, object], corpus: Corpus) -> None:
+    run = dense_run(source, corpus)
+    other = Run(run.plan, run.settings, {**run.data, "hash": "0" * 64})
+    runner = open_runner("processes", Store(tmp_path), workers=1)
+    try:
+        runner.submit(other)
+        with pytest.raises(ValueError, match="the text changed"):
+            until(runner, Done)
+        assert runner.wait(1.0) == []
+    finally:
+        runner.close()
+
+
+def test_an_unknown_runner_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="threads"):
+        open_runner("threads", Store(tmp_path))
