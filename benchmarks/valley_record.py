@@ -1,0 +1,112 @@
+"""Record real sweeps of the lab: fine lr grids with several seeds and the training curve of every run.
+
+    python benchmarks/valley_record.py [--store runs/recorded] [--out benchmarks/recorded/sweeps.json]
+
+Half an hour of one core; interrupt and start again as you like. ``benchmarks/valley_search.py`` is built on the result.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mue
+from mue.files import write_json
+from mue.lab.data import Corpus
+from mue.lab.experiment import base_plan, described, open_corpus
+from mue.lab.run import Run, Settings, Store
+from mue.lab.train import provenance, train
+from mue.shapes import HParams, Training
+
+ROOT = Path(__file__).resolve().parent.parent
+LOG2_LR = tuple(-9 + i / 2 for i in range(13))
+SEEDS = (0, 1, 2)
+MORE_SEEDS = tuple(range(3, 12))  # of the first cell, on every other learning rate: how noise depends on lr
+EVERY = 5  # steps between points of a curve
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One base with one weight decay and init std: what a sweep over lr is made for."""
+
+    width: int = 32
+    ffn: int = 32
+    layers: int = 2
+    steps: int = 100
+    batch: int = 512
+    schedule: str = "wsd"
+    warmup: float = 0.1
+    weight_decay: float = 0.1
+    init_std: float = 0.1
+
+
+def cells() -> list[Cell]:
+    """Nine cells of one base (weight decay × init std), then one change of the base at a time."""
+    small = Cell()
+    joint = [replace(small, weight_decay=wd, init_std=std) for std in (0.1, 0.03, 0.3) for wd in (0.1, 1.0, 4.0)]
+    changes: list[dict[str, Any]] = [
+        {"ffn": 128, "schedule": "cosine"},
+        {"batch": 256},
+        {"warmup": 0.3},
+        {"layers": 6},
+        {"width": 48, "ffn": 48, "layers": 3},
+        {"width": 64, "ffn": 64, "layers": 3},
+        {"steps": 200},
+    ]
+    return joint + [replace(small, **c, init_std=std) for c in changes for std in (0.1, 0.03)]
+
+
+def run_of(cell: Cell, log2_lr: float, seed: int, data: dict[str, Any]) -> Run:
+    base = mue.Dense(width=cell.width, ffn=cell.ffn, layers=cell.layers, head_dim=16, sequence=64)
+    tuned = HParams(lr=2.0**log2_lr, weight_decay=cell.weight_decay, init_std=cell.init_std, warmup=cell.warmup)
+    plan = base_plan(base, Training(batch=cell.batch, steps=cell.steps), tuned)
+    return Run(plan, Settings(seed=seed, schedule=cell.schedule, eval_sequences=64, log_every=EVERY), data)
+
+
+def jobs() -> Iterator[tuple[int, float, int]]:
+    """(cell, log2 lr, seed), seed by seed, so that an interrupted recording is still whole sweeps."""
+    yield from ((0, x, seed) for seed in MORE_SEEDS for x in LOG2_LR[::2])
+    for seed in SEEDS:
+        yield from ((i, x, seed) for i in range(len(cells())) for x in LOG2_LR)
+
+
+def record(store: Store, corpus: Corpus, data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every cell with its runs: log2 lr, seed, validation loss (null: diverged), seconds, curve of training losses."""
+    out = [{**asdict(cell), "runs": []} for cell in cells()]
+    for i, x, seed in jobs():
+        run = run_of(cells()[i], x, seed, data)
+        result = train(run, store, corpus)
+        curve = [row["loss"] for row in store.metrics(run.key) if row["step"] % EVERY == 0]
+        rounded = [round(y, 3) if math.isfinite(y) else None for y in curve]
+        loss = result["val_loss"]
+        row = {"log2_lr": x, "seed": seed, "loss": None if loss is None else round(loss, 5)}
+        out[i]["runs"].append({**row, "seconds": result["seconds"], "curve": rounded})
+    return out
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--store", type=Path, default=ROOT / "runs/recorded")
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/recorded/sweeps.json")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    source = {"source": "stdlib", "cache": str(given.store / "data")}
+    corpus = open_corpus(source)
+    data = described(source, corpus)
+    found = record(Store(given.store), corpus, data)
+    result = {"every": EVERY, "data": corpus.hash, "command": "python benchmarks/valley_record.py", **provenance()}
+    result["cells"] = found
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(given.out, result)
+    print(f"{sum(len(c['runs']) for c in found)} runs, {sum(r['seconds'] for c in found for r in c['runs']):.0f} s")
+
+
+if __name__ == "__main__":
+    main()
