@@ -11,7 +11,8 @@ import pytest
 
 import mue
 from mue.fold import fold
-from mue.rules.compare import compare, formulas, why
+from mue.rules.compare import compare, formulas
+from mue.rules.derive import why
 from mue.rules.page import BETWEEN, WIDER, WORKED, markdown
 from mue.rules.table import BUFFERS, FIELDS, VECTORS
 

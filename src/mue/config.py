@@ -10,7 +10,6 @@ from typing import Any
 
 from mue.inputs import Convention, Inputs
 from mue.rules.options import OPTIONS
-from mue.rules.table import ROLES
 from mue.shapes import Block, Dense, HParams, Mixed, MoE, Training, Transformer, parse_notation, positive
 from mue.words import nearest
 
@@ -92,9 +91,6 @@ def tuned_from(table: Mapping[str, Any]) -> HParams:
     check_keys(table, _TUNED, "[tuned]")
     for key in ("lr", "weight_decay", "init_std"):
         need(table, key, "[tuned]")
-    for role in table_of(table, "roles", "tuned."):
-        if role not in ROLES:
-            raise ValueError(f"unknown role {role!r} in [tuned.roles]{nearest(role, ROLES)}")
     return HParams(**table)
 
 

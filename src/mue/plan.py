@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mue import planning, render
+from mue import planning, render, starred
 from mue.files import digest, rounded, write_json
 from mue.inputs import Convention, Inputs
 from mue.meaning import flat, without_texts
@@ -21,7 +21,7 @@ from mue.rules import get_rule
 from mue.rules.optimizers import for_optimizer
 from mue.rules.options import plain
 from mue.rules.table import FIELDS, ROLES, Rule
-from mue.shapes import HParams, Training, Transformer
+from mue.shapes import Block, HParams, Training, Transformer
 from mue.words import nearest
 
 if TYPE_CHECKING:
@@ -104,6 +104,12 @@ class Plan:
             if 0 <= layer < seen:
                 return block.roles[role]
         raise ValueError(f"layer {layer} does not exist: the plan has {seen}")
+
+    def layers_of(self, index: int) -> str:
+        """``"layers 0–3"``: which layers a block of the plan stands for."""
+        first = sum(block.layers for block in self.blocks[:index])
+        last = first + self.blocks[index].layers - 1
+        return f"layer {first}" if last == first else f"layers {first}–{last}"
 
     # ---- on a model ---------------------------------------------------------------------------------------------
 
@@ -286,22 +292,24 @@ def transfer(
         else _from_shape(base, tuned, base_training, training, convention)
     )
     hparams = start.tuned
-    planning.check_roles(hparams)
+    starred.check_roles(hparams, start.shape)
     change = planning.Change(start.shape, target, start.training, training or start.training)
     the_rule = for_optimizer(get_rule(rule, **given), hparams.optimizer)
     convention.check_optimizer(hparams.optimizer)
     shared = change.ratios(target.blocks[0])
     refuse(the_rule, start.shape, target, shared)
-    blocks = tuple(
-        planning.block_plan(
+
+    def planned(block: Block, third: str) -> BlockPlan:
+        return planning.block_plan(
             the_rule,
             change,
             block,
             start.output,
-            lambda role: planning.base_values(role, start.shape, hparams, convention, start.plan),
+            lambda role: start.values(role, third, convention),
+            lambda role: starred.said(hparams, role, third),
         )
-        for block in target.blocks
-    )
+
+    blocks = tuple(planned(block, third) for block, third in starred.bands(target, hparams))
     planning.check_output_multiplier(target, blocks)
     options = plain(the_rule.options)
     depth = options.pop("depth_exponent", None)
@@ -327,7 +335,7 @@ def transfer(
         head_multiplier=start.head * the_rule.head_multiplier(shared),
         attention_scale=start.scale * (start.shape.head_dim / target.head_dim) ** float(the_rule.attention_exponent),
         betas=planning.carried_betas(start.betas, the_rule, change, shared),
-        notes=planning.notes(the_rule, start.shape, target, planned_base=start.plan is not None),
+        notes=planning.notes(the_rule, start.shape, target, hparams, planned_base=start.plan is not None),
     )
 
 
@@ -344,6 +352,12 @@ class _Start:
     residual: float
     head: float
     betas: tuple[float, float]
+
+    def values(self, role: str, third: str, convention: Convention) -> Values:
+        """The base's values of a role, in a third of the depth that has its own (or "")."""
+        if self.plan is not None:
+            return starred.planned_values(self.plan, role, third)
+        return starred.base_values(role, self.shape, self.tuned, convention, third)
 
 
 def _from_plan(

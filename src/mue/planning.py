@@ -5,17 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
-from mue.inputs import Convention
+from mue import starred
 from mue.planned import NOTHING, BlockPlan, RolePlan, Values
 from mue.ratios import base_block, ratios
-from mue.rules.table import BUFFERS, CELLS, FALLBACK, FIELDS, ROLES, VECTORS, ZERO_INIT, Row, Rule, present
+from mue.rules.table import BUFFERS, CELLS, FIELDS, ROLES, VECTORS, ZERO_INIT, Row, Rule, present
 from mue.shapes import Block, HParams, Training, Transformer
-from mue.words import nearest
-
-if TYPE_CHECKING:
-    from mue.plan import Plan
 
 # Vector roles start at a constant: gains at 1, biases at 0.
 _START = {"norm": 1.0, "qk_norm": 1.0, "final_norm": 1.0, "bias": 0.0}
@@ -34,41 +29,15 @@ class Change:
         return ratios(self.base, self.target, block, self.base_training, self.training, kind)
 
 
-def check_roles(tuned: HParams) -> None:
-    """``ValueError`` for a per-role value of a role, or of a thing, that does not exist."""
-    known = [r for r in ROLES if r not in BUFFERS]
-    for role, values in tuned.roles.items():
-        if role not in known:
-            raise ValueError(f"unknown role {role!r} in tuned.roles{nearest(role, known)}")
-        for name in ("init_std", "weight_decay"):
-            if role in VECTORS and name in values:
-                raise ValueError(
-                    f"tuned.roles.{role}.{name}: gains start at 1 and biases at 0, and neither is decayed; leave it out"
-                )
-
-
-def base_values(role: str, base: Transformer, tuned: HParams, convention: Convention, plan: Plan | None) -> Values:
-    """The base's value of one role: from its plan, or the tuned values with the base's own habits applied."""
-    if role in BUFFERS:
-        return Values(0.0, None, None, None)
-    if plan is not None:
-        return plan.roles[role].values
-    own = {**tuned.roles.get(FALLBACK.get(role, role), {}), **tuned.roles.get(role, {})}
-    lr, wd = own.get("lr", tuned.lr), own.get("weight_decay", tuned.weight_decay)
-    std = own.get("init_std", tuned.init_std)
-    if convention.weight_decay == "independent":
-        wd = wd / lr  # torch's form multiplies by lr
-    if convention.depth_scaled_init and role.endswith(("_o", "_down")):
-        std /= math.sqrt(2 * base.layers)
-    if role in VECTORS:
-        return Values(None, lr, 0.0, own.get("eps", tuned.eps))
-    return Values(std, lr, wd, own.get("eps", tuned.eps))
-
-
 def block_plan(
-    rule: Rule, change: Change, block: Block, base_output: float, star: Callable[[str], Values]
+    rule: Rule,
+    change: Change,
+    block: Block,
+    base_output: float,
+    star: Callable[[str], Values],
+    said: Callable[[str], str],
 ) -> BlockPlan:
-    """One block's plan; ``star`` gives the base's values of a role, ``base_output`` is A*."""
+    """One block's plan; ``star`` gives the base's values of a role, ``said`` its own in words, ``base_output`` is A*."""
     counts = change.target.counts()
     here = {kind: change.ratios(block, kind) for kind in ("", "shared")}
     roles = {
@@ -78,6 +47,7 @@ def block_plan(
             star(role),
             here["shared" if role.startswith("shared") else ""],
             counts.get(role, 0) if present(role, block) else 0,
+            said(role),
         )
         for role in ROLES
     }
@@ -94,7 +64,7 @@ def block_plan(
     return BlockPlan(block.layers, block.notation, block.active_width, A, R, drift, roles)
 
 
-def _role_plan(role: str, rule: Rule, star: Values, ratio: Mapping[str, float], count: int) -> RolePlan:
+def _role_plan(role: str, rule: Rule, star: Values, ratio: Mapping[str, float], count: int, said: str) -> RolePlan:
     if role not in rule.rows:
         values = star if role in BUFFERS else NOTHING
         return RolePlan(
@@ -114,7 +84,8 @@ def _role_plan(role: str, rule: Rule, star: Values, ratio: Mapping[str, float], 
         if value is not None and role not in BUFFERS
     }
     marks = {name: row.mark(name) for name in formula}
-    return RolePlan(values, factor, formula, count, row.source, row.status, _init(role, row), _START.get(role), marks)
+    source = f"{row.source}; {said}" if said else row.source
+    return RolePlan(values, factor, formula, count, source, row.status, _init(role, row), _START.get(role), marks)
 
 
 def _init(role: str, row: Row | None) -> str:
@@ -177,9 +148,9 @@ def check_output_multiplier(target: Transformer, blocks: tuple[BlockPlan, ...]) 
             )
 
 
-def notes(rule: Rule, base: Transformer, target: Transformer, *, planned_base: bool) -> tuple[str, ...]:
+def notes(rule: Rule, base: Transformer, target: Transformer, tuned: HParams, *, planned_base: bool) -> tuple[str, ...]:
     """What a reader of this plan must know beyond its numbers."""
-    found = list(rule.notes)
+    found = [*rule.notes, *starred.notes(tuned, rule, base, target)]
     R = base_block(base).route_scale
     if rule.routed and R != 1 and not planned_base:
         found.append(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from mue import starred
 from mue.rules.options import plain
 from mue.rules.table import FIELDS, MARKS
 from mue.shapes import Transformer
@@ -57,6 +58,8 @@ def header(plan: Plan) -> list[tuple[str, str]]:
     lines.append(("marks", f"of init std, lr, weight decay, eps: {', '.join(f'{v} {k}' for k, v in MARKS.items())}"))
     if plan.rule.options:
         lines.insert(1, ("options", ", ".join(f"{k} {v}" for k, v in plain(plan.rule.options).items())))
+    if plan.tuned.roles:
+        lines.insert(2, ("per role", starred.summary(plan.tuned)))
     if plan.folding is not None:
         lines.append(("folded", f"multipliers are in the weights; R is in the {plan.folding.route}"))
     return lines + [("note", note) for note in plan.notes] + [("hash", plan.hash)]
@@ -71,8 +74,7 @@ def table(plan: Plan) -> tuple[list[str], list[list[str]]]:
             repeated = index > 0 and r.values == first[role].values and first[role].count
             if not r.count or repeated:
                 continue
-            own = role.split("_")[0] in ("ffn", "expert", "shared", "router")  # the rest is in every block alike
-            name = f"{role} [{block.notation}]" if own and len(plan.blocks) > 1 else role
+            name = _name(plan, index, role)
             std = r.init if r.init in ("zero", "shared") else ""
             values = [number(v) for _, v in r.values.items()]
             values[0] = std if std == "zero" else f"{values[0]} {std}".rstrip()
@@ -80,6 +82,18 @@ def table(plan: Plan) -> tuple[list[str], list[list[str]]]:
             formulas = [r.formula.get(f, "–") for f in FIELDS]
             rows.append([name, str(r.count), *values, *formulas, marks, r.source])
     return list(COLUMNS), rows
+
+
+def _name(plan: Plan, index: int, role: str) -> str:
+    """The role, and which blocks the row is of where that makes a difference."""
+    block, tags = plan.blocks[index], []
+    own = role.split("_")[0] in ("ffn", "expert", "shared", "router")  # the rest is in every block
+    if own and len({b.notation for b in plan.blocks}) > 1:
+        tags.append(block.notation)
+    alike = [b for b in plan.blocks if not own or b.notation == block.notation]
+    if any(b.roles[role].values != block.roles[role].values for b in alike):
+        tags.append(plan.layers_of(index))
+    return f"{role} [{', '.join(tags)}]" if tags else role
 
 
 def text(plan: Plan) -> str:

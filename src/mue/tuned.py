@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -22,6 +23,16 @@ OPTIMIZERS = (
     "hyperball",
 )
 DECOUPLED = ("adamw", "nadamw", "lion")  # decay as torch's AdamW has it, p *= 1 - lr·wd, in every parameter
+
+ROLE_VALUES = ("lr", "weight_decay", "init_std", "eps")
+TIMES = "_times"
+THIRDS = ("first_third", "middle_third", "last_third")
+Roles = dict[str, dict[str, float]]
+
+
+def third_of(layer: int, layers: int) -> str:
+    """The third of the depth in which the middle of a layer lies (never on a border): 4 layers are 1 + 2 + 1."""
+    return THIRDS[3 * (2 * layer + 1) // (2 * layers)]
 
 
 @dataclass(frozen=True)
@@ -48,7 +59,9 @@ class HParams:
     Attributes:
         lr: peak learning rate. weight_decay: torch's decoupled form, ``p *= 1 - lr·wd``. init_std: of every matrix.
         betas, eps: Adam's; eps is small by default because expert gradients are (transfer-rules 1.9).
-        roles: per-role values that replace the global ones, ``{"embedding": {"lr": 3e-3}}``.
+        roles: per-role values: ``{"embedding": {"lr": 3e-3}}`` replaces the global one, ``{"head": {"lr_times": 2}}``
+            multiplies what it would be otherwise, ``{"first_third": {"ffn_up": {"lr_times": 1.5}}}`` does so in the first
+            third of the layers, of the base's as of the target's (``"first_third.ffn_up"`` once it is stored).
         optimizer, clip, warmup, floor, balance, z, bias_speed: carried to the target unchanged: optimizer name,
             clipping threshold (None: off), warmup and lr floor as fractions, balance-loss and z-loss coefficients,
             speed of the balance bias per step.
@@ -59,7 +72,7 @@ class HParams:
     init_std: float
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-12
-    roles: dict[str, dict[str, float]] = field(default_factory=dict, hash=False)
+    roles: Roles = field(default_factory=dict, hash=False)
     optimizer: str = "adamw"
     clip: float | None = None
     warmup: float = 0.05
@@ -88,17 +101,7 @@ class HParams:
         put("floor", positive("floor", self.floor, zero=True, below=1))
         for name in ("balance", "z", "bias_speed"):
             put(name, positive(name, getattr(self, name), zero=True))
-        put("roles", {role: self._role(role, values) for role, values in self.roles.items()})
-
-    @staticmethod
-    def _role(role: str, values: object) -> dict[str, float]:
-        known = ("lr", "weight_decay", "init_std", "eps")
-        if not isinstance(values, dict):
-            raise ValueError(f"tuned.roles.{role} must be a table of {', '.join(known)}, got {values!r}")
-        for key in values:
-            if key not in known:
-                raise ValueError(f"unknown key {key!r} in tuned.roles.{role}{nearest(key, known)}")
-        return {k: positive(f"tuned.roles.{role}.{k}", v, zero=k == "weight_decay") for k, v in values.items()}
+        put("roles", _roles(self.roles))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values under the constructor's names."""
@@ -107,6 +110,34 @@ class HParams:
     def replace(self, **changes: Any) -> HParams:
         """A copy with some values changed."""
         return replace(self, **changes)
+
+
+def _roles(tables: object) -> Roles:
+    """Per-role tables as they are stored: thirds as ``"third.role"``, without what multiplies by 1, for it says nothing."""
+    if not isinstance(tables, Mapping):
+        raise ValueError(f"tuned.roles must be a table of roles, got {tables!r}")
+    found: Roles = {}
+    for name, table in tables.items():
+        nested = isinstance(table, Mapping) and any(isinstance(v, Mapping) for v in table.values())
+        if nested and name not in THIRDS:
+            raise ValueError(f"unknown third {name!r} in tuned.roles{nearest(name, THIRDS)}")
+        found.update(
+            {f"{name}.{r}": _role(f"{name}.{r}", t) for r, t in table.items()} if nested else {name: _role(name, table)}
+        )
+    return {role: values for role, values in found.items() if values}
+
+
+def _role(role: str, values: object) -> dict[str, float]:
+    known = [key for name in ROLE_VALUES for key in (name, name + TIMES)]
+    if not isinstance(values, Mapping):
+        raise ValueError(f"tuned.roles.{role} must be a table of {', '.join(known)}, got {values!r}")
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r} in tuned.roles.{role}{nearest(key, known)}")
+        if key + TIMES in values:
+            raise ValueError(f"tuned.roles.{role} has {key} and {key}{TIMES}: the value is the product, give that")
+    checked = {k: positive(f"tuned.roles.{role}.{k}", v, zero=k == "weight_decay") for k, v in values.items()}
+    return {k: checked[k] for k in known if k in checked and not (k.endswith(TIMES) and checked[k] == 1)}
 
 
 def _plain(value: Any) -> Any:

@@ -15,7 +15,11 @@ from mue.config import plan_inputs, read_toml
 @app.command()
 def rules(
     file: Annotated[Path | None, typer.Argument(help="A plan file, as mue plan reads it.", show_default=False)] = None,
-    why: Annotated[str | None, typer.Option("--why", help="Show how each number of this role comes about.")] = None,
+    why: Annotated[
+        str | None,
+        typer.Option("--why", help="Show how each number of this role (or output_multiplier, ...) comes about."),
+    ] = None,
+    layer: Annotated[int | None, typer.Option(help="With --why: of this layer only.", min=0)] = None,
     markdown: Annotated[
         bool, typer.Option("--markdown", help="Print docs/rules.md: all tables, no file needed.")
     ] = False,
@@ -30,11 +34,14 @@ def rules(
     [bold]Examples[/]
       mue rules moe.toml                      # all rules side by side
       mue rules moe.toml --why expert_down    # one role of the file's rule, step by step
+      mue rules moe.toml --why output_multiplier   # or route_scale, residual_multiplier, head_multiplier, attention_scale
       mue rules --markdown > docs/rules.md
     """
-    from mue.rules.compare import compare, lines, why_lines
+    from mue.rules.compare import compare, lines
     from mue.rules.page import markdown as page
 
+    if layer is not None and why is None:
+        raise ValueError("--layer goes with --why ROLE")
     if markdown:
         print(page(), end="")
         return
@@ -46,9 +53,10 @@ def rules(
     if why is not None:
         from dataclasses import asdict
 
-        from mue.rules.compare import why as derive
+        from mue.rules.derive import why as derive
+        from mue.rules.derive import why_lines
 
-        steps = derive(inputs.plan(), why)
+        steps = derive(inputs.plan(), why, layer)
         print(json.dumps([asdict(s) for s in steps], indent=1, ensure_ascii=False) if json_ else why_lines(why, steps))
         return
     made = compare(inputs)

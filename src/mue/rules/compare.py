@@ -1,20 +1,15 @@
-"""Every rule on one target, side by side; one number step by step; all tables as a page. No torch, nothing printed."""
+"""Every rule on one target, side by side, and the formulas of each. No torch, nothing printed."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from mue.inputs import Inputs
 from mue.plan import Plan
-from mue.planning import base_values
-from mue.ratios import ratios
 from mue.rules import RULES, get_rule, option_names
-from mue.rules.algebra import RATIOS
-from mue.rules.table import BUFFERS, CELLS, FALLBACK, FIELDS, ROLES, VECTORS, Row, Rule
-from mue.shapes import Block, Transformer
+from mue.rules.table import BUFFERS, CELLS, FIELDS, ROLES, VECTORS, Row, Rule
 from mue.words import nearest, number, text_table
 
 # Whole-model factors that stand beside the roles in a comparison.
@@ -131,134 +126,6 @@ def lines(made: Comparison) -> str:
     text = f"{made.inputs.target.name}, factors on the tuned values (multipliers, R and attention scale: as they are)\n\n{text_table(header, rows)}"
     reasons = [[name, reason] for name, reason in made.refused.items()]
     return f"{text}\n\n{text_table(['refused', 'because'], reasons)}" if reasons else text
-
-
-# ---- one number ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step of a derivation: of which number, what happens, the value after it, and the source."""
-
-    number: str
-    text: str
-    value: float
-    source: str
-
-
-def why(plan: Plan, role: str, layer: int | None = None) -> list[Step]:
-    """How each number of a role came about: tuned value, habits of the base, every ratio by name, product, fold.
-
-    Args:
-        role: from :data:`mue.rules.table.ROLES`. layer: needed where blocks differ; the first that has the role otherwise.
-
-    Raises:
-        ValueError: an unknown role, or one the target does not have.
-    """
-    if role not in ROLES:
-        raise ValueError(f"unknown role {role!r}{nearest(role, ROLES)}")
-    index = _block_of(plan, role, layer)
-    block = plan.target.blocks[index]
-    if not plan.blocks[index].roles[role].count:
-        held = [r for r, p in plan.roles.items() if p.count]
-        raise ValueError(f"{plan.target.name} has no {role}{nearest(role, held)}")
-    if role in BUFFERS:
-        return [
-            Step(
-                "init std",
-                "starts at 0 and is moved by load statistics, not by the optimizer",
-                0.0,
-                plan.rule.rows[role].source,
-            )
-        ]
-    steps: list[Step] = []
-    for field in FIELDS:
-        steps += _derivation(plan, role, block, index, field)
-    return steps
-
-
-def why_lines(role: str, steps: Sequence[Step]) -> str:
-    """A derivation as plain text, one line per step."""
-    rows = [[s.number, s.text, f"{s.value:.6g}", s.source] for s in steps]
-    return f"{role}\n\n{text_table(['number', 'step', 'value', 'source'], rows)}"
-
-
-def _block_of(plan: Plan, role: str, layer: int | None) -> int:
-    if layer is None:
-        return next((i for i, b in enumerate(plan.blocks) if b.roles[role].count), 0)
-    plan.role(role, layer)  # checks the layer
-    ends = [sum(b.layers for b in plan.blocks[: i + 1]) for i in range(len(plan.blocks))]
-    return next(i for i, end in enumerate(ends) if layer < end)
-
-
-def _derivation(plan: Plan, role: str, block: Block, index: int, field: str) -> Iterator[Step]:
-    planned, name, row = plan.blocks[index].roles[role], CELLS[field], plan.rule.rows[role]
-    final = getattr(planned.values, field)
-    if role in VECTORS and field == "init_std":
-        constant = planned.constant or 0.0
-        yield Step(
-            "start",
-            f"a {'bias' if role == 'bias' else 'gain'} starts at {number(constant)}",
-            constant,
-            "CompleteP Table 1",
-        )
-        return
-    if role in VECTORS and field == "weight_decay":
-        yield Step(name, "gains and biases are not decayed", 0.0, "CompleteP Table 1")
-        return
-    value = yield from _star(plan, role, field)
-    if field in row.unknown:
-        yield Step(name, f"{plan.rule.name} does not give it: left as tuned", value, row.source)
-    here = _ratios(plan, block, role)
-    cell = getattr(row, field)
-    if cell.coefficient != 1:
-        value *= float(cell.coefficient)
-        yield Step(name, f"× {cell.coefficient}", value, row.source)
-    for ratio_name, power in cell.exponents:
-        factor = here[ratio_name] ** float(power)
-        value *= factor
-        written = ratio_name if power == 1 else f"{ratio_name}^{power}"
-        source = plan.rule.source_of(role, field, ratio_name)
-        yield Step(name, f"× {written} = {number(factor)}, for {_meaning(ratio_name, here)}", value, source)
-    if plan.folding is not None and (c := plan.folding.coefficients[index].get(role)):
-        yield Step(
-            name, f"folded with c = {number(c)}", final, f"mue.fold.table, {plan.tuned.optimizer}; conventions 7"
-        )
-        value = final
-    assert math.isclose(value, final, rel_tol=1e-9, abs_tol=1e-300), f"{role}.{field}: {value} derived, {final} planned"
-
-
-def _star(plan: Plan, role: str, field: str) -> Any:
-    """The base's value as a step, and returned."""
-    base, name = plan.inputs.base, CELLS[field]
-    if isinstance(base, Plan):
-        value = getattr(base.roles[role].values, field)
-        yield Step(name, f"the base plan's value of {role}", value, f"plan {base.hash}")
-        return value
-    tuned, habit = plan.tuned, plan.inputs.convention
-    source = role if field in tuned.roles.get(role, {}) else FALLBACK.get(role, role)
-    own = field in tuned.roles.get(source, {})
-    raw = tuned.roles[source][field] if own else getattr(tuned, field)
-    yield Step(name, f"tuned{f'.roles.{source}' if own else ''}.{field} on {base.name}", raw, "the sweep on the base")
-    value = getattr(base_values(role, base, tuned, habit, None), field)
-    if field == "weight_decay" and habit.weight_decay == "independent":
-        yield Step(
-            name, "/ lr: the base decays independently, torch's form multiplies by lr", value, "[base.convention]"
-        )
-    elif value != raw:
-        yield Step(name, f"/ √(2·{base.layers}): the base draws o and down so", value, "[base.convention]")
-    return value
-
-
-def _ratios(plan: Plan, block: Block, role: str) -> dict[str, float]:
-    base = plan.inputs.base
-    shape = base if isinstance(base, Transformer) else base.target
-    before = plan.inputs.base_training if isinstance(base, Transformer) else base.training
-    return ratios(shape, plan.target, block, before, plan.training, "shared" if role.startswith("shared") else "")
-
-
-def _meaning(name: str, here: dict[str, float]) -> str:
-    return f"{name} = {number(here[name])}, {RATIOS[name]}"
 
 
 # ---- formulas of a rule ----------------------------------------------------------------------------------------------

@@ -8,7 +8,8 @@ from mue.fold.table import FOLDS
 from mue.inputs import Convention, Inputs
 from mue.rules import RULES, option_names
 from mue.rules.algebra import RATIOS
-from mue.rules.compare import all_rules, compare, formulas, why
+from mue.rules.compare import all_rules, compare, formulas
+from mue.rules.derive import why
 from mue.rules.options import OPTIONS, plain
 from mue.rules.table import AXES, Rule
 from mue.shapes import Dense, HParams, MoE, Training, Transformer
