@@ -350,7 +350,7 @@ def _clear(projector_NN: Array, y_N: Array, known: bool) -> Mask:
     total = float(y_N @ out_N)
     others_N = np.ones(n) if known else np.maximum((total - out_N**2 / own_N) / freedom, 1e-12)
     t_N = np.abs(out_N) / np.sqrt(own_N * others_N)
-    return np.asarray(t_N < _student_quantile(1 - _OUTLIER / (2 * n), math.inf if known else freedom))
+    return np.asarray(t_N < student_quantile(1 - _OUTLIER / (2 * n), math.inf if known else freedom))
 
 
 def _normal_cdf(z: Array) -> Array:
@@ -361,7 +361,7 @@ def _normal_cdf(z: Array) -> Array:
     return np.asarray(np.where(z > 0, 1 - tail, tail))
 
 
-def _student_quantile(p: float, freedom: float) -> float:
+def student_quantile(p: float, freedom: float) -> float:
     """Quantile of Student's t for p > 1/2 and a whole number of degrees of freedom, or inf for the normal law.
 
     Bisection on the finite series of Abramowitz & Stegun 26.7.3 and 26.7.4.
