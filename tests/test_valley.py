@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mue.lab.valley import Point, Valley, _student_quantile, fit_valley, regret
+from mue.lab.valley import Point, Valley, fit_valley, regret, student_quantile
 
 GRID = range(-3, 4)
 Shape = Callable[[float], float]
@@ -133,7 +133,7 @@ def test_bad_arguments() -> None:
 
 @pytest.mark.parametrize(("p", "freedom", "table"), [(0.975, 1, 12.706), (0.975, 4, 2.776), (0.995, 7, 3.499)])
 def test_students_quantile(p: float, freedom: int, table: float) -> None:
-    assert _student_quantile(p, freedom) == pytest.approx(table, abs=1e-3)
+    assert student_quantile(p, freedom) == pytest.approx(table, abs=1e-3)
 
 
 def close(a: float, b: float) -> bool:
