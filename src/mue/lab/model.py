@@ -3,6 +3,9 @@
 It is built from a shape (numbers) and the forward multipliers of a plan; with the default multipliers it is a stock
 model. No biases, no dropout.
 
+Every product broadcasts over a leading axis of variants: with weights (variants, out, in) and tokens (variants, B, T) one call
+computes as many models at once (``mue.lab.stacked``); without that axis it is an ordinary model.
+
 Shape suffixes: B sequences, T tokens of a sequence, D width, H heads, K key/value heads, E head size, V vocabulary.
 """
 
@@ -24,7 +27,9 @@ from mue.shapes import Block, Transformer
 
 @dataclass
 class Output:
-    """Logits (B, T, V); the mean loss where targets were given; the routing of each block with experts."""
+    """Logits (B, T, V); the mean loss where targets were given; the routing of each block with experts.
+
+    Of stacked variants, logits and loss have one entry for each."""
 
     logits: Tensor
     loss: Tensor | None = None
@@ -39,7 +44,38 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, self.weight.shape, self.weight, 1e-6)
+        width = self.weight.shape[-1:]
+        if self.weight.dim() == 1:
+            return F.rms_norm(x, width, self.weight, 1e-6)
+        return F.rms_norm(x, width, None, 1e-6) * self.weight.view(-1, *(1,) * (x.dim() - 2), *width)
+
+
+class Linear(nn.Linear):
+    """x · weightᵀ without a bias."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return project(input, self.weight)
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in) · weightᵀ (out, in); of variants x (V, ..., in) and weight (V, out, in), one batched product."""
+    if weight.dim() == 2:
+        return F.linear(x, weight)
+    return (x.flatten(1, -2) @ weight.mT).view(*x.shape[:-1], -1)
+
+
+class Embedding(nn.Embedding):
+    """Rows of the table; of variants each from its own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.weight.dim() == 2:
+            return F.embedding(input, self.weight)
+        variants, vocab, _ = self.weight.shape
+        first = torch.arange(0, variants * vocab, vocab, device=input.device)
+        return F.embedding(input + first.view(-1, *(1,) * (input.dim() - 1)), self.weight.flatten(0, 1))
 
 
 class Attention(nn.Module):
@@ -52,23 +88,24 @@ class Attention(nn.Module):
         E, D = shape.head_dim, shape.width
         if E % 2:
             raise ValueError(f"head_dim {E} is odd: rotary positions need pairs, choose an even head_dim")
-        self.heads, self.kv_heads, self.head_dim = shape.num_heads, shape.num_kv_heads, E
+        self.head_dim, heads, kv_heads = E, shape.num_heads, shape.num_kv_heads
         self.scale = E**-0.5 if scale is None else scale
-        self.q = nn.Linear(D, self.heads * E, bias=False)
-        self.k = nn.Linear(D, self.kv_heads * E, bias=False)
-        self.v = nn.Linear(D, self.kv_heads * E, bias=False)
-        self.o = nn.Linear(self.heads * E, D, bias=False)
+        self.q = Linear(D, heads * E)
+        self.k = Linear(D, kv_heads * E)
+        self.v = Linear(D, kv_heads * E)
+        self.o = Linear(heads * E, D)
         self.q_norm, self.k_norm = RMSNorm(E), RMSNorm(E)
         self.register_buffer("turn", rotary_table(shape.sequence, E), persistent=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        B, T, _ = x_BTD.shape
-        q_BTHE = self.q_norm(self.q(x_BTD).view(B, T, self.heads, self.head_dim))
-        k_BTKE = self.k_norm(self.k(x_BTD).view(B, T, self.kv_heads, self.head_dim))
-        v_BTKE = self.v(x_BTD).view(B, T, self.kv_heads, self.head_dim)
-        q, k = (rotate(x, self.turn[:T]).transpose(1, 2) for x in (q_BTHE, k_BTKE))
-        y = attend(q, k, v_BTKE.transpose(1, 2), self.scale)
-        return self.o(y.transpose(1, 2).reshape(B, T, -1))  # type: ignore[no-any-return]
+        turn = self.turn[: x_BTD.shape[-2]]
+        heads = *x_BTD.shape[:-1], -1, self.head_dim
+        q_BTHE, k_BTKE, v_BTKE = (p(x_BTD).view(heads) for p in (self.q, self.k, self.v))
+        q_BTHE, k_BTKE = rotate(self.q_norm(q_BTHE), turn), rotate(self.k_norm(k_BTKE), turn)
+        # Variants are more sequences here: attention has no weights.
+        q, k, v = (x.flatten(0, -4).transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
+        y = attend(q, k, v, self.scale)
+        return self.o(y.transpose(1, 2).reshape(*x_BTD.shape[:-1], -1))  # type: ignore[no-any-return]
 
 
 def rotary_table(length: int, head_dim: int, base: float = 10_000.0) -> Tensor:
@@ -81,6 +118,9 @@ def rotary_table(length: int, head_dim: int, base: float = 10_000.0) -> Tensor:
 def rotate(x: Tensor, turn: Tensor) -> Tensor:
     """RoPE on neighbouring pairs of the last axis of (B, T, H, E): one complex product; fp32 or better."""
     dtype = torch.promote_types(torch.promote_types(x.dtype, turn.dtype), torch.float32)  # no complex bf16 in torch
+    if torch.compiler.is_compiling():  # the same in reals: the compiler makes no kernels for complex numbers
+        (a, b), (cos, sin) = x.to(dtype).view(*x.shape[:-1], -1, 2).unbind(-1), turn.to(dtype).unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(x.to(dtype).reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * torch.view_as_complex(turn.to(dtype))).flatten(-2).to(x.dtype)
 
@@ -106,9 +146,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, width: int, hidden: int, gated: bool, output_multiplier: float) -> None:
         super().__init__()
-        self.up = nn.Linear(width, hidden, bias=False)
-        self.gate = nn.Linear(width, hidden, bias=False) if gated else None
-        self.down = nn.Linear(hidden, width, bias=False)
+        self.up = Linear(width, hidden)
+        self.gate = Linear(width, hidden) if gated else None
+        self.down = Linear(hidden, width)
         self.output_multiplier = output_multiplier
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,13 +231,13 @@ class LanguageModel(nn.Module):
             if len(given) != shape.layers:
                 raise ValueError(f"multipliers.{name} has {len(given)} entries, the shape {shape.layers} layers")
         self.shape, self.multipliers = shape, multipliers
-        self.embedding = nn.Embedding(shape.vocab, shape.width)
+        self.embedding = Embedding(shape.vocab, shape.width)
         kinds = [block for block in shape.blocks for _ in range(block.layers)]
         self.blocks = nn.ModuleList(
             TransformerBlock(shape, block, multipliers, layer, balance, z_loss) for layer, block in enumerate(kinds)
         )
         self.final_norm = RMSNorm(shape.width)
-        self.head = nn.Linear(shape.width, shape.vocab, bias=False)
+        self.head = Linear(shape.width, shape.vocab)
         if shape.tied:
             self.head.weight = self.embedding.weight
 
@@ -207,8 +247,8 @@ class LanguageModel(nn.Module):
         Raises:
             ValueError: sequences longer than the shape's.
         """
-        if tokens_BT.shape[1] > self.shape.sequence:
-            raise ValueError(f"sequence of {tokens_BT.shape[1]} tokens, the model was built for {self.shape.sequence}")
+        if tokens_BT.shape[-1] > self.shape.sequence:
+            raise ValueError(f"sequence of {tokens_BT.shape[-1]} tokens, the model was built for {self.shape.sequence}")
         x_BTD = self.embedding(tokens_BT)
         routings = []
         for block in self.blocks:
@@ -219,7 +259,7 @@ class LanguageModel(nn.Module):
         logits_BTV = self.head(scaled(self.final_norm(x_BTD), self.multipliers.head))
         loss = None
         if targets_BT is not None:
-            loss = F.cross_entropy(logits_BTV.flatten(0, 1).float(), targets_BT.flatten())
+            loss = mean_loss(logits_BTV, targets_BT)
         return Output(logits_BTV, loss, routings)
 
     @torch.no_grad()
@@ -246,6 +286,15 @@ class LanguageModel(nn.Module):
             rows += [Layout(f"blocks.*.moe.shared_{p}", f"shared_{p}", ("out", "in")) for p in parts]
         rows += [Layout("final_norm.weight", "final_norm", ("vector",))]
         return [*rows, Layout("head.weight", "head", ("out", "in"))]
+
+
+def mean_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
+    """Mean cross-entropy in nats, fp32 or better: a scalar; of variants one each."""
+    logits = logits_BTV.flatten(0, -2)
+    each = F.cross_entropy(
+        logits.to(torch.promote_types(logits.dtype, torch.float32)), targets_BT.flatten(), reduction="none"
+    )
+    return each.view(*targets_BT.shape[:-2], -1).mean(-1)
 
 
 def scaled(x: Tensor, multiplier: float) -> Tensor:
