@@ -8,20 +8,20 @@ import os
 import platform
 import subprocess
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import mue
 from mue.files import write_json
 from mue.lab import checkpoint
 from mue.lab.data import Batches, Corpus
-from mue.lab.model import LanguageModel, Output
+from mue.lab.model import LanguageModel
 from mue.lab.run import Run, Settings, Store
+from mue.lab.step import autocast, compile_blocks, objective
 from mue.shapes import HParams
 
 # A run has diverged when its loss is not finite, or stays this many nats above its start for this many steps.
@@ -55,6 +55,7 @@ def train(
     checkpoint_seconds: float = 10.0,
     keep_weights: bool = False,
     stop: Callable[[], bool] = lambda: False,
+    compiled: bool = False,
 ) -> dict[str, Any]:
     """Train ``run`` to its end and return its result; a finished run is read, an interrupted one goes on exactly.
 
@@ -63,6 +64,7 @@ def train(
         checkpoint_seconds: time between checkpoints. keep_weights: leave ``model.safetensors`` in the run's folder.
         stop: asked after every step; true gives the run up: a checkpoint is left, and the result has status "stopped"
             and is not stored.
+        compiled: compile the blocks first (seconds to a minute), which pays for long runs; the numbers differ in rounding.
 
     Raises:
         mue.lab.run.BusyError: another process trains it. ValueError: the folder holds a checkpoint of something else.
@@ -76,7 +78,16 @@ def train(
         done = store.result(run.key)  # another process may have finished it while we waited
         if done is not None:
             return done
-        return _Trainer(run, folder, corpus).run(progress, checkpoint_seconds, keep_weights, stop)
+        with Course(run, folder, corpus) as course:
+            course.compiled = compiled
+            if compiled:
+                compile_blocks(course.model)
+            while course.status is None:
+                course.train_step()
+                if progress and course.logged:
+                    progress(course.step, course.loss)
+                course.keep(checkpoint_seconds, stop())
+            return course.end(keep_weights)
 
 
 def batches_of(run: Run, corpus: Corpus) -> tuple[Batches, Batches]:
@@ -90,81 +101,70 @@ def batches_of(run: Run, corpus: Corpus) -> tuple[Batches, Batches]:
     return train, Batches(corpus, "validation", shape.sequence, min(sequences, settings.eval_sequences), 0)
 
 
-class _Trainer:
-    """One run in one process."""
+class Course:
+    """One run on its way: its model, optimizer and data, its files, and where it stands. Use it as a context.
+
+    :meth:`train_step` computes its steps alone. Where several are computed at once (``mue.lab.stacked``), each has its own course, told of
+    every step by :meth:`advance` and :meth:`record`.
+
+    Attributes:
+        step: steps done. loss: of the last one. status: None under way, else "finished", "diverged" or "stopped".
+        seconds: training time, over all sessions.
+        stacked, compiled: how it is trained, for the result.
+    """
 
     def __init__(self, run: Run, folder: Path, corpus: Corpus) -> None:
         assert run.plan.training is not None
-        self.run_, self.folder, self.settings, self.plan = run, folder, run.settings, run.plan
+        self.run, self.folder, self.settings, self.plan = run, folder, run.settings, run.plan
         self.key, self.steps, self.tuned = run.key, run.plan.training.steps, run.plan.tuned
-        shape = run.plan.target
-        self.batch = run.plan.training.batch
         self.batches, held = batches_of(run, corpus)
         self.validation = held.fixed(max(1, self.settings.eval_sequences // held.batch_sequences))
         balance, z = self.settings.balance, self.tuned.z > 0
-        self.model = LanguageModel(shape, run.plan.multipliers, balance=balance, z_loss=z)  # type: ignore[arg-type]
+        self.model = LanguageModel(run.plan.target, run.plan.multipliers, balance=balance, z_loss=z)  # type: ignore[arg-type]
         run.plan.init_(self.model, self.settings.seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(run.plan.param_groups(self.model), fused=True)
+        self.step, self.loss, self.held, self.seconds = 0, math.nan, math.nan, 0.0
+        self.status: str | None = None
+        self.stacked, self.compiled = 1, False
         self.first: float | None = None
         self.above = 0
 
-    def run(
-        self, progress: Progress | None, checkpoint_seconds: float, keep_weights: bool, stop: Callable[[], bool]
-    ) -> dict[str, Any]:
-        step, seconds = self._resume()
-        write_json(self.folder / "config.json", {"key": self.key, "plan": self.plan.hash, **self.run_.to_dict()})
-        started = saved = time.monotonic()
-        status, loss, held = "finished", math.nan, math.nan
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as metrics:
-            while step < self.steps:
-                loss, output, norm = self._step(step)
-                step += 1
-                diverged = self._diverged(loss)
-                last = step == self.steps or diverged
-                if last or (self.settings.eval_every and step % self.settings.eval_every == 0):
-                    held = self._validate()
-                    last = last or not math.isfinite(held)
-                    diverged = diverged or not math.isfinite(held)
-                    self._log(metrics, step, loss, norm, output, held)
-                elif step % self.settings.log_every == 0 or step == 1:
-                    self._log(metrics, step, loss, norm, output, None)
-                if progress and (last or step % self.settings.log_every == 0):
-                    progress(step, loss)
-                if diverged:
-                    status = "diverged"
-                    break
-                if step == self.steps:
-                    break
-                stopped = stop()
-                if stopped or time.monotonic() - saved > checkpoint_seconds:
-                    self._save(metrics, step, seconds + time.monotonic() - started)
-                    saved = time.monotonic()
-                if stopped:
-                    return self._result("stopped", step, loss, held, seconds + time.monotonic() - started)
-            metrics.flush()
-            os.fsync(metrics.fileno())
-        if keep_weights:
-            meta = {"run": self.key, "plan": self.plan.hash}
-            checkpoint.save_weights(self.folder / "model.safetensors", self.model, meta)
-        result = self._result(status, step, loss, held, seconds + time.monotonic() - started)
-        write_json(self.folder / "result.json", result)
-        (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
-        return result
+    def __enter__(self) -> Course:
+        self._resume()
+        write_json(self.folder / "config.json", {"key": self.key, "plan": self.plan.hash, **self.run.to_dict()})
+        self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.ticked = self.saved = time.monotonic()
+        return self
 
-    def _step(self, step: int) -> tuple[float, Output, float | None]:
-        factor = lr_factor(step, self.steps, self.tuned, self.settings)
+    def __exit__(self, *_: object) -> None:
+        self.metrics.close()
+
+    @property
+    def factor(self) -> float:
+        """The schedule's factor for the next step."""
+        return lr_factor(self.step, self.steps, self.tuned, self.settings)
+
+    @property
+    def logged(self) -> bool:
+        """Does the last step have a row in the metrics because of its number, or because it was the last?"""
+        return self.status is not None or self.step % self.settings.log_every == 0
+
+    @property
+    def due(self) -> bool:
+        """Is a validation due after the step just taken?"""
+        every = self.settings.eval_every
+        return self.status is not None or bool(every and self.step % every == 0)
+
+    def train_step(self) -> None:
+        """One step of this run alone."""
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * factor
-        tokens_BT, targets_BT = (x.to(self.device) for x in self.batches.at(step))
-        with self._autocast():
+            group["lr"] = group["initial_lr"] * self.factor
+        tokens_BT, targets_BT = (x.to(self.device) for x in self.batches.at(self.step))
+        with autocast(self.device, self.settings):
             output = self.model(tokens_BT, targets_BT)
-        total = output.loss
-        for name, coefficient in (("load_balance", self.tuned.balance), ("router_z", self.tuned.z)):
-            if coefficient:
-                total = total + coefficient * sum(r.losses[name] for r in output.routings)
-        total.backward()
+        objective(output, self.tuned.balance, self.tuned.z).backward()  # type: ignore[no-untyped-call]
         norm = None
         if self.tuned.clip is not None:
             norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.tuned.clip))
@@ -172,83 +172,131 @@ class _Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         if self.settings.balance == "bias":
             self.model.update_bias_(self.tuned.bias_speed)
-        return float(output.loss.detach()), output, norm
+        self.advance(float(output.loss.detach()))
+        self.record(norm, [r.stats["load"] for r in output.routings], self.validate() if self.due else None)
+        self.tick()
 
-    def _autocast(self) -> Any:
-        return torch.autocast(self.device.type, torch.bfloat16) if self.settings.precision == "bf16" else nullcontext()
-
-    def _diverged(self, loss: float) -> bool:
+    def advance(self, loss: float) -> None:
+        """A step was taken, and this was its loss."""
+        self.step, self.loss = self.step + 1, loss
         self.first = loss if self.first is None else self.first
         self.above = self.above + 1 if loss > self.first + DIVERGED_NATS else 0
-        return not math.isfinite(loss) or self.above >= DIVERGED_STEPS
+        if not math.isfinite(loss) or self.above >= DIVERGED_STEPS:
+            self.status = "diverged"
+        elif self.step == self.steps:
+            self.status = "finished"
 
     @torch.no_grad()
-    def _validate(self) -> float:
+    def validate(self) -> float:
+        """Mean loss on the validation batches."""
         self.model.eval()
-        with self._autocast():
+        with autocast(self.device, self.settings), torch.compiler.set_stance("force_eager"):
             losses = [float(self.model(x.to(self.device), y.to(self.device)).loss) for x, y in self.validation]
         self.model.train()
         return math.fsum(losses) / len(losses)
 
-    def _log(
-        self, metrics: Any, step: int, loss: float, norm: float | None, output: Output, held: float | None
-    ) -> None:
-        """One row: nothing in it depends on the clock, so that a resumed run writes the same bytes."""
-        row: dict[str, Any] = {"step": step, "tokens": step * self.batch, "loss": loss}
-        row["lr_factor"] = lr_factor(step - 1, self.steps, self.tuned, self.settings)
+    def record(self, norm: float | None, loads: Sequence[Tensor], held: float | None) -> None:
+        """A row of metrics for the step just taken, where one is due.
+
+        Args:
+            norm: of the gradients before clipping, where the run clips. loads: pairs per expert of each MoE block.
+            held: the validation loss, where one was :attr:`due`. One that is not finite ends the run as diverged.
+        """
+        if held is not None:
+            self.held = held
+            self.status = self.status if math.isfinite(held) else "diverged"
+        if held is None and self.step % self.settings.log_every and self.step != 1:
+            return
+        # Nothing in a row depends on the clock, so that a resumed run writes the same bytes.
+        row: dict[str, Any] = {"step": self.step, "tokens": self.step * self.batch, "loss": self.loss}
+        row["lr_factor"] = lr_factor(self.step - 1, self.steps, self.tuned, self.settings)
         if norm is not None:
             row["grad_norm"] = norm
         if held is not None:
             row["val_loss"] = held
-        if output.routings:
-            shares = [(r.stats["load"].float() / max(1, r.num_pairs)).tolist() for r in output.routings]
+        if loads:
+            shares = [(load.float() / max(1, int(load.sum()))).tolist() for load in loads]
             row["load"] = [[round(share, 5) for share in layer] for layer in shares]
-        metrics.write(json.dumps(row) + "\n")
+        self.metrics.write(json.dumps(row) + "\n")
 
-    def _save(self, metrics: Any, step: int, seconds: float) -> None:
-        metrics.flush()
-        os.fsync(metrics.fileno())
+    def tick(self, share: float = 1.0) -> None:
+        """Count the time since the last tick: all of it, or this run's share of it."""
+        now = time.monotonic()
+        self.seconds += share * (now - self.ticked)
+        self.ticked = now
+
+    def keep(self, checkpoint_seconds: float, stop: bool) -> None:
+        """Write a checkpoint if one is due; ``stop``: write it now and give the run up."""
+        if self.status is not None or not (stop or time.monotonic() - self.saved > checkpoint_seconds):
+            return
+        self._flush()
         state = {
             "run": self.key,
             "plan": self.plan.hash,
-            "step": step,
-            "seconds": seconds,
-            "metrics_bytes": metrics.tell(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "metrics_bytes": self.metrics.tell(),
             "first": self.first,
             "above": self.above,
         }
         checkpoint.save(self.folder / "checkpoint.safetensors", self.model, self.optimizer, state)
+        self.saved = time.monotonic()
+        self.status = "stopped" if stop else None
 
-    def _resume(self) -> tuple[int, float]:
-        """(step, seconds spent) to go on from; rows of metrics past the checkpoint are dropped and written again."""
+    def end(self, keep_weights: bool = False) -> dict[str, Any]:
+        """The result of a run that has ended; it is stored unless the run was stopped."""
+        result = self._result()
+        if self.status == "stopped":
+            return result
+        self._flush()
+        if keep_weights:
+            meta = {"run": self.key, "plan": self.plan.hash}
+            checkpoint.save_weights(self.folder / "model.safetensors", self.model, meta)
+        write_json(self.folder / "result.json", result)
+        (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        return result
+
+    @property
+    def batch(self) -> int:
+        """Tokens of a step."""
+        return self.batches.tokens_per_step
+
+    def _flush(self) -> None:
+        self.metrics.flush()
+        os.fsync(self.metrics.fileno())
+
+    def _resume(self) -> None:
+        """Go on from the checkpoint where there is one; rows of metrics past it are dropped and written again."""
         path, rows = self.folder / "checkpoint.safetensors", self.folder / "metrics.jsonl"
         if not path.exists():
             rows.unlink(missing_ok=True)
-            return 0, 0.0
+            return
         with torch.no_grad():
             state = checkpoint.load(path, self.model, self.optimizer, run=self.key, plan=self.plan.hash)
         self.first, self.above = state["first"], state["above"]
         os.truncate(rows, state["metrics_bytes"])
-        return int(state["step"]), float(state["seconds"])
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
 
-    def _result(self, status: str, step: int, loss: float, held: float, seconds: float) -> dict[str, Any]:
+    def _result(self) -> dict[str, Any]:
         shape = self.plan.target
         return {
             "key": self.key,
             "plan": self.plan.hash,
             "rule": self.plan.rule.name,
             "name": shape.name,
-            "status": status,
-            "loss": loss if math.isfinite(loss) else None,
-            "val_loss": held if status == "finished" else None,
-            "step": step,
-            "tokens": step * self.batch,
-            "seconds": round(seconds, 3),
+            "status": self.status,
+            "loss": self.loss if math.isfinite(self.loss) else None,
+            "val_loss": self.held if self.status == "finished" else None,
+            "step": self.step,
+            "tokens": self.step * self.batch,
+            "seconds": round(self.seconds, 3),
             "parameters": shape.parameters,
             "active_parameters": shape.active_parameters,
             "flops_per_token": shape.flops_per_token,
-            "data": self.run_.data["hash"],
+            "data": self.run.data["hash"],
             "seed": self.settings.seed,
+            "stacked": self.stacked,
+            "compiled": self.compiled,
             **provenance(),
         }
 
@@ -267,11 +315,14 @@ def provenance() -> dict[str, Any]:
         ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         git = ""
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
+    if torch.cuda.is_available():
+        machine += f", {torch.cuda.get_device_name()}"
     return {
         "git": git or None,
         "mue": mue.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
+        "machine": machine,
         "threads": torch.get_num_threads(),
     }
