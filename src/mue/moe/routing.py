@@ -84,6 +84,17 @@ class Routing:
         return routing
 
 
+def expert_load(routing: Routing) -> Tensor:
+    """(N+1,) pairs per expert, the last being padding; ValueError for an index outside [0, N]."""
+    number = routing.num_experts
+    if routing.num_pairs and int(routing.expert_P.min()) < 0:
+        raise ValueError("expert_P holds a negative index: padding is marked by num_experts")
+    load = torch.bincount(routing.expert_P, minlength=number + 1)
+    if load.shape[0] > number + 1:
+        raise ValueError(f"expert_P reaches {load.shape[0] - 1} but there are {number} experts (padding is {number})")
+    return load
+
+
 def _sum_per_token(routing: Routing, value_P: Tensor) -> Tensor:
     """(P,) -> (T,): the sum over each token's pairs."""
     if routing.slots:

@@ -1,0 +1,31 @@
+// The C interface between Python (ctypes, __init__.py mirrors these structs) and the kernel.
+//
+// Letters: T tokens, P pairs, N experts, D width, H inner width, M rows in expert order.
+#pragma once
+#include <cstdint>
+
+enum Type : int64_t { kFloat, kDouble, kBFloat16 };
+
+// How products are computed: in float (or double) by our own loops, or in bf16 by the machine's matrix unit.
+// kEmulated is kBrgemm with the unit's work done in plain C++: it tests the data layout where there is no such unit.
+enum Engine : int64_t { kPlain, kBrgemm, kEmulated };
+
+enum Status : int32_t { kFine, kNegativeExpert, kExpertTooLarge, kTokenOutside, kNotTokenMajor, kNoMemory, kNoParallel };
+
+// Feed-forward networks of one shape: the routed experts, or the shared ones as a single network that every token passes.
+struct Ffn {
+  int64_t count, inner;                  // N (0: none), H
+  const void *gate, *up, *down;          // (N, H, D), (N, H, D), (N, D, H); no gate: gelu(up x)
+  void *gate_MH, *up_MH;                 // forward: written unless null; backward: read
+  void *dgate, *dup, *ddown;             // backward: written unless null
+};
+
+struct Call {
+  int64_t tokens, width, pairs, slots;   // slots: see mue.moe.Routing
+  int64_t row_type;                      // of y, dy and what is saved; float rows are computed in float, double in double
+  int64_t x_type, matrix_type, weight_type, engine, threads;
+  const int64_t *token_P, *expert_P;     // an expert equal to routed.count is padding
+  const void *weight_P, *x_TD, *dy_TD;
+  void *y_TD, *dx_TD, *dweight_P;        // backward: dx and dweight are written unless null
+  Ffn routed, shared;
+};

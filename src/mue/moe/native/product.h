@@ -1,0 +1,74 @@
+// Matrix products on packed panels. C is row-major; A is read by strides; B lies in panels of kPanel columns,
+// each K rows of kPanel consecutive values, so that the inner loop streams through memory.
+#pragma once
+#include "vector.h"
+
+namespace mue {
+
+// Rows of a register tile: two vectors of columns each; two more registers hold B and one a value of A.
+// (double is for checking numerics, not for speed: a small tile keeps the build short.)
+template <class T> constexpr int kTileRows = sizeof(T) == 8 ? 4 : kVectorBytes == 64 ? 12 : 6;
+
+// C[rows, columns] (+)= A B, with A[i, k] at a[i * stride + k] (unit_column) or a[i + k * stride].
+template <class T, int rows, bool unit_column>
+void tile(int64_t K, const T* a, int64_t stride, const T* b, T* c, int64_t ldc, int64_t columns, bool add) {
+  constexpr int L = kLanes<T>;
+  Vector<T> sum[rows][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = Vector<T>{};
+  for (int64_t k = 0; k < K; k++, b += 2 * L) {
+    Vector<T> b0 = load(b), b1 = load(b + L);
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) {
+      T value = unit_column ? a[i * stride + k] : a[i + k * stride];
+      sum[i][0] += value * b0;
+      sum[i][1] += value * b1;
+    }
+  }
+  T edge[rows * 2 * L];  // where the tile is wider than C
+  T* to = columns == 2 * L ? c : edge;
+  int64_t ld = columns == 2 * L ? ldc : 2 * L;
+  if (add && to == c) {
+#pragma GCC unroll 16
+    for (int i = 0; i < rows; i++) sum[i][0] += load(c + i * ldc), sum[i][1] += load(c + i * ldc + L);
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; i++) store(to + i * ld, sum[i][0]), store(to + i * ld + L, sum[i][1]);
+  if (to == c) return;
+  for (int64_t i = 0; i < rows; i++)
+    for (int64_t j = 0; j < columns; j++) c[i * ldc + j] = (add ? c[i * ldc + j] : 0) + edge[i * ld + j];
+}
+
+// Rows from m to M in tiles of `rows`, then in halves of it.
+template <class T, int rows, bool unit_column>
+void tiles(int64_t m, int64_t M, int64_t K, const T* a, int64_t stride, const T* b, T* c, int64_t ldc, int64_t columns, bool add) {
+  for (; m + rows <= M; m += rows)
+    tile<T, rows, unit_column>(K, a + m * (unit_column ? stride : 1), stride, b, c + m * ldc, ldc, columns, add);
+  if constexpr (rows > 1)
+    if (m < M) tiles<T, rows / 2, unit_column>(m, M, K, a, stride, b, c, ldc, columns, add);
+}
+
+// C[M, N] (+)= A B, A as in `tile`, B in panels.
+template <class T, bool unit_column>
+void multiply(int64_t M, int64_t N, int64_t K, const T* a, int64_t stride, const T* b, T* c, int64_t ldc, bool add) {
+  constexpr int64_t kPanel = 2 * kLanes<T>;
+  for (int64_t n = 0; n < N; n += kPanel, b += K * kPanel)
+    tiles<T, kTileRows<T>, unit_column>(0, M, K, a, stride, b, c + n, ldc, N - n < kPanel ? N - n : kPanel, add);
+}
+
+// A square of kLanes x kLanes values, transposed in registers: exchange of halves, quarters, ...
+template <class T, int step = kLanes<T> / 2> inline __attribute__((always_inline)) void transpose(Vector<T>* row) {
+  constexpr int L = kLanes<T>;
+  typename VectorOf<T>::integer low, high;
+  for (int c = 0; c < L; c++) low[c] = c & step ? L + (c ^ step) : c, high[c] = c & step ? L + c : c ^ step;
+#pragma GCC unroll 16
+  for (int i = 0; i < L; i++) {
+    if (i & step) continue;
+    Vector<T> a = row[i], b = row[i | step];
+    row[i] = __builtin_shuffle(a, b, low);
+    row[i | step] = __builtin_shuffle(a, b, high);
+  }
+  if constexpr (step > 1) transpose<T, step / 2>(row);
+}
+
+}  // namespace mue
