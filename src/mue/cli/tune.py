@@ -1,0 +1,81 @@
+"""``mue tune-roles``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from mue.cli.app import File, Out, Tuned, Workers, app, say_data, with_sweep
+from mue.config import read_toml
+
+if TYPE_CHECKING:
+    from mue.lab.roles_tune import Watch
+    from mue.lab.run import Run
+
+
+@app.command("tune-roles")
+def tune_roles(file: File, out: Out = Path("runs/roles"), tuned: Tuned = None, workers: Workers = None) -> None:
+    """Tune multipliers of lr, init std and weight decay per role on the base; optional, after the sweep.
+
+    Probes every multiplier at once in mirrored orthogonal designs, takes joint steps only where their gain is beyond doubt,
+    measures what each bought, and confirms the whole on fresh seeds against one global value. A result that is not
+    confirmed is reported and not used. Interrupt it, kill it, and start it again with the same --out.
+
+    \b
+    [bold]Example[/]
+      \\[base]
+      width = 64
+      ffn = 64
+      layers = 3
+      head_dim = 32
+      sequence = 128
+      \\[base.training]
+      batch = 512
+      steps = 240
+      \\[tuned]              # or leave it out and give --tuned runs/sweep
+      lr = 0.0089
+      weight_decay = 0.1
+      init_std = 0.15
+      \\[data]
+      source = "stdlib"
+      \\[roles]              # every key has a default
+      numbers = \\["lr", "init_std", "weight_decay"]
+      thirds = true         # the outer thirds of the depth too
+      rounds = 2
+      confirm = 8           # fresh seeds
+
+    \b
+    [bold]Then[/]
+      mue plan target.toml --tuned runs/roles     # or copy runs/roles/tuned.toml
+    """
+    from mue.lab.experiment import open_corpus
+    from mue.lab.progress import RunProgress
+    from mue.lab.roles_report import roles_report
+    from mue.lab.roles_tune import roles_from
+    from mue.lab.roles_tune import tune_roles as run
+
+    console = Console()
+    data, values = with_sweep(read_toml(file), tuned)
+    spec = roles_from(data, file.parent, values)
+    corpus = open_corpus(spec.source)
+    say_data(console, corpus)
+
+    class Quiet(RunProgress):
+        """Hundreds of runs: the bar moves, and no run has a line of its own."""
+
+        def done(self, run: Run, result: dict[str, Any]) -> None:
+            self.event(run.key, self.steps[run.key], result["loss"] or float("nan"))
+
+    @contextmanager
+    def watching(title: str, runs: Sequence[Run]) -> Iterator[Watch]:
+        console.print(title, highlight=False)
+        with Quiet(console, "training", runs, lambda run: run.key) as progress:
+            yield progress
+
+    found = run(spec, out, corpus, watching, workers=workers)
+    console.print(f"[bold]{found.verdict}[/]", highlight=False)
+    console.print(f"report: {roles_report(out)}\nuse it: mue plan FILE.toml --tuned {out}, or {out}/tuned.toml")
