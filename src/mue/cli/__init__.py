@@ -13,6 +13,7 @@ COMMANDS = (
     "plan",
     "rules",
     "sweep",
+    "tune",
     "train",
     "report",
     "inspect",
