@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from mue.layouts.describe import Description, pattern_of, question
+from mue.layouts.describe import Description, question
 from mue.layouts.families import build, default_config, describe_config, families_with_experts, read_config
 from mue.layouts.scalings import Scaling, scalings
 from mue.layouts.shape import Routers, routers, shape_of
-from mue.roles import Layout, Placed, place
+from mue.roles import Layout, Placed, pattern_of, place
 from mue.shapes import Transformer
 from mue.words import text_table
 

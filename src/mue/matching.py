@@ -25,6 +25,31 @@ def matched(plan: Plan, model: nn.Module) -> list[Placed]:
         ValueError: a parameter without a role; a model of other shapes or multipliers than planned, all faults at once.
     """
     placed = place(model)
+    faults = _shape_faults(plan, placed)
+    if isinstance(unwrap(model), HasLayout):
+        faults += _multiplier_faults(plan, model)
+    else:
+        from mue.layouts.stock import stock_faults
+
+        faults += stock_faults(plan, model)
+    return _or_refused(plan, placed, faults)
+
+
+def matched_sizes(plan: Plan, model: nn.Module) -> list[Placed]:
+    """:func:`matched` without a look at multipliers: for weights whose form is known otherwise."""
+    placed = place(model)
+    return _or_refused(plan, placed, _shape_faults(plan, placed))
+
+
+def _or_refused(plan: Plan, placed: list[Placed], faults: list[str]) -> list[Placed]:
+    if faults:
+        raise ValueError(
+            f"this model is not the planned {plan.target.name} (plan {plan.hash}):\n  " + "\n  ".join(faults)
+        )
+    return placed
+
+
+def _shape_faults(plan: Plan, placed: list[Placed]) -> list[str]:
     layers = [block for block in plan.target.blocks for _ in range(block.layers)]
     faults = [fault for p in placed if (fault := _misfit(plan, layers, p))]
     here = {role for p in placed for role in (p.role, *p.layout.parts)}
@@ -36,18 +61,7 @@ def matched(plan: Plan, model: nn.Module) -> list[Placed]:
         faults.append(
             f"the plan's target has tied = {str(tied).lower()}, the model's head is {'its embedding' if 'head' not in here else 'a tensor of its own'}"
         )
-    faults += _latent_faults(plan, placed)
-    if isinstance(unwrap(model), HasLayout):
-        faults += _multiplier_faults(plan, model)
-    else:
-        from mue.layouts.stock import stock_faults
-
-        faults += stock_faults(plan, model)
-    if faults:
-        raise ValueError(
-            f"this model is not the planned {plan.target.name} (plan {plan.hash}):\n  " + "\n  ".join(faults)
-        )
-    return placed
+    return faults + _latent_faults(plan, placed)
 
 
 def _misfit(plan: Plan, layers: list[Block], p: Placed) -> str | None:
@@ -88,7 +102,7 @@ def _expected(plan: Plan, block: Block | None, p: Placed) -> list[tuple[str, int
         ("hidden width", found * many, (hidden or 0,)),
         ("residual width", p.fan_out if part == "down" else p.fan_in, (t.width,)),
     ]
-    if kind == "expert" and "experts.*" not in p.layout.pattern:
+    if kind == "expert" and "experts.*" not in p.layout.pattern and not p.layout.pattern.endswith("*"):
         sizes.append(("experts", p.experts, (block.experts,)))
     return sizes
 

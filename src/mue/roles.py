@@ -20,6 +20,7 @@ from mue.words import nearest
 
 # Wrappers put these in front of, or into, a parameter's name (DDP, torch.compile, FSDP, activation checkpointing).
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+GAINS = ("norm", "qk_norm", "final_norm")
 AXES = ("in", "out", "expert", "vector", "expert*in", "expert*out")
 
 
@@ -36,6 +37,8 @@ class Layout:
         parts: roles of the matrices fused in this tensor along its out axis (gate-up, qkv); ``role`` is the first.
         start: how the tensor starts where the plan does not draw it: a constant (a gain of 1, or 0 where the code adds
             1 itself), or ``"own"``: as the model's code initialises it (decay rates of a state space, short filters).
+        after: for the gain of a norm that ends a residual branch (sandwich norms): patterns of the projections whose scale
+            it cancels. The fold puts the residual multiplier into this gain instead.
     """
 
     pattern: str
@@ -44,6 +47,7 @@ class Layout:
     parts: tuple[str, ...] = ()
     start: float | str | None = None
     stacked: int = 1
+    after: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for role in (self.role, *self.parts):
@@ -56,6 +60,10 @@ class Layout:
         for axis in self.axes:
             if axis not in AXES:
                 raise ValueError(f"layout {self.pattern!r}: unknown axis {axis!r}{nearest(axis, AXES)}")
+        if self.after and self.role != "norm":
+            raise ValueError(
+                f"layout {self.pattern!r}: only a norm's gain can come after projections, not a {self.role}"
+            )
         if self.role not in VECTORS | BUFFERS and not {"in", "expert*in"} & set(self.axes):
             raise ValueError(f"layout {self.pattern!r}: a {self.role} needs an 'in' axis, its fan-in")
 
@@ -85,6 +93,11 @@ class Placed:
     @property
     def role(self) -> str:
         return self.layout.role
+
+    @property
+    def gain_offset(self) -> float:
+        """1 for a gain that starts at 0, because the code multiplies by ``1 + w``; else 0."""
+        return 1.0 if self.role in GAINS and self.layout.start == 0 else 0.0
 
     def _size(self, axis: str) -> int:
         merged, stacked = f"expert*{axis}", self.layout.stacked
@@ -117,6 +130,17 @@ def canonical(name: str) -> str:
             elif f".{wrapper}" in name and wrapper != "module.":
                 name, changed = name.replace(f".{wrapper}", "."), True
     return name
+
+
+def pattern_of(name: str) -> str:
+    """A canonical name with its numbers replaced by ``*``."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", canonical(name))
+
+
+def weights_beside(bias: str) -> tuple[str, ...]:
+    """Names under which the weight of a bias may stand: ``x.weight`` for ``x.bias``, ``down`` for ``down_bias``."""
+    stem = bias.removesuffix("bias")
+    return tuple(dict.fromkeys((f"{stem}weight", stem.rstrip("._"), f"{stem.rstrip('._')}.weight")))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -178,6 +202,13 @@ def place(model: nn.Module, layout: Sequence[Layout] | None = None) -> list[Plac
             row, match = table[hits[0][0]], hits[0][1]
             layer = int(match[1]) if match.lastindex and match[1].isdigit() else None
             placed.append(Placed(name, parameter, row, layer))
+    patterns = {row.pattern for row in table}
+    faults += [
+        f"layout row {row.pattern!r} comes after {other!r}, which is no row's pattern: write it as that row does"
+        for row in table
+        for other in row.after
+        if other not in patterns
+    ]
     aliases = _tied_names(model)
     for i, row in enumerate(table):
         if i not in used and not any(regexes[i].fullmatch(alias) for alias in aliases):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -10,12 +11,11 @@ from torch import nn
 from mue.matching import matched
 from mue.plan import Plan
 from mue.planned import Values
-from mue.roles import HasLayout, Placed, unwrap
+from mue.roles import GAINS, Placed
 from mue.rules.table import BUFFERS, FIELDS, VECTORS
 
 # Roles whose fan-in the plan takes to be the residual width; in latent attention and small router MLPs it may not be.
 _FROM_WIDTH = ("attention_q", "attention_k", "attention_v", "router")
-_GAINS = ("norm", "qk_norm", "final_norm")
 
 
 class Setting(NamedTuple):
@@ -37,28 +37,27 @@ def settings(plan: Plan, model: nn.Module) -> list[Setting]:
     Raises:
         ValueError: a model that is not the planned one; a fused tensor whose parts are planned differently.
     """
-    from mue.fold.model import placed_coefficients
-    from mue.layouts.stock import query_coefficients
-
-    placed = matched(plan, model)
-    queries = {} if isinstance(unwrap(model), HasLayout) else query_coefficients(plan, model, placed)
-    return [_setting(plan, p, c, queries.get(p.name, 1.0)) for p, c in placed_coefficients(plan, placed)]
+    return settings_of(plan, model, matched(plan, model))
 
 
-def _setting(plan: Plan, p: Placed, c: float, query: float) -> Setting:
-    """``c`` is the fold's coefficient (planned already, but for biases), ``query`` the attention scale's."""
+def settings_of(plan: Plan, model: nn.Module, placed: Sequence[Placed]) -> list[Setting]:
+    """:func:`settings` of parameters that already have their roles."""
+    from mue.fold.model import folded_parameters
+
+    return [_setting(plan, f.placed, f.own) for f in folded_parameters(plan, model, placed)]
+
+
+def _setting(plan: Plan, p: Placed, own: float) -> Setting:
+    """``own`` is what is folded into this tensor beyond what its role's values have in them already."""
     from mue.fold.plan import folded_values
 
     planned = plan.role(p.role, p.layer)
-    values = _of_parts(plan, p)
-    own = c if p.role == "bias" else 1.0
-    values = _own_fan_in(plan, p, values)
-    if own * query != 1:
-        values = folded_values(plan, p.role, values, own * query)
+    values = _own_fan_in(plan, p, _of_parts(plan, p))
+    if own != 1:
+        values = folded_values(plan, p.role, values, own)
     if p.role in VECTORS | BUFFERS:
-        constant = _constant(p, planned.constant, own * query)
-        return Setting(p, values, constant, own * query * (planned.constant or 1.0))
-    return Setting(p, values, None, query * (planned.factor.init_std or 1.0))
+        return Setting(p, values, _constant(p, planned.constant, own), own * (planned.constant or 1.0))
+    return Setting(p, values, None, own * (planned.factor.init_std or 1.0))
 
 
 def _of_parts(plan: Plan, p: Placed) -> Values:
@@ -97,8 +96,6 @@ def _constant(p: Placed, planned: float | None, c: float) -> float | None:
     assert planned is not None
     if not isinstance(start, float):
         return planned * c
-    if p.role in _GAINS and start == 0:
-        return planned * c - 1.0  # the code multiplies by 1 + w
-    if p.role in _GAINS and start == 1:
-        return planned * c
+    if p.gain_offset or (p.role in GAINS and start == 1):
+        return planned * c - p.gain_offset
     return start * c

@@ -3,41 +3,62 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mue.apply import matched
-from mue.fold.plan import state_powers
+from mue.fold.plan import state_powers, unfold
 from mue.plan import Plan
-from mue.roles import Placed
+from mue.roles import HasLayout, Placed, unwrap, weights_beside
+
+
+class Folded(NamedTuple):
+    """One tensor's c: what the plan's values for its role have in them, and what this tensor has beyond that."""
+
+    placed: Placed
+    planned: float
+    own: float = 1.0
+
+    @property
+    def c(self) -> float:
+        return self.planned * self.own
 
 
 def coefficients(plan: Plan, model: nn.Module) -> dict[Tensor, float]:
     """Parameter → its c in a folded plan; 1 where nothing is folded into it (and everywhere in a plan that is not folded).
 
-    A bias has the c of the weight beside it: ``x.bias`` that of ``x.weight``, ``down_bias`` that of ``down``.
+    A bias has the c of the weight beside it: ``x.bias`` that of ``x.weight``, ``down_bias`` that of ``down``. A norm that ends
+    a residual branch has the residual multiplier, in place of the projection before it. On a stock model the queries (or
+    their norm's gain) have what brings the model's own attention scale to the planned one.
 
     Raises:
         ValueError: a model that is not the planned one, or a bias whose weight cannot be told.
     """
-    return {p.parameter: c for p, c in placed_coefficients(plan, matched(plan, model))}
+    return {f.placed.parameter: f.c for f in folded_parameters(plan, model, matched(plan, model))}
 
 
-def placed_coefficients(plan: Plan, placed: Sequence[Placed]) -> list[tuple[Placed, float]]:
+def folded_parameters(plan: Plan, model: nn.Module, placed: Sequence[Placed]) -> list[Folded]:
     """:func:`coefficients` for parameters that already have their roles."""
+    from mue.layouts.stock import query_coefficients
+
+    queries = {} if isinstance(unwrap(model), HasLayout) else query_coefficients(plan, model, placed)
+    branch = unfold(plan).residual_multiplier if plan.folding is not None else 1.0
+    ended = {pattern for p in placed for pattern in p.layout.after}
+    weights = {}
+    for p in placed:
+        if p.role != "bias":
+            moved = 1 / branch if p.layout.pattern in ended else branch if p.layout.after else 1.0
+            weights[p.name] = Folded(p, _planned(plan, p), moved * queries.get(p.name, 1.0))
+    folds = plan.folding is not None or bool(queries)
+    return [weights[p.name] if p.role != "bias" else _of_bias(p, weights, folds) for p in placed]
+
+
+def _planned(plan: Plan, p: Placed) -> float:
     if plan.folding is None:
-        return [(p, 1.0) for p in placed]
-    by_name = {p.name: p for p in placed}
-    return [(p, _coefficient(plan, _weight_of(p, by_name) if p.role == "bias" else p)) for p in placed]
-
-
-def _coefficient(plan: Plan, p: Placed | None) -> float:
-    if p is None:
         return 1.0
-    assert plan.folding is not None
     seen = 0
     for block, c in zip(plan.blocks, plan.folding.coefficients, strict=True):
         seen += block.layers
@@ -46,17 +67,17 @@ def _coefficient(plan: Plan, p: Placed | None) -> float:
     raise AssertionError(f"{p.name} is in layer {p.layer} of {seen}")
 
 
-def _weight_of(bias: Placed, by_name: Mapping[str, Placed]) -> Placed | None:
-    """The weight a bias is added to; None for one outside any weight (its own parameter of a norm)."""
-    stem = bias.name.removesuffix("bias")
-    for name in (f"{stem}weight", stem.rstrip("._"), f"{stem.rstrip('._')}.weight"):
-        if name != bias.name and name in by_name:
-            weight = by_name[name]
-            return None if weight.role in ("norm", "qk_norm") else weight
-    raise ValueError(
-        f"{bias.name} is a bias, but no weight {stem}weight stands beside it, so its fold cannot be told:"
-        " name it like its weight, or drop the bias"
-    )
+def _of_bias(bias: Placed, weights: Mapping[str, Folded], folds: bool) -> Folded:
+    """A bias is scaled with the weight it is added to."""
+    for name in weights_beside(bias.name):
+        if name in weights:
+            return Folded(bias, 1.0, weights[name].c)
+    if folds:
+        raise ValueError(
+            f"{bias.name} is a bias, but no weight {weights_beside(bias.name)[0]} stands beside it, so its fold cannot be told:"
+            " name it like its weight, or drop the bias"
+        )
+    return Folded(bias, 1.0)
 
 
 def convert(
@@ -85,19 +106,25 @@ def convert(
         raise ValueError(
             f"plans {source_plan.hash} and {target_plan.hash} are not two forms of one plan: convert only what fold or unfold gave"
         )
-    here = {p.name: (p, c) for p, c in placed_coefficients(source_plan, matched(source_plan, source))}
+    here = {f.placed.name: f for f in folded_parameters(source_plan, source, matched(source_plan, source))}
     states = _by_parameter(source_optimizer)
     goals = _by_parameter(target_optimizer)
     with torch.no_grad():
-        for p, c in placed_coefficients(target_plan, matched(target_plan, target)):
+        for f in folded_parameters(target_plan, target, matched(target_plan, target)):
+            p = f.placed
             if p.name not in here:
                 raise ValueError(f"{p.name} is in the target model only: both must name their parameters alike")
-            q, c0 = here[p.name]
-            ratio, offset = c / c0, gain_offset if p.role == "final_norm" else 0.0
-            p.parameter.copy_((q.parameter + offset) * ratio - offset if ratio != 1 else q.parameter)
+            q, ratio = here[p.name].placed.parameter, f.c / here[p.name].c
+            offset = p.gain_offset or (gain_offset if p.role == "final_norm" else 0.0)
+            p.parameter.copy_(scaled(q, ratio, offset))
             if states and goals:
                 powers = state_powers(target_plan, p.role)
-                _carry(p.name, q.parameter, states, p.parameter, goals, ratio, powers)
+                _carry(p.name, q, states, p.parameter, goals, ratio, powers)
+
+
+def scaled(weight: Tensor, ratio: float, offset: float = 0.0) -> Tensor:
+    """A weight in another form; ``offset`` is 1 for a gain that the code adds one to."""
+    return (weight + offset) * ratio - offset if ratio != 1 else weight
 
 
 def _by_parameter(optimizers: Optimizer | Iterable[Optimizer]) -> dict[Tensor, tuple[Optimizer, dict[str, Any]]]:

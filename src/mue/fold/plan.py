@@ -23,8 +23,8 @@ def fold(plan: Plan, route: str = "weights") -> Plan:
     down projections (``route="weights"``), or stays for an engine that has a routed scaling factor (``"model"``: set that
     factor to the plan's ``route_scale``); never both. The softmax scale stays a setting of the model.
 
-    Where a norm follows the projection inside the branch (sandwich norms), fold into that norm by hand instead: transfer-rules
-    6.3. A plan that is folded already is returned as it is, if the route is the same.
+    On a model whose branches end in a norm (sandwich norms), what belongs to ρ_L^-α goes into that norm's gain instead
+    (:class:`mue.roles.Layout`, ``after``). A plan that is folded already is returned as it is, if the route is the same.
 
     Raises:
         ValueError: an unknown route, or a plan folded the other way.

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from mue.layouts.decide import Decision, Facts, decide
 from mue.layouts.follow import Build, Follows, follow, size_of
 from mue.layouts.gates import Gates, watch_gates
+from mue.layouts.postnorms import post_norms
 from mue.layouts.watch import Use, watch
-from mue.roles import Layout, canonical
+from mue.roles import Layout, canonical, pattern_of
 
 TOKENS = (2, 24)  # the tiny forward pass: sequences, tokens
 
@@ -38,7 +38,7 @@ class Description:
         found: every pattern of parameters. gates: what each router's weights are, by the module that holds the experts.
         unbuilt: dimensions that could not be varied, with the reason.
         score: ``"sigmoid"`` or ``"softmax"`` where one of them ran over as many numbers as there are experts.
-        cancelled: patterns of output projections whose scale changes nothing, because a norm follows.
+        cancelled: patterns of output projections whose scale changes nothing, with no norm's gain that could take its place.
     """
 
     found: tuple[Found, ...]
@@ -59,18 +59,13 @@ class Description:
         """
         if self.undecided:
             raise ValueError("no role could be decided for:\n  " + "\n  ".join(map(question, self.undecided)))
-        return [f.row for f in self.found if f.row is not None]
+        return list(dict.fromkeys(f.row for f in self.found if f.row is not None))  # a user's row may serve several
 
 
 def question(f: Found) -> str:
     """An undecided parameter, why, and the line a user writes."""
     axes = f.axes or ("vector",) if len(f.shape) == 1 else f.axes or ("expert", "out", "in")[-max(len(f.shape), 2) :]
     return f"{f.pattern} {f.shape}: {f.how}; add Layout({f.pattern!r}, ROLE, {axes})"
-
-
-def pattern_of(name: str) -> str:
-    """A canonical name with its numbers replaced by ``*``."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", canonical(name))
 
 
 def describe(
@@ -109,42 +104,11 @@ def describe(
     _check_rows(rows, shapes)
     experts = size_of(tiny, "experts")
     score = {kernel for kernel, size in scores if size == experts}
-    cancelled = _cancelled(model, run, found)
+    after, cancelled = post_norms(model, run, {f.pattern: f.row for f in found if f.row is not None})
+    found = [
+        replace(f, row=replace(f.row, after=after[f.pattern])) if f.row and f.pattern in after else f for f in found
+    ]
     return Description(tuple(found), gates, follows.unbuilt, score.pop() if len(score) == 1 else None, cancelled)
-
-
-@torch.no_grad()
-def _cancelled(model: nn.Module, run: Callable[[nn.Module], object], found: Sequence[Found]) -> frozenset[str]:
-    """Output projections whose scale a norm right after them cancels: all of attention's together, all of feed-forward's.
-
-    Both are doubled where they outweigh the rest of the model, once at 32 times their size and once at 128. What a norm
-    cancels changes the logits through its epsilon only, by 1/m² at m times; anything else by 1/m.
-    """
-    idle: set[str] = set()
-    for role in ("_o", "_down"):
-        patterns = {f.pattern for f in found if f.row is not None and f.row.role.endswith(role)}
-        parameters = [p for n, p in model.named_parameters() if pattern_of(n) in patterns]
-        near, far = (_doubling(model, run, parameters, m) for m in (32.0, 128.0))
-        if near is not None and far is not None and far <= max(near / 8, 1e-5):
-            idle |= patterns
-    return frozenset(idle)
-
-
-def _doubling(
-    model: nn.Module, run: Callable[[nn.Module], object], parameters: Sequence[Tensor], scale: float
-) -> float | None:
-    """Relative change of the logits when parameters at ``scale`` times their size are doubled."""
-    logits = []
-    for factor in (scale, 2.0):
-        torch._foreach_mul_(list(parameters), factor)
-        torch.manual_seed(1)
-        out = run(model)
-        logits.append(getattr(out, "logits", out))
-    torch._foreach_mul_(list(parameters), 1 / (2 * scale))
-    a, b = logits
-    if not isinstance(a, Tensor) or not isinstance(b, Tensor):
-        return None
-    return float((b - a).abs().max() / a.abs().max())
 
 
 @torch.no_grad()

@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from mue.layouts.describe import Description, Found, describe, pattern_of
+from mue.layouts.describe import Description, Found, describe
 from mue.layouts.follow import Build, attributes, size_of, sizes
 from mue.layouts.tiny import parts, shrunk_enough, text_config
-from mue.roles import Layout
+from mue.roles import Layout, pattern_of
 from mue.words import nearest
 
 _QWEN4 = {

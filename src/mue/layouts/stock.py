@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from mue.fold.plan import unfold
 from mue.layouts.describe import Description
 from mue.layouts.families import describe_config
 from mue.layouts.scalings import scalings
@@ -106,13 +107,17 @@ def _route_faults(planned: Iterable[float], routing: Routers | None) -> list[str
 
 
 def _norm_faults(plan: Plan, description: Description) -> list[str]:
-    """A norm right after a projection cancels what is folded into it."""
-    folded = {role for c in (plan.folding.coefficients if plan.folding else ()) for role in c}
+    """A norm right after a projection cancels the residual multiplier, which its own gain then has to carry.
+
+    What else is folded into the projection stood before that norm in the multiplier form too, and changes as little there.
+    """
+    if unfold(plan).residual_multiplier == 1:
+        return []
     return [
-        f"{f.pattern} ({f.row.role}) is followed by a norm that cancels its scale, so the plan's multiplier cannot be folded"
-        " into it: transfer-rules 6.3 folds it into that norm's gain, by hand"
+        f"{f.pattern} ({f.row.role}) is followed by a norm that cancels its scale and has no gain of its own, so the plan's"
+        " residual multiplier has no place: use a base of as many layers, or give that norm a gain"
         for f in description.found
-        if f.row is not None and f.row.role in folded and f.pattern in description.cancelled
+        if f.row is not None and f.pattern in description.cancelled
     ]
 
 
