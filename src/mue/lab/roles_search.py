@@ -180,7 +180,7 @@ def _round(
     ]
     losses = train(f"{name}: {len(jobs)} probes of {len(space)} multipliers, × {2**step:.3g} and / {2**step:.3g}", jobs)
     effects = slopes(signs, losses[: len(signs)], losses[len(signs) :])
-    noise = noise_of(effects)
+    noise = noise_of(effects, [coordinate.number for coordinate in space])
     tried: tuple[tuple[Point, Gain], ...] = ()
     taken = None
     if (direction := -shrunk(effects, noise)).any():

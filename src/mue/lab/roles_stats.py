@@ -52,16 +52,25 @@ def slopes(signs: npt.NDArray[np.int64], plus: Sequence[float], minus: Sequence[
 
     Differences far outside the others' spread (a run that diverged) are pulled to its edge.
     """
-    half = (np.asarray(plus, dtype=float) - np.asarray(minus, dtype=float)) / 2
+    with np.errstate(invalid="ignore"):  # inf - inf
+        half = (np.asarray(plus, dtype=float) - np.asarray(minus, dtype=float)) / 2
     known = half[np.isfinite(half)]
     reach = 3 * 1.4826 * float(np.median(np.abs(known))) if known.size else 0.0
-    half = np.clip(np.nan_to_num(half, nan=0.0, posinf=reach, neginf=-reach), -reach, reach)  # inf - inf says nothing
+    half = np.clip(np.nan_to_num(half, nan=0.0, posinf=reach, neginf=-reach), -reach, reach)
     return np.asarray(signs.T @ half / len(half))
 
 
-def noise_of(effects: Array) -> float:
-    """Standard error of an effect, from the effects themselves: most are noise (Lenth, Technometrics 31, 1989)."""
-    size = np.abs(effects)
+def noise_of(effects: Array, kinds: Sequence[str]) -> float:
+    """Standard error of an effect, from the effects themselves: most are noise (Lenth, Technometrics 31, 1989).
+
+    What all effects of one kind share is taken out first, or a learning rate that is wrong for every role would pass for noise.
+    """
+    rest = np.array(effects, dtype=float)
+    for kind in set(kinds):
+        of_kind = np.asarray([k == kind for k in kinds])
+        if of_kind.sum() > 4:
+            rest[of_kind] -= np.median(rest[of_kind])
+    size = np.abs(rest)
     first = 1.5 * float(np.median(size))
     kept = size[size < 2.5 * first]
     return 1.5 * float(np.median(kept)) if kept.size else first
@@ -69,9 +78,8 @@ def noise_of(effects: Array) -> float:
 
 def shrunk(effects: Array, noise: float) -> Array:
     """Effects with the noise taken out: 0 below one standard error, the closer to themselves the larger."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        kept = 1 - (noise / effects) ** 2
-    return np.asarray(np.where(np.abs(effects) > noise, effects * kept, 0.0))
+    size = np.maximum(np.abs(effects), max(noise, 1e-300))
+    return np.asarray(effects * (1 - (noise / size) ** 2))
 
 
 def shares(signs: npt.NDArray[np.int64], plus: Sequence[float], minus: Sequence[float], error: float) -> list[Gain]:
