@@ -57,13 +57,9 @@ template <class T> struct Plain {
   static void pack(T* to, const void* w, int64_t type, int64_t K, int64_t N) {
     with_type(type, [&](auto* typed) {
       auto from = static_cast<decltype(typed)>(const_cast<void*>(w));
-      for (int64_t n = 0; n < N; n += kPanel) {
-        int64_t columns = N - n < kPanel ? N - n : kPanel;
-        for (int64_t k = 0; k < K; k++, to += kPanel) {
-          convert(to, from + k * N + n, columns);
-          for (int64_t j = columns; j < kPanel; j++) to[j] = 0;
-        }
-      }
+      for (int64_t k = 0; k < K; k++)
+        for (int64_t n = 0; n < N; n += kLanes<T>)
+          convert_vector(to + n / kPanel * kPanel * K + k * kPanel + n % kPanel, from + k * N + n, N - n);
     });
   }
 

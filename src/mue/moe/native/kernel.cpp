@@ -22,14 +22,6 @@ template <class Out, class T> inline void store_some(T* to, Vector<Out> value, i
   for (int64_t i = 0; i < count; i++) put(to + i, value[i]);
 }
 
-template <class To, class From> inline void convert_vector(To* to, const From* from, int64_t count) {
-  if constexpr (std::is_same_v<To, From> || (!std::is_same_v<To, double> && !std::is_same_v<From, double>)) {
-    using Lane = std::conditional_t<std::is_same_v<To, double>, double, float>;
-    if (count >= kLanes<Lane>) return store(to, load(from));
-  }
-  convert(to, from, count);
-}
-
 // One thread's work on the parts it was given. E: the engine. S: the type of rows and of what is saved.
 template <class E, class S> struct Worker {
   using Engine = E;

@@ -16,6 +16,8 @@ void tile(int64_t K, const T* a, int64_t stride, const T* b, T* c, int64_t ldc, 
   Vector<T> sum[rows][2];
 #pragma GCC unroll 16
   for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = Vector<T>{};
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; i++) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + L, 1);
   for (int64_t k = 0; k < K; k++, b += 2 * L) {
     Vector<T> b0 = load(b), b1 = load(b + L);
 #pragma GCC unroll 16

@@ -81,6 +81,14 @@ template <class To, class From> inline void convert(To* to, const From* from, in
   }
 }
 
+// One vector of it, or what is left of one.
+template <class To, class From> inline void convert_vector(To* to, const From* from, int64_t left) {
+  constexpr int64_t L = kVectorBytes / (std::is_same_v<To, double> ? 8 : 4);
+  if constexpr (std::is_same_v<To, double> == std::is_same_v<From, double>)
+    if (left >= L) return store(to, load(from));
+  convert(to, from, left < L ? left : L);
+}
+
 // Calls f with a typed null pointer for the type named at run time.
 template <class F> inline auto with_type(int64_t type, F&& f) {
   if (type == kDouble) return f(static_cast<double*>(nullptr));
