@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from mue.lab.calibrate import cores
 from mue.lab.run import BusyError, Run, Store
 from mue.lab.runner import Done, Progress, open_runner
 
@@ -46,8 +46,10 @@ def run_all(
     todo = [run for key, run in reversed(distinct.items()) if key not in results]
     if not todo:
         return results
-    count = min(len(todo), workers or os.cpu_count() or 1)
-    runner = open_runner(kind, store, workers=count, checkpoint_seconds=checkpoint_seconds)
+    count = min(len(todo), workers or cores())
+    runner = open_runner(
+        kind, store, workers=count, checkpoint_seconds=checkpoint_seconds, example=todo[0], runs=len(todo)
+    )
     try:
         for run in todo:
             runner.submit(run)

@@ -26,7 +26,7 @@ from mue.files import digest
 from mue.lab.model import LanguageModel, TransformerBlock
 from mue.lab.run import Run
 from mue.lab.stacked_moe import StackedMoE
-from mue.lab.step import autocast, compile_blocks, objective
+from mue.lab.step import autocast, compile_blocks, objective, uncompiled
 from mue.lab.train import Course
 
 
@@ -110,7 +110,7 @@ class Stack:
                 state["step"] = self.steps_V[place]
         self._route(place, course.model)
         self.courses[place] = course
-        course.stacked, course.compiled = len(self.courses), self.compiled
+        course.stacked, course.compiled = max(course.stacked, len(self.courses)), self.compiled
 
     @torch.no_grad()
     def drop(self, place: int) -> None:
@@ -203,7 +203,7 @@ class Stack:
         columns = []
         for x, y in next(iter(due.values())).validation:
             both = (t.to(self.device).expand(len(self.courses), *t.shape) for t in (x, y))
-            with autocast(self.device, self.settings), torch.compiler.set_stance("force_eager"):
+            with autocast(self.device, self.settings), uncompiled(self.compiled):
                 columns.append(self.model(*both).loss.tolist())
         for model in models:
             model.train()

@@ -17,6 +17,13 @@ def autocast(device: torch.device, settings: Settings) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext()
 
 
+def uncompiled(compiled: bool) -> Any:
+    """Validation, as a context: compiled blocks run as they are written, since nothing is gained from compiling them once more for it."""
+    return (
+        torch.compiler.set_stance("force_eager") if compiled else nullcontext()
+    )  # the name alone costs seconds of imports
+
+
 def objective(output: Output, balance: float | Tensor, z: float | Tensor) -> Tensor:
     """What is minimised: the loss and the routers' own losses with their coefficients (of variants: one each)."""
     assert output.loss is not None

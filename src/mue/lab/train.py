@@ -9,6 +9,7 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mue.lab import checkpoint
 from mue.lab.data import Batches, Corpus
 from mue.lab.model import LanguageModel
 from mue.lab.run import Run, Settings, Store
-from mue.lab.step import autocast, compile_blocks, objective
+from mue.lab.step import autocast, compile_blocks, objective, uncompiled
 from mue.shapes import HParams
 
 # A run has diverged when its loss is not finite, or stays this many nats above its start for this many steps.
@@ -70,24 +71,34 @@ def train(
         mue.lab.run.BusyError: another process trains it. ValueError: the folder holds a checkpoint of something else.
         OSError: the disk is full; the last good checkpoint stays.
     """
+    with ExitStack() as opened:
+        course = enter(run, store, corpus, opened)
+        if not isinstance(course, Course):
+            return course
+        course.compiled = compiled
+        if compiled:
+            compile_blocks(course.model)
+        while course.status is None:
+            course.train_step()
+            if progress and course.logged:
+                progress(course.step, course.loss)
+            course.keep(checkpoint_seconds, stop())
+        return course.end(keep_weights)
+
+
+def enter(run: Run, store: Store, corpus: Corpus, opened: ExitStack) -> Course | dict[str, Any]:
+    """Begin a run or go on with it: its course, held in ``opened`` with the lock of its folder. Or its result, where it has one.
+
+    Raises:
+        BusyError, ValueError: as :func:`train`.
+    """
     done = store.result(run.key)
     if done is not None:
         return done
     batches_of(run, corpus)  # before the folder is made
-    with store.locked(run.key) as folder:
-        done = store.result(run.key)  # another process may have finished it while we waited
-        if done is not None:
-            return done
-        with Course(run, folder, corpus) as course:
-            course.compiled = compiled
-            if compiled:
-                compile_blocks(course.model)
-            while course.status is None:
-                course.train_step()
-                if progress and course.logged:
-                    progress(course.step, course.loss)
-                course.keep(checkpoint_seconds, stop())
-            return course.end(keep_weights)
+    folder = opened.enter_context(store.locked(run.key))
+    done = store.result(run.key)  # another process may have finished it while we waited
+    return done if done is not None else opened.enter_context(Course(run, folder, corpus))
 
 
 def batches_of(run: Run, corpus: Corpus) -> tuple[Batches, Batches]:
@@ -109,7 +120,7 @@ class Course:
 
     Attributes:
         step: steps done. loss: of the last one. status: None under way, else "finished", "diverged" or "stopped".
-        seconds: training time, over all sessions.
+        seconds: training time over all sessions; of stacked runs, this one's share.
         stacked, compiled: how it is trained, for the result.
     """
 
@@ -135,7 +146,7 @@ class Course:
         self._resume()
         write_json(self.folder / "config.json", {"key": self.key, "plan": self.plan.hash, **self.run.to_dict()})
         self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self.ticked = self.saved = time.monotonic()
+        self.saved = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -159,6 +170,7 @@ class Course:
 
     def train_step(self) -> None:
         """One step of this run alone."""
+        started = time.monotonic()
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.factor
         tokens_BT, targets_BT = (x.to(self.device) for x in self.batches.at(self.step))
@@ -174,7 +186,7 @@ class Course:
             self.model.update_bias_(self.tuned.bias_speed)
         self.advance(float(output.loss.detach()))
         self.record(norm, [r.stats["load"] for r in output.routings], self.validate() if self.due else None)
-        self.tick()
+        self.seconds += time.monotonic() - started
 
     def advance(self, loss: float) -> None:
         """A step was taken, and this was its loss."""
@@ -190,7 +202,7 @@ class Course:
     def validate(self) -> float:
         """Mean loss on the validation batches."""
         self.model.eval()
-        with autocast(self.device, self.settings), torch.compiler.set_stance("force_eager"):
+        with autocast(self.device, self.settings), uncompiled(self.compiled):
             losses = [float(self.model(x.to(self.device), y.to(self.device)).loss) for x, y in self.validation]
         self.model.train()
         return math.fsum(losses) / len(losses)
@@ -218,12 +230,6 @@ class Course:
             shares = [(load.float() / max(1, int(load.sum()))).tolist() for load in loads]
             row["load"] = [[round(share, 5) for share in layer] for layer in shares]
         self.metrics.write(json.dumps(row) + "\n")
-
-    def tick(self, share: float = 1.0) -> None:
-        """Count the time since the last tick: all of it, or this run's share of it."""
-        now = time.monotonic()
-        self.seconds += share * (now - self.ticked)
-        self.ticked = now
 
     def keep(self, checkpoint_seconds: float, stop: bool) -> None:
         """Write a checkpoint if one is due; ``stop``: write it now and give the run up."""
