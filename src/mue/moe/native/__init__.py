@@ -73,11 +73,16 @@ def engine() -> str:
     return "matrix unit" if unit and "matrix unit" in build.engines(path) else "plain"
 
 
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _built() -> bool:
+    return library() is not None
+
+
 def refusal(x_TD: Tensor, weights: ExpertWeights, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot or should not compute this; None where it can."""
     if x_TD.device.type != "cpu":
         return f"the native backend runs on the CPU, not on {x_TD.device.type}"
-    if library() is None:
+    if not _built():
         return "the native kernel is not built: run `mue doctor --build`"
     matrices = [matrix for matrix in weights.matrices if matrix is not None]
     types = {dtype, x_TD.dtype, *(matrix.dtype for matrix in matrices)}
