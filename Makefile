@@ -6,16 +6,23 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 # One thread for each test process: tests are many and small.
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 
-.PHONY: demo test slow check clean
+.PHONY: demo test slow check clean postgresql
 
 demo: $(VENV)/.lab
 	$(BIN)/mue demo
 
-test: $(VENV)/.dev
+test: $(VENV)/.dev | postgresql
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto
 
-slow: $(VENV)/.dev
+slow: $(VENV)/.dev | postgresql
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto -m slow --timeout 1800
+
+# A server that the tests start and stop themselves, on loopback. Where it cannot be installed those tests fail and say so.
+postgresql:
+	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
+	  { echo "installing Debian's postgresql for the tests of sweeps on many machines" && apt-get update -qq && \
+	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql >/dev/null; } || \
+	  echo "PostgreSQL could not be installed: as root, apt-get install postgresql"
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -38,6 +45,6 @@ $(VENV)/.lab: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.lab
-	$(PIP) -e '.[lab,hf,dev]'
+	$(PIP) -e '.[lab,cluster,hf,dev]'
 	$(PIP) --no-deps mup  # an oracle of the tests; its own requirements would bring torchvision and another torch
 	@touch $@

@@ -10,22 +10,50 @@ from rich.console import Console
 
 from mue.cli.app import app
 
+_Csv = Annotated[Path | None, typer.Option("--csv", help="Also write every trial of a sweep to this file.")]
+_List = Annotated[bool, typer.Option("--list", help="Only show a sweep's table here, and write nothing.")]
+
 
 @app.command()
-def report(folder: Annotated[Path, typer.Argument(help="Folder of a demo, a sweep or a training run.")]) -> None:
-    """Write the report of a finished sweep or run again, from what is on disk."""
-    from mue.lab.report import run_report, sweep_report
+def report(
+    folder: Annotated[Path, typer.Argument(help="Folder of a demo, a sweep, a per-role search or a training run.")],
+    csv: _Csv = None,
+    listed: _List = False,
+) -> None:
+    """Write the report of a demo, a run or a sweep, from what is on disk; of a sweep also while it runs.
 
-    if (folder / "sweep.json").exists() and (folder / "demo.json").exists():
+    \b
+    [bold]Example[/]
+      mue report runs/sweep --list            # how far it is, its valleys, who is training what
+      mue report runs/sweep --csv trials.csv
+    """
+    console = Console()
+    swept = (folder / "sweep.json").exists()
+    if (csv or listed) and not swept:
+        raise ValueError(f"--csv and --list are of a sweep's trials, and {folder} holds no sweep")
+    if listed:
+        from mue.lab.board import board_of
+        from mue.lab.sweep import stored_sweep
+
+        stored = stored_sweep(folder)
+        console.print(board_of(stored.trials(folder).all(), str(folder), stored.spec.training.steps))
+        return
+    if swept and (folder / "demo.json").exists():
         from mue.lab.demo import report_again
 
         path = report_again(folder)
-    elif (folder / "result.json").exists() and (folder / "sweep.json").exists():
-        path = sweep_report(folder)
+    elif swept:
+        from mue.lab.sweep_report import sweep_report
+
+        path = sweep_report(folder, csv=csv)
+    elif (folder / "roles.json").exists():
+        from mue.lab.roles_report import roles_report
+
+        path = roles_report(folder)
     elif (folder / "config.json").exists():
+        from mue.lab.report import run_report
+
         path = run_report(folder)
     else:
-        raise ValueError(
-            f"{folder} is neither a finished sweep nor a run: expected sweep.json and result.json, or config.json"
-        )
-    Console().print(f"report: {path}")
+        raise ValueError(f"{folder} is neither a sweep nor a run: expected sweep.json, or config.json")
+    console.print(f"report: {path}")

@@ -3,18 +3,55 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 
-from mue.cli.app import File, Out, Workers, app, say_data
+from mue.cli.app import Workers, app, say_data
 from mue.config import read_toml
+
+_File = Annotated[Path | None, typer.Argument(help="A TOML file; see the example below.", show_default=False)]
+_Out = Annotated[
+    Path | None,
+    typer.Option("--out", "-o", help="This machine's folder of the sweep [default: runs/sweep].", show_default=False),
+]
+_Resume = Annotated[
+    Path | None, typer.Option("--resume", help="Go on with the sweep in this folder; it holds its file.")
+]
+_Storage = Annotated[
+    str | None,
+    typer.Option(
+        "--storage", help="Where the trials are: sqlite:///FILE, or postgresql://USER@HOST/NAME for a cluster."
+    ),
+]
+_Lease = Annotated[
+    float | None,
+    typer.Option(
+        "--lease", min=1, help="Seconds without a sign of life until a worker's runs go to others [default: 60]."
+    ),
+]
+_Csv = Annotated[Path | None, typer.Option("--csv", help="Also write every trial to this file.")]
+_Log = Annotated[
+    list[str] | None, typer.Option("--log", help="Also send metrics to tensorboard or wandb; JSONL is always written.")
+]
 
 
 @app.command()
-def sweep(file: File, out: Out = Path("runs/sweep"), workers: Workers = None) -> None:
+def sweep(
+    file: _File = None,
+    out: _Out = None,
+    resume: _Resume = None,
+    storage: _Storage = None,
+    workers: Workers = None,
+    lease: _Lease = None,
+    csv: _Csv = None,
+    log: _Log = None,
+) -> None:
     """Sweep lr × weight decay × init std of the base, fit the valley, and write a report.
 
     Finished runs are never run again: interrupt it, kill it, widen the grid, and start it again with the same --out.
+    Start it again while it runs, here or on other machines with the same --storage, and the workers share the work.
 
     \b
     [bold]Example[/]
@@ -33,27 +70,34 @@ def sweep(file: File, out: Out = Path("runs/sweep"), workers: Workers = None) ->
       lr = \\[0.001, 0.002, 0.004, 0.008]
       weight_decay = \\[0.1]
       init_std = \\[0.05, 0.1]
+      # sampler = "valley"  # look for the minimum between the ends of lr instead ...
+      # precision = 0.25    # ... until its 95 % interval is within this many octaves on each side
+      # stop_early = true   # give up runs whose curve shows that they are hopeless
+
+    \b
+    [bold]Many machines[/]
+      mue sweep sweep.toml -o runs/s --storage postgresql://me@db/sweeps     # on each of them, at any time
     """
-    from mue.lab.data import Corpus
-    from mue.lab.experiment import described, open_corpus, sweep_from
-    from mue.lab.progress import RunProgress
-    from mue.lab.report import sweep_report
-    from mue.lab.run import Run
-    from mue.lab.sweep import run_sweep, sweep_runs
+    from mue.lab.board import Board
+    from mue.lab.experiment import open_corpus, sweep_from
+    from mue.lab.logs import open_mirrors
+    from mue.lab.sweep import run_sweep, stored_sweep
+    from mue.lab.sweep_report import sweep_report
 
+    if (file is None) == (resume is None):
+        raise ValueError("mue sweep needs a FILE, or --resume FOLDER to go on with one; not both")
+    if resume is not None and out is not None:
+        raise ValueError(f"--resume {resume} goes on in that folder: leave --out out")
     console = Console()
-    spec = sweep_from(read_toml(file), file.parent)
-    corpus: Corpus = open_corpus(spec.source)
+    folder = resume or out or Path("runs/sweep")
+    spec = sweep_from(read_toml(file), file.parent) if file else stored_sweep(folder).spec
+    mirrors = open_mirrors(log or [], folder)
+    corpus = open_corpus(spec.source)
     say_data(console, corpus)
-
-    def label(run: Run) -> str:
-        t = run.plan.tuned
-        return f"lr {t.lr:<9.3g} wd {t.weight_decay:<6g} std {t.init_std:<6g} seed {run.settings.seed}"
-
-    with RunProgress(console, "sweep", sweep_runs(spec, described(spec.source, corpus)), label) as progress:
-        swept = run_sweep(spec, out, corpus, workers=workers, on_event=progress.event, on_done=progress.done)
+    with Board(console, "sweep", spec.training.steps, mirrors) as board:
+        swept = run_sweep(spec, folder, corpus, storage=storage, lease=lease, workers=workers, watch=board)
     console.print(f"[bold]{swept.verdict}[/]", highlight=False)
     console.print(
         f"tuned: lr {swept.tuned.lr:.4g}, weight decay {swept.tuned.weight_decay:g}, init std {swept.tuned.init_std:g}"
     )
-    console.print(f"report: {sweep_report(out)}\nuse it: mue plan FILE.toml --tuned {out}")
+    console.print(f"report: {sweep_report(folder, csv=csv)}\nuse it: mue plan FILE.toml --tuned {folder}")

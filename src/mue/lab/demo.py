@@ -15,6 +15,7 @@ from rich.console import Console
 from mue.config import shape_from, table_of, training_from
 from mue.files import write_json
 from mue.lab import plots
+from mue.lab.board import Board
 from mue.lab.data import Corpus
 from mue.lab.experiment import SweepSpec, base_plan, described, open_corpus, sweep_from
 from mue.lab.pool import run_all
@@ -25,13 +26,13 @@ from mue.lab.report import (
     load_sections,
     plan_section,
     runs_section,
-    sweep_section,
     text,
     valley_of,
     write_report,
 )
 from mue.lab.run import Run, Store
-from mue.lab.sweep import Swept, run_sweep, sweep_runs, swept_dict
+from mue.lab.sweep import Swept, run_sweep, swept_dict
+from mue.lab.sweep_report import sweep_section
 from mue.lab.tables import plan_table
 from mue.lab.train import provenance
 from mue.plan import Plan, transfer
@@ -101,15 +102,9 @@ def demo(out: Path, console: Console, *, workers: int | None = None) -> Path:
 
 def _sweep(spec: SweepSpec, out: Path, corpus: Corpus, console: Console, workers: int | None) -> tuple[Swept, int]:
     """The sweep, and how many of its runs were trained now."""
-    runs = sweep_runs(spec, described(spec.source, corpus))
-
-    def label(run: Run) -> str:
-        t = run.plan.tuned
-        return f"lr {t.lr:<9.3g} wd {t.weight_decay:<5g} std {t.init_std:<5g}"
-
-    with RunProgress(console, "sweep", runs, label) as progress:
-        swept = run_sweep(spec, out, corpus, workers=workers, on_event=progress.event, on_done=progress.done)
-    return swept, progress.fresh
+    with Board(console, "sweep", spec.training.steps) as board:
+        swept = run_sweep(spec, out, corpus, workers=workers, watch=board)
+    return swept, board.fresh
 
 
 def _total_seconds(path: Path, now: float, *, fresh: int) -> float:

@@ -3,27 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from mue.config import check_keys, lr_grid, plan_inputs, shape_from, table_of, training_from, tuned_from
 from mue.lab.data import Corpus, load_corpus, stdlib_corpus
 from mue.lab.run import Settings
+from mue.lab.runner import KINDS
+from mue.lab.search import Space
 from mue.plan import Plan, transfer
-from mue.shapes import HParams, Training, Transformer, positive_int
+from mue.shapes import HParams, Training, Transformer, positive, positive_int, shape_from_dict
 
 STDLIB = "stdlib"
 _DATA = ("source", "tokenizer", "validation_fraction", "cache", "text_key", "separator", "dtype", "vocab")
 _SETTINGS = tuple(f.name for f in fields(Settings))
-_SWEEP = ("lr", "weight_decay", "init_std", "seeds", "sampler", "trials")
-SAMPLERS = ("grid", "random", "tpe")
+_SWEEP = ("lr", "weight_decay", "init_std", "seeds", "sampler", "trials", "precision", "extend", "stop_early", "runner")
+SAMPLERS = ("grid", "valley", "random", "tpe")
 PLAN_TABLES = ("rule", "base", "tuned", "target", "options")
 
 
 @dataclass(frozen=True)
 class Grid:
-    """What a sweep visits: every combination, or ``trials`` points that a sampler draws from the same ranges."""
+    """What a sweep visits, and how it is run.
+
+    Attributes:
+        sampler: "grid": every combination; "valley": what ``mue.lab.search`` asks for between the lowest and the highest lr;
+            "random" and "tpe": what Optuna draws from the ranges of the lists. trials: at most so many (None: a grid).
+        precision, extend: of the valley search. stop_early: runs whose curve shows that they are hopeless.
+        runner: how runs are trained (``mue.lab.runner``).
+    """
 
     lr: tuple[float, ...]
     weight_decay: tuple[float, ...]
@@ -31,6 +40,10 @@ class Grid:
     seeds: tuple[int, ...] = (0,)
     sampler: str = "grid"
     trials: int | None = None
+    precision: float = Space.precision
+    extend: bool = False
+    stop_early: bool = False
+    runner: str = "processes"
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,29 @@ class SweepSpec:
     settings: Settings
     source: dict[str, Any]
 
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, for JSON; :meth:`from_dict` reads it back."""
+        return {
+            "base": self.base.to_dict(),
+            "training": asdict(self.training),
+            "defaults": self.defaults.to_dict(),
+            "grid": asdict(self.grid),
+            "settings": asdict(self.settings),
+            "source": self.source,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SweepSpec:
+        grid: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["grid"].items()}
+        return cls(
+            base=shape_from_dict(data["base"]),
+            training=Training(**data["training"]),
+            defaults=HParams(**data["defaults"]),
+            grid=Grid(**grid),
+            settings=Settings(**data["settings"]),
+            source=dict(data["source"]),
+        )
+
 
 def data_source(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     """``[data]`` as what :func:`open_corpus` takes; relative paths are relative to the file's ``folder``."""
@@ -54,7 +90,7 @@ def data_source(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     source = table.get("source")
     if source is None:
         raise ValueError('[data] needs source: a path, a list of paths, or "stdlib"')
-    names = [source] if isinstance(source, str) else source
+    names, folder = [source] if isinstance(source, str) else source, folder.absolute()
     if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
         raise ValueError(f'[data] source must be a path, a list of paths, or "stdlib", got {source!r}')
     out = {k: v for k, v in table.items() if k != "source"}
@@ -142,11 +178,23 @@ def _grid(table: Mapping[str, Any]) -> Grid:
     seeds = table.get("seeds", [0])
     if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise ValueError(f"[sweep] seeds must be a list of whole numbers, got {seeds!r}")
-    sampler, trials = table.get("sampler", "grid"), table.get("trials")
+    sampler = table.get("sampler", "grid")
     if sampler not in SAMPLERS:
         raise ValueError(f"[sweep] sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
+    trials = table.get("trials", Space.budget if sampler == "valley" else None)
     if (sampler == "grid") != (trials is None):
-        raise ValueError("[sweep] trials goes with sampler = random or tpe; a grid visits every combination")
+        raise ValueError("[sweep] trials goes with sampler = valley, random or tpe; a grid visits every combination")
+    for key in ("precision", "extend"):
+        if key in table and sampler != "valley":
+            raise ValueError(f'[sweep] {key} goes with sampler = "valley": leave it out')
+    if sampler == "valley" and len(table["lr"]) < 2:
+        raise ValueError("[sweep] lr needs the two ends of the range that the valley search looks in")
+    for key in ("extend", "stop_early"):
+        if not isinstance(table.get(key, False), bool):
+            raise ValueError(f"[sweep] {key} must be true or false, got {table[key]!r}")
+    runner = table.get("runner", Grid.runner)
+    if runner not in KINDS:
+        raise ValueError(f"[sweep] runner must be one of {', '.join(KINDS)}, got {runner!r}")
     return Grid(
         lr=tuple(lr_grid(table["lr"], "[sweep] lr")),
         weight_decay=tuple(lr_grid(table["weight_decay"], "[sweep] weight_decay")),
@@ -154,6 +202,10 @@ def _grid(table: Mapping[str, Any]) -> Grid:
         seeds=tuple(dict.fromkeys(seeds)),
         sampler=sampler,
         trials=None if trials is None else positive_int("[sweep] trials", trials),
+        precision=positive("[sweep] precision", table.get("precision", Space.precision)),
+        extend=table.get("extend", False),
+        stop_early=table.get("stop_early", False),
+        runner=runner,
     )
 
 

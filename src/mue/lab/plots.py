@@ -56,7 +56,9 @@ def draw_valley(
 ) -> None:
     """Points, the fitted curve, the minimum and its interval; diverged runs as crosses at the top."""
     finite = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
-    axes.plot([x for x, _ in finite], [y for _, y in finite], "o", color=color, ms=4.5, label=label)
+    many = len(finite) > 500  # as a picture: a vector for each of thousands of points makes a heavy page
+    xs, ys = [x for x, _ in finite], [y for _, y in finite]
+    axes.plot(xs, ys, "o", color=color, ms=2.5 if many else 4.5, label=label, rasterized=many)
     if valley is not None and valley.coefficients and valley.used:
         xs = [p.log2_lr for p in valley.used]
         low, high = min(xs), max(xs)
@@ -119,6 +121,35 @@ def sweep_figure(cells: Sequence[Mapping[str, Any]], best: int) -> Figure:
             frameon=True,
             edgecolor="none",
         )
+        return fig
+
+
+def cells_figure(lowest: Mapping[tuple[float, float], float]) -> Figure:
+    """A map of the lowest loss over (weight decay, init std); what has no loss is grey."""
+    decays, stds = sorted({wd for wd, _ in lowest}), sorted({std for _, std in lowest})
+    table = [[lowest.get((wd, std), math.inf) for std in stds] for wd in decays]
+    finite = sorted(x for row in table for x in row if math.isfinite(x))
+    with mpl.rc_context(BARE):
+        fig, (axes,) = figure(2.6 + 0.62 * len(stds), 1.7 + 0.42 * len(decays))
+        shown = [[x if math.isfinite(x) else math.nan for x in row] for row in table]
+        top = finite[len(finite) // 2] + (
+            finite[len(finite) // 2] - finite[0]
+        )  # the best are told apart, not the worst
+        image = axes.imshow(shown, cmap="viridis_r", vmin=finite[0], vmax=max(top, finite[0] + 1e-6), aspect="auto")
+        axes.set_facecolor(GRID)
+        best = min(lowest, key=lambda cell: lowest[cell])
+        axes.plot([stds.index(best[1])], [decays.index(best[0])], "o", mfc="none", mec="white", ms=13, mew=2)
+        if len(lowest) <= 60:
+            for (wd, std), loss in lowest.items():
+                place = (stds.index(std), decays.index(wd))
+                axes.annotate(
+                    f"{loss:.3f}", place, ha="center", va="center", fontsize=8, color="white" if loss < top else INK
+                )
+        axes.set_xticks(range(len(stds)), [f"{x:.3g}" for x in stds])
+        axes.set_yticks(range(len(decays)), [f"{x:.3g}" for x in decays])
+        axes.set_xlabel("init std")
+        axes.set_ylabel("weight decay")
+        fig.colorbar(image, ax=axes, label="lowest loss", shrink=0.9)
         return fig
 
 

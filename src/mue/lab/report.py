@@ -90,54 +90,6 @@ def valley_of(points: Sequence[tuple[float, float | None]]) -> Valley | None:
         return None
 
 
-def sweep_section(result: Mapping[str, Any]) -> Section:
-    """The sweep's valleys, from its ``result.json``."""
-    cells = []
-    for cell in result["cells"]:
-        points = [(math.log2(p["lr"]), p["loss"]) for p in cell["points"]]
-        label = f"wd {cell['weight_decay']:g}, std {cell['init_std']:g}"
-        fitted = [
-            Point(math.log2(p["lr"]), math.inf if p["loss"] is None else p["loss"], p["seed"]) for p in cell["points"]
-        ]
-        finite = any(p["loss"] is not None for p in cell["points"])
-        cells.append({"label": label, "points": points, "valley": fit_valley(fitted) if finite else None})
-    tuned = result["tuned"]
-    best = next(
-        i
-        for i, c in enumerate(result["cells"])
-        if c["weight_decay"] == tuned["weight_decay"] and c["init_std"] == tuned["init_std"]
-    )
-    shape = result["identity"]["base"]
-    training = result["identity"]["training"]
-    rows = [
-        [
-            f"{p['lr']:.3g}",
-            f"{c['weight_decay']:g}",
-            f"{c['init_std']:g}",
-            str(p["seed"]),
-            "diverged" if p["loss"] is None else f"{p['loss']:.4f}",
-        ]
-        for c in result["cells"]
-        for p in c["points"]
-    ]
-    return Section(
-        id="sweep",
-        title="The one sweep, on the dense base",
-        texts=[
-            text(
-                f"{result['runs']} runs of a dense transformer (width {shape['width']}, ffn {shape.get('ffn')}, {shape['layers']} layers),"
-                f" {training['steps']} steps of {training['batch']:,} tokens each; {result['diverged']} diverged."
-            ),
-            text(result["verdict"] + ".", warn=result["edge"] is not None),
-        ],
-        figure=plots.sweep_figure(cells, best),
-        caption="Points are runs, lines the fitted valleys, ▼ the fitted minima. ▲ marks runs above the picture, × diverged ones.",
-        header=["lr", "weight decay", "init std", "seed", "validation loss"],
-        rows=rows,
-        fold="every run",
-    )
-
-
 def plan_section(plan: Plan) -> Section:
     """The plan: header, picture and the full table with sources."""
     header, rows = plan.table()
@@ -220,12 +172,6 @@ def load_sections(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[Sectio
             caption="White: a fair share of the tokens; orange: more; purple: less. The balance bias moves only the selection.",
         )
     ]
-
-
-def sweep_report(folder: Path) -> Path:
-    """The report of a sweep, from its folder."""
-    result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    return write_report(folder, "Sweep of the dense base", result["verdict"], [sweep_section(result)])
 
 
 def check_entry(points: Sequence[tuple[float, float | None]]) -> dict[str, Any]:

@@ -1,38 +1,41 @@
-"""The one sweep: learning rate × weight decay × init std of the base, indexed by Optuna, fitted as valleys.
+"""The one sweep: learning rate × weight decay × init std of the base, by any number of workers, fitted as valleys.
 
-The truth of every run is its own result file (``mue.lab.run``). Optuna's SQLite study proposes and indexes; if it is
-lost it is built again from the results. Rerunning a sweep goes on where it stopped, and a finished run never runs again.
+The trials are in a storage that all workers share (``mue.lab.storage``); a folder holds what belongs to one machine:
+checkpoints, metrics, the report. Rerunning a sweep goes on where it stopped, and a finished run never runs again: if the
+storage is lost, the results in the folder's runs are found and told anew.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from mue.files import digest, write_json
 from mue.lab.data import Corpus
-from mue.lab.experiment import Grid, SweepSpec, base_plan, described
-from mue.lab.pool import Event, run_all
+from mue.lab.experiment import SweepSpec, base_plan, described
 from mue.lab.run import Run, Store
-from mue.lab.train import batches_of
+from mue.lab.runner import Runner, open_runner
+from mue.lab.storage import Database, Trouble, without_password
+from mue.lab.storage_trials import Trial, Trials, name_of
+from mue.lab.sweep_points import AXES, grid_points
+from mue.lab.sweep_worker import Watch, Worker
 from mue.lab.valley import Point, Valley, fit_valley
 from mue.shapes import HParams, Training, Transformer, shape_from_dict
 
-if TYPE_CHECKING:
-    import optuna
-
-AXES = ("lr", "weight_decay", "init_std")
-Values = dict[str, float]
+FITTED = 16  # cells: a fit costs tens of milliseconds, and the deepest valley is not in a cell whose every run is high
 
 
 @dataclass(frozen=True)
 class Cell:
-    """All runs with one weight decay and init std, and the valley fitted over their learning rates."""
+    """All runs with one weight decay and init std, and the valley fitted over their learning rates.
+
+    ``valley`` is None where no run has a loss, and in a sweep of more than :data:`FITTED` cells where others lie lower.
+    """
 
     weight_decay: float
     init_std: float
@@ -54,6 +57,8 @@ class Swept:
     tuned: HParams
     runs: int
     diverged: int
+    stopped: int
+    """Hopeless runs that were given up early; they are not points of any valley."""
 
     @property
     def verdict(self) -> str:
@@ -62,55 +67,83 @@ class Swept:
         return f"weight decay {self.best.weight_decay:g}, init std {self.best.init_std:g}: {self.best.valley.verdict}"
 
 
-def sweep_run(spec: SweepSpec, values: Values, seed: int, data: dict[str, Any]) -> Run:
-    """One run of a sweep: the base with these values, every transfer factor 1."""
-    from dataclasses import replace
-
-    tuned = spec.defaults.replace(**{axis: values[axis] for axis in AXES})
+def sweep_run(spec: SweepSpec, point: Mapping[str, float], data: dict[str, Any]) -> Run:
+    """One run of a sweep: the base with a point's values and seed, every transfer factor 1."""
+    tuned = spec.defaults.replace(**{k: v for k, v in point.items() if k != "seed"})
     plan = base_plan(spec.base, spec.training, tuned)
-    return Run(plan, replace(spec.settings, seed=seed), data)
-
-
-def sweep_runs(spec: SweepSpec, data: dict[str, Any]) -> list[Run]:
-    """Every run of a grid, in the order they are started; of a sampler's search, none before it proposes them."""
-    return [sweep_run(spec, values, seed, data) for values, seed in grid_points(spec.grid)]
-
-
-def grid_points(grid: Grid) -> list[tuple[Values, int]]:
-    """(values, seed) of every combination; empty where a sampler proposes instead."""
-    if grid.sampler != "grid":
-        return []
-    points = itertools.product(grid.init_std, grid.weight_decay, grid.lr, grid.seeds)
-    return [({"lr": lr, "weight_decay": wd, "init_std": std}, seed) for std, wd, lr, seed in points]
+    return Run(plan, replace(spec.settings, seed=int(point["seed"])), data)
 
 
 def identity(spec: SweepSpec, data_hash: str) -> dict[str, Any]:
     """What must not change under a sweep's folder: all but the grid and the seeds."""
-    from dataclasses import asdict
-
     fixed = {k: v for k, v in spec.defaults.to_dict().items() if k not in AXES}
     settings = {k: v for k, v in asdict(spec.settings).items() if k != "seed"}
     training = {"batch": spec.training.batch, "steps": spec.training.steps}
     return {"base": spec.base.to_dict(), "training": training, "tuned": fixed, "settings": settings, "data": data_hash}
 
 
-def open_store(out: Path, spec: SweepSpec, data_hash: str) -> Store:
-    """The sweep's folder, new or its own; ``ValueError`` naming what differs if it belongs to another experiment."""
-    own = identity(spec, data_hash)
-    path = out / "sweep.json"
-    if path.exists():
-        try:
-            stored = json.loads(path.read_text(encoding="utf-8"))["identity"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): choose another folder with --out, or remove it") from error
-        if digest(stored) != digest(own):
-            wrong = [k for k in own if digest(stored.get(k)) != digest(own[k])]
-            raise ValueError(
-                f"{out} holds a sweep of another experiment ({', '.join(wrong)} differ): choose another folder with --out"
-            )
-    else:
-        write_json(path, {"identity": own})
-    return Store(out)
+@dataclass(frozen=True)
+class Stored:
+    """What a sweep's folder knows of it. ``storage``: None for a file of the folder's own."""
+
+    spec: SweepSpec
+    identity: dict[str, Any]
+    storage: str | None
+
+    def trials(self, folder: Path) -> Trials:
+        """The sweep's trials, from the storage."""
+        return open_trials(folder, self.identity, self.storage)
+
+
+def stored_sweep(folder: Path) -> Stored:
+    """The sweep in a folder. ``ValueError`` where there is none."""
+    path = folder / "sweep.json"
+    again = f"start it with mue sweep FILE --out {folder}"
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        return Stored(SweepSpec.from_dict(stored["spec"]), stored["identity"], stored["storage"])
+    except FileNotFoundError:
+        raise ValueError(f"{folder} holds no sweep (no sweep.json): {again}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a whole sweep's ({type(error).__name__}: {error}): {again}") from error
+
+
+def check_folder(out: Path, spec: SweepSpec, corpus: Corpus, storage: str | None) -> str | None:
+    """The storage of the sweep in ``out``: what the folder says, or ``storage`` for a new one.
+
+    Raises:
+        ValueError: the folder belongs to another experiment or storage; the data is too short for a new one.
+    """
+    path, own = out / "sweep.json", identity(spec, corpus.hash)
+    if not path.exists():
+        from mue.lab.train import batches_of
+
+        point = {**{axis: getattr(spec.grid, axis)[0] for axis in AXES}, "seed": spec.grid.seeds[0]}
+        batches_of(sweep_run(spec, point, described(spec.source, corpus)), corpus)  # before the folder is made
+        return storage
+    try:
+        stored = json.loads(path.read_text(encoding="utf-8"))
+        before, kept = stored["identity"], stored.get("storage")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): choose another folder with --out, or remove it") from error
+    if digest(before) != digest(own):
+        wrong = [k for k in own if digest(before.get(k)) != digest(own[k])]
+        raise ValueError(
+            f"{out} holds a sweep of another experiment ({', '.join(wrong)} differ): choose another folder with --out"
+        )
+    if storage is not None and without_password(storage) != kept:
+        raise ValueError(
+            f"the trials of {out} are in {kept or 'its own file'}, not in {without_password(storage)}: choose another folder with --out"
+        )
+    return storage or kept
+
+
+def open_trials(
+    out: Path, identity: dict[str, Any], storage: str | None, lease: float | None = None, trouble: Trouble | None = None
+) -> Trials:
+    """The trials of a sweep in ``storage``, by default an SQLite file in its folder."""
+    database = Database(storage or f"sqlite:///{out.absolute() / 'optuna.db'}", trouble=trouble)
+    return Trials(database, digest(identity), lease)
 
 
 def run_sweep(
@@ -118,138 +151,66 @@ def run_sweep(
     out: Path,
     corpus: Corpus,
     *,
+    storage: str | None = None,
+    lease: float | None = None,
     workers: int | None = None,
-    on_event: Event | None = None,
-    on_done: Callable[[Run, dict[str, Any]], None] | None = None,
+    watch: Watch | None = None,
     checkpoint_seconds: float = 10.0,
 ) -> Swept:
-    """Run what is missing of the sweep and fit it; the result is also written to ``out/result.json``.
+    """Work on the sweep until every trial has ended, together with whoever shares its storage, and fit it.
+
+    ``out``: this machine's folder: checkpoints, metrics, and in the end ``result.json``. Workers on one machine may share it.
 
     Raises:
-        ValueError: the folder belongs to another experiment; every run diverged. mue.lab.run.BusyError: it is being swept.
+        ValueError: the folder belongs to another experiment; every run diverged. mue.lab.storage.StorageError: it was lost.
     """
-    data = described(spec.source, corpus)
-    first = {axis: getattr(spec.grid, axis)[0] for axis in AXES}
-    batches_of(sweep_run(spec, first, spec.grid.seeds[0], data), corpus)  # before the folder is made
-    store = open_store(out, spec, corpus.hash)
-    with store.locked("sweep"):
-        index = _Index(out, digest(identity(spec, corpus.hash)), spec.grid)
-        found: dict[str, tuple[Values, int, dict[str, Any]]] = {}
+    watch = watch or Watch()
+    storage = check_folder(out, spec, corpus, storage)
+    data, own = described(spec.source, corpus), identity(spec, corpus.hash)
+    trials = open_trials(out, own, storage, lease, partial(_trouble, watch))
+    kept = None if storage is None else trials.database.name
+    write_json(out / "sweep.json", {"identity": own, "spec": spec.to_dict(), "storage": kept})
+    missing = {name_of(p): p for p in grid_points(spec.grid)}
+    for trial in trials.all():
+        missing.pop(name_of(trial.point), None)
+    if missing:
+        trials.add(list(missing.values()))
+    store = Store(out)
 
-        for batch in _batches(spec.grid, index, workers or 1):
-            runs = {r.key: (v, s, r) for v, s in batch for r in [sweep_run(spec, v, s, data)]}
-            trials = {key: index.trial(key, values, seed) for key, (values, seed, _) in runs.items()}
+    def open_for(run: Run) -> Runner:
+        kind = spec.grid.runner
+        return open_runner(kind, store, workers=workers, checkpoint_seconds=checkpoint_seconds, example=run)
 
-            def done(
-                run: Run, result: dict[str, Any], runs: dict[str, Any] = runs, trials: dict[str, int] = trials
-            ) -> None:
-                values, seed, _ = runs[run.key]
-                found[run.key] = (values, seed, result)
-                index.tell(trials[run.key], result)
-                if on_done:
-                    on_done(run, result)
-
-            run_all(
-                [run for _, _, run in runs.values()],
-                store,
-                workers=workers,
-                on_event=on_event,
-                on_done=done,
-                checkpoint_seconds=checkpoint_seconds,
-            )
-        swept = summarise(spec, list(found.values()))
-        write_json(out / "result.json", swept_dict(swept, spec, corpus.hash))
-        return swept
+    worker = Worker(spec.grid, trials, store, lambda point: sweep_run(spec, point, data), open_for, watch)
+    ended = worker.work()
+    trials.database.close()
+    swept = summarise(spec, ended)
+    write_json(out / "result.json", swept_dict(swept, spec, corpus.hash))
+    return swept
 
 
-def _batches(grid: Grid, index: _Index, workers: int) -> Any:
-    """Lists of (values, seed) to run together: the whole grid, or a sampler's proposals as it learns."""
-    if grid.sampler == "grid":
-        yield grid_points(grid)
-        return
-    yield index.known()
-    while (left := (grid.trials or 0) - index.count) > 0:  # a point proposed twice is one run, but two trials
-        yield [index.propose() for _ in range(min(left, workers))]
+def _trouble(watch: Watch, what: str, seconds: float) -> None:
+    watch.say(f"the storage does not answer ({what}), for {seconds:.0f} s now; training goes on")
 
 
-class _Index:
-    """Optuna's view of a sweep: one trial for each run, keyed by the run's key."""
-
-    def __init__(self, out: Path, name: str, grid: Grid) -> None:
-        import optuna
-
-        optuna.logging.set_verbosity(optuna.logging.WARNING)
-        samplers = {"grid": optuna.samplers.RandomSampler, "random": optuna.samplers.RandomSampler}
-        sampler = samplers.get(grid.sampler, optuna.samplers.TPESampler)(seed=0)
-        self.grid = grid
-        self.study = optuna.create_study(
-            storage=f"sqlite:///{out / 'optuna.db'}", study_name=name, sampler=sampler, load_if_exists=True
-        )
-        self.complete = optuna.trial.TrialState.COMPLETE
-        trials = self.study.get_trials(deepcopy=False)
-        self.numbers = {
-            t.user_attrs["run"]: t.number for t in trials if "run" in t.user_attrs and "seed" in t.user_attrs
-        }
-        self.done = {t.number for t in trials if t.state == self.complete}
-        self.count = len(self.numbers)  # trials that stand for a run, proposed twice or not
-        self.proposed: dict[tuple[float, ...], int] = {}
-
-    def trial(self, key: str, values: Values, seed: int) -> int:
-        """The trial of a run, made if there is none (a new grid point, or an index that was lost)."""
-        if key not in self.numbers:
-            number = self.proposed.get((*values.values(), seed))
-            if number is None:
-                self.study.enqueue_trial({**values, "seed": seed})
-                number = self._ask()[0]
-            self.study._storage.set_trial_user_attr(self.study.trials[number]._trial_id, "run", key)
-            self.numbers[key] = number
-        return self.numbers[key]
-
-    def _ask(self) -> tuple[int, Values, int]:
-        trial = self.study.ask()
-        values = {axis: self._suggest(trial, axis) for axis in AXES}
-        drawn = trial.suggest_int("seed", min(self.grid.seeds), max(self.grid.seeds))
-        # A sampler draws from the range of the seeds; the run takes the listed one nearest to it.
-        seed = min(self.grid.seeds, key=lambda listed: abs(listed - drawn))
-        trial.set_user_attr("seed", seed)
-        self.count += 1
-        return trial.number, values, seed
-
-    def _suggest(self, trial: optuna.Trial, axis: str) -> float:
-        points = getattr(self.grid, axis)  # a range rather than a list, so that a grid may be widened later
-        return float(trial.suggest_float(axis, points[0], points[-1], log=points[0] > 0 and len(points) > 1))
-
-    def propose(self) -> tuple[Values, int]:
-        """The sampler's next point."""
-        number, values, seed = self._ask()
-        self.proposed[(*values.values(), seed)] = number
-        return values, seed
-
-    def known(self) -> list[tuple[Values, int]]:
-        """Every point that has a trial with a run."""
-        kept = set(self.numbers.values())
-        trials = [t for t in self.study.get_trials(deepcopy=False) if t.number in kept]
-        return [({axis: t.params[axis] for axis in AXES}, int(t.user_attrs["seed"])) for t in trials]
-
-    def tell(self, number: int, result: dict[str, Any]) -> None:
-        """A result for the index; a diverged run counts as infinitely bad, not as missing."""
-        if number not in self.done:
-            value = result["val_loss"]
-            self.study.tell(number, math.inf if value is None else value)
-            self.done.add(number)
-
-
-def summarise(spec: SweepSpec, found: Sequence[tuple[Values, int, dict[str, Any]]]) -> Swept:
+def summarise(spec: SweepSpec, trials: Sequence[Trial]) -> Swept:
     """Fit a valley in each (weight decay, init std) cell; the deepest fitted minimum wins.
 
-    The tuned lr is the fitted minimum, held inside the grid (an edge is reported by the valley's verdict).
+    Of a grid, what is in the file counts, whatever else the storage holds; of a search, every trial. The tuned lr is the
+    fitted minimum, held inside the grid (an edge is reported by the valley's verdict).
+
+    Raises:
+        ValueError: no run has a loss.
     """
+    asked = {name_of(point) for point in grid_points(spec.grid)}
+    ended = [t for t in trials if t.result is not None and (not asked or name_of(t.point) in asked)]
+    found = [t for t in ended if t.state == "COMPLETE"]
     groups: dict[tuple[float, float], list[Point]] = {}
-    for values, seed, result in found:
-        loss = math.inf if result["val_loss"] is None else result["val_loss"]
-        cell = groups.setdefault((values["weight_decay"], values["init_std"]), [])
-        cell.append(Point(math.log2(values["lr"]), loss, seed))
-    cells = tuple(_cell(wd, std, points) for (wd, std), points in sorted(groups.items()))
+    for trial in found:
+        cell = groups.setdefault((trial.point["weight_decay"], trial.point["init_std"]), [])
+        cell.append(Point(math.log2(trial.point["lr"]), trial.loss, trial.seed))
+    lowest = sorted(groups, key=lambda cell: (min(p.loss for p in groups[cell]), cell))
+    cells = tuple(_cell(*cell, groups[cell], fit=cell in lowest[:FITTED]) for cell in sorted(groups))
     fitted = [cell for cell in cells if cell.valley is not None]
     if not fitted:
         raise ValueError("every run of the sweep diverged: lower the learning rates under [sweep] lr")
@@ -258,16 +219,14 @@ def summarise(spec: SweepSpec, found: Sequence[tuple[Values, int, dict[str, Any]
     low, high = min(p.log2_lr for p in best.points), max(p.log2_lr for p in best.points)
     lr = 2.0 ** min(max(best.valley.minimum, low), high)
     tuned = spec.defaults.replace(lr=lr, weight_decay=best.weight_decay, init_std=best.init_std)
-    diverged = sum(1 for _, _, result in found if result["status"] == "diverged")
-    return Swept(cells, best, tuned, len(found), diverged)
+    diverged = sum(not math.isfinite(trial.loss) for trial in found)
+    return Swept(cells, best, tuned, len(found), diverged, len(ended) - len(found))
 
 
-def _cell(wd: float, std: float, points: list[Point]) -> Cell:
-    points = sorted(points, key=lambda p: (p.log2_lr, p.seed))
-    try:
-        return Cell(wd, std, tuple(points), fit_valley(points))
-    except ValueError:  # no finite point at all
-        return Cell(wd, std, tuple(points), None)
+def _cell(wd: float, std: float, points: list[Point], *, fit: bool) -> Cell:
+    ordered = tuple(sorted(points, key=lambda p: (p.log2_lr, p.seed)))
+    finite = any(math.isfinite(p.loss) for p in ordered)
+    return Cell(wd, std, ordered, fit_valley(ordered) if fit and finite else None)
 
 
 def valley_dict(valley: Valley | None) -> dict[str, Any] | None:
@@ -299,6 +258,7 @@ def swept_dict(swept: Swept, spec: SweepSpec, data_hash: str) -> dict[str, Any]:
         "edge": swept.best.valley.edge if swept.best.valley else None,
         "runs": swept.runs,
         "diverged": swept.diverged,
+        "stopped": swept.stopped,
         "identity": identity(spec, data_hash),
         "cells": [
             {

@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
-import torch
 
 from mue.lab.data.corpus import Corpus, Tokens
+
+if TYPE_CHECKING:
+    import torch
 
 Split = Literal["train", "validation"]
 
@@ -97,6 +99,8 @@ class Batches:
         return [self._gather(start_S[i::n]) for i in range(n)]
 
     def _gather(self, start_B: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
+        import torch  # here, so that what only names a corpus starts without
+
         window_BW = self._stream[start_B[:, None] + np.arange(self._window)].astype(np.int64)
         tokens_BW = torch.from_numpy(window_BW)
         return tokens_BW[:, :-1].contiguous(), tokens_BW[:, 1:].contiguous()

@@ -1,0 +1,229 @@
+"""The report of a sweep, finished or not: where the valley lies, the cells beside each other, who is training what.
+
+Every trial is in ``trials.csv`` beside the page; the page itself stays readable at any number of them.
+"""
+
+from __future__ import annotations
+
+import csv as csv_module
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mue.files import write_atomic
+from mue.lab import plots
+from mue.lab.report import Section, text, write_report
+from mue.lab.storage_trials import OPEN, State, Trial
+from mue.lab.sweep import FITTED, Cell, stored_sweep, summarise, swept_dict
+from mue.lab.sweep_points import why_done
+from mue.lab.valley import Point, fit_valley
+
+_VALLEYS = 8  # drawn
+_ROWS = 100  # of a table
+COLUMNS = (
+    "trial",
+    "state",
+    "lr",
+    "weight_decay",
+    "init_std",
+    "seed",
+    "val_loss",
+    "loss",
+    "step",
+    "seconds",
+    "worker",
+    "run",
+)
+
+
+def sweep_report(folder: Path, *, csv: Path | None = None) -> Path:
+    """Write ``report.html``, its pictures and ``trials.csv`` (and ``csv``) of the sweep in ``folder``, from its storage.
+
+    Raises:
+        ValueError: the folder holds no sweep, or its storage cannot be opened.
+    """
+    stored = stored_sweep(folder)
+    trials = stored.trials(folder).all()
+    for path in {folder / "trials.csv", csv or folder / "trials.csv"}:
+        write_trials(path, trials)
+    going = sum(t.state in OPEN for t in trials)
+    sections = []
+    lead = "no run has a loss yet"
+    if any(math.isfinite(t.loss) for t in trials):
+        swept = summarise(stored.spec, trials)
+        result = swept_dict(swept, stored.spec, stored.identity["data"])
+        lead = ("so far: " if going else "") + swept.verdict
+        sections += [sweep_section(result), *cells_sections(swept.cells)]
+    if why := why_done(stored.spec.grid, trials):
+        sections[:0] = [Section(id="search", title="The search", texts=[text(why + ".")])]
+    sections += [work_section(trials), trials_section(trials)]
+    title = "Sweep of the dense base" + (f", {len(trials) - going} of {len(trials)} trials" if going else "")
+    return write_report(folder, title, lead, sections)
+
+
+def write_trials(path: Path, trials: Sequence[Trial]) -> None:
+    """Every trial as CSV, by number."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            rows = csv_module.writer(file)
+            rows.writerow(COLUMNS)
+            rows.writerows(_row(trial) for trial in trials)
+
+    write_atomic(path, write)
+
+
+def _row(trial: Trial) -> list[Any]:
+    said, result = {"trial": trial.number, "state": trial.state.lower(), **trial.point}, trial.result or {}
+    said |= {"worker": trial.owner, "run": result.get("key")} | {
+        k: result.get(k) for k in ("val_loss", "loss", "step", "seconds")
+    }
+    return [said[name] for name in COLUMNS]
+
+
+def sweep_section(result: Mapping[str, Any]) -> Section:
+    """The sweep's valleys, from its ``result.json``: the best cells'."""
+    tuned, shape, training = result["tuned"], result["identity"]["base"], result["identity"]["training"]
+    ranked = sorted(result["cells"], key=_depth)
+    cells = []
+    for cell in ranked[:_VALLEYS]:
+        points = [(math.log2(p["lr"]), p["loss"]) for p in cell["points"]]
+        fitted = [
+            Point(x, math.inf if y is None else y, p["seed"]) for (x, y), p in zip(points, cell["points"], strict=True)
+        ]
+        finite = any(y is not None for _, y in points)
+        label = f"wd {cell['weight_decay']:g}, std {cell['init_std']:g}"
+        cells.append({"label": label, "points": points, "valley": fit_valley(fitted) if finite else None})
+    best = next(
+        i
+        for i, c in enumerate(ranked)
+        if c["weight_decay"] == tuned["weight_decay"] and c["init_std"] == tuned["init_std"]
+    )
+    stopped = f", {result['stopped']} stopped early" if result.get("stopped") else ""
+    rest = f" The {_VALLEYS} deepest of {len(ranked)} cells are drawn." if len(ranked) > _VALLEYS else ""
+    return Section(
+        id="sweep",
+        title="The one sweep, on the dense base",
+        texts=[
+            text(
+                f"{result['runs']:,} runs of a dense transformer (width {shape['width']}, ffn {shape.get('ffn')}, {shape['layers']} layers),"
+                f" {training['steps']:,} steps of {training['batch']:,} tokens each; {result['diverged']} diverged{stopped}.{rest}"
+            ),
+            text(result["verdict"] + ".", warn=result["edge"] is not None),
+        ],
+        figure=plots.sweep_figure(cells, best),
+        caption="Points are runs, lines the fitted valleys, ▼ the fitted minima. ▲ marks runs above the picture, × diverged ones.",
+    )
+
+
+def _depth(cell: Mapping[str, Any]) -> tuple[bool, float]:
+    """The cell's place among the others: by fitted minimum, those without one behind, by their lowest run."""
+    if cell["valley"] is not None and cell["valley"]["loss"] is not None:
+        return False, cell["valley"]["loss"]
+    return True, min((p["loss"] for p in cell["points"] if p["loss"] is not None), default=math.inf)
+
+
+def cells_sections(cells: Sequence[Cell]) -> list[Section]:
+    """The cells beside each other, where there is more than one: a map where both axes have values, and a table."""
+    if len(cells) < 2:
+        return []
+    lowest = {(c.weight_decay, c.init_std): min(p.loss for p in c.points) for c in cells}
+    grid = len({wd for wd, _ in lowest}) > 1 and len({std for _, std in lowest}) > 1
+    ranked = sorted(cells, key=lambda c: (c.depth, lowest[c.weight_decay, c.init_std]))
+    rows = []
+    for cell in ranked[:_ROWS]:
+        loss, valley = lowest[cell.weight_decay, cell.init_std], cell.valley
+        found = ["–", "–", "–"]
+        if valley is not None and math.isfinite(valley.minimum):
+            low, high = (f"{2.0**x:.3g}" if math.isfinite(x) else "open" for x in valley.interval)
+            found = [f"{2.0**valley.minimum:.3g}", f"{low} to {high}", f"{valley.loss_at_minimum:.4f}"]
+        runs = len(cell.points)
+        rows.append(
+            [
+                f"{cell.weight_decay:g}",
+                f"{cell.init_std:g}",
+                str(runs),
+                *found,
+                f"{loss:.4f}" if math.isfinite(loss) else "diverged",
+            ]
+        )
+    words = "The loss at the fitted minimum over lr, for each weight decay and init std."
+    if len(cells) > FITTED:
+        words += (
+            f" Of {len(cells)} cells the {FITTED} with the lowest runs are fitted; of the others the lowest run counts."
+        )
+    return [
+        Section(
+            id="cells",
+            title="Weight decay and init std",
+            texts=[text(words)],
+            figure=plots.cells_figure(lowest) if grid else None,
+            caption="The lowest run of each cell; the ring is the lowest of all.",
+            header=[
+                "weight decay",
+                "init std",
+                "runs",
+                "lr of the minimum",
+                "95 % interval",
+                "loss there",
+                "lowest run",
+            ],
+            rows=rows,
+            fold=f"the {_ROWS} deepest of {len(cells)} cells"
+            if len(cells) > _ROWS
+            else "every cell"
+            if len(cells) > 12
+            else "",
+        )
+    ]
+
+
+def work_section(trials: Sequence[Trial]) -> Section:
+    """Who trained how much, and what is going on."""
+    count = Counter(t.state for t in trials)
+    words: dict[State, str] = {"COMPLETE": "done", "PRUNED": "stopped early", "RUNNING": "running", "WAITING": "waiting"}
+    facts = [(word, f"{count[state]:,}") for state, word in words.items() if count[state]]
+    owners: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if trial.owner and trial.state != "WAITING":
+            owners.setdefault(trial.owner, []).append(trial)
+    ranked = sorted(owners.items(), key=lambda entry: -len(entry[1]))
+    rows = [
+        [
+            owner.rpartition(":")[0],
+            str(sum(t.state not in OPEN for t in found)),
+            f"{sum((t.result or {}).get('seconds', 0) for t in found) / 60:.1f}",
+            ", ".join(f"trial {t.number} (word {t.quiet or 0:.0f} s ago)" for t in found if t.state == "RUNNING"),
+        ]
+        for owner, found in ranked[:_ROWS]
+    ]
+    return Section(
+        id="work",
+        title="Who trained it",
+        facts=facts,
+        header=["worker (machine:process)", "trials", "minutes of training", "at work on"],
+        rows=rows,
+        wrap=(3,),
+        fold=f"{len(rows)} of {len(owners)} workers" if len(owners) > 12 else "",
+    )
+
+
+def trials_section(trials: Sequence[Trial]) -> Section:
+    """The trials in a table: all of them, or the best."""
+    best = trials if len(trials) <= 2 * _ROWS else sorted(trials, key=lambda t: (t.loss, t.number))[:_ROWS]
+    rows = []
+    for trial in best:
+        ended = {"COMPLETE": "diverged", "PRUNED": "stopped"}.get(trial.state, trial.state.lower())
+        loss = f"{trial.loss:.4f}" if math.isfinite(trial.loss) else ended
+        point = [f"{trial.point[k]:.4g}" for k in ("lr", "weight_decay", "init_std")]
+        rows.append([str(trial.number), *point, str(trial.seed), loss, (trial.result or {}).get("key", "–")])
+    return Section(
+        id="trials",
+        title="Trials",
+        texts=[text(f"All {len(trials):,} are in trials.csv beside this page.")],
+        header=["trial", "lr", "weight decay", "init std", "seed", "validation loss", "run"],
+        rows=rows,
+        fold="every trial" if len(best) == len(trials) else f"the best {len(rows)}",
+    )

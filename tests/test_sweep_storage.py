@@ -1,0 +1,182 @@
+"""The trials of a sweep on SQLite and on PostgreSQL: one a point, one worker each, counted once, whatever breaks."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sqlalchemy as sa
+
+from mue.lab.storage import Database, StorageError
+from mue.lab.storage_trials import Trials, name_of
+from postgres import Wire, postgres
+
+POINTS = [{"lr": 2.0**-e, "weight_decay": 0.1, "init_std": 0.05, "seed": s} for e in range(5, 9) for s in (0, 1)]
+RESULT = {"key": "0123456789abcdef", "status": "finished", "val_loss": 2.5}
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    with postgres() as url:
+        yield url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'trials.db'}"
+    return str(request.getfixturevalue("server"))
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    """A study of the test's own: the tests share one server."""
+    return str(request.node.name)
+
+
+def at_once(count: int, work: Callable[[int], Any]) -> list[Any]:
+    """``work(i)`` in ``count`` threads that start together."""
+    gate, out = threading.Barrier(count), [None] * count
+
+    def one(i: int) -> None:
+        gate.wait()
+        out[i] = work(i)
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return out
+
+
+def test_a_point_has_one_trial_however_many_workers_make_and_add_it(url: str, name: str) -> None:
+    added = at_once(4, lambda i: Trials(Database(url), name).add(POINTS[i:] + POINTS[:i]))
+    assert sum(added) == len(POINTS)
+    found = Trials(Database(url), name).all()
+    assert sorted(name_of(t.point) for t in found) == sorted(map(name_of, POINTS))
+    assert [t.number for t in found] == list(range(len(POINTS)))
+
+
+def test_a_limit_holds_for_all_workers_together(url: str, name: str) -> None:
+    assert sum(at_once(3, lambda i: Trials(Database(url), name).add(POINTS[2 * i : 2 * i + 2], limit=5))) == 5
+
+
+def test_each_trial_is_claimed_once(url: str, name: str) -> None:
+    Trials(Database(url), name).add(POINTS)
+
+    def claim_all(i: int) -> list[int]:
+        trials, held = Trials(Database(url), name), []
+        while trial := trials.claim(f"worker {i}", held):
+            held.append(trial.id)
+        return held
+
+    claimed = Counter(trial for held in at_once(4, claim_all) for trial in held)
+    assert len(claimed) == len(POINTS) and set(claimed.values()) == {1}
+
+
+def test_a_silent_worker_loses_its_trial_and_is_not_heard_again(url: str, name: str) -> None:
+    trials = Trials(Database(url), name, lease=1.0)
+    trials.add(POINTS[:1])
+    trial = trials.claim("slow")
+    assert trial is not None
+    time.sleep(0.6)
+    assert trials.renew("slow", {trial.id: {"step": 7}}) == {trial.id}
+    time.sleep(0.6)
+    assert trials.claim("quick") is None, "a sign of life must renew the lease"
+    time.sleep(0.6)
+    assert (taken := trials.claim("quick")) is not None and taken.id == trial.id
+    assert trials.renew("slow", {trial.id: None}) == set()
+    assert not trials.finish("slow", trial.id, {**RESULT, "val_loss": 9.0})
+    assert trials.finish("quick", trial.id, RESULT)
+    assert not trials.finish("slow", trial.id, {**RESULT, "val_loss": 9.0})
+    (ended,) = trials.all()
+    assert (ended.state, ended.owner, ended.loss, ended.progress) == ("COMPLETE", "quick", 2.5, {"step": 7})
+
+
+def test_what_is_given_back_waits_again(url: str, name: str) -> None:
+    trials = Trials(Database(url), name)
+    trials.add(POINTS[:2])
+    first, second = trials.claim("a"), trials.claim("b")
+    assert first and second and trials.claim("c") is None
+    trials.release("a")
+    assert (again := trials.claim("c")) is not None and again.id == first.id
+    assert trials.claim("d") is None, "only a's was given back"
+
+
+def test_a_lost_answer_changes_nothing(url: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each transaction is committed, and then run again as after a connection that dropped on the way back."""
+    database = Database(url)
+    once = database.run
+    monkeypatch.setattr(database, "run", lambda work, **how: (once(work, **how), once(work, **how))[1])
+    trials = Trials(database, name)
+    trials.add(POINTS[:3])
+    trial = trials.claim("a")
+    assert trial is not None
+    assert [t.state for t in trials.all()] == ["RUNNING", "WAITING", "WAITING"]
+    assert trials.renew("a", {trial.id: None}) == {trial.id}
+    assert trials.finish("a", trial.id, RESULT)
+    trials.release("a")
+    assert [t.state for t in trials.all()] == ["COMPLETE", "WAITING", "WAITING"]
+
+
+def test_workers_agree_on_the_lease(url: str, name: str) -> None:
+    assert Trials(Database(url), name, lease=7.0).lease == 7.0
+    assert Trials(Database(url), name).lease == 7.0
+    with pytest.raises(ValueError, match="lease of 7 s, not 9"):
+        Trials(Database(url), name, lease=9.0)
+
+
+def test_optuna_reads_what_we_wrote(url: str, name: str) -> None:
+    import optuna
+
+    trials = Trials(Database(url), name)
+    trials.add(POINTS[:3])
+    for loss in (2.5, None):
+        trial = trials.claim("a")
+        assert trial is not None
+        trials.finish("a", trial.id, {**RESULT, "val_loss": loss})
+    study = optuna.load_study(study_name=name, storage=trials.database.url.render_as_string(hide_password=False))
+    assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "WAITING"]
+    assert [t.value for t in study.trials] == [2.5, float("inf"), None]
+    assert study.best_params == POINTS[0]
+
+
+def test_a_cut_wire_is_waited_out(server: str, name: str) -> None:
+    wire = Wire(sa.make_url(server).port or 0)
+    through = sa.make_url(server).set(port=wire.port).render_as_string(hide_password=False)
+    told: list[str] = []
+    trials = Trials(Database(through, trouble=lambda what, seconds: told.append(what)), name)
+    trials.add(POINTS[:1])
+    wire.cut()
+    threading.Timer(1.0, wire.mend).start()
+    started = time.monotonic()
+    assert trials.claim("a") is not None
+    assert time.monotonic() - started > 0.9 and len(told) == 1
+    wire.cut()
+    impatient = trials.database
+    impatient.patience = 0.5
+    with pytest.raises(StorageError, match="cannot be reached"):
+        trials.claim("a")
+    wire.close()
+
+
+def test_storages_that_cannot_be_opened(tmp_path: Path, server: str) -> None:
+    for bad, words in {
+        "no url": "not a URL",
+        "mysql://me@db/x": "not mysql",
+        "sqlite://": "sqlite:///FILE",
+        str(sa.make_url(server).set(database="nowhere").render_as_string(hide_password=False)): "nowhere",
+        str(sa.make_url(server).set(password="wrong").render_as_string(hide_password=False)): "password",
+    }.items():
+        with pytest.raises(ValueError, match=words) as caught:
+            Database(bad)
+        assert "wrong" not in str(caught.value), "a password is never shown"
+    (tmp_path / "not.db").write_text("this is no database, and longer than a header of sixteen bytes")
+    with pytest.raises(ValueError, match=r"not\.db"):
+        Trials(Database(f"sqlite:///{tmp_path / 'not.db'}"), "x")
