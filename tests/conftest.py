@@ -45,6 +45,7 @@ log_every = 5
 lr = [0.002, 0.008, 0.032]
 weight_decay = [0.1]
 init_std = [0.05, 0.1]
+runner = "processes"
 """
 
 

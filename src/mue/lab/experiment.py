@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from mue.config import check_keys, lr_grid, plan_inputs, shape_from, table_of, training_from, tuned_from
-from mue.lab.data import Corpus, load_corpus, stdlib_corpus
-from mue.lab.run import Settings
+from mue.lab.data import Batches, Corpus, load_corpus, stdlib_corpus
+from mue.lab.run import Run, Settings
 from mue.lab.runner import KINDS
 from mue.lab.search import Space
 from mue.plan import Plan, transfer
@@ -43,7 +43,7 @@ class Grid:
     precision: float = Space.precision
     extend: bool = False
     stop_early: bool = False
-    runner: str = "processes"
+    runner: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,17 @@ def open_corpus(source: Mapping[str, Any]) -> Corpus:
 def described(source: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
     """What a run records of its data: the content's description, and how to open it again."""
     return {**corpus.describe(), "source": source}
+
+
+def batches_of(run: Run, corpus: Corpus) -> tuple[Batches, Batches]:
+    """(training, validation) batches of a run; ``ValueError`` where the text does not suit it. Nothing is written."""
+    shape, settings = run.plan.target, run.settings
+    assert run.plan.training is not None
+    if corpus.vocab > shape.vocab:
+        raise ValueError(f"the data has {corpus.vocab} tokens, the model a vocabulary of {shape.vocab}: raise vocab")
+    sequences = run.plan.training.batch // shape.sequence
+    train = Batches(corpus, "train", shape.sequence, sequences, settings.seed)
+    return train, Batches(corpus, "validation", shape.sequence, min(sequences, settings.eval_sequences), 0)
 
 
 def settings_from(data: Mapping[str, Any]) -> Settings:

@@ -13,12 +13,12 @@ from typing import Any, Protocol
 from mue.config import check_keys, shape_from, table_of, training_from, tuned_from
 from mue.files import digest, write_json, write_text
 from mue.lab.data import Corpus
-from mue.lab.experiment import PLAN_TABLES, base_plan, data_source, described, settings_from
+from mue.lab.experiment import PLAN_TABLES, base_plan, batches_of, data_source, described, settings_from
 from mue.lab.pool import run_all
 from mue.lab.roles_search import Found, Job, Search, multipliers, search
 from mue.lab.roles_space import at, coordinates
 from mue.lab.run import Run, Settings, Store
-from mue.lab.train import batches_of, provenance
+from mue.lab.train import provenance
 from mue.shapes import HParams, Training, Transformer
 from mue.tuned import THIRDS
 

@@ -17,11 +17,11 @@ from typing import Any
 
 from mue.files import digest, write_json
 from mue.lab.data import Corpus
-from mue.lab.experiment import SweepSpec, base_plan, described
+from mue.lab.experiment import SweepSpec, base_plan, batches_of, described
 from mue.lab.run import Run, Store
 from mue.lab.runner import Runner, open_runner
 from mue.lab.storage import Database, Trouble, without_password
-from mue.lab.storage_trials import Trial, Trials, name_of
+from mue.lab.storage_trials import OPEN, Trial, Trials, name_of
 from mue.lab.sweep_points import AXES, grid_points
 from mue.lab.sweep_worker import Watch, Worker
 from mue.lab.valley import Point, Valley, fit_valley
@@ -116,8 +116,6 @@ def check_folder(out: Path, spec: SweepSpec, corpus: Corpus, storage: str | None
     """
     path, own = out / "sweep.json", identity(spec, corpus.hash)
     if not path.exists():
-        from mue.lab.train import batches_of
-
         point = {**{axis: getattr(spec.grid, axis)[0] for axis in AXES}, "seed": spec.grid.seeds[0]}
         batches_of(sweep_run(spec, point, described(spec.source, corpus)), corpus)  # before the folder is made
         return storage
@@ -179,7 +177,12 @@ def run_sweep(
 
     def open_for(run: Run) -> Runner:
         kind = spec.grid.runner
-        return open_runner(kind, store, workers=workers, checkpoint_seconds=checkpoint_seconds, example=run)
+        left = sum(t.state in OPEN for t in trials.all())
+        runner = open_runner(
+            kind, store, workers=workers, checkpoint_seconds=checkpoint_seconds, example=run, runs=max(1, left)
+        )
+        watch.say(runner.why)
+        return runner
 
     worker = Worker(spec.grid, trials, store, lambda point: sweep_run(spec, point, data), open_for, watch)
     ended = worker.work()

@@ -183,7 +183,12 @@ def cells_sections(cells: Sequence[Cell]) -> list[Section]:
 def work_section(trials: Sequence[Trial]) -> Section:
     """Who trained how much, and what is going on."""
     count = Counter(t.state for t in trials)
-    words: dict[State, str] = {"COMPLETE": "done", "PRUNED": "stopped early", "RUNNING": "running", "WAITING": "waiting"}
+    words: dict[State, str] = {
+        "COMPLETE": "done",
+        "PRUNED": "stopped early",
+        "RUNNING": "running",
+        "WAITING": "waiting",
+    }
     facts = [(word, f"{count[state]:,}") for state, word in words.items() if count[state]]
     owners: dict[str, list[Trial]] = {}
     for trial in trials:

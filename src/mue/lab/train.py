@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import mue
 from mue.files import write_json
 from mue.lab import checkpoint
-from mue.lab.data import Batches, Corpus
+from mue.lab.data import Corpus
+from mue.lab.experiment import batches_of
 from mue.lab.model import LanguageModel
 from mue.lab.run import Run, Settings, Store
 from mue.lab.step import autocast, compile_blocks, objective, uncompiled
@@ -99,17 +100,6 @@ def enter(run: Run, store: Store, corpus: Corpus, opened: ExitStack) -> Course |
     folder = opened.enter_context(store.locked(run.key))
     done = store.result(run.key)  # another process may have finished it while we waited
     return done if done is not None else opened.enter_context(Course(run, folder, corpus))
-
-
-def batches_of(run: Run, corpus: Corpus) -> tuple[Batches, Batches]:
-    """(training, validation) batches of a run; ``ValueError`` where the text does not suit it. Nothing is written."""
-    shape, settings = run.plan.target, run.settings
-    assert run.plan.training is not None
-    if corpus.vocab > shape.vocab:
-        raise ValueError(f"the data has {corpus.vocab} tokens, the model a vocabulary of {shape.vocab}: raise vocab")
-    sequences = run.plan.training.batch // shape.sequence
-    train = Batches(corpus, "train", shape.sequence, sequences, settings.seed)
-    return train, Batches(corpus, "validation", shape.sequence, min(sequences, settings.eval_sequences), 0)
 
 
 class Course:
