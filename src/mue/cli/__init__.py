@@ -18,6 +18,9 @@ COMMANDS = (
     "report",
     "inspect",
     "check",
+    "export",
+    "convert",
+    "doctor",
 )  # files of this folder, in the order the help shows them
 for _name in COMMANDS:
     import_module(f"mue.cli.{_name}")

@@ -1,4 +1,3 @@
-# ruff: noqa: N815 (shape suffixes in field names)
 """Grouped expert compute: one function, several backends, the same numerics.
 
     y_t = sum over pairs (t, e, w) of  w * down_e( silu(gate_e x_t) * (up_e x_t) )   +   the shared experts' FFN of x_t

@@ -82,7 +82,8 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dx_PD: Tensor) -> tuple[Tensor | None, ...]:
-        return _combine(dx_PD, ctx.tokens, *ctx.saved_tensors, ctx.slots), None, None, None, None
+        token_P, order_P, inverse_P = ctx.saved_tensors
+        return _combine(dx_PD, ctx.tokens, token_P, order_P, inverse_P, ctx.slots), None, None, None, None
 
 
 class _Combine(torch.autograd.Function):

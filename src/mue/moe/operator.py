@@ -1,3 +1,4 @@
+# ruff: noqa: N815 (shape suffixes in field names)
 """A hand-written forward and backward as something that autograd and torch.compile can use.
 
 Eagerly an autograd.Function calls the kernel; under torch.compile the same kernel is a custom operator whose results'
@@ -15,7 +16,6 @@ from torch.autograd.function import once_differentiable
 
 from mue.moe.routing import Routing
 from mue.moe.weights import ExpertWeights
-
 
 _WEIGHTS = (torch.float32, torch.float64)
 

@@ -1,3 +1,4 @@
+# ruff: noqa: N815 (shape suffixes in field names)
 """The portable backend: pure torch, a hand-written forward and backward. Why it is laid out as it is:
 
 * rows lie in expert order, so that every product works on a contiguous slice and writes its result (also the weight
@@ -187,7 +188,12 @@ def _forward(inputs: Inputs, problem: Problem, saved: list[Tensor] | None) -> tu
 
 
 def _backward(
-    dy_TD: Tensor, inputs: Inputs, problem: Problem, saved: Sequence[Tensor], needs: Sequence[bool], order: _Order | None
+    dy_TD: Tensor,
+    inputs: Inputs,
+    problem: Problem,
+    saved: Sequence[Tensor],
+    needs: Sequence[bool],
+    order: _Order | None,
 ) -> list[Tensor | None]:
     """Gradients of the inputs."""
     x_TD, weight_P, gate_NHD, up_NHD, down_NDH = inputs[:5]

@@ -1,3 +1,4 @@
+# ruff: noqa: N815 (shape suffixes in field names)
 """The matrices of one MoE block, and whether they belong together."""
 
 from __future__ import annotations
@@ -66,7 +67,5 @@ def _check_ffn(
     inner = up.shape[-2] if up.dim() == len(lead) + 2 else 0
     wide, tall = (*lead, inner, width), (*lead, width, inner)
     if up.shape != wide or down.shape != tall or (gate is not None and gate.shape != wide):
-        raise ValueError(
-            f"{name} weights must be gate, up {wide} and down {tall}, (out, in); got {', '.join(shapes)}"
-        )
+        raise ValueError(f"{name} weights must be gate, up {wide} and down {tall}, (out, in); got {', '.join(shapes)}")
     return True

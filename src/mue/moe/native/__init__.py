@@ -1,4 +1,3 @@
-# ruff: noqa: N815 (shape suffixes in field names)
 """The native backend: routed and shared experts in one C++ call, forward and backward.
 
 What the kernel does (api.h to entry.cpp beside this file): counts the pairs into expert order, gives every thread rows of
@@ -69,8 +68,15 @@ def load(path: Path) -> ctypes.CDLL:
 def engine() -> str:
     """How bf16 products are computed here: "matrix unit" where there is one and it passed its trial, else "plain"."""
     path, loaded = build.find(), library()
-    unit = path is not None and loaded is not None and loaded.mue_has_matrix_unit()
-    return "matrix unit" if unit and "matrix unit" in build.engines(path) else "plain"
+    if path is None or loaded is None or not loaded.mue_has_matrix_unit():
+        return "plain"
+    return build.engines(path)[-1]
+
+
+def forget() -> None:
+    """Looks for the library again at its next use: it has been built meanwhile."""
+    library.cache_clear()
+    engine.cache_clear()
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]

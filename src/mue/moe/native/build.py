@@ -30,7 +30,7 @@ INSTRUCTIONS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
     "AVX2": ("-mavx2", "-mfma"),
 }
-ENGINES = ("plain", "matrix unit")
+ENGINES = ("plain", "matrix unit")  # the better last
 
 
 class BuildError(RuntimeError):
@@ -92,7 +92,9 @@ def build() -> Path:
                 shutil.rmtree(stale, ignore_errors=True)
             with tempfile.TemporaryDirectory(prefix="build-", dir=path.parent) as work:
                 made = _compile(found, Path(work))
-                write_json(path.with_suffix(".json"), {"engines": _trials(made), "compiler": version.decode().split("\n")[0]})
+                write_json(
+                    path.with_suffix(".json"), {"engines": _trials(made), "compiler": version.decode().split("\n")[0]}
+                )
                 os.replace(made, path)
     return path
 
@@ -134,7 +136,9 @@ def _trials(library: Path) -> list[str]:
     for engine in ENGINES:
         code = f"from mue.moe.native.trial import main; main({str(library)!r}, {engine!r})"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-        trial = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+        trial = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
+        )
         if trial.returncode:
             if engine == "plain":
                 raise BuildError(f"the kernel computes wrongly here:\n{(trial.stdout + trial.stderr)[-4000:]}")

@@ -20,10 +20,14 @@ def main(path: str, engine: str) -> None:
     native.library, native.engine = lambda: library, lambda: engine  # type: ignore[assignment]
     torch.manual_seed(0)
     dtype, bound = (torch.float32, 1e-5) if engine == "plain" else (torch.bfloat16, 0.05)
-    for tokens, number, active, width, inner, shared in ((70, 6, 2, 64, 96, 32), (9, 40, 3, 32, 64, 0), (300, 2, 1, 128, 64, 64)):
+    for tokens, number, active, width, inner, shared in (
+        (70, 6, 2, 64, 96, 32),
+        (9, 40, 3, 32, 64, 0),
+        (300, 2, 1, 128, 64, 64),
+    ):
         x = torch.randn(tokens, width, requires_grad=True)
-        shapes = ((number, inner, width),) * 2 + ((number, width, inner),)
-        shapes += ((shared, width), (shared, width), (width, shared)) if shared else ()
+        shapes: list[tuple[int, ...]] = [(number, inner, width), (number, inner, width), (number, width, inner)]
+        shapes += [(shared, width), (shared, width), (width, shared)] if shared else []
         matrices = [(torch.randn(shape) / shape[-1] ** 0.5).requires_grad_() for shape in shapes]
         weight = torch.rand(tokens, active, requires_grad=True)
         expert = torch.rand(tokens, number).topk(active, 1).indices
