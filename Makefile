@@ -5,14 +5,20 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraints.txt
 # One thread for each test process: tests are many and small.
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
+# The packages of other training stacks, whose pins fight ours: an environment of their own that borrows the rest of $(VENV).
+STACKS := $(VENV)-stacks
 
-.PHONY: demo test slow check clean postgresql
+.PHONY: demo test slow stacks check clean postgresql
 
 demo: $(VENV)/.lab
 	$(BIN)/mue demo
 
 test: $(VENV)/.dev | postgresql
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto
+	$(MAKE) --no-print-directory stacks
+
+stacks: $(STACKS)/.done
+	$(TEST_ENV) MUE_STACKS=1 $(STACKS)/bin/python -m pytest -m stacks --disable-warnings tests/test_export_stacks.py
 
 slow: $(VENV)/.dev | postgresql
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto -m slow --timeout 1800
@@ -30,7 +36,7 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(STACKS) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -47,4 +53,12 @@ $(VENV)/.lab: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: $(VENV)/.lab
 	$(PIP) -e '.[lab,cluster,hf,dev]'
 	$(PIP) --no-deps mup  # an oracle of the tests; its own requirements would bring torchvision and another torch
+	@touch $@
+
+$(STACKS)/.done: constraints-stacks.txt $(VENV)/.dev
+	rm -rf $(STACKS)
+	$(BIN)/python -m venv --without-pip $(STACKS)
+	echo "import site; site.addsitedir('$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')')" \
+	  > $$($(STACKS)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of-venv.pth
+	$(STACKS)/bin/python -m pip --disable-pip-version-check install -q --no-deps -r constraints-stacks.txt
 	@touch $@

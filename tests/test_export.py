@@ -1,8 +1,9 @@
-"""Exports: golden files, and the written code giving exactly our groups and starts."""
+"""Exports: golden files, and the written code giving exactly our groups and starts. (Real packages: test_export_stacks.)"""
 
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mue.export import STACKS, export, rows
 from mue.fold import fold
 from mue.lab.model import LanguageModel
 from mue.roles import place
+from test_cli import in_process, refused
 
 GOLDEN = Path(__file__).parent / "golden"
 BASE = mue.Dense(width=32, ffn=32, layers=1, head_dim=16, vocab=64)
@@ -22,6 +24,7 @@ TARGET = mue.Mixed(
     64, (mue.Block(layers=1, ffn=128), mue.Block(layers=2, experts=8, active=2, expert=32)), head_dim=16, vocab=64
 )
 PLAN = mue.transfer(BASE, TARGET, mue.HParams(lr=2**-9, weight_decay=0.125, init_std=2**-6, eps=2**-40))
+OWN_MODEL = ("torch", "transformers", "automodel")  # the other stacks have models of their own
 
 
 def model() -> LanguageModel:
@@ -37,11 +40,14 @@ def written(to: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("to", STACKS)
 def test_the_files_are_the_golden_ones(to: str) -> None:
-    text = export(PLAN, to, model()).replace(fold(PLAN).hash, "HASH")
+    text = export(PLAN, to, model() if to in OWN_MODEL else None)
+    text = re.sub(r"plan [0-9a-f]{16}", "plan HASH", text)
     path = GOLDEN / f"{to}.{'yaml' if to == 'automodel' else 'py.txt'}"
     if os.environ.get("MUE_WRITE_GOLDEN"):
         path.write_text(text)
     assert text == path.read_text()
+    if to != "automodel":
+        compile(text, to, "exec")
 
 
 def test_the_written_groups_are_ours() -> None:
@@ -89,14 +95,99 @@ def test_a_trainer_gets_an_optimizer_and_a_relative_schedule() -> None:
 
 
 def test_layers_that_differ_are_listed() -> None:
-    found = rows(fold(PLAN), model())
-    assert any("experts_down" in r.pattern for r in found)
-    assert all(r.std is not None or r.constant is not None for r in found)
+    roles = {"last_third": {"ffn_down": {"lr_times": 2.0}}}
+    base = mue.Dense(width=32, ffn=32, layers=3, head_dim=16, vocab=64)
+    target = mue.Dense(width=64, ffn=64, layers=6, head_dim=16, vocab=64)
+    plan = fold(mue.transfer(base, target, mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.02, roles=roles)))
+    downs = [r for r in rows(plan, LanguageModel(target, plan.multipliers)) if r.roles == "ffn_down"]
+    assert [r.layers for r in downs] == [(0, 1, 2, 3), (4, 5)]
+    assert downs[1].lr == 2 * downs[0].lr
+    assert [bool(re.fullmatch(r.regex, "blocks.4.ffn.down.weight")) for r in downs] == [False, True]
+    assert downs[1].globs == ["blocks.4.ffn.down.weight", "blocks.5.ffn.down.weight"]
 
 
 def test_unknown_stacks_and_optimizers_are_refused() -> None:
     with pytest.raises(ValueError, match="unknown stack 'torhc'; did you mean 'torch'"):
         export(PLAN, "torhc", model())
+    with pytest.raises(ValueError, match="unknown stack 'torchtitans'; did you mean 'torchtitan'"):
+        export(PLAN, "torchtitans")
     lion = mue.transfer(BASE, TARGET, mue.HParams(lr=1e-4, weight_decay=0.1, init_std=0.02, optimizer="lion"))
     with pytest.raises(ValueError, match="exports speak AdamW"):
         export(lion, "torch", LanguageModel(TARGET, fold(lion).multipliers))
+
+
+@pytest.mark.parametrize(
+    ("target", "family"),
+    [
+        (mue.Dense(64, 128, 2, head_dim=16, vocab=64, tied=True), "Qwen3ForCausalLM"),
+        (mue.MoE.parse("8e2a", width=64, expert=32, layers=2, head_dim=16, vocab=64, router="softmax"), "Qwen3MoeForCausalLM"),
+        (mue.Mixed(64, (mue.Block(layers=1, ffn=128), mue.Block(layers=2, experts=8, active=2, expert=32, shared_experts=1)), head_dim=16, vocab=64), "Glm4MoeForCausalLM"),
+    ],
+)  # fmt: skip
+def test_without_a_model_a_transformers_family_of_the_planned_shape(target: mue.Transformer, family: str) -> None:
+    pytest.importorskip("transformers", reason="needs the hf extra")
+    base = mue.Dense(32, 32, 2, head_dim=16, vocab=64, tied=target.tied)
+    plan = mue.transfer(base, target, mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.02))
+    text = export(plan, "transformers")
+    assert f"For {family}, model_type" in text
+    assert "hidden_size=64" in text
+
+
+def test_a_shape_that_no_default_family_has_is_refused() -> None:
+    pytest.importorskip("transformers", reason="needs the hf extra")
+    target = mue.MoE.parse("8e2a1s", width=64, expert=32, layers=2, head_dim=16, vocab=64, router="softmax")
+    plan = mue.transfer(BASE, target, mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.02))
+    with pytest.raises(ValueError, match=r"softmax gates, 1 shared experts\): give a config with --model"):
+        export(plan, "transformers")
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+BUILD = """
+import torch
+from mue.fold import fold
+from mue.lab.model import LanguageModel
+
+def build(plan):
+    with torch.device("meta"):
+        return LanguageModel(plan.target, fold(plan).multipliers)
+"""
+
+
+@pytest.fixture
+def plan_file(tmp_path: Path) -> Path:
+    path = tmp_path / "plan.json"
+    PLAN.save(path)
+    return path
+
+
+def test_the_command_prints_or_writes(
+    plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for to in STACKS:
+        given = ["--model", f"{tmp_path / 'train.py'}:build"] if to in OWN_MODEL else []
+        (tmp_path / "train.py").write_text(BUILD)
+        code, out, _ = in_process(capsys, monkeypatch, "export", plan_file, "--to", to, *given)
+        assert code == 0
+        assert out == export(PLAN, to, model() if given else None)
+    out_file = tmp_path / "made" / "recipe.py"
+    code, out, _ = in_process(capsys, monkeypatch, "export", plan_file, "--to", "torchtitan", "--out", out_file)
+    assert code == 0 and out.startswith(str(out_file))
+    assert out_file.read_text() == export(PLAN, "torchtitan")
+    code, out, _ = in_process(capsys, monkeypatch, "export", plan_file, "--to", "torch")
+    assert code == 0 and out == export(PLAN, "torch", model())  # the lab's model
+
+
+def test_the_command_explains_mistakes(
+    plan_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def said(*arguments: object) -> tuple[int, str, str]:
+        return in_process(capsys, monkeypatch, "export", plan_file, *arguments)
+
+    out = tmp_path / "file.py"
+    refused(said("--to", "megatorn", "--out", out), "did you mean 'megatron'")
+    refused(said("--to", "megatron", "--model", "locale"), "did you mean 'local'", "file.py:function")
+    refused(said("--to", "olmo-core", "--model", "nowhere.py:build"), "nowhere.py does not exist")
+    assert not out.exists()
+    code, _, err = said()
+    assert code == 2 and "--to" in err

@@ -19,6 +19,7 @@ COMMANDS = (
     "inspect",
     "check",
     "export",
+    "export",
     "convert",
     "doctor",
 )  # files of this folder, in the order the help shows them

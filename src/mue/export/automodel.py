@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
+from mue.export.python import clipping, commonest
 from mue.export.rows import ExportRow
 from mue.plan import Plan
 
 
 def automodel_file(plan: Plan, rows: Sequence[ExportRow], model: str) -> str:
     """The YAML text. The base values are those of most rows; eps has no place per pattern and is the smallest one."""
-    lr = Counter(row.lr for row in rows).most_common(1)[0][0]
-    decay = Counter(row.weight_decay for row in rows if row.weight_decay).most_common(1)
-    wd = decay[0][0] if decay else 0.0
+    lr, wd, _ = commonest(rows).setting
     eps = min(row.eps for row in rows)
     overrides = "\n".join(
-        f"    - pattern: '^{row.pattern}$'  # {row.roles}\n      lr_mult: {row.lr / lr!r}\n"
+        f"    - pattern: '^{row.regex}$'  # {row.roles}\n      lr_mult: {row.lr / lr!r}\n"
         f"      wd_mult: {row.weight_decay / wd if wd else 0.0!r}"
         for row in rows
         if row.lr != lr or row.weight_decay != wd
     )
-    std = "\n".join(f"#   {row.pattern}: {row.std!r}" for row in rows if row.std is not None)
+    std = "\n".join(f"#   {row.regex}: {row.std!r}" for row in rows if row.std is not None)
     return f"""# {plan.target.name}: hyperparameters of plan {plan.hash} ({plan.rule.name}), written by mue export. Do not edit.
 # For {model}. What this stack cannot express:
 #  - eps per pattern: the smallest of the plan is used for all;
+#  - {clipping(plan)};
 #  - init: draw these standard deviations before training (mue export --to torch writes a file that does)
 {std}
 optimizer:

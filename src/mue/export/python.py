@@ -1,34 +1,47 @@
-"""A plan as a Python file without any dependency but torch: for an own loop, Hugging Face Trainer, Accelerate."""
+"""What every exported Python file is made of: a head that says what the stack cannot, the table, and code that reads it.
+
+A written file needs its stack and torch, and not mue.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 
 from mue.export.rows import ExportRow
 from mue.plan import Plan
+from mue.planned import Folding
+from mue.words import number
 
-_BODY = '''
+# For files whose patterns are regular expressions; the other reading of ROWS is that of OLMo-core's globs.
+REGEX = "re.fullmatch(row[0], _name(name))"
+_MATCH = '''FROZEN = r"(e_score_correction_bias|expert_bias)$"  # moved by load statistics, never by the optimizer
+
 
 def _name(name):
     """A parameter's name without what DDP, torch.compile, FSDP and checkpointing put into it."""
-    return re.sub(r"(^|\\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\\.", r"\\1", name.removeprefix("module."))
+    name = re.sub(r"^(module\\.)+", "", name)
+    return re.sub(r"(^|\\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\\.", r"\\1", name)
 
 
 def _rows(model):
-    """(row number, parameter) for every trainable parameter; each matches exactly one row, and each row something."""
+    """(row number, parameter) for every trainable parameter; each matches exactly one row{ALL}."""
     found = []
     for name, parameter in model.named_parameters():
-        hits = [i for i, row in enumerate(ROWS) if re.fullmatch(row[0], _name(name))]
+        hits = [i for i, row in enumerate(ROWS) if {MATCH}]
         if len(hits) != 1:
-            if FROZEN and re.search(FROZEN, name):
+            if not parameter.requires_grad or re.search(FROZEN, name):
                 continue
             raise ValueError(f"{name} matches {len(hits)} rows of this plan; it was written for another model")
         found.append((hits[0], parameter))
-    unused = set(range(len(ROWS))) - {i for i, _ in found}
+{UNUSED}    return found
+'''
+_UNUSED = """    unused = set(range(len(ROWS))) - {i for i, _ in found}
     if unused:
         raise ValueError(f"rows match nothing: {[ROWS[i][0] for i in sorted(unused)]}")
-    return found
-
+"""
+INIT = '''
 
 @torch.no_grad()
 def init_(model, seed=0):
@@ -40,7 +53,8 @@ def init_(model, seed=0):
             parameter.normal_(0.0, std)
         elif constant is not None:
             parameter.fill_(constant)
-
+'''
+_GROUPS = '''
 
 def param_groups(model):
     """Groups for torch.optim.AdamW, one per distinct setting."""
@@ -64,55 +78,89 @@ def trainer_arguments(model, schedule):
 
 
 def torch_file(plan: Plan, rows: Sequence[ExportRow], model: str, trainer: bool = False) -> str:
-    """The file's text."""
-    return _head(plan, model, trainer) + _table(plan, rows) + _BODY + (_TRAINER if trainer else "")
-
-
-def _head(plan: Plan, model: str, trainer: bool) -> str:
+    """For an own loop and Accelerate, or for Hugging Face Trainer."""
     use = (
         "    init_(model)\n    trainer = Trainer(model=model, args=args, **trainer_arguments(model, schedule))"
         if trainer
         else "    init_(model)\n    optimizer = torch.optim.AdamW(param_groups(model))"
     )
-    clip = "off" if plan.tuned.clip is None else f"{plan.tuned.clip:g}"
+    cannot = ["a learning-rate schedule must multiply every group's own lr, never set one lr for all", clipping(plan)]
+    code = INIT + _GROUPS + (_TRAINER if trainer else "")
+    return head(plan, model, use, cannot, ("re", "", "torch")) + table(plan, rows) + matching() + code
+
+
+def head(plan: Plan, what: str, use: str, cannot: Sequence[str], imports: Sequence[str]) -> str:
+    """The docstring and the imports: bare names of modules, or whole lines; ``""`` leaves a line free."""
+    lines = "\n".join(textwrap.fill(line, 116, initial_indent=" - ", subsequent_indent="   ") for line in cannot)
+    same = ", ".join(f"{name} {number(value) if value is not None else 'off'}" for name, value in _same(plan).items())
+    needed = "\n".join(line if " " in line or not line else f"import {line}" for line in imports)
     return f'''"""{plan.target.name}: hyperparameters of plan {plan.hash} ({plan.rule.name}), written by mue export. Do not edit.
 
-For {model}.
+For {what}.
 
 {use}
 
 Multipliers are folded into these values; the model's forward code stays as it is. What this file cannot say:
- - a learning-rate schedule must multiply every group's own lr, never set one lr for all;
- - global-norm clipping (tuned at: {clip}) and folding do not commute: see mue.fold.clip_grad_norm_.
+{lines}
+Taken from the base unchanged, and yours to set: {same}.
 """
 
-import re
-
-import torch
+{needed}
 '''
 
 
-def _table(plan: Plan, rows: Sequence[ExportRow]) -> str:
-    lines = [
-        f"    (r{row.pattern!r}, {row.lr!r}, {row.weight_decay!r}, {row.eps!r}, {row.std!r}, {row.constant!r}),  # {row.roles}"
-        for row in _raw(rows)
-    ]
-    body = "\n".join(lines)
-    return f"""
-BETAS = {plan.betas!r}
-FROZEN = r"(e_score_correction_bias|expert_bias)$"  # moved by load statistics, never by the optimizer
-# (pattern of the whole name, lr, weight decay, eps, std of a normal draw, constant start); None, None: the model's own start
-ROWS = [
-{body}
-]
-"""
+def _same(plan: Plan) -> dict[str, float | None]:
+    t = plan.tuned
+    return {
+        "clipping": t.clip,
+        "warmup": t.warmup,
+        "final lr": t.floor,
+        "balance loss": t.balance,
+        "z-loss": t.z,
+        "balance bias speed": t.bias_speed,
+    }
 
 
-def _raw(rows: Sequence[ExportRow]) -> Sequence[ExportRow]:
-    """Rows whose pattern prints as a raw string (repr doubles backslashes)."""
+def clipping(plan: Plan, where: str = "global-norm clipping", extra: Mapping[str, float] | None = None) -> str:
+    """The line on clipping: what the fold did to the gradients that a global norm sums.
 
-    class Raw(str):
-        def __repr__(self) -> str:
-            return f'"{self}"'
+    ``extra``: role → what is folded into it beyond the plan's own fold.
+    """
+    folded = (plan.folding or Folding("weights")).coefficients
+    found = dict(extra or {})
+    for role, c in {role: c for block in folded for role, c in block.items()}.items():
+        found[role] = found.get(role, 1.0) * c
+    if not found:
+        return f"{where}: nothing is folded here, it does what it did at the base"
+    counts = ", ".join(f"{role.replace('_', ' ')} ×{number(1 / c)}" for role, c in found.items())
+    threshold = "off at the base" if plan.tuned.clip is None else f"tuned at {number(plan.tuned.clip)}"
+    return (
+        f"{where} ({threshold}) and folding do not commute: in its norm these gradients are {counts}; where clipping binds,"
+        " weigh them back as mue.fold.clip_grad_norm_ does"
+    )
 
-    return [ExportRow(Raw(row.pattern), *list(vars(row).values())[1:]) for row in rows]
+
+def table(plan: Plan, rows: Sequence[ExportRow], globs: Callable[[ExportRow], list[str]] | None = None) -> str:
+    """BETAS and ROWS; ``globs``: how a row's patterns are written where they are not regular expressions."""
+    lines = []
+    for row in rows:
+        for name in globs(row) if globs else [row.regex]:
+            values = ", ".join(map(repr, (*row.setting, row.std, row.constant)))
+            lines.append(f'    ({"" if globs else "r"}"{name}", {values}),  # {row.roles}')
+    return (
+        f"\nBETAS = {plan.betas!r}\n"
+        "# (pattern of the whole name, lr, weight decay, eps, std of a normal draw, constant start); None, None: the model's own start\n"
+        "ROWS = [\n" + "\n".join(lines) + "\n]\n"
+    )
+
+
+def matching(match: str = REGEX, every_row: bool = True) -> str:
+    """Code of ``_rows``; ``every_row``: a row that matches nothing is an error too."""
+    text = _MATCH.replace("{MATCH}", match).replace("{ALL}", ", and each row something" if every_row else "")
+    return text.replace("{UNUSED}", _UNUSED if every_row else "")
+
+
+def commonest(rows: Sequence[ExportRow]) -> ExportRow:
+    """A row with the setting that most matrices have: a stack's default values."""
+    setting = Counter(row.setting for row in rows if row.std is not None).most_common(1)[0][0]
+    return next(row for row in rows if row.setting == setting)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from torch import nn
 
+from mue.fold.plan import folded_values
 from mue.plan import Plan
 from mue.roles import Placed
 from mue.rules.table import BUFFERS
@@ -19,12 +20,15 @@ class ExportRow:
     """One line of an export.
 
     Attributes:
-        pattern: regular expression that matches the whole canonical name. roles: for people.
+        pattern: canonical name in which ``*`` stands for one dotted part (or the number at its end); the first is the layer.
+        layers: the layers it holds in; None for all that have such a parameter.
+        roles: for people.
         lr, weight_decay, eps: absolute values. std: of a normal draw; None for vectors. constant: what a vector starts at;
             None where it keeps the model's own start (or ``std`` is given).
     """
 
     pattern: str
+    layers: tuple[int, ...] | None
     roles: str
     lr: float
     weight_decay: float
@@ -32,12 +36,33 @@ class ExportRow:
     std: float | None
     constant: float | None
 
+    @property
+    def setting(self) -> tuple[float, float, float]:
+        """What an optimizer's group is told: lr, weight decay, eps."""
+        return self.lr, self.weight_decay, self.eps
 
-def rows(plan: Plan, model: nn.Module) -> list[ExportRow]:
+    @property
+    def regex(self) -> str:
+        """A regular expression for the whole name."""
+        text = re.escape(self.pattern)
+        if self.layers is not None:
+            text = text.replace(r"\*", f"(?:{'|'.join(map(str, self.layers))})", 1)
+        return text.replace(r"\*", r"[^.]+")
+
+    @property
+    def globs(self) -> list[str]:
+        """The same for the shell's way of matching (whose ``*`` also crosses dots): one for each layer where they differ."""
+        if self.layers is None:
+            return [self.pattern]
+        return [self.pattern.replace("*", str(layer), 1) for layer in self.layers]
+
+
+def rows(plan: Plan, model: nn.Module, extra: Mapping[str, float] | None = None) -> list[ExportRow]:
     """One row for each kind of parameter and distinct setting; layers are listed only where they differ.
 
     Args:
         model: the planned model; the meta device will do.
+        extra: pattern of a layout row → what is folded into its tensors beyond the plan's own fold.
 
     Raises:
         ValueError: a model that is not the planned one; a plan for another optimizer than AdamW; experts that all start
@@ -55,27 +80,31 @@ def rows(plan: Plan, model: nn.Module) -> list[ExportRow]:
             raise ValueError(
                 f"{s.placed.name}: experts that start from one draw cannot be exported; call plan.init_ instead"
             )
-        kinds.setdefault(s.placed.layout.pattern, {}).setdefault(_row(s), []).append(s.placed)
-    found = []
-    for pattern, settled in kinds.items():
-        for row, placed in settled.items():
-            text = _regex(pattern) if len(settled) == 1 else _some_layers(pattern, placed)
-            found.append(ExportRow(text, *list(vars(row).values())[1:]))
-    return found
+        row = _row(plan, s, (extra or {}).get(s.placed.layout.pattern, 1.0))
+        kinds.setdefault(s.placed.layout.pattern, {}).setdefault(row, []).append(s.placed)
+    return [
+        replace(row, layers=None if len(settled) == 1 else _layers(placed))
+        for settled in kinds.values()
+        for row, placed in settled.items()
+    ]
 
 
-def _row(s: Setting) -> ExportRow:
-    v = s.values
+def _row(plan: Plan, s: Setting, c: float) -> ExportRow:
+    v = s.values if c == 1 else folded_values(plan, s.placed.role, s.values, c)
     assert v.lr is not None and v.weight_decay is not None and v.eps is not None
-    roles = " + ".join(s.placed.layout.parts) or s.placed.role
-    return ExportRow("", roles, v.lr, v.weight_decay, v.eps, v.init_std, s.constant)
+    layout = s.placed.layout
+    constant = None if s.constant is None else s.constant * c
+    return ExportRow(
+        layout.pattern,
+        None,
+        " + ".join(layout.parts) or layout.role,
+        v.lr,
+        v.weight_decay,
+        v.eps,
+        v.init_std,
+        constant,
+    )
 
 
-def _regex(pattern: str) -> str:
-    return re.escape(pattern).replace(r"\*", r"[^.]+")
-
-
-def _some_layers(pattern: str, placed: Sequence[Placed]) -> str:
-    """The pattern with its first star narrowed to the layers that share a setting."""
-    layers = "|".join(str(i) for i in sorted({p.layer for p in placed if p.layer is not None}))
-    return re.escape(pattern).replace(r"\*", f"(?:{layers})", 1).replace(r"\*", r"[^.]+")
+def _layers(placed: Sequence[Placed]) -> tuple[int, ...]:
+    return tuple(sorted({p.layer for p in placed if p.layer is not None}))

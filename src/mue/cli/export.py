@@ -1,0 +1,75 @@
+"""``mue export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from mue.cli.app import app
+
+
+@app.command()
+def export(
+    plan: Annotated[Path, typer.Argument(help="A plan: JSON that was saved, or a TOML file.", show_default=False)],
+    to: Annotated[
+        str,
+        typer.Option(
+            help="torch (own loop, Accelerate), transformers (Trainer), automodel (NeMo), torchtitan, megatron or olmo-core.",
+            show_default=False,
+        ),
+    ],
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="file.py:function or module:function that builds it; a transformers config or family; or, for the last three"
+            " stacks, one of their own models by name (default: the plan's shape in the stack's first model).",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Write here instead of printing.")] = None,
+) -> None:
+    """Write a plan in another stack's own words: groups, init and route scale; nothing of mue is needed to use the file.
+
+    Every multiplier is folded into the values, so the stack's forward code stays as it is. What the stack cannot say stands
+    in the file's head, with what to do about it. Without --model no stack has to be installed: the plan's shape is written
+    in the stack's names (torchtitan: qwen3, llama3; megatron: te, local; olmo-core: moe, moe_dropless, moe_fused_v2), for torch
+    in those of the lab's model, for transformers and automodel in those of qwen3, qwen3_moe or glm4_moe.
+
+    \b
+    [bold]Examples[/]
+      mue plan plan.toml --save plan.json
+      mue export plan.json --to torchtitan --out recipe.py
+      mue export plan.json --to megatron --model local
+      mue export plan.json --to transformers --model config.json
+      mue export plan.toml --to olmo-core --model train.py:build   # your own model of that stack
+    """
+    from mue.checks.command import read_plan
+    from mue.export import export as written
+    from mue.files import write_text
+
+    made = read_plan(plan)
+    text = written(made, to, _model(made, to, model))
+    if out is None:
+        print(text, end="")
+    else:
+        write_text(out, text)
+        print(f"{out}: plan {made.hash} for {to}")
+
+
+def _model(plan: Any, to: str, model: str | None) -> Any:
+    """A module where one is named or the lab's is meant; else the name itself."""
+    if model is not None and ":" in model:
+        from mue.checks.command import arguments
+
+        return arguments(model, plan)["model"]
+    if model is None and to == "torch":
+        import torch
+
+        from mue.fold import fold
+        from mue.lab.model import LanguageModel
+
+        with torch.device("meta"):
+            return LanguageModel(plan.target, (plan if plan.folding else fold(plan)).multipliers)
+    return model

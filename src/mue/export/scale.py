@@ -1,0 +1,69 @@
+"""Factors beyond a plan's own fold: what a stack has no setting for, and what its code multiplies by unasked.
+
+Each is a mapping ``pattern of a layout row → c``, for :func:`mue.export.rows.rows`, and what the file's head says of it.
+"""
+
+from __future__ import annotations
+
+import math
+
+from mue.layouts.skeleton import Skeleton
+from mue.plan import Plan
+from mue.words import number
+
+Extra = dict[str, float]
+
+
+def query_scale(plan: Plan, model: Skeleton) -> tuple[Extra, list[str]]:
+    """The planned attention scale, in a stack that always divides by √head_dim.
+
+    It goes half into the gain of the query norm and half into that of the key norm (torchtitan starts both from one
+    config), or else into the query projection.
+
+    Raises:
+        ValueError: neither norms nor a query projection of its own.
+    """
+    c = plan.attention_scale * math.sqrt(plan.target.head_dim)
+    if math.isclose(c, 1.0):
+        return {}, []
+    gains = [row.pattern for row in model.layout() if row.pattern.endswith((".q_norm.weight", ".k_norm.weight"))]
+    if len(gains) == 2:
+        half = math.sqrt(c)
+        what = f"the gains of both the query and the key norm start at {number(half)}, with lr and eps to match"
+        return dict.fromkeys(gains, half), [_scale_said(plan, what)]
+    queries = [row for row in model.layout() if row.role == "attention_q"]
+    if len(queries) != 1 or queries[0].parts:
+        raise ValueError(
+            f"the plan's attention scale is {number(c)} of the stack's, which divides by √head_dim and has no setting for it;"
+            f" and there are neither query and key norms nor a query projection of its own to fold it into: use a base of"
+            f" head_dim {plan.target.head_dim}, or a model with norms of queries and keys"
+        )
+    return {queries[0].pattern: c}, [_scale_said(plan, f"the query projection is {number(c)} times as large")]
+
+
+def _scale_said(plan: Plan, what: str) -> str:
+    return f"the attention scale {number(plan.attention_scale)} (there is no setting for it): {what}"
+
+
+def averaged_shared(plan: Plan, model: Skeleton) -> tuple[Extra, list[str]]:
+    """OLMo-core's MoEConfig with a shared_mlp adds k/(k+1) of the routed sum to 1/(k+1) of the shared output.
+
+    Raises:
+        ValueError: layers with another number of active experts, where one row stands for all of them.
+    """
+    moe = "blocks.*.feed_forward_moe."
+    if not any(row.pattern.startswith(f"{moe}shared_mlp.") for row in model.layout()):
+        return {}, []
+    counts = {block.active for block in plan.target.blocks if block.shared_experts}
+    if len(counts) != 1:
+        raise ValueError(
+            "OLMo-core weighs shared_mlp by 1/(top_k + 1), and the plan's layers differ in active experts: plan with one"
+            " number of them, or without shared experts"
+        )
+    k = counts.pop()
+    routed, shared = (k + 1) / k, float(k + 1)
+    extra = {f"{moe}experts.mlp.w2": routed, f"{moe}shared_mlp.w2.weight": shared, f"{moe}shared_mlp.w2.bias": shared}
+    return extra, [
+        f"OLMo-core weighs the routed sum by {k}/{k + 1} and shared_mlp by 1/{k + 1}, which the rule does not: both are made"
+        f" good in the down projections ({number(routed)} and {number(shared)} times as large)"
+    ]

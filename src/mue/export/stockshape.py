@@ -1,0 +1,59 @@
+"""A transformers config of a planned shape, where the user has none: dense, softmax or sigmoid gates with shared experts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mue.block import Block
+from mue.layouts.families import default_config
+from mue.shapes import Transformer
+
+
+def stock_config(target: Transformer) -> tuple[Any, str]:
+    """(config, its own numbers in words) of ``qwen3``, ``qwen3_moe`` or ``glm4_moe`` in the plan's shape.
+
+    Raises:
+        ValueError: a shape that none of the three has.
+    """
+    family, sizes = _family(target)
+    sizes |= {
+        "vocab_size": target.vocab,
+        "hidden_size": target.width,
+        "num_hidden_layers": target.layers,
+        "num_attention_heads": target.num_heads,
+        "num_key_value_heads": target.num_kv_heads,
+        "head_dim": target.head_dim,
+        "tie_word_embeddings": target.tied,
+    }
+    config = type(default_config(family))(**sizes)
+    return config, f", model_type {family!r} with {', '.join(f'{k}={v!r}' for k, v in sizes.items())}"
+
+
+def _family(target: Transformer) -> tuple[str, dict[str, Any]]:
+    dense = list({block.ffn for block in target.blocks if not block.is_moe})
+    moe = list({_kind(block) for block in target.blocks if block.is_moe})
+    is_moe = [block.is_moe for block in target.blocks for _ in range(block.layers)]
+    if not target.gated or len(dense) > 1 or len(moe) > 1:
+        raise ValueError(f"no default transformers model has the layers of {target.name}: give a config with --model")
+    sizes: dict[str, Any] = {"intermediate_size": dense[0]} if dense else {}
+    if not moe:
+        return "qwen3", sizes
+    expert, experts, active, shared, width, router, normalize = moe[0]
+    if router == "softmax" and not shared:
+        skipped = [i for i, here in enumerate(is_moe) if not here]
+        sizes |= {"mlp_only_layers": skipped, "moe_intermediate_size": expert, "num_experts": experts}
+        return "qwen3_moe", {**sizes, "num_experts_per_tok": active, "norm_topk_prob": normalize}
+    first = is_moe.index(True)
+    if router == "sigmoid" and all(is_moe[first:]) and width == shared * expert:
+        sizes |= {"first_k_dense_replace": first, "moe_intermediate_size": expert, "n_routed_experts": experts}
+        sizes |= {"n_shared_experts": shared, "num_experts_per_tok": active, "norm_topk_prob": normalize}
+        return "glm4_moe", {**sizes, "use_qk_norm": True, "routed_scaling_factor": 1.0}
+    raise ValueError(
+        f"no default transformers model has the experts of {target.name} ({router} gates, {shared} shared experts): give a"
+        " config with --model"
+    )
+
+
+def _kind(block: Block) -> tuple[Any, ...]:
+    shared = block.shared_experts, block.shared_width
+    return block.expert, block.experts, block.active, *shared, block.router, block.normalize

@@ -1,0 +1,130 @@
+"""A plan as a torchtitan recipe: param_groups, the param_init of every sub-config, and the routers' route_scale."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from itertools import groupby
+
+from mue.block import Block
+from mue.export.python import clipping, head, table
+from mue.export.rows import rows
+from mue.export.scale import query_scale
+from mue.layouts.skeleton import Skeleton
+from mue.plan import Plan
+from mue.words import number
+
+_CODE = '''
+
+def param_groups():
+    """One group for each distinct setting. Behind a dot may stand what activation checkpointing puts there."""
+    merged = {}
+    for pattern, lr, weight_decay, eps, *_ in ROWS:
+        merged.setdefault((lr, weight_decay, eps), []).append(pattern.replace(r"\\.", r"\\.(?:_\\w+\\.)*"))
+    return [
+        ParamGroupConfig(
+            pattern=f"^(?:{'|'.join(patterns)})$",
+            optimizer_name="AdamW",
+            optimizer_kwargs={"lr": lr, "betas": BETAS, "eps": eps, "weight_decay": weight_decay},
+        )
+        for (lr, weight_decay, eps), patterns in merged.items()
+    ]
+
+
+def set_init(model):
+    """Put the planned starts into param_init of every sub-config of a model config."""
+    for path, config, _, _ in model.traverse(Module.Config, recurse=True):
+        for name in config.param_init or ():
+            # one config stands for both: qk_norm for q_norm and k_norm, wkv for wk and wv
+            parameter = f"{path}.{name}".replace(".qk_norm.", ".q_norm.").replace(".wkv.", ".wk.")
+            for pattern, _, _, _, std, constant in ROWS:
+                if re.fullmatch(pattern, parameter) and (std is not None or constant is not None):
+                    start = partial(nn.init.normal_, std=std) if std else partial(nn.init.constant_, val=constant)
+                    config.param_init = {**config.param_init, name: start}
+    if model.enable_weight_tying:  # the head's start is drawn last, into the same tensor
+        model.lm_head.param_init = model.tok_embeddings.param_init
+
+
+def _layer(layer):
+    """What a layer of a model config is, as LAYERS has it."""
+    if layer.moe is None:
+        return (layer.feed_forward.w1.out_features,)
+    shared, router = layer.moe.shared_experts, layer.moe.router
+    widths = layer.moe.routed_experts.inner_experts.hidden_dim, shared.w1.out_features if shared else 0
+    return (*widths, layer.moe.num_experts, router.top_k, router.score_func, router.route_norm)
+
+
+def apply(config):
+    """A Trainer.Config of the planned shape, with this plan's groups, starts and route scales."""
+    model = config.model_spec.model
+    found = (model.dim, model.vocab_size, [_layer(layer) for layer in model.layers])
+    if found != (WIDTH, VOCAB, LAYERS):
+        raise ValueError(f"this plan is for {(WIDTH, VOCAB, LAYERS)}, the config has {found}")
+    for layer, scale in zip(model.layers, ROUTE_SCALE):
+        if layer.moe is not None:
+            layer.moe.router.route_scale = scale
+    set_init(model)
+    config.optimizer = OptimizersContainer.Config(param_groups=param_groups())
+    return config
+'''
+_IMPORTS = (
+    "re",
+    "from functools import partial",
+    "",
+    "from torch import nn",
+    "from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig",
+    "from torchtitan.protocols.module import Module",
+)
+_USE = """    config = apply(qwen3_30b_a3b())    # in a config function of your own; any Trainer.Config of the planned shape
+
+apply() sets optimizer.param_groups, param_init of every sub-config, and route_scale of every router."""
+
+
+def torchtitan_file(plan: Plan, model: Skeleton) -> str:
+    """The recipe's text.
+
+    Raises:
+        ValueError: a plan that is not folded with R in the model; what torchtitan has no setting for and cannot be folded.
+    """
+    extra, said = query_scale(plan, model)
+    found = rows(plan, model, extra)
+    cannot = [
+        *said,
+        "pipeline parallelism: OptimizersContainer demands that every pattern finds a parameter in every stage, and a stage "
+        "without embedding or head has none of theirs",
+        clipping(plan, "training.max_norm"),
+        *_group_line(plan),
+    ]
+    return (
+        head(plan, f"torchtitan 0.3, model {model.what}", _USE, cannot, _IMPORTS)
+        + table(plan, found)
+        + _shape(plan)
+        + _CODE
+    )
+
+
+def _shape(plan: Plan) -> str:
+    t = plan.target
+    layers = [_layer(block) for block in t.blocks for _ in range(block.layers)]
+    return f"""WIDTH, VOCAB = {t.width}, {t.vocab}
+# (width of a dense layer), or (of an expert, of the shared ones, number of experts, top_k, score_func, route_norm)
+LAYERS = {_runs(layers)}
+ROUTE_SCALE = {_runs(plan.multipliers.route)}  # R; the rest of the branch's multiplier is in the weights
+"""
+
+
+def _layer(block: Block) -> tuple[object, ...]:
+    if not block.is_moe:
+        return (block.ffn,)
+    return block.expert, block.shared_width, block.experts, block.active, block.router, block.normalize
+
+
+def _runs(values: Iterable[object]) -> str:
+    """A list as code, runs of one value multiplied."""
+    return " + ".join(f"[{value!r}] * {len(list(run))}" for value, run in groupby(values))
+
+
+def _group_line(plan: Plan) -> list[str]:
+    if all(block.groups == 1 for block in plan.target.blocks):
+        return []
+    many = number(max(block.groups for block in plan.target.blocks))
+    return [f"balanced choice from each of {many} groups: num_limited_groups is another thing. No value depends on it"]
