@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
 from pathlib import Path
 
@@ -14,8 +12,7 @@ from mue.config import read_toml
 from mue.lab.data import Corpus
 from mue.lab.experiment import base_plan, data_source, described, open_corpus
 from mue.lab.run import Run, Settings, Store
-from mue.lab.runner import Busy, Done, FailedError, Progress, Runner, open_runner
-from mue.lab.runner_pool import Mode, Pool
+from mue.lab.runner import Busy, Done, Progress, Runner, open_runner
 from mue.lab.train import train
 
 BASE = mue.Dense(32, 32, 1, head_dim=16, sequence=32)
@@ -97,42 +94,20 @@ def test_a_run_that_waits_is_stopped_before_it_begins(
         runner.close()
 
 
-def test_a_run_of_another_process_is_busy(tmp_path: Path, source: dict[str, object], corpus: Corpus) -> None:
+def test_what_ends_a_run_before_it_begins(tmp_path: Path, source: dict[str, object], corpus: Corpus) -> None:
+    """Another process trains it; the text has changed. The worker serves on."""
     run, store = dense_run(source, corpus), Store(tmp_path)
     runner = open_runner("processes", store, workers=1)
     try:
         with store.locked(run.key):
             runner.submit(run)
             assert until(runner, Busy) == [Busy(run)]
-        runner.submit(run)
-        assert isinstance(until(runner, Done)[-1], Done)
-    finally:
-        runner.close()
-
-
-def test_a_killed_worker_is_an_error_and_the_runner_goes_on(
-    tmp_path: Path, source: dict[str, object], corpus: Corpus
-) -> None:
-    run, store = dense_run(source, corpus, steps=100_000), Store(tmp_path)
-    runner = Pool(Mode(1, 1), store, checkpoint_seconds=0.1)
-    try:
-        runner.submit(run)
-        until(runner, Progress)
-        os.kill(runner.workers[0].pid, signal.SIGKILL)
-        until(runner, Progress)
-    finally:
-        runner.close()
-
-
-def test_a_changed_text_is_the_users_affair(tmp_path: Path, source: dict[str, object], corpus: Corpus) -> None:
-    run = dense_run(source, corpus)
-    other = Run(run.plan, run.settings, {**run.data, "hash": "0" * 64})
-    runner = open_runner("processes", Store(tmp_path), workers=1)
-    try:
-        runner.submit(other)
+        runner.submit(Run(run.plan, run.settings, {**run.data, "hash": "0" * 64}))
         with pytest.raises(ValueError, match="the text changed"):
             until(runner, Done)
-        assert runner.wait(1.0) == []
+        assert runner.wait(1.0) == []  # nothing is in flight
+        runner.submit(run)
+        assert isinstance(until(runner, Done)[-1], Done)
     finally:
         runner.close()
 

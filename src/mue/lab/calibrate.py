@@ -36,15 +36,15 @@ FLAT = 1.1  # a stack twice as large that is not this much faster is not taken
 
 @dataclass(frozen=True)
 class Measured:
-    """Steps per second of all runs together, and seconds until the first of them were done (starting and compiling included)."""
+    """Steps per second of all runs together, and what compiling took, in seconds."""
 
     mode: Mode
     rate: float
-    ready: float
+    compiling: float
 
     def seconds(self, steps: float) -> float:
         """How long so many steps take in all."""
-        return self.ready + steps / self.rate
+        return self.compiling + steps / self.rate
 
 
 def cores() -> int:
@@ -95,11 +95,13 @@ class Calibration:
             "machine": [torch.cuda.get_device_name(i) for i in range(len(devices))]
             or f"{platform.machine()}, {cores()} cores",
             "processes": processes,
+            "devices": devices,
             "torch": torch.__version__,
         }
         root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.path = root / "mue" / "runner" / f"{digest(self.about)}.json"
-        self.known: dict[Mode, Measured | None] = {}
+        self.known: dict[Mode, Measured] = {}
+        self.failed: dict[Mode, str] = {}
         self.fresh = 0
         self.seed = 0
 
@@ -110,8 +112,8 @@ class Calibration:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if self.path.exists():
             for row in json.loads(self.path.read_text(encoding="utf-8"))["measured"]:
-                mode = Mode(**{**row["mode"], "devices": tuple(row["mode"]["devices"])})
-                self.known[mode] = Measured(mode, row["rate"], row["ready"]) if row["rate"] else None
+                mode = Mode(**{**row.pop("mode"), "devices": self.devices})
+                self.known[mode] = Measured(mode, **row)
         self.store = Store(Path(self.opened.enter_context(tempfile.TemporaryDirectory(prefix="mue-calibrate-"))))
         self.pool: Pool | None = None
         return self
@@ -127,24 +129,30 @@ class Calibration:
         found = [] if kind == "stacked" else [m for mode in (self.together, self.apart) if (m := self.measured(mode))]
         found += self._stacks(max(2, runs))
         if not found:
-            raise ValueError(f"runner = {kind!r}: no layout of the run fits this machine; use a smaller batch")
+            raise ValueError(f"runner = {kind!r}: the run cannot be trained here: {'; '.join(self.failed.values())}")
         eager = min(found, key=lambda m: m.seconds(steps))
         if eager.seconds(steps) > COMPILING_SECONDS:
             fastest = [min(group, key=lambda m: m.seconds(steps)) for group in _by_stacking(found)]
             found += [m for one in fastest if (m := self.measured(replace(one.mode, compiled=True)))]
         best = min(found, key=lambda m: m.seconds(steps))
-        others = ", ".join(f"{m.mode} {m.rate:.3g}" for m in found if m is not best)
-        when = f"measured in {time.monotonic() - started:.0f} s" if self.fresh else "measured before"
-        return best.mode, f"{best.mode}: {best.rate:.3g} steps/s" + (f" ({others}; {when})" if others else f" ({when})")
+        said = [f"{m.mode} {m.rate:.3g}" for m in found if m is not best]
+        said += [f"{mode} failed: {error}" for mode, error in self.failed.items()]
+        said += [f"measured in {time.monotonic() - started:.0f} s" if self.fresh else "measured before"]
+        return best.mode, f"{best.mode}: {best.rate:.3g} steps/s ({'; '.join(said)})"
 
     def measured(self, mode: Mode) -> Measured | None:
-        """A layout's speed; None where it cannot run (out of memory, no compiler)."""
-        if mode not in self.known:
-            self.known[mode] = self._measure(mode)
+        """A layout's speed; None where it cannot run (out of memory, no compiler), which is tried again next time."""
+        if mode not in self.known and mode not in self.failed:
+            try:
+                self.known[mode] = self._measure(mode)
+            except FailedError as error:
+                self.failed[mode] = str(error).strip().splitlines()[0]
+                if self.pool:
+                    self.pool.close()
+                self.pool = None
             self.fresh += 1
-            rows = [{"mode": asdict(m), "rate": k and k.rate, "ready": k and k.ready} for m, k in self.known.items()]
-            write_json(self.path, {**self.about, "measured": rows})
-        return self.known[mode]
+            write_json(self.path, {**self.about, "measured": [asdict(known) for known in self.known.values()]})
+        return self.known.get(mode)
 
     def _stacks(self, runs: int) -> list[Measured]:
         """On a CPU one size; on GPUs doubling while it pays."""
@@ -160,30 +168,26 @@ class Calibration:
             stack *= 2
         return found
 
-    def _measure(self, mode: Mode) -> Measured | None:
+    def _measure(self, mode: Mode) -> Measured:
         if self.pool is None:
             self.pool = Pool(mode, self.store, checkpoint_seconds=math.inf)
         self.pool.mode = mode
         started = time.monotonic()
         runs = [self._endless() for _ in range(self.pool.slots)]
-        try:
-            for run in runs:
-                self.pool.submit(run)
-            seen = _reach(self.pool, {run.key: 1 for run in runs}, 0.0)
-            ready = time.monotonic()
-            goal = {key: step + MEASURED_STEPS for key, step in seen.items()}
-            after = _reach(self.pool, goal, MEASURED_SECONDS)
-            seconds = time.monotonic() - ready
-            for run in runs:
-                self.pool.stop(run.key)
-            ended = 0
-            while ended < len(runs):
-                ended += sum(isinstance(message, Done) for message in self.pool.wait())
-        except FailedError:
-            self.pool.close()
-            self.pool = None
-            return None
-        return Measured(mode, sum(after[key] - seen[key] for key in seen) / seconds, ready - started)
+        for run in runs:
+            self.pool.submit(run)
+        seen = _reach(self.pool, {run.key: 1 for run in runs}, 0.0)
+        ready = time.monotonic()
+        goal = {key: step + MEASURED_STEPS for key, step in seen.items()}
+        after = _reach(self.pool, goal, MEASURED_SECONDS)
+        seconds = time.monotonic() - ready
+        for run in runs:
+            self.pool.stop(run.key)
+        ended = 0
+        while ended < len(runs):
+            ended += sum(isinstance(message, Done) for message in self.pool.wait())
+        rate = sum(after[key] - seen[key] for key in seen) / seconds
+        return Measured(mode, rate, ready - started if mode.compiled else 0.0)
 
     def _endless(self) -> Run:
         """The example with another seed, so many steps that it will not end, every step reported, no validation."""

@@ -42,7 +42,7 @@ class Bank:
     """All parameters of one size, of all variants, with their gradients and Adam's two moments.
 
     Attributes:
-        names: of the N parameters. weight_NVS, grad_NVS, mean_NVS, square_NVS.
+        names: of the N parameters. weight_NVS, grad_NVS, mean_NVS, square_NVS, step_NV.
         setting_3NV1: peak lr, weight decay and eps.
     """
 
@@ -52,6 +52,7 @@ class Bank:
         self.weight_NVS, self.grad_NVS, self.mean_NVS, self.square_NVS = (
             like.new_zeros(len(named), variants, like.numel()) for _ in range(4)
         )
+        self.step_NV = like.new_zeros(len(named), variants, dtype=torch.float32)  # what torch counts steps in
         self.setting_3NV1 = like.new_ones(3, len(named), variants, 1)
 
     def put(self, i: int, variant: int, parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> None:
@@ -66,6 +67,7 @@ class Bank:
             view.zero_() if value is None else view.copy_(value)
             views.append(view)
         parameter.data, state["exp_avg"], state["exp_avg_sq"] = views
+        state["step"] = self.step_NV[i, variant]
         for setting_NV1, key in zip(self.setting_3NV1, ("initial_lr", "weight_decay", "eps"), strict=True):
             setting_NV1[i, variant] = group[key]
 
@@ -87,7 +89,6 @@ class Stack:
         self.moes = [moe for moe in _moes(self.model) if isinstance(moe, StackedMoE)]
         for place in range(size):
             self._route(place, self.idle)
-        self.steps_V = next(model.parameters()).new_zeros(size, dtype=torch.float32)
         if compiled:
             compile_blocks(self.model)
         self.adamw_ = torch.compile(adamw_, dynamic=True) if compiled else adamw_
@@ -102,12 +103,10 @@ class Stack:
         """A run moves in, with whatever state its optimizer has. Its model must not be trained by other means while it is here."""
         named = dict(course.model.named_parameters())
         groups = {p: group for group in course.optimizer.param_groups for p in group["params"]}
-        self.steps_V[place] = course.step
         for bank in self.banks:
+            bank.step_NV[:, place] = course.step
             for i, name in enumerate(bank.names):
-                state = course.optimizer.state[named[name]]
-                bank.put(i, place, named[name], groups[named[name]], state)
-                state["step"] = self.steps_V[place]
+                bank.put(i, place, named[name], groups[named[name]], course.optimizer.state[named[name]])
         self._route(place, course.model)
         self.courses[place] = course
         course.stacked, course.compiled = max(course.stacked, len(self.courses)), self.compiled
@@ -186,8 +185,8 @@ class Stack:
         like = self.banks[0].weight_NVS
         table = torch.tensor(rows, dtype=torch.float64).to(like.device)
         step_V, (factor, *betas) = table[:, 0], (column.to(like.dtype)[:, None] for column in table[:, 1:].unbind(1))
-        self.steps_V.copy_(step_V)
         for bank in self.banks:
+            bank.step_NV.copy_(step_V.expand_as(bank.step_NV))
             lr, decay, eps = bank.setting_3NV1
             self.adamw_(bank.weight_NVS, bank.grad_NVS, bank.mean_NVS, bank.square_NVS, lr * factor, decay, eps, *betas)
 
