@@ -19,7 +19,6 @@ COMMANDS = (
     "inspect",
     "check",
     "export",
-    "export",
     "convert",
     "doctor",
 )  # files of this folder, in the order the help shows them
