@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from mue.plan import Plan
 from mue.roles import Placed, expert_slices
 from mue.rules.optimizers import MATRICES
 from mue.rules.table import BUFFERS, SHARED_INIT, VECTORS
-from mue.settings import settings
+from mue.settings import Setting, settings
 
 __all__ = ["init_", "matched", "param_groups"]
 
@@ -70,8 +71,13 @@ def param_groups(plan: Plan, model: nn.Module) -> list[dict[str, Any]]:
     Raises:
         ValueError: a parameter without a role, or a model of other shapes or multipliers than planned.
     """
+    return [{**g, "params": [p.parameter for p in g["params"]]} for g in grouped(plan, settings(plan, model))]
+
+
+def grouped(plan: Plan, settled: Iterable[Setting]) -> list[dict[str, Any]]:
+    """:func:`param_groups` with placed parameters under ``params``."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for p, values, _, floor in settings(plan, model):
+    for p, values, _, floor in settled:
         if p.role in BUFFERS:
             continue  # moved by load statistics, never by the optimizer
         assert values.lr is not None and values.weight_decay is not None and values.eps is not None
@@ -86,7 +92,7 @@ def param_groups(plan: Plan, model: nn.Module) -> list[dict[str, Any]]:
         }
         key = tuple(v for k, v in group.items() if k != "params")
         group = groups.setdefault(key, {**group, "roles": []})
-        group["params"].append(p.parameter)
+        group["params"].append(p)
         if p.role not in group["roles"]:
             group["roles"].append(p.role)
     return list(groups.values())

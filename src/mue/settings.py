@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
-from mue.matching import matched
 from mue.plan import Plan
 from mue.planned import Values
 from mue.roles import GAINS, Placed
 from mue.rules.table import BUFFERS, FIELDS, VECTORS
+
+if TYPE_CHECKING:
+    from mue.fold.model import Folded
 
 # Roles whose fan-in the plan takes to be the residual width; in latent attention and small router MLPs it may not be.
 _FROM_WIDTH = ("attention_q", "attention_k", "attention_v", "router")
@@ -37,14 +39,14 @@ def settings(plan: Plan, model: nn.Module) -> list[Setting]:
     Raises:
         ValueError: a model that is not the planned one; a fused tensor whose parts are planned differently.
     """
-    return settings_of(plan, model, matched(plan, model))
+    from mue.fold.model import folded_model
+
+    return settings_of(plan, folded_model(plan, model))
 
 
-def settings_of(plan: Plan, model: nn.Module, placed: Sequence[Placed]) -> list[Setting]:
-    """:func:`settings` of parameters that already have their roles."""
-    from mue.fold.model import folded_parameters
-
-    return [_setting(plan, f.placed, f.own) for f in folded_parameters(plan, model, placed)]
+def settings_of(plan: Plan, folded: Iterable[Folded]) -> list[Setting]:
+    """:func:`settings` of parameters whose c is known."""
+    return [_setting(plan, f.placed, f.own) for f in folded]
 
 
 def _setting(plan: Plan, p: Placed, own: float) -> Setting:

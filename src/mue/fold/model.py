@@ -37,14 +37,20 @@ def coefficients(plan: Plan, model: nn.Module) -> dict[Tensor, float]:
     Raises:
         ValueError: a model that is not the planned one, or a bias whose weight cannot be told.
     """
-    return {f.placed.parameter: f.c for f in folded_parameters(plan, model, matched(plan, model))}
+    return {f.placed.parameter: f.c for f in folded_model(plan, model)}
 
 
-def folded_parameters(plan: Plan, model: nn.Module, placed: Sequence[Placed]) -> list[Folded]:
-    """:func:`coefficients` for parameters that already have their roles."""
+def folded_model(plan: Plan, model: nn.Module) -> list[Folded]:
+    """Every parameter of a planned model with its c; see :func:`coefficients`."""
     from mue.layouts.stock import query_coefficients
 
+    placed = matched(plan, model)
     queries = {} if isinstance(unwrap(model), HasLayout) else query_coefficients(plan, model, placed)
+    return folded_parameters(plan, placed, queries)
+
+
+def folded_parameters(plan: Plan, placed: Sequence[Placed], queries: Mapping[str, float]) -> list[Folded]:
+    """:func:`folded_model` for parameters that already have their roles; ``queries``: name → what the query carries."""
     branch = unfold(plan).residual_multiplier if plan.folding is not None else 1.0
     ended = {pattern for p in placed for pattern in p.layout.after}
     weights = {}
@@ -106,11 +112,11 @@ def convert(
         raise ValueError(
             f"plans {source_plan.hash} and {target_plan.hash} are not two forms of one plan: convert only what fold or unfold gave"
         )
-    here = {f.placed.name: f for f in folded_parameters(source_plan, source, matched(source_plan, source))}
+    here = {f.placed.name: f for f in folded_model(source_plan, source)}
     states = _by_parameter(source_optimizer)
     goals = _by_parameter(target_optimizer)
     with torch.no_grad():
-        for f in folded_parameters(target_plan, target, matched(target_plan, target)):
+        for f in folded_model(target_plan, target):
             p = f.placed
             if p.name not in here:
                 raise ValueError(f"{p.name} is in the target model only: both must name their parameters alike")
@@ -123,8 +129,8 @@ def convert(
 
 
 def scaled(weight: Tensor, ratio: float, offset: float = 0.0) -> Tensor:
-    """A weight in another form; ``offset`` is 1 for a gain that the code adds one to."""
-    return (weight + offset) * ratio - offset if ratio != 1 else weight
+    """A weight in another form, rounded once; ``offset`` is 1 for a gain that the code adds one to."""
+    return ((weight.double() + offset) * ratio - offset).to(weight.dtype) if ratio != 1 else weight
 
 
 def _by_parameter(optimizers: Optimizer | Iterable[Optimizer]) -> dict[Tensor, tuple[Optimizer, dict[str, Any]]]:
@@ -149,10 +155,11 @@ def _carry(
     new, new_group = goals[target]
     if old_group.get("initial_lr"):  # the schedule's phase
         new_group["lr"] = new_group.get("initial_lr", new_group["lr"]) * old_group["lr"] / old_group["initial_lr"]
-    new.state[target] = {k: _converted(name, k, v, ratio, powers) for k, v in old.state.get(source, {}).items()}
+    new.state[target] = {k: converted(name, k, v, ratio, powers) for k, v in old.state.get(source, {}).items()}
 
 
-def _converted(name: str, key: str, value: Any, ratio: float, powers: Mapping[str, int]) -> Any:
+def converted(name: str, key: str, value: Any, ratio: float, powers: Mapping[str, int]) -> Any:
+    """One entry of a parameter's optimizer state where its c changes by ``ratio``; ``ValueError`` for an unknown one."""
     if not isinstance(value, Tensor) or key == "step":
         return value.clone() if isinstance(value, Tensor) else value
     if key not in powers:

@@ -85,12 +85,21 @@ def read_config(source: str | Path) -> Any:
         return default_config(str(source))
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        family = data["model_type"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a transformers config: it needs JSON with a model_type ({error})") from None
+    return config_of(data, str(path))
+
+
+def config_of(data: Any, where: str) -> Any:
+    """A config from what its ``config.json`` holds; ``ValueError`` naming ``where`` for anything else."""
+    family = data.get("model_type") if isinstance(data, dict) else None
+    if not isinstance(family, str):
+        raise ValueError(f"{where} is not a transformers config: it needs JSON with a model_type")
     known = _transformers().CONFIG_MAPPING
     if family not in known:
-        raise ValueError(f"{path}: this transformers does not know model_type {family!r}{nearest(family, list(known))}")
+        raise ValueError(
+            f"{where}: this transformers does not know model_type {family!r}{nearest(family, list(known))}"
+        )
     return known[family].from_dict(data)
 
 

@@ -21,6 +21,9 @@ from mue.plan import Plan
 from mue.roles import Placed, unwrap
 from mue.words import number
 
+# What a config says of itself, and not of the model.
+_SAYINGS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "mue")
+
 
 @dataclass(frozen=True)
 class Stock:
@@ -44,7 +47,7 @@ def stock(model: nn.Module) -> Stock:
     """
     inner = unwrap(model)
     config: Any = inner.config
-    key = json.dumps(config.to_dict(), sort_keys=True, default=str)
+    key = json.dumps({k: v for k, v in config.to_dict().items() if k not in _SAYINGS}, sort_keys=True, default=str)
     kind: Any = type(inner)
     return _observed(kind, _Keyed(key, config))
 
