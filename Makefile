@@ -7,6 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 # The packages of other training stacks, whose pins fight ours: an environment of their own that borrows the rest of $(VENV).
 STACKS := $(VENV)-stacks
+STACK_TESTS := tests/test_export_torchtitan.py tests/test_export_megatron.py tests/test_export_olmo.py
 
 .PHONY: demo test slow stacks check clean postgresql
 
@@ -18,7 +19,7 @@ test: $(VENV)/.dev | postgresql
 	$(MAKE) --no-print-directory stacks
 
 stacks: $(STACKS)/.done
-	$(TEST_ENV) MUE_STACKS=1 $(STACKS)/bin/python -m pytest -m stacks --disable-warnings tests/test_export_stacks.py
+	$(TEST_ENV) MUE_STACKS=1 $(STACKS)/bin/python -m pytest -m stacks --disable-warnings $(STACK_TESTS)
 
 slow: $(VENV)/.dev | postgresql
 	$(TEST_ENV) $(BIN)/python -m pytest -n auto -m slow --timeout 1800

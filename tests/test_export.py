@@ -1,4 +1,4 @@
-"""Exports: golden files, and the written code giving exactly our groups and starts. (Real packages: test_export_stacks.)"""
+"""Exports: golden files, and the written code giving exactly our groups and starts. (Real packages: test_export_torchtitan, _megatron, _olmo.)"""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def written(to: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("to", STACKS)
 def test_the_files_are_the_golden_ones(to: str) -> None:
-    text = export(PLAN, to, model() if to in OWN_MODEL else None)
+    text = PLAN.export(to, model() if to in OWN_MODEL else None)
     text = re.sub(r"plan [0-9a-f]{16}", "plan HASH", text)
     path = GOLDEN / f"{to}.{'yaml' if to == 'automodel' else 'py.txt'}"
     if os.environ.get("MUE_WRITE_GOLDEN"):

@@ -125,6 +125,12 @@ class Plan:
 
         return param_groups(self, model)
 
+    def export(self, to: str, model: Any = None) -> str:
+        """The plan as a file of another training stack; see :func:`mue.export.export`."""
+        from mue.export import export
+
+        return export(self, to, model)
+
     # ---- changed, compared, saved -------------------------------------------------------------------------------
 
     def retuned(self, **changes: Any) -> Plan:
