@@ -12,8 +12,8 @@ from mue.lab.run import Run, Store
 from mue.lab.stacked import Stack
 from mue.lab.train import Course, enter
 
-# At most this share of the time goes into checkpoints, however many runs have one.
-CHECKPOINT_SHARE = 0.05
+# At most this share of the time goes into checkpoints, however many runs have one; but they are at most so much rarer than asked for.
+CHECKPOINT_SHARE, CHECKPOINT_RARER = 0.05, 12
 
 
 class StackedRuns:
@@ -23,7 +23,7 @@ class StackedRuns:
     """
 
     def __init__(self, *, compiled: bool = False, checkpoint_seconds: float = 10.0) -> None:
-        self.compiled, self.interval = compiled, checkpoint_seconds
+        self.compiled, self.interval, self.longest = compiled, checkpoint_seconds, CHECKPOINT_RARER * checkpoint_seconds
         self.stack: Stack | None = None
         self.courses: dict[str, Course] = {}
         self.opened: dict[str, ExitStack] = {}
@@ -62,7 +62,7 @@ class StackedRuns:
                 self.opened.pop(course.key).close()
             elif course.logged:
                 news.append((course, None))
-        self.interval = max(self.interval, (time.monotonic() - started) / CHECKPOINT_SHARE)
+        self.interval = min(self.longest, max(self.interval, (time.monotonic() - started) / CHECKPOINT_SHARE))
         return news
 
     def close(self) -> None:
