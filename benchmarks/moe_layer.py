@@ -136,9 +136,8 @@ def main() -> None:
                 continue
             print(f"{case.shape} {case.dtype_name} {kind}", flush=True)
             slow = ["mue-reference", "transformers-eager"] if options.quick and case.width > 128 else []
-            rows += measured(
-                case, kind, 2.0 if options.quick else options.seconds, 1 if options.quick else 5, skip, options.seed
-            )
+            seconds, least = (2.0, 1) if options.quick else (options.seconds, 5)
+            rows += measured(case, kind, seconds, least, [*options.skip, *slow], options.seed)
             if options.json:
                 write_json(
                     options.json, {"command": " ".join(["python", *sys.argv]), **about(options.seed), "rows": rows}
