@@ -103,7 +103,7 @@ class Calibration:
         self.known: dict[Mode, Measured] = {}
         self.failed: dict[Mode, str] = {}
         self.fresh = 0
-        self.seed = 0
+        self.seeds = 0
 
     def __enter__(self) -> Calibration:
         self.opened = ExitStack()
@@ -173,7 +173,8 @@ class Calibration:
             self.pool = Pool(mode, self.store, checkpoint_seconds=math.inf)
         self.pool.mode = mode
         started = time.monotonic()
-        runs = [self._endless() for _ in range(self.pool.slots)]
+        runs = [endless(self.example, self.seeds + i) for i in range(self.pool.slots)]
+        self.seeds += len(runs)  # a run that was stopped is not taken up again
         for run in runs:
             self.pool.submit(run)
         seen = _reach(self.pool, {run.key: 1 for run in runs}, 0.0)
@@ -189,15 +190,15 @@ class Calibration:
         rate = sum(after[key] - seen[key] for key in seen) / seconds
         return Measured(mode, rate, ready - started if mode.compiled else 0.0)
 
-    def _endless(self) -> Run:
-        """The example with another seed, so many steps that it will not end, every step reported, no validation."""
-        self.seed += 1
-        inputs = self.example.plan.inputs.to_dict()
-        for part in ("training", "base_training"):
-            if inputs.get(part):
-                inputs[part] = {**inputs[part], "steps": 10**7}
-        settings = replace(self.example.settings, seed=self.seed, log_every=1, eval_every=0, eval_sequences=1)
-        return Run(Inputs.from_dict(inputs).plan(), settings, self.example.data)
+
+def endless(example: Run, seed: int) -> Run:
+    """``example`` with another seed and so many steps that it will not end, every step reported, no validation."""
+    inputs = example.plan.inputs.to_dict()
+    for part in ("training", "base_training"):
+        if inputs.get(part):
+            inputs[part] = {**inputs[part], "steps": 10**7}
+    settings = replace(example.settings, seed=seed, log_every=1, eval_every=0, eval_sequences=1)
+    return Run(Inputs.from_dict(inputs).plan(), settings, example.data)
 
 
 def _by_stacking(found: list[Measured]) -> list[list[Measured]]:

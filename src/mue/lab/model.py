@@ -47,7 +47,8 @@ class RMSNorm(nn.Module):
         width = self.weight.shape[-1:]
         if self.weight.dim() == 1:
             return F.rms_norm(x, width, self.weight, 1e-6)
-        return F.rms_norm(x, width, None, 1e-6) * self.weight.view(-1, *(1,) * (x.dim() - 2), *width)
+        gain = self.weight.view(-1, *(1,) * (x.dim() - 2), *width)
+        return (F.rms_norm(x, width, None, 1e-6) * gain).to(x.dtype)
 
 
 class Linear(nn.Linear):
@@ -137,7 +138,7 @@ def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, scale: float) -> Tens
         mask = torch.ones(T, T, dtype=torch.bool, device=q_BHTE.device).triu(1)
         score = (q_BHTE @ k.transpose(-1, -2)).mul(scale).masked_fill(mask, float("-inf"))
         return score.float().softmax(-1).to(v.dtype) @ v
-    q, k = (x.to(v_BKTE.dtype) for x in (q_BHTE, k_BKTE))  # under autocast the norms come back in fp32
+    q, k = (x.to(v_BKTE.dtype) for x in (q_BHTE, k_BKTE))  # under autocast a norm may come back in fp32
     return F.scaled_dot_product_attention(q, k, v_BKTE, is_causal=True, scale=scale, enable_gqa=H > K)
 
 

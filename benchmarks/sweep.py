@@ -1,0 +1,165 @@
+"""How fast a sweep's runs are trained: one after the other, in processes, stacked, compiled, and in the layout the runner chooses.
+
+    python benchmarks/sweep.py [--device cpu|cuda] [--quick] [--json FILE]
+
+A CPU: d64 and d128 proxies of 8 layers, fp32 and bf16. A GPU: the d128 proxy, 32 variants. Every layout is trained by the lab's own worker processes
+on real text; the layouts take turns of a few seconds (those not in turn are paused), so that a machine whose speed drifts drifts under all of
+them. The figures are medians over the turns; "one after the other, eager" is one run with all cores, torch's default.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+
+import mue
+from mue.files import write_json
+from mue.lab.calibrate import Calibration, cores, endless, gpus
+from mue.lab.experiment import base_plan, described, open_corpus
+from mue.lab.run import Run, Settings, Store
+from mue.lab.runner import Progress
+from mue.lab.runner_pool import Mode, Pool
+from mue.lab.train import provenance
+
+RUNS, STEPS = 27, 1000  # the sweep that the runner is asked to lay out
+
+
+@dataclass
+class Layout:
+    """A way to train the runs, and its runs under way, paused between turns."""
+
+    name: str
+    pool: Pool
+
+    def begin(self, example: Run, steps: int) -> float:
+        """Start endless runs and wait until each has done so many steps; seconds that took."""
+        started = time.monotonic()
+        runs = [endless(example, seed) for seed in range(self.pool.slots)]
+        for run in runs:
+            self.pool.submit(run)
+        left = {run.key for run in runs}
+        while left:
+            left -= {m.key for m in self.pool.wait() if isinstance(m, Progress) and m.step >= steps}
+        self.signal(signal.SIGSTOP)
+        return time.monotonic() - started
+
+    def turn(self, seconds: float) -> float:
+        """Steps per second of all its runs, each from its first to its last step in this turn."""
+        self.pool.wait(0.01)  # what was said before the pause
+        self.signal(signal.SIGCONT)
+        until = time.monotonic() + seconds
+        seen: dict[str, list[float]] = {}
+        while time.monotonic() < until or len(seen) < self.pool.slots or min(map(len, seen.values())) < 3:
+            for message in self.pool.wait(1.0):
+                if isinstance(message, Progress):
+                    seen.setdefault(message.key, []).append(time.monotonic())
+        self.signal(signal.SIGSTOP)
+        return sum((len(times) - 1) / (times[-1] - times[0]) for times in seen.values())
+
+    def signal(self, number: int) -> None:
+        for worker in self.pool.workers:
+            os.kill(worker.pid, number)
+
+
+def layouts(device: str, stack: int) -> dict[str, Mode]:
+    """What is compared."""
+    alone = Mode(1, cores(), devices=gpus()[:1])
+    stacked = replace(alone, stack=stack)
+    named = {
+        "one after the other, eager": alone,
+        "one after the other, compiled": replace(alone, compiled=True),
+        "stacked, eager": stacked,
+        "stacked, compiled": replace(stacked, compiled=True),
+    }
+    if device == "cpu":
+        apart = Mode(cores(), 1)
+        named |= {"processes, eager": apart, "processes, compiled": replace(apart, compiled=True)}
+    return named
+
+
+def measure(example: Run, device: str, stack: int, turns: int, seconds: float) -> list[dict[str, object]]:
+    """A row for each layout, and which of them the runner chose and why."""
+    assert example.plan.training is not None
+    with Calibration(example, cores(), gpus()) as calibration:
+        mode, why = calibration.best("auto", RUNS, RUNS * STEPS)
+    named = layouts(device, stack)
+    if mode not in named.values():
+        named["the runner's choice"] = mode
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        made = [Layout(name, Pool(m, Store(Path(folder) / str(i)), 1e9)) for i, (name, m) in enumerate(named.items())]
+        try:
+            ready = {layout.name: layout.begin(example, 3) for layout in made}
+            rates: dict[str, list[float]] = {layout.name: [] for layout in made}
+            for _ in range(turns):
+                for layout in made:
+                    rates[layout.name].append(layout.turn(seconds))
+        finally:
+            for layout in made:
+                layout.pool.close()
+    base = rates["one after the other, eager"]
+    for name, m in named.items():
+        ratios = sorted(a / b for a, b in zip(rates[name], base, strict=True))
+        rows.append(
+            {
+                "run": f"{example.plan.target.name}, batch {example.plan.training.batch}, {example.settings.precision}",
+                "layout": name,
+                "mode": asdict(m),
+                "steps_per_second": round(statistics.median(rates[name]), 3),
+                "times_sequential": round(statistics.median(ratios), 3),
+                "range": [round(ratios[0], 3), round(ratios[-1], 3)],
+                "ready_seconds": round(ready[name], 1),
+                "chosen": m == mode,
+                **({"why": why} if m == mode else {}),
+            }
+        )
+    return rows
+
+
+def examples(device: str, cache: Path) -> list[Run]:
+    """The dense proxies of this device's claim."""
+    source = {"source": "stdlib", "cache": str(cache)}
+    data = described(source, open_corpus(source))
+    tuned = mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.1)
+    cases = [(d, p) for d in (64, 128) for p in ("fp32", "bf16")] if device == "cpu" else [(128, "fp32"), (128, "bf16")]
+    training = mue.Training(2048 if device == "cpu" else 4096, STEPS)
+    return [
+        Run(base_plan(mue.Dense(d, d, 8, head_dim=32, sequence=128), training, tuned), Settings(precision=p), data)
+        for d, p in cases
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--quick", action="store_true", help="two short turns")
+    parser.add_argument("--json", type=Path, help="also write the rows and the machine here")
+    arguments = parser.parse_args()
+    if (arguments.device == "cuda") != torch.cuda.is_available():
+        sys.exit(
+            f"--device {arguments.device}: here torch finds {torch.cuda.device_count()} GPUs (hide them with CUDA_VISIBLE_DEVICES=)"
+        )
+    turns, seconds = (2, 1.0) if arguments.quick else (5, 3.0)
+    rows: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for example in examples(arguments.device, Path(folder)):
+            for row in measure(example, arguments.device, 8 if arguments.device == "cpu" else 32, turns, seconds):
+                rows.append(row)
+                print(json.dumps({k: v for k, v in row.items() if k != "mode"}), flush=True)
+    if arguments.json:
+        command = f"python benchmarks/sweep.py --device {arguments.device}{' --quick' * arguments.quick}"
+        write_json(arguments.json, {"command": command, **provenance(), "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
