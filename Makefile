@@ -11,7 +11,7 @@ STACK_TESTS := tests/test_export_torchtitan.py tests/test_export_megatron.py tes
 
 .PHONY: demo test slow stacks check clean postgresql
 
-demo: $(VENV)/.lab
+demo: $(VENV)/.kernel
 	$(BIN)/mue demo
 
 test: $(VENV)/.dev | postgresql
@@ -49,6 +49,11 @@ $(BIN)/python:
 $(VENV)/.lab: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) torch
 	$(PIP) -e '.[lab]'
+	@touch $@
+
+# The native kernel, where there is a C++ compiler; everything works without it.
+$(VENV)/.kernel: $(wildcard src/mue/moe/native/*.cpp src/mue/moe/native/*.h) | $(VENV)/.lab
+	$(BIN)/python -c "from mue.moe.native.build import main; main()"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.lab

@@ -147,3 +147,11 @@ def _trials(library: Path) -> list[str]:
         if "matrix unit" not in trial.stdout:
             break  # there is none to try
     return passed
+
+
+def main() -> None:
+    """What `make` calls: builds where there is a compiler, and says what happens where there is none."""
+    if compiler() is None:
+        print("no C++ compiler: MoE layers will use the portable backend (later: mue doctor --build)")
+    else:
+        print(f"native MoE kernel: {build()}")
