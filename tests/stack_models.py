@@ -120,6 +120,50 @@ def titan_config(target: Transformer, *, fuse_qkv: bool = True, qk_norm: bool = 
     return types.SimpleNamespace(model_spec=types.SimpleNamespace(model=model), optimizer=None)
 
 
+def titan_latent_config(target: Transformer, q_rank: int, kv_rank: int) -> Any:
+    """torchtitan's DeepSeek-V3: latent attention, dense layers first, then experts with one shared."""
+    need("torchtitan.models.deepseek_v3")
+    from torchtitan.models import deepseek_v3
+    from torchtitan.models.common import ComplexRoPE, Embedding, Linear
+    from torchtitan.models.common.nn_modules import RMSNorm
+    from torchtitan.models.deepseek_v3.model import DeepSeekV3Model
+
+    t, ones, half = target, {"weight": nn.init.ones_, "bias": nn.init.zeros_}, target.head_dim // 2
+    dense, moe = t.blocks
+    layers = deepseek_v3._build_dsv3_layers(
+        n_layers=t.layers,
+        n_dense_layers=dense.layers,
+        dim=t.width,
+        n_heads=t.num_heads,
+        q_lora_rank=q_rank,
+        kv_lora_rank=kv_rank,
+        qk_nope_head_dim=half,
+        qk_rope_head_dim=half,
+        v_head_dim=t.head_dim,
+        mscale=1.0,
+        dense_hidden_dim=dense.ffn,
+        moe_hidden_dim=moe.expert,
+        num_experts=moe.experts,
+        num_shared_experts=moe.shared_experts,
+        router_top_k=moe.active,
+        router_score_func=moe.router,
+        router_route_norm=True,
+        attn_backend="flex",
+        moe_comm_backend="standard",
+        non_blocking_capacity_factor=None,
+        rope=ComplexRoPE.Config(dim=half, max_seq_len=16, theta=1e4),
+    )
+    model = DeepSeekV3Model.Config(
+        vocab_size=t.vocab,
+        dim=t.width,
+        norm=RMSNorm.Config(normalized_shape=t.width, param_init=ones),
+        tok_embeddings=Embedding.Config(num_embeddings=t.vocab, embedding_dim=t.width, param_init=ones),
+        lm_head=Linear.Config(in_features=t.width, out_features=t.vocab, param_init=ones),
+        layers=layers,
+    )
+    return types.SimpleNamespace(model_spec=types.SimpleNamespace(model=model), optimizer=None)
+
+
 # ---- Megatron-Core -----------------------------------------------------------------------------------------------
 
 

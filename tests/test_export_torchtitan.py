@@ -8,13 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+import mue
 from mue.export import export
 from mue.fold import fold
 from mue.layouts.skeleton import read, skeleton
-from stack_models import need, titan_config
+from stack_models import need, titan_config, titan_latent_config
 from stack_values import ALL, TARGETS, assert_drawn, built, plan, planned, run, same_parameters, starts
 
 pytestmark = pytest.mark.stacks
+
+HPARAMS = mue.HParams(lr=2e-3, weight_decay=0.1, init_std=0.02, eps=1e-9)
 
 
 def titan(kind: str, text: str | None = None, **model: Any) -> tuple[nn.Module, Any]:
@@ -71,6 +74,25 @@ def test_torchtitan_under_checkpointing_and_unfused() -> None:
     assert built(made, groups, folded.betas) == wanted
     made.init_states()
     assert_drawn(made, starts(folded, read("torchtitan", TARGETS[kind], made)))
+
+
+def test_torchtitan_latent_attention_has_fan_ins_of_its_own() -> None:
+    """DeepSeek-V3: the projections out of a latent are drawn and moved by its rank, not by the width."""
+    moe = mue.Block(layers=1, experts=8, active=2, expert=32, shared_experts=1)
+    target = mue.Mixed(64, (mue.Block(layers=1, ffn=96), moe), head_dim=16, vocab=80)
+    made_plan = mue.transfer(mue.Dense(32, 48, 6, head_dim=16, vocab=80), target, HPARAMS)
+    config = titan_latent_config(target, q_rank=24, kv_rank=16)
+    code = run(export(made_plan, "torchtitan", config.model_spec.model.build()))
+    made = code["apply"](config).model_spec.model.build()
+    config.optimizer.implementation = "for-loop"
+    folded, table = fold(made_plan, "model"), read("torchtitan", target, made)
+    groups = [g for one in config.optimizer.build(model_parts=[made]) for g in one.param_groups]
+    assert built(made, groups, folded.betas) == planned(folded, table)
+    wanted = starts(folded, table)
+    made.init_states()
+    assert_drawn(made, wanted)
+    into, out = (wanted[f"layers.1.attention.{name}.weight"][0] or 0.0 for name in ("wkv_a", "wkv_b"))
+    assert out == pytest.approx(into * (64 / 16) ** 0.5)
 
 
 def test_torchtitan_sees_what_is_wrong() -> None:
