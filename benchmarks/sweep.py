@@ -24,7 +24,7 @@ import torch
 
 import mue
 from mue.files import write_json
-from mue.lab.calibrate import Calibration, cores, endless, gpus
+from mue.lab.calibrate import STACK, Calibration, cores, endless, gpus
 from mue.lab.experiment import base_plan, described, open_corpus
 from mue.lab.run import Run, Settings, Store
 from mue.lab.runner import Progress
@@ -77,14 +77,13 @@ def layouts(device: str, stack: int) -> dict[str, Mode]:
     stacked = replace(alone, stack=stack)
     named = {
         "one after the other, eager": alone,
-        "one after the other, compiled": replace(alone, compiled=True),
         "stacked, eager": stacked,
         "stacked, compiled": replace(stacked, compiled=True),
     }
-    if device == "cpu":
-        apart = Mode(cores(), 1)
-        named |= {"processes, eager": apart, "processes, compiled": replace(apart, compiled=True)}
-    return named
+    if device == "cuda":
+        return named | {"one after the other, compiled": replace(alone, compiled=True)}
+    apart = Mode(cores(), 1)
+    return named | {"processes, eager": apart, "processes, compiled": replace(apart, compiled=True)}
 
 
 def measure(example: Run, device: str, stack: int, turns: int, seconds: float) -> list[dict[str, object]]:
@@ -149,11 +148,11 @@ def main() -> None:
         sys.exit(
             f"--device {arguments.device}: here torch finds {torch.cuda.device_count()} GPUs (hide them with CUDA_VISIBLE_DEVICES=)"
         )
-    turns, seconds = (2, 1.0) if arguments.quick else (5, 3.0)
+    turns, seconds = (2, 1.0) if arguments.quick else (3, 2.0)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         for example in examples(arguments.device, Path(folder)):
-            for row in measure(example, arguments.device, 8 if arguments.device == "cpu" else 32, turns, seconds):
+            for row in measure(example, arguments.device, STACK if arguments.device == "cpu" else 32, turns, seconds):
                 rows.append(row)
                 print(json.dumps({k: v for k, v in row.items() if k != "mode"}), flush=True)
     if arguments.json:

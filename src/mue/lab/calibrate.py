@@ -29,6 +29,7 @@ from mue.lab.runner_pool import Mode, Pool
 from mue.plan import Inputs
 
 STACK = 4  # runs in a CPU's stack: more gain nothing and fall out of the caches
+WARM_STEPS = 3  # a compiled stack still compiles in its second step
 MEASURED_SECONDS, MEASURED_STEPS = 2.0, 3
 COMPILING_SECONDS = 300.0  # work shorter than this is not worth trying to compile for
 FLAT = 1.1  # a stack twice as large that is not this much faster is not taken
@@ -177,7 +178,7 @@ class Calibration:
         self.seeds += len(runs)  # a run that was stopped is not taken up again
         for run in runs:
             self.pool.submit(run)
-        seen = _reach(self.pool, {run.key: 1 for run in runs}, 0.0)
+        seen = _reach(self.pool, {run.key: WARM_STEPS for run in runs}, 0.0)
         ready = time.monotonic()
         goal = {key: step + MEASURED_STEPS for key, step in seen.items()}
         after = _reach(self.pool, goal, MEASURED_SECONDS)
