@@ -1,88 +1,204 @@
-"""Whole training steps of the lab's model: a MoE against the dense model of equal active width, in one run.
+"""Whole training steps: our MoE, our dense model of equal active width, transformers' MoE and nanoGPT, in one run.
 
-    python benchmarks/train_step.py [--quick] [--json FILE]
+    python benchmarks/train_step.py [--quick] [--compile] [--nanogpt model.py] [--json FILE]
 
-Steps alternate, so that a machine whose speed drifts drifts under both; the figure is the median of paired ratios.
+A step is forward, backward and fused AdamW on fresh random bytes. All models of a cell alternate in random order and get
+the same share of the time; medians. `ratio` is the median over rounds of a model's time over mue-moe's of the same round.
+transformers' model is Qwen3-MoE with every combination of its experts and attention implementations, so that its best is
+among them. nanoGPT is read from a checkout of github.com/karpathy/nanoGPT; mue-gpt is our dense model in its shape (no
+gate, 4 d wide), with RMSNorm, RoPE and QK-norm where it has LayerNorm and learned positions.
+`--profile` prints the ten most expensive operations of our MoE's step instead.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import importlib.util
+import random
 import statistics
-import time
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor, nn
 
 import mue
 from mue.files import write_json
 from mue.lab.model import LanguageModel
 from mue.lab.train import provenance
+from mue.moe import MoELayer, native
+from mue.moe.bench import measure, median_ratio, ratios
 
 SHAPES = {  # notation, width, expert width, layers, tokens per step
+    "small": ("16e4a", 128, 128, 4, 2048),
     "demo": ("16e4a1s", 128, 64, 4, 512),
-    "d128": ("16e4a", 128, 128, 4, 2048),
     "d256": ("16e4a", 256, 128, 4, 2048),
 }
+LENGTH, VOCAB, HEAD = 128, 256, 32
+Step = Callable[[Tensor], None]
 
 
-def stepper(plan: mue.Plan, tokens: int) -> callable:
-    """A function that takes one optimizer step on fresh random tokens."""
-    model = LanguageModel(plan.target, plan.multipliers)
-    plan.init_(model)
-    optimizer = torch.optim.AdamW(plan.param_groups(model), fused=True)
-    generator = torch.Generator().manual_seed(0)
+def stepper(model: nn.Module, loss: Callable[[Tensor], Tensor], dtype: torch.dtype, groups: object = None) -> Step:
+    """One optimizer step on a batch of tokens (B, T)."""
+    optimizer = torch.optim.AdamW(groups or model.parameters(), lr=1e-3, fused=True)  # type: ignore[arg-type]
 
-    def step() -> float:
-        x = torch.randint(256, (tokens // plan.target.sequence, plan.target.sequence), generator=generator)
-        started = time.perf_counter()
-        model(x, x).loss.backward()
+    def step(tokens: Tensor) -> None:
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+            value = loss(tokens)
+        value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        model.update_bias_(1e-3)
-        return time.perf_counter() - started
+        if isinstance(model, LanguageModel):
+            model.update_bias_(1e-3)
 
     return step
 
 
-def compare(name: str, rounds: int) -> dict[str, object]:
-    """Medians of MoE and dense steps and of their ratio."""
-    notation, width, expert, layers, tokens = SHAPES[name]
-    moe = mue.MoE.parse(notation, width=width, expert=expert, layers=layers, head_dim=32, sequence=128)
-    dense = mue.Dense(width, moe.active_width, layers, head_dim=32, sequence=128)
-    tuned = mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.1)
-    steps = [stepper(mue.transfer(mue.Dense(64, 64, 3, head_dim=32), shape, tuned), tokens) for shape in (moe, dense)]
-    for step in steps:
-        for _ in range(3):
-            step()
-    pairs = [(steps[0](), steps[1]()) for _ in range(rounds)]
-    ratios = sorted(a / b for a, b in pairs)
-    return {
-        "shape": f"{moe.name}, expert {expert}",
-        "tokens": tokens,
-        "moe_ms": round(1e3 * statistics.median(a for a, _ in pairs), 2),
-        "dense_ms": round(1e3 * statistics.median(b for _, b in pairs), 2),
-        "ratio": round(statistics.median(ratios), 3),
-        "ratio_quartiles": [round(ratios[len(ratios) // 4], 3), round(ratios[3 * len(ratios) // 4], 3)],
-        "threads": torch.get_num_threads(),
-    }
+def ours(target: mue.MoE | mue.Dense, dtype: torch.dtype, compiled: bool, backend: str = "auto") -> Step:
+    """The lab's model with a transferred plan."""
+    plan = mue.transfer(
+        mue.Dense(64, 64, 3, head_dim=HEAD), target, mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.1)
+    )
+    model = LanguageModel(plan.target, plan.multipliers)
+    plan.init_(model)
+    for module in model.modules():
+        if isinstance(module, MoELayer):
+            module.backend = backend
+    call = torch.compile(model) if compiled else model
+    return stepper(model, lambda tokens: call(tokens, tokens).loss, dtype, plan.param_groups(model))
+
+
+def transformers_moe(target: mue.MoE, experts: str, attention: str, dtype: torch.dtype, compiled: bool) -> Step:
+    """Qwen3-MoE of the same numbers."""
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    block = target.blocks[0]
+    config = Qwen3MoeConfig(
+        vocab_size=VOCAB, hidden_size=target.width, moe_intermediate_size=block.expert, num_hidden_layers=target.layers,
+        num_attention_heads=target.num_heads, num_key_value_heads=target.num_kv_heads, head_dim=HEAD,
+        num_experts=block.experts, num_experts_per_tok=block.active, norm_topk_prob=True, use_cache=False,
+        attn_implementation=attention,
+    )  # fmt: skip
+    model = Qwen3MoeForCausalLM(config)
+    model.set_experts_implementation(experts)
+    call = torch.compile(model) if compiled else model
+    return stepper(model, lambda tokens: call(input_ids=tokens, labels=tokens).loss, dtype)
+
+
+def nanogpt(path: Path, width: int, layers: int, manual: bool, dtype: torch.dtype, compiled: bool) -> Step:
+    """nanoGPT's model as it is, or told that there is no fused attention."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["nanogpt_model"] = module
+    spec.loader.exec_module(module)
+    config = module.GPTConfig(
+        block_size=LENGTH, vocab_size=VOCAB, n_layer=layers, n_head=width // HEAD, n_embd=width, bias=False
+    )
+    model = module.GPT(config)
+    if manual:
+        for block in model.transformer.h:
+            block.attn.flash = False
+            block.attn.register_buffer("bias", torch.ones(LENGTH, LENGTH).tril()[None, None])
+    call = torch.compile(model) if compiled else model
+    return stepper(model, lambda tokens: call(tokens, tokens)[1], dtype)
+
+
+def models(name: str, dtype: torch.dtype, compiled: bool, nanogpt_path: Path | None) -> dict[str, Step]:
+    """Everything that takes part in one cell."""
+    notation, width, expert, layers, _ = SHAPES[name]
+    moe = mue.MoE.parse(notation, width=width, expert=expert, layers=layers, head_dim=HEAD, sequence=LENGTH)
+    dense = mue.Dense(width, moe.active_width, layers, head_dim=HEAD, sequence=LENGTH)
+    steps = {"mue-moe": ours(moe, dtype, compiled), "mue-dense": ours(dense, dtype, compiled)}
+    if native.library() is not None:
+        steps["mue-moe-portable"] = ours(moe, dtype, compiled, "portable")
+    if not moe.blocks[0].shared_experts:  # Qwen3-MoE has none
+        for experts in ("eager", "grouped_mm"):
+            for attention in ("eager", "sdpa"):
+                if not (compiled and experts == "eager"):  # a graph break for every expert
+                    steps[f"transformers-{experts}-{attention}"] = transformers_moe(
+                        moe, experts, attention, dtype, compiled
+                    )
+    if nanogpt_path is not None and name == "small":
+        gpt = mue.Dense(width, 4 * width, layers, head_dim=HEAD, sequence=LENGTH, gated=False)
+        steps["mue-gpt"] = ours(gpt, dtype, compiled)
+        steps["nanogpt"] = nanogpt(nanogpt_path, width, layers, False, dtype, compiled)
+        steps["nanogpt-manual"] = nanogpt(nanogpt_path, width, layers, True, dtype, compiled)
+    return steps
+
+
+def batches(name: str, seed: int) -> Callable[[], Tensor]:
+    """Fresh random bytes of the shape's size."""
+    generator = torch.Generator().manual_seed(seed)
+    return lambda: torch.randint(VOCAB, (SHAPES[name][-1] // LENGTH, LENGTH), generator=generator)
+
+
+def cell(
+    name: str, dtype: torch.dtype, compiled: bool, nanogpt_path: Path | None, seconds: float
+) -> list[dict[str, object]]:
+    """One cell's rows, printed as they come."""
+    times = measure(models(name, dtype, compiled, nanogpt_path), batches(name, 0), seconds)
+    rows: list[dict[str, object]] = []
+    for impl, took in times.items():
+        paired = ratios(took, times["mue-moe"])
+        quarter, ms = len(paired) // 4, statistics.median(took)
+        rows.append(
+            {
+                "impl": impl, "shape": name, "tokens": SHAPES[name][-1], "dtype": str(dtype).removeprefix("torch."),
+                "compiled": compiled, "threads": torch.get_num_threads(), "ms": round(ms, 2),
+                "tokens_per_second": round(1e3 * SHAPES[name][-1] / ms), "ratio": round(median_ratio(took, times["mue-moe"]), 3),
+                "ratio_quartiles": [round(paired[quarter], 3), round(paired[-1 - quarter], 3)], "rounds": len(took),
+            }
+        )  # fmt: skip
+        print(
+            " ".join(f"{rows[-1][key]!s:>12}" for key in ("shape", "dtype", "threads", "ms", "ratio")),
+            f" {impl}",
+            flush=True,
+        )
+    return rows
+
+
+def profile(name: str, dtype: torch.dtype, compiled: bool) -> None:
+    """The ten operations of our MoE's step that take most of the processor's time."""
+    step, batch = models(name, dtype, compiled, None)["mue-moe"], batches(name, 0)
+    for _ in range(5):
+        step(batch())
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        for _ in range(10):
+            step(batch())
+    events = sorted(found.key_averages(), key=lambda event: -event.self_cpu_time_total)
+    total = sum(event.self_cpu_time_total for event in events)
+    print(f"{name} {dtype}: {total / 1e4:.1f} ms a step")
+    for event in events[:10]:
+        print(
+            f"{event.key:<60} {event.self_cpu_time_total / 1e4:8.2f} ms {100 * event.self_cpu_time_total / total:5.1f} % {event.count // 10:5d} calls"
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="a few rounds of each, under a minute")
-    parser.add_argument("--json", type=Path, help="also write the rows and the machine here")
-    arguments = parser.parse_args()
-    rows = []
-    for name in SHAPES:
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            row = compare(name, 8 if arguments.quick else 30)
-            rows.append(row)
-            print(json.dumps(row))
-    if arguments.json:
-        write_json(arguments.json, {"command": "python benchmarks/train_step.py", **provenance(), "rows": rows})
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument("--quick", action="store_true", help="end within a minute: the first shape, few rounds")
+    parser.add_argument("--compile", action="store_true", help="under torch.compile (compiling takes minutes)")
+    parser.add_argument("--profile", action="store_true", help="print the ten most expensive operations and end")
+    parser.add_argument("--nanogpt", type=Path, metavar="FILE", help="model.py of a nanoGPT checkout")
+    parser.add_argument("--shape", choices=list(SHAPES), help="only this one")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="only this one")
+    parser.add_argument("--seconds", type=float, default=60.0, help="for each cell")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the machine here")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    random.seed(0)
+    dtypes = [torch.float32, torch.bfloat16] if options.dtype is None else [getattr(torch, options.dtype)]
+    rows: list[dict[str, object]] = []
+    for name in [options.shape] if options.shape else (["small"] if options.quick else list(SHAPES)):
+        for dtype in dtypes:
+            if options.profile:
+                profile(name, dtype, options.compile)
+                continue
+            rows += cell(name, dtype, options.compile, options.nanogpt, 10.0 if options.quick else options.seconds)
+    if options.json:
+        write_json(options.json, {"command": " ".join(["python", *sys.argv]), **provenance(), "rows": rows})
 
 
 if __name__ == "__main__":

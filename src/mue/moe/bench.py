@@ -9,8 +9,9 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from mue.moe.routing import Routing
 from mue.moe.weights import ExpertWeights
 
 Step = Callable[[Routing], None]
+Input = TypeVar("Input")
 
 
 @dataclass(frozen=True)
@@ -103,22 +105,22 @@ class Bench:
 
 
 def measure(
-    steps: dict[str, Step], routings: Callable[[], Routing], seconds: float, least: int = 3
+    steps: Mapping[str, Callable[[Input], object]], inputs: Callable[[], Input], seconds: float, least: int = 3
 ) -> dict[str, list[float]]:
-    """Milliseconds by name. In a round every step runs once, in random order; all get the same share of the time.
+    """Milliseconds by name, on a new input each time. In a round every step runs once, in random order; all get the same share of the time.
 
     A slow step so takes part in fewer rounds, at least `least` and the first ones: `times[a][i]` and `times[b][i]` are
     of the same round, which is what `ratios` needs.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
-        step(routings())
+        step(inputs())
     share = 1e3 * seconds / len(steps)
     while left := [name for name, took in times.items() if len(took) < least or sum(took) < share]:
         for name in random.sample(left, len(left)):
-            routing = routings()
+            given = inputs()
             start = time.perf_counter()
-            steps[name](routing)
+            steps[name](given)
             times[name].append((time.perf_counter() - start) * 1e3)
     return times
 
