@@ -54,7 +54,7 @@ def test_commands_exist() -> None:
     from mue.cli import app
 
     known = set(get_command(app).commands)  # type: ignore[attr-defined]
-    for command in re.findall(r"^mue (\w+)", "\n".join(snippets("bash")), flags=re.M):
+    for command in re.findall(r"^mue ([\w-]+)", "\n".join(snippets("bash")), flags=re.M):
         assert command in known
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", "\n".join(snippets("bash")), flags=re.M):
