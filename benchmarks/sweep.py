@@ -1,6 +1,6 @@
 """How fast a sweep's runs are trained: one after the other, in processes, stacked, compiled, and in the layout the runner chooses.
 
-    python benchmarks/sweep.py [--device cpu|cuda] [--quick] [--json FILE]
+    python benchmarks/sweep.py [--device cpu|cuda] [--case d128-bf16] [--quick] [--json FILE]
 
 A CPU: d64 and d128 proxies of 8 layers, fp32 and bf16. A GPU: the d128 proxy, 32 variants. Every layout is trained by the lab's own worker processes
 on real text; the layouts take turns of a few seconds (those not in turn are paused), so that a machine whose speed drifts drifts under all of
@@ -120,27 +120,30 @@ def measure(example: Run, device: str, stack: int, turns: int, seconds: float) -
                 "ready_seconds": round(ready[name], 1),
                 "chosen": m == mode,
                 **({"why": why} if m == mode else {}),
+                "git": provenance()["git"],
             }
         )
     return rows
 
 
-def examples(device: str, cache: Path) -> list[Run]:
-    """The dense proxies of this device's claim."""
+def examples(device: str, cache: Path, case: str | None = None) -> list[Run]:
+    """The dense proxies of this device's claim, or the one of this name."""
     source = {"source": "stdlib", "cache": str(cache)}
     data = described(source, open_corpus(source))
     tuned = mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.1)
-    cases = [(d, p) for d in (64, 128) for p in ("fp32", "bf16")] if device == "cpu" else [(128, "fp32"), (128, "bf16")]
+    cases = [(d, p) for d in ((64, 128) if device == "cpu" else (128,)) for p in ("fp32", "bf16")]
     training = mue.Training(2048 if device == "cpu" else 4096, STEPS)
     return [
         Run(base_plan(mue.Dense(d, d, 8, head_dim=32, sequence=128), training, tuned), Settings(precision=p), data)
         for d, p in cases
+        if case in (None, f"d{d}-{p}")
     ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--case", help="only this one; the other rows of --json stay as they are")
     parser.add_argument("--quick", action="store_true", help="two short turns")
     parser.add_argument("--json", type=Path, help="also write the rows and the machine here")
     arguments = parser.parse_args()
@@ -151,11 +154,14 @@ def main() -> None:
     turns, seconds = (2, 1.0) if arguments.quick else (3, 2.0)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
-        for example in examples(arguments.device, Path(folder)):
+        for example in examples(arguments.device, Path(folder), arguments.case):
             for row in measure(example, arguments.device, STACK if arguments.device == "cpu" else 32, turns, seconds):
                 rows.append(row)
                 print(json.dumps({k: v for k, v in row.items() if k != "mode"}), flush=True)
     if arguments.json:
+        fresh = {row["run"] for row in rows}
+        old = json.loads(arguments.json.read_text())["rows"] if arguments.json.exists() and arguments.case else []
+        rows = [row for row in old if row["run"] not in fresh] + rows
         command = f"python benchmarks/sweep.py --device {arguments.device}{' --quick' * arguments.quick}"
         write_json(arguments.json, {"command": command, **provenance(), "rows": rows})
 
