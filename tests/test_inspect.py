@@ -45,6 +45,19 @@ def test_the_shape_is_in_mues_numbers() -> None:
     assert v3.blocks[1].router == "sigmoid" and v3.blocks[1].shared_width == 2048
 
 
+def test_a_config_that_does_not_count_active_experts_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from test_layouts import UP, Config, Strange
+
+    class Silent(Strange):
+        config_class = Config
+
+    monkeypatch.setitem(sys.modules, "silent", type(sys)("silent"))
+    monkeypatch.setattr(sys.modules["silent"], "Silent", Silent, raising=False)
+    assert "does not say how many experts a token uses" in inspect("silent:Silent", [UP]).no_shape
+
+
 @pytest.mark.parametrize("family", ["olmoe", "qwen2_moe"])
 def test_gates_that_do_not_sum_to_one_are_told_both_ways_out(family: str) -> None:
     found = inspect(family)
@@ -110,6 +123,106 @@ def test_the_walk_reports_every_family_and_survives_each() -> None:
     assert "could not be built and run" in found["dots3_note_text"]["reason"]
     assert "unknown model family" in found["not_a_family"]["reason"]
     assert all(set(r) == {"family", "passed", "parameters", "undecided", "reason"} for r in found.values())
+
+
+MODEL = '''
+"""A MoE of the user's own, in a file of its own."""
+from dataclasses import dataclass
+
+from test_layouts import UP, Config, Strange
+
+import mue
+from mue.lab.model import LanguageModel
+
+
+@dataclass
+class Routed(Config):
+    top_k: int = 2
+
+
+class Mine(Strange):
+    def __init__(self, config):
+        super().__init__(config)
+        self.config = config
+
+
+ROWS = [UP]
+
+
+def build():
+    model = Mine(Routed())
+    model.layout_rows = ROWS
+    return model
+
+
+def declared():
+    return LanguageModel(mue.MoE.parse("4e2a", width=32, expert=16, layers=2, head_dim=16))
+
+
+def nothing():
+    return mue.lab.model.RMSNorm(8)
+
+
+def asks(width):
+    pass
+'''
+
+
+def test_a_class_or_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MODEL)
+    numbers = {"hidden_size": 32, "vocab_size": 48, "intermediate_size": 40, "num_experts": 6, "top_k": 2}
+    numbers |= {"num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    (tmp_path / "config.json").write_text(json.dumps(numbers))
+    from mue.imported import imported
+
+    by_class = inspect("mine.py:Mine", imported("mine.py:ROWS"), config="config.json")
+    by_function = inspect("mine.py:build")  # its rows are the model's own layout_rows
+    assert by_class.rows == by_function.rows and not by_class.undecided
+    assert {r.pattern: r.fan_in for r in by_class.rows}["layers.*.moe.back"] == 40
+    assert len(inspect("mine.py:Mine", config="config.json").undecided) == 1
+    declared = inspect("mine.py:declared")
+    assert {r.how for r in declared.rows} == {"declared by the model"} and declared.shape is not None
+    assert declared.shape.name == "4e2a d32 L2"
+    assert inspect("transformers.Qwen3ForCausalLM").rows == inspect("qwen3").rows
+    for name, message in {
+        "mine.py:Mine": "Mine is a class: give --config",
+        "mine.py:nothing": "RMSNorm has neither a layout",
+        "mine.py:asks": "called without arguments, which it does not take",
+        "mine.py:biuld": "has no 'biuld'; did you mean 'build'",
+        "mine.py:ROWS": "ROWS is a list",
+        "other.py:build": r"other\.py does not exist",
+        "no_such_package.Model": "no_such_package cannot be imported",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            inspect(name)
+
+
+def test_a_checkpoint_is_compared_with_its_own_config(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from mue.layouts.tiny import shrink
+
+    config = shrink(default_config("mixtral"), 2)
+    config.tie_word_embeddings = True
+    build(config).save_pretrained(tmp_path, max_shard_size="40KB")  # type: ignore[operator]  # experts one by one
+    found = inspect(tmp_path)
+    assert found.stored is not None and found.stored.fits and found.stored.tensors > len(found.rows)
+    shard = max(tmp_path.glob("*.safetensors"), key=lambda p: p.stat().st_size)
+    tensors = load_file(shard)
+    (gone, *_) = (n for n in tensors if "experts" in n)
+    cut = next(n for n in tensors if "experts" in n and n != gone)
+    tensors = {("what." if n == gone else "") + n: t[:-1].clone() if n == cut else t for n, t in tensors.items()}
+    save_file(tensors, shard)
+    wrong = inspect(tmp_path).stored
+    assert wrong is not None and wrong.unexpected == (f"what.{gone}",)
+    assert len(wrong.other_shapes) in (1, 2) and "numbers, not" in wrong.other_shapes[0]
+    save_file({n: t for n, t in tensors.items() if "embed" not in n}, shard)
+    small = load_file(shard)
+    save_file({n: t for n, t in small.items() if "norm" not in n}, shard)
+    for path in tmp_path.glob("*.safetensors"):
+        save_file({n: t for n, t in load_file(path).items() if "model.norm" not in n}, path)
+    assert "model.norm.weight" in inspect(tmp_path).stored.missing  # type: ignore[union-attr]
 
 
 BIG = """

@@ -10,10 +10,14 @@ from typing import Any
 
 import torch
 
+from mue.layouts import measure
 from mue.layouts.describe import Description, question
-from mue.layouts.families import build, default_config, describe_config, families_with_experts, read_config
+from mue.layouts.disk import Stored, compared
+from mue.layouts.families import default_config, describe_config, families_with_experts
+from mue.layouts.measure import Moments
 from mue.layouts.scalings import Scaling, scalings
 from mue.layouts.shape import Routers, routers, shape_of
+from mue.layouts.sources import Source, source_of
 from mue.roles import Layout, Placed, pattern_of, place
 from mue.shapes import Transformer
 from mue.words import text_table
@@ -46,6 +50,7 @@ class Inspection:
         routing: None where there are no experts. scalings: factors the model already has.
         shape: in mue's numbers; None where it cannot be read, then ``no_shape`` says why.
         undecided: parameters without a role, each with the line to write.
+        stored: how the weights of a checkpoint folder compare with its config's model; None where there are none.
     """
 
     name: str
@@ -55,6 +60,7 @@ class Inspection:
     shape: Transformer | None
     no_shape: str
     undecided: tuple[str, ...]
+    stored: Stored | None = None
 
     @property
     def parameters(self) -> int:
@@ -75,39 +81,75 @@ class Inspection:
             "scalings": [{**vars(s), "active": s.active} for s in self.scalings],
             "shape": None if self.shape is None else self.shape.to_dict(),
             "no_shape": self.no_shape,
+            "stored": None if self.stored is None else vars(self.stored),
         }
 
 
 def inspect(
-    source: str | Path | Any, rows: Sequence[Layout] = (), gate_moments: tuple[float, float] | None = None
+    source: str | Path | Any,
+    rows: Sequence[Layout] = (),
+    gate_moments: tuple[float, float] | None = None,
+    config: str | Path | None = None,
 ) -> Inspection:
-    """Inspect a config file, a folder with one, a family's name, or a config object.
+    """Inspect a model by its family, config, checkpoint folder, class or building function.
 
     Args:
+        source, config: see :func:`mue.layouts.sources.source_of`; no weights are built or read.
         rows: the user's own layout rows; they win over what is observed.
-        gate_moments: for models whose gates do not sum to one.
+        gate_moments: for models whose gates do not sum to one (:func:`mue.layouts.measure.measure_gates`).
 
     Raises:
         ValueError: nothing that can be read or run; a user's row that fits no parameter.
     """
-    config = read_config(source) if isinstance(source, str | Path) else source
-    description = describe_config(config, rows)
-    with torch.device("meta"):
-        model = build(config)
-    table = _rows(model, description)
+    given = source_of(source, rows, config)
+    description = given.describe()
+    model = given.model()
     undecided = tuple(question(f) for f in description.undecided)
-    routing = routers(config, description, lambda other: describe_config(other, rows))
+    routing = None
+    if given.declared is None:
+        routing = routers(given.config, description, given.describe)
     shape, why = None, "some parameters have no role"
     if not undecided:
-        shape, why = _shape(config, place(model, description.layout()), routing, gate_moments)
-    return Inspection(type(config).__name__, table, routing, tuple(scalings(config)), shape, why, undecided)
+        shape, why = _shape(given, model, description, routing, gate_moments)
+    return Inspection(
+        given.name,
+        _rows(model, description),
+        routing,
+        tuple(scalings(given.config)) if given.config is not None else (),
+        shape,
+        why,
+        undecided,
+        compared(given.folder, model) if given.folder is not None else None,
+    )
+
+
+def measure_gates(
+    source: str | Path | Any,
+    rows: Sequence[Layout] = (),
+    config: str | Path | None = None,
+    *,
+    router_std: float | None = None,
+) -> Moments:
+    """``gate_moments`` for a model whose gates do not sum to one; see :func:`mue.layouts.measure.measure_gates`."""
+    given = source_of(source, rows, config)
+    if given.config is None:
+        raise ValueError(f"{given.name} has no config to build its routers from: use mue.layouts.measure.watched")
+    return measure.measure_gates(given.config, given.build, given.describe(), router_std=router_std)
 
 
 def _shape(
-    config: Any, placed: Sequence[Placed], routing: Routers | None, moments: tuple[float, float] | None
+    given: Source,
+    model: torch.nn.Module,
+    description: Description,
+    routing: Routers | None,
+    moments: tuple[float, float] | None,
 ) -> tuple[Transformer | None, str]:
+    if given.declared is not None:
+        own = getattr(model, "shape", None)
+        why = "a model that declares its layout says its shape itself: in [target]"
+        return (own, "") if isinstance(own, Transformer) else (None, why)
     try:
-        return shape_of(config, placed, routing, moments), ""
+        return shape_of(given.config, place(model, description.layout()), routing, moments), ""
     except ValueError as error:
         return None, str(error)
 
@@ -179,4 +221,6 @@ def lines(found: Inspection) -> list[str]:
         note = f", already scaled: set {s.attribute} = {s.neutral:g} before you plan" if s.active else ""
         out.append(f"factor: {s.attribute} = {s.value:g} on the {s.what}{note}")
     out.append(f"shape: {found.shape.name}" if found.shape is not None else f"no shape: {found.no_shape}")
+    if found.stored is not None:
+        out += found.stored.lines()
     return [*out, *(f"undecided: {line}" for line in found.undecided)]

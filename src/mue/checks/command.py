@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mue.imported import imported
 from mue.plan import Plan
 from mue.words import nearest
 
@@ -29,7 +27,7 @@ def arguments(model: str, plan: Plan) -> dict[str, Any]:
         ValueError: nothing that can be imported or built; unknown keys.
     """
     if ":" in model:
-        made = _function(model)(plan)
+        made = imported(model)(plan)
         given = {"model": made} if isinstance(made, nn.Module) else made
         if not isinstance(given, Mapping) or not isinstance(given.get("model"), nn.Module):
             raise ValueError(f"{model} returned {type(made).__name__}: return a model, or a dict with the key 'model'")
@@ -42,26 +40,6 @@ def arguments(model: str, plan: Plan) -> dict[str, Any]:
     config = read_config(model)
     with torch.device("meta"):
         return {"model": build(config)}
-
-
-def _function(name: str) -> Any:
-    where, _, attribute = name.rpartition(":")
-    if where.endswith(".py"):
-        path = Path(where)
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        if not path.exists() or spec is None or spec.loader is None:
-            raise ValueError(f"{where} does not exist; give MODEL as file.py:function or module:function")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    else:
-        sys.path.insert(0, "")
-        try:
-            module = importlib.import_module(where)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"{where} cannot be imported ({error}); give MODEL as file.py:function") from error
-    if not hasattr(module, attribute):
-        raise ValueError(f"{where} has no {attribute!r}{nearest(attribute, [n for n in vars(module) if n[:1] != '_'])}")
-    return getattr(module, attribute)
 
 
 def read_plan(path: Path) -> Plan:

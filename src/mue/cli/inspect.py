@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -13,8 +14,29 @@ from mue.cli.app import app
 @app.command("inspect")
 def inspect_(
     model: Annotated[
-        str, typer.Argument(help="A transformers config.json, a folder that holds one, or a family such as qwen3_moe.")
+        str,
+        typer.Argument(
+            help="A transformers config.json, a folder that holds one, a family such as qwen3_moe; or file.py:name,"
+            " module:name, package.module.Class: a model's class, or a function that builds one."
+        ),
     ] = "",
+    config: Annotated[
+        Path | None, typer.Option("--config", help="For a class: JSON with the config to build it from.")
+    ] = None,
+    rows: Annotated[
+        str, typer.Option("--rows", help="file.py:NAME of a list of mue.Layout rows of your own; they win.")
+    ] = "",
+    measure: Annotated[
+        bool, typer.Option("--measure-gates", help="Measure the gate_moments of routers that do not renormalise.")
+    ] = False,
+    router_std: Annotated[
+        float | None,
+        typer.Option(
+            "--router-std",
+            min=1e-12,
+            help="With --measure-gates: the planned std of the router, init_std·√(base width/width); default: the model's own.",
+        ),
+    ] = None,
     json_: Annotated[
         bool, typer.Option("--json", help="Print as JSON; one line per family with --all-families.")
     ] = False,
@@ -22,20 +44,44 @@ def inspect_(
         bool, typer.Option("--all-families", help="Walk every family with experts in the installed transformers.")
     ] = False,
 ) -> None:
-    """Show every parameter of a transformers model with its role, layout and fan-in, and how each was decided.
+    """Show every parameter of a model with its role, layout and fan-in, and how each was decided.
 
-    Nothing is downloaded and no weights are built: axes are observed on the meta device and in the forward pass of a
-    tiny model of the same family. Also shown: what the router's weights sum to, factors the model already has, and its
-    shape in mue's numbers. The exit code is 1 where a parameter has no role (or, walking, none of a family has).
+    Nothing is downloaded and no weights are built or read: axes are observed on the meta device and in the forward pass of
+    a tiny model of the same family. Also shown: what the router's weights sum to, factors the model already has, and its
+    shape in mue's numbers; for a folder with weights, which tensors are missing, unexpected or of another size. The exit
+    code is 1 where a parameter has no role or the weights do not fit (walking: where none of a family has).
+
+    \b
+    [bold]Examples[/]
+      mue inspect qwen3_moe
+      mue inspect checkpoint-1000                               # config and shards against each other
+      mue inspect olmoe --measure-gates --router-std 0.005      # the gate_moments line of a plan file
+      mue inspect model.py:MyModel --config my.json --rows model.py:ROWS
     """
-    from mue.inspect import inspect, lines, walk
+    from mue.imported import imported
+    from mue.inspect import inspect, lines, measure_gates
 
     if bool(model) == all_families:
         raise ValueError("give a model, or --all-families")
-    if not all_families:
-        found = inspect(model)
-        print(json.dumps(found.to_dict(), ensure_ascii=False) if json_ else "\n".join(lines(found)))
-        raise typer.Exit(1 if found.undecided else 0)
+    if router_std is not None and not measure:
+        raise ValueError("--router-std is read only with --measure-gates")
+    if all_families:
+        _walk(json_)
+        return
+    own: Any = imported(rows) if rows else ()
+    moments = measure_gates(model, own, config, router_std=router_std) if measure else None
+    found = inspect(model, own, None if moments is None else moments.pair, config)
+    if json_:
+        print(json.dumps({**found.to_dict(), "moments": moments and vars(moments)}, ensure_ascii=False))
+    else:
+        print("\n".join([*lines(found), *([moments.how] if moments is not None else [])]))
+    fits = found.stored is None or found.stored.fits
+    raise typer.Exit(0 if fits and not found.undecided else 1)
+
+
+def _walk(json_: bool) -> None:
+    from mue.inspect import walk
+
     results = []
     for result in walk():
         results.append(result)

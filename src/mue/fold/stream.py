@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 26  # bytes of a tensor held at once
+CHUNK = 1 << 22  # bytes of a tensor held at once
 LARGEST_HEADER = 100_000_000
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 

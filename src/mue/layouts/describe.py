@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -58,7 +59,11 @@ class Description:
             ValueError: parameters without a role, each with the reason and the line that settles it.
         """
         if self.undecided:
-            raise ValueError("no role could be decided for:\n  " + "\n  ".join(map(question, self.undecided)))
+            raise ValueError(
+                "no role could be decided for:\n  "
+                + "\n  ".join(map(question, self.undecided))
+                + "\n  (rows of your own: model.layout_rows = [...], or mue inspect --rows FILE.py:NAME)"
+            )
         return list(dict.fromkeys(f.row for f in self.found if f.row is not None))  # a user's row may serve several
 
 
@@ -80,7 +85,7 @@ def describe(
         build: makes the model from a config, on the current default device.
         tiny: a config small enough to run.
         rows: the user's own rows; they win, and one that matches nothing is an error.
-        forward: runs the model once; default: ``model(input_ids=...)`` with random tokens.
+        forward: runs the model once; default: :func:`ask` with random tokens.
 
     Raises:
         ValueError: a user's row that matches no parameter or does not fit its axes; a config without a width.
@@ -94,7 +99,7 @@ def describe(
     gates: dict[str, Gates] = {}
     scores: set[tuple[str, int]] = set()
     top = min((size_of(tiny, "vocabulary") or 90, 90))
-    run = forward or (lambda m: m(input_ids=torch.randint(min(3, top - 1), top, TOKENS), use_cache=False))
+    run = forward or (lambda m: ask(m, torch.randint(min(3, top - 1), top, TOKENS)))
     with watch_gates(model, gates):
         uses = {canonical(n): u for n, u in watch(model, lambda: run(model), scores).items()}
     found = []
@@ -109,6 +114,14 @@ def describe(
         replace(f, row=replace(f.row, after=after[f.pattern])) if f.row and f.pattern in after else f for f in found
     ]
     return Description(tuple(found), gates, follows.unbuilt, score.pop() if len(score) == 1 else None, cancelled)
+
+
+def ask(model: nn.Module, tokens: torch.Tensor) -> Any:
+    """Call a language model on tokens, as it wants them: by name, or as the one argument."""
+    named = inspect.signature(model.forward).parameters
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named.values())
+    extra = {"use_cache": False} if "use_cache" in named or anything else {}
+    return model(input_ids=tokens, **extra) if "input_ids" in named or anything else model(tokens, **extra)
 
 
 @torch.no_grad()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +47,12 @@ class StoredNames:
                 return (name, *(name.replace(first, other) for other in others))
         return (name,)
 
+    def converts(self, stored: str) -> bool:
+        """Whether the tensor is joined, parted or turned on its way into the model."""
+        from transformers.core_model_loading import apply_converters, apply_renamings
+
+        return apply_converters(apply_renamings(stored, self._renamings), self._converters)[1] is not None
+
 
 def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Name and shape of every stored tensor of a transformers checkpoint folder; no weights are read.
@@ -56,6 +64,60 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     for path in _files(folder):
         shapes.update(_shapes(path))
     return shapes
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint's tensors against the model of its config.
+
+    Attributes:
+        tensors: how many are stored. missing: the model's own that no stored tensor is (part of). unexpected: stored, and
+            nothing of the model. other_shapes: what fits by name and not by size, with both.
+    """
+
+    tensors: int
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    other_shapes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not (self.missing or self.unexpected or self.other_shapes)
+
+    def lines(self) -> list[str]:
+        """For people."""
+        out = [f"stored: {self.tensors} tensors" + (", all of the model and nothing else" if self.fits else "")]
+        for what in ("missing", "unexpected", "other_shapes"):
+            out += [f"{what.replace('_', ' ')}: {name}" for name in getattr(self, what)]
+        return out
+
+
+def compared(folder: Path, model: nn.Module) -> Stored:
+    """Compare names and sizes on disk with the model's; tied names, and buffers that are not saved, need not be there."""
+    stored = stored_shapes(folder)
+    names = StoredNames(model)
+    own = {n: tuple(t.shape) for n, t in model.state_dict().items()}
+    first = {n: id(p) for n, p in model.named_parameters(remove_duplicate=False)}
+    parts: dict[str, list[str]] = {}
+    for name in stored:
+        for target in names(name):
+            parts.setdefault(target, []).append(name)
+    held = {first[n] for n in parts if n in first}
+    wrong = []
+    for n, sources in parts.items():
+        if n in own and (len(sources) > 1 or names.converts(sources[0])):
+            sizes = sum(prod(stored[s]) for s in sources)
+            whole = sum(prod(own[m]) for m in names(sources[0]) if m in own)
+            if sizes != whole:
+                wrong.append(f"{n} {own[n]} is stored in {len(sources)} tensors of {sizes:,} numbers, not {whole:,}")
+        elif n in own and stored[sources[0]] != own[n]:
+            wrong.append(f"{n} {own[n]} is stored as {stored[sources[0]]}")
+    return Stored(
+        len(stored),
+        tuple(n for n in own if n not in parts and first.get(n) not in held),
+        tuple(s for n, sources in parts.items() if n not in own for s in sources),
+        tuple(wrong),
+    )
 
 
 def has_weights(folder: Path) -> bool:

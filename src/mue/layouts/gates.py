@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +30,24 @@ class Gates:
         return self.spread <= 1e-4 * max(abs(self.total), 1e-9)
 
 
+class _Enough(Exception):  # noqa: N818 - no error: the forward pass has shown what it was run for
+    pass
+
+
 @contextmanager
-def watch_gates(model: nn.Module, into: MutableMapping[str, Gates]) -> Iterator[None]:
-    """While active, fill ``into`` with the gates of every module that is handed expert indices and weights."""
+def watch_gates(model: nn.Module, into: MutableMapping[str, Gates], only_first: bool = False) -> Iterator[None]:
+    """While active, fill ``into`` with the gates of every module that is handed expert indices and weights.
+
+    ``only_first``: leave the block as soon as one router was seen.
+    """
 
     def hook(name: str) -> Any:
         def seen(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             found = _gates([*args, *kwargs.values()])
             if found is not None:
                 into.setdefault(name, found)
+                if only_first:
+                    raise _Enough
 
         return seen
 
@@ -48,7 +57,8 @@ def watch_gates(model: nn.Module, into: MutableMapping[str, Gates]) -> Iterator[
         if "expert" in n.lower()
     ]
     try:
-        yield
+        with suppress(_Enough):
+            yield
     finally:
         for handle in handles:
             handle.remove()

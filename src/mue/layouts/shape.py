@@ -14,8 +14,10 @@ from mue.layouts.tiny import numbers, parts, text_config
 from mue.roles import Placed
 from mue.shapes import Block, Dense, Mixed, MoE, Transformer
 
-_ACTIVE = r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts|top_k|experts_per_token"
+ACTIVE = r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts|top_k|experts_per_token"
 _RENORMALISE = r"norm_topk_prob|norm_top_k_prob|route_norm|normalize_expert_weights|moe_renormalize|norm_topk"
+
+MEASURED = 'gates = "measured" and gate_moments (mue inspect --measure-gates gives them)'
 
 
 @dataclass(frozen=True)
@@ -42,16 +44,16 @@ class Routers:
         if self.normalised:
             return "weights are normalised" + ("" if self.scale == 1 else f", times the model's own {self.scale:g}")
         if self.setting and self.remedy:
-            return f'weights do not sum to one: set {self.setting[0]} = true, or plan with gates = "measured"'
+            return f"weights do not sum to one: set {self.setting[0]} = true, or plan with {MEASURED}"
         seen = "could not be watched" if self.normalised is None else "do not sum to one"
         idle = f" ({self.setting[0]} changes nothing in this family's code)" if self.setting else ""
-        return f'weights {seen}{idle}: plan with gates = "measured" and gate_moments'
+        return f"weights {seen}{idle}: plan with {MEASURED}"
 
 
 def routers(config: Any, description: Description, again: Callable[[Any], Description]) -> Routers | None:
     """The routers of a described config; None for a dense one. ``again`` describes a config with another setting."""
     here = {k: v for part in parts(text_config(config)) for k, v in numbers(part).items()}
-    active = next((v for k, v in here.items() if re.fullmatch(_ACTIVE, k)), None)
+    active = next((v for k, v in here.items() if re.fullmatch(ACTIVE, k)), None)
     if active is None or not any(f.row and f.row.role == "expert_down" for f in description.found):
         return None
     normalised, scale = _observed(description)
@@ -141,7 +143,8 @@ def _block(
             f"layer {layer} has experts and a dense feed-forward beside or after them: give the dense one the role of"
             " shared experts (rows with role shared_up, shared_gate, shared_down) if the two are added up"
         )
-    assert routing is not None
+    if routing is None:
+        raise ValueError("the config does not say how many experts a token uses (num_experts_per_tok, top_k, ...): name it so")
     if not routing.normalised and moments is None:
         raise ValueError(f"this model's gates: {routing.advice}")
     experts = roles["expert_down"]

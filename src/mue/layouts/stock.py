@@ -18,7 +18,7 @@ from mue.layouts.scalings import scalings
 from mue.layouts.shape import Routers, routers
 from mue.layouts.tiny import numbers, text_config
 from mue.plan import Plan
-from mue.roles import Placed, unwrap
+from mue.roles import Layout, Placed, unwrap
 from mue.words import number
 
 # What a config says of itself, and not of the model.
@@ -42,6 +42,8 @@ def is_stock(model: nn.Module) -> bool:
 def stock(model: nn.Module) -> Stock:
     """What is known of a stock model; observed once for each class and config.
 
+    Rows of the user's own, for what cannot be decided, stand in ``model.layout_rows`` (of the class or the instance) and win.
+
     Raises:
         ValueError: a family that cannot be built and run at a tiny size.
     """
@@ -49,7 +51,7 @@ def stock(model: nn.Module) -> Stock:
     config: Any = inner.config
     key = json.dumps({k: v for k, v in config.to_dict().items() if k not in _SAYINGS}, sort_keys=True, default=str)
     kind: Any = type(inner)
-    return _observed(kind, _Keyed(key, config))
+    return _observed(kind, _Keyed(key, config), tuple(getattr(inner, "layout_rows", ())))
 
 
 @dataclass(frozen=True)
@@ -67,15 +69,15 @@ class _Keyed:
 
 
 @lru_cache(maxsize=32)
-def _observed(kind: Any, keyed: _Keyed) -> Stock:
+def _observed(kind: Any, keyed: _Keyed, rows: tuple[Layout, ...]) -> Stock:
     def build(config: Any) -> nn.Module:
         config = copy.deepcopy(config)
         config._attn_implementation = "eager"
         made: nn.Module = kind(config)
         return made
 
-    description = describe_config(keyed.config, build=build)
-    routing = routers(keyed.config, description, lambda other: describe_config(other, build=build))
+    description = describe_config(keyed.config, rows, build)
+    routing = routers(keyed.config, description, lambda other: describe_config(other, rows, build))
     return Stock(description, routing)
 
 

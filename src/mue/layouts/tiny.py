@@ -63,14 +63,11 @@ def shrink(config: Any, layers: int, overrides: dict[str, Any] | None = None) ->
     for part in parts(small):
         if getattr(part, "is_heterogeneous", False):
             part.per_layer_config = None  # sizes that differ by layer: names and axes do not
-        _shrink_one(part, layers)
-        for key, value in (overrides or {}).items():
-            if hasattr(part, key):
-                setattr(part, key, value)
+        _shrink_one(part, layers, overrides or {})
     return small
 
 
-def _shrink_one(config: Any, layers: int) -> None:
+def _shrink_one(config: Any, layers: int, overrides: dict[str, Any]) -> None:
     deep = next((v for k, v in numbers(config).items() if re.fullmatch(LAYERS, k)), None)
     kept = _kept_layers(config, deep, layers) if deep else []
     full = numbers(config)
@@ -83,6 +80,9 @@ def _shrink_one(config: Any, layers: int) -> None:
             size = len(kept) if re.fullmatch(LAYERS, key) and kept else _size(key)
             if size is not None and (size < value or size == len(kept)):
                 setattr(config, key, size)
+    for key, value in overrides.items():
+        if hasattr(config, key):
+            setattr(config, key, value)
     _keep_relations(config, full)
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(config, key, None)

@@ -1,0 +1,137 @@
+"""What ``mue inspect`` may be given: a family, a config, a checkpoint folder, or a class or function of the user's."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mue.imported import imported
+from mue.layouts.describe import Description, Found
+from mue.layouts.disk import has_weights
+from mue.layouts.families import build, config_of, describe_config, read_config
+from mue.layouts.follow import Build
+from mue.roles import HasLayout, Layout, pattern_of, unwrap
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model by its config and what builds it; ``declared`` where it says itself what its parameters are.
+
+    Attributes:
+        config: None where a declared model has none. rows: the user's rows, which win.
+        folder: of the checkpoint, where there are weights to compare with.
+    """
+
+    name: str
+    config: Any
+    build: Build
+    rows: tuple[Layout, ...] = ()
+    declared: nn.Module | None = None
+    folder: Path | None = None
+
+    def model(self) -> nn.Module:
+        """The model on the meta device."""
+        if self.declared is not None:
+            return self.declared
+        with torch.device("meta"):
+            return self.build(self.config)
+
+    def describe(self, config: Any = None) -> Description:
+        """Every parameter's row; of the same model with another config where one is given."""
+        if self.declared is None:
+            return describe_config(self.config if config is None else config, self.rows, self.build)
+        patterns = {pattern_of(n): (n, tuple(p.shape)) for n, p in self.declared.named_parameters()}
+        table = list(self.declared.layout())  # type: ignore[operator]
+        found = []
+        for pattern, (name, shape) in patterns.items():
+            row = next((r for r in table if r.regex.fullmatch(name)), None)
+            found.append(
+                Found(pattern, shape, row, "declared by the model" if row else "the model's layout has no row")
+            )
+        return Description(tuple(found))
+
+
+def source_of(given: str | Path | Any, rows: Sequence[Layout] = (), config: str | Path | None = None) -> Source:
+    """Read a source.
+
+    Args:
+        given: a family's name, a ``config.json``, a folder that holds one, a config object; ``file.py:name``, ``module:name``
+            or ``package.module.Class``: a model's class, or a function without arguments that returns a model or a config.
+        rows: the user's own rows.
+        config: for a class that needs one: a JSON file; with a ``model_type``, a transformers config.
+
+    Raises:
+        ValueError: nothing of the kind; a class without a config; a model that neither declares its parameters nor comes
+            with a config to build it again.
+    """
+    if not isinstance(given, str | Path):
+        return Source(type(given).__name__, given, build, tuple(rows))
+    path = Path(given)
+    if path.exists() or not _is_code(str(given)):
+        found = read_config(given)
+        folder = path if path.is_dir() and has_weights(path) else None
+        return Source(type(found).__name__, found, build, tuple(rows), folder=folder)
+    made = imported(str(given))
+    if isinstance(made, type) and issubclass(made, nn.Module):
+        return _of_class(made, rows, config)
+    if not callable(made):
+        raise ValueError(f"{given} is a {type(made).__name__}: give a class of models, or a function that builds one")
+    try:
+        inspect.signature(made).bind()
+    except TypeError as error:
+        raise ValueError(f"{given} is called without arguments, which it does not take ({error})") from None
+    with torch.device("meta"):
+        result = made()
+    result = result.get("model", result) if isinstance(result, dict) else result
+    return _of_model(result, rows) if isinstance(result, nn.Module) else source_of(result, rows)
+
+
+def _is_code(name: str) -> bool:
+    return ":" in name or (name.count(".") >= 1 and "/" not in name and not name.endswith(".json"))
+
+
+def _of_class(kind: type[nn.Module], rows: Sequence[Layout], config: str | Path | None) -> Source:
+    if config is None:
+        default = getattr(kind, "config_class", None)
+        if default is None:
+            raise ValueError(f"{kind.__name__} is a class: give --config, a JSON file with the config it is built from")
+        return _with_class(kind, default(), rows)
+    data = json.loads(Path(config).read_text(encoding="utf-8"))
+    own = config_of(data, str(config)) if "model_type" in data else SimpleNamespace(**data)
+    return _with_class(kind, own, rows)
+
+
+def _with_class(kind: Any, config: Any, rows: Sequence[Layout]) -> Source:
+    def make(config: Any) -> nn.Module:
+        made: nn.Module = kind(config)
+        return made
+
+    with torch.device("meta"):
+        model = make(config)
+    if isinstance(model, HasLayout):
+        return _of_model(model, rows)
+    every = dict.fromkeys([*rows, *getattr(model, "layout_rows", ())])
+    return Source(kind.__name__, config, make, tuple(every))
+
+
+def _of_model(model: nn.Module, rows: Sequence[Layout]) -> Source:
+    inner = unwrap(model)
+    kind: Any = type(inner)
+    own = getattr(inner, "config", None)
+    if isinstance(inner, HasLayout):
+        if rows:
+            raise ValueError(f"{kind.__name__} declares its own layout: put your rows there")
+        return Source(kind.__name__, own, build, declared=inner)
+    if own is None:
+        raise ValueError(
+            f"{kind.__name__} has neither a layout() that declares its parameters nor a config to build it again: add one"
+        )
+    return _with_class(kind, own, (*rows, *getattr(inner, "layout_rows", ())))
