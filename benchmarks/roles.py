@@ -66,11 +66,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=4, help="of the MoE and of the longer runs")
+    parser.add_argument("--rounds", type=int, default=Search.rounds, help="of the search")
     args = parser.parse_args()
     source = {"source": STDLIB, "cache": str(args.out / "data")}
     corpus = open_corpus(source)
     data = described(source, corpus)
-    spec = RolesSpec(BASE, BASE_RUN, TUNED, Search(), SETTINGS, source)
+    spec = RolesSpec(BASE, BASE_RUN, TUNED, Search(rounds=args.rounds), SETTINGS, source)
     found = tune_roles(spec, args.out, corpus, watching, workers=args.workers)
     roles_report(args.out)
     print(found.verdict)
