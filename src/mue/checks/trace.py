@@ -84,6 +84,8 @@ class Record:
 class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Record into ``record`` while this mode is on."""
 
+    wants_plain_operators = True  # mue.moe.experts then takes no fused kernel, whose inside cannot be seen
+
     def __init__(self, placed: Iterable[Placed], width: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.record = Record()
@@ -144,7 +146,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _add(self, carried: Tensor, branch: Tensor, out: Tensor) -> None:
         assert self.record.stream is not None
         self.record.added.append(Added(self.record.stream, carried, branch, self._since))
-        self._since = []
+        self._since, self._scores = [], None
         self._move(out)
 
     def _move(self, stream: Tensor) -> None:
@@ -175,6 +177,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # ---- products and attention ---------------------------------------------------------------------------------
 
     def _product(self, kernel: str, args: tuple[Any, ...], out: Tensor) -> None:
+        if kernel == "baddbmm":
+            self._scores = args[1] @ args[2]  # without the mask and the factor that came with them
         if kernel not in _PRODUCTS:
             return
         left, right = (args[i] for i in _PRODUCTS[kernel])

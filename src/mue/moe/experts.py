@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mue.moe import grouped, native, portable
 from mue.moe.routing import Routing, expert_load
@@ -58,7 +59,9 @@ def experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, backend: str
 
 
 def choose(x_TD: Tensor, weights: ExpertWeights, dtype: torch.dtype) -> str:
-    """The backend that "auto" means for this input."""
+    """The backend that "auto" means for this input: plain operators where somebody wants to see each of them."""
+    if not torch.compiler.is_compiling() and getattr(_get_current_dispatch_mode(), "wants_plain_operators", False):
+        return "portable"
     best = {"cpu": "native", "cuda": "grouped_mm"}.get(x_TD.device.type, "portable")
     return best if best == "portable" or REFUSALS[best](x_TD, weights, dtype) is None else "portable"
 
