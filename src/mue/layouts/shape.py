@@ -144,7 +144,9 @@ def _block(
             " shared experts (rows with role shared_up, shared_gate, shared_down) if the two are added up"
         )
     if routing is None:
-        raise ValueError("the config does not say how many experts a token uses (num_experts_per_tok, top_k, ...): name it so")
+        raise ValueError(
+            "the config does not say how many experts a token uses (num_experts_per_tok, top_k, ...): name it so"
+        )
     if not routing.normalised and moments is None:
         raise ValueError(f"this model's gates: {routing.advice}")
     experts = roles["expert_down"]
