@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,9 +44,21 @@ def init_(plan: Plan, model: nn.Module, seed: int = 0) -> None:
         assert std is not None
         shared = plan.role(p.role, p.layer).init == SHARED_INIT
         name = _name_of_all(p) if shared else p.name
-        for expert, part in expert_slices(p):
+        sharded = hasattr(p.parameter, "placements")  # a DTensor: every rank draws the whole and keeps its own shard
+        whole = (
+            replace(p, parameter=nn.Parameter(torch.empty(p.parameter.shape, dtype=p.parameter.dtype)))
+            if sharded
+            else p
+        )
+        for expert, part in expert_slices(whole):
             noise = torch.randn(part.shape, generator=_generator(seed, name, None if shared else expert))
             part.copy_(noise.to(torch.promote_types(part.dtype, noise.dtype)).mul_(std))
+        if sharded:
+            from torch.distributed.tensor import distribute_tensor
+
+            values_here = whole.parameter.to(p.parameter.device)
+            mesh, placements = p.parameter.device_mesh, p.parameter.placements  # type: ignore[attr-defined]
+            p.parameter.copy_(distribute_tensor(values_here, mesh, placements))
 
 
 def _name_of_all(p: Placed) -> str:
