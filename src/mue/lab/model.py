@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mue.lab.paths import attend, rms_norm
 from mue.moe import MoELayer, Routing
 from mue.moe.layer import Balance
 from mue.plan import Multipliers
@@ -46,7 +47,7 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         width = self.weight.shape[-1:]
         if self.weight.dim() == 1:
-            return F.rms_norm(x, width, self.weight, 1e-6)
+            return rms_norm(x, self.weight, 1e-6)
         gain = self.weight.view(-1, *(1,) * (x.dim() - 2), *width)
         return (F.rms_norm(x, width, None, 1e-6) * gain).to(x.dtype)
 
@@ -124,22 +125,6 @@ def rotate(x: Tensor, turn: Tensor) -> Tensor:
         return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
     pairs = torch.view_as_complex(x.to(dtype).reshape(*x.shape[:-1], -1, 2))
     return torch.view_as_real(pairs * torch.view_as_complex(turn.to(dtype))).flatten(-2).to(x.dtype)
-
-
-def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, scale: float) -> Tensor:
-    """Causal softmax attention, (B, H, T, E).
-
-    bf16 on a CPU takes plain products: the fused kernel's backward is several times slower there at short lengths.
-    """
-    H, K = q_BHTE.shape[1], k_BKTE.shape[1]
-    if q_BHTE.device.type == "cpu" and v_BKTE.dtype == torch.bfloat16 and q_BHTE.shape[2] <= 512:
-        k, v = (x.repeat_interleave(H // K, 1) if H > K else x for x in (k_BKTE, v_BKTE))
-        T = q_BHTE.shape[2]
-        mask = torch.ones(T, T, dtype=torch.bool, device=q_BHTE.device).triu(1)
-        score = (q_BHTE @ k.transpose(-1, -2)).mul(scale).masked_fill(mask, float("-inf"))
-        return score.float().softmax(-1).to(v.dtype) @ v
-    q, k = (x.to(v_BKTE.dtype) for x in (q_BHTE, k_BKTE))  # under autocast a norm may come back in fp32
-    return F.scaled_dot_product_attention(q, k, v_BKTE, is_causal=True, scale=scale, enable_gqa=H > K)
 
 
 class FeedForward(nn.Module):

@@ -84,6 +84,7 @@ def operator(name: str, kernel: Kernel) -> Run:
             problem = Problem(*pairs, *ctx.problem)
             return None, None, *kernel.backward(dy_TD.contiguous(), inputs, problem, saved, needs, ctx.extra)
 
+    Eager.__name__ = name  # what a profile shows
     compiled = _register(name, kernel)
 
     def run(x_TD: Tensor, routing: Routing, weights: ExpertWeights, dtype: torch.dtype) -> Tensor:
