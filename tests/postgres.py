@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -61,13 +62,17 @@ def postgres() -> Iterator[str]:
 
 
 class Wire:
-    """A TCP proxy on loopback in front of ``port``; :meth:`cut` breaks it, :meth:`mend` lets connections through again."""
+    """A TCP proxy on loopback before the server at ``url``: :meth:`cut` breaks it, :meth:`mend` lets connections through.
 
-    def __init__(self, port: int) -> None:
-        self.target, self.whole = port, True
+    ``url``: the server's, through the wire.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.whole = True
+        self.target = urlsplit(url).port
         self.open: list[socket.socket] = []
         self.door = socket.create_server(("127.0.0.1", 0))
-        self.port = int(self.door.getsockname()[1])
+        self.url = url.replace(f":{self.target}/", f":{self.door.getsockname()[1]}/")
         threading.Thread(target=self._serve, daemon=True).start()
 
     def cut(self) -> None:

@@ -12,7 +12,7 @@ from mue.config import read_toml
 from mue.lab.data import Corpus
 from mue.lab.experiment import base_plan, data_source, described, open_corpus
 from mue.lab.run import Run, Settings, Store
-from mue.lab.runner import Busy, Done, Progress, Runner, open_runner
+from mue.lab.runner import Busy, Done, Runner, open_runner
 from mue.lab.train import train
 
 BASE = mue.Dense(32, 32, 1, head_dim=16, sequence=32)
@@ -52,20 +52,19 @@ def same_run(a: Store, b: Store, key: str) -> bool:
 def test_a_stopped_run_is_given_up_and_can_be_finished(
     tmp_path: Path, source: dict[str, object], corpus: Corpus
 ) -> None:
-    run, whole, store = dense_run(source, corpus, steps=100), Store(tmp_path / "whole"), Store(tmp_path / "store")
+    run, whole, store = dense_run(source, corpus, steps=40), Store(tmp_path / "whole"), Store(tmp_path / "store")
     train(run, whole, corpus)
     runner = open_runner("processes", store, workers=1)
     try:
         assert runner.slots == 1
         assert runner.wait(5.0) == []  # nothing is in flight: it does not wait
         runner.submit(run)
-        assert isinstance(until(runner, Progress)[0], Progress)
-        runner.stop(run.key)
+        runner.stop(run.key)  # at once: a run this short could end before a later stop arrives
         (done,) = (m for m in until(runner, Done) if isinstance(m, Done))
         assert done.run.key == run.key
         assert done.result["status"] == "stopped"
         assert done.result["val_loss"] is None
-        assert 0 < done.result["step"] < 100
+        assert done.result["step"] == 1
         assert store.result(run.key) is None
         runner.submit(run)
         (done,) = (m for m in until(runner, Done) if isinstance(m, Done))

@@ -113,11 +113,10 @@ def test_one_of_a_stack_is_stopped_and_the_others_go_on(
     try:
         for run in runs:
             pool.submit(run)
-        while not any(isinstance(m, Progress) and m.key == runs[1].key for m in pool.wait(240)):
-            pass
-        pool.stop(runs[1].key)
+        pool.stop(runs[1].key)  # at once: a run this short could end before a later stop arrives
         results, _ = to_the_end(pool, 3)
         assert results[runs[1].key]["status"] == "stopped"
+        assert results[runs[1].key]["step"] == 1
         assert results[runs[1].key]["val_loss"] is None
         assert store.result(runs[1].key) is None
         assert (store.folder(runs[1].key) / "checkpoint.safetensors").exists()

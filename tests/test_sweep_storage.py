@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import sqlalchemy as sa
 
-from mue.lab.storage import Database, StorageError
+from mue.lab import storage
+from mue.lab.storage import Database, StorageError, for_optuna
 from mue.lab.storage_trials import Trials, name_of
 from postgres import Wire, postgres
 
@@ -71,13 +71,41 @@ def test_each_trial_is_claimed_once(url: str, name: str) -> None:
     Trials(Database(url), name).add(POINTS)
 
     def claim_all(i: int) -> list[int]:
-        trials, held = Trials(Database(url), name), []
+        trials, held = Trials(Database(url), name), list[int]()
         while trial := trials.claim(f"worker {i}", held):
             held.append(trial.id)
         return held
 
     claimed = Counter(trial for held in at_once(4, claim_all) for trial in held)
     assert len(claimed) == len(POINTS) and set(claimed.values()) == {1}
+
+
+def test_control_without_transactions_two_workers_win_one_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url, gate = f"sqlite:///{tmp_path / 'trials.db'}", threading.Barrier(2)
+    Trials(Database(url), "x").add(POINTS)
+    databases = [Database(url), Database(url)]
+
+    def unguarded(database: Database, work: Callable[[storage.Execute], Any]) -> Any:
+        inner = storage._sqlite_execute(database._connect())
+
+        def execute(query: str, *many: Any, **values: Any) -> storage.Rows:
+            rows = inner(query, *many, **values)
+            if "'WAITING'" in query:
+                gate.wait()  # both have read before either writes
+            return rows
+
+        return work(execute)
+
+    def claim(i: int) -> int:
+        trials = Trials(databases[i], "x")
+        monkeypatch.setattr(databases[i], "run", lambda work: unguarded(databases[i], work))
+        trial = trials.claim(f"worker {i}")
+        assert trial is not None
+        return trial.id
+
+    assert len(set(at_once(2, claim))) == 1
 
 
 def test_a_silent_worker_loses_its_trial_and_is_not_heard_again(url: str, name: str) -> None:
@@ -141,17 +169,16 @@ def test_optuna_reads_what_we_wrote(url: str, name: str) -> None:
         trial = trials.claim("a")
         assert trial is not None
         trials.finish("a", trial.id, {**RESULT, "val_loss": loss})
-    study = optuna.load_study(study_name=name, storage=trials.database.url.render_as_string(hide_password=False))
+    study = optuna.load_study(study_name=name, storage=for_optuna(url))
     assert [t.state.name for t in study.trials] == ["COMPLETE", "COMPLETE", "WAITING"]
     assert [t.value for t in study.trials] == [2.5, float("inf"), None]
     assert study.best_params == POINTS[0]
 
 
 def test_a_cut_wire_is_waited_out(server: str, name: str) -> None:
-    wire = Wire(sa.make_url(server).port or 0)
-    through = sa.make_url(server).set(port=wire.port).render_as_string(hide_password=False)
+    wire = Wire(server)
     told: list[str] = []
-    trials = Trials(Database(through, trouble=lambda what, seconds: told.append(what)), name)
+    trials = Trials(Database(wire.url, trouble=lambda what, seconds: told.append(what)), name)
     trials.add(POINTS[:1])
     wire.cut()
     threading.Timer(1.0, wire.mend).start()
@@ -166,13 +193,26 @@ def test_a_cut_wire_is_waited_out(server: str, name: str) -> None:
     wire.close()
 
 
+def test_a_worker_frozen_in_a_transaction_goes_on(server: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server ends a transaction that stands still, so that nobody waits for its locks; it is then begun again."""
+    monkeypatch.setitem(storage._POSTGRES, "options", "-c idle_in_transaction_session_timeout=100")
+    naps = [0.5, 0.0]
+
+    def work(execute: storage.Execute) -> Any:
+        execute("SELECT 1")
+        time.sleep(naps.pop(0))
+        return execute("SELECT 2")
+
+    assert Database(server).run(work) == [(2,)] and naps == []
+
+
 def test_storages_that_cannot_be_opened(tmp_path: Path, server: str) -> None:
     for bad, words in {
-        "no url": "not a URL",
-        "mysql://me@db/x": "not mysql",
+        "no url": "not 'no url'",
+        "mysql://me@db/x": "not 'mysql'",
         "sqlite://": "sqlite:///FILE",
-        str(sa.make_url(server).set(database="nowhere").render_as_string(hide_password=False)): "nowhere",
-        str(sa.make_url(server).set(password="wrong").render_as_string(hide_password=False)): "password",
+        server.replace("/postgres", "/nowhere"): "nowhere",
+        server.replace("mue:", "mue:wrong"): "password",
     }.items():
         with pytest.raises(ValueError, match=words) as caught:
             Database(bad)

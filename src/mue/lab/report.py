@@ -35,6 +35,7 @@ class Section:
     header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     wrap: tuple[int, ...] = ()
+    shades: Sequence[Sequence[float]] = ()  # of the table's cells, 0 to 1
     fold: str = ""
     picture_in_page: bool = True  # a PNG is written either way; a table reads better as text
 
@@ -54,9 +55,14 @@ def write_report(
     for section in sections:
         svg = ""
         if section.figure is not None:
+            _settle(section.figure)
             svg = _svg(section.figure) if section.picture_in_page else ""
             write_atomic(folder / f"{section.id}.png", partial(section.figure.savefig, dpi=160, format="png"))
-        table = {"header": section.header, "rows": section.rows, "wrap": section.wrap} if section.rows else None
+        table = (
+            {"header": section.header, "rows": section.rows, "wrap": section.wrap, "shades": section.shades}
+            if section.rows
+            else None
+        )
         rendered.append({**vars(section), "svg": svg, "table": table})
     environment = Environment(
         loader=PackageLoader("mue.lab"),
@@ -71,6 +77,14 @@ def write_report(
     path = folder / "report.html"
     write_text(path, html)
     return path
+
+
+def _settle(figure: Figure) -> None:
+    """Lay a figure out once; every picture of it would do so again."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine("none")
 
 
 def _svg(figure: Figure) -> str:

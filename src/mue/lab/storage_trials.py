@@ -15,9 +15,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import sqlalchemy as sa
-
-from mue.lab.storage import Database
+from mue.lab.storage import Database, Execute, Rows
 
 LEASE = 60.0
 Point = dict[str, float]
@@ -41,7 +39,8 @@ _LOST = (
     "SELECT t.trial_id, t.number FROM trials t JOIN trial_heartbeats h ON h.trial_id = t.trial_id"
     " WHERE t.study_id = :study AND t.state = 'RUNNING' AND h.heartbeat < {ago} ORDER BY t.trial_id LIMIT 1"
 )
-_ATTRIBUTE = (
+_GET = "SELECT value_json FROM trial_user_attributes WHERE trial_id = :trial AND key = :key"
+_SET = (
     "INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (:trial, :key, :value)"
     " ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json"
 )
@@ -92,7 +91,8 @@ class Trials:
     def __init__(self, database: Database, name: str, lease: float | None = None) -> None:
         self.database, self.study = database, database.study(name)
         self.ended: dict[int, Trial] = {}
-        stored = float(json.loads(database.run(lambda c: self._agreed(c, lease))))
+        self._now, self._ago = _NOW[database.sqlite], _AGO[database.sqlite]
+        stored = database.run(lambda execute: self._agreed(execute, lease))
         if lease is not None and lease != stored:
             raise ValueError(f"this sweep's first worker set a lease of {stored:g} s, not {lease:g}: leave --lease out")
         self.lease = stored
@@ -100,18 +100,18 @@ class Trials:
     def add(self, points: Sequence[Point], *, limit: int | None = None) -> int:
         """One waiting trial for each point that has none, at most up to ``limit`` trials in all; returns how many."""
 
-        def work(c: sa.Connection) -> int:
-            self._execute(c, "SELECT study_id FROM studies WHERE study_id = :study" + self._lock())
-            rows = self._execute(
-                c,
+        def work(execute: Execute) -> int:
+            execute("SELECT study_id FROM studies WHERE study_id = :study" + self._lock(), study=self.study)
+            rows = execute(
                 "SELECT a.value_json FROM trials t JOIN trial_user_attributes a ON a.trial_id = t.trial_id"
                 " WHERE t.study_id = :study AND a.key = 'point'",
+                study=self.study,
             )
             known = {name_of(json.loads(text)) for (text,) in rows}
             new = {name: p for p in points if (name := name_of(p)) not in known}
             kept = list(new.values())[: None if limit is None else max(0, limit - len(known))]
             if kept:
-                self._insert(c, kept)
+                self._insert(execute, kept)
             return len(kept)
 
         return self.database.run(work)
@@ -123,33 +123,34 @@ class Trials:
         transaction whose answer got lost, and is returned.
         """
 
-        def work(c: sa.Connection) -> Trial | None:
-            found = next((row for row in self._owned(c, owner) if row.trial_id not in held), None)
+        def work(execute: Execute) -> Trial | None:
+            found = [row for row in self._owned(execute, owner) if row[0] not in held]
             for query in (_WAITING, _LOST.format(ago=self._ago)):
-                found = found or self._execute(c, query + self._lock("t", skip=True), lease=self.lease).first()
-            if found is None:
+                if not found:
+                    found = execute(query + self._lock("t", skip=True), study=self.study, lease=self.lease)
+            if not found:
                 return None
-            self._set(c, found.trial_id, owner=owner)
-            self._execute(
-                c,
+            trial, number = found[0]
+            execute(_SET, trial=trial, key="owner", value=json.dumps(owner))
+            execute(
                 f"UPDATE trials SET state = 'RUNNING', datetime_start = {self._now} WHERE trial_id = :trial",
-                trial=found.trial_id,
+                trial=trial,
             )
-            self._alive(c, found.trial_id)
-            point = self._attribute(c, found.trial_id, "point")
-            return Trial(found.trial_id, found.number, "RUNNING", point, owner=owner)
+            self._alive(execute, trial)
+            ((point,),) = execute(_GET, trial=trial, key="point")
+            return Trial(trial, number, "RUNNING", json.loads(point), owner=owner)
 
         return self.database.run(work)
 
     def renew(self, owner: str, progress: Mapping[int, dict[str, Any] | None]) -> set[int]:
         """A sign of life for the trials in ``progress``; returns those that are still ``owner``'s."""
 
-        def work(c: sa.Connection) -> set[int]:
-            mine = {row.trial_id for row in self._owned(c, owner)} & set(progress)
+        def work(execute: Execute) -> set[int]:
+            mine = {trial for trial, _ in self._owned(execute, owner)} & set(progress)
             for trial in sorted(mine):
-                self._alive(c, trial)
+                self._alive(execute, trial)
                 if progress[trial] is not None:
-                    self._set(c, trial, progress=progress[trial])
+                    execute(_SET, trial=trial, key="progress", value=json.dumps(progress[trial]))
             return mine
 
         return self.database.run(work)
@@ -159,81 +160,74 @@ class Trials:
     ) -> bool:
         """End a trial. False, and nothing changes, where it is not ``owner``'s any more: the result does not count."""
 
-        def work(c: sa.Connection) -> bool:
-            now = self._execute(
-                c, "SELECT state FROM trials WHERE trial_id = :trial" + self._lock(), trial=trial
-            ).scalar_one()
-            owned = bool(self._attribute(c, trial, "owner") == owner)
+        def work(execute: Execute) -> bool:
+            ((now,),) = execute("SELECT state FROM trials WHERE trial_id = :trial" + self._lock(), trial=trial)
+            owned = execute(_GET, trial=trial, key="owner") == [(json.dumps(owner),)]
             if now != "RUNNING" or not owned:
-                return owned and now == state  # True: ended by an earlier try whose answer got lost
-            self._set(c, trial, result=result, **({"curve": curve} if curve else {}))
+                return owned and bool(now == state)  # True: ended by an earlier try whose answer got lost
+            execute(_SET, trial=trial, key="result", value=json.dumps(result))
+            if curve:
+                execute(_SET, trial=trial, key="curve", value=json.dumps(curve))
             if state == "COMPLETE":  # a diverged run is infinitely bad, not missing
                 loss = result["val_loss"]
                 kind = "INF_POS" if loss is None else "FINITE"
-                self._execute(
-                    c,
-                    f"INSERT INTO trial_values (trial_id, objective, value, value_type) VALUES (:trial, 0, :loss, '{kind}')",
+                execute(
+                    "INSERT INTO trial_values (trial_id, objective, value, value_type)"
+                    f" VALUES (:trial, 0, :loss, '{kind}')",
                     trial=trial,
                     loss=loss,
                 )
-            ended = f"UPDATE trials SET state = '{state}', datetime_complete = {self._now} WHERE trial_id = :trial"
-            self._execute(c, ended, trial=trial)
+            execute(
+                f"UPDATE trials SET state = '{state}', datetime_complete = {self._now} WHERE trial_id = :trial",
+                trial=trial,
+            )
             return True
 
         return self.database.run(work)
 
-    def release(self, owner: str, trial: int | None = None) -> None:
-        """Give back what ``owner`` has, or one trial of it: it waits again."""
+    def release(self, owner: str) -> None:
+        """Give back what ``owner`` has: it waits again."""
 
-        def work(c: sa.Connection) -> None:
-            for row in self._owned(c, owner):
-                if trial in (None, row.trial_id):
-                    self._execute(c, "UPDATE trials SET state = 'WAITING' WHERE trial_id = :trial", trial=row.trial_id)
+        def work(execute: Execute) -> None:
+            for trial, _ in self._owned(execute, owner):
+                execute("UPDATE trials SET state = 'WAITING' WHERE trial_id = :trial", trial=trial)
 
         self.database.run(work)
 
     def all(self) -> list[Trial]:
         """Every trial by number; ended ones are read from the storage once."""
 
-        def work(c: sa.Connection) -> list[Trial]:
-            heads = self._execute(
-                c,
-                f"SELECT t.trial_id, t.number, CAST(t.state AS TEXT) AS state, {_QUIET[self.database.sqlite]} AS quiet"
+        def work(execute: Execute) -> tuple[Rows, Rows]:
+            heads = execute(
+                f"SELECT t.trial_id, t.number, CAST(t.state AS TEXT), {_QUIET[self.database.sqlite]}"
                 " FROM trials t LEFT JOIN trial_heartbeats h ON h.trial_id = t.trial_id"
                 " WHERE t.study_id = :study ORDER BY t.number",
-            ).all()
-            fresh = [row.trial_id for row in heads if row.trial_id not in self.ended]
-            said: dict[int, dict[str, Any]] = {}
-            for trial, key, value in self._attributes(c, fresh):
-                said.setdefault(trial, {})[key] = json.loads(value)
-            return [self.ended.get(row.trial_id) or _trial(row, said.get(row.trial_id, {})) for row in heads]
+                study=self.study,
+            )
+            return heads, self._attributes(execute, [row[0] for row in heads if row[0] not in self.ended])
 
-        found = [trial for trial in self.database.run(work, write=False) if trial.point]
-        self.ended.update((trial.id, trial) for trial in found if trial.state not in OPEN)
-        return found
+        heads, rows = self.database.run(work, write=False)
+        said: dict[int, dict[str, Any]] = {}
+        values = json.loads(f"[{','.join(text for _, _, text in rows)}]")  # tens of thousands: at once, not one by one
+        for (trial, key, _), value in zip(rows, values, strict=True):
+            said.setdefault(trial, {})[key] = value
+        fresh = {row[0]: _trial(row, said[row[0]]) for row in heads if "point" in said.get(row[0], ())}
+        self.ended.update((trial.id, trial) for trial in fresh.values() if trial.state not in OPEN)
+        found = [self.ended.get(row[0]) or fresh.get(row[0]) for row in heads]
+        return [trial for trial in found if trial]  # what others put into the study by other means is not ours
 
     def curves(self) -> list[list[Any]]:
         """The curves of the completed trials that have one."""
-
-        def work(c: sa.Connection) -> list[list[Any]]:
-            rows = self._execute(
-                c,
-                "SELECT a.value_json FROM trial_user_attributes a JOIN trials t ON t.trial_id = a.trial_id"
-                " WHERE t.study_id = :study AND t.state = 'COMPLETE' AND a.key = 'curve' ORDER BY t.trial_id",
-            )
-            return [json.loads(text) for (text,) in rows]
-
-        return self.database.run(work, write=False)
+        query = (
+            "SELECT a.value_json FROM trial_user_attributes a JOIN trials t ON t.trial_id = a.trial_id"
+            " WHERE t.study_id = :study AND t.state = 'COMPLETE' AND a.key = 'curve' ORDER BY t.trial_id"
+        )
+        return [
+            json.loads(text)
+            for (text,) in self.database.run(lambda execute: execute(query, study=self.study), write=False)
+        ]
 
     # ---- SQL --------------------------------------------------------------------------------------------------------
-
-    @property
-    def _now(self) -> str:
-        return _NOW[self.database.sqlite]
-
-    @property
-    def _ago(self) -> str:
-        return _AGO[self.database.sqlite]
 
     def _lock(self, of: str = "", *, skip: bool = False) -> str:
         """Row locks; on SQLite the transaction holds the whole database."""
@@ -241,94 +235,68 @@ class Trials:
             return ""
         return " FOR UPDATE" + (f" OF {of}" if of else "") + (" SKIP LOCKED" if skip else "")
 
-    def _execute(self, c: sa.Connection, query: str, **values: Any) -> sa.CursorResult[Any]:
-        return c.execute(sa.text(query), {"study": self.study, **values})
-
-    def _owned(self, c: sa.Connection, owner: str) -> Sequence[Any]:
-        """The running trials of a worker, locked."""
+    def _owned(self, execute: Execute, owner: str) -> Rows:
+        """(id, number) of a worker's running trials, locked."""
         query = (
             "SELECT t.trial_id, t.number FROM trials t JOIN trial_user_attributes o ON o.trial_id = t.trial_id"
             " WHERE t.study_id = :study AND t.state = 'RUNNING' AND o.key = 'owner' AND o.value_json = :owner"
             " ORDER BY t.trial_id"
         )
-        return self._execute(c, query + self._lock("t"), owner=json.dumps(owner)).all()
+        return execute(query + self._lock("t"), study=self.study, owner=json.dumps(owner))
 
-    def _attribute(self, c: sa.Connection, trial: int, key: str) -> Any:
-        query = "SELECT value_json FROM trial_user_attributes WHERE trial_id = :trial AND key = :key"
-        return json.loads(self._execute(c, query, trial=trial, key=key).scalar_one_or_none() or "null")
-
-    def _attributes(self, c: sa.Connection, trials: Sequence[int]) -> Sequence[Any]:
+    def _attributes(self, execute: Execute, trials: Sequence[int]) -> Rows:
+        """(id, key, JSON) of what is known of trials; curves are long and not among it."""
         query = (
             "SELECT a.trial_id, a.key, a.value_json FROM trial_user_attributes a"
             " JOIN trials t ON t.trial_id = a.trial_id WHERE t.study_id = :study AND a.key <> 'curve'"
         )
-        if len(trials) > 500:  # most of them: one pass is cheaper than a long list
-            return self._execute(c, query).all()
-        listed = sa.text(query + " AND a.trial_id IN :trials").bindparams(sa.bindparam("trials", expanding=True))
-        return c.execute(listed, {"study": self.study, "trials": list(trials)}).all()
+        if len(trials) <= 500:  # else most of them: one pass is cheaper than a long list
+            query += f" AND a.trial_id IN ({', '.join(map(str, [*trials, 0]))})"
+        return execute(query, study=self.study)
 
-    def _set(self, c: sa.Connection, trial: int, **attributes: Any) -> None:
-        for key, value in attributes.items():
-            c.execute(sa.text(_ATTRIBUTE), {"trial": trial, "key": key, "value": json.dumps(value)})
-
-    def _alive(self, c: sa.Connection, trial: int) -> None:
-        self._execute(
-            c,
+    def _alive(self, execute: Execute, trial: int) -> None:
+        execute(
             f"INSERT INTO trial_heartbeats (trial_id, heartbeat) VALUES (:trial, {self._now})"
             " ON CONFLICT (trial_id) DO UPDATE SET heartbeat = excluded.heartbeat",
             trial=trial,
         )
 
-    def _agreed(self, c: sa.Connection, lease: float | None) -> str:
-        """The study's lease as JSON, set where it is not yet."""
-        self._execute(
-            c,
+    def _agreed(self, execute: Execute, lease: float | None) -> float:
+        """The study's lease, set where it is not yet."""
+        execute(
             "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (:study, 'lease', :lease)"
             " ON CONFLICT (study_id, key) DO NOTHING",
+            study=self.study,
             lease=json.dumps(lease or LEASE),
         )
         query = "SELECT value_json FROM study_user_attributes WHERE study_id = :study AND key = 'lease'"
-        return str(self._execute(c, query).scalar_one())
+        ((stored,),) = execute(query, study=self.study)
+        return float(json.loads(stored))
 
-    def _insert(self, c: sa.Connection, points: Sequence[Point]) -> None:
+    def _insert(self, execute: Execute, points: Sequence[Point]) -> None:
         """Waiting trials with their points; as parameters too, so that Optuna's tools and samplers read them."""
         from optuna.distributions import FloatDistribution, distribution_to_json
 
-        first = self._execute(c, "SELECT count(*) FROM trials WHERE study_id = :study").scalar_one()
-        c.execute(
-            sa.text("INSERT INTO trials (number, study_id, state) VALUES (:number, :study, 'WAITING')"),
+        ((first,),) = execute("SELECT count(*) FROM trials WHERE study_id = :study", study=self.study)
+        execute(
+            "INSERT INTO trials (number, study_id, state) VALUES (:number, :study, 'WAITING')",
             [{"number": first + i, "study": self.study} for i in range(len(points))],
         )
-        numbered = self._execute(
-            c, "SELECT trial_id FROM trials WHERE study_id = :study AND number >= :first ORDER BY number", first=first
-        )
-        ids = [trial for (trial,) in numbered]
-        c.execute(
-            sa.text(_ATTRIBUTE),
-            [{"trial": t, "key": "point", "value": json.dumps(p)} for t, p in zip(ids, points, strict=True)],
-        )
+        numbered = "SELECT trial_id FROM trials WHERE study_id = :study AND number >= :first ORDER BY number"
+        placed = [(t, p) for (t,), p in zip(execute(numbered, study=self.study, first=first), points, strict=True)]
+        execute(_SET, [{"trial": t, "key": "point", "value": json.dumps(p)} for t, p in placed])
         ranges = {k: [p[k] for p in points] for k in points[0]}
         kinds = {k: distribution_to_json(FloatDistribution(min(v), max(v))) for k, v in ranges.items()}
-        c.execute(
-            sa.text(
-                "INSERT INTO trial_params (trial_id, param_name, param_value, distribution_json) VALUES (:trial, :name, :value, :kind)"
-            ),
-            [
-                {"trial": t, "name": k, "value": float(v), "kind": kinds[k]}
-                for t, p in zip(ids, points, strict=True)
-                for k, v in p.items()
-            ],
+        execute(
+            "INSERT INTO trial_params (trial_id, param_name, param_value, distribution_json)"
+            " VALUES (:trial, :name, :value, :kind)",
+            [{"trial": t, "name": k, "value": float(v), "kind": kinds[k]} for t, p in placed for k, v in p.items()],
         )
 
 
-def _trial(row: Any, attributes: dict[str, Any]) -> Trial:
+def _trial(head: tuple[Any, ...], said: dict[str, Any]) -> Trial:
+    trial, number, state, quiet = head
+    silence = None if quiet is None else float(quiet)
     return Trial(
-        row.trial_id,
-        row.number,
-        row.state,
-        attributes.get("point", {}),
-        attributes.get("result"),
-        attributes.get("owner"),
-        attributes.get("progress"),
-        None if row.quiet is None else float(row.quiet),
+        trial, number, state, said["point"], said.get("result"), said.get("owner"), said.get("progress"), silence
     )

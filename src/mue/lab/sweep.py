@@ -27,7 +27,7 @@ from mue.lab.sweep_worker import Watch, Worker
 from mue.lab.valley import Point, Valley, fit_valley
 from mue.shapes import HParams, Training, Transformer, shape_from_dict
 
-FITTED = 16  # cells: a fit costs tens of milliseconds, and the deepest valley is not in a cell whose every run is high
+FITTED = 8  # cells: a fit costs tens of milliseconds, and the deepest valley is not in a cell whose every run is high
 
 
 @dataclass(frozen=True)
@@ -186,7 +186,6 @@ def run_sweep(
 
     worker = Worker(spec.grid, trials, store, lambda point: sweep_run(spec, point, data), open_for, watch)
     ended = worker.work()
-    trials.database.close()
     swept = summarise(spec, ended)
     write_json(out / "result.json", swept_dict(swept, spec, corpus.hash))
     return swept

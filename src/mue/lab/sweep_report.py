@@ -18,10 +18,11 @@ from mue.lab.report import Section, text, write_report
 from mue.lab.storage_trials import OPEN, State, Trial
 from mue.lab.sweep import FITTED, Cell, stored_sweep, summarise, swept_dict
 from mue.lab.sweep_points import why_done
-from mue.lab.valley import Point, fit_valley
+from mue.lab.valley import Point, Valley, fit_valley
 
 _VALLEYS = 8  # drawn
 _ROWS = 100  # of a table
+_COLUMNS = 20  # of the map
 COLUMNS = (
     "trial",
     "state",
@@ -55,7 +56,8 @@ def sweep_report(folder: Path, *, csv: Path | None = None) -> Path:
         swept = summarise(stored.spec, trials)
         result = swept_dict(swept, stored.spec, stored.identity["data"])
         lead = ("so far: " if going else "") + swept.verdict
-        sections += [sweep_section(result), *cells_sections(swept.cells)]
+        fits = {(c.weight_decay, c.init_std): c.valley for c in swept.cells}
+        sections += [sweep_section(result, fits), *cells_sections(swept.cells)]
     if why := why_done(stored.spec.grid, trials):
         sections[:0] = [Section(id="search", title="The search", texts=[text(why + ".")])]
     sections += [work_section(trials), trials_section(trials)]
@@ -76,26 +78,23 @@ def write_trials(path: Path, trials: Sequence[Trial]) -> None:
 
 
 def _row(trial: Trial) -> list[Any]:
-    said, result = {"trial": trial.number, "state": trial.state.lower(), **trial.point}, trial.result or {}
-    said |= {"worker": trial.owner, "run": result.get("key")} | {
-        k: result.get(k) for k in ("val_loss", "loss", "step", "seconds")
-    }
-    return [said[name] for name in COLUMNS]
+    result, point = trial.result or {}, [trial.point[name] for name in COLUMNS[2:6]]
+    measured = [result.get(name) for name in COLUMNS[6:10]]
+    return [trial.number, trial.state.lower(), *point, *measured, trial.owner, result.get("key")]
 
 
-def sweep_section(result: Mapping[str, Any]) -> Section:
-    """The sweep's valleys, from its ``result.json``: the best cells'."""
+def sweep_section(
+    result: Mapping[str, Any], fits: Mapping[tuple[float, float], Valley | None] | None = None
+) -> Section:
+    """The sweep's valleys, from its ``result.json``: the best cells'. ``fits``: of each cell, where they are at hand."""
     tuned, shape, training = result["tuned"], result["identity"]["base"], result["identity"]["training"]
     ranked = sorted(result["cells"], key=_depth)
     cells = []
     for cell in ranked[:_VALLEYS]:
+        place = cell["weight_decay"], cell["init_std"]
         points = [(math.log2(p["lr"]), p["loss"]) for p in cell["points"]]
-        fitted = [
-            Point(x, math.inf if y is None else y, p["seed"]) for (x, y), p in zip(points, cell["points"], strict=True)
-        ]
-        finite = any(y is not None for _, y in points)
-        label = f"wd {cell['weight_decay']:g}, std {cell['init_std']:g}"
-        cells.append({"label": label, "points": points, "valley": fit_valley(fitted) if finite else None})
+        valley = fits[place] if fits else _refitted(cell["points"])
+        cells.append({"label": f"wd {place[0]:.3g}, std {place[1]:.3g}", "points": points, "valley": valley})
     best = next(
         i
         for i, c in enumerate(ranked)
@@ -118,6 +117,11 @@ def sweep_section(result: Mapping[str, Any]) -> Section:
     )
 
 
+def _refitted(points: Sequence[Mapping[str, Any]]) -> Valley | None:
+    found = [Point(math.log2(p["lr"]), math.inf if p["loss"] is None else p["loss"], p["seed"]) for p in points]
+    return fit_valley(found) if any(math.isfinite(p.loss) for p in found) else None
+
+
 def _depth(cell: Mapping[str, Any]) -> tuple[bool, float]:
     """The cell's place among the others: by fitted minimum, those without one behind, by their lowest run."""
     if cell["valley"] is not None and cell["valley"]["loss"] is not None:
@@ -126,58 +130,57 @@ def _depth(cell: Mapping[str, Any]) -> tuple[bool, float]:
 
 
 def cells_sections(cells: Sequence[Cell]) -> list[Section]:
-    """The cells beside each other, where there is more than one: a map where both axes have values, and a table."""
+    """The cells beside each other, where there is more than one: as a map where both axes have values, and as a table."""
     if len(cells) < 2:
         return []
     lowest = {(c.weight_decay, c.init_std): min(p.loss for p in c.points) for c in cells}
-    grid = len({wd for wd, _ in lowest}) > 1 and len({std for _, std in lowest}) > 1
     ranked = sorted(cells, key=lambda c: (c.depth, lowest[c.weight_decay, c.init_std]))
     rows = []
     for cell in ranked[:_ROWS]:
-        loss, valley = lowest[cell.weight_decay, cell.init_std], cell.valley
-        found = ["–", "–", "–"]
+        found, valley = ["–", "–", "–"], cell.valley
         if valley is not None and math.isfinite(valley.minimum):
             low, high = (f"{2.0**x:.3g}" if math.isfinite(x) else "open" for x in valley.interval)
             found = [f"{2.0**valley.minimum:.3g}", f"{low} to {high}", f"{valley.loss_at_minimum:.4f}"]
-        runs = len(cell.points)
-        rows.append(
-            [
-                f"{cell.weight_decay:g}",
-                f"{cell.init_std:g}",
-                str(runs),
-                *found,
-                f"{loss:.4f}" if math.isfinite(loss) else "diverged",
-            ]
-        )
-    words = "The loss at the fitted minimum over lr, for each weight decay and init std."
-    if len(cells) > FITTED:
-        words += (
-            f" Of {len(cells)} cells the {FITTED} with the lowest runs are fitted; of the others the lowest run counts."
-        )
+        place = [f"{cell.weight_decay:g}", f"{cell.init_std:g}", str(len(cell.points))]
+        rows.append([*place, *found, _loss_words(lowest[cell.weight_decay, cell.init_std])])
+    words = f"Of {len(cells)} cells the {FITTED} with the lowest runs are fitted." if len(cells) > FITTED else ""
+    table = Section(
+        id="cells",
+        title="Weight decay and init std: the fitted minima",
+        texts=[text(words)] if words else [],
+        header=["weight decay", "init std", "runs", "lr of the minimum", "95 % interval", "loss there", "lowest run"],
+        rows=rows,
+        fold=f"{len(rows)} of {len(cells)} cells" if len(cells) > 12 else "",
+    )
+    return [table, *_map(lowest)]
+
+
+def _map(lowest: Mapping[tuple[float, float], float]) -> list[Section]:
+    """The lowest loss over (weight decay, init std) as a shaded table; nothing where one of them has one value only."""
+    decays, stds = sorted({wd for wd, _ in lowest}), sorted({std for _, std in lowest})
+    finite = sorted(loss for loss in lowest.values() if math.isfinite(loss))
+    if len(decays) < 2 or len(stds) < 2 or len(stds) > _COLUMNS or not finite:
+        return []
+    span = 2 * (finite[len(finite) // 2] - finite[0]) or 1.0  # the best are to be told apart, not the worst
+    losses = [[lowest.get((wd, std)) for std in stds] for wd in decays]
     return [
         Section(
-            id="cells",
-            title="Weight decay and init std",
-            texts=[text(words)],
-            figure=plots.cells_figure(lowest) if grid else None,
-            caption="The lowest run of each cell; the ring is the lowest of all.",
-            header=[
-                "weight decay",
-                "init std",
-                "runs",
-                "lr of the minimum",
-                "95 % interval",
-                "loss there",
-                "lowest run",
+            id="map",
+            title="Weight decay (down) by init std (across): the lowest run of each cell",
+            header=["", *(f"{std:.3g}" for std in stds)],
+            rows=[
+                [f"{wd:.3g}", *("" if x is None else _loss_words(x) for x in row)]
+                for wd, row in zip(decays, losses, strict=True)
             ],
-            rows=rows,
-            fold=f"the {_ROWS} deepest of {len(cells)} cells"
-            if len(cells) > _ROWS
-            else "every cell"
-            if len(cells) > 12
-            else "",
+            shades=[
+                [0.0, *(0.0 if x is None else max(0.0, 1 - (x - finite[0]) / span) for x in row)] for row in losses
+            ],
         )
     ]
+
+
+def _loss_words(loss: float) -> str:
+    return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
 
 
 def work_section(trials: Sequence[Trial]) -> Section:
