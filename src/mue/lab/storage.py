@@ -35,6 +35,11 @@ _OPENING = 60.0  # ... and at the start, where the URL may be wrong
 _TELL = 30.0  # seconds between two words about it
 _BUSY_SECONDS = 30.0  # that a transaction on SQLite waits for another process's
 _SQLITE_BUSY = (5, 6)  # SQLITE_BUSY and SQLITE_LOCKED: somebody else is writing
+# One that writes locks before it reads, so that what it read is still so when it writes; one that reads sees one moment.
+_BEGIN = {
+    True: {True: "BEGIN IMMEDIATE", False: "BEGIN"},
+    False: {True: "BEGIN", False: "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"},
+}
 _MAKING = 0x6D7565  # key of the advisory lock on PostgreSQL under which tables and studies are made
 # A peer that vanished without a word is noticed within seconds on both sides, and holds no lock for longer.
 _POSTGRES: dict[str, Any] = {
@@ -68,6 +73,7 @@ class Database:
     def __init__(self, url: str, *, patience: float = PATIENCE, trouble: Trouble | None = None) -> None:
         self.url, self.name, self.trouble = url, without_password(url), trouble
         self.sqlite = url.startswith("sqlite:")
+        self._begin = _BEGIN[self.sqlite]
         self._local = threading.local()
         if self.sqlite:
             Path(_file(url)).parent.mkdir(parents=True, exist_ok=True)
@@ -134,8 +140,7 @@ class Database:
         self._local.connection = connection
         execute = _sqlite_execute(connection) if self.sqlite else _postgres_execute(connection)
         try:
-            # One that writes locks before it reads, so that what it read is still so when it writes.
-            execute("BEGIN IMMEDIATE" if self.sqlite and write else "BEGIN")
+            execute(self._begin[write])
             found = work(execute)
             execute("COMMIT")
             return found
@@ -191,14 +196,14 @@ def for_optuna(url: str) -> str:
 
 
 def without_password(url: str) -> str:
-    """The URL as messages show it and files keep it. The password then comes from PGPASSWORD or ~/.pgpass.
+    """The URL as messages show it and files keep it, a file's with its whole path. Passwords come from PGPASSWORD or ~/.pgpass.
 
     Raises:
         ValueError: it is none of ours.
     """
     parts = urlsplit(url)
     if parts.scheme == "sqlite" and parts.path.strip("/"):
-        return url
+        return f"sqlite:///{Path(_file(url)).absolute()}"
     if parts.scheme not in ("postgresql", "postgres"):
         raise ValueError(f"--storage takes {_FORMS}, not {parts.scheme or url!r}")
     login, _, host = parts.netloc.rpartition("@")

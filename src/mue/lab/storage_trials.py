@@ -91,6 +91,7 @@ class Trials:
     def __init__(self, database: Database, name: str, lease: float | None = None) -> None:
         self.database, self.study = database, database.study(name)
         self.ended: dict[int, Trial] = {}
+        self._curves: dict[int, list[Any] | None] = {}
         self._now, self._ago = _NOW[database.sqlite], _AGO[database.sqlite]
         stored = database.run(lambda execute: self._agreed(execute, lease))
         if lease is not None and lease != stored:
@@ -124,10 +125,13 @@ class Trials:
         """
 
         def work(execute: Execute) -> Trial | None:
-            found = [row for row in self._owned(execute, owner) if row[0] not in held]
+            own = self._owned(execute, owner)
+            for trial in [trial for trial, _ in own if trial in held]:
+                self._alive(execute, trial)  # else a worker back from a long sleep could claim what it still holds
+            found = [row for row in own if row[0] not in held]
             for query in (_WAITING, _LOST.format(ago=self._ago)):
                 if not found:
-                    found = execute(query + self._lock("t", skip=True), study=self.study, lease=self.lease)
+                    found = execute(query + self._lock(skip=True), study=self.study, lease=self.lease)
             if not found:
                 return None
             trial, number = found[0]
@@ -204,7 +208,8 @@ class Trials:
                 " WHERE t.study_id = :study ORDER BY t.number",
                 study=self.study,
             )
-            return heads, self._attributes(execute, [row[0] for row in heads if row[0] not in self.ended])
+            new = [row[0] for row in heads if row[0] not in self.ended]
+            return heads, self._attributes(execute, new, "<> 'curve'")  # those are long
 
         heads, rows = self.database.run(work, write=False)
         said: dict[int, dict[str, Any]] = {}
@@ -217,23 +222,20 @@ class Trials:
         return [trial for trial in found if trial]  # what others put into the study by other means is not ours
 
     def curves(self) -> list[list[Any]]:
-        """The curves of the completed trials that have one."""
-        query = (
-            "SELECT a.value_json FROM trial_user_attributes a JOIN trials t ON t.trial_id = a.trial_id"
-            " WHERE t.study_id = :study AND t.state = 'COMPLETE' AND a.key = 'curve' ORDER BY t.trial_id"
+        """The curves of the completed trials that have one; each is read from the storage once."""
+        done = [trial.id for trial in self.all() if trial.state == "COMPLETE"]
+        new = [trial for trial in done if trial not in self._curves]
+        rows = (
+            self.database.run(lambda execute: self._attributes(execute, new, "= 'curve'"), write=False) if new else []
         )
-        return [
-            json.loads(text)
-            for (text,) in self.database.run(lambda execute: execute(query, study=self.study), write=False)
-        ]
+        self._curves.update(dict.fromkeys(new) | {trial: json.loads(text) for trial, _, text in rows})
+        return [curve for curve in self._curves.values() if curve]
 
     # ---- SQL --------------------------------------------------------------------------------------------------------
 
-    def _lock(self, of: str = "", *, skip: bool = False) -> str:
-        """Row locks; on SQLite the transaction holds the whole database."""
-        if self.database.sqlite:
-            return ""
-        return " FOR UPDATE" + (f" OF {of}" if of else "") + (" SKIP LOCKED" if skip else "")
+    def _lock(self, *, skip: bool = False) -> str:
+        """Locks on every row that a query joins: what it waited for is judged anew. SQLite's transaction holds the whole file."""
+        return "" if self.database.sqlite else " FOR UPDATE" + (" SKIP LOCKED" if skip else "")
 
     def _owned(self, execute: Execute, owner: str) -> Rows:
         """(id, number) of a worker's running trials, locked."""
@@ -242,13 +244,13 @@ class Trials:
             " WHERE t.study_id = :study AND t.state = 'RUNNING' AND o.key = 'owner' AND o.value_json = :owner"
             " ORDER BY t.trial_id"
         )
-        return execute(query + self._lock("t"), study=self.study, owner=json.dumps(owner))
+        return execute(query + self._lock(), study=self.study, owner=json.dumps(owner))
 
-    def _attributes(self, execute: Execute, trials: Sequence[int]) -> Rows:
-        """(id, key, JSON) of what is known of trials; curves are long and not among it."""
+    def _attributes(self, execute: Execute, trials: Sequence[int], key: str) -> Rows:
+        """(id, key, JSON) of what is known of trials; ``key``: a condition on the keys."""
         query = (
             "SELECT a.trial_id, a.key, a.value_json FROM trial_user_attributes a"
-            " JOIN trials t ON t.trial_id = a.trial_id WHERE t.study_id = :study AND a.key <> 'curve'"
+            f" JOIN trials t ON t.trial_id = a.trial_id AND a.key {key} WHERE t.study_id = :study"
         )
         if len(trials) <= 500:  # else most of them: one pass is cheaper than a long list
             query += f" AND a.trial_id IN ({', '.join(map(str, [*trials, 0]))})"
@@ -286,7 +288,7 @@ class Trials:
         placed = [(t, p) for (t,), p in zip(execute(numbered, study=self.study, first=first), points, strict=True)]
         execute(_SET, [{"trial": t, "key": "point", "value": json.dumps(p)} for t, p in placed])
         ranges = {k: [p[k] for p in points] for k in points[0]}
-        kinds = {k: distribution_to_json(FloatDistribution(min(v), max(v))) for k, v in ranges.items()}
+        kinds = {k: distribution_to_json(FloatDistribution(min(v), max(v), log=min(v) > 0)) for k, v in ranges.items()}
         execute(
             "INSERT INTO trial_params (trial_id, param_name, param_value, distribution_json)"
             " VALUES (:trial, :name, :value, :kind)",

@@ -71,8 +71,8 @@ class Worker:
         self.name = f"{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.mine: dict[str, tuple[Trial, Run]] = {}
         self.reached: dict[str, Progress] = {}
-        self.again: list[tuple[float, Run]] = []  # runs that another process held, and when to try them again
-        self.given_up: set[str] = set()
+        self.again: list[tuple[float, Run]] = []  # runs that could not begin yet, and when to try them again
+        self.leaving: set[str] = set()  # lost and told to stop: their last word is still to come
         self.judged: dict[str, float] = {}
         self.looked = self.claims = -math.inf  # when the others were last looked at; when a claim is next worth trying
 
@@ -117,8 +117,15 @@ class Worker:
                 self.mine[run.key] = (trial, run)
                 self.pulse.hold(trial.id)
                 self.runner = self.runner or self.open_runner(run)
-                self.runner.submit(run)
+                self._begin(run)
         return True
+
+    def _begin(self, run: Run) -> None:
+        assert self.runner is not None
+        if run.key in self.leaving:  # lost and claimed again, faster than its process could stop
+            self.again.append((time.monotonic() + _AGAIN, run))
+        else:
+            self.runner.submit(run)
 
     def _propose(self, trials: list[Trial]) -> bool:
         """Add what a search asks for next; False where it asks for nothing (yet)."""
@@ -130,18 +137,20 @@ class Worker:
         now = time.monotonic()
         for when, run in [entry for entry in self.again if entry[0] <= now]:
             self.again.remove((when, run))
-            if run.key in self.mine and self.runner:
-                self.runner.submit(run)
+            if run.key in self.mine:
+                self._begin(run)
         pause = min(_AGAIN, self.pulse.interval)
-        messages = self.runner.wait(pause) if self.runner and self.mine else []
+        messages = self.runner.wait(pause) if self.runner and (self.mine or self.leaving) else []
         for message in messages:
             if isinstance(message, Progress):
                 self._progress(message)
+            elif message.run.key in self.leaving:
+                self.leaving.remove(message.run.key)
             elif isinstance(message, Busy):
                 self.again.append((now + _AGAIN, message.run))
             else:
                 self._done(message)
-        if not messages and len(self.mine) == len(self.again):
+        if not messages and not self.leaving and len(self.mine) == len(self.again):
             time.sleep(pause / 2)  # nothing of ours is being trained
 
     def _progress(self, message: Progress) -> None:
@@ -150,26 +159,22 @@ class Worker:
             return
         trial, run = held
         self.reached[message.key] = message
-        self.pulse.hold(trial.id, {"step": message.step, "loss": message.loss})
+        self.pulse.note(trial.id, {"step": message.step, "loss": message.loss})
         self.watch.moved(run)
         now = time.monotonic()
         if self.grid.stop_early and now - self.judged.get(message.key, 0.0) > _JUDGED:
             self.judged[message.key] = now
             assert run.plan.training is not None and self.runner is not None
             if hopeless(self._curve(message.key), self.trials.curves(), run.plan.training.steps):
-                self.given_up.add(message.key)
                 self.runner.stop(message.key)
 
     def _done(self, message: Done) -> None:
         key = message.run.key
-        stopped = message.result["status"] == "stopped"
-        if key not in self.mine or (stopped and key not in self.given_up):
-            return  # lost: another worker's by now
         trial, run = self.mine.pop(key)
         self.claims = -math.inf
         self.watch.moved(run)
         curve = _thinned(self._curve(key)) if self.grid.stop_early else ()
-        state: State = "PRUNED" if stopped else "COMPLETE"
+        state: State = "PRUNED" if message.result["status"] == "stopped" else "COMPLETE"
         counted = self.trials.finish(self.name, trial.id, message.result, state, curve)
         self.pulse.let_go(trial.id)
         fresh = self.reached.pop(key, None) is not None
@@ -190,11 +195,18 @@ class Worker:
             if trial.id in lost:
                 del self.mine[key]
                 self.reached.pop(key, None)
-                assert self.runner is not None
-                self.runner.stop(key)
+                self._leave(key)
                 self.watch.say(
                     f"run {key[:8]} was taken over by another worker: no word from here for {self.trials.lease:g} s"
                 )
+
+    def _leave(self, key: str) -> None:
+        waiting = [entry for entry in self.again if entry[1].key == key]
+        for entry in waiting:
+            self.again.remove(entry)
+        if not waiting and self.runner:
+            self.leaving.add(key)
+            self.runner.stop(key)
 
     def _look(self) -> list[Trial]:
         """Every trial; those of a worker that died on this machine are given back at once."""
@@ -219,11 +231,17 @@ class Pulse:
         self._held: dict[int, dict[str, Any] | None] = {}
         self._lost: set[int] = set()
 
-    def hold(self, trial: int, progress: dict[str, Any] | None = None) -> None:
-        """From now on give signs of life for this trial; ``progress`` goes with the next."""
+    def hold(self, trial: int) -> None:
+        """From now on give signs of life for this trial."""
         with self._lock:
-            self._held[trial] = progress
+            self._held[trial] = None
             self._lost.discard(trial)
+
+    def note(self, trial: int, progress: dict[str, Any]) -> None:
+        """How far a trial is: goes with the next sign of life."""
+        with self._lock:
+            if trial in self._held:
+                self._held[trial] = progress
 
     def let_go(self, trial: int) -> None:
         with self._lock:

@@ -4,21 +4,29 @@ In: a job ``{"id", "run", "store", "checkpoint_seconds", "threads", "stack", "co
 Out: ``{"id", "step", "loss"}``, then ``{"id", "result"}`` or ``{"id", "error", "kind", "type"}``. A job with ``"stack": 1`` is trained alone, others
 together with those of their kind.
 
-It ends when stdin closes, so that it cannot outlive the process that started it, however that one died.
+It ends when stdin closes, so that it cannot outlive the process that started it, however that one died; and on Linux the kernel ends it
+then, which reaches one that is stopped (SIGSTOP) too.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import sys
 import threading
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
+
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>; the "parent" is the thread that started us, which lives as long as its process
 
 
 def main() -> None:
     """Serve jobs until stdin closes."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     out = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints must not end up between our lines
     queue: SimpleQueue[dict[str, Any]] = SimpleQueue()

@@ -1,0 +1,130 @@
+"""A worker of a sweep with a runner that does as it is told: what is lost, claimed again, busy, hopeless."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mue.config import read_toml
+from mue.lab.experiment import SweepSpec, described, open_corpus, sweep_from
+from mue.lab.run import Run, Store
+from mue.lab.runner import Busy, Done, Message, Progress
+from mue.lab.storage_trials import Trials
+from mue.lab.sweep import identity, open_trials, sweep_run
+from mue.lab.sweep_points import grid_points
+from mue.lab.sweep_worker import Watch, Worker
+
+
+class Scripted:
+    """A runner that answers each ``wait`` with what ``script`` returns for the runs in flight."""
+
+    slots, why = 2, "a script"
+
+    def __init__(self, script: Callable[[Scripted], list[Message]]) -> None:
+        self.script = script
+        self.flying: dict[str, Run] = {}
+        self.submitted: list[str] = []
+        self.stopped: list[str] = []
+        self.turns = 0
+
+    def submit(self, run: Run) -> None:
+        assert run.key not in self.flying, "one key is in flight only once"
+        self.flying[run.key] = run
+        self.submitted.append(run.key)
+
+    def wait(self, timeout: float | None = None) -> list[Message]:
+        self.turns += 1
+        messages = self.script(self) if self.flying else []
+        for message in messages:
+            if not isinstance(message, Progress):
+                del self.flying[message.run.key]
+        return messages
+
+    def stop(self, key: str) -> None:
+        self.stopped.append(key)
+
+    def close(self) -> None:
+        self.flying.clear()
+
+
+def done(run: Run, status: str = "finished") -> Done:
+    loss = 2.5 if status == "finished" else None
+    return Done(run, {"key": run.key, "status": status, "val_loss": loss, "loss": loss, "step": 1, "seconds": 1.0})
+
+
+class Heard(Watch):
+    def __init__(self) -> None:
+        self.words: list[str] = []
+        self.counted: list[tuple[int, str]] = []
+
+    def say(self, words: str) -> None:
+        self.words.append(words)
+
+    def ended(self, trial: Any, run: Run, *, fresh: bool) -> None:
+        self.counted.append((trial.number, trial.state))
+
+
+@pytest.fixture
+def spec(experiment: Path) -> SweepSpec:
+    return sweep_from(read_toml(experiment), experiment.parent)
+
+
+def working(spec: SweepSpec, out: Path, runner: Scripted, count: int) -> tuple[Worker, Trials, Heard]:
+    corpus = open_corpus(spec.source)
+    trials = open_trials(out, identity(spec, corpus.hash), None)
+    trials.add(grid_points(spec.grid)[:count])
+    data, heard = described(spec.source, corpus), Heard()
+    worker = Worker(spec.grid, trials, Store(out), lambda p: sweep_run(spec, p, data), lambda _: runner, heard)
+    return worker, trials, heard
+
+
+def test_a_run_that_is_lost_and_claimed_again_before_it_stopped(spec: SweepSpec, tmp_path: Path) -> None:
+    """The runner may hear of it only once its first life has ended; the second is the one that counts."""
+
+    def script(runner: Scripted) -> list[Message]:
+        (run,) = runner.flying.values()
+        if runner.turns == 1:
+            trials.release(worker.name)
+            assert trials.claim("another") is not None
+            trials.release("another")
+            worker.pulse._lost |= {t.id for t in trials.all()}  # as the next sign of life would find out
+        if runner.turns in (1, 2):
+            return [Progress(run.key, runner.turns, 3.0)]
+        return [done(run, "stopped" if len(runner.submitted) == 1 else "finished")]
+
+    runner = Scripted(script)
+    worker, trials, heard = working(spec, tmp_path, runner, 1)
+    (ended,) = worker.work()
+    assert ended.state == "COMPLETE" and ended.loss == 2.5 and ended.owner == worker.name
+    assert heard.counted == [(0, "COMPLETE")]
+    assert runner.stopped == runner.submitted[:1] and len(runner.submitted) == 2
+
+
+def test_what_another_process_holds_is_tried_again(spec: SweepSpec, tmp_path: Path) -> None:
+    def script(runner: Scripted) -> list[Message]:
+        first = len(runner.submitted) <= 2
+        return [Busy(run) if first else done(run) for run in runner.flying.values()]
+
+    runner = Scripted(script)
+    worker, _, heard = working(spec, tmp_path, runner, 2)
+    assert [t.state for t in worker.work()] == ["COMPLETE"] * 2
+    assert len(runner.submitted) == 4 and len(heard.counted) == 2
+
+
+def test_a_result_that_is_too_late_is_not_counted(spec: SweepSpec, tmp_path: Path) -> None:
+    def script(runner: Scripted) -> list[Message]:
+        (run,) = runner.flying.values()
+        trials.release(worker.name)
+        taken = trials.claim("another")
+        assert taken is not None
+        trials.finish("another", taken.id, {**done(run).result, "val_loss": 2.25})
+        return [done(run)]
+
+    runner = Scripted(script)
+    worker, trials, heard = working(spec, tmp_path, runner, 1)
+    (ended,) = worker.work()
+    assert (ended.owner, ended.loss) == ("another", 2.25)
+    assert heard.counted == [] and any("too late" in words for words in heard.words)
