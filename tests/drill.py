@@ -37,13 +37,22 @@ os.sched_setaffinity(0, {int(core)})  # one core: one thread of training, so the
 
 
 class Log(Watch):
+    working = False
+
     def ended(self, trial, run, *, fresh):
-        with open(log, "a") as lines:
-            lines.write(f"ended {trial.number}\\n")
+        self.line(f"ended {trial.number}")
+
+    def moved(self, run):
+        if not self.working:
+            self.working = True
+            self.line(f"working {os.getpid()}")
 
     def say(self, words):
+        self.line(f"said {words}")
+
+    def line(self, words):
         with open(log, "a") as lines:
-            lines.write(f"said {words}\\n")
+            lines.write(words + "\\n")
 
 
 class Quick:
@@ -107,9 +116,10 @@ class Drill:
     def log(self) -> Path:
         return self.file.with_name("log.txt")
 
-    def ended(self) -> int:
-        """Trials that the workers have reported as ended."""
-        return self.log.read_text().count("ended") if self.log.exists() else 0
+    def lines(self, word: str) -> list[str]:
+        """What the workers reported under a word: trials that ended, processes that were training, what they said."""
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        return [line.removeprefix(f"{word} ") for line in lines if line.startswith(f"{word} ")]
 
     def start(self, index: int) -> None:
         """Worker ``index``, new or again."""
@@ -129,19 +139,23 @@ class Drill:
         freezes: int = 0,
         cut: Callable[[], None] | None = None,
         progress: bool = False,
+        trials: int = 0,
     ) -> None:
         """Four workers; ``kills`` kills, ``freezes`` of them followed by a freeze beyond the lease; ``cut`` half way.
 
         ``wait``: seconds from one kill to the next; with ``progress`` from the first trial that ends after a kill, so that
-        on a busy machine too the kills hit workers at work and not only workers that start.
+        on a busy machine too the kills hit workers at work and not only workers that start. ``trials``, where given, are
+        not to be over before the kills are: on a fast machine these come sooner.
         """
         for index in range(4):
             self.start(index)
         for kill in range(kills):
-            before, deadline = self.ended(), time.monotonic() + 60
-            while progress and self.ended() == before and time.monotonic() < deadline:
+            before, deadline = len(self.lines("ended")), time.monotonic() + 60
+            while progress and len(self.lines("ended")) == before and time.monotonic() < deadline:
                 time.sleep(0.02)
-            time.sleep(self.dice.uniform(*wait))
+            due = time.monotonic() + self.dice.uniform(*wait)
+            while time.monotonic() < due and (not trials or len(self.lines("ended")) <= 0.9 * trials * kill / kills):
+                time.sleep(0.02)
             living = [i for i, worker in self.workers.items() if worker.poll() is None]
             if not living:
                 break
@@ -149,13 +163,14 @@ class Drill:
             self.workers[victim].kill()
             self.workers[victim].wait()
             self.did["kills"] += 1
+            self.did["kills_of_workers_in_training"] += str(self.workers[victim].pid) in self.lines("working")
             self.start(victim)
             if kill * freezes // kills != (kill + 1) * freezes // kills:
                 self._freeze(self.dice.choice([i for i in living if i != victim] or [victim]))
             if cut and kill == kills // 2:
                 threading.Thread(target=cut).start()
                 self.did["cuts"] += 1
-        self.done = self.ended()
+        self.done = len(self.lines("ended"))
 
     def _freeze(self, index: int) -> None:
         """A worker that is only slow: it wakes after others have taken its trials."""
@@ -187,7 +202,7 @@ class Drill:
         out = [f"trial {t.number} is {t.state}" for t in trials if t.state != "COMPLETE"]
         if len(trials) != count or len({tuple(t.point.items()) for t in trials}) != count:
             out.append(f"{len(trials)} trials instead of {count}")
-        told = Counter(line.split()[1] for line in self.log.read_text().splitlines() if line.startswith("ended"))
+        told = Counter(self.lines("ended"))
         out += [f"trial {number} was counted {n} times" for number, n in told.items() if n > 1]
         if sum(told.values()) < count - self.did["kills"]:
             out.append("ended trials that nobody reported")  # a kill may fall between the storage's word and the log's
