@@ -138,20 +138,19 @@ class Drill:
         *,
         freezes: int = 0,
         cut: Callable[[], None] | None = None,
-        progress: bool = False,
         trials: int = 0,
     ) -> None:
         """Four workers; ``kills`` kills, ``freezes`` of them followed by a freeze beyond the lease; ``cut`` half way.
 
-        ``wait``: seconds from one kill to the next; with ``progress`` from the first trial that ends after a kill, so that
-        on a busy machine too the kills hit workers at work and not only workers that start. ``trials``, where given, are
-        not to be over before the kills are: on a fast machine these come sooner.
+        ``wait``: seconds until the next kill from when a worker has begun to train, or has ended a trial, after the last: on
+        a busy machine too the kills hit workers at work and not only workers that start. ``trials``, where given, are not
+        to be over before the kills are: on a fast machine these come sooner.
         """
         for index in range(4):
             self.start(index)
         for kill in range(kills):
-            before, deadline = len(self.lines("ended")), time.monotonic() + 60
-            while progress and len(self.lines("ended")) == before and time.monotonic() < deadline:
+            before, deadline = self._reached(), time.monotonic() + 60
+            while self._reached() == before and time.monotonic() < deadline:
                 time.sleep(0.02)
             due = time.monotonic() + self.dice.uniform(*wait)
             while time.monotonic() < due and (not trials or len(self.lines("ended")) <= 0.9 * trials * kill / kills):
@@ -171,6 +170,9 @@ class Drill:
                 threading.Thread(target=cut).start()
                 self.did["cuts"] += 1
         self.done = len(self.lines("ended"))
+
+    def _reached(self) -> int:
+        return len(self.lines("ended")) + len(self.lines("working"))
 
     def _freeze(self, index: int) -> None:
         """A worker that is only slow: it wakes after others have taken its trials."""

@@ -1,6 +1,6 @@
 """Fault drills: four workers on PostgreSQL and on SQLite, killed at random; nothing lost, nothing counted twice.
 
-The short ones stand in for the training; ``make slow`` trains, kills a hundred times, and writes docs/results/drill.json.
+The short ones stand in for the training; ``make slow`` trains, kills a hundred times on each storage, and writes docs/results/drill.json.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def test_a_grid_on_postgresql(experiment: Path, tmp_path: Path, monkeypatch: pyt
         wire = Wire(url)
         monkeypatch.setenv("PGPASSWORD", str(urlsplit(url).password))
         drill = Drill(file, [tmp_path / "one", tmp_path / "two"], wire.url, "quickly")
-        drilled(drill, 40, 4, (0.0, 0.3), 600, freezes=1, cut=break_for(wire, 2.0), progress=True)
+        drilled(drill, 40, 4, (0.0, 0.3), 600, freezes=1, cut=break_for(wire, 2.0))
         results = drill.results()
         wire.close()
     assert results[0] == results[1]
@@ -93,7 +93,7 @@ def test_a_search_on_sqlite(experiment: Path, tmp_path: Path) -> None:
     (tmp_path / "one").mkdir()
     shared = tmp_path / "one" / "optuna.db"
     drill = Drill(file, [tmp_path / "one"], "", "quickly")
-    drilled(drill, 40, 4, (0.0, 0.3), 600, freezes=1, cut=hold(shared, 2.0), progress=True)
+    drilled(drill, 40, 4, (0.0, 0.3), 600, freezes=1, cut=hold(shared, 2.0))
 
 
 def test_control_a_drill_sees_a_trial_counted_twice_and_one_that_is_lost(experiment: Path, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ LONG = "lr = [0.002, 0.004, 0.008, 0.016, 0.032]\nseeds = [0, 1, 2, 3, 4, 5]\nwe
 @pytest.mark.timeout(7200)
 @pytest.mark.parametrize("sweep", ["grid", "search"])
 @pytest.mark.parametrize("storage", ["postgresql", "sqlite"])
-def test_a_hundred_kills(
+def test_fifty_kills(
     storage: str, sweep: str, experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Real training: a grid's table is an undisturbed run's, and every trial of a search comes out the same alone."""
@@ -171,7 +171,7 @@ def test_a_hundred_kills(
         else:
             drill = Drill(file, [tmp_path / "one"], "", "really")
             cut = hold(tmp_path / "one" / "optuna.db", 10.0)
-        trials = drilled(drill, 60, 100, (2.5, 7.5), 3600, freezes=5, cut=cut, trials=60)
+        trials = drilled(drill, 60, 50, (2.0, 6.0), 3600, freezes=3, cut=cut, trials=60)
     seconds = time.monotonic() - started
     if sweep == "grid":
         whole = Drill(file, [tmp_path / "whole"], "", "really")
