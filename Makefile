@@ -26,10 +26,14 @@ slow: $(VENV)/.dev | postgresql
 
 # A server that the tests start and stop themselves, on loopback. Where it cannot be installed those tests fail and say so.
 postgresql:
-	@command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
-	  { echo "installing Debian's postgresql for the tests of sweeps on many machines" && apt-get update -qq && \
-	    DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql >/dev/null; } || \
-	  echo "PostgreSQL could not be installed: as root, apt-get install postgresql"
+	@if command -v initdb >/dev/null || ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1; then :; \
+	elif test "$$(id -u)" = 0 && command -v apt-get >/dev/null; then \
+	  echo "installing Debian's postgresql for the tests of sweeps on many machines"; \
+	  apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends postgresql >/dev/null \
+	    || echo "PostgreSQL could not be installed: the tests that need it will fail"; \
+	else \
+	  echo "PostgreSQL is missing, and the tests that need it will fail: sudo apt-get install postgresql"; \
+	fi
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
