@@ -82,7 +82,7 @@ def test_a_grid_on_postgresql(experiment: Path, tmp_path: Path, monkeypatch: pyt
         wire.close()
     assert results[0] == results[1]
     undisturbed = Drill(file, [tmp_path / "whole"], "", "quickly")
-    undisturbed.run(0, (0, 0))
+    undisturbed.start(0)
     undisturbed.finish(300)
     assert undisturbed.results() == results[:1]
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -109,6 +114,29 @@ def test_what_ends_a_run_before_it_begins(tmp_path: Path, source: dict[str, obje
         assert isinstance(until(runner, Done)[-1], Done)
     finally:
         runner.close()
+
+
+def wait_for(true: Callable[[], bool], patience: float = 240) -> None:
+    deadline = time.monotonic() + patience
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a worker process ends when its stdin does")
+def test_a_worker_process_ends_with_its_parent_even_when_it_is_stopped() -> None:
+    start = (
+        "import subprocess as s, sys, time; print(s.Popen([sys.executable, '-m', 'mue.lab.worker'], stdin=s.PIPE).pid)"
+    )
+    command = [sys.executable, "-u", "-c", f"{start}; time.sleep(600)"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
+        assert parent.stdout is not None
+        child = Path("/proc") / parent.stdout.readline().strip()
+        wait_for(lambda: "libtorch" in (child / "maps").read_text())  # it serves
+        os.kill(int(child.name), signal.SIGSTOP)
+        wait_for(lambda: (child / "stat").read_text().rpartition(")")[2].split()[0] == "T")
+        parent.kill()
+    wait_for(lambda: not child.exists() or (child / "stat").read_text().rpartition(")")[2].split()[0] == "Z")
 
 
 def test_an_unknown_runner_is_named(tmp_path: Path) -> None:

@@ -81,7 +81,7 @@ def sweep(
     from mue.lab.board import Board
     from mue.lab.experiment import open_corpus, sweep_from
     from mue.lab.logs import open_mirrors
-    from mue.lab.sweep import run_sweep, stored_sweep
+    from mue.lab.sweep import run_sweep, stored_sweep, tuned_words
     from mue.lab.sweep_report import sweep_report
 
     if (file is None) == (resume is None):
@@ -96,8 +96,7 @@ def sweep(
     say_data(console, corpus)
     with Board(console, "sweep", spec.training.steps, mirrors) as board:
         swept = run_sweep(spec, folder, corpus, storage=storage, lease=lease, workers=workers, watch=board)
-    console.print(f"[bold]{swept.verdict}[/]", highlight=False)
+    console.print(f"[bold]{swept.verdict}[/]\n{tuned_words(swept.tuned)}", highlight=False, soft_wrap=True)
     console.print(
-        f"tuned: lr {swept.tuned.lr:.4g}, weight decay {swept.tuned.weight_decay:g}, init std {swept.tuned.init_std:g}"
+        f"report: {sweep_report(folder, csv=csv)}\nuse it: mue plan FILE.toml --tuned {folder}", soft_wrap=True
     )
-    console.print(f"report: {sweep_report(folder, csv=csv)}\nuse it: mue plan FILE.toml --tuned {folder}")

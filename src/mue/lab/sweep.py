@@ -231,6 +231,11 @@ def _cell(wd: float, std: float, points: list[Point], *, fit: bool) -> Cell:
     return Cell(wd, std, ordered, fit_valley(ordered) if fit and finite else None)
 
 
+def tuned_words(tuned: HParams) -> str:
+    """What a sweep found, in a line."""
+    return f"tuned: lr {tuned.lr:.4g}, weight decay {tuned.weight_decay:g}, init std {tuned.init_std:g}"
+
+
 def valley_dict(valley: Valley | None) -> dict[str, Any] | None:
     """A valley for JSON: infinite bounds become null."""
     if valley is None:

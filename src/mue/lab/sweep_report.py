@@ -16,7 +16,7 @@ from mue.files import write_atomic
 from mue.lab import plots
 from mue.lab.report import Section, text, write_report
 from mue.lab.storage_trials import OPEN, State, Trial
-from mue.lab.sweep import FITTED, Cell, stored_sweep, summarise, swept_dict
+from mue.lab.sweep import FITTED, Cell, stored_sweep, summarise, swept_dict, tuned_words
 from mue.lab.sweep_points import why_done
 from mue.lab.valley import Point, Valley, fit_valley
 
@@ -55,7 +55,7 @@ def sweep_report(folder: Path, *, csv: Path | None = None) -> Path:
     if any(math.isfinite(t.loss) for t in trials):
         swept = summarise(stored.spec, trials)
         result = swept_dict(swept, stored.spec, stored.identity["data"])
-        lead = ("so far: " if going else "") + swept.verdict
+        lead = ("so far: " if going else "") + tuned_words(swept.tuned)
         fits = {(c.weight_decay, c.init_std): c.valley for c in swept.cells}
         sections += [sweep_section(result, fits), *cells_sections(swept.cells)]
     if why := why_done(stored.spec.grid, trials):
