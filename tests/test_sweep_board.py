@@ -13,13 +13,13 @@ import pytest
 from rich.console import Console
 
 from mue.config import read_toml
-from mue.files import write_json
+from mue.files import digest, write_json
 from mue.lab.board import Board, board_of, sparkline
 from mue.lab.experiment import SweepSpec, described, open_corpus, sweep_from
 from mue.lab.logs import open_mirrors, scalars
 from mue.lab.run import Run, Store
 from mue.lab.storage_trials import State, Trial
-from mue.lab.sweep import identity, open_trials, stored_sweep, sweep_run
+from mue.lab.sweep import adopt, identity, open_trials, stored_sweep, sweep_run
 from mue.lab.sweep_points import grid_points, proposed
 from mue.lab.sweep_report import COLUMNS, sweep_report
 
@@ -189,3 +189,22 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="tensorboard or wandb, not 'mlflow'"):
         open_mirrors(["mlflow"], tmp_path)
     assert scalars(ROWS[0]) == {"loss": 4.9, "load/layer 0": 1.5}
+
+
+def test_a_machine_that_had_no_part_in_it_reports_from_the_shared_storage(spec: SweepSpec, tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'shared.db'}"
+    with pytest.raises(ValueError, match="holds no sweep"):
+        adopt(tmp_path / "here", url, None)
+    trials = open_trials(tmp_path / "there", identity(spec, "0" * 64), url)
+    trials.add(grid_points(spec.grid))
+    trials.describe({"identity": identity(spec, "0" * 64), "spec": spec.to_dict()})
+    adopt(tmp_path / "here", url, None)
+    assert "6 trials" in sweep_report(tmp_path / "here").read_text()
+    with pytest.raises(ValueError, match="holds a sweep, which knows its storage"):
+        adopt(tmp_path / "here", url, None)
+    second = open_trials(tmp_path / "there", identity(spec, "1" * 64), url)
+    second.describe({"identity": identity(spec, "1" * 64), "spec": spec.to_dict()})
+    with pytest.raises(ValueError, match=r"--study:\n  [0-9a-f]{16} .*40 steps of 128 tokens"):
+        adopt(tmp_path / "other", url, None)
+    adopt(tmp_path / "other", url, digest(identity(spec, "1" * 64)))
+    assert stored_sweep(tmp_path / "other").identity["data"] == "1" * 64

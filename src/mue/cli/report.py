@@ -11,6 +11,10 @@ from rich.console import Console
 from mue.cli.app import app
 
 _Csv = Annotated[Path | None, typer.Option("--csv", help="Also write every trial of a sweep to this file.")]
+_Storage = Annotated[
+    str | None, typer.Option("--storage", help="Of a sweep in this storage, on a machine that has had no part in it.")
+]
+_Study = Annotated[str | None, typer.Option("--study", help="Which sweep, where the storage holds several.")]
 _List = Annotated[bool, typer.Option("--list", help="Only show a sweep's table here, and write nothing.")]
 
 
@@ -19,6 +23,8 @@ def report(
     folder: Annotated[Path, typer.Argument(help="Folder of a demo, a sweep, a per-role search or a training run.")],
     csv: _Csv = None,
     listed: _List = False,
+    storage: _Storage = None,
+    study: _Study = None,
 ) -> None:
     """Write the report of a demo, a run or a sweep, from what is on disk; of a sweep also while it runs.
 
@@ -26,8 +32,13 @@ def report(
     [bold]Example[/]
       mue report runs/sweep --list            # how far it is, its valleys, who is training what
       mue report runs/sweep --csv trials.csv
+      mue report runs/here --storage postgresql://me@db/sweeps     # into a new folder
     """
     console = Console()
+    if storage:
+        from mue.lab.sweep import adopt
+
+        adopt(folder, storage, study)
     swept = (folder / "sweep.json").exists()
     if (csv or listed) and not swept:
         raise ValueError(f"--csv and --list are of a sweep's trials, and {folder} holds no sweep")

@@ -40,6 +40,7 @@ _BEGIN = {
     True: {True: "BEGIN IMMEDIATE", False: "BEGIN"},
     False: {True: "BEGIN", False: "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"},
 }
+_LAST = "trial_heartbeats"  # of the tables that Optuna makes
 _MAKING = 0x6D7565  # key of the advisory lock on PostgreSQL under which tables and studies are made
 # A peer that vanished without a word is noticed within seconds on both sides, and holds no lock for longer.
 _POSTGRES: dict[str, Any] = {
@@ -74,6 +75,9 @@ class Database:
         self.url, self.name, self.trouble = url, without_password(url), trouble
         self.sqlite = url.startswith("sqlite:")
         self._begin = _BEGIN[self.sqlite]
+        self._tables = (
+            "FROM sqlite_master WHERE name = :last" if self.sqlite else "WHERE to_regclass(:last) IS NOT NULL"
+        )
         self._local = threading.local()
         if self.sqlite:
             Path(_file(url)).parent.mkdir(parents=True, exist_ok=True)
@@ -107,6 +111,15 @@ class Database:
             found = self._find(name)
         assert found is not None
         return found
+
+    def studies(self, key: str) -> dict[str, str]:
+        """The studies that say something under ``key``: by name, what they say, as JSON."""
+        query = (
+            "SELECT s.study_name, a.value_json FROM studies s JOIN study_user_attributes a ON a.study_id = s.study_id"
+            " WHERE a.key = :key ORDER BY s.study_id"
+        )
+        made = f"SELECT 1 {self._tables}"
+        return dict(self.run(lambda execute: execute(query, key=key) if execute(made, last=_LAST) else [], write=False))
 
     def _patiently(self, attempt: Callable[[], T]) -> T:
         failing, told, wait = None, -math.inf, 0.1
@@ -158,10 +171,8 @@ class Database:
         return psycopg.connect(self.url, autocommit=True, **_POSTGRES)
 
     def _find(self, name: str) -> int | None:
-        tables = "FROM sqlite_master WHERE name = :last" if self.sqlite else "WHERE to_regclass(:last) IS NOT NULL"
-
         def work(execute: Execute) -> int | None:
-            if not execute(f"SELECT 1 {tables}", last="trial_heartbeats"):  # the last of Optuna's tables
+            if not execute(f"SELECT 1 {self._tables}", last=_LAST):
                 return None
             found = execute("SELECT study_id FROM studies WHERE study_name = :name", name=name)
             return found[0][0] if found else None

@@ -98,6 +98,14 @@ class Trials:
             raise ValueError(f"this sweep's first worker set a lease of {stored:g} s, not {lease:g}: leave --lease out")
         self.lease = stored
 
+    def describe(self, about: Mapping[str, Any]) -> None:
+        """What this study is a sweep of, for machines that know no more than the storage (:meth:`Database.studies`)."""
+        query = (
+            "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (:study, 'sweep', :value)"
+            " ON CONFLICT (study_id, key) DO UPDATE SET value_json = excluded.value_json"
+        )
+        self.database.run(lambda execute: execute(query, study=self.study, value=json.dumps(about)))
+
     def add(self, points: Sequence[Point], *, limit: int | None = None) -> int:
         """One waiting trial for each point that has none, at most up to ``limit`` trials in all; returns how many."""
 

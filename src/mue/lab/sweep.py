@@ -108,6 +108,31 @@ def stored_sweep(folder: Path) -> Stored:
         raise ValueError(f"{path} is not a whole sweep's ({type(error).__name__}: {error}): {again}") from error
 
 
+def adopt(folder: Path, storage: str, study: str | None) -> None:
+    """Make ``folder`` one of a sweep in a shared storage, on a machine that has had no part in it.
+
+    Raises:
+        ValueError: the folder holds a sweep already; the storage holds none, or several and ``study`` names none of them.
+    """
+    if (folder / "sweep.json").exists():
+        raise ValueError(
+            f"{folder} holds a sweep, which knows its storage: leave --storage out, or name another folder"
+        )
+    database = Database(storage)
+    found = {name: json.loads(about) for name, about in database.studies("sweep").items()}
+    if not found:
+        raise ValueError(f"{database.name} holds no sweep")
+    if study not in found and (study or len(found) > 1):
+        words = [f"{name} ({_words(about['identity'])})" for name, about in found.items()]
+        raise ValueError(f"choose one of the sweeps in {database.name} with --study:\n  " + "\n  ".join(words))
+    write_json(folder / "sweep.json", {**found[study or next(iter(found))], "storage": database.name})
+
+
+def _words(identity: dict[str, Any]) -> str:
+    training = identity["training"]
+    return f"{shape_from_dict(identity['base']).name}, {training['steps']} steps of {training['batch']} tokens"
+
+
 def check_folder(out: Path, spec: SweepSpec, corpus: Corpus, storage: str | None) -> str | None:
     """The storage of the sweep in ``out``: what the folder says, or ``storage`` for a new one.
 
@@ -167,7 +192,9 @@ def run_sweep(
     data, own = described(spec.source, corpus), identity(spec, corpus.hash)
     trials = open_trials(out, own, storage, lease, partial(_trouble, watch))
     kept = None if storage is None else trials.database.name
-    write_json(out / "sweep.json", {"identity": own, "spec": spec.to_dict(), "storage": kept})
+    about = {"identity": own, "spec": spec.to_dict()}
+    write_json(out / "sweep.json", {**about, "storage": kept})
+    trials.describe(about)
     missing = {name_of(p): p for p in grid_points(spec.grid)}
     for trial in trials.all():
         missing.pop(name_of(trial.point), None)
