@@ -5,31 +5,40 @@
         ...                                       # train them; results arrive in any order
     print(verdict(space, results).why)
 
-Both functions are pure: the same results in any order give the same answer, so any number of workers may ask, and a
-search that was killed goes on from its results alone. Learning rates lie on a lattice of about an eighth of an octave.
+A search starts with a few learning rates far apart and halves the bracket around the lowest; from then on each run goes
+where it narrows the place of the minimum most (``mue.lab.search_place``). A cell is one weight decay and init std: those
+that may still be the best share the runs. Both functions are pure: the same results in any order give the same answer,
+so any number of workers may ask, and a search that was killed goes on from its results alone. Learning rates lie on a
+lattice of about an eighth of an octave.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
-from mue.lab.valley import Point, Valley, fit_valley
+from mue.lab.search_cell import Cell, Lattice
+from mue.lab.valley import Point, Valley
 
 __all__ = ["Asked", "CellFound", "Observation", "Space", "Verdict", "next_points", "verdict"]
 
 _LATTICE = 8  # learning rates per octave
 _COARSE = (1 / 2, 1 / 6, 5 / 6, 1 / 3, 2 / 3, 0.0, 1.0)  # shares of the range, in the order they are asked for
+_NEAR = (0.0, -1.5, 1.5, -3.0, 3.0)  # octaves from another cell's minimum, where one is known
+_EXTENSION, _EXTENSIONS = 2.0, 3  # octaves at a time beyond an end of the range, and how often
+_DOUBT = 2.0  # standard deviations that a cell's depth may be off
 
 
 @dataclass(frozen=True)
 class Space:
     """What a search may ask for, and what it is to reach.
 
-    lr: the ends of the range. weight_decay, init_std: the values to choose among. seeds: of the replicates.
-    precision: octaves; the search stops when the 95 % interval of the minimum is no wider than twice this.
-    budget: runs in all, diverged and stopped ones included. extend: go beyond an end of the range at which the minimum lies.
+    lr: the ends of the range. weight_decay, init_std: the values to choose among. seeds: of the replicates; the more, the
+    better, since runs of one seed err together. precision: octaves; the search stops when the 95 % interval of the minimum
+    is no wider than twice this. budget: runs in all, diverged and stopped ones included. extend: go beyond an end of the
+    range at which the minimum lies, at most six octaves.
     """
 
     lr: tuple[float, float]
@@ -56,13 +65,6 @@ class Space:
     def cells(self) -> tuple[tuple[float, float], ...]:
         """Every (weight decay, init std)."""
         return tuple((wd, std) for std in self.init_std for wd in self.weight_decay)
-
-    @property
-    def lattice(self) -> tuple[float, ...]:
-        """log2 of the learning rates that may be asked for, ascending, both ends of the range among them."""
-        low, high = (math.log2(end) for end in self.lr)
-        n = max(2, math.ceil((high - low) * _LATTICE))
-        return tuple(low + (high - low) * i / n for i in range(n + 1))
 
 
 @dataclass(frozen=True)
@@ -116,56 +118,116 @@ class Verdict:
 
 def next_points(space: Space, results: Sequence[Observation], running: Sequence[Asked], count: int) -> list[Asked]:
     """Up to ``count`` runs to start now; empty when the search is done, or must wait for what is running."""
-    if verdict(space, results).done:
-        return []
-    taken = [r.asked for r in results] + list(running)
     asked: list[Asked] = []
-    while len(asked) < count and len(taken) < space.budget:
-        point = _next(space, results, taken)
-        if point is None:
+    if verdict(space, results).done:
+        return asked
+    while len(asked) < min(count, space.budget - len(results) - len(running)):
+        more = _Search(space, tuple(results), (*running, *asked)).ask()
+        if more is None:
             break
-        asked.append(point)
-        taken.append(point)
+        asked.append(more)
     return asked
 
 
 def verdict(space: Space, results: Sequence[Observation]) -> Verdict:
     """What the results say, and whether that is enough."""
-    cells = tuple(_found(wd, std, results) for wd, std in space.cells)
-    fitted = [cell for cell in cells if cell.valley is not None]
-    if not fitted:
-        done = len(results) >= space.budget
-        why = "every run diverged: search smaller learning rates" if results else "no run yet"
-        return Verdict(done, why, cells, None, (-math.inf, math.inf), math.inf)
-    best = min(fitted, key=lambda cell: cell.valley.loss_at_minimum if cell.valley else math.inf)
-    assert best.valley is not None
-    low, high = best.valley.interval
-    reached = (high - low) / 2
-    if reached <= space.precision and best.valley.determined:
-        return Verdict(True, f"precise enough: {best.valley.verdict}", cells, best, (low, high), reached)
-    if len(results) >= space.budget:
-        return Verdict(True, f"the budget is spent: {best.valley.verdict}", cells, best, (low, high), reached)
-    return Verdict(False, best.valley.verdict, cells, best, (low, high), reached)
+    return _Search(space, tuple(results), ()).verdict()
 
 
-def _found(wd: float, std: float, results: Iterable[Observation]) -> CellFound:
-    own = [r for r in results if (r.asked.weight_decay, r.asked.init_std) == (wd, std)]
-    points = [Point(math.log2(r.asked.lr), r.loss, r.asked.seed) for r in own]
-    finite = any(math.isfinite(p.loss) for p in points)
-    return CellFound(wd, std, fit_valley(points) if finite else None, len(own))
+@dataclass(frozen=True)
+class _Search:
+    space: Space
+    results: tuple[Observation, ...]
+    running: tuple[Asked, ...]
 
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        def cell(wd: float, std: float) -> Cell:
+            ended = (r for r in self.results if (r.asked.weight_decay, r.asked.init_std) == (wd, std))
+            points = [Point(math.log2(r.asked.lr), r.loss, r.asked.seed) for r in ended]
+            under_way = [(math.log2(a.lr), a.seed) for a in self.running if (a.weight_decay, a.init_std) == (wd, std)]
+            return Cell(wd, std, tuple(sorted(points, key=lambda p: (p.log2_lr, p.seed))), tuple(sorted(under_way)))
 
-def _next(space: Space, results: Sequence[Observation], taken: Sequence[Asked]) -> Asked | None:
-    """The first free coarse point of the cell with the fewest runs, else one near the lowest."""
-    lattice = space.lattice
-    wd, std = min(space.cells, key=lambda c: sum((t.weight_decay, t.init_std) == c for t in taken))
-    valley = _found(wd, std, results).valley
-    centre = valley.minimum if valley else lattice[len(lattice) // 2]
-    coarse = [lattice[round(share * (len(lattice) - 1))] for share in _COARSE]
-    near = sorted(lattice, key=lambda x: (abs(abs(x - centre) - 2.0), x))
-    for x in [*coarse, *near]:
-        for seed in space.seeds:
-            asked = Asked(2.0**x, wd, std, seed)
-            if asked not in taken and (x not in coarse or seed == space.seeds[0]):
-                return asked
-    return None
+        return tuple(cell(wd, std) for wd, std in self.space.cells)
+
+    @cached_property
+    def best(self) -> Cell | None:
+        """The deepest cell; while none has a curve, the one with the lowest loss."""
+        some = [(c, c.valley) for c in self.cells if c.valley]
+        return min(some, key=lambda pair: (pair[0].depth[0], pair[1].loss_at_minimum))[0] if some else None
+
+    @cached_property
+    def asked_for(self) -> Lattice:
+        low, high = (math.log2(end) for end in self.space.lr)
+        count = max(2, math.ceil((high - low) * _LATTICE))
+        return Lattice(low, (high - low) / count, count)
+
+    @cached_property
+    def lattice(self) -> Lattice:
+        """The range, extended where that is allowed and the minimum lies beyond it."""
+        lattice = self.asked_for
+        for _ in range(_EXTENSIONS if self.space.extend and self.best else 0):
+            assert self.best is not None
+            end = self.best.beyond(lattice.low, lattice.high)
+            lattice = lattice.extended(_EXTENSION, end) if end else lattice
+        return lattice
+
+    def ask(self) -> Asked | None:
+        """The next run; None when nothing is left to ask for before more results are in."""
+        for cell in self.cells:
+            place = cell.coarse(self._coarse(cell), self.lattice, self.space.seeds[0])
+            if place:
+                return self._asked(cell, place)
+        for cell in sorted(self._contenders, key=lambda c: c.depth[0] - _DOUBT * c.depth[1]):
+            place = cell.doubtful(self.lattice, self.space.seeds) or cell.telling(self.lattice, self.space.seeds)
+            if place:
+                return self._asked(cell, place)
+        return None
+
+    def _asked(self, cell: Cell, place: tuple[float, int]) -> Asked:
+        return Asked(2.0 ** place[0], cell.weight_decay, cell.init_std, place[1])
+
+    def _coarse(self, cell: Cell) -> list[float]:
+        """Learning rates to begin with: over the range, or near the minimum of another cell; the ends last."""
+        known = [c.valley.minimum for c in self.cells if c is not cell and c.belief and c.valley]
+        low, high = self.asked_for.low, self.asked_for.high
+        first = [known[0] + d for d in _NEAR] if known else [low + share * (high - low) for share in _COARSE]
+        return [*first, self.lattice.low, self.lattice.high]
+
+    @cached_property
+    def _contenders(self) -> list[Cell]:
+        """The best cell, and those that may still be deeper by more than the noise of a run."""
+        if self.best is None or self.best.belief is None:
+            return []
+        bar = self.best.depth[0] - self.best.belief.noise
+        return [c for c in self.cells if c.belief and (c is self.best or c.depth[0] - _DOUBT * c.depth[1] < bar)]
+
+    def verdict(self) -> Verdict:
+        cells = tuple(CellFound(c.weight_decay, c.init_std, c.valley, len(c.points)) for c in self.cells)
+        spent = len(self.results) >= self.space.budget
+        if self.best is None or self.best.valley is None:
+            why = "every run diverged: search smaller learning rates" if self.results else "no run has ended yet"
+            return Verdict(spent or self._exhausted, why, cells, None, (-math.inf, math.inf), math.inf)
+        valley, best = self.best.valley, cells[self.cells.index(self.best)]
+        low, high = valley.interval
+        reached = (high - low) / 2
+        surveyed = all(c.coarse(self._coarse(c), self.lattice, 0) is None for c in self.cells)
+        settled = surveyed and len(self._contenders) == 1 and not self._doubtful
+        said = "; ".join(filter(None, (valley.verdict, valley.warning)))
+        if settled and valley.determined and reached <= self.space.precision:
+            return Verdict(True, f"precise enough: {said}", cells, best, valley.interval, reached)
+        if settled and self.best.beyond(self.lattice.low, self.lattice.high):
+            return Verdict(True, f"at the edge: {said}", cells, best, valley.interval, reached)
+        if spent or self._exhausted:
+            what = "the budget is spent" if spent else "every learning rate and seed has run"
+            return Verdict(True, f"{what}: {said}", cells, best, valley.interval, reached)
+        return Verdict(False, said, cells, best, valley.interval, reached)
+
+    @property
+    def _doubtful(self) -> bool:
+        return any(c.doubtful(self.lattice, self.space.seeds) for c in self._contenders)
+
+    @property
+    def _exhausted(self) -> bool:
+        """Nothing is left to ask for, with everything ended."""
+        return bool(self.results) and self.ask() is None

@@ -4,17 +4,11 @@
     valley.minimum, valley.interval          # log2(lr)
     print(valley.verdict)                    # "minimum at lr = 3.1e-3 (2^-8.33), 95 % interval 2^-8.6 .. 2^-8.1"
 
-The fit is local and Bayesian: a parabola through the points around the lowest one plus a smooth deviation from it, a
-power series whose prior lets the walls steepen by a factor e within 1/c octaves, c from 1/4 to 2. Noise and c are
-integrated over a grid instead of chosen: in simulated valleys with one steep wall, choosing between parabola and cubic
-(AICc) gave 95 % intervals that missed the truth in 5 to 100 % of sweeps. The interval is where the sign of the slope is not settled, Fieller's idea
-(J. R. Stat. Soc. B 16, 1954): it stays honest when the curvature is hardly known; it is then unbounded, and says so.
+The fit is local and Bayesian (``mue.lab.belief``): curves with one minimum whose curvature varies, noise that grows with
+the learning rate, and noise that runs of one seed share. The interval is the middle of the minima of the curves that the
+losses leave possible; where these reach beyond everything that was tried it is unbounded, and says so.
 
-Losses of the same seed are treated as independent between learning rates; a common offset per seed makes the interval
-too wide rather than too narrow, as long as every seed ran on the same learning rates.
-
-Measured limits: 95 % intervals covered 81-96 % for a wall growing by e^2 per octave, and 24-93 % (the worst with the
-least noise) where the curvature itself jumps at the minimum. On a grid of whole octaves no local fit sees such detail.
+Measured coverage and its limits: ``docs/results/valley_search.json`` and ``tests/test_valley.py``.
 """
 
 from __future__ import annotations
@@ -22,30 +16,26 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["Point", "Valley", "fit_valley", "regret"]
+from mue.lab.belief import Belief, Limits, believe
+
+__all__ = ["Point", "Second", "Valley", "fit_valley", "regret", "study"]
 
 Array = npt.NDArray[np.float64]
-Mask = npt.NDArray[np.bool_]
 
-# A window of the sweep is fitted, never the far walls: at least this many learning rates, where there are so many ...
-_FEWEST = 5
-# ... and none whose loss lies higher above the lowest than this many times the median rise of those five.
-_HIGHEST = 3.0
-_DEGREE = 8  # of the power series: enough for walls of c = 1 within +-2 octaves; steeper ones are cut short
-_STEEPENING = (0.25, 0.5, 1.0, 2.0)  # c, per octave
-_WIDE = 2.0  # prior standard deviation of a term over that of exp(c x)
-_NOISE = np.geomspace(1e-3, 1.0, 41)  # of one run, as a share of the spread of losses in the window
-_OUTLIER = 0.01  # chance that any clean run is called an outlier
+# A window of the sweep is fitted, never the far walls: learning rates within so many octaves of the lowest ...
+_REACH = 4.0
+# ... up to the first whose rise over distance squared is so many times the median's, and always the lowest's neighbours.
+_STEEP = 30.0
+_MARGIN = 1.0  # octaves beyond the outermost run in which a minimum is still looked for
 
 
 @dataclass(frozen=True)
 class Point:
-    """One finished run: log2 of its learning rate, its loss (NaN or inf: it diverged), its seed."""
+    """One finished run: log2 of its learning rate, its loss (NaN or inf: it diverged or was stopped), its seed."""
 
     log2_lr: float
     loss: float
@@ -57,8 +47,8 @@ class Valley:
     """A fitted loss valley. Positions are log2(lr); losses are in the units that came in.
 
     ``interval`` has -inf or inf at a side on which the sweep puts no bound. ``used`` are the points of the fit,
-    ``diverged`` counts the runs that have no loss. ``coefficients`` are those of a polynomial in (log2 lr - centre),
-    lowest power first; empty where nothing could be fitted, and then ``curvature`` and ``noise`` may be NaN.
+    ``diverged`` counts the runs that have no loss. ``curve`` is a line of (log2 lr, loss) from the lowest to the highest
+    learning rate used; empty where nothing could be fitted, and then ``curvature`` and ``noise`` are NaN.
     """
 
     minimum: float
@@ -67,9 +57,8 @@ class Valley:
     curvature: float
     """Second derivative of the loss by log2(lr) at the minimum."""
     noise: float
-    """Standard deviation of one run's loss about the curve."""
-    coefficients: tuple[float, ...]
-    centre: float
+    """Standard deviation of one run's loss about the curve, near the minimum."""
+    curve: tuple[tuple[float, float], ...]
     used: tuple[Point, ...]
     diverged: int
     edge: str | None
@@ -88,12 +77,13 @@ class Valley:
 
         Outside the points used the curve goes on along its tangent, which in a valley errs on the low side.
         """
-        if not self.coefficients:
+        if not self.curve:
             raise ValueError(f"no curve was fitted: {self.verdict}")
-        inside = min(max(log2_lr, self.used[0].log2_lr), self.used[-1].log2_lr)
-        curve = np.polynomial.Polynomial(self.coefficients)
-        at = inside - self.centre
-        return float(curve(at) + (log2_lr - inside) * curve.deriv()(at))
+        x, y = np.array(self.curve).T
+        inside = min(max(log2_lr, float(x[0])), float(x[-1]))
+        end = 0 if log2_lr < inside else -2
+        tangent = (y[end + 1] - y[end]) / (x[end + 1] - x[end])
+        return float(np.interp(inside, x, y) + (log2_lr - inside) * tangent)
 
 
 def regret(valley: Valley, log2_lr: float) -> float:
@@ -105,290 +95,184 @@ def fit_valley(points: Iterable[Point], *, confidence: float = 0.95, noise: floa
     """Fit the valley of a sweep.
 
     points: in any order; several seeds per learning rate are welcome and give the noise directly.
-    noise: standard deviation of a loss between seeds if it is known from elsewhere; otherwise it is estimated from the
-        residuals and the replicates, and the interval is as wide as so small a sample demands.
+    noise: standard deviation of a loss between seeds near the minimum if it is known from elsewhere; otherwise it is
+        estimated with the curve, and the interval is as wide as so small a sample demands.
 
     Fewer than three learning rates with a loss give a Valley without a curve that says what is missing. Raises
     ValueError where every run diverged, and for a confidence or noise out of range.
     """
-    everything = sorted(points, key=lambda p: (p.log2_lr, p.seed, p.loss))
+    return study(points, confidence=confidence, noise=noise)[0]
+
+
+def study(
+    points: Iterable[Point], *, confidence: float = 0.95, noise: float | None = None
+) -> tuple[Valley, Belief | None, Second | None]:
+    """As :func:`fit_valley`, with the posterior it rests on and a second valley if there is one."""
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
     if noise is not None and not (math.isfinite(noise) and noise > 0):
         raise ValueError(f"noise must be positive and finite, not {noise}")
-    if not all(math.isfinite(p.log2_lr) for p in everything):
-        raise ValueError("a learning rate is zero, negative or not finite: log2(lr) must be finite")
-    usable = [p for p in everything if math.isfinite(p.loss)]
-    if not usable:
-        raise ValueError(f"no run has a finite loss ({len(everything)} diverged): sweep smaller learning rates")
-
-    sweep = _Sweep.of(usable)
-    tried = (everything[0].log2_lr, everything[-1].log2_lr)
-    diverged = len(everything) - len(usable)
-    flat = all(p.loss == usable[0].loss for p in usable)
-    if len(sweep.x) < 3 or flat:
-        n = len(sweep.x)
-        why = f"{n} learning rate{'s' * (n > 1)} with a finite loss, a valley needs at least 3"
-        why = "every loss is the same, so no learning rate is better" if flat and n >= 3 else why
-        return _without_curve(sweep, usable, diverged, tried, why)
-
-    warning, near = _second_valley(sweep, noise if noise is not None else sweep.pure_error)
-    fit = _fit(near, noise)
-    minimum = fit.minimum()
-    interval = fit.interval(confidence, minimum)
-    edge = _edge((minimum, float(sweep.x[sweep.best])), tried)
-    low, high = fit.window
-    return Valley(
+    sweep = _Sweep.of(points)
+    why = sweep.too_little
+    if why:
+        return _without_curve(sweep, why), None, None
+    belief, used, second = sweep.believe(noise)
+    mesh, curve = belief.mesh, belief.curve
+    inside = (mesh >= used[0].log2_lr) & (mesh <= used[-1].log2_lr)
+    minimum, loss, curvature = _bottom(mesh, curve, int(np.argmin(np.where(inside, curve, np.inf))))
+    minimum = min(max(minimum, used[0].log2_lr), used[-1].log2_lr)  # beyond, the curve is a guess
+    low, high = belief.interval(confidence) if noise is not None or len(used) > 3 else (-math.inf, math.inf)
+    interval = (min(low, minimum), max(high, minimum))
+    edge = _edge((minimum, float(sweep.x[sweep.best])), sweep.tried)
+    valley = Valley(
         minimum=minimum,
         interval=interval,
-        loss_at_minimum=float(fit.curve(minimum - fit.centre)),
-        curvature=float(fit.curve.deriv(2)(minimum - fit.centre)),
-        noise=fit.noise,
-        coefficients=tuple(float(c) for c in fit.curve.coef),
-        centre=fit.centre,
-        used=tuple(p for p in usable if low <= p.log2_lr <= high),
-        diverged=diverged,
+        loss_at_minimum=loss,
+        curvature=curvature,
+        noise=belief.noise,
+        curve=tuple(zip(mesh[inside].tolist(), curve[inside].tolist(), strict=True)),
+        used=used,
+        diverged=sweep.diverged,
         edge=edge,
-        warning=warning or _second_valley(sweep, fit.noise)[0],
+        warning=str(second) if second else None,
         verdict=_verdict(minimum, interval, confidence, edge),
     )
+    return valley, belief, second
 
 
-# ------------------------------------------------------------------------------------------------------------- the fit
+def _bottom(mesh_M: Array, curve_M: Array, lowest: int) -> tuple[float, float, float]:
+    """Place, value and curvature of the parabola through the lowest place of a curve and its neighbours."""
+    i = min(max(lowest, 1), len(mesh_M) - 2)
+    step = float(mesh_M[1] - mesh_M[0])
+    left, here, right = (float(curve_M[i + k]) for k in (-1, 0, 1))
+    slope, bend = (right - left) / 2, left - 2 * here + right
+    if i != lowest or bend <= 0:
+        return float(mesh_M[lowest]), float(curve_M[lowest]), bend / step**2
+    shift = min(max(-slope / bend, -0.5), 0.5)
+    return float(mesh_M[i]) + step * shift, here + slope * shift + bend * shift**2 / 2, bend / step**2
+
+
+# ----------------------------------------------------------------------------------------------------------- the sweep
+
+
+@dataclass(frozen=True)
+class Second:
+    """Another low place, and the rise before it, as log2(lr)."""
+
+    at: float
+    rise: float
+
+    def __str__(self) -> str:
+        return (
+            f"a second valley near {_lr(self.at)}, behind a rise at {_lr(self.rise)}: a run that went wrong, or two"
+            " minima; more seeds there tell which"
+        )
 
 
 @dataclass(frozen=True)
 class _Sweep:
-    """Finite losses by distinct learning rate: positions x ascending, and the losses at each."""
+    """Finished runs by distinct learning rate, and what is beyond them.
+
+    x: learning rates with a loss, ascending, and the runs at each. tried: the ends of all learning rates, those without a
+    loss too. diverged: how many runs have none.
+    """
 
     x: Array
-    losses: tuple[Array, ...]
+    runs: tuple[tuple[Point, ...], ...]
+    walls: tuple[float, ...]
+    tried: tuple[float, float]
+    diverged: int
 
     @classmethod
-    def of(cls, points: list[Point]) -> _Sweep:
-        x = sorted({p.log2_lr for p in points})
-        return cls(np.array(x), tuple(np.array([p.loss for p in points if p.log2_lr == at]) for at in x))
+    def of(cls, points: Iterable[Point]) -> _Sweep:
+        """Raises ValueError where no run has a loss."""
+        everything = sorted(points, key=lambda p: (p.log2_lr, p.seed, p.loss))
+        if not all(math.isfinite(p.log2_lr) for p in everything):
+            raise ValueError("a learning rate is zero, negative or not finite: log2(lr) must be finite")
+        usable = [p for p in everything if math.isfinite(p.loss)]
+        if not usable:
+            raise ValueError(f"no run has a finite loss ({len(everything)} diverged): sweep smaller learning rates")
+        x = sorted({p.log2_lr for p in usable})
+        walls = tuple(sorted({p.log2_lr for p in everything if not math.isfinite(p.loss)} - set(x)))
+        return cls(
+            np.array(x),
+            tuple(tuple(p for p in usable if p.log2_lr == at) for at in x),
+            walls,
+            (everything[0].log2_lr, everything[-1].log2_lr),
+            len(everything) - len(usable),
+        )
 
     @property
     def mean(self) -> Array:
         # The median of replicates where it means anything: one bad seed must not move the window.
-        return np.array([np.median(values) if len(values) > 2 else values.mean() for values in self.losses])
-
-    @property
-    def pure_error(self) -> float:
-        """Noise as the replicates show it, whatever the curve; NaN where each learning rate ran once."""
-        freedom = sum(len(v) - 1 for v in self.losses)
-        return math.sqrt(sum(float(v.var() * len(v)) for v in self.losses) / freedom) if freedom else math.nan
+        losses = [np.array([p.loss for p in runs]) for runs in self.runs]
+        return np.array([np.median(values) if len(values) > 2 else values.mean() for values in losses])
 
     @property
     def best(self) -> int:
         return int(np.argmin(self.mean))
 
+    @property
+    def too_little(self) -> str | None:
+        """Why no curve can be fitted."""
+        n, losses = len(self.x), {p.loss for runs in self.runs for p in runs}
+        if n < 3:
+            return f"{n} learning rate{'s' * (n > 1)} with a finite loss, a valley needs at least 3"
+        return "every loss is the same, so no learning rate is better" if len(losses) == 1 else None
 
-@dataclass(frozen=True)
-class _Posterior:
-    """What is believed about the power series at each node g = (noise, c) of the grid, in units of u and of spread."""
+    @property
+    def pure_error(self) -> float:
+        """Noise as the replicates show it, whatever the curve; NaN where each learning rate ran once."""
+        losses = [np.array([p.loss for p in runs]) for runs in self.runs]
+        freedom = sum(len(v) - 1 for v in losses)
+        return math.sqrt(sum(float(v.var() * len(v)) for v in losses) / freedom) if freedom else math.nan
 
-    weight: Array  # G
-    mean: Array  # G, K
-    covariance: Array  # G, K, K
-    noise: Array  # G
-    clear: Mask  # N; False: the run is an outlier given all others
+    def believe(self, noise: float | None = None) -> tuple[Belief, tuple[Point, ...], Second | None]:
+        """The posterior of the window around the lowest learning rate, its runs, and a second valley if there is one."""
+        first, last, second = self._near_side(noise if noise is not None else self.pure_error)
+        first, last = self._window(first, last)
+        used = tuple(p for runs in self.runs[first : last + 1] for p in runs)
+        x, y = np.array([p.log2_lr for p in used]), np.array([p.loss for p in used])
+        centre = float(self.x[self.best])
+        belief = believe(x, y, np.array([p.seed for p in used]), centre, self._limits(first, last), noise)
+        return belief, used, second or self._near_side(belief.noise)[2]
 
+    def _window(self, first: int, last: int) -> tuple[int, int]:
+        """First and last index of the learning rates to fit, of those from ``first`` to ``last``."""
+        distance, rise, best = np.abs(self.x - self.x[self.best]), self.mean - self.mean[self.best], self.best
+        near = (distance <= _REACH) & (np.arange(len(rise)) >= first) & (np.arange(len(rise)) <= last)
+        steepness = rise / np.maximum(distance, 1.0) ** 2
+        cap = _STEEP * float(np.median(steepness[near & (distance > 0)])) if near.sum() > 1 else math.inf
+        fits = near & (steepness <= cap)
+        left, right = max(first, best - 1), min(last, best + 1)
+        while left > first and fits[left - 1]:
+            left -= 1
+        while right < last and fits[right + 1]:
+            right += 1
+        return (left, right) if right - left >= 2 else (max(first, right - 2), min(last, left + 2))
 
-@dataclass(frozen=True)
-class _Fit:
-    posterior: _Posterior
-    curve: np.polynomial.Polynomial  # posterior mean, in x - centre and losses
-    noise: float
-    noise_known: bool
-    centre: float
-    scale: float
-    window: tuple[float, float]
-    step: float  # the widest gap in the window's grid
+    def _limits(self, first: int, last: int) -> Limits:
+        """Where the minimum may lie: up to what is known to be high, else a margin beyond the window."""
+        low, high = float(self.x[first]), float(self.x[last])
+        below = [x for x in (*self.walls, *self.x[:first].tolist()) if x < low]
+        above = [x for x in (*self.walls, *self.x[last + 1 :].tolist()) if x > high]
+        bottom, top = max(below, default=-math.inf), min(above, default=math.inf)
+        return Limits(
+            max(low - _MARGIN, bottom), min(high + _MARGIN, top), bottom < low - _MARGIN, top > high + _MARGIN
+        )
 
-    def minimum(self) -> float:
-        """Where the mean curve is lowest within the window: beyond it the curve is a guess."""
-        low, high = self.window
-        x = np.linspace(low, high, 801)
-        i = int(np.argmin(self.curve(x - self.centre)))
-        slope = self.curve.deriv()
-        if slope(x[0] - self.centre) >= 0 and i == 0:
-            return low
-        if slope(x[-1] - self.centre) <= 0 and i == len(x) - 1:
-            return high
-        left, right = float(x[max(0, i - 1)]), float(x[min(len(x) - 1, i + 1)])
-        for _ in range(60):
-            middle = (left + right) / 2
-            left, right = (middle, right) if slope(middle - self.centre) < 0 else (left, middle)
-        return (left + right) / 2
-
-    def interval(self, confidence: float, minimum: float) -> tuple[float, float]:
-        """Outwards from the minimum to where the curve surely rises, looking one grid step beyond the window.
-
-        A side that is not settled by then has no bound: out there nothing was measured.
-        """
-        sure = 0.5 + confidence / 2
-
-        def end(limit: float) -> float:
-            outward = math.copysign(1.0, limit - minimum)
-            near, far = minimum, limit
-            for _ in range(3):  # a mesh, then twice a finer one between the two places that bracket the end
-                x = np.linspace(near, far, 41)
-                rising = self._probability_of_rise(x, outward) >= sure
-                if not self.noise_known or not rising.any():
-                    return outward * math.inf
-                i = int(np.argmax(rising))
-                near, far = float(x[max(0, i - 1)]), float(x[i])
-            return far
-
-        return end(self.window[0] - self.step), end(self.window[1] + self.step)
-
-    def _probability_of_rise(self, x_X: Array, outward: float) -> Array:
-        power_K = np.arange(_DEGREE + 1)
-        u_X = (x_X - self.centre) / self.scale
-        slope_XK = power_K * u_X[:, None] ** np.maximum(power_K - 1, 0)
-        mean_GX = self.posterior.mean @ slope_XK.T
-        variance_GX = ((slope_XK @ self.posterior.covariance) * slope_XK).sum(-1)
-        chance_GX = _normal_cdf(outward * mean_GX / np.sqrt(np.maximum(variance_GX, 1e-300)))
-        return np.asarray(self.posterior.weight @ chance_GX)
-
-
-def _fit(sweep: _Sweep, noise: float | None) -> _Fit:
-    first, last = _window(sweep)
-    grid = sweep.x[first : last + 1]
-    x = np.repeat(grid, [len(v) for v in sweep.losses[first : last + 1]])
-    y = np.concatenate(sweep.losses[first : last + 1])
-    centre = float(sweep.x[sweep.best])
-    scale = float(np.abs(grid - centre).max())
-    level, spread = float(y.mean()), float(np.ptp(y)) or 1.0
-    noises = _NOISE if noise is None else np.array([noise / spread])
-
-    weight_N = np.ones(len(x))
-    for _ in range(10):  # each round sets aside what the last one found out of line
-        posterior = _posterior((x - centre) / scale, (y - level) / spread, scale, noises, weight_N)
-        if (posterior.clear | (weight_N < 1)).all():
-            break
-        weight_N = np.where(posterior.clear, weight_N, 0.01)
-    coefficients = spread * (posterior.weight @ posterior.mean) / scale ** np.arange(_DEGREE + 1)
-    coefficients[0] += level
-    return _Fit(
-        posterior=posterior,
-        curve=np.polynomial.Polynomial(coefficients),
-        noise=spread * math.exp(float(posterior.weight @ np.log(posterior.noise))),
-        noise_known=noise is not None or len(x) > 3,
-        centre=centre,
-        scale=scale,
-        window=(float(grid[0]), float(grid[-1])),
-        step=float(np.diff(grid).max()),
-    )
-
-
-def _window(sweep: _Sweep) -> tuple[int, int]:
-    """First and last index of the learning rates to fit: grown from the lowest, always towards the lower neighbour."""
-    mean, n = sweep.mean, len(sweep.x)
-    first, last = max(0, sweep.best - 1), min(n - 1, sweep.best + 1)
-    cap = math.inf
-    while first > 0 or last < n - 1:
-        left = mean[first - 1] if first > 0 else math.inf
-        right = mean[last + 1] if last < n - 1 else math.inf
-        if last - first + 1 == _FEWEST:
-            cap = _HIGHEST * float(np.median(np.delete(mean[first : last + 1], sweep.best - first) - mean[sweep.best]))
-        if min(left, right) - mean[sweep.best] > cap:
-            break
-        first, last = (first - 1, last) if left <= right else (first, last + 1)
-    return first, last
-
-
-def _posterior(u_N: Array, y_N: Array, scale: float, noises: Array, weight_N: Array) -> _Posterior:
-    """Condition the power series sum_k b_k u^k on losses y, at every (noise, c) at once.
-
-    b_0..b_2 have a flat prior; b_k has standard deviation a (c scale)^(k-2) 2/k!, which is how the terms of
-    a u^2 -> exp(c x) fall, a being the parabola's own coefficient. Nodes are weighted by the marginal likelihood, with
-    a flat prior over log noise and over c.
-    """
-    power_K = np.arange(_DEGREE + 1)
-    parabola = np.linalg.lstsq(u_N[:, None] ** power_K[:3] * weight_N[:, None], y_N * weight_N, rcond=None)[0]
-    a = max(abs(float(parabola[2])), 1e-6)
-    factorial_K = np.array([math.factorial(k) for k in power_K])
-    noise_G, c_G = (g.ravel() for g in np.meshgrid(noises, np.array(_STEEPENING), indexing="ij"))
-    free_K = power_K < 3
-    size_GK = np.where(free_K, 1.0, a * (c_G[:, None] * scale) ** np.maximum(power_K - 2, 0) * _WIDE * 2 / factorial_K)
-
-    basis_GNK = u_N[:, None] ** power_K * size_GK[:, None, :]
-    precision_GN = weight_N / noise_G[:, None] ** 2
-    weighted_GKN = (basis_GNK * precision_GN[:, :, None]).swapaxes(1, 2)
-    A_GKK = weighted_GKN @ basis_GNK + np.diag(np.where(free_K, 0.0, 1.0))
-    covariance_GKK = np.linalg.inv(A_GKK)
-    b_GK = weighted_GKN @ y_N
-    mean_GK = np.einsum("gkl,gl->gk", covariance_GKK, b_GK)
-    quadratic_G = precision_GN @ y_N**2 - np.einsum("gk,gk->g", b_GK, mean_GK)
-    evidence_G = -0.5 * (quadratic_G + np.linalg.slogdet(A_GKK)[1] - np.log(precision_GN).sum(1))
-    weight_G = np.exp(evidence_G - evidence_G.max())
-    weight_G /= weight_G.sum()
-
-    g = int(np.argmax(evidence_G))
-    projector_NN = np.diag(precision_GN[g]) - weighted_GKN[g].T @ covariance_GKK[g] @ weighted_GKN[g]
-    keep = weight_G > 1e-5
-    return _Posterior(
-        weight_G[keep] / weight_G[keep].sum(),
-        (mean_GK * size_GK)[keep],
-        (covariance_GKK * size_GK[:, :, None] * size_GK[:, None, :])[keep],
-        noise_G[keep],
-        _clear(projector_NN, y_N, known=len(noises) == 1),
-    )
-
-
-def _clear(projector_NN: Array, y_N: Array, known: bool) -> Mask:
-    """Which runs agree with what all the others say about them: leave-one-out residuals against their own spread."""
-    n = len(y_N)
-    freedom = n - 3 - 1
-    if freedom < 3:
-        return np.ones(n, dtype=bool)  # too few to call one of them bad
-    out_N = projector_NN @ y_N
-    own_N = np.maximum(np.diag(projector_NN), 1e-300)
-    total = float(y_N @ out_N)
-    others_N = np.ones(n) if known else np.maximum((total - out_N**2 / own_N) / freedom, 1e-12)
-    t_N = np.abs(out_N) / np.sqrt(own_N * others_N)
-    return np.asarray(t_N < student_quantile(1 - _OUTLIER / (2 * n), math.inf if known else freedom))
-
-
-def _normal_cdf(z: Array) -> Array:
-    """The normal law's distribution function to 1e-7 (Abramowitz & Stegun 26.2.17); numpy has none."""
-    t = 1 / (1 + 0.2316419 * np.abs(z))
-    series = t * (0.319381530 + t * (-0.356563782 + t * (1.781477937 + t * (-1.821255978 + t * 1.330274429))))
-    tail = np.exp(-0.5 * np.minimum(z * z, 1400)) / math.sqrt(2 * math.pi) * series
-    return np.asarray(np.where(z > 0, 1 - tail, tail))
-
-
-def student_quantile(p: float, freedom: float) -> float:
-    """Quantile of Student's t for p > 1/2 and a whole number of degrees of freedom, or inf for the normal law.
-
-    Bisection on the finite series of Abramowitz & Stegun 26.7.3 and 26.7.4.
-    """
-    if math.isinf(freedom):
-        return NormalDist().inv_cdf(p)
-    n = int(freedom)
-
-    def central(t: float) -> float:  # P(|T| < t)
-        theta = math.atan2(t, math.sqrt(n))
-        c2 = math.cos(theta) ** 2
-        term = math.cos(theta) if n % 2 else 1.0
-        total = 0.0
-        for k in range(1 + n % 2, n, 2):
-            total += term
-            term *= c2 * k / (k + 1)
-        if n % 2:
-            return (2 / math.pi) * (theta + math.sin(theta) * total)
-        return math.sin(theta) * total
-
-    low, high = 0.0, 1.0
-    while central(high) < 2 * p - 1:
-        high *= 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        low, high = (middle, high) if central(middle) < 2 * p - 1 else (low, middle)
-    return (low + high) / 2
+    def _near_side(self, noise: float) -> tuple[int, int, Second | None]:
+        """First and last learning rate on this side of barriers that noise does not explain, and what lies behind them."""
+        mean, best = self.mean, self.best
+        error = noise / np.sqrt([len(runs) for runs in self.runs])
+        second, first, last = None, 0, len(mean) - 1
+        for i in range(len(mean)):
+            between = range(min(i, best) + 1, max(i, best))
+            top = max(between, key=lambda k: mean[k], default=i)
+            if mean[top] - mean[i] > 5 * math.hypot(error[top], error[i]):  # never where the noise is unknown (NaN)
+                first, last = (max(first, top), last) if top < best else (first, min(last, top))
+                second = Second(float(self.x[i]), float(self.x[top]))
+        return (first, last, second) if last - first >= 2 else (0, len(mean) - 1, second)
 
 
 # ------------------------------------------------------------------------------------------------------------- in words
@@ -398,24 +282,6 @@ def _edge(places: tuple[float, ...], tried: tuple[float, float]) -> str | None:
     if min(places) <= tried[0]:
         return "low"
     return "high" if max(places) >= tried[1] else None
-
-
-def _second_valley(sweep: _Sweep, noise: float) -> tuple[str | None, _Sweep]:
-    """Another low place behind a barrier that noise does not explain, and the sweep on the near side of barriers."""
-    mean, best = sweep.mean, sweep.best
-    error = noise / np.sqrt([len(v) for v in sweep.losses])
-    warning, first, last = None, 0, len(mean) - 1
-    for i in range(len(mean)):
-        between = range(min(i, best) + 1, max(i, best))
-        top = max(between, key=lambda k: mean[k], default=i)
-        if mean[top] - mean[i] > 5 * math.hypot(error[top], error[i]):  # never where the noise is unknown (NaN)
-            first, last = (max(first, top), last) if top < best else (first, min(last, top))
-            warning = (
-                f"a second valley near {_lr(float(sweep.x[i]))}, behind a rise at {_lr(float(sweep.x[top]))}: a run"
-                " that went wrong, or two minima; more seeds there tell which"
-            )
-    near = _Sweep(sweep.x[first : last + 1], sweep.losses[first : last + 1])
-    return warning, near if len(near.x) >= 3 else sweep
 
 
 def _lr(log2_lr: float) -> str:
@@ -436,7 +302,7 @@ def _verdict(minimum: float, interval: tuple[float, float], confidence: float, e
     return f"minimum at {_lr(minimum)}, {percent} interval 2^{low:.1f} .. 2^{high:.1f}"
 
 
-def _without_curve(sweep: _Sweep, usable: list[Point], diverged: int, tried: tuple[float, float], why: str) -> Valley:
+def _without_curve(sweep: _Sweep, why: str) -> Valley:
     best = float(sweep.x[sweep.best])
     return Valley(
         minimum=best,
@@ -444,11 +310,10 @@ def _without_curve(sweep: _Sweep, usable: list[Point], diverged: int, tried: tup
         loss_at_minimum=float(sweep.mean[sweep.best]),
         curvature=math.nan,
         noise=math.nan,
-        coefficients=(),
-        centre=best,
-        used=tuple(usable),
-        diverged=diverged,
-        edge=_edge((best,), tried),
+        curve=(),
+        used=tuple(p for runs in sweep.runs for p in runs),
+        diverged=sweep.diverged,
+        edge=_edge((best,), sweep.tried),
         warning=None,
         verdict=f"undetermined: {why}",
     )
