@@ -144,8 +144,8 @@ def test_students_quantile(p: float, freedom: int, table: float) -> None:
     assert student_quantile(p, freedom) == pytest.approx(table, abs=1e-3)
 
 
-def close(a: float, b: float) -> bool:
-    return a == b or abs(a - b) < 0.02  # rounding decides which of two nodes a draw at their border is of
+def close(a: float, b: float, by: float) -> bool:
+    return a == b or abs(a - b) < by
 
 
 @settings(deadline=None, max_examples=25)
@@ -155,8 +155,9 @@ def test_shift_and_scale(shift: float, factor: float, offset: float, seed: int) 
     plain = fit_valley(points)
 
     def moved(valley: Valley, by: float) -> bool:
-        ends = zip((valley.minimum, *valley.interval), (plain.minimum, *plain.interval), strict=True)
-        return all(close(a, b + by) for a, b in ends)
+        # Rounding decides of which node a draw at the border of two is: ends rest on few draws, the minimum on all.
+        ends = zip(valley.interval, plain.interval, strict=True)
+        return close(valley.minimum, plain.minimum + by, 0.01) and all(close(a, b + by, 0.15) for a, b in ends)
 
     assert moved(fit_valley([Point(p.log2_lr + shift, p.loss) for p in points]), shift)
     scaled = fit_valley([Point(p.log2_lr, factor * (p.loss + offset)) for p in points])
