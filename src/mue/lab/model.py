@@ -18,9 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mue.lab.paths import attend, rms_norm
+from mue.lab.paths import attend, feed_forward, project
 from mue.moe import MoELayer, Routing
 from mue.moe.layer import Balance
+from mue.moe.native import norm
 from mue.plan import Multipliers
 from mue.roles import Layout
 from mue.shapes import Block, Transformer
@@ -38,18 +39,21 @@ class Output:
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) · gain over the last axis."""
+    """x / rms(x) · gain over the last axis; with a ``turn`` then RoPE."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        width = self.weight.shape[-1:]
-        if self.weight.dim() == 1:
-            return rms_norm(x, self.weight, 1e-6)
-        gain = self.weight.view(-1, *(1,) * (x.dim() - 2), *width)
-        return (F.rms_norm(x, width, None, 1e-6) * gain).to(x.dtype)
+    def forward(self, x: Tensor, turn: Tensor | None = None) -> Tensor:
+        gain, width = self.weight, self.weight.shape[-1:]
+        if gain.dim() == 1:
+            if (fused := norm.rms_norm(x, gain, 1e-6, turn)) is not None:
+                return fused
+            y = F.rms_norm(x.to(torch.promote_types(x.dtype, gain.dtype)), width, gain, 1e-6)
+        else:
+            y = (F.rms_norm(x, width, None, 1e-6) * gain.view(-1, *(1,) * (x.dim() - 2), *width)).to(x.dtype)
+        return y if turn is None else rotate(y, turn)
 
 
 class Linear(nn.Linear):
@@ -60,13 +64,6 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return project(input, self.weight)
-
-
-def project(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., in) · weightᵀ (out, in); of variants x (V, ..., in) and weight (V, out, in), one batched product."""
-    if weight.dim() == 2:
-        return F.linear(x, weight)
-    return (x.flatten(1, -2) @ weight.mT).view(*x.shape[:-1], -1)
 
 
 class Embedding(nn.Embedding):
@@ -103,7 +100,7 @@ class Attention(nn.Module):
         turn = self.turn[: x_BTD.shape[-2]]
         heads = *x_BTD.shape[:-1], -1, self.head_dim
         q_BTHE, k_BTKE, v_BTKE = (p(x_BTD).view(heads) for p in (self.q, self.k, self.v))
-        q_BTHE, k_BTKE = rotate(self.q_norm(q_BTHE), turn), rotate(self.k_norm(k_BTKE), turn)
+        q_BTHE, k_BTKE = self.q_norm(q_BTHE, turn), self.k_norm(k_BTKE, turn)
         # Variants are more sequences here: attention has no weights.
         q, k, v = (x.flatten(0, -4).transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
         y = attend(q, k, v, self.scale)
@@ -138,8 +135,8 @@ class FeedForward(nn.Module):
         self.output_multiplier = output_multiplier
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.gelu(self.up(x)) if self.gate is None else F.silu(self.gate(x)) * self.up(x)
-        return scaled(self.down(h), self.output_multiplier)
+        gate = None if self.gate is None else self.gate.weight
+        return scaled(feed_forward(x, gate, self.up.weight, self.down.weight), self.output_multiplier)
 
 
 class TransformerBlock(nn.Module):
@@ -179,13 +176,13 @@ class TransformerBlock(nn.Module):
             )
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing | None]:
-        x_BTD = x_BTD + scaled(self.attention(self.attention_norm(x_BTD)), self.residual)
+        x_BTD = torch.add(x_BTD, self.attention(self.attention_norm(x_BTD)), alpha=self.residual)
         y, routing = self.ffn_norm(x_BTD), None
         if self.ffn is not None:
             y = self.ffn(y)
         elif self.moe is not None:
             y, routing = self.moe(y)
-        return x_BTD + scaled(y, self.residual), routing
+        return torch.add(x_BTD, y, alpha=self.residual), routing
 
 
 class LanguageModel(nn.Module):

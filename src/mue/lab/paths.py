@@ -1,29 +1,67 @@
-"""Attention and normalisation by whichever of torch's ways is fastest here; measured in docs/performance.md.
+"""Products, attention and feed-forward by whichever way is fastest on the device; measured in docs/performance.md.
+
+Cross-entropy has one path, torch's own: nothing tried was faster in both precisions.
 
 Shape suffixes: B sequences, T tokens, H heads, K key/value heads, E head size.
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-# In bf16 on a CPU the fused kernel's backward is several times slower than plain products up to this length.
+from mue.moe import ExpertWeights, Routing, native
+from mue.moe.experts import compute_dtype, experts
+
+# With bf16 instructions the fused kernel's backward is several times slower than plain products up to this length
+# (issue 4's measurement on a machine with AMX; none was at hand to repeat it).
 _PLAIN_LENGTH = 256
+# Elements of a float32 matrix up to which the MoE kernel computes a dense FFN faster than torch's products do.
+_KERNEL_MATRIX = 1 << 18
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def bf16_instructions() -> bool:
+    """Whether this processor multiplies bf16; one that does not takes four times as long for it as for float32."""
+    facts = torch.cpu.get_capabilities()
+    return any(facts.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in) · weightᵀ (out, in); of variants x (V, ..., in) and weight (V, out, in), one batched product.
+
+    Where bf16 would be emulated: the product of the same rounded values in float32, rounded, which is what bf16 means.
+    """
+    if x.device.type != "cpu" or compute_dtype(x) != torch.bfloat16 or bf16_instructions():
+        return _product(x, weight)
+    with torch.autocast("cpu", enabled=False):
+        return _product(x.bfloat16().float(), weight.bfloat16().float()).bfloat16()
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    if weight.dim() == 2:
+        return F.linear(x, weight)
+    return (x.flatten(1, -2) @ weight.mT).view(*x.shape[:-1], -1)
 
 
 def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, scale: float) -> Tensor:
-    """Causal softmax attention, (B, H, T, E): plain products for short sequences of bf16 on a CPU, else torch's fused."""
-    q, k = (x.to(v_BKTE.dtype) for x in (q_BHTE, k_BKTE))  # under autocast a norm may come back in fp32
-    H, K = q.shape[1], k.shape[1]
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16 and q.shape[2] <= _PLAIN_LENGTH:
-        k, v = (x.repeat_interleave(H // K, 1) if H > K else x for x in (k, v_BKTE))
+    """Causal softmax attention, (B, H, T, E), in the type of v: torch's fused kernel, but in bf16 on a CPU
+
+    * without bf16 instructions the fused kernel in float32,
+    * with them plain products at short lengths.
+    """
+    H, K, dtype = q_BHTE.shape[1], k_BKTE.shape[1], v_BKTE.dtype
+    half = v_BKTE.device.type == "cpu" and dtype == torch.bfloat16
+    inner = torch.float32 if half and not bf16_instructions() else dtype
+    q, k, v = (x.to(inner) for x in (q_BHTE, k_BKTE, v_BKTE))  # under autocast q and k come in float32
+    if half and inner == dtype and q.shape[2] <= _PLAIN_LENGTH:
+        k, v = (x.repeat_interleave(H // K, 1) if H > K else x for x in (k, v))
         return _plain(q, k, v, scale)
-    return F.scaled_dot_product_attention(q, k, v_BKTE, is_causal=True, scale=scale, enable_gqa=H > K)
+    with torch.autocast(v.device.type, enabled=False):
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H > K)
+    return y.to(dtype)
 
 
 def _plain(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, scale: float) -> Tensor:
@@ -36,33 +74,30 @@ def _plain(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, scale: float) -> Tens
     return y
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
-    """x / rms(x) · gain over the last axis.
+def feed_forward(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
+    """down(silu(gate x) · up x), or down(gelu(up x)) where there is no gate; of variants (V, ...) each with its own.
 
-    Eagerly on a CPU torch builds it from a dozen passes; one function with its own backward makes half of them. Elsewhere,
-    and where types are mixed, torch's own.
+    As the MoE kernel's shared expert where that is faster: its products are torch's equals only while a matrix stays in
+    the cache, but it makes no passes over memory in between. Not without a backward: validation has to give a run the
+    same bits alone and in a stack.
     """
-    if x.device.type == "cpu" and x.dtype == gain.dtype and not torch.compiler.is_compiling():
-        y: Tensor = _RMSNorm.apply(x, gain, eps)  # type: ignore[no-untyped-call]
-    else:
-        y = F.rms_norm(x, gain.shape, gain, eps)
-    return y
+    if _kernel_is_faster(x, up):
+        weights = ExpertWeights(shared_gate_SD=gate, shared_up_SD=up, shared_down_DS=down)
+        x_TD = x.flatten(0, -2)
+        return experts(x_TD, Routing.empty(x_TD.shape[0]), weights, backend="native").view(x.shape)
+    lifted = project(x, up)
+    hidden = F.gelu(lifted) if gate is None else F.silu(project(x, gate)) * lifted
+    return project(hidden, down)
 
 
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float) -> Tensor:
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        inverse = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        unit: Tensor = x * inverse
-        ctx.save_for_backward(unit, gain, inverse)
-        return unit * gain
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor, None]:
-        unit, gain, inverse = ctx.saved_tensors
-        product = (dy * unit).flatten(0, -2)
-        along = torch.mv(product, gain).div_(unit.shape[-1]).view(inverse.shape)
-        dx = (dy * gain).addcmul_(unit, along, value=-1).mul_(inverse)
-        return dx, product.sum(0), None
+def _kernel_is_faster(x: Tensor, up: Tensor) -> bool:
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    if x.device.type != "cpu" or up.dim() != 2 or x.numel() == 0:
+        return False
+    dtype = compute_dtype(x)
+    if _get_current_dispatch_mode() is not None or native.refusal(x, ExpertWeights(shared_up_SD=up), dtype):
+        return False
+    if dtype == torch.bfloat16:
+        return not bf16_instructions()
+    return dtype == torch.float32 and up.numel() <= _KERNEL_MATRIX

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from mue.lab.model import project
+from mue.lab.paths import project
 from mue.moe import ExpertWeights, MoELayer, Routing, experts
 
 

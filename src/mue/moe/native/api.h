@@ -29,3 +29,15 @@ struct Call {
   void *y_TD, *dx_TD, *dweight_P;        // backward: dx and dweight are written unless null
   Ffn routed, shared;
 };
+
+// RMSNorm of rows, and where there is a turn RoPE after it, in float: row r belongs to token (r / heads) % period.
+struct Norm {
+  int64_t rows, width, heads, period, x_type, threads;
+  double eps;
+  const float *gain, *turn;  // turn (period, width / 2, 2): cos and sin for neighbouring pairs; null: none
+  const void* x;
+  float *y, *inverse;        // forward writes both; backward reads the inverse of each row's rms
+  const float* dy;
+  void* dx;                  // of x_type
+  float* dgain;
+};

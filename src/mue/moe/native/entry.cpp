@@ -8,9 +8,8 @@
 #include <memory>
 #include <vector>
 
+#include "parallel.h"
 #include "plan.h"
-
-extern "C" int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t grain, void (*f)(int64_t, int64_t, void*), void* data);
 
 namespace c10 { enum class ScalarType : int8_t; }
 namespace at::native::cpublas { bool could_pack(c10::ScalarType type); }
@@ -38,13 +37,6 @@ Memory allocate(int64_t bytes) {
   return memory;
 }
 
-template <class F> bool parallel(int64_t count, F&& f) {
-  auto run = [](int64_t begin, int64_t end, void* data) {
-    for (int64_t i = begin; i < end; i++) (*static_cast<F*>(data))(i);
-  };
-  return torch_parallel_for(0, count, 1, run, &f) == 0;
-}
-
 // A plan and the memory it points to.
 struct Sorted {
   std::vector<int32_t> pair_M, token_M, bag, bag_begin_T;
@@ -52,7 +44,6 @@ struct Sorted {
   std::vector<int64_t> rows_N, part_begin;
   std::vector<Unit> units;
   std::vector<Part> parts;
-  Memory rows, partials;
   bool failed = false;
   Plan plan{};
 
@@ -127,11 +118,11 @@ struct Sorted {
     if (status != kFine) return status;
     share_out(call);
     int64_t size = call.row_type == kDouble ? 8 : call.row_type == kFloat ? 4 : 2;
-    rows = allocate((plan.routed_rows + (call.shared.count ? call.tokens : 0)) * call.width * size);
-    if (!rows) return kNoMemory;
+    plan.row_MD = scratch(kRows, (plan.routed_rows + (call.shared.count ? call.tokens : 0)) * call.width * size);
+    if (!plan.row_MD) return kNoMemory;
     plan.units = units.data(), plan.parts = parts.data(), plan.part_begin = part_begin.data();
     plan.pair_M = pair_M.data(), plan.token_M = token_M.data(), plan.weight_M = weight_M.data();
-    plan.bag = bag.data(), plan.bag_begin_T = bag_begin_T.data(), plan.failed = &failed, plan.row_MD = rows.get();
+    plan.bag = bag.data(), plan.bag_begin_T = bag_begin_T.data(), plan.failed = &failed;
     return kFine;
   }
 
@@ -148,9 +139,8 @@ struct Sorted {
     auto size = [&](const Part& part) { return 3 * units[part.unit].ffn->inner * call.width * value; };
     for (const Part& part : parts) bytes += divided(part) ? size(part) : 0;
     if (bytes == 0) return kFine;
-    partials = allocate(bytes);
-    if (!partials) return kNoMemory;
-    char* at = static_cast<char*>(partials.get());
+    char* at = static_cast<char*>(scratch(kPartials, bytes));
+    if (!at) return kNoMemory;
     for (Part& part : parts)
       if (divided(part)) part.partial = at, at += size(part);
     return kFine;
@@ -184,6 +174,8 @@ struct Sorted {
   }
 };
 
+constexpr int64_t kKept = 1 << 26;  // more than this is not kept for a smaller call
+
 struct Scratch {
   Memory memory;
   int64_t bytes = 0;
@@ -191,9 +183,10 @@ struct Scratch {
 
 }  // namespace
 
-void* scratch(int64_t bytes) {
-  thread_local Scratch mine;
-  if (mine.bytes < bytes) {
+void* scratch(Purpose purpose, int64_t bytes) {
+  thread_local Scratch all[3];
+  Scratch& mine = all[purpose];
+  if (!mine.memory || mine.bytes < bytes || mine.bytes > kKept) {
     mine.memory.reset();
     mine.memory = allocate(bytes);
     mine.bytes = mine.memory ? bytes : 0;

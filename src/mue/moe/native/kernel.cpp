@@ -10,18 +10,6 @@ namespace {
 template <class T> inline T smaller(T a, T b) { return a < b ? a : b; }
 template <class T> inline T larger(T a, T b) { return a > b ? a : b; }
 
-// The first `count` values of a vector; zeros after them. Users' tensors end where they end.
-template <class Out, class T> inline Vector<Out> load_some(const T* from, int64_t count) {
-  if (count >= kLanes<Out>) return load(from);
-  Vector<Out> value{};
-  for (int64_t i = 0; i < count; i++) value[i] = scalar(from[i]);
-  return value;
-}
-template <class Out, class T> inline void store_some(T* to, Vector<Out> value, int64_t count) {
-  if (count >= kLanes<Out>) return store(to, value);
-  for (int64_t i = 0; i < count; i++) put(to + i, value[i]);
-}
-
 // One thread's work on the parts it was given. E: the engine. S: the type of rows and of what is saved.
 template <class E, class S> struct Worker {
   using Engine = E;
@@ -61,7 +49,7 @@ template <class E, class S> struct Worker {
   }
 
   bool prepare() {
-    void* base = scratch(lay_out(nullptr));
+    void* base = scratch(kBlocks, lay_out(nullptr));
     if (base == nullptr) *plan.failed = true;
     else lay_out(static_cast<char*>(base));
     return base != nullptr;

@@ -89,6 +89,18 @@ template <class To, class From> inline void convert_vector(To* to, const From* f
   convert(to, from, left < L ? left : L);
 }
 
+// The first `count` values of a vector; zeros after them. Users' tensors end where they end.
+template <class Out, class T> inline Vector<Out> load_some(const T* from, int64_t count) {
+  if (count >= kLanes<Out>) return load(from);
+  Vector<Out> value{};
+  for (int64_t i = 0; i < count; i++) value[i] = scalar(from[i]);
+  return value;
+}
+template <class Out, class T> inline void store_some(T* to, Vector<Out> value, int64_t count) {
+  if (count >= kLanes<Out>) return store(to, value);
+  for (int64_t i = 0; i < count; i++) put(to + i, value[i]);
+}
+
 // Calls f with a typed null pointer for the type named at run time.
 template <class F> inline auto with_type(int64_t type, F&& f) {
   if (type == kDouble) return f(static_cast<double*>(nullptr));
