@@ -14,9 +14,8 @@ __all__ = ["hopeless"]
 
 Curve = Sequence[tuple[int, float]]
 
-_FINISHED = 3  # curves to compare with before anything is stopped
 _EARLIEST = 0.5  # share of the training that has to be seen
-_BEHIND = 0.4  # of the progress that the best run had made by the same step
+_BEHIND = 0.45  # of the progress that the best run had made by the same step
 _SMOOTH = 0.15  # share of the training over which losses of single batches are averaged
 
 
@@ -26,7 +25,7 @@ def hopeless(curve: Curve, finished: Sequence[Curve], steps: int) -> bool:
     curve: (step, training loss) so far. finished: the whole curves of runs of the same sweep, whatever their learning
     rates. steps: the length of a whole run. A run that may have diverged (a loss that is not finite) is not ours to judge.
     """
-    if not curve or len(finished) < _FINISHED or curve[-1][0] < _EARLIEST * steps:
+    if not curve or not finished or curve[-1][0] < _EARLIEST * steps:
         return False
     best = min(finished, key=lambda other: _recent(other, steps, steps))
     step = curve[-1][0]

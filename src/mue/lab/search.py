@@ -5,7 +5,7 @@
         ...                                       # train them; results arrive in any order
     print(verdict(space, results).why)
 
-A search starts with a few learning rates far apart and halves the bracket around the lowest; from then on each run goes
+A search starts with three learning rates far apart and halves the bracket around the lowest; from then on each run goes
 where it narrows the place of the minimum most (``mue.lab.search_place``). A cell is one weight decay and init std: those
 that may still be the best share the runs. Both functions are pure: the same results in any order give the same answer,
 so any number of workers may ask, and a search that was killed goes on from its results alone. Learning rates lie on a
@@ -25,7 +25,13 @@ from mue.lab.valley import Point, Valley
 __all__ = ["Asked", "CellFound", "Observation", "Space", "Verdict", "next_points", "verdict"]
 
 _LATTICE = 8  # learning rates per octave
-_COARSE = (1 / 2, 1 / 6, 5 / 6, 1 / 3, 2 / 3, 0.0, 1.0)  # shares of the range, in the order they are asked for
+_SURVEY = (1 / 2, 1 / 6, 5 / 6)  # shares of the range that are always tried: a second valley must not be missed unseen
+_COARSE = (
+    1 / 3,
+    2 / 3,
+    0.0,
+    1.0,
+)  # and those that are where they lie next to the lowest, in the order they are asked for
 _NEAR = (0.0, -1.5, 1.5, -3.0, 3.0)  # octaves from another cell's minimum, where one is known
 _EXTENSION, _EXTENSIONS = 2.0, 3  # octaves at a time beyond an end of the range, and how often
 _DOUBT = 2.0  # standard deviations that a cell's depth may be off
@@ -175,7 +181,7 @@ class _Search:
     def ask(self) -> Asked | None:
         """The next run; None when nothing is left to ask for before more results are in."""
         for cell in self.cells:
-            place = cell.coarse(self._coarse(cell), self.lattice, self.space.seeds[0])
+            place = self._coarse(cell)
             if place:
                 return self._asked(cell, place)
         for cell in sorted(self._contenders, key=lambda c: c.depth[0] - _DOUBT * c.depth[1]):
@@ -187,12 +193,15 @@ class _Search:
     def _asked(self, cell: Cell, place: tuple[float, int]) -> Asked:
         return Asked(2.0 ** place[0], cell.weight_decay, cell.init_std, place[1])
 
-    def _coarse(self, cell: Cell) -> list[float]:
-        """Learning rates to begin with: over the range, or near the minimum of another cell; the ends last."""
+    def _coarse(self, cell: Cell) -> tuple[float, int] | None:
+        """The next learning rate to begin with: over the range, or near the minimum of another cell; the ends last."""
         known = [c.valley.minimum for c in self.cells if c is not cell and c.belief and c.valley]
         low, high = self.asked_for.low, self.asked_for.high
-        first = [known[0] + d for d in _NEAR] if known else [low + share * (high - low) for share in _COARSE]
-        return [*first, self.lattice.low, self.lattice.high]
+        ends = self.lattice.low, self.lattice.high
+        if known:
+            return cell.coarse((), [*(known[0] + d for d in _NEAR), *ends], self.lattice, self.space.seeds[0])
+        survey, near = ([low + share * (high - low) for share in shares] for shares in (_SURVEY, _COARSE))
+        return cell.coarse(survey, [*near, *ends], self.lattice, self.space.seeds[0])
 
     @cached_property
     def _contenders(self) -> list[Cell]:
@@ -211,7 +220,7 @@ class _Search:
         valley, best = self.best.valley, cells[self.cells.index(self.best)]
         low, high = valley.interval
         reached = (high - low) / 2
-        surveyed = all(c.coarse(self._coarse(c), self.lattice, 0) is None for c in self.cells)
+        surveyed = all(self._coarse(c) is None for c in self.cells)
         settled = surveyed and len(self._contenders) == 1 and not self._doubtful
         said = "; ".join(filter(None, (valley.verdict, valley.warning)))
         if settled and valley.determined and reached <= self.space.precision:

@@ -107,10 +107,22 @@ class Cell:
             return "low"
         return "high" if float((self.belief.minima >= high).mean()) >= _SURE else None
 
-    def coarse(self, wanted: Iterable[float], lattice: Lattice, seed: int) -> Place | None:
-        """The first of the wanted learning rates that is new and inside the bracket; a new half of it if all are there."""
+    @property
+    def wall(self) -> float:
+        """The lowest learning rate from which on every run diverged."""
+        finite = max((p.log2_lr for p in self.points if math.isfinite(p.loss)), default=-math.inf)
+        return min((p.log2_lr for p in self.points if p.log2_lr > finite), default=math.inf)
+
+    def coarse(self, survey: Iterable[float], wanted: Iterable[float], lattice: Lattice, seed: int) -> Place | None:
+        """The first new learning rate of the survey that may train, or of the wanted ones inside the bracket.
+
+        Where all are there and too few have a loss: a new half of the bracket.
+        """
         left, right = self.bracket
         tried = {lattice.index(x) for x, _ in self.taken}
+        for x in survey:
+            if lattice.index(x) not in tried and x < self.wall:
+                return lattice.nearest(x), seed
         inside = [x for x in lattice.places if left < x < right and lattice.index(x) not in tried]
         for x in wanted:
             if lattice.nearest(x) in inside:

@@ -16,11 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 
-from mue.lab.belief import Belief, Limits, believe
+from mue.lab.belief import Belief, Limits, believe, own_noise
 
 __all__ = ["Point", "Second", "Valley", "fit_valley", "regret", "study"]
 
@@ -30,6 +31,8 @@ Array = npt.NDArray[np.float64]
 _REACH = 4.0
 # ... up to the first whose rise over distance squared is so many times the median's, and always the lowest's neighbours.
 _STEEP = 30.0
+# A rise between two low places is a barrier from so many standard deviations on, of noise that grows so with lr.
+_BARRIER, _GROWTH = 4.0, 0.7
 _MARGIN = 1.0  # octaves beyond the outermost run in which a minimum is still looked for
 
 
@@ -202,13 +205,13 @@ class _Sweep:
             len(everything) - len(usable),
         )
 
-    @property
+    @cached_property
     def mean(self) -> Array:
         # The median of replicates where it means anything: one bad seed must not move the window.
         losses = [np.array([p.loss for p in runs]) for runs in self.runs]
         return np.array([np.median(values) if len(values) > 2 else values.mean() for values in losses])
 
-    @property
+    @cached_property
     def best(self) -> int:
         return int(np.argmin(self.mean))
 
@@ -264,12 +267,14 @@ class _Sweep:
     def _near_side(self, noise: float) -> tuple[int, int, Second | None]:
         """First and last learning rate on this side of barriers that noise does not explain, and what lies behind them."""
         mean, best = self.mean, self.best
-        error = noise / np.sqrt([len(runs) for runs in self.runs])
+        error = noise * np.sqrt(own_noise(self.x - self.x[best], _GROWTH) / [len(runs) for runs in self.runs])
         second, first, last = None, 0, len(mean) - 1
         for i in range(len(mean)):
             between = range(min(i, best) + 1, max(i, best))
             top = max(between, key=lambda k: mean[k], default=i)
-            if mean[top] - mean[i] > 5 * math.hypot(error[top], error[i]):  # never where the noise is unknown (NaN)
+            if mean[top] - mean[i] > _BARRIER * math.hypot(
+                error[top], error[i]
+            ):  # never where the noise is unknown (NaN)
                 first, last = (max(first, top), last) if top < best else (first, min(last, top))
                 second = Second(float(self.x[i]), float(self.x[top]))
         return (first, last, second) if last - first >= 2 else (0, len(mean) - 1, second)
