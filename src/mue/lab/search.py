@@ -34,6 +34,7 @@ _COARSE = (
 )  # and those that are where they lie next to the lowest, in the order they are asked for
 _NEAR = (0.0, -1.5, 1.5, -3.0, 3.0)  # octaves from another cell's minimum, where one is known
 _EXTENSION, _EXTENSIONS = 2.0, 3  # octaves at a time beyond an end of the range, and how often
+_MAYBE, _SURE = 0.2, 0.9  # chance of a minimum beyond an end: to look there if one may, and to call it an edge
 _DOUBT = 2.0  # standard deviations that a cell's depth may be off
 
 
@@ -174,7 +175,7 @@ class _Search:
         lattice = self.asked_for
         for _ in range(_EXTENSIONS if self.space.extend and self.best else 0):
             assert self.best is not None
-            end = self.best.beyond(lattice.low, lattice.high)
+            end = self.best.beyond(lattice.low, lattice.high, _MAYBE)
             lattice = lattice.extended(_EXTENSION, end) if end else lattice
         return lattice
 
@@ -225,7 +226,7 @@ class _Search:
         said = "; ".join(filter(None, (valley.verdict, valley.warning)))
         if settled and valley.determined and reached <= self.space.precision:
             return Verdict(True, f"precise enough: {said}", cells, best, valley.interval, reached)
-        if settled and self.best.beyond(self.lattice.low, self.lattice.high):
+        if settled and self.best.beyond(self.lattice.low, self.lattice.high, _SURE):
             return Verdict(True, f"at the edge: {said}", cells, best, valley.interval, reached)
         if spent or self._exhausted:
             what = "the budget is spent" if spent else "every learning rate and seed has run"

@@ -18,7 +18,6 @@ __all__ = ["Cell", "Lattice", "Place"]
 Place = tuple[float, int]
 """log2 of a learning rate, and a seed."""
 
-_SURE = 0.9  # share of the minima beyond an end of the range for it to be called an edge
 _TWICE = 2  # runs at a second low place, and at the rise before it, before they are believed
 
 
@@ -99,13 +98,13 @@ class Cell:
         lower, higher = [x for x in tried if x < best], [x for x in tried if x > best]
         return max(lower, default=-math.inf), min(higher, default=math.inf)
 
-    def beyond(self, low: float, high: float) -> str | None:
-        """The end of the range, "low" or "high", at or beyond which the minimum almost surely lies."""
+    def beyond(self, low: float, high: float, chance: float) -> str | None:
+        """The end of the range, "low" or "high", at or beyond which the minimum lies with at least this chance."""
         if self.belief is None:
             return None
-        if float((self.belief.minima <= low).mean()) >= _SURE:
+        if float((self.belief.minima <= low).mean()) >= chance:
             return "low"
-        return "high" if float((self.belief.minima >= high).mean()) >= _SURE else None
+        return "high" if float((self.belief.minima >= high).mean()) >= chance else None
 
     @property
     def wall(self) -> float:
