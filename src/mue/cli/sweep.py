@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Annotated
 
@@ -96,7 +97,9 @@ def sweep(
     say_data(console, corpus)
     with Board(console, "sweep", spec.training.steps, mirrors) as board:
         swept = run_sweep(spec, folder, corpus, storage=storage, lease=lease, workers=workers, watch=board)
+    gc.freeze()  # what is left is short, and looking for garbage among thousands of trials a tenth of it
     console.print(f"[bold]{swept.verdict}[/]\n{tuned_words(swept.tuned)}", highlight=False, soft_wrap=True)
     console.print(
-        f"report: {sweep_report(folder, csv=csv)}\nuse it: mue plan FILE.toml --tuned {folder}", soft_wrap=True
+        f"report: {sweep_report(folder, csv=csv, swept=swept)}\nuse it: mue plan FILE.toml --tuned {folder}",
+        soft_wrap=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import math
@@ -9,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
@@ -37,7 +38,9 @@ class Section:
     wrap: tuple[int, ...] = ()
     shades: Sequence[Sequence[float]] = ()  # of the table's cells, 0 to 1
     fold: str = ""
-    picture_in_page: bool = True  # a PNG is written either way; a table reads better as text
+    in_page: Literal["svg", "png", ""] = (
+        "svg"  # the picture; a PNG is written either way, and a table reads better as text
+    )
 
 
 def text(words: str, *, warn: bool = False) -> dict[str, Any]:
@@ -53,17 +56,17 @@ def write_report(
 
     rendered = []
     for section in sections:
-        svg = ""
+        picture = ""
         if section.figure is not None:
             _settle(section.figure)
-            svg = _svg(section.figure) if section.picture_in_page else ""
-            write_atomic(folder / f"{section.id}.png", partial(section.figure.savefig, dpi=160, format="png"))
+            write_atomic(png := folder / f"{section.id}.png", partial(section.figure.savefig, dpi=160, format="png"))
+            picture = _svg(section.figure) if section.in_page == "svg" else _img(png) if section.in_page else ""
         table = (
             {"header": section.header, "rows": section.rows, "wrap": section.wrap, "shades": section.shades}
             if section.rows
             else None
         )
-        rendered.append({**vars(section), "svg": svg, "table": table})
+        rendered.append({**vars(section), "picture": picture, "table": table})
     environment = Environment(
         loader=PackageLoader("mue.lab"),
         autoescape=True,
@@ -80,17 +83,21 @@ def write_report(
 
 
 def _settle(figure: Figure) -> None:
-    """Lay a figure out once; every picture of it would do so again."""
+    """Lay a figure out once: every picture of it would do so again, and draw it twice to that end."""
     engine = figure.get_layout_engine()
     if engine is not None:
         engine.execute(figure)
-        figure.set_layout_engine("none")
+        figure.set_layout_engine(None)
 
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     return buffer.getvalue().partition("<svg")[1] + buffer.getvalue().partition("<svg")[2]
+
+
+def _img(png: Path) -> str:
+    return f'<img src="data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}" alt="">'
 
 
 # ---- sections -------------------------------------------------------------------------------------------------------
@@ -115,7 +122,7 @@ def plan_section(plan: Plan) -> Section:
         header=header,
         rows=rows,
         wrap=(len(header) - 1,),
-        picture_in_page=False,
+        in_page="",
     )
 
 

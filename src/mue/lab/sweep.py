@@ -59,6 +59,8 @@ class Swept:
     diverged: int
     stopped: int
     """Hopeless runs that were given up early; they are not points of any valley."""
+    trials: tuple[Trial, ...]
+    """What it was fitted from, and whatever else the storage holds."""
 
     @property
     def verdict(self) -> str:
@@ -197,7 +199,7 @@ def run_sweep(
     trials.describe(about)
     missing = {name_of(p): p for p in grid_points(spec.grid)}
     for trial in trials.all():
-        missing.pop(name_of(trial.point), None)
+        missing.pop(trial.name, None)
     if missing:
         trials.add(list(missing.values()))
     store = Store(out)
@@ -232,7 +234,7 @@ def summarise(spec: SweepSpec, trials: Sequence[Trial]) -> Swept:
         ValueError: no run has a loss.
     """
     asked = {name_of(point) for point in grid_points(spec.grid)}
-    ended = [t for t in trials if t.result is not None and (not asked or name_of(t.point) in asked)]
+    ended = [t for t in trials if t.result is not None and (not asked or t.name in asked)]
     found = [t for t in ended if t.state == "COMPLETE"]
     groups: dict[tuple[float, float], list[Point]] = {}
     for trial in found:
@@ -249,7 +251,7 @@ def summarise(spec: SweepSpec, trials: Sequence[Trial]) -> Swept:
     lr = 2.0 ** min(max(best.valley.minimum, low), high)
     tuned = spec.defaults.replace(lr=lr, weight_decay=best.weight_decay, init_std=best.init_std)
     diverged = sum(not math.isfinite(trial.loss) for trial in found)
-    return Swept(cells, best, tuned, len(found), diverged, len(ended) - len(found))
+    return Swept(cells, best, tuned, len(found), diverged, len(ended) - len(found), tuple(trials))
 
 
 def _cell(wd: float, std: float, points: list[Point], *, fit: bool) -> Cell:

@@ -16,11 +16,12 @@ from mue.files import write_atomic
 from mue.lab import plots
 from mue.lab.report import Section, text, write_report
 from mue.lab.storage_trials import OPEN, State, Trial
-from mue.lab.sweep import FITTED, Cell, stored_sweep, summarise, swept_dict, tuned_words
+from mue.lab.sweep import FITTED, Cell, Swept, stored_sweep, summarise, swept_dict, tuned_words
 from mue.lab.sweep_points import why_done
 from mue.lab.valley import Point, Valley, fit_valley
 
 _VALLEYS = 8  # drawn
+_DRAWN = 500  # runs, as vectors: more make a heavy page
 _ROWS = 100  # of a table
 _COLUMNS = 20  # of the map
 COLUMNS = (
@@ -39,21 +40,23 @@ COLUMNS = (
 )
 
 
-def sweep_report(folder: Path, *, csv: Path | None = None) -> Path:
-    """Write ``report.html``, its pictures and ``trials.csv`` (and ``csv``) of the sweep in ``folder``, from its storage.
+def sweep_report(folder: Path, *, csv: Path | None = None, swept: Swept | None = None) -> Path:
+    """Write ``report.html``, its pictures and ``trials.csv`` (and ``csv``) of the sweep in ``folder``.
+
+    From its storage; or from ``swept``, where it has just ended.
 
     Raises:
         ValueError: the folder holds no sweep, or its storage cannot be opened.
     """
     stored = stored_sweep(folder)
-    trials = stored.trials(folder).all()
+    trials = swept.trials if swept else stored.trials(folder).all()
     for path in {folder / "trials.csv", csv or folder / "trials.csv"}:
         write_trials(path, trials)
     going = sum(t.state in OPEN for t in trials)
     sections = []
     lead = "no run has a loss yet"
     if any(math.isfinite(t.loss) for t in trials):
-        swept = summarise(stored.spec, trials)
+        swept = swept or summarise(stored.spec, trials)
         result = swept_dict(swept, stored.spec, stored.identity["data"])
         lead = ("so far: " if going else "") + tuned_words(swept.tuned)
         fits = {(c.weight_decay, c.init_std): c.valley for c in swept.cells}
@@ -113,6 +116,7 @@ def sweep_section(
             text(result["verdict"] + ".", warn=result["edge"] is not None),
         ],
         figure=plots.sweep_figure(cells, best),
+        in_page="svg" if result["runs"] <= _DRAWN else "png",
         caption="Points are runs, lines the fitted valleys, ▼ the fitted minima. ▲ marks runs above the picture, × diverged ones.",
     )
 

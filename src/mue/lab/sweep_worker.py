@@ -96,12 +96,12 @@ class Worker:
         now = time.monotonic()
         if now >= self.claims:
             self.claims = now if self._claim() else now + _AGAIN
+        if not self.mine or now - self.looked >= _LOOK:
+            found = self._look()
+            if not self.mine and all(t.state not in OPEN for t in found) and not self._propose(found):
+                return found
         self._listen()
-        if self.mine and now - self.looked < _LOOK:
-            return None
-        found = self._look()
-        over = not self.mine and all(t.state not in OPEN for t in found) and not self._propose(found)
-        return found if over else None
+        return None
 
     def _slots(self) -> int:
         return (self.runner.slots if self.runner else 1) - len(self.mine)
