@@ -171,7 +171,7 @@ def test_fifty_kills(
         else:
             drill = Drill(file, [tmp_path / "one"], "", "really")
             cut = hold(tmp_path / "one" / "optuna.db", 10.0)
-        trials = drilled(drill, 60, 50, (2.0, 6.0), 3600, freezes=3, cut=cut, trials=60)
+        trials = drilled(drill, 60, 50, (2.0, 6.0), 3600, freezes=8, cut=cut, trials=60)
     seconds = time.monotonic() - started
     if sweep == "grid":
         whole = Drill(file, [tmp_path / "whole"], "", "really")
