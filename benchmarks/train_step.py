@@ -17,7 +17,8 @@ import importlib.util
 import random
 import statistics
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -105,27 +106,32 @@ def nanogpt(path: Path, width: int, layers: int, manual: bool, dtype: torch.dtyp
     return stepper(model, lambda tokens: call(tokens, tokens)[1], dtype)
 
 
-def models(name: str, dtype: torch.dtype, compiled: bool, nanogpt_path: Path | None) -> dict[str, Step]:
+def models(
+    name: str, dtype: torch.dtype, compiled: bool, nanogpt_path: Path | None, skip: Sequence[str] = ()
+) -> dict[str, Step]:
     """Everything that takes part in one cell."""
     notation, width, expert, layers, _ = SHAPES[name]
     moe = mue.MoE.parse(notation, width=width, expert=expert, layers=layers, head_dim=HEAD, sequence=LENGTH)
     dense = mue.Dense(width, moe.active_width, layers, head_dim=HEAD, sequence=LENGTH)
-    steps = {"mue-moe": ours(moe, dtype, compiled), "mue-dense": ours(dense, dtype, compiled)}
+    builds: dict[str, Callable[[], Step]] = {
+        "mue-moe": partial(ours, moe, dtype, compiled),
+        "mue-dense": partial(ours, dense, dtype, compiled),
+    }
     if native.library() is not None:
-        steps["mue-moe-portable"] = ours(moe, dtype, compiled, "portable")
+        builds["mue-moe-portable"] = partial(ours, moe, dtype, compiled, "portable")
     if not moe.blocks[0].shared_experts:  # Qwen3-MoE has none
         for experts in ("eager", "grouped_mm"):
             for attention in ("eager", "sdpa"):
                 if not (compiled and experts == "eager"):  # a graph break for every expert
-                    steps[f"transformers-{experts}-{attention}"] = transformers_moe(
-                        moe, experts, attention, dtype, compiled
+                    builds[f"transformers-{experts}-{attention}"] = partial(
+                        transformers_moe, moe, experts, attention, dtype, compiled
                     )
     if nanogpt_path is not None and name == "small":
         gpt = mue.Dense(width, 4 * width, layers, head_dim=HEAD, sequence=LENGTH, gated=False)
-        steps["mue-gpt"] = ours(gpt, dtype, compiled)
-        steps["nanogpt"] = nanogpt(nanogpt_path, width, layers, False, dtype, compiled)
-        steps["nanogpt-manual"] = nanogpt(nanogpt_path, width, layers, True, dtype, compiled)
-    return steps
+        builds["mue-gpt"] = partial(ours, gpt, dtype, compiled)
+        builds["nanogpt"] = partial(nanogpt, nanogpt_path, width, layers, False, dtype, compiled)
+        builds["nanogpt-manual"] = partial(nanogpt, nanogpt_path, width, layers, True, dtype, compiled)
+    return {impl: build() for impl, build in builds.items() if impl not in skip}
 
 
 def batches(name: str, seed: int) -> Callable[[], Tensor]:
@@ -135,10 +141,10 @@ def batches(name: str, seed: int) -> Callable[[], Tensor]:
 
 
 def cell(
-    name: str, dtype: torch.dtype, compiled: bool, nanogpt_path: Path | None, seconds: float
+    name: str, dtype: torch.dtype, compiled: bool, nanogpt_path: Path | None, skip: Sequence[str], seconds: float
 ) -> list[dict[str, object]]:
     """One cell's rows, printed as they come."""
-    times = measure(models(name, dtype, compiled, nanogpt_path), batches(name, 0), seconds)
+    times = measure(models(name, dtype, compiled, nanogpt_path, skip), batches(name, 0), seconds)
     rows: list[dict[str, object]] = []
     for impl, took in times.items():
         paired = ratios(took, times["mue-moe"])
@@ -161,7 +167,7 @@ def cell(
 
 def profile(name: str, dtype: torch.dtype, compiled: bool) -> None:
     """The ten operations of our MoE's step that take most of the processor's time."""
-    step, batch = models(name, dtype, compiled, None)["mue-moe"], batches(name, 0)
+    step, batch = models(name, dtype, compiled, None, [])["mue-moe"], batches(name, 0)
     for _ in range(5):
         step(batch())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
@@ -182,6 +188,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="under torch.compile (compiling takes minutes)")
     parser.add_argument("--profile", action="store_true", help="print the ten most expensive operations and end")
     parser.add_argument("--nanogpt", type=Path, metavar="FILE", help="model.py of a nanoGPT checkout")
+    parser.add_argument("--skip", nargs="*", default=[], metavar="IMPL", help="leave out implementations (not mue-moe)")
     parser.add_argument("--shape", choices=list(SHAPES), help="only this one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="only this one")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each cell")
@@ -196,7 +203,8 @@ def main() -> None:
             if options.profile:
                 profile(name, dtype, options.compile)
                 continue
-            rows += cell(name, dtype, options.compile, options.nanogpt, 10.0 if options.quick else options.seconds)
+            seconds = 10.0 if options.quick else options.seconds
+            rows += cell(name, dtype, options.compile, options.nanogpt, options.skip, seconds)
     if options.json:
         write_json(options.json, {"command": " ".join(["python", *sys.argv]), **provenance(), "rows": rows})
 

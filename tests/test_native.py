@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mue.moe import ExpertWeights, MoELayer, Routing, experts, native
-from mue.moe.native import build
+from mue.moe.native import build, norm
 from test_moe_experts import assert_close, make_routing, make_weights, run
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler: the native kernel cannot be built")
@@ -85,6 +85,18 @@ def test_a_compiler_that_refuses_is_quoted(tmp_path: Path, monkeypatch: pytest.M
         build.build()
 
 
+def test_a_place_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error for `mue doctor --build`; `make`, which needs no kernel, only says so."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MUE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="MUE_CACHE"):
+        build.build()
+    build.main()
+    assert "portable" in capsys.readouterr().out
+
+
 def test_a_library_that_computes_wrongly_is_never_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the compiler made is tried first: here it is no library at all."""
     monkeypatch.setenv("MUE_CACHE", str(tmp_path))
@@ -111,6 +123,7 @@ def test_without_a_library_portable_takes_over(monkeypatch: pytest.MonkeyPatch, 
     try:
         layer, x = MoELayer(8, 4, 2, expert_width=8), torch.randn(5, 8)
         y = layer(x)[0]
+        assert norm.rms_norm(x, torch.ones(8), 1e-6) is None
         layer.backend = "native"
         with pytest.raises(ValueError, match="mue doctor --build"):
             layer(x)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mue.lab.paths import bf16_instructions
 from mue.moe import ExpertWeights, native
 from mue.moe.bench import Bench, Case, draw_routing, measure, median_ratio
 from mue.moe.experts import BACKENDS, REFUSALS, choose
@@ -21,14 +22,21 @@ def machine() -> dict[str, Any]:
     return {
         "processor": facts.get("cpu_name") or platform.machine(),
         "cores": os.cpu_count(),
+        "others at work": _busy(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
-        "bf16 instructions": bool(facts.get("avx512_bf16") or facts.get("bf16")),
+        "bf16 instructions": bf16_instructions(),
         "matrix unit (AMX)": bool(facts.get("amx_bf16")),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "compiler": build.compiler(),
         "GPU": gpu,
     }
+
+
+def _busy() -> str | None:
+    """Where other programs take a quarter of the cores or more: what that does to the ratios."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    return None if load < cores / 4 else f"{load:.1f} on {cores} cores in the last minute: do not trust the ratios"
 
 
 def backends() -> dict[str, str]:

@@ -136,7 +136,7 @@ def _call(inputs: Inputs, problem: Problem, saved: Sequence[Tensor] | None, **mo
 def _run(entry: str, call: _Call, problem: Problem) -> None:
     loaded = library()
     assert loaded is not None  # refusal
-    status = loaded[entry](ctypes.byref(call))
+    status = getattr(loaded, entry)(ctypes.byref(call))
     if status == 0:
         return
     if status == 1:

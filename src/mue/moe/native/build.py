@@ -78,7 +78,7 @@ def build() -> Path:
     """The library, built now if it is not there.
 
     Raises:
-        ValueError: no compiler, or a system without the means.
+        ValueError: no compiler, or no place to keep the library.
         BuildError: see there.
     """
     found = compiler()
@@ -104,8 +104,14 @@ def _lock(place: Path) -> Iterator[None]:
     """Waits for another build; the lock lives as long as this process holds the file open, and no child inherits it."""
     import fcntl  # not everywhere
 
-    place.mkdir(parents=True, exist_ok=True)
-    with (place / "lock").open("w") as file:
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        file = (place / "lock").open("w")
+    except OSError as problem:
+        raise ValueError(
+            f"the kernel cannot be kept in {place} ({problem.strerror}): name a folder for it in MUE_CACHE"
+        ) from problem
+    with file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -141,7 +147,9 @@ def _trials(library: Path) -> list[str]:
         )
         if trial.returncode:
             if engine == "plain":
-                raise BuildError(f"the kernel computes wrongly here:\n{(trial.stdout + trial.stderr)[-4000:]}")
+                raise BuildError(
+                    f"the kernel does not load or computes wrongly here:\n{(trial.stdout + trial.stderr)[-4000:]}"
+                )
             break
         passed.append(engine)
         if "matrix unit" not in trial.stdout:
@@ -150,8 +158,8 @@ def _trials(library: Path) -> list[str]:
 
 
 def main() -> None:
-    """What `make` calls: builds where there is a compiler, and says what happens where there is none."""
-    if compiler() is None:
-        print("no C++ compiler: MoE layers will use the portable backend (later: mue doctor --build)")
-    else:
+    """What `make` calls: builds, or says why not and what happens then; never an error."""
+    try:
         print(f"native MoE kernel: {build()}")
+    except (ValueError, BuildError) as problem:
+        print(f"no native kernel, MoE layers will use the portable backend (later: mue doctor --build): {problem}")

@@ -82,5 +82,5 @@ def _run(entry: str, x: Tensor, eps: float, turn: Tensor | None, **more: Tensor 
         call.heads, call.period = x.shape[2], x.shape[1]
     for name, tensor in {"x": x, "turn": turn, **more}.items():
         setattr(call, name, None if tensor is None else tensor.data_ptr())
-    if status := loaded[entry](ctypes.byref(call)):
+    if status := getattr(loaded, entry)(ctypes.byref(call)):
         raise RuntimeError(f"{entry} found no threads (status {status})")
