@@ -156,6 +156,42 @@ def test_what_is_given_back_waits_again(url: str, name: str) -> None:
     assert trials.claim("d") is None, "only a's was given back"
 
 
+def test_what_was_just_claimed_is_not_given_back_with_its_last_owners(
+    server: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PostgreSQL: who gives back waits for the claim's lock, and must then judge anew whose the trial is."""
+    claiming, giving, go = (
+        Trials(Database(server), name, lease=1000.0),
+        Trials(Database(server), name),
+        threading.Event(),
+    )
+    claiming.add(POINTS[:1])
+    claiming.claim("dead")
+    age(claiming, 2000)
+    alive = claiming._alive
+    monkeypatch.setattr(claiming, "_alive", lambda *a: (alive(*a), go.wait(60)))  # in the middle of the transaction
+
+    def blocked() -> bool:
+        query = "SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock'"
+        return Database(server).run(lambda execute: execute(query), write=False) != [(0,)]
+
+    def work(i: int) -> Any:
+        if i == 0:
+            return claiming.claim("new")
+        if i == 1:
+            time.sleep(0.2)
+            return giving.release("dead")
+        deadline = time.monotonic() + 30
+        while not blocked() and time.monotonic() < deadline:
+            time.sleep(0.02)
+        go.set()
+        return None
+
+    assert at_once(3, work)[0] is not None
+    (trial,) = giving.all()
+    assert (trial.state, trial.owner) == ("RUNNING", "new")
+
+
 def test_a_lost_answer_changes_nothing(url: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each transaction is committed, and then run again as after a connection that dropped on the way back."""
     database = Database(url)
