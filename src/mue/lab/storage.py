@@ -32,6 +32,7 @@ Trouble = Callable[[str, float], None]
 
 PATIENCE = 3600.0  # seconds that a lost connection is tried again: a cluster's database may be down for a while
 _OPENING = 60.0  # ... and at the start, where the URL may be wrong
+_UNHEARD = 5.0  # ... and there, where nobody is told what is waited for
 _TELL = 30.0  # seconds between two words about it
 _BUSY_SECONDS = 30.0  # that a transaction on SQLite waits for another process's
 _SQLITE_BUSY = (5, 6)  # SQLITE_BUSY and SQLITE_LOCKED: somebody else is writing
@@ -88,11 +89,12 @@ class Database:
             except ImportError as error:
                 raise ValueError(f"{self.name} needs its driver: pip install 'mue[cluster]' ({error})") from error
             self.errors = (psycopg.Error,)
-        self.patience = min(patience, _OPENING)
+        self.patience = min(patience, _OPENING if trouble else _UNHEARD)
         try:
             self._find("")
         except (*self.errors, StorageError) as error:
-            raise ValueError(f"cannot open the storage {self.name}: {_first_line(error)}") from error
+            cause = error.__cause__ if isinstance(error, StorageError) else error
+            raise ValueError(f"cannot open the storage {self.name}: {_first_line(cause)}") from error
         self.patience = patience
 
     def run(self, work: Callable[[Execute], T], *, write: bool = True) -> T:
@@ -259,5 +261,5 @@ def _passing(error: Exception) -> bool:
     return isinstance(error, lost)
 
 
-def _first_line(error: Exception) -> str:
+def _first_line(error: BaseException | None) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
