@@ -168,7 +168,11 @@ def main() -> None:
     if options.json:
         from mue.lab.train import provenance
 
-        about = {"command": f"python benchmarks/trials.py --trials {options.trials}", **provenance()}
+        priority = "usual" if os.sched_getscheduler(0) == os.SCHED_OTHER else "real time"
+        command = f"python benchmarks/trials.py --trials {options.trials}" + " --postgresql URL" * bool(
+            options.postgresql
+        )
+        about = {"command": command, "priority": priority, **provenance()}
         write_json(options.json, {**about, "trials": options.trials, "what": WHAT, "seconds, median of 5": rows})
 
 
