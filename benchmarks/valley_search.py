@@ -260,19 +260,21 @@ def pruned(sweep: Recorded, order: Sequence[tuple[int, int]]) -> tuple[list[Poin
 
 def pruning(sweeps: Sequence[Recorded], orders: int) -> dict[str, Any]:
     """Recorded sweeps of three seeds in random orders, the first in the grid's own: how far the fitted minimum moves."""
-    moved, costs = [], []
+    moved, bounded, costs = [], [], []
     for number, sweep in enumerate(sweeps):
         rows = np.flatnonzero(np.isfinite(sweep.loss).all(axis=1))[:3]
         runs = [(int(row), place) for place in range(len(sweep.x)) for row in rows]
-        whole = fit_valley([Point(float(sweep.x[j]), float(sweep.loss[i, j]), i) for i, j in runs]).minimum
+        whole = fit_valley([Point(float(sweep.x[j]), float(sweep.loss[i, j]), i) for i, j in runs])
         for k in range(orders):
             order = np.random.default_rng([15, number, k]).permutation(len(runs)) if k else np.arange(len(runs))
             points, cost = pruned(sweep, [runs[i] for i in order])
-            moved.append(abs(fit_valley(points).minimum - whole))
+            moved.append(abs(fit_valley(points).minimum - whole.minimum))
+            bounded.append(whole.determined)
             costs.append(cost)
     within = [m < 0.05 for m in moved]
     return {
         "moves_less_than_0.05": share(within),
+        "of_sweeps_that_bound_their_minimum": share([w for w, b in zip(within, bounded, strict=True) if b]),
         "largest_move": round(max(moved), 3),
         "cost": round(float(np.mean(costs)), 4),
     }
