@@ -7,9 +7,12 @@ Shape suffixes: B sequences, T tokens, H heads, K key/value heads, E head size.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mue.moe import ExpertWeights, Routing, native
@@ -34,16 +37,38 @@ def project(x: Tensor, weight: Tensor) -> Tensor:
 
     Where bf16 would be emulated: the product of the same rounded values in float32, rounded, which is what bf16 means.
     """
-    if x.device.type != "cpu" or compute_dtype(x) != torch.bfloat16 or bf16_instructions():
-        return _product(x, weight)
-    with torch.autocast("cpu", enabled=False):
-        return _product(x.bfloat16().float(), weight.bfloat16().float()).bfloat16()
+    if x.device.type == "cpu" and compute_dtype(x) == torch.bfloat16 and not bf16_instructions():
+        emulated: Tensor = _EmulatedProduct.apply(x, weight)  # type: ignore[no-untyped-call]
+        return emulated
+    return _product(x, weight)
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
     if weight.dim() == 2:
         return F.linear(x, weight)
     return (x.flatten(1, -2) @ weight.mT).view(*x.shape[:-1], -1)
+
+
+class _EmulatedProduct(torch.autograd.Function):
+    """With a backward of its own, since torch.compile traces what autograd makes of the forward under the caller's autocast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            half, matrix = x.bfloat16(), weight.bfloat16()
+            ctx.save_for_backward(half, matrix)
+            ctx.types = x.dtype, weight.dtype
+            return _product(half.float(), matrix.float()).bfloat16()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        half, matrix = ctx.saved_tensors
+        lead = matrix.dim() - 2
+        with torch.autocast("cpu", enabled=False):
+            dy_rows, x_rows = dy.float().flatten(lead, -2), half.float().flatten(lead, -2)
+            dx, dweight = (dy_rows @ matrix.float()).view(half.shape), dy_rows.mT @ x_rows
+        return dx.to(ctx.types[0]), dweight.to(ctx.types[1])
 
 
 def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, scale: float) -> Tensor:
