@@ -30,6 +30,7 @@ class Grid:
     Attributes:
         sampler: "grid": every combination; "valley": what ``mue.lab.search`` asks for between the lowest and the highest lr;
             "random" and "tpe": what Optuna draws from the ranges of the lists. trials: at most so many (None: a grid).
+        seeds: of a grid, one unless said otherwise; of a valley search three, since runs of one seed err together.
         precision, extend: of the valley search. stop_early: runs whose curve shows that they are hopeless.
         runner: how runs are trained (``mue.lab.runner``).
     """
@@ -186,10 +187,11 @@ def _grid(table: Mapping[str, Any]) -> Grid:
     for key in ("lr", "weight_decay", "init_std"):
         if key not in table:
             raise ValueError(f"[sweep] needs {key}: a list of values, e.g. {key} = [0.001, 0.002, 0.004]")
-    seeds = table.get("seeds", [0])
+    lr = tuple(lr_grid(table["lr"], "[sweep] lr"))
+    sampler = table.get("sampler", "grid")
+    seeds = table.get("seeds", list(Space.seeds if sampler == "valley" else Grid.seeds))
     if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise ValueError(f"[sweep] seeds must be a list of whole numbers, got {seeds!r}")
-    sampler = table.get("sampler", "grid")
     if sampler not in SAMPLERS:
         raise ValueError(f"[sweep] sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
     trials = table.get("trials", Space.budget if sampler == "valley" else None)
@@ -198,7 +200,7 @@ def _grid(table: Mapping[str, Any]) -> Grid:
     for key in ("precision", "extend"):
         if key in table and sampler != "valley":
             raise ValueError(f'[sweep] {key} goes with sampler = "valley": leave it out')
-    if sampler == "valley" and len(table["lr"]) < 2:
+    if sampler == "valley" and len(lr) < 2:
         raise ValueError("[sweep] lr needs the two ends of the range that the valley search looks in")
     for key in ("extend", "stop_early"):
         if not isinstance(table.get(key, False), bool):
@@ -207,7 +209,7 @@ def _grid(table: Mapping[str, Any]) -> Grid:
     if runner not in KINDS:
         raise ValueError(f"[sweep] runner must be one of {', '.join(KINDS)}, got {runner!r}")
     return Grid(
-        lr=tuple(lr_grid(table["lr"], "[sweep] lr")),
+        lr=lr,
         weight_decay=tuple(lr_grid(table["weight_decay"], "[sweep] weight_decay")),
         init_std=tuple(lr_grid(table["init_std"], "[sweep] init_std")),
         seeds=tuple(dict.fromkeys(seeds)),
