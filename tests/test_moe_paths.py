@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -153,3 +155,10 @@ def test_a_dense_ffn_by_the_kernel_is_the_dense_ffn(gated: bool, monkeypatch: py
         assert off(ours, torchs.double()) < 1e-6
     swapped = paths.feed_forward(x, matrices[1], matrices[0], matrices[2])
     assert not torch.allclose(swapped, found[0][0], rtol=0.1)  # negative control: which is the gate is seen
+
+
+def test_the_lab_starts_without_the_compiler() -> None:
+    """It takes as long to import as all of torch."""
+    command = "import sys, mue.lab.worker, mue.lab.model; print('torch' in sys.modules, 'torch._dynamo' in sys.modules)"
+    said = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout
+    assert said.split() == ["True", "False"]

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mue.moe import ExpertWeights, Routing, native
 from mue.moe.experts import compute_dtype, experts
+from mue.moe.operator import constant
 
 # With bf16 instructions the fused kernel's backward is several times slower than plain products up to this length
 # (issue 4's measurement on a machine with AMX; none was at hand to repeat it).
@@ -25,7 +26,7 @@ _PLAIN_LENGTH = 256
 _KERNEL_MATRIX = 1 << 18
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def bf16_instructions() -> bool:
     """Whether this processor multiplies bf16; one that does not takes four times as long for it as for float32."""
     facts = torch.cpu.get_capabilities()

@@ -8,7 +8,7 @@ shapes follow from its arguments', so that there is no graph break. (Both, becau
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -18,6 +18,17 @@ from mue.moe.routing import Routing
 from mue.moe.weights import ExpertWeights
 
 _WEIGHTS = (torch.float32, torch.float64)
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def constant(function: _Function) -> _Function:
+    """Mark a function whose result is a constant to torch.compile.
+
+    This is what torch.compiler.assume_constant_result does; but that imports the compiler, two seconds for every program
+    that never compiles.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
 
 
 class Problem(NamedTuple):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mue.moe.native import build
-from mue.moe.operator import Inputs, Kernel, Problem, operator
+from mue.moe.operator import Inputs, Kernel, Problem, constant, operator
 from mue.moe.weights import ExpertWeights
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -79,7 +79,7 @@ def forget() -> None:
     engine.cache_clear()
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def _built() -> bool:
     return library() is not None
 
