@@ -74,6 +74,7 @@ def say_data(console: Console, corpus: Any) -> None:
         f"data: {corpus.files} files, {corpus.bytes / 1e6:.1f} MB, {corpus.tokens:,} tokens, vocabulary {corpus.vocab}, sha256 {corpus.hash[:16]}"
         + (f" (left out: {skipped})" if skipped else ""),
         highlight=False,
+        soft_wrap=True,
     )
 
 
