@@ -83,6 +83,7 @@ def sweep(
     from mue.lab.experiment import open_corpus, sweep_from
     from mue.lab.logs import open_mirrors
     from mue.lab.sweep import run_sweep, stored_sweep, tuned_words
+    from mue.lab.sweep_points import why_done
     from mue.lab.sweep_report import sweep_report
 
     if (file is None) == (resume is None):
@@ -99,6 +100,8 @@ def sweep(
         swept = run_sweep(spec, folder, corpus, storage=storage, lease=lease, workers=workers, watch=board)
     gc.freeze()  # what is left is short, and looking for garbage among thousands of trials a tenth of it
     console.print(f"[bold]{swept.verdict}[/]\n{tuned_words(swept.tuned)}", highlight=False, soft_wrap=True)
+    if why := why_done(spec.grid, swept.trials):
+        console.print(f"the search ended: {why.partition(': ')[0]}", highlight=False)
     console.print(
         f"report: {sweep_report(folder, csv=csv, swept=swept)}\nuse it: mue plan FILE.toml --tuned {folder}",
         soft_wrap=True,
