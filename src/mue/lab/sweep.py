@@ -27,14 +27,16 @@ from mue.lab.sweep_worker import Watch, Worker
 from mue.lab.valley import Point, Valley, fit_valley
 from mue.shapes import HParams, Training, Transformer, shape_from_dict
 
-FITTED = 8  # cells: a fit costs tens of milliseconds, and the deepest valley is not in a cell whose every run is high
+# Cells that are fitted, and of a sweep of so many runs: a fit takes tens of milliseconds, and the deepest valley is not in a
+# cell whose every run is high.
+FITTED, MANY, FITTED_OF_MANY = 32, 1_000, 8
 
 
 @dataclass(frozen=True)
 class Cell:
     """All runs with one weight decay and init std, and the valley fitted over their learning rates.
 
-    ``valley`` is None where no run has a loss, and in a sweep of more than :data:`FITTED` cells where others lie lower.
+    ``valley`` is None where no run has a loss, and in a sweep of many cells where others lie lower.
     """
 
     weight_decay: float
@@ -241,7 +243,8 @@ def summarise(spec: SweepSpec, trials: Sequence[Trial]) -> Swept:
         cell = groups.setdefault((trial.point["weight_decay"], trial.point["init_std"]), [])
         cell.append(Point(math.log2(trial.point["lr"]), trial.loss, trial.seed))
     lowest = sorted(groups, key=lambda cell: (min(p.loss for p in groups[cell]), cell))
-    cells = tuple(_cell(*cell, groups[cell], fit=cell in lowest[:FITTED]) for cell in sorted(groups))
+    lowest = lowest[: FITTED_OF_MANY if len(found) > MANY else FITTED]
+    cells = tuple(_cell(*cell, groups[cell], fit=cell in lowest) for cell in sorted(groups))
     fitted = [cell for cell in cells if cell.valley is not None]
     if not fitted:
         raise ValueError("every run of the sweep diverged: lower the learning rates under [sweep] lr")

@@ -16,7 +16,7 @@ from mue.files import write_atomic
 from mue.lab import plots
 from mue.lab.report import Section, text, write_report
 from mue.lab.storage_trials import OPEN, State, Trial
-from mue.lab.sweep import FITTED, Cell, Swept, stored_sweep, summarise, swept_dict, tuned_words
+from mue.lab.sweep import Cell, Swept, stored_sweep, summarise, swept_dict, tuned_words
 from mue.lab.sweep_points import why_done
 from mue.lab.valley import Point, Valley, fit_valley
 
@@ -147,7 +147,8 @@ def cells_sections(cells: Sequence[Cell]) -> list[Section]:
             found = [f"{2.0**valley.minimum:.3g}", f"{low} to {high}", f"{valley.loss_at_minimum:.4f}"]
         place = [f"{cell.weight_decay:g}", f"{cell.init_std:g}", str(len(cell.points))]
         rows.append([*place, *found, _loss_words(lowest[cell.weight_decay, cell.init_std])])
-    words = f"Of {len(cells)} cells the {FITTED} with the lowest runs are fitted." if len(cells) > FITTED else ""
+    fitted = sum(cell.valley is not None for cell in cells)
+    words = f"Of {len(cells)} cells the {fitted} with the lowest runs are fitted." if fitted < len(cells) else ""
     table = Section(
         id="cells",
         title="Weight decay and init std: the fitted minima",
