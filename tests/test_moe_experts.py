@@ -179,7 +179,7 @@ def test_same_inputs_give_the_same_bits(backend: str, dtype: torch.dtype, kind: 
 @pytest.mark.parametrize("backend", [*FAST, "grouped_mm"])
 @pytest.mark.parametrize("kind", ["topk", "ragged", "choice", "one"])
 def test_bf16_autocast_is_as_good_as_a_bf16_loop(backend: str, kind: str) -> None:
-    """Error against float64 at most 1.2 times the reference's under the same autocast (issue 4)."""
+    """Error against float64 at most 1.2 times the reference's under the same autocast."""
     torch.manual_seed(4)
     routing, weights = make_routing(kind, 150, 6, 2, torch.float32), make_weights(6, 48, 40, torch.float32)
     x_TD, dy_TD = torch.randn(150, 48, requires_grad=True), torch.randn(150, 48)
@@ -198,7 +198,7 @@ def test_bf16_autocast_is_as_good_as_a_bf16_loop(backend: str, kind: str) -> Non
 
 
 def test_bf16_rows_come_in_buckets() -> None:
-    """Every row count of a bf16 product is a multiple of 32 (issue 4, reason 2); float32 rows are not padded."""
+    """Every row count of a bf16 product is a multiple of 32 (each new row count costs a millisecond of set-up); float32 rows are not padded."""
     from mue.moe.portable import _order
 
     routing = make_routing("topk", 100, 7, 2)
@@ -348,7 +348,7 @@ def test_grouped_mm_on_the_cpu(kind: str, gated: bool) -> None:
 
 @pytest.mark.parametrize("backend", FAST)
 def test_saved_bytes_stay_within_the_dense_ffn(backend: str) -> None:
-    """At most 1.5 times what autograd saves for an eager dense FFN of equal active width (issue 4)."""
+    """At most 1.5 times what autograd saves for an eager dense FFN of equal active width."""
     torch.manual_seed(11)
     routing, weights = make_routing("topk", 256, 16, 4, torch.float32), make_weights(16, 32, 32, torch.float32)
     x_TD = torch.randn(256, 32, requires_grad=True)

@@ -20,7 +20,7 @@ from mue.moe.experts import compute_dtype, experts
 from mue.moe.operator import constant
 
 # With bf16 instructions the fused kernel's backward is several times slower than plain products up to this length
-# (issue 4's measurement on a machine with AMX; none was at hand to repeat it).
+# (measured on a machine with AMX before this was written; none was at hand to repeat it).
 _PLAIN_LENGTH = 256
 # Elements of a float32 matrix up to which the MoE kernel computes a dense FFN faster than torch's products do.
 _KERNEL_MATRIX = 1 << 18
