@@ -53,3 +53,10 @@ def test_a_grid_has_one_seed_and_a_valley_search_three() -> None:
 def test_a_mistake_is_named(sweep: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         spec(**sweep)
+
+
+def test_the_documented_search_is_a_sweep_file() -> None:
+    page = (Path(__file__).parent.parent / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    table = tomllib.loads(page.partition("```toml\n")[2].partition("```")[0])
+    grid = spec(**table["sweep"]).grid
+    assert grid.sampler == "valley" and grid.extend and grid.stop_early and grid.trials == 40
