@@ -92,7 +92,7 @@ def refusal(x_TD: Tensor, weights: ExpertWeights, dtype: torch.dtype) -> str | N
         return "the native kernel is not built: run `mue doctor --build`"
     matrices = [matrix for matrix in weights.matrices if matrix is not None]
     types = {dtype, x_TD.dtype, *(matrix.dtype for matrix in matrices)}
-    if not types <= _TYPES.keys() or len({matrix.dtype for matrix in matrices}) > 1:
+    if not all(kind in _TYPES for kind in types) or len({matrix.dtype for matrix in matrices}) > 1:
         return f"the native backend computes in float32, float64 and bfloat16, got {sorted(map(str, types))}"
     if max(matrix.shape[-1] * matrix.shape[-2] for matrix in matrices) > _LARGEST_MATRIX:
         return f"the native backend is for matrices of up to {_LARGEST_MATRIX} elements"
