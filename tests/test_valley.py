@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 
 from mue.lab.laws import student_quantile
 from mue.lab.valley import Point, Valley, fit_valley, regret
+from valley_population import Material, load, population
 
 GRID = range(-3, 4)
 Shape = Callable[[float], float]
@@ -58,10 +60,26 @@ def coverage(
 def test_the_interval_covers_and_is_no_wider_than_it_must(shape: Shape, noise: float, seeds: int, wall: float) -> None:
     """Smoother valleys than real ones, and runs that share no noise: here 95 % intervals may cover more, within an octave.
 
-    On valleys like those of real sweeps they cover 95 %: ``benchmarks/valley_search.py``.
+    On valleys like those of real sweeps they cover what they say: the next test, and ``benchmarks/valley_search.py``.
     """
     share, width = coverage(shape, noise, 150, seeds, wall=wall)
     assert share >= 0.93 and width < 1
+
+
+def test_on_valleys_made_from_recorded_sweeps_the_interval_covers_as_it_says() -> None:
+    """Nine learning rates × three seeds of sweeps on which no constant of the fit was chosen; bounded on both sides."""
+    recorded = load(Path(__file__).parent.parent / "benchmarks" / "recorded" / "sweeps.json")[15:]
+    material = Material.of(recorded, np.random.default_rng(0))
+    shares = []
+    for confidence in (0.95, 0.5):
+        hits = []
+        for valley in population(material, 150, -2.0, 2.0, seed=21):
+            points = [valley.run(float(x), seed) for x in np.linspace(-4, 4, 9) for seed in range(3)]
+            low, high = fit_valley(points, confidence=confidence).interval
+            hits.append(low <= valley.at <= high)
+        shares.append(float(np.mean(hits)))
+    assert 0.90 <= shares[0] <= 0.99
+    assert shares[1] < 0.90  # negative control: an interval that claims less covers less
 
 
 def test_control_understated_noise_does_not_cover() -> None:
