@@ -27,8 +27,6 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": F.relu,
     "relu²": lambda x: F.relu(x).square(),
 }
-SWAPPED = "gate and up swapped"
-FFN_PARTS = ("up", "gate", "down")
 FIT = 2e-2  # largest relative residual at which a branch counts as understood
 
 

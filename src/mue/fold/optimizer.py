@@ -12,7 +12,6 @@ from mue.fold.forms import Conversion, Group
 from mue.roles import canonical
 
 SETTINGS = ("lr", "initial_lr", "weight_decay", "eps", "roles")  # what the plan decides; the rest of a group travels
-SCHEDULED = ("base_lrs", "_last_lr")
 
 
 def is_optimizer(data: object) -> bool:

@@ -149,6 +149,10 @@ def cells_sections(cells: Sequence[Cell]) -> list[Section]:
         rows.append([*place, *found, _loss_words(lowest[cell.weight_decay, cell.init_std])])
     fitted = sum(cell.valley is not None for cell in cells)
     words = f"Of {len(cells)} cells the {fitted} with the lowest runs are fitted." if fitted < len(cells) else ""
+    columns = len({std for _, std in lowest})
+    words += f" No map beside this: {columns} values of init std are more than its {_COLUMNS} columns." * (
+        columns > _COLUMNS
+    )
     table = Section(
         id="cells",
         title="Weight decay and init std: the fitted minima",
@@ -161,7 +165,7 @@ def cells_sections(cells: Sequence[Cell]) -> list[Section]:
 
 
 def _map(lowest: Mapping[tuple[float, float], float]) -> list[Section]:
-    """The lowest loss over (weight decay, init std) as a shaded table; nothing where one of them has one value only."""
+    """The lowest loss over (weight decay, init std) as a shaded table; nothing where one has one value only, or too many."""
     decays, stds = sorted({wd for wd, _ in lowest}), sorted({std for _, std in lowest})
     finite = sorted(loss for loss in lowest.values() if math.isfinite(loss))
     if len(decays) < 2 or len(stds) < 2 or len(stds) > _COLUMNS or not finite:

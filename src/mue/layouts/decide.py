@@ -13,7 +13,6 @@ ATTENTION = (
 )
 FEED_FORWARD = r"\w*mlps?|mlp\w*|ffn|feed_?forward|ff|\w*_moe|moe|block_sparse_moe"
 SHARED = r"shared_experts?|shared_mlp|shared_expert_mlp"
-ROUTER = r"\w*router\w*|gate|wg|classifier|shared_expert_gate|gate_layer"
 POSITION = r"wpe|\w*position\w*|\w*pos_emb\w*|token_type_embeddings"
 HYPER = r"\w*_hc|hc_\w*|\w*hyper_connection\w*"
 QUERY = r"q|q_\w*|wq\w*|query|\w*_q_proj"

@@ -66,10 +66,6 @@ class Batches:
     def tokens_per_step(self) -> int:
         return self.batch_sequences * self.sequence
 
-    def epochs(self, steps: int) -> float:
-        """How often ``steps`` steps go through the split."""
-        return steps * self.batch_sequences / self.windows
-
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Inputs x_BT and targets y_BT (int64, CPU) of a step, counted from 0."""
         if step < 0:
