@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import mue
@@ -110,6 +110,7 @@ def test_designs_are_balanced_and_orthogonal(factors: int) -> None:
 
 @few
 @given(seed=st.integers(0, 10_000))
+@example(seed=18)  # the largest difference is far from the others', and right
 def test_slopes_are_exact_and_blind_to_curvature_and_products(seed: int) -> None:
     rng, signs = np.random.default_rng(seed), mirrored_design(12)
     true, quadratic = rng.normal(size=12), rng.normal(size=(12, 12))
@@ -130,6 +131,14 @@ def test_a_run_that_diverged_is_one_bad_run() -> None:
     for i, (p, m) in enumerate(((math.inf, 0.0), (0.0, math.inf), (math.inf, math.inf))):
         plus[i], minus[i] = p, m
     assert np.abs(slopes(signs, plus, minus) - true).max() < 0.03
+
+
+def test_a_finite_difference_that_no_slopes_could_make_is_pulled_in() -> None:
+    signs, true = mirrored_design(12), np.linspace(-0.02, 0.02, 12)
+    plus = signs @ true
+    plus[3] += 10.0
+    assert np.abs(slopes(signs, list(plus), list(-signs @ true)) - true).max() < 0.05
+    assert np.abs(signs.T @ (plus + signs @ true) / 2 / len(signs) - true).max() > 0.2  # control: left as it is
 
 
 def test_noise_is_told_from_the_effects_themselves() -> None:

@@ -50,13 +50,19 @@ def paired(before: Sequence[float], after: Sequence[float], error: float) -> Gai
 def slopes(signs: npt.NDArray[np.int64], plus: Sequence[float], minus: Sequence[float]) -> Array:
     """Change of the loss from the centre to +1 of each coordinate, from a mirrored design.
 
-    Differences far outside the others' spread (a run that diverged) are pulled to its edge.
+    A run that diverged counts as the largest finite difference. A finite one is pulled in only where no slopes at all could
+    have made it: with n orthogonal rows and k coordinates it is at most √(k(n-1)/(n-k)) times the others' root mean square.
     """
+    n, k = signs.shape
     with np.errstate(invalid="ignore"):  # inf - inf
         half = (np.asarray(plus, dtype=float) - np.asarray(minus, dtype=float)) / 2
-    known = half[np.isfinite(half)]
-    reach = 5 * 1.4826 * float(np.median(np.abs(known))) if known.size else 0.0
-    half = np.clip(np.nan_to_num(half, nan=0.0, posinf=reach, neginf=-reach), -reach, reach)
+    known = np.abs(half[np.isfinite(half)])
+    edge = float(known.max()) if known.size else 0.0
+    half = np.nan_to_num(half, nan=0.0, posinf=edge, neginf=-edge)
+    if n > k:
+        others = np.sqrt(np.maximum((half @ half) - half**2, 0.0) / (n - 1))
+        reach = (1 + 1e-9) * math.sqrt(k * (n - 1) / (n - k)) * others
+        half = np.clip(half, -reach, reach)
     return np.asarray(signs.T @ half / len(half))
 
 
