@@ -270,17 +270,18 @@ class Synthetic:
         return Point(log2_lr, float(3 + self.shape.at(d)[0] + noise), seed)
 
     def curve(self, log2_lr: float, seed: int) -> Curve:
-        """The training curve of the recorded run nearest to this one.
+        """The training curve of the recorded run nearest to this one, lifted to where this one ends.
 
         Below the recorded learning rates it is that of the lowest at a slower pace: progress there goes with rate times steps.
         """
         sweep = self.material.sweeps[self.source]
         rows = [i for i in range(len(sweep.loss)) if np.isfinite(sweep.loss[i]).all()]
         away = log2_lr - self.at + self.material.bottoms[self.source] - sweep.x
-        place = int(np.argmin(np.abs(away)))
-        curve = sweep.curves[rows[seed % len(rows)], place]
-        step, loss = np.array(curve).T
-        return list(zip(step.tolist(), np.interp(step * 2.0 ** min(away[0], 0.0), step, loss).tolist(), strict=True))
+        place, row = int(np.argmin(np.abs(away))), rows[seed % len(rows)]
+        step, loss = np.array(sweep.curves[row, place]).T
+        slowed = np.interp(step * 2.0 ** min(away[0], 0.0), step, loss)
+        lift = self.run(log2_lr, seed).loss - (sweep.loss[row, place] + slowed[-1] - loss[-1])
+        return list(zip(step.tolist(), (slowed + lift).tolist(), strict=True))
 
     @property
     def steps(self) -> int:

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from mue.files import write_json
-from mue.lab.pruning import hopeless
+from mue.lab.pruning import Seen, hopeless, rung
 from mue.lab.search import Asked, Observation, Space, Verdict, next_points, verdict
 from mue.lab.train import provenance
 from mue.lab.valley import Point, Valley, fit_valley
@@ -41,26 +41,28 @@ _ORDERS = 12
 
 @dataclass
 class Searched:
-    """A search under way: what it has been told, what it cost, the curves of finished runs."""
+    """A search under way: what it has been told, what it cost, its runs with their curves."""
 
     space: Space
     results: list[Observation]
-    curves: list[Curve]
+    seen: list[Seen]
     cost: float = 0.0
     stopped: int = 0
 
     def train(self, valley: Synthetic, asked: Asked, wall: float = math.inf) -> None:
         """One run, stopped where it is hopeless; beyond ``wall`` it diverges at the end."""
         x = math.log2(asked.lr)
-        whole = valley.curve(x, asked.seed)
-        for n, (step, _) in enumerate(whole[:-1]):
-            if hopeless(whole[: n + 1], self.curves, valley.steps):
-                self.cost, self.stopped = self.cost + step / valley.steps, self.stopped + 1
-                self.results.append(Observation(asked, math.inf))
-                return
-        self.cost += 1
-        self.curves.append(whole)
-        self.results.append(Observation(asked, valley.run(x, asked.seed).loss if x < wall else math.nan))
+        loss = valley.run(x, asked.seed).loss if x < wall else math.nan
+        cell = [
+            s
+            for s, r in zip(self.seen, self.results, strict=True)
+            if (r.asked.weight_decay, r.asked.init_std) == (asked.weight_decay, asked.init_std)
+        ]
+        self.seen.append(trained(Seen(x, asked.seed, valley.curve(x, asked.seed), loss), cell, valley.steps))
+        stopped = self.seen[-1].loss is None
+        self.cost += self.seen[-1].curve[-1][0] / valley.steps if stopped else 1
+        self.stopped += stopped
+        self.results.append(Observation(asked, math.inf if stopped else loss))
 
 
 def space_of(span: float, budget: int = 60, precision: float = 1e-3, *, extend: bool = False) -> Space:
@@ -246,23 +248,31 @@ def joint(material: Material, levels: Sequence[float], count: int) -> dict[str, 
 
 def pruned(sweep: Recorded, order: Sequence[tuple[int, int]]) -> tuple[list[Point], float]:
     """The runs of a recorded sweep, made in this order with early stopping, and what share of the training it took."""
-    points, finished, cost = list[Point](), list[Curve](), 0.0
+    ended, cost = list[Seen](), 0.0
     for row, place in order:
-        curve = sweep.curves[row, place]
-        stops = (s for n, (s, _) in enumerate(curve[:-1]) if hopeless(curve[: n + 1], finished, sweep.steps))
-        stop = next(stops, None)
-        points.append(Point(float(sweep.x[place]), float(sweep.loss[row, place]) if stop is None else math.inf, row))
-        cost += 1 if stop is None else stop / sweep.steps
-        if stop is None:
-            finished.append(curve)
+        whole = Seen(float(sweep.x[place]), row, sweep.curves[row, place], float(sweep.loss[row, place]))
+        ended.append(trained(whole, ended, sweep.steps))
+        cost += ended[-1].curve[-1][0] / sweep.steps if ended[-1].loss is None else 1
+    points = [Point(s.log2_lr, math.inf if s.loss is None else s.loss, s.seed) for s in ended]
     return points, cost / len(order)
+
+
+def trained(whole: Seen, ended: Sequence[Seen], steps: int) -> Seen:
+    """The run, or as far as it comes before it is stopped."""
+    rungs = [rung(step, steps) for step, _ in whole.curve]
+    for n in range(1, len(rungs)):
+        if rungs[n] > rungs[n - 1]:
+            part = replace(whole, curve=whole.curve[: n + 1], loss=None)
+            if hopeless(part, ended, steps):
+                return part
+    return whole
 
 
 def pruning(sweeps: Sequence[Recorded], orders: int) -> dict[str, Any]:
     """Recorded sweeps of three seeds in random orders, the first in the grid's own: how far the fitted minimum moves."""
     moved, bounded, costs = [], [], []
     for number, sweep in enumerate(sweeps):
-        rows = np.flatnonzero(np.isfinite(sweep.loss).all(axis=1))[:3]
+        rows = np.flatnonzero(np.isfinite(sweep.loss).sum(axis=1) >= len(sweep.x) // 2)[:3]
         runs = [(int(row), place) for place in range(len(sweep.x)) for row in rows]
         whole = fit_valley([Point(float(sweep.x[j]), float(sweep.loss[i, j]), i) for i, j in runs])
         for k in range(orders):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ from mue.lab.experiment import SweepSpec, described, open_corpus, sweep_from
 from mue.lab.run import Run, Store
 from mue.lab.runner import Busy, Done, Message, Progress
 from mue.lab.storage_trials import Trials
-from mue.lab.sweep import identity, open_trials, sweep_run
+from mue.lab.sweep import identity, open_trials, summarise, sweep_run
 from mue.lab.sweep_points import grid_points
 from mue.lab.sweep_worker import Watch, Worker
 
@@ -128,3 +131,42 @@ def test_a_result_that_is_too_late_is_not_counted(spec: SweepSpec, tmp_path: Pat
     (ended,) = worker.work()
     assert (ended.owner, ended.loss) == ("another", 2.25)
     assert heard.counted == [] and any("too late" in words for words in heard.words)
+
+
+def test_a_hopeless_run_is_stopped_and_is_a_wall_in_the_fit(spec: SweepSpec, tmp_path: Path) -> None:
+    """Learning rates from the valley outwards; the ends crawl from where they began."""
+    octaves = (0, -1, 1, -2, 2, -3, 3, 6, -6)
+    lrs = tuple(2.0 ** (x - 8) for x in sorted(octaves))
+    grid = replace(spec.grid, lr=lrs, weight_decay=(0.1,), init_std=(0.02,), seeds=(0,), stop_early=True)
+    wide = replace(spec, grid=grid)
+
+    def loss_at(run: Run, step: int) -> float:
+        assert run.plan.tuned is not None
+        far = math.log2(run.plan.tuned.lr) + 8
+        return 6 - (4 - 0.1 * far**2) * (1 - math.exp(-step / 5))
+
+    def script(runner: Scripted) -> list[Message]:
+        (run,) = runner.flying.values()
+        if run.key in runner.stopped:
+            return [done(run, "stopped")]
+        path = store.folder(run.key) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        step = 2 + len(store.metrics(run.key)) * 2
+        if step > 40:
+            return [Done(run, {**done(run).result, "val_loss": loss_at(run, 40)})]
+        with path.open("a") as file:
+            file.write(json.dumps({"step": step, "loss": loss_at(run, step)}) + "\n")
+        return [Progress(run.key, step, loss_at(run, step))]
+
+    runner, store = Scripted(script), Store(tmp_path)
+    runner.slots = 1
+    worker, trials, _ = working(wide, tmp_path, runner, 0)
+    trials.add([{"lr": 2.0 ** (x - 8), "weight_decay": 0.1, "init_std": 0.02, "seed": 0} for x in octaves])
+    ended = worker.work()
+    state = {round(math.log2(t.point["lr"])) + 8: t.state for t in ended}
+    stopped = [x for x, s in state.items() if s == "PRUNED"]
+    assert {6, -6} <= set(stopped) and min(map(abs, stopped)) > 2
+    swept = summarise(wide, ended)
+    assert (swept.runs, swept.stopped) == (9 - len(stopped), len(stopped)) and swept.best.valley is not None
+    assert len(swept.best.points) == 9 and swept.best.valley.minimum == pytest.approx(-8, abs=0.05)
+    assert summarise(wide, [t for t in ended if t.state == "COMPLETE"]).best.valley != swept.best.valley

@@ -73,7 +73,7 @@ def sweep(
       init_std = \\[0.05, 0.1]
       # sampler = "valley"  # look for the minimum between the ends of lr instead ...
       # precision = 0.25    # ... until its 95 % interval is within this many octaves on each side
-      # stop_early = true   # give up runs whose curve shows that they are hopeless
+      # stop_early = true   # give up runs that can no longer move the minimum
 
     \b
     [bold]Many machines[/]

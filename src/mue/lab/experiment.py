@@ -31,7 +31,7 @@ class Grid:
         sampler: "grid": every combination; "valley": what ``mue.lab.search`` asks for between the lowest and the highest lr;
             "random" and "tpe": what Optuna draws from the ranges of the lists. trials: at most so many (None: a grid).
         seeds: of a grid, one unless said otherwise; of a valley search three, since runs of one seed err together.
-        precision, extend: of the valley search. stop_early: runs whose curve shows that they are hopeless.
+        precision, extend: of the valley search. stop_early: give up runs that can no longer move the minimum.
         runner: how runs are trained (``mue.lab.runner``).
     """
 

@@ -22,6 +22,7 @@ from mue.lab.storage import Database, Execute, Rows
 
 LEASE = 60.0
 Point = dict[str, float]
+Curve = Sequence[tuple[int, float]]
 State = Literal["WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL"]
 OPEN = ("WAITING", "RUNNING")
 
@@ -98,7 +99,7 @@ class Trials:
     def __init__(self, database: Database, name: str, lease: float | None = None) -> None:
         self.database, self.study = database, database.study(name)
         self.ended: dict[int, Trial] = {}
-        self._curves: dict[int, list[Any] | None] = {}
+        self._curves: dict[int, Curve] = {}
         self._now, self._ago = _NOW[database.sqlite], _AGO[database.sqlite]
         stored = database.run(lambda execute: self._agreed(execute, lease))
         if lease is not None and lease != stored:
@@ -237,15 +238,15 @@ class Trials:
         found = [self.ended.get(row[0]) or fresh.get(row[0]) for row in heads]
         return [trial for trial in found if trial]  # what others put into the study by other means is not ours
 
-    def curves(self) -> list[list[Any]]:
-        """The curves of the completed trials that have one; each is read from the storage once."""
-        done = [trial.id for trial in self.all() if trial.state == "COMPLETE"]
+    def curves(self) -> dict[int, Curve]:
+        """Of the ended trials that have one, by their ids: (step, loss). Each is read from the storage once."""
+        done = [trial.id for trial in self.all() if trial.state in ("COMPLETE", "PRUNED")]
         new = [trial for trial in done if trial not in self._curves]
         rows = (
             self.database.run(lambda execute: self._attributes(execute, new, "= 'curve'"), write=False) if new else []
         )
-        self._curves.update(dict.fromkeys(new) | {trial: json.loads(text) for trial, _, text in rows})
-        return [curve for curve in self._curves.values() if curve]
+        self._curves.update(dict.fromkeys(new, ()) | {trial: json.loads(text) for trial, _, text in rows})
+        return {trial: curve for trial, curve in self._curves.items() if curve}
 
     # ---- SQL --------------------------------------------------------------------------------------------------------
 

@@ -60,7 +60,7 @@ class Swept:
     runs: int
     diverged: int
     stopped: int
-    """Hopeless runs that were given up early; they are not points of any valley."""
+    """Hopeless runs that were given up early: no loss, but known to be high where they are, as a diverged run is."""
     trials: tuple[Trial, ...]
     """What it was fitted from, and whatever else the storage holds."""
 
@@ -239,7 +239,7 @@ def summarise(spec: SweepSpec, trials: Sequence[Trial]) -> Swept:
     ended = [t for t in trials if t.result is not None and (not asked or t.name in asked)]
     found = [t for t in ended if t.state == "COMPLETE"]
     groups: dict[tuple[float, float], list[Point]] = {}
-    for trial in found:
+    for trial in ended:
         cell = groups.setdefault((trial.point["weight_decay"], trial.point["init_std"]), [])
         cell.append(Point(math.log2(trial.point["lr"]), trial.loss, trial.seed))
     lowest = sorted(groups, key=lambda cell: (min(p.loss for p in groups[cell]), cell))

@@ -117,7 +117,7 @@ def sweep_section(
         ],
         figure=plots.sweep_figure(cells, best),
         in_page="svg" if result["runs"] <= _DRAWN else "png",
-        caption="Points are runs, lines the fitted valleys, ▼ the fitted minima. ▲ marks runs above the picture, × diverged ones.",
+        caption="Points are runs, lines the fitted valleys, ▼ the fitted minima. ▲ marks runs above the picture, × those that diverged or were stopped.",
     )
 
 

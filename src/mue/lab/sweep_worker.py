@@ -20,17 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from mue.lab.experiment import Grid
-from mue.lab.pruning import hopeless
+from mue.lab.pruning import Seen, hopeless, rung
 from mue.lab.run import Run, Store
 from mue.lab.runner import Busy, Done, Progress, Runner
 from mue.lab.storage import StorageError
-from mue.lab.storage_trials import OPEN, State, Trial, Trials
+from mue.lab.storage_trials import OPEN, Curve, State, Trial, Trials
 from mue.lab.sweep_points import proposed
 
 _LOOK = 2.0  # seconds between two looks at the other workers' trials
 _AGAIN = 1.0  # seconds until a run that another process holds is tried again
 _CURVE = 64  # points kept of a training curve
-_JUDGED = 5.0  # seconds between two looks at whether a run is hopeless
 
 
 class Watch:
@@ -73,7 +72,7 @@ class Worker:
         self.reached: dict[str, Progress] = {}
         self.again: list[tuple[float, Run]] = []  # runs that could not begin yet, and when to try them again
         self.leaving: set[str] = set()  # lost and told to stop: their last word is still to come
-        self.judged: dict[str, float] = {}
+        self.rungs: dict[str, int] = {}  # passed by each run of ours, where hopeless ones are stopped
         self.looked = self.claims = -math.inf  # when the others were last looked at; when a claim is next worth trying
 
     def work(self) -> list[Trial]:
@@ -161,12 +160,21 @@ class Worker:
         self.reached[message.key] = message
         self.pulse.note(trial.id, {"step": message.step, "loss": message.loss})
         self.watch.moved(run)
-        now = time.monotonic()
-        if self.grid.stop_early and now - self.judged.get(message.key, 0.0) > _JUDGED:
-            self.judged[message.key] = now
-            assert run.plan.training is not None and self.runner is not None
-            if hopeless(self._curve(message.key), self.trials.curves(), run.plan.training.steps):
-                self.runner.stop(message.key)
+        if self.grid.stop_early and self._hopeless(trial, run, message.step):
+            assert self.runner is not None
+            self.runner.stop(message.key)
+
+    def _hopeless(self, trial: Trial, run: Run, step: int) -> bool:
+        """Whether the run has passed another rung and may be stopped there."""
+        assert run.plan.training is not None
+        steps = run.plan.training.steps
+        passed = rung(step, steps)
+        if passed <= self.rungs.get(run.key, 0):
+            return False
+        self.rungs[run.key] = passed
+        curves = self.trials.curves()
+        cell = [t for t in self.trials.all() if t.id in curves and _cell(t) == _cell(trial)]
+        return hopeless(_seen(trial, self._curve(run.key)), [_seen(t, curves[t.id]) for t in cell], steps)
 
     def _done(self, message: Done) -> None:
         key = message.run.key
@@ -178,6 +186,7 @@ class Worker:
         counted = self.trials.finish(self.name, trial.id, message.result, state, curve)
         self.pulse.let_go(trial.id)
         fresh = self.reached.pop(key, None) is not None
+        self.rungs.pop(key, None)
         if counted:
             ended = replace(trial, state=state, result=message.result)
             self.watch.ended(ended, run, fresh=fresh)
@@ -303,6 +312,14 @@ def dead(folder: Path, name: str) -> bool:
             return True
     except (FileNotFoundError, BlockingIOError):
         return False
+
+
+def _cell(trial: Trial) -> tuple[float, float]:
+    return trial.point["weight_decay"], trial.point["init_std"]
+
+
+def _seen(trial: Trial, curve: Curve) -> Seen:
+    return Seen(math.log2(trial.point["lr"]), trial.seed, curve, trial.loss if trial.state == "COMPLETE" else None)
 
 
 def _with(trial: Trial, reached: Progress | None) -> Trial:
