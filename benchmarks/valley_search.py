@@ -28,15 +28,25 @@ from mue.lab.pruning import Seen, hopeless, rung
 from mue.lab.search import Asked, Observation, Space, Verdict, next_points, verdict
 from mue.lab.train import provenance
 from mue.lab.valley import Point, Valley, fit_valley
-from valley_population import KINDS, Curve, Material, Recorded, Synthetic, load, population
+from valley_population import KINDS, Curve, Material, Synthetic, load, population
 
 ROOT = Path(__file__).resolve().parent.parent
-CHOSEN = 15  # recorded sweeps on which constants were chosen
+CHOSEN, CHOSEN_WIDE = 15, 4  # recorded sweeps on which constants were chosen
 SPANS = (8, 10, 13)  # octaves of the range: 9 learning rates in steps of 2, three decades, four decades
 COSTS = (9, 11, 13)  # whole runs
 _INSIDE = 2.0  # octaves between a minimum and the ends of the range
 _SEEDS = tuple(range(12))
-_ORDERS = 12
+
+
+def trained(whole: Seen, ended: Sequence[Seen], steps: int) -> Seen:
+    """The run, or as far as it comes before it is stopped."""
+    rungs = [rung(step, steps) for step, _ in whole.curve]
+    for n in range(1, len(rungs)):
+        if rungs[n] > rungs[n - 1]:
+            part = replace(whole, curve=whole.curve[: n + 1], loss=None)
+            if hopeless(part, ended, steps):
+                return part
+    return whole
 
 
 @dataclass
@@ -130,6 +140,26 @@ def compared(valleys: Sequence[Synthetic], span: float) -> dict[str, Any]:
     last = [search for _, search in found]
     out["runs_at_the_last_cost"] = round(float(np.mean([len(s.results) for s in last])), 2)
     out["stopped_per_search"] = round(float(np.mean([s.stopped for s in last])), 2)
+    return out
+
+
+def known_places(valleys: Sequence[Synthetic], span: float) -> dict[str, Any]:
+    """Nine and twelve runs about a minimum that is known to half an octave: what no search can count on having."""
+    grids = [grid(v, span).interval for v in valleys]
+    nudges = [float(np.random.default_rng([17, v.number]).uniform(-0.5, 0.5)) for v in valleys]
+    out: dict[str, Any] = {}
+    for runs, step in ((9, 0.5), (9, 0.7), (9, 0.9), (12, 0.5), (12, 0.7)):
+        places = [(step * (i - (runs - 1) / 2), i) for i in range(runs)]
+        found = [
+            fit_valley([v.run(v.at + nudge + d, seed) for d, seed in places]).interval
+            for v, nudge in zip(valleys, nudges, strict=True)
+        ]
+        ratio = [min(b[1] - b[0], 99.0) / min(a[1] - a[0], 99.0) for a, b in zip(grids, found, strict=True)]
+        scored = _scored(valleys, found)
+        out[f"{runs} runs, {step:g} octaves apart"] = {
+            "covers": scored["covers"]["share"],
+            "width_over_grid_median_of_pairs": round(median(ratio), 3),
+        }
     return out
 
 
@@ -243,66 +273,20 @@ def joint(material: Material, levels: Sequence[float], count: int) -> dict[str, 
     }
 
 
-# ------------------------------------------------------------------------------------------------------------- pruning
-
-
-def pruned(sweep: Recorded, order: Sequence[tuple[int, int]]) -> tuple[list[Point], float]:
-    """The runs of a recorded sweep, made in this order with early stopping, and what share of the training it took."""
-    ended, cost = list[Seen](), 0.0
-    for row, place in order:
-        whole = Seen(float(sweep.x[place]), row, sweep.curves[row, place], float(sweep.loss[row, place]))
-        ended.append(trained(whole, ended, sweep.steps))
-        cost += ended[-1].curve[-1][0] / sweep.steps if ended[-1].loss is None else 1
-    points = [Point(s.log2_lr, math.inf if s.loss is None else s.loss, s.seed) for s in ended]
-    return points, cost / len(order)
-
-
-def trained(whole: Seen, ended: Sequence[Seen], steps: int) -> Seen:
-    """The run, or as far as it comes before it is stopped."""
-    rungs = [rung(step, steps) for step, _ in whole.curve]
-    for n in range(1, len(rungs)):
-        if rungs[n] > rungs[n - 1]:
-            part = replace(whole, curve=whole.curve[: n + 1], loss=None)
-            if hopeless(part, ended, steps):
-                return part
-    return whole
-
-
-def pruning(sweeps: Sequence[Recorded], orders: int) -> dict[str, Any]:
-    """Recorded sweeps of three seeds in random orders, the first in the grid's own: how far the fitted minimum moves."""
-    moved, bounded, costs = [], [], []
-    for number, sweep in enumerate(sweeps):
-        rows = np.flatnonzero(np.isfinite(sweep.loss).sum(axis=1) >= len(sweep.x) // 2)[:3]
-        runs = [(int(row), place) for place in range(len(sweep.x)) for row in rows]
-        whole = fit_valley([Point(float(sweep.x[j]), float(sweep.loss[i, j]), i) for i, j in runs])
-        for k in range(orders):
-            order = np.random.default_rng([15, number, k]).permutation(len(runs)) if k else np.arange(len(runs))
-            points, cost = pruned(sweep, [runs[i] for i in order])
-            moved.append(abs(fit_valley(points).minimum - whole.minimum))
-            bounded.append(whole.determined)
-            costs.append(cost)
-    within = [m < 0.05 for m in moved]
-    return {
-        "moves_less_than_0.05": share(within),
-        "of_sweeps_that_bound_their_minimum": share([w for w, b in zip(within, bounded, strict=True) if b]),
-        "largest_move": round(max(moved), 3),
-        "cost": round(float(np.mean(costs)), 4),
-    }
-
-
 # -------------------------------------------------------------------------------------------------------------- together
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recorded", type=Path, default=ROOT / "benchmarks/recorded/sweeps.json")
+    parser.add_argument("--recorded", type=Path, default=ROOT / "benchmarks/recorded")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--quick", action="store_true", help="a tenth of the valleys")
     given = parser.parse_args()
     few = 10 if given.quick else 1
-    sweeps = load(given.recorded)
+    sweeps, wide = load(given.recorded / "sweeps.json"), load(given.recorded / "wide.json")
     held = Material.of(sweeps[CHOSEN:], np.random.default_rng(0))
     chosen = Material.of(sweeps[:CHOSEN], np.random.default_rng(0))
+    broad = Material.of(wide[CHOSEN_WIDE:], np.random.default_rng(0))
     nine = Material.of(sweeps[:9], np.random.default_rng(0))
     levels = [float(s.whole.mean(axis=0).min()) for s in sweeps[:9]]
 
@@ -315,13 +299,13 @@ def main() -> None:
     sections: dict[str, Callable[[], Any]] = {
         **{f"range of {s} octaves": partial(_range, held, 210 // few, s) for s in SPANS},
         "range of 10 octaves, chosen on": partial(_range, chosen, 210 // few, 10),
+        **{f"range of {s} octaves, of sweeps over twelve": partial(_range, broad, 210 // few, s) for s in SPANS},
+        "at known places": lambda: {s: known_places(_valleys(held, 210 // few, s, s), s) for s in SPANS},
         "four workers": lambda: _workers(held, 90 // few),
         "edges": lambda: edges(held, 60 // few),
         "two valleys": lambda: two_valleys(held, 60 // few),
         "divergence": lambda: walls(held, 90 // few),
         "joint": lambda: joint(nine, levels, max(3, 20 // few)),
-        "pruning, held out": lambda: pruning(sweeps[CHOSEN:], _ORDERS),
-        "pruning, chosen on": lambda: pruning(sweeps[:CHOSEN], _ORDERS),
     }
     for name, work in sections.items():
         began = time.process_time()

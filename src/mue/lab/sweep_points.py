@@ -19,10 +19,15 @@ _TIRED = 20  # proposals in a row that are all known: a sampler over few values 
 
 
 def grid_points(grid: Grid) -> list[Point]:
-    """Every combination, in the order they are started; empty where a search proposes instead."""
+    """Every combination, in the order they are started; empty where a search proposes instead.
+
+    Learning rates from the middle outwards: the ends come when it shows whether they matter (``mue.lab.pruning``).
+    """
     if grid.sampler != "grid":
         return []
-    points = itertools.product(grid.init_std, grid.weight_decay, grid.lr, grid.seeds)
+    middle = (len(grid.lr) - 1) / 2
+    outwards = sorted(grid.lr, key=lambda lr: abs(grid.lr.index(lr) - middle))
+    points = itertools.product(grid.init_std, grid.weight_decay, outwards, grid.seeds)
     return [{"lr": lr, "weight_decay": wd, "init_std": std, "seed": seed} for std, wd, lr, seed in points]
 
 

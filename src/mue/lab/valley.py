@@ -23,12 +23,12 @@ import numpy.typing as npt
 
 from mue.lab.belief import Belief, Limits, believe, own_noise
 
-__all__ = ["Point", "Second", "Valley", "fit_valley", "regret", "study"]
+__all__ = ["REACH", "Point", "Second", "Valley", "fit_valley", "regret", "study"]
 
 Array = npt.NDArray[np.float64]
 
 # A window of the sweep is fitted, never the far walls: learning rates within so many octaves of the lowest ...
-_REACH = 4.0
+REACH = 4.0
 # ... up to the first whose rise over distance squared is so many times the median's, and always the lowest's neighbours.
 _STEEP = 30.0
 # A rise between two low places is a barrier from so many standard deviations on, of noise that grows so with lr.
@@ -243,7 +243,7 @@ class _Sweep:
     def _window(self, first: int, last: int) -> tuple[int, int]:
         """First and last index of the learning rates to fit, of those from ``first`` to ``last``."""
         distance, rise, best = np.abs(self.x - self.x[self.best]), self.mean - self.mean[self.best], self.best
-        near = (distance <= _REACH) & (np.arange(len(rise)) >= first) & (np.arange(len(rise)) <= last)
+        near = (distance <= REACH) & (np.arange(len(rise)) >= first) & (np.arange(len(rise)) <= last)
         steepness = rise / np.maximum(distance, 1.0) ** 2
         cap = _STEEP * float(np.median(steepness[near & (distance > 0)])) if near.sum() > 1 else math.inf
         fits = near & (steepness <= cap)
