@@ -91,6 +91,12 @@ def test_a_finished_run_is_read_not_run(tmp_path: Path, corpus: Corpus) -> None:
     assert len(rows[-1]["load"][0]) == 8
 
 
+def test_metrics_can_be_read_while_a_run_grows(tmp_path: Path, corpus: Corpus) -> None:
+    run, store, seen = moe_run(corpus), Store(tmp_path), list[tuple[int, int]]()
+    train(run, store, corpus, progress=lambda step, loss: seen.append((step, store.metrics(run.key)[-1]["step"])))
+    assert len(seen) > 3 and all(told == written for told, written in seen)
+
+
 def test_training_learns(tmp_path: Path, corpus: Corpus) -> None:
     result = train(moe_run(corpus, steps=80), Store(tmp_path), corpus)
     assert result["val_loss"] < math.log(256) - 1.5

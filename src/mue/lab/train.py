@@ -135,7 +135,7 @@ class Course:
     def __enter__(self) -> Course:
         self._resume()
         write_json(self.folder / "config.json", {"key": self.key, "plan": self.plan.hash, **self.run.to_dict()})
-        self.metrics = (self.folder / "metrics.jsonl").open("a", encoding="utf-8")
+        self.metrics = (self.folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")  # read while it grows
         self.saved = time.monotonic()
         return self
 
