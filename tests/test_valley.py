@@ -190,3 +190,11 @@ def test_thousands_of_runs_are_averaged_not_inverted() -> None:
     low, high = fit_valley(many).interval
     assert low <= 0.3 <= high
     assert high - low < 0.5 * np.subtract(*fit_valley(few).interval[::-1])
+
+
+def test_rounded_learning_rates_are_fitted_as_the_exact_ones() -> None:
+    exact = [Point(float(x), 2.5 + 0.04 * (x + 7) ** 2 + 0.01 * ((x * x) % 3), 0) for x in range(-12, -1)]
+    rounded = [Point(math.log2(0.0078) if p.log2_lr == -7 else p.log2_lr, p.loss, p.seed) for p in exact]
+    both = [fit_valley(points) for points in (exact, rounded)]
+    assert len(both[0].used) == len(both[1].used) == 9
+    assert both[0].minimum == pytest.approx(both[1].minimum, abs=0.03)

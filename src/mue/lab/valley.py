@@ -29,6 +29,7 @@ Array = npt.NDArray[np.float64]
 
 # A window of the sweep is fitted, never the far walls: learning rates within so many octaves of the lowest ...
 REACH = 4.0
+_ROUNDING = 0.05  # octaves more, so that 0.0078 and 0.0078125 see the same runs
 # ... up to the first whose rise over distance squared is so many times the median's, and always the lowest's neighbours.
 _STEEP = 30.0
 # A rise between two low places is a barrier from so many standard deviations on, of noise that grows so with lr.
@@ -243,7 +244,7 @@ class _Sweep:
     def _window(self, first: int, last: int) -> tuple[int, int]:
         """First and last index of the learning rates to fit, of those from ``first`` to ``last``."""
         distance, rise, best = np.abs(self.x - self.x[self.best]), self.mean - self.mean[self.best], self.best
-        near = (distance <= REACH) & (np.arange(len(rise)) >= first) & (np.arange(len(rise)) <= last)
+        near = (distance <= REACH + _ROUNDING) & (np.arange(len(rise)) >= first) & (np.arange(len(rise)) <= last)
         steepness = rise / np.maximum(distance, 1.0) ** 2
         cap = _STEEP * float(np.median(steepness[near & (distance > 0)])) if near.sum() > 1 else math.inf
         fits = near & (steepness <= cap)
