@@ -184,9 +184,9 @@ def sweep_from(data: Mapping[str, Any], folder: Path) -> SweepSpec:
 
 
 def _grid(table: Mapping[str, Any]) -> Grid:
-    for key in ("lr", "weight_decay", "init_std"):
+    for key, example in (("lr", "[0.001, 0.002, 0.004]"), ("weight_decay", "[0.1]"), ("init_std", "[0.05, 0.1]")):
         if key not in table:
-            raise ValueError(f"[sweep] needs {key}: a list of values, e.g. {key} = [0.001, 0.002, 0.004]")
+            raise ValueError(f"[sweep] needs {key}: a list of values, e.g. {key} = {example}")
     lr = tuple(lr_grid(table["lr"], "[sweep] lr"))
     sampler = table.get("sampler", "grid")
     seeds = table.get("seeds", list(Space.seeds if sampler == "valley" else Grid.seeds))
