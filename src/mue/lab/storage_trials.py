@@ -238,15 +238,15 @@ class Trials:
         found = [self.ended.get(row[0]) or fresh.get(row[0]) for row in heads]
         return [trial for trial in found if trial]  # what others put into the study by other means is not ours
 
-    def curves(self) -> dict[int, Curve]:
-        """Of the ended trials that have one, by their ids: (step, loss). Each is read from the storage once."""
-        done = [trial.id for trial in self.all() if trial.state in ("COMPLETE", "PRUNED")]
+    def curves(self, trials: Sequence[Trial]) -> dict[int, Curve]:
+        """Of those of the trials that ended and have one, by their ids: (step, loss). Each is read from the storage once."""
+        done = [trial.id for trial in trials if trial.state in ("COMPLETE", "PRUNED")]
         new = [trial for trial in done if trial not in self._curves]
         rows = (
             self.database.run(lambda execute: self._attributes(execute, new, "= 'curve'"), write=False) if new else []
         )
         self._curves.update(dict.fromkeys(new, ()) | {trial: json.loads(text) for trial, _, text in rows})
-        return {trial: curve for trial, curve in self._curves.items() if curve}
+        return {trial: self._curves[trial] for trial in done if self._curves[trial]}
 
     # ---- SQL --------------------------------------------------------------------------------------------------------
 

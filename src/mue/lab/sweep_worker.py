@@ -172,9 +172,10 @@ class Worker:
         if passed <= self.rungs.get(run.key, 0):
             return False
         self.rungs[run.key] = passed
-        curves = self.trials.curves()
-        cell = [t for t in self.trials.all() if t.id in curves and _cell(t) == _cell(trial)]
-        return hopeless(_seen(trial, self._curve(run.key)), [_seen(t, curves[t.id]) for t in cell], steps)
+        cell = [t for t in self.trials.all() if _cell(t) == _cell(trial)]
+        curves = self.trials.curves(cell)
+        others = [_seen(t, curves[t.id]) for t in cell if t.id in curves]
+        return hopeless(_seen(trial, self._curve(run.key)), others, steps)
 
     def _done(self, message: Done) -> None:
         key = message.run.key
