@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mue.moe import ExpertWeights, MoELayer, Routing, experts
+from mue.moe import ExpertWeights, MoELayer, Routing, experts, portable
 from mue.moe import losses as moe_losses
 from mue.moe.native import build
 
@@ -198,13 +198,112 @@ def test_bf16_autocast_is_as_good_as_a_bf16_loop(backend: str, kind: str) -> Non
 
 
 def test_bf16_rows_come_in_buckets() -> None:
-    """Every row count of a bf16 product is a multiple of 32 (each new row count costs a millisecond of set-up); float32 rows are not padded."""
-    from mue.moe.portable import _order
+    """Every row count of a bf16 product is a multiple of 32 (each new row count costs a millisecond of set-up); one thread's float32 rows
+    are not padded."""
+    counts = torch.bincount(make_routing("topk", 100, 7, 2).expert_P).tolist()
+    chunks, rows = portable._layout(counts, 32, 1, 1, 100)
+    assert [batch.rows for chunk in chunks for batch in chunk.batches] == rows
+    assert all(row % 32 == 0 for row in rows)
+    assert portable._layout(counts, 1, 1, 1, 100)[1] == counts
+    assert any(count % 32 for count in counts)
 
-    routing = make_routing("topk", 100, 7, 2)
-    assert all(rows % 32 == 0 for rows in _order(routing, 32).rows)
-    assert _order(routing, 1).rows == torch.bincount(routing.expert_P).tolist()
-    assert any(rows % 32 for rows in _order(routing, 1).rows)
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    counts=st.lists(st.one_of(st.integers(0, 5), st.integers(200, 230), st.integers(0, 3000)), min_size=1, max_size=70),
+    parts=st.integers(1, 16),
+    cost=st.sampled_from([1, 16384, 131072]),
+)
+def test_batches_hold_every_expert_once_and_waste_little(counts: list[int], parts: int, cost: int) -> None:
+    chunks, rows = portable._layout(counts, parts, parts, cost, 2048)
+    batches = [batch for chunk in chunks for batch in chunk.batches]
+    held = [expert for batch in batches for expert in range(batch.first, batch.first + batch.experts)]
+    assert held == [expert for expert, count in enumerate(counts) if count]
+    assert [row == 0 for row in rows] == [count == 0 for count in counts]
+    stop = 0
+    for chunk in chunks:
+        assert chunk.start == stop
+        for batch in chunk.batches:
+            assert chunk.start + batch.start == stop
+            assert batch.parts == (parts if batch.experts == 1 else 1)
+            assert batch.experts == 1 or batch.experts % parts == 0  # every thread has whole products
+            real = sum(counts[batch.first : batch.first + batch.experts])
+            size = batch.experts * batch.parts * batch.rows
+            assert real <= size <= real + max(size // portable._MOST_WASTE, parts - 1)
+            stop += size
+        assert chunk.stop == stop
+        assert stop - chunk.start <= 2048 or len(chunk.batches) == 1
+    assert stop == sum(rows)
+
+
+def test_nearly_equal_experts_share_a_batch() -> None:
+    """Balanced loads do, skewed ones do not, and neither where the alignment rows cost more than a call."""
+
+    def sizes(counts: list[int], cost: int) -> list[int]:
+        chunks, _ = portable._layout(counts, 2, 2, cost, 1 << 20)
+        return [batch.experts for chunk in chunks for batch in chunk.batches]
+
+    balanced = [500, 510, 505, 490, 520, 495, 515, 500]
+    assert sizes(balanced, 128 * 128) == [8]
+    assert sizes([1600, 1100, 800, 600], 128 * 128) == [1, 1, 1, 1]
+    assert sizes(balanced, 4096 * 4096) == [1] * 8
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_many_small_chunks_and_sums_agree_with_the_reference(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    """The same numerics whatever the limits and the number of threads are, also the way that large problems take."""
+    torch.manual_seed(15)
+    before = torch.get_num_threads()
+    for large, elements in ((0, 1), (0, 300), (1 << 21, 300)):
+        monkeypatch.setattr(portable, "_LARGE", large)
+        monkeypatch.setattr(portable, "_CHUNK_ELEMENTS", elements)
+        for kind in ("topk", "ragged", "choice", "one"):
+            routing, weights = make_routing(kind, 90, 12, 3), make_weights(12, 8, 10, torch.float64)
+            x_TD, dy_TD = torch.randn(90, 8, dtype=torch.float64, requires_grad=True), torch.randn(90, 8).double()
+            y_reference, reference = run("reference", x_TD, routing, weights, dy_TD)
+            torch.set_num_threads(threads)
+            try:
+                results = [run("portable", x_TD, routing, weights, dy_TD) for _ in range(2)]
+            finally:
+                torch.set_num_threads(before)
+            y, gradients = results[0]
+            for ours, theirs in zip([y, *gradients], [y_reference, *reference], strict=True):
+                assert_close(ours, theirs, 1e-10)
+            for once, again in zip([y, *gradients], [results[1][0], *results[1][1]], strict=True):
+                assert torch.equal(once, again)
+
+
+def test_the_compiled_backward_has_the_forwards_layout() -> None:
+    """Also where it finds another number of threads: rows saved for two parts an expert are not read as rows of five."""
+    torch.manual_seed(16)
+    torch._dynamo.reset()
+    routing, weights = make_routing("topk", 50, 6, 2), make_weights(6, 8, 10, torch.float64)
+    x_TD = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
+    leaves = [x_TD, routing.weight_P, *(weight for weight in weights if weight is not None)]
+    before = torch.get_num_threads()
+
+    def forward(x: Tensor) -> Tensor:
+        return experts(x, routing, ExpertWeights(*weights), backend="portable").square().sum()
+
+    expected = torch.autograd.grad(forward(x_TD), leaves)
+    try:
+        torch.set_num_threads(2)
+        loss = torch.compile(forward, backend="aot_eager", fullgraph=True)(x_TD)
+        torch.set_num_threads(5)
+        found = torch.autograd.grad(loss, leaves)
+    finally:
+        torch.set_num_threads(before)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert_close(ours, theirs, 1e-10)
+
+
+@pytest.mark.parametrize(("number", "pairs"), [(7, 100), (7, 5000), (300, 5000), (1 << 15, 5000), (255, 40_000)])
+def test_sorting_is_stable(number: int, pairs: int) -> None:
+    """Also where small integers are sorted in place of large ones, padding pairs last."""
+    expert_P = torch.randint(0, number + 1, (pairs,))
+    order_P = portable._argsort(expert_P, number)
+    assert torch.equal(order_P, torch.argsort(expert_P, stable=True))
+    assert not torch.equal(order_P, torch.argsort(expert_P.flip(0), stable=True))  # negative control
 
 
 def test_bucket_rows_do_not_spread_a_nan() -> None:

@@ -32,13 +32,17 @@ def constant(function: _Function) -> _Function:
 
 
 class Problem(NamedTuple):
-    """What gets no gradient, contiguous: where the pairs go, and the type in which rows are computed."""
+    """What gets no gradient, contiguous: where the pairs go, the type in which rows are computed, and for how many threads.
+
+    The threads are noted with the forward, since a layout made for them has to be the backward's as well.
+    """
 
     token_P: Tensor
     expert_P: Tensor
     number: int
     slots: int
     dtype: torch.dtype
+    threads: int
 
 
 class Inputs(NamedTuple):
@@ -63,11 +67,13 @@ class Kernel(NamedTuple):
     backward(dy_TD, inputs, problem, saved, needs, extra) -> a gradient for each input that needs one, else None. `extra`
         is what forward returned, or None.
     rows(problem) -> how many routed rows `saved` has: at least the pairs.
+    outputs: for a kernel without shared experts; the third buffer then holds each routed row's output, and one row more.
     """
 
     forward: Callable[[Inputs, Problem, list[Tensor] | None], tuple[Tensor, Any]]
     backward: Callable[[Tensor, Inputs, Problem, Sequence[Tensor], Sequence[bool], Any], list[Tensor | None]]
     rows: Callable[[Problem], int]
+    outputs: bool = False
 
 
 Run = Callable[[Tensor, Routing, ExpertWeights, torch.dtype], Tensor]
@@ -102,7 +108,7 @@ def operator(name: str, kernel: Kernel) -> Run:
         weight_P = routing.weight_P if routing.weight_P.dtype in _WEIGHTS else routing.weight_P.float()
         inputs = Inputs(x_TD.contiguous(), weight_P.contiguous(), *weights.map(Tensor.contiguous).matrices)
         token_P, expert_P = routing.token_P.contiguous(), routing.expert_P.contiguous()
-        problem = Problem(token_P, expert_P, routing.num_experts, routing.slots, dtype)
+        problem = Problem(token_P, expert_P, routing.num_experts, routing.slots, dtype, _threads())
         if torch.compiler.is_compiling():
             y_TD: Tensor = compiled(*inputs, *problem)[0]
         else:
@@ -113,9 +119,14 @@ def operator(name: str, kernel: Kernel) -> Run:
     return run
 
 
+@constant
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
 def _saved(inputs: Inputs, problem: Problem, kernel: Kernel) -> list[Tensor]:
     x_TD, rows = inputs.x_TD, kernel.rows(problem)
-    return [
+    saved = [
         x_TD.new_empty(0 if matrix is None else (count, matrix.shape[-2]), dtype=problem.dtype)
         for matrix, count in (
             (inputs.gate, rows),
@@ -124,6 +135,9 @@ def _saved(inputs: Inputs, problem: Problem, kernel: Kernel) -> list[Tensor]:
             (inputs.shared_up, x_TD.shape[0]),
         )
     ]
+    if kernel.outputs:
+        saved[2] = x_TD.new_empty(rows + 1, x_TD.shape[1], dtype=problem.dtype)
+    return saved
 
 
 def _split(tensors: Sequence[Any]) -> tuple[Inputs, tuple[Tensor, Tensor], Sequence[Tensor]]:
@@ -138,10 +152,10 @@ def _register(name: str, kernel: Kernel) -> Callable[..., tuple[Tensor, ...]]:
     def forward(
         x_TD: Tensor, weight_P: Tensor, gate: Tensor | None, up: Tensor | None, down: Tensor | None,
         shared_gate: Tensor | None, shared_up: Tensor | None, shared_down: Tensor | None,
-        token_P: Tensor, expert_P: Tensor, number: int, slots: int, dtype: torch.dtype,
+        token_P: Tensor, expert_P: Tensor, number: int, slots: int, dtype: torch.dtype, threads: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         inputs = Inputs(x_TD, weight_P, gate, up, down, shared_gate, shared_up, shared_down)
-        problem = Problem(token_P, expert_P, number, slots, dtype)
+        problem = Problem(token_P, expert_P, number, slots, dtype, threads)
         saved = _saved(inputs, problem, kernel)
         return kernel.forward(inputs, problem, saved)[0], saved[0], saved[1], saved[2], saved[3]
 
@@ -156,10 +170,10 @@ def _register(name: str, kernel: Kernel) -> Callable[..., tuple[Tensor, ...]]:
         dy_TD: Tensor, x_TD: Tensor, weight_P: Tensor, gate: Tensor | None, up: Tensor | None, down: Tensor | None,
         shared_gate: Tensor | None, shared_up: Tensor | None, shared_down: Tensor | None,
         token_P: Tensor, expert_P: Tensor, saved: list[Tensor], number: int, slots: int, dtype: torch.dtype,
-        needs: list[bool],
+        threads: int, needs: list[bool],
     ) -> list[Tensor]:  # fmt: skip
         inputs = Inputs(x_TD, weight_P, gate, up, down, shared_gate, shared_up, shared_down)
-        problem = Problem(token_P, expert_P, number, slots, dtype)
+        problem = Problem(token_P, expert_P, number, slots, dtype, threads)
         gradients = kernel.backward(dy_TD.contiguous(), inputs, problem, saved, needs, None)
         return [dy_TD.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
@@ -176,10 +190,10 @@ def _register(name: str, kernel: Kernel) -> Callable[..., tuple[Tensor, ...]]:
     def differentiate(ctx: Any, dy_TD: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         needs = list(ctx.needs_input_grad[:8])
         if dy_TD is None:
-            return (None,) * 13
+            return (None,) * 14
         inputs, pairs, saved = _split(ctx.saved_tensors)
         found = backward(dy_TD, *inputs, *pairs, list(saved), *ctx.problem, needs)
-        return *(g if need else None for g, need in zip(found, needs, strict=True)), *([None] * 5)
+        return *(g if need else None for g, need in zip(found, needs, strict=True)), *([None] * 6)
 
     forward.register_autograd(differentiate, setup_context=keep)
     return forward
