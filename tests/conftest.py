@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from mue.moe import native
+from mue.moe.native import build
+
 torch.set_num_threads(1)
 
 FILES = (
@@ -47,6 +50,15 @@ weight_decay = [0.1]
 init_std = [0.05, 0.1]
 runner = "processes"
 """
+
+
+@pytest.fixture(scope="session")
+def kernel() -> None:
+    """The native kernel is there."""
+    if build.compiler() is None:
+        pytest.skip("there is no C++ compiler")
+    build.build()
+    native.forget()
 
 
 @pytest.fixture(scope="session")

@@ -2,36 +2,32 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import mue
 from mue.lab import paths
-from mue.lab.model import RMSNorm, rotary_table, rotate
+from mue.lab.model import LanguageModel, RMSNorm, rotary_table, rotate
 from mue.moe import native
-from mue.moe.native import build, norm
-
-needs_kernel = pytest.mark.skipif(build.compiler() is None, reason="there is no C++ compiler")
-
-
-@pytest.fixture(scope="module")
-def kernel() -> None:
-    build.build()
-    native.forget()
+from mue.moe.native import norm, sublayer
+from mue.plan import Multipliers
 
 
 def off(found: Tensor, exact: Tensor) -> float:
     return ((found.double() - exact).norm() / exact.norm()).item()
 
 
-@needs_kernel
 @pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
@@ -69,7 +65,6 @@ def test_the_kernels_norm_is_torchs(shape: tuple[int, ...], turned: bool, dtype:
         assert off(wrong[0], oracle[0]) > 0.1 and off(wrong[1], oracle[1]) > 0.1  # and so is which token a row is of
 
 
-@needs_kernel
 @pytest.mark.usefixtures("kernel")
 def test_the_norm_gives_the_same_bits_every_time_and_steps_aside_when_watched() -> None:
     torch.manual_seed(0)
@@ -137,24 +132,187 @@ def test_a_product_in_emulated_bf16_is_the_product_in_bf16(monkeypatch: pytest.M
         assert paths.project(x, weight).dtype == torch.float32  # and only where bf16 is asked for
 
 
-@needs_kernel
-@pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("gated", [True, False])
-def test_a_dense_ffn_by_the_kernel_is_the_dense_ffn(gated: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(3)
-    x = torch.randn(4, 9, 32, requires_grad=True)
-    matrices = [(torch.randn(s) / s[-1] ** 0.5).requires_grad_() for s in ((48, 32), (48, 32), (32, 48))]
-    leaves = [x, *matrices] if gated else [x, *matrices[1:]]
+Leaves = list[Tensor | None]
+
+
+def both(ours: Callable[..., Tensor], exact: Callable[..., Tensor], leaves: Leaves) -> list[float]:
+    """How far the result and each gradient are from those in float64."""
     found = []
-    for largest in (paths._KERNEL_MATRIX, 0):
-        monkeypatch.setattr(paths, "_KERNEL_MATRIX", largest)
-        y = paths.feed_forward(x, matrices[0] if gated else None, *matrices[1:])
-        found.append([y, *torch.autograd.grad(y.square().sum(), leaves)])
-        assert ("experts_native" in y.grad_fn.next_functions[0][0].name()) == (largest > 0)
-    for ours, torchs in zip(*found, strict=True):
-        assert off(ours, torchs.double()) < 1e-6
-    swapped = paths.feed_forward(x, matrices[1], matrices[0], matrices[2])
-    assert not torch.allclose(swapped, found[0][0], rtol=0.1)  # negative control: which is the gate is seen
+    for function, kind in ((ours, torch.float32), (exact, torch.float64)):
+        given = [None if x is None else x.detach().to(kind).requires_grad_() for x in leaves]
+        y = function(*given)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(kind)
+        found.append([y.detach(), *torch.autograd.grad(y, [x for x in given if x is not None], dy)])
+    return [off(o, e) for o, e in zip(*found, strict=True)]
+
+
+def normed(x: Tensor, gain: Tensor) -> Tensor:
+    return F.rms_norm(x, gain.shape, gain, 1e-3)
+
+
+def attention_leaves(B: int, T: int, D: int, H: int, K: int, E: int) -> Leaves:
+    torch.manual_seed(6)
+    q, k, v = (torch.randn(heads * E, D) / D**0.5 for heads in (H, K, K))
+    return [torch.randn(B, T, D), torch.rand(D) + 0.5, q, k, v, torch.rand(E) + 0.5, torch.rand(E) + 0.5, torch.randn(D, H * E) / D**0.5]  # fmt: skip
+
+
+def plain_attention(x: Tensor, gain: Tensor, q: Tensor, k: Tensor, v: Tensor, q_gain: Tensor, k_gain: Tensor, o: Tensor) -> Tensor:  # fmt: skip
+    n, E = normed(x, gain), q_gain.shape[0]
+    turn = rotary_table(x.shape[1], E).to(x.dtype)
+    heads = [(n @ m.mT).view(*x.shape[:2], -1, E) for m in (q, k, v)]
+    heads[:2] = rotate(normed(heads[0], q_gain), turn), rotate(normed(heads[1], k_gain), turn)
+    q_BHTE, k_BKTE, v_BKTE = (t.transpose(1, 2) for t in heads)
+    y = F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, scale=0.3, enable_gqa=True)
+    return x + 0.7 * (y.transpose(1, 2).flatten(-2) @ o.mT)
+
+
+def kernels_attention(
+    x: Tensor, *weights: Tensor, scale: float = 0.3, back: bool = False, residual: float = 0.7, half: bool = False
+) -> Tensor:
+    turn = rotary_table(x.shape[1], weights[4].shape[0])
+    turn = turn.flip(0).contiguous() if back else turn
+    return sublayer.attention(x, weights, turn, scale=scale, residual=residual, eps=1e-3, half=half)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """More threads than one sum gradients apart."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("kernel", "threads")
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 10, 2, 1, 6), (3, 40, 32, 4, 2, 32), (1, 70, 24, 1, 1, 40), (5, 1, 8, 2, 2, 4), (4, 128, 64, 2, 2, 32)],
+)
+def test_the_kernels_attention_is_torchs(shape: tuple[int, int, int, int, int, int]) -> None:
+    """From norm to sum, with grouped heads, lengths and widths that fill no block; it sees all that it is given."""
+    leaves = attention_leaves(*shape)
+    bound = 4e-6
+    if shape[1] == 1:  # one token attends to itself: the gradients of q and k are zero
+        assert all(
+            e < bound for i, e in enumerate(both(kernels_attention, plain_attention, leaves)) if i not in (3, 4, 6, 7)
+        )
+        return
+    assert max(both(kernels_attention, plain_attention, leaves)) < bound
+    for wrong in ({"scale": 0.31}, {"back": True}, {"residual": 0.71}):  # negative controls
+        assert both(functools.partial(kernels_attention, **wrong), plain_attention, leaves)[1] > 10 * bound
+    x, *weights = (leaf for leaf in leaves if leaf is not None)
+    later = x.clone()
+    later[:, -1] += 1
+    first, second = (kernels_attention(t, *weights) for t in (x, later))
+    assert torch.equal(first[:, :-1], second[:, :-1]) and not torch.equal(first[:, -1], second[:, -1])  # causal
+
+
+@pytest.mark.usefixtures("kernel", "threads")
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shape", [(5, 7, 9), (200, 32, 96), (333, 72, 40), (1, 32, 33)])
+def test_the_kernels_feed_forward_is_torchs(shape: tuple[int, int, int], gated: bool) -> None:
+    torch.manual_seed(7)
+    M, D, H = shape
+    gate = torch.randn(H, D) / D**0.5 if gated else None
+    leaves = [torch.randn(M, D), torch.rand(D) + 0.5, gate, torch.randn(H, D) / D**0.5, torch.randn(D, H) / H**0.5]
+
+    def exact(x: Tensor, gain: Tensor, gate: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
+        n = normed(x, gain)
+        hidden = F.gelu(n @ up.mT) if gate is None else F.silu(n @ gate.mT) * (n @ up.mT)
+        return x + 0.7 * (hidden @ down.mT)
+
+    def ours(x: Tensor, *weights: Tensor | None, residual: float = 0.7, half: bool = False) -> Tensor:
+        return sublayer.feed_forward(x, weights, residual=residual, eps=1e-3, half=half)
+
+    assert max(both(ours, exact, leaves)) < 4e-6
+    assert max(both(functools.partial(ours, residual=0.71), exact, leaves)) > 1e-4  # negative control
+    rounded = both(functools.partial(ours, half=True), exact, leaves)
+    assert 5e-4 < max(rounded) < 2e-2
+
+
+def gradients(model: LanguageModel, tokens: Tensor, **context: bool) -> dict[str, Tensor]:
+    """The loss, and by name the gradients; `plain`: by torch's operators, `half`: in bf16, `compiled`."""
+    call = torch.compile(model, backend="aot_eager", fullgraph=True) if context.get("compiled") else model
+    with (
+        FlopCounterMode(display=False) if context.get("plain") else contextlib.nullcontext(),
+        torch.autocast("cpu", torch.bfloat16, enabled=context.get("half", False)),
+    ):
+        loss = call(tokens, tokens).loss
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters)
+    return {"loss": loss.detach(), **dict(zip(names, found, strict=True))}
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize(
+    "shape",
+    [
+        mue.Dense(32, 48, 2, head_dim=8, kv_heads=2, sequence=20),
+        mue.Dense(32, 48, 1, head_dim=8, sequence=20, gated=False),
+        mue.MoE.parse("4e2a", width=32, expert=24, layers=2, head_dim=8, sequence=20),
+        mue.MoE.parse("4e2a1s", width=32, expert=24, layers=1, head_dim=8, sequence=20),
+    ],
+    ids=["dense", "no gate", "moe", "shared"],
+)
+def test_a_model_by_the_kernel_is_the_model(shape: mue.Dense | mue.MoE, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All multipliers off 1; watched it takes torch's operators; compiled it is one graph; in bf16 both round alike."""
+    torch.manual_seed(8)
+    layers = (1.3,) * shape.layers
+    model = LanguageModel(shape, Multipliers(residual=0.6, output=layers, route=(2.0,) * shape.layers))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3) if parameter.dim() > 1 else parameter.mul_(torch.rand_like(parameter) + 0.5)
+    tokens = torch.randint(shape.vocab, (3, 20))
+    calls: list[str] = []
+    for name in ("attention", "feed_forward"):
+        kernel = getattr(sublayer, name)
+        monkeypatch.setattr(sublayer, name, lambda *a, n=name, k=kernel, **b: calls.append(n) or k(*a, **b))
+    plain = gradients(model, tokens, plain=True)
+    assert not calls
+    ours = gradients(model, tokens)
+    dense = isinstance(shape, mue.Dense)
+    assert calls == ["attention", "feed_forward"] * shape.layers if dense else ["attention"] * shape.layers
+    assert max(off(ours[name], plain[name].double()) for name in plain) < 1e-5
+    block, x = model.blocks[0], torch.randn(3, 20, 32, requires_grad=True)
+    straight, again = (
+        torch.autograd.grad(run()[0].square().sum(), x)[0]
+        for run in (lambda: block(x), lambda: checkpoint(block, x, use_reentrant=False))
+    )
+    assert torch.equal(straight, again)
+    if dense:
+        compiled = gradients(model, tokens, compiled=True)
+        assert max(off(compiled[name], plain[name].double()) for name in plain) < 1e-5
+        monkeypatch.setattr(paths, "bf16_instructions", lambda: False)
+        rounded, torchs = (gradients(model, tokens, half=True, plain=p) for p in (False, True))
+        errors = [
+            statistics.mean(off(found[name], plain[name].double()) for name in plain) for found in (rounded, torchs)
+        ]
+        assert 1e-3 < errors[0] < 1.2 * errors[1]
+
+
+@pytest.mark.usefixtures("kernel")
+def test_when_a_block_is_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In training, in float32 or emulated bf16, of one model, where it fits the cache and has work for every thread."""
+    x, weights = torch.randn(2, 8, 16), [torch.randn(16), torch.randn(16, 16)]
+    small, large = torch.randn(1, 8, 16), torch.randn(2, 1 << 13, 16)
+    monkeypatch.setattr(paths, "_threads", lambda: 2)
+    for x_BTD, attention, feed_forward in (
+        (x, True, True), (small, False, True), (large, False, True), (x.double(), False, False), (x[None], False, False),
+    ):  # fmt: skip
+        assert paths.attention_by_kernel(x_BTD, weights) == attention
+        assert paths.feed_forward_by_kernel(x_BTD, [*weights, None]) == feed_forward
+    with torch.no_grad():
+        assert not paths.attention_by_kernel(x, weights)
+    with FlopCounterMode(display=False):
+        assert not paths.feed_forward_by_kernel(x, weights)
+    wide = torch.empty(1 << 10, 1 << 9)
+    assert not paths.attention_by_kernel(x, [wide]) and not paths.feed_forward_by_kernel(x, [wide])
+    with torch.autocast("cpu", torch.bfloat16):
+        for instructions in (True, False):
+            monkeypatch.setattr(paths, "bf16_instructions", lambda instructions=instructions: instructions)
+            assert paths.feed_forward_by_kernel(x, weights) != instructions
+    monkeypatch.setattr(native, "_built", lambda: False)
+    assert not paths.attention_by_kernel(x, weights)
 
 
 def test_the_lab_starts_without_the_compiler() -> None:

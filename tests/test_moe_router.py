@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from mue.moe import (
     MoELayer,
@@ -21,6 +22,7 @@ from mue.moe import (
     router_z_loss,
     routing_stats,
 )
+from mue.moe.native import route
 from mue.moe.router import select_top
 
 
@@ -112,6 +114,35 @@ def test_selection_is_a_stable_descending_sort(scores: list[float], data: st.Dat
     score_TN = torch.tensor([scores])
     expected = torch.sort(score_TN, dim=1, descending=True, stable=True).indices[:, :active]
     assert torch.equal(select_top(score_TN, active), expected)
+
+
+@pytest.mark.usefixtures("kernel")
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.integers(0, 9), st.integers(1, 90), st.integers(1, 3), st.integers(1, 3), st.integers(0, 5))
+def test_the_kernel_selects_and_counts_as_torch_does(
+    tokens: int, size: int, each: int, groups: int, values: int
+) -> None:
+    """To the index, with ties, infinities and NaNs; few experts and many; the statistics as well."""
+    active, experts = min(each, size) * groups, size * groups
+    generator = torch.Generator().manual_seed(size)
+    table = torch.tensor([0.0, -0.0, math.nan, -math.inf, 0.5, -0.5])
+    score_TN = torch.randn(tokens, experts, generator=generator)
+    if values:
+        score_TN = table[torch.randint(values + 1, (tokens, experts), generator=generator)]
+    weight_TK = torch.rand(tokens, active, generator=generator).round(decimals=1)
+    with FlopCounterMode(display=False):  # watched, torch computes
+        assert route.select_top(score_TN, active, groups) is None
+        expected = select_top(score_TN, active, groups)
+    found = route.select_top(score_TN, active, groups)
+    assert found is not None and torch.equal(found, expected)
+    routing = Routing.from_topk(expected, weight_TK, experts)
+    stats = route.routing_stats(routing)
+    assert stats is not None and stats.keys() == routing.stats.keys()
+    for name, value in routing.stats.items():
+        assert stats[name].dtype == value.dtype
+        torch.testing.assert_close(stats[name], value, rtol=1e-5, atol=1e-7)
+    if tokens and size > 1 and not values:  # negative control: no value is the largest and the smallest
+        assert not torch.equal(route.select_top(-score_TN, active, groups), found)
 
 
 def test_refusals_name_the_numbers_and_the_fix() -> None:

@@ -18,10 +18,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mue.lab.paths import attend, feed_forward, project
+from mue.lab.paths import (
+    attend,
+    attention_by_kernel,
+    feed_forward,
+    feed_forward_by_kernel,
+    is_half,
+    one_multiplier,
+    project,
+)
 from mue.moe import MoELayer, Routing
 from mue.moe.layer import Balance
-from mue.moe.native import norm
+from mue.moe.native import norm, sublayer
 from mue.plan import Multipliers
 from mue.roles import Layout
 from mue.shapes import Block, Transformer
@@ -38,6 +46,9 @@ class Output:
     routings: list[Routing] = field(default_factory=list)
 
 
+EPS = 1e-6  # of every norm
+
+
 class RMSNorm(nn.Module):
     """x / rms(x) · gain over the last axis; with a ``turn`` then RoPE."""
 
@@ -48,11 +59,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor, turn: Tensor | None = None) -> Tensor:
         gain, width = self.weight, self.weight.shape[-1:]
         if gain.dim() == 1:
-            if (fused := norm.rms_norm(x, gain, 1e-6, turn)) is not None:
+            if (fused := norm.rms_norm(x, gain, EPS, turn)) is not None:
                 return fused
-            y = F.rms_norm(x.to(torch.promote_types(x.dtype, gain.dtype)), width, gain, 1e-6)
+            y = F.rms_norm(x.to(torch.promote_types(x.dtype, gain.dtype)), width, gain, EPS)
         else:
-            y = (F.rms_norm(x, width, None, 1e-6) * gain.view(-1, *(1,) * (x.dim() - 2), *width)).to(x.dtype)
+            y = (F.rms_norm(x, width, None, EPS) * gain.view(-1, *(1,) * (x.dim() - 2), *width)).to(x.dtype)
         return y if turn is None else rotate(y, turn)
 
 
@@ -140,7 +151,10 @@ class FeedForward(nn.Module):
 
 
 class TransformerBlock(nn.Module):
-    """x + l^-α·attention(norm x), then x + l^-α·feed-forward(norm x)."""
+    """x + l^-α·attention(norm x), then x + l^-α·feed-forward(norm x).
+
+    In training each is one call of the native kernel where that is faster; the modules in it then only hold weights.
+    """
 
     def __init__(
         self, shape: Transformer, block: Block, multipliers: Multipliers, layer: int, balance: Balance, z_loss: bool
@@ -176,13 +190,31 @@ class TransformerBlock(nn.Module):
             )
 
     def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing | None]:
-        x_BTD = torch.add(x_BTD, self.attention(self.attention_norm(x_BTD)), alpha=self.residual)
-        y, routing = self.ffn_norm(x_BTD), None
-        if self.ffn is not None:
-            y = self.ffn(y)
-        elif self.moe is not None:
-            y, routing = self.moe(y)
+        x_BTD = self._attend(x_BTD)
+        if self.moe is None:
+            return self._feed_forward(x_BTD), None
+        if one_multiplier(x_BTD):
+            y, routing = self.moe(self.ffn_norm(x_BTD), self.residual)
+            return x_BTD + y, routing
+        y, routing = self.moe(self.ffn_norm(x_BTD))
         return torch.add(x_BTD, y, alpha=self.residual), routing
+
+    def _attend(self, x_BTD: Tensor) -> Tensor:
+        own, turn = self.attention, self.attention.turn[: x_BTD.shape[-2]]
+        weights = [m.weight for m in (self.attention_norm, own.q, own.k, own.v, own.q_norm, own.k_norm, own.o)]
+        if attention_by_kernel(x_BTD, weights):
+            c, half = self.residual, is_half(x_BTD)
+            return sublayer.attention(x_BTD, weights, turn, scale=own.scale, residual=c, eps=EPS, half=half)
+        return torch.add(x_BTD, own(self.attention_norm(x_BTD)), alpha=self.residual)
+
+    def _feed_forward(self, x_BTD: Tensor) -> Tensor:
+        own = self.ffn
+        assert own is not None
+        weights = self.ffn_norm.weight, None if own.gate is None else own.gate.weight, own.up.weight, own.down.weight
+        if feed_forward_by_kernel(x_BTD, weights):
+            c = self.residual * own.output_multiplier
+            return sublayer.feed_forward(x_BTD, weights, residual=c, eps=EPS, half=is_half(x_BTD))
+        return torch.add(x_BTD, own(self.ffn_norm(x_BTD)), alpha=self.residual)
 
 
 class LanguageModel(nn.Module):

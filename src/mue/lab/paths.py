@@ -7,23 +7,23 @@ Shape suffixes: B sequences, T tokens, H heads, K key/value heads, E head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from mue.moe import ExpertWeights, Routing, native
-from mue.moe.experts import compute_dtype, experts
+from mue.moe import native
+from mue.moe.experts import compute_dtype
 from mue.moe.operator import constant
 
 # With bf16 instructions the fused kernel's backward is several times slower than plain products up to this length
 # (measured on a machine with AMX before this was written; none was at hand to repeat it).
 _PLAIN_LENGTH = 256
-# Elements of a float32 matrix up to which the MoE kernel computes a dense FFN faster than torch's products do.
-_KERNEL_MATRIX = 1 << 18
+# Elements of a float32 matrix, and of a sequence, up to which the kernel's sublayers are faster than torch's operators.
+_KERNEL_MATRIX, _KERNEL_SEQUENCE = 1 << 18, 1 << 16
 
 
 @constant
@@ -33,12 +33,17 @@ def bf16_instructions() -> bool:
     return any(facts.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+@constant
+def _threads() -> int:
+    return torch.get_num_threads()
+
+
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., in) · weightᵀ (out, in); of variants x (V, ..., in) and weight (V, out, in), one batched product.
 
     Where bf16 would be emulated: the product of the same rounded values in float32, rounded, which is what bf16 means.
     """
-    if x.device.type == "cpu" and compute_dtype(x) == torch.bfloat16 and not bf16_instructions():
+    if x.device.type == "cpu" and is_half(x) and not bf16_instructions():
         emulated: Tensor = _EmulatedProduct.apply(x, weight)  # type: ignore[no-untyped-call]
         return emulated
     return _product(x, weight)
@@ -101,29 +106,45 @@ def _plain(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, scale: float) -> Tens
 
 
 def feed_forward(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
-    """down(silu(gate x) · up x), or down(gelu(up x)) where there is no gate; of variants (V, ...) each with its own.
-
-    As the MoE kernel's shared expert where that is faster: its products are torch's equals only while a matrix stays in
-    the cache, but it makes no passes over memory in between. Not without a backward: validation has to give a run the
-    same bits alone and in a stack.
-    """
-    if _kernel_is_faster(x, up):
-        weights = ExpertWeights(shared_gate_SD=gate, shared_up_SD=up, shared_down_DS=down)
-        x_TD = x.flatten(0, -2)
-        return experts(x_TD, Routing.empty(x_TD.shape[0]), weights, backend="native").view(x.shape)
+    """down(silu(gate x) · up x), or down(gelu(up x)) where there is no gate; of variants (V, ...) each with its own."""
     lifted = project(x, up)
     hidden = F.gelu(lifted) if gate is None else F.silu(project(x, gate)) * lifted
     return project(hidden, down)
 
 
-def _kernel_is_faster(x: Tensor, up: Tensor) -> bool:
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+def attention_by_kernel(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether a block's attention, from norm to sum, is one call of the native kernel: where that is faster.
+
+    It needs a sequence for every thread, and one that stays in the cache.
+    """
+    if not _sublayer(x, weights) or x.shape[0] < _threads() or x.shape[1] * x.shape[2] > _KERNEL_SEQUENCE:
         return False
-    if x.device.type != "cpu" or up.dim() != 2 or x.numel() == 0:
+    return max(weight.numel() for weight in weights) <= _KERNEL_MATRIX
+
+
+def feed_forward_by_kernel(x: Tensor, weights: Sequence[Tensor | None]) -> bool:
+    """Whether a block's dense feed-forward network, from norm to sum, is one call of the native kernel.
+
+    Its products are torch's equals only while a matrix stays in the cache, but it makes no passes over memory in between.
+    """
+    present = [weight for weight in weights if weight is not None]
+    if not _sublayer(x, present):
         return False
-    dtype = compute_dtype(x)
-    if _get_current_dispatch_mode() is not None or native.refusal(x, ExpertWeights(shared_up_SD=up), dtype):
+    return is_half(x) or max(weight.numel() for weight in present) <= _KERNEL_MATRIX
+
+
+def _sublayer(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether the kernel can: in training, of one model, in float32 or in bf16 that would be emulated."""
+    if not one_multiplier(x) or any(tensor.dtype != torch.float32 for tensor in (x, *weights)):
         return False
-    if dtype == torch.bfloat16:
-        return not bf16_instructions()
-    return dtype == torch.float32 and up.numel() <= _KERNEL_MATRIX
+    return compute_dtype(x) == torch.float32 or (is_half(x) and not bf16_instructions())
+
+
+def one_multiplier(x: Tensor) -> bool:
+    """Whether all multipliers of a branch may be one number, anywhere in it: in training, of one model, while nobody watches."""
+    return native.training(x) and x.dim() == 3
+
+
+def is_half(x: Tensor) -> bool:
+    """Whether products with x are in bf16."""
+    return compute_dtype(x) == torch.bfloat16

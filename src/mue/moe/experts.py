@@ -14,6 +14,7 @@ Backends ("auto" takes native on a CPU and grouped_mm on CUDA where they can, el
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -27,8 +28,10 @@ from mue.moe.weights import ExpertWeights, check
 Backend = Callable[[Tensor, Routing, ExpertWeights, torch.dtype], Tensor]
 
 
-def experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, backend: str = "auto") -> Tensor:
-    """Routed plus shared experts of every token; the output multiplier A is not applied here.
+def experts(
+    x_TD: Tensor, routing: Routing, weights: ExpertWeights, backend: str = "auto", scale: float = 1.0
+) -> Tensor:
+    """Routed plus shared experts of every token, times `scale` (the output multiplier A).
 
     The routed sum has the routing's weights (which contain R), the shared output has coefficient 1. Under autocast
     everything runs in autocast's dtype and the result has that dtype, as nn.Linear's would.
@@ -55,7 +58,10 @@ def experts(x_TD: Tensor, routing: Routing, weights: ExpertWeights, backend: str
     elif backend in REFUSALS and (reason := REFUSALS[backend](x_TD, weights, dtype)):
         raise ValueError(reason)
     with torch.autocast(x_TD.device.type, enabled=False):
-        return BACKENDS[backend](x_TD, routing, weights, dtype)
+        if scale != 1.0 and backend == "native" and weights.shared_up_SD is None:  # the same on D times fewer numbers
+            routing, scale = replace(routing, weight_P=routing.weight_P * scale), 1.0
+        y_TD = BACKENDS[backend](x_TD, routing, weights, dtype)
+        return y_TD if scale == 1.0 else y_TD * scale
 
 
 def choose(x_TD: Tensor, weights: ExpertWeights, dtype: torch.dtype) -> str:

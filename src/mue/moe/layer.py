@@ -110,23 +110,22 @@ class MoELayer(nn.Module):
             f"output_multiplier={self.output_multiplier:g}, gated={self.gated}, balance={self.balance}"
         )
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, scale: float = 1.0) -> tuple[Tensor, Routing]:
         """Routes and computes.
 
         Args:
             x: (..., width).
+            scale: of the result, beside A.
 
         Returns:
-            y: (..., width), A * (routed + shared); the routing of all tokens, flattened (no pairs if experts=0).
+            y: (..., width), scale * A * (routed + shared); the routing of all tokens, flattened (no pairs if experts=0).
         """
         x_TD = x.reshape(-1, self.width)
         routing = self.router(x_TD) if self.router is not None else Routing.empty(x_TD.shape[0], device=x.device)
         weights = ExpertWeights(
             self.experts_gate, self.experts_up, self.experts_down, self.shared_gate, self.shared_up, self.shared_down
         )
-        y_TD = experts(x_TD, routing, weights, backend=self.backend)
-        if self.output_multiplier != 1.0:
-            y_TD = y_TD * self.output_multiplier
+        y_TD = experts(x_TD, routing, weights, self.backend, self.output_multiplier * scale)
         return y_TD.view(x.shape), routing
 
     @torch.no_grad()

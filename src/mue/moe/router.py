@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mue.moe.losses import balance_bias_step, load_balance_loss, router_z_loss
-from mue.moe.routing import Routing
+from mue.moe.native import route
+from mue.moe.routing import Routing, routing_stats
 
 Score = Literal["sigmoid", "softmax"]
 Gates = Literal["normalised", "measured"]
@@ -47,6 +48,8 @@ def select_top(score_TN: Tensor, active: int, groups: int = 1) -> Tensor:
     Returns:
         (T, active) int64, by group and then by falling score.
     """
+    if (best_TK := route.select_top(score_TN.detach(), active, groups)) is not None:
+        return best_TK
     tokens, experts = score_TN.shape
     bits_TN = (score_TN.detach().float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 equal
     bits_TN = bits_TN ^ ((bits_TN >> 31) & 0x7FFFFFFF)
@@ -167,7 +170,8 @@ class Router(nn.Module):
             weight_TK = score_TN.gather(1, expert_TK)
         if self.route_scale != 1.0:
             weight_TK = weight_TK * self.route_scale
-        routing = Routing.from_topk(expert_TK, weight_TK, self.experts, route_scale=self.route_scale)
+        routing = Routing.from_topk(expert_TK, weight_TK, self.experts, route_scale=self.route_scale, stats=False)
+        routing.stats = route.routing_stats(routing) or routing_stats(routing)
         load_N = routing.stats["load"]
         if self.training:
             with torch.no_grad():

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mue.moe.native import build
 from mue.moe.operator import Inputs, Kernel, Problem, constant, operator
@@ -82,6 +83,17 @@ def forget() -> None:
 @constant
 def _built() -> bool:
     return library() is not None
+
+
+def training(x: Tensor) -> bool:
+    """Whether the lesser kernels (norm, attention) serve x: on the CPU, where built, where a backward follows and nobody watches.
+
+    Without a backward torch's operators are taken: validation has to give a run the same bits alone and in a stack of
+    variants.
+    """
+    if x.device.type != "cpu" or not torch.is_grad_enabled() or x.numel() == 0 or not _built():
+        return False
+    return torch.compiler.is_compiling() or _get_current_dispatch_mode() is None
 
 
 def refusal(x_TD: Tensor, weights: ExpertWeights, dtype: torch.dtype) -> str | None:

@@ -41,3 +41,42 @@ struct Norm {
   void* dx;                  // of x_type
   float* dgain;
 };
+
+// x + residual o(attention(norm x)): causal softmax attention with RMSNorm before it, and RMSNorm and RoPE of every head's q and k.
+// In float; `half` rounds to bf16 what bf16 products would take and give.
+struct Attention {
+  int64_t batch, length, width, heads, kv_heads, head_dim, half, threads;  // B, T, D, H, K, E
+  double scale, residual, eps;                                             // scale: of the logits
+  const float *gain, *q, *k, *v, *q_gain, *k_gain, *o;                     // (D), (HE, D), (KE, D), (KE, D), (E), (E), (D, HE)
+  const float *turn, *x;                                                   // (T, E / 2, 2) as in Norm; (B, T, D)
+  float *out, *qkv, *y, *log_sum;  // (B, T, D); (B, T, (H + 2 K) E), (B, T, HE), (B, H, T): read by backward
+  const float* dout;
+  float *dx, *gradients;           // gradients: of gain to o, one after the other
+};
+
+// x + residual down(silu(gate n) * up n), n = norm x; no gate: gelu(up n).
+struct FeedForward {
+  int64_t rows, width, inner, half, threads;  // M, D, H
+  double residual, eps;
+  const float *gain, *gate, *up, *down;       // (D), (H, D), (H, D), (D, H)
+  const float* x;                             // (M, D)
+  float *out, *gate_rows, *up_rows;           // (M, D); (M, H): read by backward
+  const float* dout;
+  float *dx, *gradients;                      // gradients: of gain to down, one after the other
+};
+
+// The `active` largest of each row of score (T, N), active / groups within each group of neighbours, falling; best (T, active).
+struct Selection {
+  int64_t tokens, experts, active, groups, threads;
+  const float* score;
+  int64_t* best;
+};
+
+// See mue.moe.routing.routing_stats; `slots` pairs of each token, one token after the other, experts in [0, N].
+struct RoutingStats {
+  int64_t tokens, experts, slots;
+  const int64_t* expert_P;
+  const float* weight_P;
+  int64_t* load_N;
+  float* found;  // load_min, load_max, gate_sum, variance_factor
+};

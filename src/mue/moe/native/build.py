@@ -23,7 +23,7 @@ import torch
 
 from mue.files import write_json
 
-SOURCES = ("entry.cpp", "kernel.cpp", "norm.cpp")
+SOURCES = ("attention.cpp", "entry.cpp", "feedforward.cpp", "kernel.cpp", "norm.cpp", "route.cpp")
 OPTIONS = ("-std=c++17", "-O2", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
 # By torch.backends.cpu.get_cpu_capability(), which asks the processor (and obeys ATEN_CPU_CAPABILITY); others: none.
 INSTRUCTIONS = {

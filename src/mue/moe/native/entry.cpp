@@ -184,7 +184,7 @@ struct Scratch {
 }  // namespace
 
 void* scratch(Purpose purpose, int64_t bytes) {
-  thread_local Scratch all[3];
+  thread_local Scratch all[kPurposes];
   Scratch& mine = all[purpose];
   if (!mine.memory || mine.bytes < bytes || mine.bytes > kKept) {
     mine.memory.reset();

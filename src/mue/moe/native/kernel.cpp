@@ -1,6 +1,7 @@
 // Forward and backward of gathered feed-forward rows.
 #include <initializer_list>
 
+#include "activation.h"
 #include "engine.h"
 #include "plan.h"
 
@@ -122,10 +123,10 @@ template <class E, class S> struct Worker {
           Vector<Out> u = load_some<Out>(up + r * ld + h, n), hidden;
           if (ffn.gate) {
             Vector<Out> g = load_some<Out>(gate + r * ld + h, n);
-            hidden = g / (Out(1) + exp(-g)) * u;
+            hidden = activated<Out>(g, u);
             if (!kSame && keep_gate) store_some<Out>(keep_gate + r * H + h, g, n);
           } else {
-            hidden = u * phi(u);
+            hidden = activated<Out>(u);
           }
           if (!kSame && keep_up) store_some<Out>(keep_up + r * H + h, u, n);
           store(gate_in + r * ldh + h, hidden * weight);
@@ -201,23 +202,13 @@ template <class E, class S> struct Worker {
     Vector<Out> dot{};
     for (int64_t h = 0; h < H; h += L) {
       int64_t n = smaller(L, H - h);
-      Vector<Out> u = load_some<Out>(up + h, n), dhidden = load_some<Out>(up_out + r * ldh + h, n), act, dup;
-      if (ffn.gate) {
-        Vector<Out> g = load_some<Out>(gate + h, n), sigmoid = Out(1) / (Out(1) + exp(-g)), silu = g * sigmoid;
-        act = silu * u;
-        dot += dhidden * act;
-        dhidden *= weight;
-        dup = dhidden * silu;
-        store(gate_in + r * ldh + h, dhidden * u * (sigmoid + silu * (Out(1) - sigmoid)));
-      } else {
-        Vector<Out> cdf = phi(u), density = Out(0.398942280401432678) * exp(Out(-0.5) * u * u);
-        act = u * cdf;
-        dot += dhidden * act;
-        dhidden *= weight;
-        dup = dhidden * (cdf + u * density);
-      }
-      store(up_in + r * ldh + h, dup);
-      store(E::right(right, r, h, rows, ldh), act * weight);
+      Vector<Out> u = load_some<Out>(up + h, n), dhidden = load_some<Out>(up_out + r * ldh + h, n);
+      Slopes<Out> at = ffn.gate ? slopes<Out>(load_some<Out>(gate + h, n), u) : slopes<Out>(u);
+      dot += dhidden * at.value;
+      dhidden *= weight;
+      if (ffn.gate) store(gate_in + r * ldh + h, dhidden * at.by_gate);
+      store(up_in + r * ldh + h, dhidden * at.by_up);
+      store(E::right(right, r, h, rows, ldh), at.value * weight);
     }
     if (!unit.routed || !call.dweight_P) return;
     Out sum = 0;

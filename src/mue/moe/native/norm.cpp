@@ -1,36 +1,12 @@
 // RMSNorm, with or without RoPE, in one pass forward and one backward.
+#include "norm.h"
+
 #include <vector>
 
 #include "parallel.h"
-#include "vector.h"
 
 namespace mue {
 namespace {
-
-constexpr int L = kLanes<float>;
-using V = Vector<float>;
-using Index = VectorOf<float>::integer;
-
-template <class F> inline V permuted(V value, F&& from) {
-  Index index;
-  for (int i = 0; i < L; i++) index[i] = from(i);
-  return __builtin_shuffle(value, index);
-}
-
-inline float total(V value) {
-#pragma GCC unroll 4
-  for (int step = L / 2; step; step /= 2) value += permuted(value, [step](int i) { return i ^ step; });
-  return value[0];
-}
-
-// Neighbouring pairs (a, b) -> (a cos - b sin, a sin + b cos), or by the opposite angle.
-inline V turned(V value, V turn, bool back) {
-  V cosine = permuted(turn, [](int i) { return i & ~1; }), sine = permuted(turn, [](int i) { return i | 1; }), sign;
-  for (int i = 0; i < L; i++) sign[i] = (i & 1) != back ? 1.0f : -1.0f;
-  return value * cosine + permuted(value, [](int i) { return i ^ 1; }) * sine * sign;
-}
-
-inline int64_t left(const Norm& call, int64_t c) { return call.width - c < L ? call.width - c : L; }
 
 // The turn of one row after the other, without a division for each.
 struct Turns {
@@ -45,53 +21,16 @@ struct Turns {
 };
 
 template <class X> void forward(const Norm& call, const X* x, int64_t first, int64_t last) {
-  int64_t D = call.width;
   Turns turns(call, first);
-  for (int64_t r = first; r < last; r++) {
-    const X* from = x + r * D;
-    const float* turn = turns.next();
-    V squares{};
-    for (int64_t c = 0; c < D; c += L) {
-      V value = load_some<float>(from + c, left(call, c));
-      squares += value * value;
-    }
-    float inverse = 1.0f / std::sqrt(total(squares) / float(D) + float(call.eps));
-    call.inverse[r] = inverse;
-    for (int64_t c = 0; c < D; c += L) {
-      int64_t n = left(call, c);
-      V value = load_some<float>(from + c, n) * inverse * load_some<float>(call.gain + c, n);
-      if (turn) value = turned(value, load_some<float>(turn + c, n), false);
-      store_some<float>(call.y + r * D + c, value, n);
-    }
-  }
+  for (int64_t r = first, D = call.width; r < last; r++)
+    call.inverse[r] = norm_row(x + r * D, call.gain, turns.next(), D, call.eps, call.y + r * D);
 }
 
 // dgain: this thread's own sums.
 template <class X> void backward(const Norm& call, const X* x, X* dx, float* dgain, int64_t first, int64_t last) {
-  int64_t D = call.width;
   Turns turns(call, first);
-  for (int64_t r = first; r < last; r++) {
-    const float* turn = turns.next();
-    float inverse = call.inverse[r];
-    auto straight = [&](int64_t c, int64_t n) {  // dy before the turn
-      V value = load_some<float>(call.dy + r * D + c, n);
-      return turn ? turned(value, load_some<float>(turn + c, n), true) : value;
-    };
-    V along{};
-    for (int64_t c = 0; c < D; c += L) {
-      int64_t n = left(call, c);
-      V product = straight(c, n) * load_some<float>(x + r * D + c, n);
-      along += product * load_some<float>(call.gain + c, n);
-      store_some<float>(dgain + c, load_some<float>(dgain + c, n) + product * inverse, n);
-    }
-    if (!dx) continue;
-    float share = total(along) * inverse * inverse / float(D);
-    for (int64_t c = 0; c < D; c += L) {
-      int64_t n = left(call, c);
-      V value = straight(c, n) * load_some<float>(call.gain + c, n) - load_some<float>(x + r * D + c, n) * share;
-      store_some<float>(dx + r * D + c, value * inverse, n);
-    }
-  }
+  for (int64_t r = first, D = call.width; r < last; r++)
+    norm_row_backward(x + r * D, call.gain, turns.next(), D, call.inverse[r], call.dy + r * D, dx ? dx + r * D : nullptr, dgain);
 }
 
 // f(i, first, last): each thread's share of `count`.

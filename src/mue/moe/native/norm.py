@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mue.moe import native
 
@@ -30,20 +29,14 @@ class _Norm(ctypes.Structure):
 def rms_norm(x: Tensor, gain: Tensor, eps: float, turn: Tensor | None = None) -> Tensor | None:
     """x / rms(x) · gain over the last axis, in float32; None where torch has to do it.
 
-    That is: off the CPU, without the kernel, under torch.compile (whose own fusion is as good), in other types, where
-    somebody watches the operators, and where no backward follows (validation has to give a run the same bits alone and
-    in a stack of variants).
+    That is: under torch.compile (whose own fusion is as good), in other types, and see `native.training`.
 
     Args:
         x: (..., E) in float32 or bf16; with `turn` (B, T, H, E).
         gain: (E,) in float32.
         turn: (T, 1, E/2, 2), cos and sin of the angle by which neighbouring pairs are then turned.
     """
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype not in _TYPES or gain.dtype != torch.float32:
-        return None
-    if not torch.is_grad_enabled() or x.numel() == 0:
-        return None
-    if _get_current_dispatch_mode() is not None or native.library() is None:
+    if torch.compiler.is_compiling() or not native.training(x) or x.dtype not in _TYPES or gain.dtype != torch.float32:
         return None
     y: Tensor = NativeRMSNorm.apply(x, gain, eps, turn)  # type: ignore[no-untyped-call]
     return y

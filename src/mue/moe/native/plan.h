@@ -38,7 +38,7 @@ void combine(const Call&, const Plan&, int64_t type, void* out_TD, int64_t first
 void reduce(const Call&, const Part* const* parts, int64_t count, int64_t offset, int64_t elements, void* gradient, int64_t at);
 
 // Memory that a thread keeps between calls (fresh pages cost more than the work at small sizes); null where there is none.
-enum Purpose { kBlocks, kRows, kPartials };
+enum Purpose { kBlocks, kRows, kPartials, kSublayer, kPurposes };
 void* scratch(Purpose purpose, int64_t bytes);
 
 }  // namespace mue

@@ -1,4 +1,4 @@
-// Vectors (the compiler's own, so any machine), bf16, exp, and the normal distribution function.
+// Vectors (the compiler's own, so any machine), bf16, exp, and the normal distribution.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -127,16 +127,20 @@ inline Vector<double> exp(Vector<double> x) {
   return x;
 }
 
-// The normal distribution function; float to 1e-7 (Abramowitz and Stegun 7.1.26).
-inline Vector<float> phi(Vector<float> x) {
-  Vector<float> z = (x < 0.0f ? -x : x) * 0.70710678f, t = 1.0f / (1.0f + 0.3275911f * z);
-  Vector<float> tail = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
-  tail = 0.5f * tail * exp(-z * z);
-  return x < 0.0f ? tail : 1.0f - tail;
+template <class V> inline V sigmoid(V x) { return 1 / (1 + exp(-x)); }
+
+// The normal distribution: its function, float to 1e-7 (Abramowitz and Stegun 7.1.26), and its density.
+template <class T> struct Normal { Vector<T> cdf, density; };
+inline Normal<float> normal(Vector<float> x) {
+  Vector<float> t = 1.0f / (1.0f + 0.23164189f * (x < 0.0f ? -x : x)), bell = exp(-0.5f * x * x);
+  Vector<float> tail = ((((0.5307027145f * t - 0.7265760135f) * t + 0.7107068705f) * t - 0.142248368f) * t + 0.127414796f) * t;
+  tail *= bell;
+  return {x < 0.0f ? tail : 1.0f - tail, 0.3989422804f * bell};
 }
-inline Vector<double> phi(Vector<double> x) {
-  for (int i = 0; i < kLanes<double>; i++) x[i] = 0.5 * std::erfc(-x[i] * 0.70710678118654752);
-  return x;
+inline Normal<double> normal(Vector<double> x) {
+  Normal<double> found{{}, 0.398942280401432678 * exp(-0.5 * x * x)};
+  for (int i = 0; i < kLanes<double>; i++) found.cdf[i] = 0.5 * std::erfc(-x[i] * 0.70710678118654752);
+  return found;
 }
 
 }  // namespace mue

@@ -1,0 +1,136 @@
+// A dense feed-forward network between norm and sum, gated or not, forward and backward, in float.
+//
+// Kept for the backward: gate x and up x.
+#include "activation.h"
+#include "sublayer.h"
+
+namespace mue {
+namespace {
+
+// One thread's work; a piece is `size` tokens, at most kRows, chosen so that all threads get as many.
+struct Rows {
+  const FeedForward& call;
+  const int64_t D = call.width, H = call.inner, ldh = H + kRowLanes;  // rows apart by a power of two share cache lines
+  const bool gated = call.gate != nullptr;
+  static constexpr int64_t kRows = 96;
+  const int64_t share = (call.rows + call.threads - 1) / call.threads, parts = (share + kRows - 1) / kRows;
+  const int64_t size = up_to((share + parts - 1) / parts, 8);
+
+  float *packed_gate, *packed_up, *packed_down, *normed, *branch, *hidden, *dgate, *dup, *right, *inverse;
+  float *sum_gain, *sum_gate, *sum_up, *sum_down;
+
+  explicit Rows(const FeedForward& call) : call(call) {}
+  int64_t pieces() const { return (call.rows + size - 1) / size; }
+  int64_t count(int64_t piece) const { return std::min(size, call.rows - piece * size); }
+
+  int64_t lay_out(char* base) {
+    Memory memory{base};
+    int64_t padded = up_to(D, kPanel), inner = up_to(H, kPanel);
+    for (auto buffer : {&packed_gate, &packed_up, &packed_down}) memory.take(*buffer, buffer == &packed_gate && !gated ? 0 : padded * inner);
+    for (auto buffer : {&normed, &branch}) memory.take(*buffer, kRows * D);
+    for (auto buffer : {&hidden, &dgate, &dup}) memory.take(*buffer, kRows * ldh);
+    memory.take(right, kRows * std::max(padded, inner)), memory.take(inverse, kRows);
+    return memory.at - base;
+  }
+
+  // Where the weights' gradients are summed, one after the other; how many they are.
+  int64_t sums(float* base) {
+    sum_gain = base, sum_gate = sum_gain + D, sum_up = sum_gate + (gated ? H * D : 0), sum_down = sum_up + H * D;
+    return sum_down + D * H - base;
+  }
+
+  void round(float* values, int64_t count) const {
+    if (call.half) round_to_half(values, count);
+  }
+
+  void norm(const float* x, int64_t rows) {
+    for (int64_t r = 0; r < rows; r++) inverse[r] = norm_row(x + r * D, call.gain, nullptr, D, call.eps, normed + r * D);
+    round(normed, rows * D);
+  }
+
+  void prepare_forward() {
+    for (auto [to, from] : {std::pair(packed_gate, call.gate), {packed_up, call.up}}) {
+      if (!from) continue;
+      Engine::pack_transposed(to, from, kFloat, D, H);
+      round(to, D * up_to(H, kPanel));
+    }
+    Engine::pack_transposed(packed_down, call.down, kFloat, H, D);
+    round(packed_down, H * up_to(D, kPanel));
+  }
+
+  void forward(int64_t piece) {
+    int64_t first = piece * size, rows = count(piece);
+    float *gate = gated ? call.gate_rows + first * H : nullptr, *up = call.up_rows + first * H;
+    const float* x = call.x + first * D;
+    norm(x, rows);
+    if (gated) multiply<true>(rows, H, D, normed, D, packed_gate, D, gate, H, false), round(gate, rows * H);
+    multiply<true>(rows, H, D, normed, D, packed_up, D, up, H, false), round(up, rows * H);
+    for (int64_t r = 0; r < rows; r++)
+      vectors(H, [&](int64_t h, int64_t n) {
+        RowVector u = load_some<float>(up + r * H + h, n);
+        store_some<float>(hidden + r * ldh + h, gated ? activated<float>(load_some<float>(gate + r * H + h, n), u) : activated<float>(u), n);
+      });
+    round(hidden, rows * ldh);
+    multiply<true>(rows, D, H, hidden, ldh, packed_down, H, branch, D, false);
+    round(branch, rows * D);
+    add_scaled(call.out + first * D, x, call.residual, branch, rows * D);
+  }
+
+  void prepare_backward() {
+    for (auto [to, from] : {std::pair(packed_gate, call.gate), {packed_up, call.up}}) {
+      if (!from) continue;
+      Engine::pack(to, from, kFloat, H, D);
+      round(to, H * up_to(D, kPanel));
+    }
+    Engine::pack(packed_down, call.down, kFloat, D, H);
+    round(packed_down, D * up_to(H, kPanel));
+  }
+
+  void backward(int64_t piece) {
+    int64_t first = piece * size, rows = count(piece);
+    const float *x = call.x + first * D, *dout = call.dout + first * D;
+    add_scaled(branch, nullptr, call.residual, dout, rows * D);
+    round(branch, rows * D);
+    multiply<true>(rows, H, D, branch, D, packed_down, D, hidden, ldh, false);
+    round(hidden, rows * ldh);
+    activation_backward(first, rows);
+    multiply<false>(D, H, rows, branch, D, right, rows, sum_down, H, true);
+    norm(x, rows);
+    Engine::pack(right, normed, kFloat, rows, D);
+    if (gated) {
+      multiply<false>(H, D, rows, dgate, ldh, right, rows, sum_gate, D, true);
+      multiply<true>(rows, D, H, dgate, ldh, packed_gate, H, branch, D, false);
+    }
+    multiply<false>(H, D, rows, dup, ldh, right, rows, sum_up, D, true);
+    multiply<true>(rows, D, H, dup, ldh, packed_up, H, branch, D, gated);
+    float* dx = call.dx + first * D;
+    for (int64_t r = 0; r < rows; r++)
+      norm_row_backward(x + r * D, call.gain, nullptr, D, inverse[r], branch + r * D, dx + r * D, sum_gain);
+    add_scaled(dx, dx, 1, dout, rows * D);
+  }
+
+  // The gradient of the activation lies in `hidden`. Leaves the activation itself in `right`.
+  void activation_backward(int64_t first, int64_t rows) {
+    const float *gate = gated ? call.gate_rows + first * H : nullptr, *up = call.up_rows + first * H;
+    for (int64_t r = 0; r < rows; r++)
+      vectors(H, [&](int64_t h, int64_t n) {
+        RowVector u = load_some<float>(up + r * H + h, n), dhidden = load_some<float>(hidden + r * ldh + h, n);
+        Slopes<float> at = gated ? slopes<float>(load_some<float>(gate + r * H + h, n), u) : slopes<float>(u);
+        if (gated) store_some<float>(dgate + r * ldh + h, dhidden * at.by_gate, n);
+        store_some<float>(dup + r * ldh + h, dhidden * at.by_up, n);
+        store(Engine::right(right, r, h, rows, 0), at.value);
+      });
+    if (gated) round(dgate, rows * ldh);
+    round(dup, rows * ldh), round(right, rows * up_to(H, kPanel));
+  }
+};
+
+}  // namespace
+}  // namespace mue
+
+extern "C" {
+
+int32_t mue_feed_forward_forward(const FeedForward* call) { return mue::run_forward<mue::Rows>(*call); }
+int32_t mue_feed_forward_backward(const FeedForward* call) { return mue::run_backward<mue::Rows>(*call); }
+
+}  // extern "C"

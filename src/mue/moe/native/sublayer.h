@@ -1,0 +1,99 @@
+// What the sublayers of a transformer block, x + c f(norm x), have in common: a thread takes one piece of the tokens after the
+// other from the norm to the sum, so that what lies between stays in its cache, and sums the weights' gradients for itself.
+#pragma once
+#include <algorithm>
+
+#include "engine.h"
+#include "norm.h"
+#include "parallel.h"
+#include "plan.h"
+
+namespace mue {
+
+using Engine = Plain<float>;
+constexpr int64_t kPanel = Engine::kPanel;
+
+// C[M, N] (+)= A B as in product.h; B's panels have `depth` rows, of which the first K take part. (Tiles of 8 rows divide the
+// usual lengths; the experts' tiles of 12 do not.)
+template <bool unit_column>
+void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t stride, const float* b, int64_t depth, float* c, int64_t ldc,
+              bool add) {
+  constexpr int kTile = kVectorBytes == 64 ? 8 : 4;
+  for (int64_t n = 0; n < N; n += kPanel)
+    tiles<float, kTile, unit_column>(0, M, K, a, stride, b + n * depth, c + n, ldc, N - n < kPanel ? N - n : kPanel, add);
+}
+
+// Deals out a thread's memory; with base null it only counts.
+struct Memory {
+  char* at;
+  void take(float*& buffer, int64_t count) {
+    buffer = reinterpret_cast<float*>(at);
+    at += up_to(count * 4, 64) + 64;
+  }
+};
+
+// f(c, n) for the vectors of `count` values.
+template <class F> inline void vectors(int64_t count, F&& f) {
+  for (int64_t c = 0; c < count; c += kRowLanes) f(c, lanes_left(count, c));
+}
+
+// to = x + factor y; x null: to = factor y.
+inline void add_scaled(float* to, const float* x, float factor, const float* y, int64_t count) {
+  vectors(count, [&](int64_t c, int64_t n) {
+    RowVector value = factor * load_some<float>(y + c, n);
+    store_some<float>(to + c, x ? value + load_some<float>(x + c, n) : value, n);
+  });
+}
+
+// What bf16 would leave of values.
+inline void round_to_half(float* values, int64_t count) {
+  vectors(count, [&](int64_t c, int64_t n) {
+    bf16 half[kRowLanes];
+    store(half, load_some<float>(values + c, n));
+    store_some<float>(values + c, load(half), n);
+  });
+}
+
+// f(worker, thread, first, last): every thread's share of the call's pieces.
+template <class Worker, class Call, class F> int32_t each(const Call& call, F&& f) {
+  bool failed = false;
+  bool ran = parallel(call.threads, [&](int64_t thread) {
+    Worker worker(call);
+    void* base = scratch(kSublayer, worker.lay_out(nullptr));
+    if (!base) { failed = true; return; }
+    worker.lay_out(static_cast<char*>(base));
+    int64_t pieces = worker.pieces();
+    f(worker, thread, pieces * thread / call.threads, pieces * (thread + 1) / call.threads);
+  });
+  return !ran ? kNoParallel : failed ? kNoMemory : kFine;
+}
+
+template <class Worker, class Call> int32_t run_forward(const Call& call) {
+  return each<Worker>(call, [](Worker& worker, int64_t, int64_t first, int64_t last) {
+    worker.prepare_forward();
+    for (int64_t i = first; i < last; i++) worker.forward(i);
+  });
+}
+
+// The first thread sums gradients where they belong, the others beside it.
+template <class Worker, class Call> int32_t run_backward(const Call& call) {
+  int64_t size = Worker(call).sums(nullptr), others = call.threads - 1;
+  float* partial = others ? static_cast<float*>(scratch(kPartials, others * size * 4)) : nullptr;
+  if (others && !partial) return kNoMemory;
+  int32_t status = each<Worker>(call, [&](Worker& worker, int64_t thread, int64_t first, int64_t last) {
+    float* mine = thread ? partial + (thread - 1) * size : call.gradients;
+    std::fill_n(mine, size, 0.0f);
+    worker.sums(mine);
+    worker.prepare_backward();
+    for (int64_t i = first; i < last; i++) worker.backward(i);
+  });
+  if (status != kFine) return status;
+  bool ran = parallel(call.threads, [&](int64_t i) {
+    int64_t first = size * i / call.threads, count = size * (i + 1) / call.threads - first;
+    for (int64_t other = 0; other < others; other++)
+      add_scaled(call.gradients + first, call.gradients + first, 1, partial + other * size + first, count);
+  });
+  return ran ? kFine : kNoParallel;
+}
+
+}  // namespace mue
