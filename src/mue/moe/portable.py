@@ -8,7 +8,7 @@
 * elementwise work runs over chunks of several such batches, small enough for the cache, large enough for all threads;
 * the combine is one fused gather-and-sum (embedding_bag), which needs no atomics and so gives the same bits every time, and
   applies the routing weights; their gradient is its own, and every other one gets them with the gathered rows of dy;
-* where the rows are larger than a cache, those of dx are added chunk by chunk: fresh memory costs more than the sum;
+* where the rows are so large that their memory is fresh every time, those of dx are added chunk by chunk;
 * gate x, up x and each row's output are saved for the backward; gathered inputs and hidden rows are made again.
 
 Shape suffixes: T tokens, K slots per token, P pairs, N experts, D width, H expert width, M rows in expert order (the pairs
@@ -36,7 +36,7 @@ _BATCH_COST = 9 << 23  # multiply-adds of one batch of experts; larger ones gain
 _JOINING = 1 << 21  # multiply-adds in alignment rows that one call less is worth
 _MOST_WASTE = 8  # of so many rows of a batch one may be alignment
 _MOST_PARTS = 16  # of one expert
-_LARGE = 1 << 21  # elements of all rows
+_LARGE = 1 << 25  # bytes of all rows, above which malloc gives memory back after every use
 _RADIX = 1 << 15  # torch sorts so many integers, or more, in linear time
 
 
@@ -277,7 +277,8 @@ def _backward(
     order = _plan(inputs, problem) if order is None else order
     gate_MH, up_MH, y_MD = saved[:3]
     width, inner, total = x_TD.shape[1], up_NHD.shape[1], order.token_M.shape[0]
-    large = total * width > _LARGE and x_TD.dtype not in _ROW_ALIGNMENT  # those are summed in float32
+    # rows of 16 bits are summed in float32, which only the bag does
+    large = total * width * x_TD.element_size() > _LARGE and x_TD.dtype not in _ROW_ALIGNMENT
     dx_TD = torch.zeros_like(x_TD) if need_x and large else None
     dx_MD = x_TD.new_empty(total + 1, width) if need_x and not large else None
     dgate_NHD, dup_NHD, ddown_NDH = (
