@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -305,6 +306,8 @@ def test_when_a_block_is_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not paths.attention_by_kernel(x, weights)
     with FlopCounterMode(display=False):
         assert not paths.feed_forward_by_kernel(x, weights)
+    sharded = TwoTensor(weights[1], weights[1])
+    assert not paths.attention_by_kernel(x, [weights[0], sharded])
     wide = torch.empty(1 << 10, 1 << 9)
     assert not paths.attention_by_kernel(x, [wide]) and not paths.feed_forward_by_kernel(x, [wide])
     with torch.autocast("cpu", torch.bfloat16):

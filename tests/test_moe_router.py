@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from typing import Literal
 
 import pytest
 import torch
@@ -143,6 +144,26 @@ def test_the_kernel_selects_and_counts_as_torch_does(
         torch.testing.assert_close(stats[name], value, rtol=1e-5, atol=1e-7)
     if tokens and size > 1 and not values:  # negative control: no value is the largest and the smallest
         assert not torch.equal(route.select_top(-score_TN, active, groups), found)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_the_kernels_weights_are_torchs(score: Literal["sigmoid", "softmax"]) -> None:
+    """And their gradients, also where every sigmoid underflows; against float64."""
+    torch.manual_seed(0)
+    router = Router(8, 12, 3, score=score, route_scale=3.0)
+    logit_TN = torch.randn(50, 12) * 4 - torch.tensor([0.0] * 40 + [200.0] * 10)[:, None]
+    dweight_TK, found = torch.randn(50, 3), []
+    expert_TK = select_top(logit_TN, 3)
+    for kind in (torch.float32, torch.float64):
+        leaf = logit_TN.to(kind).requires_grad_()
+        weight_TK = router._weights(leaf, torch.sigmoid(leaf), expert_TK)
+        assert ("NativeGates" in weight_TK.grad_fn.name()) == (kind == torch.float32)
+        found.append([weight_TK, *torch.autograd.grad(weight_TK, leaf, dweight_TK.to(kind))])
+    for ours, exact in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
+    other = route.gates(logit_TN, expert_TK, score != "sigmoid", 3.0)
+    assert other is not None and (other - found[0][0]).abs().max() > 0.01  # negative control: the score is seen
 
 
 def test_refusals_name_the_numbers_and_the_fix() -> None:

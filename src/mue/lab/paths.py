@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
 
 from mue.moe import native
 from mue.moe.experts import compute_dtype
@@ -134,8 +135,13 @@ def feed_forward_by_kernel(x: Tensor, weights: Sequence[Tensor | None]) -> bool:
 
 
 def _sublayer(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether the kernel can: in training, of one model, in float32 or in bf16 that would be emulated."""
-    if not one_multiplier(x) or any(tensor.dtype != torch.float32 for tensor in (x, *weights)):
+    """Whether the kernel can: in training, of one model, in float32 or in bf16 that would be emulated.
+
+    Weights that are more than tensors (DTensors) are for their own modules.
+    """
+    if not one_multiplier(x) or any(type(weight) not in (Tensor, Parameter) for weight in weights):
+        return False
+    if any(tensor.dtype != torch.float32 for tensor in (x, *weights)):
         return False
     return compute_dtype(x) == torch.float32 or (is_half(x) and not bf16_instructions())
 

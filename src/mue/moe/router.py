@@ -161,15 +161,7 @@ class Router(nn.Module):
     def _route(self, logit_TN: Tensor) -> Routing:
         score_TN = torch.sigmoid(logit_TN) if self.score == "sigmoid" else torch.softmax(logit_TN, dim=1)
         expert_TK = select_top(score_TN.detach() + self.balance_bias, self.active, self.groups)
-        if self.normalize:
-            # s_i / sum s = softmax(log s): the same weights, and no 0/0 where every sigmoid underflows.
-            picked_TK = logit_TN.gather(1, expert_TK)
-            log_TK = F.logsigmoid(picked_TK) if self.score == "sigmoid" else picked_TK
-            weight_TK = torch.softmax(log_TK, dim=1)
-        else:
-            weight_TK = score_TN.gather(1, expert_TK)
-        if self.route_scale != 1.0:
-            weight_TK = weight_TK * self.route_scale
+        weight_TK = self._weights(logit_TN, score_TN, expert_TK)
         routing = Routing.from_topk(expert_TK, weight_TK, self.experts, route_scale=self.route_scale, stats=False)
         routing.stats = route.routing_stats(routing) or routing_stats(routing)
         load_N = routing.stats["load"]
@@ -182,6 +174,17 @@ class Router(nn.Module):
         if self.z_loss:
             routing.losses["router_z"] = router_z_loss(logit_TN)
         return routing
+
+    def _weights(self, logit_TN: Tensor, score_TN: Tensor, expert_TK: Tensor) -> Tensor:
+        """(T, K), scaled by R."""
+        if not self.normalize:
+            return score_TN.gather(1, expert_TK) * self.route_scale
+        sigmoid = self.score == "sigmoid"
+        if (weight_TK := route.gates(logit_TN, expert_TK, sigmoid, self.route_scale)) is not None:
+            return weight_TK
+        # s_i / sum s = softmax(log s): the same weights, and no 0/0 where every sigmoid underflows.
+        picked_TK = logit_TN.gather(1, expert_TK)
+        return torch.softmax(F.logsigmoid(picked_TK) if sigmoid else picked_TK, dim=1) * self.route_scale
 
     @torch.no_grad()
     def update_bias_(self, speed: float) -> None:

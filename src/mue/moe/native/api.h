@@ -72,6 +72,17 @@ struct Selection {
   int64_t* best;
 };
 
+// weight (T, active) = scale * softmax over a token's experts of their logits, or of the logarithms of their sigmoids.
+struct Gates {
+  int64_t tokens, experts, active, sigmoid, threads;
+  double scale;
+  const float* logit_TN;
+  const int64_t* expert_TK;
+  float* weight_TK;  // forward writes, backward reads
+  const float* dweight_TK;
+  float* dlogit_TN;
+};
+
 // See mue.moe.routing.routing_stats; `slots` pairs of each token, one token after the other, experts in [0, N].
 struct RoutingStats {
   int64_t tokens, experts, slots;

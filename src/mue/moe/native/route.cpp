@@ -1,4 +1,4 @@
-// The best experts of every token, and the statistics of a routing.
+// The best experts of every token, their weights, and the statistics of a routing.
 #include <vector>
 
 #include "parallel.h"
@@ -15,14 +15,15 @@ inline int32_t key(float value) {
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-// Indices (plus `offset`) of the `count` largest of keys[0, size), falling; of equals the first comes first.
+// Indices (plus `offset`) of the `count` largest of keys[0, size), falling; of equals the first comes first. (`keys` ends with a
+// vector that may be read.)
 void best_of_few(const int32_t* keys, int64_t size, int64_t count, int64_t offset, int64_t* best) {
   using Index = VectorOf<float>::integer;
   constexpr int64_t L = kLanes<float>;
   int64_t by_rank[64];
   for (int64_t c = 0; c < size; c += L) {  // whose rank is how many come before it: no branches to mispredict
-    Index mine, place, rank{};
-    for (int64_t i = 0; i < L; i++) mine[i] = c + i < size ? keys[c + i] : 0, place[i] = int32_t(c + i);
+    Index mine = *reinterpret_cast<const Index*>(keys + c), place, rank{};
+    for (int64_t i = 0; i < L; i++) place[i] = int32_t(c + i);
     for (int64_t j = 0; j < size; j++) rank -= (keys[j] > mine) | ((keys[j] == mine) & (int32_t(j) < place));
     for (int64_t i = 0; i < L && c + i < size; i++) by_rank[rank[i]] = c + i + offset;
   }
@@ -40,23 +41,60 @@ void best_of_many(const int32_t* keys, int64_t size, int64_t count, int64_t offs
   }
 }
 
+// f(t) for every token.
+template <class F> int32_t each_token(int64_t tokens, int64_t threads, F&& f) {
+  bool ran = parallel(threads, [&](int64_t thread) {
+    for (int64_t t = tokens * thread / threads; t < tokens * (thread + 1) / threads; t++) f(t);
+  });
+  return ran ? kFine : kNoParallel;
+}
+
 }  // namespace
 }  // namespace mue
 
 extern "C" {
 
 int32_t mue_select(const Selection* call) {
+  using namespace mue;
   int64_t size = call->experts / call->groups, count = call->active / call->groups;
-  bool ran = mue::parallel(call->threads, [&](int64_t thread) {
-    std::vector<int32_t> keys(size);
-    for (int64_t t = call->tokens * thread / call->threads; t < call->tokens * (thread + 1) / call->threads; t++)
-      for (int64_t g = 0; g < call->groups; g++) {
-        for (int64_t i = 0; i < size; i++) keys[i] = mue::key(call->score[t * call->experts + g * size + i]);
-        int64_t* best = call->best + t * call->active + g * count;
-        (size <= 64 ? mue::best_of_few : mue::best_of_many)(keys.data(), size, count, g * size, best);
-      }
+  return each_token(call->tokens, call->threads, [&](int64_t t) {
+    thread_local std::vector<int32_t> keys;
+    keys.resize(size + kLanes<float>);
+    for (int64_t g = 0; g < call->groups; g++) {
+      for (int64_t i = 0; i < size; i++) keys[i] = key(call->score[t * call->experts + g * size + i]);
+      int64_t* best = call->best + t * call->active + g * count;
+      (size <= 64 ? best_of_few : best_of_many)(keys.data(), size, count, g * size, best);
+    }
   });
-  return ran ? kFine : kNoParallel;
+}
+
+int32_t mue_gates_forward(const Gates* call) {
+  return mue::each_token(call->tokens, call->threads, [&](int64_t t) {
+    const int64_t K = call->active, *expert = call->expert_TK + t * K;
+    float *weight = call->weight_TK + t * K, largest = -INFINITY, sum = 0;
+    for (int64_t k = 0; k < K; k++) {
+      float logit = call->logit_TN[t * call->experts + expert[k]];
+      weight[k] = call->sigmoid ? (logit < 0 ? logit : 0) - std::log1p(std::exp(-std::fabs(logit))) : logit;
+      largest = weight[k] > largest ? weight[k] : largest;
+    }
+    for (int64_t k = 0; k < K; k++) sum += weight[k] = std::exp(weight[k] - largest);
+    for (int64_t k = 0; k < K; k++) weight[k] *= float(call->scale) / sum;
+  });
+}
+
+int32_t mue_gates_backward(const Gates* call) {
+  return mue::each_token(call->tokens, call->threads, [&](int64_t t) {
+    const int64_t K = call->active, *expert = call->expert_TK + t * K;
+    const float *weight = call->weight_TK + t * K, *dweight = call->dweight_TK + t * K, *logit = call->logit_TN + t * call->experts;
+    float *dlogit = call->dlogit_TN + t * call->experts, mean = 0;
+    std::memset(dlogit, 0, call->experts * sizeof(float));
+    for (int64_t k = 0; k < K; k++) mean += weight[k] * dweight[k];
+    mean /= float(call->scale);
+    for (int64_t k = 0; k < K; k++) {
+      float slope = call->sigmoid ? 1 / (1 + std::exp(logit[expert[k]])) : 1;
+      dlogit[expert[k]] = weight[k] * (dweight[k] - mean) * slope;
+    }
+  });
 }
 
 void mue_routing_stats(const RoutingStats* call) {

@@ -1,15 +1,17 @@
-"""Parts of a router by the native kernel: the best experts of every token, and the statistics of a routing.
+"""Parts of a router by the native kernel: the best experts of every token, their weights, and the statistics of a routing.
 
-They are small, but torch takes a dozen operators for each. Both give None where torch has to do it: off the CPU, in other
+They are small, but torch takes a dozen operators for each. All give None where torch has to do it: off the CPU, in other
 types than float32, without the kernel, under torch.compile and where somebody watches the operators.
 """
 
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from mue.moe import native
@@ -22,6 +24,14 @@ class _Selection(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("tokens", "experts", "active", "groups", "threads")),
         *((name, ctypes.c_void_p) for name in ("score", "best")),
+    ]
+
+
+class _Gates(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("tokens", "experts", "active", "sigmoid", "threads")),
+        ("scale", ctypes.c_double),
+        *((name, ctypes.c_void_p) for name in ("logit_TN", "expert_TK", "weight_TK", "dweight_TK", "dlogit_TN")),
     ]
 
 
@@ -40,16 +50,55 @@ def _kernel(x: Tensor) -> ctypes.CDLL | None:
 
 def select_top(score_TN: Tensor, active: int, groups: int) -> Tensor | None:
     """The indices that `mue.moe.router.select_top` gives, ties included."""
-    if (kernel := _kernel(score_TN)) is None:
+    if _kernel(score_TN) is None:
         return None
     score_TN = score_TN.contiguous()
     tokens, experts = score_TN.shape
     best_TK = torch.empty(tokens, active, dtype=torch.int64)
-    threads = max(1, min(torch.get_num_threads(), score_TN.numel() // _ELEMENTS_PER_THREAD))
-    call = _Selection(tokens, experts, active, groups, threads, score_TN.data_ptr(), best_TK.data_ptr())
-    if status := kernel.mue_select(ctypes.byref(call)):
-        raise RuntimeError(f"mue_select found no threads (status {status})")
+    _run("mue_select", _Selection(tokens, experts, active, groups, _threads(score_TN)), score=score_TN, best=best_TK)
     return best_TK
+
+
+def gates(logit_TN: Tensor, expert_TK: Tensor, sigmoid: bool, scale: float) -> Tensor | None:
+    """scale · softmax over each token's experts of their logits, or of the logarithms of their sigmoids."""
+    if _kernel(logit_TN) is None:
+        return None
+    weight_TK: Tensor = NativeGates.apply(logit_TN.contiguous(), expert_TK.contiguous(), sigmoid, scale)  # type: ignore[no-untyped-call]
+    return weight_TK
+
+
+class NativeGates(torch.autograd.Function):
+    """See `gates`; the name is what a profile shows."""
+
+    @staticmethod
+    def forward(ctx: Any, logit_TN: Tensor, expert_TK: Tensor, sigmoid: bool, scale: float) -> Tensor:
+        weight_TK = torch.empty(expert_TK.shape)
+        ctx.numbers = *logit_TN.shape, expert_TK.shape[1], sigmoid, _threads(logit_TN), scale
+        _run("mue_gates_forward", _Gates(*ctx.numbers), logit_TN=logit_TN, expert_TK=expert_TK, weight_TK=weight_TK)
+        ctx.save_for_backward(logit_TN, expert_TK, weight_TK)
+        return weight_TK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dweight_TK: Tensor) -> tuple[Tensor, None, None, None]:
+        logit_TN, expert_TK, weight_TK = ctx.saved_tensors
+        dlogit_TN = torch.empty_like(logit_TN)
+        _run(
+            "mue_gates_backward", _Gates(*ctx.numbers), logit_TN=logit_TN, expert_TK=expert_TK, weight_TK=weight_TK,
+            dweight_TK=dweight_TK.contiguous(), dlogit_TN=dlogit_TN,
+        )  # fmt: skip
+        return dlogit_TN, None, None, None
+
+
+def _threads(table: Tensor) -> int:
+    return max(1, min(torch.get_num_threads(), table.numel() // _ELEMENTS_PER_THREAD))
+
+
+def _run(entry: str, call: ctypes.Structure, **tensors: Tensor) -> None:
+    for name, tensor in tensors.items():
+        setattr(call, name, tensor.data_ptr())
+    if status := getattr(native.library(), entry)(ctypes.byref(call)):
+        raise RuntimeError(f"{entry} found no threads (status {status})")
 
 
 def routing_stats(routing: Routing) -> dict[str, Tensor] | None:
