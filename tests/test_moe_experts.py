@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mue.moe import ExpertWeights, MoELayer, Routing, experts, portable
+from mue.moe import ExpertWeights, MoELayer, Routing, experts, portable, portable_rows
 from mue.moe import losses as moe_losses
 from mue.moe.native import build
 
@@ -201,10 +201,10 @@ def test_bf16_rows_come_in_buckets() -> None:
     """Every row count of a bf16 product is a multiple of 32 (each new row count costs a millisecond of set-up); one thread's float32 rows
     are not padded."""
     counts = torch.bincount(make_routing("topk", 100, 7, 2).expert_P).tolist()
-    chunks, rows = portable._layout(counts, 32, 1, 1, 100)
+    chunks, rows = portable_rows.layout(counts, 32, 1, 1, 100)
     assert [batch.rows for chunk in chunks for batch in chunk.batches] == rows
     assert all(row % 32 == 0 for row in rows)
-    assert portable._layout(counts, 1, 1, 1, 100)[1] == counts
+    assert portable_rows.layout(counts, 1, 1, 1, 100)[1] == counts
     assert any(count % 32 for count in counts)
 
 
@@ -215,7 +215,7 @@ def test_bf16_rows_come_in_buckets() -> None:
     cost=st.sampled_from([1, 16384, 131072]),
 )
 def test_batches_hold_every_expert_once_and_waste_little(counts: list[int], parts: int, cost: int) -> None:
-    chunks, rows = portable._layout(counts, parts, parts, cost, 2048)
+    chunks, rows = portable_rows.layout(counts, parts, parts, cost, 2048)
     batches = [batch for chunk in chunks for batch in chunk.batches]
     held = [expert for batch in batches for expert in range(batch.first, batch.first + batch.experts)]
     assert held == [expert for expert, count in enumerate(counts) if count]
@@ -229,7 +229,7 @@ def test_batches_hold_every_expert_once_and_waste_little(counts: list[int], part
             assert batch.experts == 1 or batch.experts % parts == 0  # every thread has whole products
             real = sum(counts[batch.first : batch.first + batch.experts])
             size = batch.experts * batch.parts * batch.rows
-            assert real <= size <= real + max(size // portable._MOST_WASTE, parts - 1)
+            assert real <= size <= real + max(size // portable_rows.MOST_WASTE, parts - 1)
             stop += size
         assert chunk.stop == stop
         assert stop - chunk.start <= 2048 or len(chunk.batches) == 1
@@ -240,7 +240,7 @@ def test_nearly_equal_experts_share_a_batch() -> None:
     """Balanced loads do, skewed ones do not, and neither where the alignment rows cost more than a call."""
 
     def sizes(counts: list[int], cost: int) -> list[int]:
-        chunks, _ = portable._layout(counts, 2, 2, cost, 1 << 20)
+        chunks, _ = portable_rows.layout(counts, 2, 2, cost, 1 << 20)
         return [batch.experts for chunk in chunks for batch in chunk.batches]
 
     balanced = [500, 510, 505, 490, 520, 495, 515, 500]
@@ -256,7 +256,7 @@ def test_many_small_chunks_and_sums_agree_with_the_reference(monkeypatch: pytest
     before = torch.get_num_threads()
     for large, elements in ((0, 1), (0, 300), (1 << 25, 300)):
         monkeypatch.setattr(portable, "_LARGE", large)
-        monkeypatch.setattr(portable, "_CHUNK_ELEMENTS", elements)
+        monkeypatch.setattr(portable_rows, "_CHUNK_ELEMENTS", elements)
         for kind in ("topk", "ragged", "choice", "one"):
             routing, weights = make_routing(kind, 90, 12, 3), make_weights(12, 8, 10, torch.float64)
             x_TD, dy_TD = torch.randn(90, 8, dtype=torch.float64, requires_grad=True), torch.randn(90, 8).double()
@@ -301,7 +301,7 @@ def test_the_compiled_backward_has_the_forwards_layout() -> None:
 def test_sorting_is_stable(number: int, pairs: int) -> None:
     """Also where small integers are sorted in place of large ones, padding pairs last."""
     expert_P = torch.randint(0, number + 1, (pairs,))
-    order_P = portable._argsort(expert_P, number)
+    order_P = portable_rows.sorted_pairs(expert_P, number)
     assert torch.equal(order_P, torch.argsort(expert_P, stable=True))
     assert not torch.equal(order_P, torch.argsort(expert_P.flip(0), stable=True))  # negative control
 
