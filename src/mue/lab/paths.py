@@ -23,8 +23,9 @@ from mue.moe.operator import constant
 # With bf16 instructions the fused kernel's backward is several times slower than plain products up to this length
 # (measured on a machine with AMX before this was written; none was at hand to repeat it).
 _PLAIN_LENGTH = 256
-# Elements of a float32 matrix, and of a sequence, up to which the kernel's sublayers are faster than torch's operators.
-_KERNEL_MATRIX, _KERNEL_SEQUENCE = 1 << 18, 1 << 16
+# Elements of a matrix of the float32 FFN, of one of attention, and of a sequence, up to which the kernel's sublayers are faster
+# than torch's operators.
+_KERNEL_MATRIX, _KERNEL_HEADS, _KERNEL_SEQUENCE = 1 << 18, 1 << 17, 1 << 17
 
 
 @constant
@@ -120,7 +121,7 @@ def attention_by_kernel(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """
     if not _sublayer(x, weights) or x.shape[0] < _threads() or x.shape[1] * x.shape[2] > _KERNEL_SEQUENCE:
         return False
-    return max(weight.numel() for weight in weights) <= _KERNEL_MATRIX
+    return max(weight.numel() for weight in weights) <= _KERNEL_HEADS
 
 
 def feed_forward_by_kernel(x: Tensor, weights: Sequence[Tensor | None]) -> bool:
