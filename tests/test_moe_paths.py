@@ -318,6 +318,37 @@ def test_when_a_block_is_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not paths.attention_by_kernel(x, weights)
 
 
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("touch", ["hook", "pre-hook", "backward hook", "patched", "replaced"])
+def test_a_touched_module_is_called(touch: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hooks, patches and replacements inside a block take effect: the block goes by its modules then."""
+    torch.manual_seed(9)
+    model = LanguageModel(mue.Dense(32, 48, 2, head_dim=8, sequence=20))
+    tokens, heard, calls = torch.randint(256, (2, 20)), list[str](), list[int]()
+    kernel = sublayer.attention
+    monkeypatch.setattr(sublayer, "attention", lambda *a, **b: calls.append(1) or kernel(*a, **b))
+    model(tokens, tokens).loss.backward()
+    assert len(calls) == 2  # the control: untouched blocks are the kernel's
+    q = model.blocks[0].attention.q
+    if touch == "hook":
+        q.register_forward_hook(lambda *_: heard.append(touch))
+    elif touch == "pre-hook":
+        q.register_forward_pre_hook(lambda *_: heard.append(touch))
+    elif touch == "backward hook":
+        q.register_full_backward_hook(lambda *_: heard.append(touch))
+    else:
+        inner, other = q.forward, type("Other", (type(q),), {})
+        patched = lambda x: heard.append(touch) or inner(x)  # noqa: E731
+        if touch == "patched":
+            q.forward = patched
+        else:
+            q.__class__ = other
+            other.forward = lambda self, x: heard.append(touch) or inner(x)
+    calls.clear()
+    model(tokens, tokens).loss.backward()
+    assert heard == [touch] and len(calls) == 1
+
+
 def test_the_lab_starts_without_the_compiler() -> None:
     """It takes as long to import as all of torch."""
     command = "import sys, mue.lab.worker, mue.lab.model; print('torch' in sys.modules, 'torch._dynamo' in sys.modules)"

@@ -150,10 +150,28 @@ class FeedForward(nn.Module):
         return scaled(feed_forward(x, gate, self.up.weight, self.down.weight), self.output_multiplier)
 
 
+_OWN = frozenset({RMSNorm, Linear, Attention, FeedForward})
+
+
+def untouched(*modules: nn.Module) -> bool:
+    """Whether modules do what this file says: none replaced or patched, none with a hook that wants to be called."""
+    for module in modules:
+        if (
+            type(module) not in _OWN
+            or "forward" in module.__dict__
+            or module._forward_hooks
+            or module._forward_pre_hooks
+        ):
+            return False
+        if module._backward_hooks or module._backward_pre_hooks:
+            return False
+    return True
+
+
 class TransformerBlock(nn.Module):
     """x + l^-α·attention(norm x), then x + l^-α·feed-forward(norm x).
 
-    In training each is one call of the native kernel where that is faster; the modules in it then only hold weights.
+    In training each is one call of the native kernel where that is faster and the modules in it are untouched.
     """
 
     def __init__(
@@ -201,8 +219,8 @@ class TransformerBlock(nn.Module):
 
     def _attend(self, x_BTD: Tensor) -> Tensor:
         own, turn = self.attention, self.attention.turn[: x_BTD.shape[-2]]
-        weights = [m.weight for m in (self.attention_norm, own.q, own.k, own.v, own.q_norm, own.k_norm, own.o)]
-        if attention_by_kernel(x_BTD, weights):
+        parts = self.attention_norm, own.q, own.k, own.v, own.q_norm, own.k_norm, own.o
+        if untouched(own, *parts) and attention_by_kernel(x_BTD, weights := [m.weight for m in parts]):
             c, half = self.residual, is_half(x_BTD)
             return sublayer.attention(x_BTD, weights, turn, scale=own.scale, residual=c, eps=EPS, half=half)
         return torch.add(x_BTD, own(self.attention_norm(x_BTD)), alpha=self.residual)
@@ -211,7 +229,7 @@ class TransformerBlock(nn.Module):
         own = self.ffn
         assert own is not None
         weights = self.ffn_norm.weight, None if own.gate is None else own.gate.weight, own.up.weight, own.down.weight
-        if feed_forward_by_kernel(x_BTD, weights):
+        if untouched(self.ffn_norm, own) and feed_forward_by_kernel(x_BTD, weights):
             c = self.residual * own.output_multiplier
             return sublayer.feed_forward(x_BTD, weights, residual=c, eps=EPS, half=is_half(x_BTD))
         return torch.add(x_BTD, own(self.ffn_norm(x_BTD)), alpha=self.residual)
