@@ -18,7 +18,6 @@ from mue.lab.data import Corpus
 from mue.lab.experiment import base_plan, data_source, described, open_corpus
 from mue.lab.run import Run, Settings, Store
 from mue.lab.runner import Busy, Done, Runner, open_runner
-from mue.lab.train import train
 
 BASE = mue.Dense(32, 32, 1, head_dim=16, sequence=32)
 SETTINGS = Settings(eval_every=10, eval_sequences=8, log_every=5)
@@ -58,7 +57,10 @@ def test_a_stopped_run_is_given_up_and_can_be_finished(
     tmp_path: Path, source: dict[str, object], corpus: Corpus
 ) -> None:
     run, whole, store = dense_run(source, corpus, steps=40), Store(tmp_path / "whole"), Store(tmp_path / "store")
-    train(run, whole, corpus)
+    undisturbed = open_runner("processes", whole, workers=1)  # with as many threads: they decide how sums are rounded
+    undisturbed.submit(run)
+    until(undisturbed, Done)
+    undisturbed.close()
     runner = open_runner("processes", store, workers=1)
     try:
         assert runner.slots == 1
