@@ -349,6 +349,25 @@ def test_a_touched_module_is_called(touch: str, monkeypatch: pytest.MonkeyPatch)
     assert heard == [touch] and len(calls) == 1
 
 
+@pytest.mark.usefixtures("kernel")
+def test_a_hook_on_a_moe_sees_its_own_output() -> None:
+    """Not times the residual multiplier, which an unwatched block folds into it; the loss is the same."""
+    shape = mue.MoE.parse("4e2a", width=32, expert=24, layers=1, head_dim=8, sequence=20)
+    torch.manual_seed(10)
+    model = LanguageModel(shape)
+    block, tokens = model.blocks[0], torch.randint(256, (2, 20))
+    block.residual = 0.5
+    alone = model(tokens, tokens).loss
+    heard = list[Tensor]()
+    block.moe.register_forward_hook(
+        lambda _, given, found: heard.extend((given[0], found[0])) if len(given) == 1 else None
+    )
+    assert torch.allclose(model(tokens, tokens).loss, alone, atol=1e-6)
+    given, found = heard
+    assert torch.allclose(block.moe(given)[0], found, atol=1e-6)
+    assert not torch.allclose(block.moe(given, block.residual)[0], found, atol=1e-6)  # negative control
+
+
 def test_the_lab_starts_without_the_compiler() -> None:
     """It takes as long to import as all of torch."""
     command = "import sys, mue.lab.worker, mue.lab.model; print('torch' in sys.modules, 'torch._dynamo' in sys.modules)"

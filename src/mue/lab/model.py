@@ -150,11 +150,11 @@ class FeedForward(nn.Module):
         return scaled(feed_forward(x, gate, self.up.weight, self.down.weight), self.output_multiplier)
 
 
-_OWN = frozenset({RMSNorm, Linear, Attention, FeedForward})
+_OWN = frozenset({RMSNorm, Linear, Attention, FeedForward, MoELayer})
 
 
 def untouched(*modules: nn.Module) -> bool:
-    """Whether modules do what this file says: none replaced or patched, none with a hook that wants to be called."""
+    """Whether modules are as they were made: none replaced or patched, none with a hook that wants to be called."""
     for module in modules:
         if (
             type(module) not in _OWN
@@ -211,7 +211,7 @@ class TransformerBlock(nn.Module):
         x_BTD = self._attend(x_BTD)
         if self.moe is None:
             return self._feed_forward(x_BTD), None
-        if one_multiplier(x_BTD):
+        if untouched(self.moe) and one_multiplier(x_BTD):
             y, routing = self.moe(self.ffn_norm(x_BTD), self.residual)
             return x_BTD + y, routing
         y, routing = self.moe(self.ffn_norm(x_BTD))

@@ -205,6 +205,7 @@ class Worker:
             if trial.id in lost:
                 del self.mine[key]
                 self.reached.pop(key, None)
+                self.rungs.pop(key, None)
                 self._leave(key)
                 self.watch.say(
                     f"run {key[:8]} was taken over by another worker: no word from here for {self.trials.lease:g} s"
