@@ -296,7 +296,7 @@ def test_when_a_block_is_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """In training, in float32 or emulated bf16, of one model, where it fits the cache and has work for every thread."""
     x, weights = torch.randn(2, 8, 16), [torch.randn(16), torch.randn(16, 16)]
     small, large = torch.randn(1, 8, 16), torch.randn(2, 1 << 14, 16)
-    monkeypatch.setattr(paths, "_threads", lambda: 2)
+    monkeypatch.setattr(paths, "thread_count", lambda: 2)
     for x_BTD, attention, feed_forward in (
         (x, True, True), (small, False, True), (large, False, True), (x.double(), False, False), (x[None], False, False),
     ):  # fmt: skip

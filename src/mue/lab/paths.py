@@ -18,7 +18,7 @@ from torch.nn import Parameter
 
 from mue.moe import native
 from mue.moe.experts import compute_dtype
-from mue.moe.operator import constant
+from mue.moe.operator import constant, thread_count
 
 # With bf16 instructions the fused kernel's backward is several times slower than plain products up to this length
 # (measured on a machine with AMX before this was written; none was at hand to repeat it).
@@ -33,11 +33,6 @@ def bf16_instructions() -> bool:
     """Whether this processor multiplies bf16; one that does not takes four times as long for it as for float32."""
     facts = torch.cpu.get_capabilities()
     return any(facts.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-@constant
-def _threads() -> int:
-    return torch.get_num_threads()
 
 
 def project(x: Tensor, weight: Tensor) -> Tensor:
@@ -119,7 +114,7 @@ def attention_by_kernel(x: Tensor, weights: Sequence[Tensor]) -> bool:
 
     It needs a sequence for every thread, and one that stays in the cache.
     """
-    if not _sublayer(x, weights) or x.shape[0] < _threads() or x.shape[1] * x.shape[2] > _KERNEL_SEQUENCE:
+    if not _sublayer(x, weights) or x.shape[0] < thread_count() or x.shape[1] * x.shape[2] > _KERNEL_SEQUENCE:
         return False
     return max(weight.numel() for weight in weights) <= _KERNEL_HEADS
 

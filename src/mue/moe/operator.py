@@ -108,7 +108,7 @@ def operator(name: str, kernel: Kernel) -> Run:
         weight_P = routing.weight_P if routing.weight_P.dtype in _WEIGHTS else routing.weight_P.float()
         inputs = Inputs(x_TD.contiguous(), weight_P.contiguous(), *weights.map(Tensor.contiguous).matrices)
         token_P, expert_P = routing.token_P.contiguous(), routing.expert_P.contiguous()
-        problem = Problem(token_P, expert_P, routing.num_experts, routing.slots, dtype, _threads())
+        problem = Problem(token_P, expert_P, routing.num_experts, routing.slots, dtype, thread_count())
         if torch.compiler.is_compiling():
             y_TD: Tensor = compiled(*inputs, *problem)[0]
         else:
@@ -120,7 +120,8 @@ def operator(name: str, kernel: Kernel) -> Run:
 
 
 @constant
-def _threads() -> int:
+def thread_count() -> int:
+    """torch.get_num_threads(); torch.compile keeps the number that it finds when it traces."""
     return torch.get_num_threads()
 
 
