@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 import mue
 from mue.config import read_toml
@@ -18,6 +19,8 @@ from mue.lab.data import Corpus
 from mue.lab.experiment import base_plan, data_source, described, open_corpus
 from mue.lab.run import Run, Settings, Store
 from mue.lab.runner import Busy, Done, Runner, open_runner
+from mue.lab.runner_pool import Pool
+from mue.lab.train import train
 
 BASE = mue.Dense(32, 32, 1, head_dim=16, sequence=32)
 SETTINGS = Settings(eval_every=10, eval_sequences=8, log_every=5)
@@ -57,12 +60,13 @@ def test_a_stopped_run_is_given_up_and_can_be_finished(
     tmp_path: Path, source: dict[str, object], corpus: Corpus
 ) -> None:
     run, whole, store = dense_run(source, corpus, steps=40), Store(tmp_path / "whole"), Store(tmp_path / "store")
-    undisturbed = open_runner("processes", whole, workers=1)  # with as many threads: they decide how sums are rounded
-    undisturbed.submit(run)
-    until(undisturbed, Done)
-    undisturbed.close()
     runner = open_runner("processes", store, workers=1)
+    assert isinstance(runner, Pool)
+    before = torch.get_num_threads()
     try:
+        torch.set_num_threads(runner.mode.threads)  # as many as the worker's: they decide how sums are rounded
+        train(run, whole, corpus)
+        torch.set_num_threads(before)
         assert runner.slots == 1
         assert runner.wait(5.0) == []  # nothing is in flight: it does not wait
         runner.submit(run)
@@ -79,6 +83,7 @@ def test_a_stopped_run_is_given_up_and_can_be_finished(
         runner.submit(run)  # finished before: at once
         assert runner.wait(5.0) == [Done(run, done.result)]
     finally:
+        torch.set_num_threads(before)
         runner.close()
     assert done.result["status"] == "finished"
     assert same_run(whole, store, run.key)
