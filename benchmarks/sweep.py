@@ -4,7 +4,8 @@
 
 A CPU: d64 and d128 proxies of 8 layers, fp32 and bf16. A GPU: the d128 proxy, 32 variants. Every layout is trained by the lab's own worker processes
 on real text; the layouts take turns of a few seconds (those not in turn are paused), so that a machine whose speed drifts drifts under all of
-them. The figures are medians over the turns; "one after the other, eager" is one run with all cores, torch's default.
+them. The figures are medians over the turns. What they are compared with is one run after the other with all cores, eagerly: as the lab trains it
+(`times_sequential`), and on a CPU also by torch's operators alone, without the native kernel (`times_torch`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -30,8 +33,11 @@ from mue.lab.run import Run, Settings, Store
 from mue.lab.runner import Progress
 from mue.lab.runner_pool import Mode, Pool
 from mue.lab.train import provenance
+from mue.moe import native
 
 RUNS, STEPS = 27, 1000  # the sweep that the runner is asked to lay out
+SEQUENTIAL = "one after the other, eager"
+TORCH = f"{SEQUENTIAL}, torch's operators"
 
 
 @dataclass
@@ -45,8 +51,9 @@ class Layout:
         """Start endless runs and wait until each has done so many steps; seconds that took."""
         started = time.monotonic()
         runs = [endless(example, seed) for seed in range(self.pool.slots)]
-        for run in runs:
-            self.pool.submit(run)
+        with without_kernel() if self.name == TORCH else nullcontext():
+            for run in runs:
+                self.pool.submit(run)
         left = {run.key for run in runs}
         while left:
             left -= {m.key for m in self.pool.wait() if isinstance(m, Progress) and m.step >= steps}
@@ -71,18 +78,31 @@ class Layout:
             os.kill(worker.pid, number)
 
 
+@contextmanager
+def without_kernel() -> Iterator[None]:
+    """Processes started meanwhile look for the kernel where there is none."""
+    before = os.environ.get("MUE_CACHE")
+    with tempfile.TemporaryDirectory() as nothing:
+        os.environ["MUE_CACHE"] = nothing
+        yield
+    del os.environ["MUE_CACHE"]
+    if before is not None:
+        os.environ["MUE_CACHE"] = before
+
+
 def layouts(device: str, stack: int) -> dict[str, Mode]:
     """What is compared."""
     alone = Mode(1, cores(), devices=gpus()[:1])
     stacked = replace(alone, stack=stack)
     named = {
-        "one after the other, eager": alone,
+        SEQUENTIAL: alone,
         "stacked, eager": stacked,
         "stacked, compiled": replace(stacked, compiled=True),
     }
     if device == "cuda":
         return named | {"one after the other, compiled": replace(alone, compiled=True)}
     apart = Mode(cores(), 1)
+    named |= {TORCH: alone} if native.library() else {}
     return named | {"processes, eager": apart, "processes, compiled": replace(apart, compiled=True)}
 
 
@@ -106,20 +126,25 @@ def measure(example: Run, device: str, stack: int, turns: int, seconds: float) -
         finally:
             for layout in made:
                 layout.pool.close()
-    base = rates["one after the other, eager"]
     for name, m in named.items():
-        ratios = sorted(a / b for a, b in zip(rates[name], base, strict=True))
+        ratios = {
+            base: sorted(a / b for a, b in zip(rates[name], rates[base], strict=True))
+            for base in (SEQUENTIAL, TORCH)
+            if base in rates
+        }
+        ours = ratios[SEQUENTIAL]
         rows.append(
             {
                 "run": f"{example.plan.target.name}, batch {example.plan.training.batch}, {example.settings.precision}",
                 "layout": name,
                 "mode": asdict(m),
                 "steps_per_second": round(statistics.median(rates[name]), 3),
-                "times_sequential": round(statistics.median(ratios), 3),
-                "range": [round(ratios[0], 3), round(ratios[-1], 3)],
+                "times_sequential": round(statistics.median(ours), 3),
+                "range": [round(ours[0], 3), round(ours[-1], 3)],
+                **({"times_torch": round(statistics.median(ratios[TORCH]), 3)} if TORCH in ratios else {}),
                 "ready_seconds": round(ready[name], 1),
-                "chosen": m == mode,
-                **({"why": why} if m == mode else {}),
+                "chosen": m == mode and name != TORCH,
+                **({"why": why} if m == mode and name != TORCH else {}),
                 "git": provenance()["git"],
             }
         )

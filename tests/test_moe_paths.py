@@ -231,6 +231,36 @@ def test_the_kernels_feed_forward_is_torchs(shape: tuple[int, int, int], gated: 
     assert 5e-4 < max(rounded) < 2e-2
 
 
+@pytest.mark.usefixtures("kernel", "threads")
+@pytest.mark.parametrize("name", ["attention", "feed forward", "no gate"])
+@pytest.mark.parametrize("variants", [1, 2, 5, 7])
+def test_the_kernels_variants_are_themselves(name: str, variants: int) -> None:
+    """Stacked, each has the result and the gradients that it has alone: whether threads share it or it has one to itself."""
+    torch.manual_seed(11)
+    B, T, D, E = 4, 17, 24, 8
+    rows = [(D,), (D, D), (E, D), (E, D), (E,), (E,), (D, D)]
+    if name != "attention":
+        rows = [(D,), (40, D), (40, D), (D, 40)]
+    weights: list[Tensor] = [torch.randn(variants, *row, requires_grad=True) for row in rows]
+    x = torch.randn(variants, B, T, D, requires_grad=True)
+    turn = rotary_table(T, E)
+
+    def run(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+        if name == "attention":
+            y = sublayer.attention(x, weights, turn, scale=0.3, residual=0.7, eps=1e-3)
+        else:
+            given = [weights[0], None if name == "no gate" else weights[1], *weights[2:]]
+            y = sublayer.feed_forward(x, given, residual=0.7, eps=1e-3)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *weights], allow_unused=True)]
+
+    together = run(x, weights)
+    for v in range(variants):
+        for ours, alone in zip(together, run(x[v], [w[v] for w in weights]), strict=True):
+            assert (ours is alone is None) or off(ours[v], alone.double()) < 2e-6
+    if variants > 1:  # negative control: another variant's is another
+        assert off(together[1][0], together[1][1].double()) > 0.1
+
+
 def gradients(model: LanguageModel, tokens: Tensor, **context: bool) -> dict[str, Tensor]:
     """The loss, and by name the gradients; `plain`: by torch's operators, `half`: in bf16, `compiled`."""
     call = torch.compile(model, backend="aot_eager", fullgraph=True) if context.get("compiled") else model
@@ -293,7 +323,7 @@ def test_a_model_by_the_kernel_is_the_model(shape: mue.Dense | mue.MoE, monkeypa
 
 @pytest.mark.usefixtures("kernel")
 def test_when_a_block_is_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In training, in float32 or emulated bf16, of one model, where it fits the cache and has work for every thread."""
+    """In training, in float32 or emulated bf16, where it fits the cache and has work for every thread; of variants as of one."""
     x, weights = torch.randn(2, 8, 16), [torch.randn(16), torch.randn(16, 16)]
     small, large = torch.randn(1, 8, 16), torch.randn(2, 1 << 14, 16)
     monkeypatch.setattr(paths, "thread_count", lambda: 2)
@@ -302,6 +332,10 @@ def test_when_a_block_is_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     ):  # fmt: skip
         assert paths.attention_by_kernel(x_BTD, weights) == attention
         assert paths.feed_forward_by_kernel(x_BTD, [*weights, None]) == feed_forward
+    stacked = [torch.stack([weight] * 3) for weight in weights]
+    assert paths.attention_by_kernel(small.expand(3, *small.shape), stacked)  # of one sequence each
+    assert paths.feed_forward_by_kernel(x.expand(3, *x.shape), stacked)
+    assert not paths.attention_by_kernel(x.expand(2, *x.shape), stacked)
     with torch.no_grad():
         assert not paths.attention_by_kernel(x, weights)
     with FlopCounterMode(display=False):

@@ -11,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 
+def cache_folder() -> Path:
+    """What may be made again at any time: ``$MUE_CACHE``, else ``mue`` in the user's cache folder."""
+    given = os.environ.get("MUE_CACHE")
+    return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mue"
+
+
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in place; on any error nothing changes.
 

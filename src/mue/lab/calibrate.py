@@ -2,9 +2,10 @@
 
 Candidates on a CPU: one run after the other with all cores, one run on each core, a stack of runs on all cores. On GPUs: one run on each, and
 stacks that double until they gain less than a tenth or no longer fit. What wins is also tried compiled, where the work at hand is so long that
-compiling could pay.
+compiling could pay: another five to fifteen seconds.
 
-The measurement is kept in ``$XDG_CACHE_HOME/mue/runner/`` by shape, batch, precision, device and torch's version; remove a file to measure again.
+The measurement is kept in ``~/.cache/mue/runner/`` (or ``$MUE_CACHE/runner/``) by shape, batch, precision, device, torch's version and the native kernel's; remove a
+file to measure again.
 """
 
 from __future__ import annotations
@@ -22,15 +23,16 @@ from pathlib import Path
 
 import torch
 
-from mue.files import digest, write_json
+from mue.files import cache_folder, digest, write_json
 from mue.lab.run import Run, Store
 from mue.lab.runner import Done, FailedError, Progress
 from mue.lab.runner_pool import Mode, Pool
+from mue.moe.native import build
 from mue.plan import Inputs
 
 STACK = 4  # runs in a CPU's stack: more gain nothing and fall out of the caches
 WARM_STEPS = 3  # a compiled stack still compiles in its second step
-MEASURED_SECONDS, MEASURED_STEPS = 2.0, 3
+MEASURED_SECONDS, MEASURED_STEPS = 1.0, 3
 COMPILING_SECONDS = 300.0  # work shorter than this is not worth trying to compile for
 FLAT = 1.1  # a stack twice as large that is not this much faster is not taken
 
@@ -98,9 +100,9 @@ class Calibration:
             "processes": processes,
             "devices": devices,
             "torch": torch.__version__,
+            "kernel": None if devices or (kernel := build.find()) is None else kernel.stem,
         }
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.path = root / "mue" / "runner" / f"{digest(self.about)}.json"
+        self.path = cache_folder() / "runner" / f"{digest(self.about)}.json"
         self.known: dict[Mode, Measured] = {}
         self.failed: dict[Mode, str] = {}
         self.fresh = 0
@@ -127,14 +129,14 @@ class Calibration:
     def best(self, kind: str, runs: int, steps: int) -> tuple[Mode, str]:
         """The fastest layout for ``steps`` steps in all, spread over ``runs`` runs."""
         started = time.monotonic()
-        found = [] if kind == "stacked" else [m for mode in (self.together, self.apart) if (m := self.measured(mode))]
+        # First the one with the most processes: they all start at once, and serve the others.
+        found = [] if kind == "stacked" else [m for mode in (self.apart, self.together) if (m := self.measured(mode))]
         found += self._stacks(max(2, runs))
         if not found:
             raise ValueError(f"runner = {kind!r}: the run cannot be trained here: {'; '.join(self.failed.values())}")
         eager = min(found, key=lambda m: m.seconds(steps))
-        if eager.seconds(steps) > COMPILING_SECONDS:
-            fastest = [min(group, key=lambda m: m.seconds(steps)) for group in _by_stacking(found)]
-            found += [m for one in fastest if (m := self.measured(replace(one.mode, compiled=True)))]
+        if eager.seconds(steps) > COMPILING_SECONDS and (m := self.measured(replace(eager.mode, compiled=True))):
+            found.append(m)
         best = min(found, key=lambda m: m.seconds(steps))
         said = [f"{m.mode} {m.rate:.3g}" for m in found if m is not best]
         said += [f"{mode} failed: {error}" for mode, error in self.failed.items()]
@@ -200,12 +202,6 @@ def endless(example: Run, seed: int) -> Run:
             inputs[part] = {**inputs[part], "steps": 10**7}
     settings = replace(example.settings, seed=seed, log_every=1, eval_every=0, eval_sequences=1)
     return Run(Inputs.from_dict(inputs).plan(), settings, example.data)
-
-
-def _by_stacking(found: list[Measured]) -> list[list[Measured]]:
-    """Layouts without stacks, and those with."""
-    alone, stacked = [m for m in found if m.mode.stack == 1], [m for m in found if m.mode.stack > 1]
-    return [group for group in (alone, stacked) if group]
 
 
 def _reach(pool: Pool, goal: dict[str, int], seconds: float) -> dict[str, int]:

@@ -114,9 +114,9 @@ def attention_by_kernel(x: Tensor, weights: Sequence[Tensor]) -> bool:
 
     It needs a sequence for every thread, and one that stays in the cache.
     """
-    if not _sublayer(x, weights) or x.shape[0] < thread_count() or x.shape[1] * x.shape[2] > _KERNEL_SEQUENCE:
+    if not _sublayer(x, weights) or x.shape[:-2].numel() < thread_count() or x.shape[-2:].numel() > _KERNEL_SEQUENCE:
         return False
-    return max(weight.numel() for weight in weights) <= _KERNEL_HEADS
+    return max(weight.shape[-2:].numel() for weight in weights) <= _KERNEL_HEADS
 
 
 def feed_forward_by_kernel(x: Tensor, weights: Sequence[Tensor | None]) -> bool:
@@ -127,15 +127,19 @@ def feed_forward_by_kernel(x: Tensor, weights: Sequence[Tensor | None]) -> bool:
     present = [weight for weight in weights if weight is not None]
     if not _sublayer(x, present):
         return False
-    return is_half(x) or max(weight.numel() for weight in present) <= _KERNEL_MATRIX
+    return is_half(x) or max(weight.shape[-2:].numel() for weight in present) <= _KERNEL_MATRIX
 
 
 def _sublayer(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether the kernel can: in training, of one model, in float32 or in bf16 that would be emulated.
+    """Whether the kernel can: in training, in float32 or in bf16 that would be emulated, of one model or of variants.
 
     Weights that are more than tensors (DTensors) are for their own modules.
     """
-    if not one_multiplier(x) or any(type(weight) not in (Tensor, Parameter) for weight in weights):
+    if (
+        not native.training(x)
+        or weights[0].shape[:-1] != x.shape[:-3]
+        or any(type(weight) not in (Tensor, Parameter) for weight in weights)
+    ):
         return False
     if any(tensor.dtype != torch.float32 for tensor in (x, *weights)):
         return False

@@ -63,6 +63,19 @@ struct Heads {
   float *sum_gain, *sum_qkv[3], *sum_q_gain, *sum_k_gain, *sum_o;
 
   explicit Heads(const Attention& call) : call(call) {}
+
+  // What of the call is one variant's.
+  static Attention variant(const Attention& call, int64_t v) {
+    Attention own = call;
+    int64_t D = call.width, E = call.head_dim, all = call.heads * E, each = call.kv_heads * E, tokens = call.batch * call.length;
+    advance(own.gain, v * D), advance(own.q, v * all * D), advance(own.k, v * each * D), advance(own.v, v * each * D);
+    advance(own.q_gain, v * E), advance(own.k_gain, v * E), advance(own.o, v * D * all);
+    for (auto rows : {&own.x, &own.dout}) advance(*rows, v * tokens * D);
+    for (auto rows : {&own.out, &own.dx}) advance(*rows, v * tokens * D);
+    advance(own.qkv, v * tokens * (all + 2 * each)), advance(own.y, v * tokens * all), advance(own.log_sum, v * tokens * call.heads);
+    return own;
+  }
+
   int64_t pieces() const { return call.batch; }
 
   int64_t lay_out(char* base) {

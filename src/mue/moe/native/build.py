@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from mue.files import write_json
+from mue.files import cache_folder, write_json
 
 SOURCES = ("attention.cpp", "entry.cpp", "feedforward.cpp", "kernel.cpp", "norm.cpp", "route.cpp")
 OPTIONS = ("-std=c++17", "-O2", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
@@ -38,10 +38,8 @@ class BuildError(RuntimeError):
 
 
 def folder() -> Path:
-    """Where libraries lie: ``native`` in ``$MUE_CACHE``, else in ``mue`` in the user's cache folder."""
-    given = os.environ.get("MUE_CACHE")
-    cache = Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mue"
-    return cache / "native"
+    """Where libraries lie."""
+    return cache_folder() / "native"
 
 
 def compiler() -> str | None:

@@ -20,6 +20,19 @@ struct Rows {
   float *sum_gain, *sum_gate, *sum_up, *sum_down;
 
   explicit Rows(const FeedForward& call) : call(call) {}
+
+  // What of the call is one variant's.
+  static FeedForward variant(const FeedForward& call, int64_t v) {
+    FeedForward own = call;
+    int64_t D = call.width, H = call.inner;
+    advance(own.gain, v * D);
+    for (auto matrix : {&own.gate, &own.up, &own.down}) advance(*matrix, v * H * D);
+    for (auto rows : {&own.x, &own.dout}) advance(*rows, v * call.rows * D);
+    for (auto rows : {&own.out, &own.dx}) advance(*rows, v * call.rows * D);
+    for (auto rows : {&own.gate_rows, &own.up_rows}) advance(*rows, v * call.rows * H);
+    return own;
+  }
+
   int64_t pieces() const { return (call.rows + size - 1) / size; }
   int64_t count(int64_t piece) const { return std::min(size, call.rows - piece * size); }
 

@@ -54,34 +54,53 @@ inline void round_to_half(float* values, int64_t count) {
   });
 }
 
-// f(worker, thread, first, last): every thread's share of the call's pieces.
-template <class Worker, class Call, class F> int32_t each(const Call& call, F&& f) {
+// One array of a call moved on to a variant's part.
+template <class T> inline void advance(T*& array, int64_t count) {
+  if (array) array += count;
+}
+
+// The call's pieces, all of one variant's before the next one's, in shares for its threads.
+struct Shares {
+  int64_t pieces, total, threads;  // pieces: of a variant
+  template <class Call> Shares(const Call& call, int64_t pieces) : pieces(pieces), total(call.variants * pieces), threads(call.threads) {}
+  int64_t begin(int64_t thread) const { return total * thread / threads; }
+  // Whether a thread begins with what is left of a variant.
+  bool divides(int64_t thread) const { return begin(thread) < begin(thread + 1) && begin(thread) % pieces; }
+};
+
+// f(worker, thread, variant, first, last): some pieces of a variant, for every variant that has any in a thread's share.
+template <class Worker, class Call, class F> int32_t each(const Call& call, const Shares& shares, F&& f) {
   bool failed = false;
   bool ran = parallel(call.threads, [&](int64_t thread) {
-    Worker worker(call);
-    void* base = scratch(kSublayer, worker.lay_out(nullptr));
+    void* base = scratch(kSublayer, Worker(call).lay_out(nullptr));
     if (!base) { failed = true; return; }
-    worker.lay_out(static_cast<char*>(base));
-    int64_t pieces = worker.pieces();
-    f(worker, thread, pieces * thread / call.threads, pieces * (thread + 1) / call.threads);
+    for (int64_t at = shares.begin(thread), end = shares.begin(thread + 1), next; at < end; at = next) {
+      int64_t variant = at / shares.pieces, start = variant * shares.pieces;
+      next = std::min(end, start + shares.pieces);
+      Call own = Worker::variant(call, variant);
+      Worker worker(own);
+      worker.lay_out(static_cast<char*>(base));
+      f(worker, thread, variant, at - start, next - start);
+    }
   });
   return !ran ? kNoParallel : failed ? kNoMemory : kFine;
 }
 
 template <class Worker, class Call> int32_t run_forward(const Call& call) {
-  return each<Worker>(call, [](Worker& worker, int64_t, int64_t first, int64_t last) {
+  return each<Worker>(call, Shares(call, Worker(call).pieces()), [](Worker& worker, int64_t, int64_t, int64_t first, int64_t last) {
     worker.prepare_forward();
     for (int64_t i = first; i < last; i++) worker.forward(i);
   });
 }
 
-// The first thread sums gradients where they belong, the others beside it.
+// Who has a variant's first piece sums gradients where they belong, another thread beside it.
 template <class Worker, class Call> int32_t run_backward(const Call& call) {
+  Shares shares(call, Worker(call).pieces());
   int64_t size = Worker(call).sums(nullptr), others = call.threads - 1;
   float* partial = others ? static_cast<float*>(scratch(kPartials, others * size * 4)) : nullptr;
   if (others && !partial) return kNoMemory;
-  int32_t status = each<Worker>(call, [&](Worker& worker, int64_t thread, int64_t first, int64_t last) {
-    float* mine = thread ? partial + (thread - 1) * size : call.gradients;
+  int32_t status = each<Worker>(call, shares, [&](Worker& worker, int64_t thread, int64_t variant, int64_t first, int64_t last) {
+    float* mine = first ? partial + (thread - 1) * size : call.gradients + variant * size;
     std::fill_n(mine, size, 0.0f);
     worker.sums(mine);
     worker.prepare_backward();
@@ -90,8 +109,11 @@ template <class Worker, class Call> int32_t run_backward(const Call& call) {
   if (status != kFine) return status;
   bool ran = parallel(call.threads, [&](int64_t i) {
     int64_t first = size * i / call.threads, count = size * (i + 1) / call.threads - first;
-    for (int64_t other = 0; other < others; other++)
-      add_scaled(call.gradients + first, call.gradients + first, 1, partial + other * size + first, count);
+    for (int64_t thread = 1; thread < call.threads; thread++) {
+      if (!shares.divides(thread)) continue;
+      float* sum = call.gradients + shares.begin(thread) / shares.pieces * size + first;
+      add_scaled(sum, sum, 1, partial + (thread - 1) * size + first, count);
+    }
   });
   return ran ? kFine : kNoParallel;
 }

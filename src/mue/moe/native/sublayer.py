@@ -4,6 +4,8 @@ One call forward and one backward. At small widths much of what torch's way cost
 multipliers and sums are passes over memory, every operator is a launch, and its fused attention on a CPU reaches a tenth of
 the processor's speed.
 
+Weights of stacked variants have a leading axis of them, and so has x: a thread then takes whole variants where it can.
+
 Shape suffixes: B sequences, T tokens, D width, H heads, K key/value heads, E head size; F the network's inner width.
 """
 
@@ -24,8 +26,8 @@ from mue.moe import native
 
 class _Attention(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "length", "width", "heads", "kv_heads", "head_dim")),
-        *((name, ctypes.c_int64) for name in ("half", "threads")),
+        *((name, ctypes.c_int64) for name in ("variants", "batch", "length", "width", "heads", "kv_heads")),
+        *((name, ctypes.c_int64) for name in ("head_dim", "half", "threads")),
         *((name, ctypes.c_double) for name in ("scale", "residual", "eps")),
         *((name, ctypes.c_void_p) for name in ("gain", "q", "k", "v", "q_gain", "k_gain", "o", "turn", "x")),
         *((name, ctypes.c_void_p) for name in ("out", "qkv", "y", "log_sum", "dout", "dx", "gradients")),
@@ -34,7 +36,7 @@ class _Attention(ctypes.Structure):
 
 class _FeedForward(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("rows", "width", "inner", "half", "threads")),
+        *((name, ctypes.c_int64) for name in ("variants", "rows", "width", "inner", "half", "threads")),
         *((name, ctypes.c_double) for name in ("residual", "eps")),
         *((name, ctypes.c_void_p) for name in ("gain", "gate", "up", "down", "x")),
         *((name, ctypes.c_void_p) for name in ("out", "gate_rows", "up_rows", "dout", "dx", "gradients")),
@@ -79,8 +81,8 @@ class _Kernel:
     def differentiated(
         self, dout: Tensor, x: Tensor, given: Sequence[Tensor], kept: Sequence[Tensor], numbers: Sequence[float], half: bool
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The gradients of x and of all weights, these one after the other."""
-        dx, gradients = torch.empty_like(x), x.new_empty(sum(w.numel() for w in self.weights(given)))
+        """The gradients of x and of all weights, these one after the other (of each variant)."""
+        dx, gradients = torch.empty_like(x), x.new_empty(self.gradients(given))
         saved = dict(zip(self.kept, kept, strict=True))
         self.run("backward", x, given, numbers, half, **saved, dout=dout.contiguous(), dx=dx, gradients=gradients)
         return dx, gradients
@@ -94,10 +96,15 @@ class _Kernel:
         """What has a gradient: all but the turn."""
         return [tensor for name, tensor in zip(self.given, given, strict=True) if name != "turn"]
 
+    def gradients(self, given: Sequence[Tensor]) -> tuple[int, ...]:
+        """Shape of the gradients of all weights."""
+        lead = _lead(given)
+        return *lead, sum(w.numel() for w in self.weights(given)) // math.prod(lead)
+
     def apart(self, gradients: Tensor, given: Sequence[Tensor]) -> list[Tensor | None]:
         """A gradient for each of what is given."""
-        weights = self.weights(given)
-        parts = gradients.split_with_sizes([w.numel() for w in weights])
+        weights, variants = self.weights(given), math.prod(_lead(given))
+        parts = gradients.split_with_sizes([w.numel() // variants for w in weights], -1)
         found: list[Tensor | None] = [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]
         return found + [None] * (len(given) - len(found))
 
@@ -146,9 +153,7 @@ def _operator(kernel: _Kernel) -> Callable[[Tensor, list[Tensor], list[float], b
         return dx, kernel.apart(gradients, given), None, None
 
     compiled.register_fake(lambda x, given, *_: kernel.results(x, given))
-    backward.register_fake(
-        lambda dout, x, given, *_: (torch.empty_like(x), x.new_empty(sum(w.numel() for w in kernel.weights(given))))
-    )
+    backward.register_fake(lambda dout, x, given, *_: (torch.empty_like(x), x.new_empty(kernel.gradients(given))))
     compiled.register_autograd(differentiate, setup_context=keep)
     named: Any = type(f"native_{kernel.name}", (Eager,), {})  # what a profile shows
 
@@ -164,28 +169,33 @@ def _operator(kernel: _Kernel) -> Callable[[Tensor, list[Tensor], list[float], b
     return run
 
 
+def _lead(given: Sequence[Tensor]) -> tuple[int, ...]:
+    """The axis of variants, or none: before the width of the norm's gain."""
+    return given[0].shape[:-1]
+
+
 def _attention_sizes(x: Tensor, given: Sequence[Tensor]) -> dict[str, int]:
-    (B, T, D), (_, q, k, _, gain_E, *_) = x.shape, given
-    E = gain_E.shape[0]
+    (B, T, D), (_, q, k, _, gain_E, *_), variants = x.shape[-3:], given, math.prod(_lead(given))
+    E = gain_E.shape[-1]
     return {
-        "batch": B, "length": T, "width": D, "heads": q.shape[0] // E, "kv_heads": k.shape[0] // E, "head_dim": E,
-        "threads": min(torch.get_num_threads(), B),
+        "variants": variants, "batch": B, "length": T, "width": D, "heads": q.shape[-2] // E, "kv_heads": k.shape[-2] // E,
+        "head_dim": E, "threads": min(torch.get_num_threads(), variants * B),
     }  # fmt: skip
 
 
 def _attention_kept(x: Tensor, given: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    (B, T, _), heads, each = x.shape, given[1].shape[0], given[2].shape[0]
-    return [(B, T, heads + 2 * each), (B, T, heads), (B, heads // given[4].shape[0], T)]
+    (*lead, T, _), heads, each = x.shape, given[1].shape[-2], given[2].shape[-2]
+    return [(*lead, T, heads + 2 * each), (*lead, T, heads), (*lead, heads // given[4].shape[-1], T)]
 
 
 def _feed_forward_sizes(x: Tensor, given: Sequence[Tensor]) -> dict[str, int]:
-    rows, inner = math.prod(x.shape[:-1]), given[2].shape[0]
+    variants, inner, rows = math.prod(_lead(given)), given[2].shape[-2], math.prod(x.shape[:-1])
     threads = max(1, min(torch.get_num_threads(), rows // _ROWS_PER_THREAD))
-    return {"rows": rows, "width": x.shape[-1], "inner": inner, "threads": threads}
+    return {"variants": variants, "rows": rows // variants, "width": x.shape[-1], "inner": inner, "threads": threads}
 
 
 def _feed_forward_kept(x: Tensor, given: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    return [(*x.shape[:-1], w.shape[0]) if w.numel() else (0,) for w in given[1:3]]
+    return [(*x.shape[:-1], w.shape[-2]) if w.numel() else (0,) for w in given[1:3]]
 
 
 _ROWS_PER_THREAD = 32
@@ -218,7 +228,7 @@ def attention(
     Args:
         x_BTD: in float32 on the CPU, as everything else.
         weights: the norm's gain (D,), q (H·E, D), k and v (K·E, D), the gains of q and k (E,), o (D, H·E).
-        turn: (T, 1, E/2, 2), cos and sin of the angle by which neighbouring pairs are turned.
+        turn: (T, 1, E/2, 2), cos and sin of the angle by which neighbouring pairs are turned. (Of all variants.)
         scale: of the logits.
         half: round to bf16 what products in it would take and give.
     """
