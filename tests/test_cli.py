@@ -17,7 +17,7 @@ from plan_file import PLAN
 
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
-    command = [sys.executable, "-c", "from mue.cli import main; main()", *map(str, arguments)]
+    command = [sys.executable, "-m", "mue", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=240, check=False)
 
 
