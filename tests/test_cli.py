@@ -216,3 +216,17 @@ def test_tuned_needs_a_finished_sweep(
     plan_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused(in_process(capsys, monkeypatch, "plan", plan_file, "--tuned", tmp_path), "tuned")
+
+
+def test_an_interrupt_says_how_to_go_on(experiment: Path) -> None:
+    import signal
+
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "mue", "sweep", str(experiment), "-o", str(experiment.parent / "out"), "-w", "1"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, env=environment, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout.readline().startswith("data:")
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "start the same command again to go on" in err and "Traceback" not in err

@@ -18,6 +18,7 @@ from mue.lab.board import Board, board_of, sparkline
 from mue.lab.experiment import SweepSpec, described, open_corpus, sweep_from
 from mue.lab.logs import open_mirrors, scalars
 from mue.lab.run import Run, Store
+from mue.lab.storage import Database
 from mue.lab.storage_trials import State, Trial
 from mue.lab.sweep import adopt, identity, open_trials, stored_sweep, sweep_run
 from mue.lab.sweep_points import grid_points, proposed
@@ -117,7 +118,7 @@ def test_report_and_csv_while_it_runs(spec: SweepSpec, tmp_path: Path) -> None:
     with (folder / "trials.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert tuple(rows[0]) == COLUMNS
-    assert [row["state"] for row in rows] == ["complete", "complete", "running", "waiting", "waiting", "waiting"]
+    assert [row["state"] for row in rows] == ["complete", "diverged", "running", "waiting", "waiting", "waiting"]
     assert [row["val_loss"] for row in rows[:2]] == ["2.5", ""]
     assert [float(row["lr"]) for row in rows] == 2 * [0.008, 0.002, 0.032]  # from the middle outwards
     assert rows[0]["worker"] == "node:1:a"
@@ -194,6 +195,10 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_a_machine_that_had_no_part_in_it_reports_from_the_shared_storage(spec: SweepSpec, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'shared.db'}"
+    with pytest.raises(ValueError, match="there is no storage"):
+        adopt(tmp_path / "here", url, None)
+    assert not (tmp_path / "shared.db").exists()
+    Database(url)
     with pytest.raises(ValueError, match="holds no sweep"):
         adopt(tmp_path / "here", url, None)
     trials = open_trials(tmp_path / "there", identity(spec, "0" * 64), url)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -18,56 +16,8 @@ from mue.lab.runner import Busy, Done, Message, Progress
 from mue.lab.storage_trials import Trials
 from mue.lab.sweep import identity, open_trials, summarise, sweep_run
 from mue.lab.sweep_points import grid_points
-from mue.lab.sweep_worker import Watch, Worker
-
-
-class Scripted:
-    """A runner that answers each ``wait`` with what ``script`` returns for the runs in flight."""
-
-    slots, why = 2, "a script"
-
-    def __init__(self, script: Callable[[Scripted], list[Message]]) -> None:
-        self.script = script
-        self.flying: dict[str, Run] = {}
-        self.submitted: list[str] = []
-        self.stopped: list[str] = []
-        self.turns = 0
-
-    def submit(self, run: Run) -> None:
-        assert run.key not in self.flying, "one key is in flight only once"
-        self.flying[run.key] = run
-        self.submitted.append(run.key)
-
-    def wait(self, timeout: float | None = None) -> list[Message]:
-        self.turns += 1
-        messages = self.script(self) if self.flying else []
-        for message in messages:
-            if not isinstance(message, Progress):
-                del self.flying[message.run.key]
-        return messages
-
-    def stop(self, key: str) -> None:
-        self.stopped.append(key)
-
-    def close(self) -> None:
-        self.flying.clear()
-
-
-def done(run: Run, status: str = "finished") -> Done:
-    loss = 2.5 if status == "finished" else None
-    return Done(run, {"key": run.key, "status": status, "val_loss": loss, "loss": loss, "step": 1, "seconds": 1.0})
-
-
-class Heard(Watch):
-    def __init__(self) -> None:
-        self.words: list[str] = []
-        self.counted: list[tuple[int, str]] = []
-
-    def say(self, words: str) -> None:
-        self.words.append(words)
-
-    def ended(self, trial: Any, run: Run, *, fresh: bool) -> None:
-        self.counted.append((trial.number, trial.state))
+from mue.lab.sweep_worker import Worker
+from scripted_runner import Heard, Scripted, done
 
 
 @pytest.fixture

@@ -198,3 +198,12 @@ def test_rounded_learning_rates_are_fitted_as_the_exact_ones() -> None:
     both = [fit_valley(points) for points in (exact, rounded)]
     assert len(both[0].used) == len(both[1].used) == 9
     assert both[0].minimum == pytest.approx(both[1].minimum, abs=0.03)
+
+
+@pytest.mark.parametrize("octaves", [1e-9, 1e-4, 0.01, 0.03, 0.1])
+def test_learning_rates_close_together(octaves: float) -> None:
+    """Closer than the places at which curves are drawn: still a curve from the first to the last of them."""
+    points = [Point(-7 + octaves * i / 2, 2.0 + 0.01 * (i - 1) ** 2) for i in range(3)]
+    valley = fit_valley(points)
+    assert valley.curve[0][0] == -7 and valley.curve[-1][0] == pytest.approx(-7 + octaves, abs=1e-12)
+    assert -7 <= valley.minimum <= -7 + octaves and math.isfinite(valley.predict(-7.5) + valley.predict(-6))

@@ -25,13 +25,19 @@ COMMANDS = (
 for _name in COMMANDS:
     import_module(f"mue.cli.{_name}")
 
+_INTERRUPTED, _AGAIN = 130, "interrupted; start the same command again to go on"
+
 
 def main() -> None:
     """Entry point: a user's mistake is one clear line and exit code 2."""
     try:
         app()
+    except SystemExit as ended:
+        if ended.code == _INTERRUPTED:  # typer has taken the KeyboardInterrupt, and says nothing
+            fail(_AGAIN, _INTERRUPTED)
+        raise
     except KeyboardInterrupt:
-        fail("interrupted; start the same command again to go on", 130)
+        fail(_AGAIN, _INTERRUPTED)
     except (ValueError, OSError) as error:
         from rich.markup import escape
 

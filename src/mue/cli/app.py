@@ -62,9 +62,8 @@ def with_sweep(data: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any
     if training is None and "training" in table_of(data, "target"):
         run = {"batch": found.training.batch, "steps": found.training.steps}
         data = {**data, "base": {**base, "training": run}}
-    if found.edge:
-        note = f"note: this sweep's best lr is at the {found.edge} edge of its grid: widen it before you trust it"
-        print(note, file=sys.stderr)
+    for note in found.notes:
+        print(f"note: {note}", file=sys.stderr)
     return data, found.tuned
 
 
@@ -76,6 +75,12 @@ def say_data(console: Console, corpus: Any) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def say_paths(console: Console, *lines: str) -> None:
+    """Lines with names of files in them, as they are: never broken, never read as markup."""
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def fail(message: str, code: int) -> NoReturn:

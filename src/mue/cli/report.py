@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mue.cli.app import app
+from mue.cli.app import app, say_paths
 
 _Csv = Annotated[Path | None, typer.Option("--csv", help="Also write every trial of a sweep to this file.")]
 _Storage = Annotated[
@@ -71,4 +71,4 @@ def report(
         path = run_report(folder)
     else:
         raise ValueError(f"{folder} is neither a sweep nor a run: expected sweep.json, or config.json")
-    console.print(f"report: {path}")
+    say_paths(console, f"report: {path}")

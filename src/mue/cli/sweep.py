@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mue.cli.app import Workers, app, say_data
+from mue.cli.app import Workers, app, say_data, say_paths
 from mue.config import read_toml
 
 _File = Annotated[Path | None, typer.Argument(help="A TOML file; see the example below.", show_default=False)]
@@ -97,12 +97,15 @@ def sweep(
     corpus = open_corpus(spec.source)
     say_data(console, corpus)
     with Board(console, "sweep", spec.training.steps, mirrors) as board:
-        swept = run_sweep(spec, folder, corpus, storage=storage, lease=lease, workers=workers, watch=board)
+        swept = run_sweep(
+            spec, folder, corpus, storage=storage, lease=lease, workers=workers, watch=board, resume=resume is not None
+        )
     gc.freeze()  # what is left is short, and looking for garbage among thousands of trials a tenth of it
     console.print(f"[bold]{swept.verdict}[/]\n{tuned_words(swept.tuned)}", highlight=False, soft_wrap=True)
-    if why := why_done(spec.grid, swept.trials):
+    for warning in swept.warnings:
+        console.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
+    if why := why_done(swept.spec.grid, swept.trials):
         console.print(f"the search ended: {why.partition(': ')[0]}", highlight=False)
-    console.print(
-        f"report: {sweep_report(folder, csv=csv, swept=swept)}\nuse it: mue plan FILE.toml --tuned {folder}",
-        soft_wrap=True,
+    say_paths(
+        console, f"report: {sweep_report(folder, csv=csv, swept=swept)}", f"use it: mue plan FILE.toml --tuned {folder}"
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from mue.cli.app import File, Out, Tuned, Workers, app, say_data, with_sweep
+from mue.cli.app import File, Out, Tuned, Workers, app, say_data, say_paths, with_sweep
 from mue.config import read_toml
 
 if TYPE_CHECKING:
@@ -78,4 +78,4 @@ def tune_roles(file: File, out: Out = Path("runs/roles"), tuned: Tuned = None, w
 
     found = run(spec, out, corpus, watching, workers=workers)
     console.print(f"[bold]{found.verdict}[/]", highlight=False)
-    console.print(f"report: {roles_report(out)}\nuse it: mue plan FILE.toml --tuned {out}, or {out}/tuned.toml")
+    say_paths(console, f"report: {roles_report(out)}", f"use it: mue plan FILE.toml --tuned {out}, or {out}/tuned.toml")

@@ -160,7 +160,7 @@ def _summary(
         **provenance(),
         "seconds": round(seconds, 1),
         "data": corpus.describe(),
-        "sweep": swept_dict(swept, ours.spec, corpus.hash),
+        "sweep": swept_dict(swept, corpus.hash),
         "plan": plan.to_dict(),
         "runs": {
             name: {k: results[name][k] for k in ("key", "plan", "name", "status", "val_loss", "tokens", "parameters", "active_parameters", "flops_per_token", "seconds", "seed")}

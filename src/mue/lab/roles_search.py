@@ -136,7 +136,7 @@ class Found:
         against = f"against {self.confirmed.best}: {self.confirmed.on_best}"
         if not self.confirmed.holds:
             return f"{what} not confirmed on fresh seeds ({against}): one global value for every role stays"
-        return f"{what} confirmed on fresh seeds, against the base as it was: {self.confirmed.gain}; {against}"
+        return f"{what} together confirmed on fresh seeds, against the base as it was: {self.confirmed.gain}; {against}"
 
 
 def search(tuned: HParams, space: tuple[Coordinate, ...], settings: Search, train: Train) -> Found:

@@ -36,6 +36,7 @@ _UNHEARD = 5.0  # ... and there, where nobody is told what is waited for
 _TELL = 30.0  # seconds between two words about it
 _BUSY_SECONDS = 30.0  # that a transaction on SQLite waits for another process's
 _SQLITE_BUSY = (5, 6)  # SQLITE_BUSY and SQLITE_LOCKED: somebody else is writing
+_SQLITE_BROKEN = (11, 26)  # SQLITE_CORRUPT and SQLITE_NOTADB
 # One that writes locks before it reads, so that what it read is still so when it writes; one that reads sees one moment.
 _BEGIN = {
     True: {True: "BEGIN IMMEDIATE", False: "BEGIN"},
@@ -56,7 +57,7 @@ _FORMS = "sqlite:///FILE or postgresql://USER@HOST/NAME"
 
 
 class StorageError(RuntimeError):
-    """The storage could not be reached for longer than our patience."""
+    """The storage could not be reached for longer than our patience, or cannot do what was asked: a full disk, a damaged file."""
 
 
 class Execute(Protocol):
@@ -68,11 +69,15 @@ class Execute(Protocol):
 class Database:
     """The database at ``url``; safe to use from several threads, each of which has a connection of its own.
 
+    ``make``: an SQLite file that is not there is made.
+
     Raises:
         ValueError: neither SQLite nor PostgreSQL, the driver is missing, or it cannot be opened; names the fix.
     """
 
-    def __init__(self, url: str, *, patience: float = PATIENCE, trouble: Trouble | None = None) -> None:
+    def __init__(
+        self, url: str, *, patience: float = PATIENCE, trouble: Trouble | None = None, make: bool = True
+    ) -> None:
         self.url, self.name, self.trouble = url, without_password(url), trouble
         self.sqlite = url.startswith("sqlite:")
         self._begin = _BEGIN[self.sqlite]
@@ -81,6 +86,8 @@ class Database:
         )
         self._local = threading.local()
         if self.sqlite:
+            if not make and not Path(_file(url)).exists():
+                raise ValueError(f"there is no storage {self.name}")
             Path(_file(url)).parent.mkdir(parents=True, exist_ok=True)
             self.errors: tuple[type[Exception], ...] = (sqlite3.Error,)
         else:
@@ -91,7 +98,7 @@ class Database:
             self.errors = (psycopg.Error,)
         self.patience = min(patience, _OPENING if trouble else _UNHEARD)
         try:
-            self._find("")
+            self.find("")
         except (*self.errors, StorageError) as error:
             cause = error.__cause__ if isinstance(error, StorageError) else error
             raise ValueError(f"cannot open the storage {self.name}: {_first_line(cause)}") from error
@@ -107,10 +114,10 @@ class Database:
 
     def study(self, name: str) -> int:
         """The id of the study of this name; tables and study are made where they are missing, once."""
-        found = self._find(name)
+        found = self.find(name)
         if found is None:
             self._patiently(lambda: self._make(name))
-            found = self._find(name)
+            found = self.find(name)
         assert found is not None
         return found
 
@@ -130,8 +137,12 @@ class Database:
                 return attempt()
             except Exception as error:
                 cause = self._cause(error)
-                if cause is None or not _passing(cause):
+                if cause is None:
                     raise
+                if not _passing(cause):
+                    raise StorageError(
+                        f"the storage {self.name} failed: {_first_line(cause)}{_remedy(cause)}"
+                    ) from error
                 now = time.monotonic()
                 failing = failing or now
                 if now - failing > self.patience:
@@ -172,7 +183,9 @@ class Database:
 
         return psycopg.connect(self.url, autocommit=True, **_POSTGRES)
 
-    def _find(self, name: str) -> int | None:
+    def find(self, name: str) -> int | None:
+        """The id of the study of this name; None where there is none. Nothing is written."""
+
         def work(execute: Execute) -> int | None:
             if not execute(f"SELECT 1 {self._tables}", last=_LAST):
                 return None
@@ -259,6 +272,13 @@ def _passing(error: Exception) -> bool:
         return any(words in str(error) for words in ("starting up", "shutting down", "too many", "terminating"))
     lost = (psycopg.OperationalError, psycopg.InterfaceError, psycopg.errors.IdleInTransactionSessionTimeout)
     return isinstance(error, lost)
+
+
+def _remedy(error: Exception) -> str:
+    broken = getattr(error, "sqlite_errorcode", 0) & 0xFF in _SQLITE_BROKEN
+    return (
+        "; remove the file and start the sweep again: results in its folder are found and told anew" if broken else ""
+    )
 
 
 def _first_line(error: BaseException | None) -> str:

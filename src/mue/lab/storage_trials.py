@@ -93,15 +93,24 @@ class Trials:
     """The trials of the study ``name`` in ``database``.
 
     ``lease``: seconds without a sign of life after which a worker has lost its trial; the first worker of a sweep says it,
-    the others find it (None). ``ValueError`` where they differ.
+    the others find it (None). ``make``: make the study where there is none; else nothing is written before it is asked for.
+
+    Raises:
+        ValueError: a lease that differs; no such study to read.
     """
 
-    def __init__(self, database: Database, name: str, lease: float | None = None) -> None:
-        self.database, self.study = database, database.study(name)
+    def __init__(self, database: Database, name: str, lease: float | None = None, *, make: bool = True) -> None:
+        study = database.study(name) if make else database.find(name)
+        if study is None:
+            raise ValueError(f"the storage {database.name} holds nothing of this sweep")
+        self.database, self.study = database, study
         self.ended: dict[int, Trial] = {}
         self._curves: dict[int, Curve] = {}
         self._now, self._ago = _NOW[database.sqlite], _AGO[database.sqlite]
-        stored = database.run(lambda execute: self._agreed(execute, lease))
+        stored = database.run(lambda execute: self._attribute(execute, "lease"), write=False)
+        if stored is None and make:
+            stored = database.run(lambda execute: self._agreed(execute, lease))
+        stored = LEASE if stored is None else stored
         if lease is not None and lease != stored:
             raise ValueError(f"this sweep's first worker set a lease of {stored:g} s, not {lease:g}: leave --lease out")
         self.lease = stored
@@ -114,22 +123,51 @@ class Trials:
         )
         self.database.run(lambda execute: execute(query, study=self.study, value=json.dumps(about)))
 
+    def described(self) -> dict[str, Any] | None:
+        """What was last said by :meth:`describe`, on whatever machine."""
+        found: dict[str, Any] | None = self.database.run(lambda execute: self._attribute(execute, "sweep"), write=False)
+        return found
+
     def add(self, points: Sequence[Point], *, limit: int | None = None) -> int:
-        """One waiting trial for each point that has none, at most up to ``limit`` trials in all; returns how many."""
+        """One waiting trial for each point that has none or a withdrawn one, at most up to ``limit`` trials in all; returns how many."""
 
         def work(execute: Execute) -> int:
             execute("SELECT study_id FROM studies WHERE study_id = :study" + self._lock(), study=self.study)
             rows = execute(
-                "SELECT a.value_json FROM trials t JOIN trial_user_attributes a ON a.trial_id = t.trial_id"
-                " WHERE t.study_id = :study AND a.key = 'point'",
+                "SELECT a.value_json, t.trial_id, CAST(t.state AS TEXT) FROM trials t"
+                " JOIN trial_user_attributes a ON a.trial_id = t.trial_id WHERE t.study_id = :study AND a.key = 'point'",
                 study=self.study,
             )
-            known = {name_of(json.loads(text)) for (text,) in rows}
-            new = {name: p for p in points if (name := name_of(p)) not in known}
-            kept = list(new.values())[: None if limit is None else max(0, limit - len(known))]
-            if kept:
-                self._insert(execute, kept)
+            known = {name_of(json.loads(text)): (trial, state) for text, trial, state in rows}
+            withdrawn = {name: trial for name, (trial, state) in known.items() if state == "FAIL"}
+            new = {name: p for p in points if (name := name_of(p)) not in known or name in withdrawn}
+            room = None if limit is None else max(0, limit - len(known) + len(withdrawn))
+            kept = list(new.items())[:room]
+            again = [{"trial": withdrawn[name]} for name, _ in kept if name in withdrawn]
+            if again:
+                query = "UPDATE trials SET state = 'WAITING', datetime_complete = NULL WHERE trial_id = :trial"
+                execute(query, again)
+            if fresh := [point for name, point in kept if name not in withdrawn]:
+                self._insert(execute, fresh)
             return len(kept)
+
+        return self.database.run(work)
+
+    def withdraw(self, keep: Collection[str]) -> int:
+        """Take back waiting trials but those of these names: nobody claims them until they are added again. Returns how many."""
+
+        def work(execute: Execute) -> int:
+            rows = execute(
+                "SELECT t.trial_id, a.value_json FROM trials t JOIN trial_user_attributes a ON a.trial_id = t.trial_id"
+                " WHERE t.study_id = :study AND a.key = 'point' AND t.state = 'WAITING' ORDER BY t.trial_id"
+                + self._lock(),
+                study=self.study,
+            )
+            gone = [{"trial": trial} for trial, text in rows if name_of(json.loads(text)) not in keep]
+            if gone:
+                times = f"datetime_start = {self._now}, datetime_complete = {self._now}"  # Optuna expects both of what ended
+                execute(f"UPDATE trials SET state = 'FAIL', {times} WHERE trial_id = :trial", gone)
+            return len(gone)
 
         return self.database.run(work)
 
@@ -215,13 +253,13 @@ class Trials:
         self.database.run(work)
 
     def all(self) -> list[Trial]:
-        """Every trial by number; ended ones are read from the storage once."""
+        """Every trial by number but those withdrawn; ended ones are read from the storage once."""
 
         def work(execute: Execute) -> tuple[Rows, Rows]:
             heads = execute(
                 f"SELECT t.trial_id, t.number, CAST(t.state AS TEXT), {_QUIET[self.database.sqlite]}"
                 " FROM trials t LEFT JOIN trial_heartbeats h ON h.trial_id = t.trial_id"
-                " WHERE t.study_id = :study ORDER BY t.number",
+                " WHERE t.study_id = :study AND t.state <> 'FAIL' ORDER BY t.number",
                 study=self.study,
             )
             new = [row[0] for row in heads if row[0] not in self.ended]
@@ -280,6 +318,12 @@ class Trials:
             trial=trial,
         )
 
+    def _attribute(self, execute: Execute, key: str) -> Any:
+        """What the study itself says under ``key``; None where it says nothing."""
+        query = "SELECT value_json FROM study_user_attributes WHERE study_id = :study AND key = :key"
+        found = execute(query, study=self.study, key=key)
+        return json.loads(found[0][0]) if found else None
+
     def _agreed(self, execute: Execute, lease: float | None) -> float:
         """The study's lease, set where it is not yet."""
         execute(
@@ -288,9 +332,7 @@ class Trials:
             study=self.study,
             lease=json.dumps(lease or LEASE),
         )
-        query = "SELECT value_json FROM study_user_attributes WHERE study_id = :study AND key = 'lease'"
-        ((stored,),) = execute(query, study=self.study)
-        return float(json.loads(stored))
+        return float(self._attribute(execute, "lease"))
 
     def _insert(self, execute: Execute, points: Sequence[Point]) -> None:
         """Waiting trials with their points; as parameters too, so that Optuna's tools and samplers read them."""

@@ -30,6 +30,9 @@ from mue.shapes import HParams, Training, Transformer, shape_from_dict
 # Cells that are fitted, and of a sweep of so many runs: a fit takes tens of milliseconds, and the deepest valley is not in a
 # cell whose every run is high.
 FITTED, MANY, FITTED_OF_MANY = 32, 1_000, 8
+_DIP = (
+    0.5  # of the losses' spread: of 1,045 parts of recorded sweeps one fit, of three runs, went so far below its runs
+)
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Swept:
-    """A finished sweep: its cells, the best of them, and the tuned values."""
+    """A finished sweep: what was asked for, its cells, the best of them, and the tuned values."""
 
+    spec: SweepSpec
     cells: tuple[Cell, ...]
     best: Cell
     tuned: HParams
@@ -67,8 +71,31 @@ class Swept:
     @property
     def verdict(self) -> str:
         """The best cell's valley in a sentence."""
-        assert self.best.valley is not None
-        return f"weight decay {self.best.weight_decay:g}, init std {self.best.init_std:g}: {self.best.valley.verdict}"
+        valley = self.best.valley
+        assert valley is not None
+        place = f"weight decay {self.best.weight_decay:g}, init std {self.best.init_std:g}"
+        lowest = "" if valley.curve else f"the lowest run, with loss {valley.loss_at_minimum:.4f}; "
+        return f"{place}: {lowest}{valley.verdict}"
+
+    @property
+    def warnings(self) -> list[str]:
+        """What speaks against the tuned values."""
+        valley, losses = self.best.valley, [p.loss for p in self.best.points if math.isfinite(p.loss)]
+        assert valley is not None
+        found = [valley.warning] if valley.warning else []
+        used = [p.loss for p in valley.used]
+        if valley.loss_at_minimum < max(0.0, min(used) - _DIP * (max(used) - min(used))):
+            found.append(
+                f"the fitted loss there, {valley.loss_at_minimum:.3g}, lies far below every run's (the lowest is"
+                f" {min(used):.3g}): train one there before you believe it"
+            )
+        guessing = math.log(self.spec.base.vocab)
+        if min(losses) >= guessing:
+            found.append(
+                f"no run got below {guessing:.2f} nats, the loss of guessing among {self.spec.base.vocab} tokens:"
+                " the learning rates or the text are wrong, or the training is too short"
+            )
+        return found
 
 
 def sweep_run(spec: SweepSpec, point: Mapping[str, float], data: dict[str, Any]) -> Run:
@@ -95,8 +122,12 @@ class Stored:
     storage: str | None
 
     def trials(self, folder: Path) -> Trials:
-        """The sweep's trials, from the storage."""
-        return open_trials(folder, self.identity, self.storage)
+        """The sweep's trials, from the storage, to be read: nothing is written. ``ValueError`` where they are lost."""
+        try:
+            return open_trials(folder, self.identity, self.storage, make=False)
+        except ValueError as error:
+            again = f"mue sweep --resume {folder} finds the results in the folder and tells them anew"
+            raise ValueError(f"{error}: {again}") from error
 
 
 def stored_sweep(folder: Path) -> Stored:
@@ -122,7 +153,7 @@ def adopt(folder: Path, storage: str, study: str | None) -> None:
         raise ValueError(
             f"{folder} holds a sweep, which knows its storage: leave --storage out, or name another folder"
         )
-    database = Database(storage)
+    database = Database(storage, make=False)
     found = {name: json.loads(about) for name, about in database.studies("sweep").items()}
     if not found:
         raise ValueError(f"{database.name} holds no sweep")
@@ -166,11 +197,22 @@ def check_folder(out: Path, spec: SweepSpec, corpus: Corpus, storage: str | None
 
 
 def open_trials(
-    out: Path, identity: dict[str, Any], storage: str | None, lease: float | None = None, trouble: Trouble | None = None
+    out: Path,
+    identity: dict[str, Any],
+    storage: str | None,
+    lease: float | None = None,
+    trouble: Trouble | None = None,
+    make: bool = True,
 ) -> Trials:
-    """The trials of a sweep in ``storage``, by default an SQLite file in its folder."""
-    database = Database(storage or f"sqlite:///{out.absolute() / 'optuna.db'}", trouble=trouble)
-    return Trials(database, digest(identity), lease)
+    """The trials of a sweep in ``storage``, by default an SQLite file in its folder. ``make``: where there are none yet."""
+    database = Database(storage or f"sqlite:///{out.absolute() / 'optuna.db'}", trouble=trouble, make=make)
+    return Trials(database, digest(identity), lease, make=make)
+
+
+def as_asked(spec: SweepSpec, trials: Trials) -> SweepSpec:
+    """The sweep with the grid of the file that was started last, on whatever machine: that is what is asked for."""
+    about = trials.described()
+    return spec if about is None else replace(spec, grid=SweepSpec.from_dict(about["spec"]).grid)
 
 
 def run_sweep(
@@ -183,10 +225,12 @@ def run_sweep(
     workers: int | None = None,
     watch: Watch | None = None,
     checkpoint_seconds: float = 10.0,
+    resume: bool = False,
 ) -> Swept:
     """Work on the sweep until every trial has ended, together with whoever shares its storage, and fit it.
 
     ``out``: this machine's folder: checkpoints, metrics, and in the end ``result.json``. Workers on one machine may share it.
+    ``resume``: the grid is not ``spec``'s but that of whoever started last.
 
     Raises:
         ValueError: the folder belongs to another experiment; every run diverged. mue.lab.storage.StorageError: it was lost.
@@ -195,11 +239,17 @@ def run_sweep(
     storage = check_folder(out, spec, corpus, storage)
     data, own = described(spec.source, corpus), identity(spec, corpus.hash)
     trials = open_trials(out, own, storage, lease, partial(_trouble, watch))
+    before = as_asked(spec, trials).grid
+    spec = replace(spec, grid=before) if resume else spec
     kept = None if storage is None else trials.database.name
     about = {"identity": own, "spec": spec.to_dict()}
     write_json(out / "sweep.json", {**about, "storage": kept})
     trials.describe(about)
     missing = {name_of(p): p for p in grid_points(spec.grid)}
+    if missing or grid_points(before):  # else what waits belongs to a search, which knows its points by itself
+        gone = trials.withdraw(missing.keys())
+        if gone:
+            watch.say(f"{gone} waiting trials are not in the file any more: withdrawn")
     for trial in trials.all():
         missing.pop(trial.name, None)
     if missing:
@@ -217,13 +267,15 @@ def run_sweep(
 
     worker = Worker(spec.grid, trials, store, lambda point: sweep_run(spec, point, data), open_for, watch)
     ended = worker.work()
-    swept = summarise(spec, ended)
-    write_json(out / "result.json", swept_dict(swept, spec, corpus.hash))
+    swept = summarise(as_asked(spec, trials), ended)
+    write_json(out / "result.json", swept_dict(swept, corpus.hash))
     return swept
 
 
 def _trouble(watch: Watch, what: str, seconds: float) -> None:
-    watch.say(f"the storage does not answer ({what}), for {seconds:.0f} s now; training goes on")
+    watch.say(
+        f"the storage does not answer ({what}), for {seconds:.0f} s now: it is asked again, and what trains goes on"
+    )
 
 
 def summarise(spec: SweepSpec, trials: Sequence[Trial]) -> Swept:
@@ -254,7 +306,7 @@ def summarise(spec: SweepSpec, trials: Sequence[Trial]) -> Swept:
     lr = 2.0 ** min(max(best.valley.minimum, low), high)
     tuned = spec.defaults.replace(lr=lr, weight_decay=best.weight_decay, init_std=best.init_std)
     diverged = sum(not math.isfinite(trial.loss) for trial in found)
-    return Swept(cells, best, tuned, len(found), diverged, len(ended) - len(found), tuple(trials))
+    return Swept(spec, cells, best, tuned, len(found), diverged, len(ended) - len(found), tuple(trials))
 
 
 def _cell(wd: float, std: float, points: list[Point], *, fit: bool) -> Cell:
@@ -289,16 +341,18 @@ def valley_dict(valley: Valley | None) -> dict[str, Any] | None:
     }
 
 
-def swept_dict(swept: Swept, spec: SweepSpec, data_hash: str) -> dict[str, Any]:
+def swept_dict(swept: Swept, data_hash: str) -> dict[str, Any]:
     """What ``result.json`` of a sweep holds."""
     return {
         "tuned": swept.tuned.to_dict(),
         "verdict": swept.verdict,
+        "warnings": swept.warnings,
         "edge": swept.best.valley.edge if swept.best.valley else None,
         "runs": swept.runs,
         "diverged": swept.diverged,
         "stopped": swept.stopped,
-        "identity": identity(spec, data_hash),
+        "identity": identity(swept.spec, data_hash),
+        "asked": asdict(swept.spec.grid),
         "cells": [
             {
                 "weight_decay": cell.weight_decay,
@@ -316,10 +370,10 @@ def swept_dict(swept: Swept, spec: SweepSpec, data_hash: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Found:
-    """What a finished sweep says: its values, at which edge of its grid they lie, on which base and run they were tuned."""
+    """What a finished sweep says: its values, what speaks against them, on which base and run they were tuned."""
 
     tuned: HParams
-    edge: str | None
+    notes: tuple[str, ...]
     base: Transformer
     training: Training
 
@@ -337,6 +391,20 @@ def tuned_of(folder: Path) -> Found:
         data = json.loads(path.read_text(encoding="utf-8"))
         tuned = HParams(**{**data["tuned"], "betas": tuple(data["tuned"]["betas"])})
         identity = data["identity"]
-        return Found(tuned, data.get("edge"), shape_from_dict(identity["base"]), Training(**identity["training"]))
+        notes = list(data.get("warnings", ()))
+        if data.get("edge"):
+            notes.append(
+                f"this sweep's best lr is at the {data['edge']} edge of its grid: widen it before you trust it"
+            )
+        if _changed(folder, data.get("asked")):
+            notes.append(f"this sweep has been changed since: finish it with mue sweep --resume {folder}")
+        return Found(tuned, tuple(notes), shape_from_dict(identity["base"]), Training(**identity["training"]))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the result of a sweep ({error}): run the sweep again") from error
+
+
+def _changed(folder: Path, asked: Mapping[str, Any] | None) -> bool:
+    """Whether the folder's sweep asks for something else than it did when this result was made."""
+    if asked is None or not (folder / "sweep.json").exists():
+        return False
+    return digest(asdict(stored_sweep(folder).spec.grid)) != digest(asked)

@@ -14,9 +14,10 @@ from typing import Any
 
 from mue.files import write_atomic
 from mue.lab import plots
+from mue.lab.experiment import SweepSpec
 from mue.lab.report import Section, text, write_report
 from mue.lab.storage_trials import OPEN, State, Trial
-from mue.lab.sweep import Cell, Swept, stored_sweep, summarise, swept_dict, tuned_words
+from mue.lab.sweep import Cell, Stored, Swept, as_asked, stored_sweep, summarise, swept_dict, tuned_words
 from mue.lab.sweep_points import why_done
 from mue.lab.valley import Point, Valley, fit_valley
 
@@ -49,23 +50,28 @@ def sweep_report(folder: Path, *, csv: Path | None = None, swept: Swept | None =
         ValueError: the folder holds no sweep, or its storage cannot be opened.
     """
     stored = stored_sweep(folder)
-    trials = swept.trials if swept else stored.trials(folder).all()
+    spec, trials = (swept.spec, swept.trials) if swept else _read(folder, stored)
     for path in {folder / "trials.csv", csv or folder / "trials.csv"}:
         write_trials(path, trials)
     going = sum(t.state in OPEN for t in trials)
     sections = []
     lead = "no run has a loss yet"
     if any(math.isfinite(t.loss) for t in trials):
-        swept = swept or summarise(stored.spec, trials)
-        result = swept_dict(swept, stored.spec, stored.identity["data"])
+        swept = swept or summarise(spec, trials)
+        result = swept_dict(swept, stored.identity["data"])
         lead = ("so far: " if going else "") + tuned_words(swept.tuned)
         fits = {(c.weight_decay, c.init_std): c.valley for c in swept.cells}
         sections += [sweep_section(result, fits), *cells_sections(swept.cells)]
-    if why := why_done(stored.spec.grid, trials):
+    if why := why_done(spec.grid, trials):
         sections[:0] = [Section(id="search", title="The search", texts=[text(why + ".")])]
     sections += [work_section(trials), trials_section(trials)]
     title = "Sweep of the dense base" + (f", {len(trials) - going} of {len(trials)} trials" if going else "")
     return write_report(folder, title, lead, sections)
+
+
+def _read(folder: Path, stored: Stored) -> tuple[SweepSpec, Sequence[Trial]]:
+    trials = stored.trials(folder)
+    return as_asked(stored.spec, trials), trials.all()
 
 
 def write_trials(path: Path, trials: Sequence[Trial]) -> None:
@@ -83,7 +89,8 @@ def write_trials(path: Path, trials: Sequence[Trial]) -> None:
 def _row(trial: Trial) -> list[Any]:
     result, point = trial.result or {}, [trial.point[name] for name in COLUMNS[2:6]]
     measured = [result.get(name) for name in COLUMNS[6:10]]
-    return [trial.number, trial.state.lower(), *point, *measured, trial.owner, result.get("key")]
+    state = "diverged" if trial.state == "COMPLETE" and not math.isfinite(trial.loss) else trial.state.lower()
+    return [trial.number, state, *point, *measured, trial.owner, result.get("key")]
 
 
 def sweep_section(
@@ -114,6 +121,7 @@ def sweep_section(
                 f" {training['steps']:,} steps of {training['batch']:,} tokens each; {result['diverged']} diverged{stopped}.{rest}"
             ),
             text(result["verdict"] + ".", warn=result["edge"] is not None),
+            *(text(warning + ".", warn=True) for warning in result.get("warnings", ())),
         ],
         figure=plots.sweep_figure(cells, best),
         in_page="svg" if result["runs"] <= _DRAWN else "png",

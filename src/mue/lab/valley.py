@@ -122,19 +122,22 @@ def study(
         return _without_curve(sweep, why), None, None
     belief, used, second = sweep.believe(noise)
     mesh, curve = belief.mesh, belief.curve
-    inside = (mesh >= used[0].log2_lr) & (mesh <= used[-1].log2_lr)
-    minimum, loss, curvature = _bottom(mesh, curve, int(np.argmin(np.where(inside, curve, np.inf))))
-    minimum = min(max(minimum, used[0].log2_lr), used[-1].log2_lr)  # beyond, the curve is a guess
+    first, last = used[0].log2_lr, used[-1].log2_lr
+    inside = (mesh >= first) & (mesh <= last)
+    lowest = int(np.argmin(np.where(inside, curve, np.inf))) if inside.any() else int(np.abs(mesh - first).argmin())
+    minimum, loss, curvature = _bottom(mesh, curve, lowest)
+    minimum = min(max(minimum, first), last)  # beyond, the curve is a guess
+    drawn = np.unique([first, *mesh[inside], last])
     low, high = belief.interval(confidence) if noise is not None or len(used) > 3 else (-math.inf, math.inf)
     interval = (min(low, minimum), max(high, minimum))
-    edge = _edge((minimum, float(sweep.x[sweep.best])), sweep.tried)
+    edge = sweep.edge(minimum)
     valley = Valley(
         minimum=minimum,
         interval=interval,
         loss_at_minimum=loss,
         curvature=curvature,
         noise=belief.noise,
-        curve=tuple(zip(mesh[inside].tolist(), curve[inside].tolist(), strict=True)),
+        curve=tuple(zip(drawn.tolist(), np.interp(drawn, mesh, curve).tolist(), strict=True)),
         used=used,
         diverged=sweep.diverged,
         edge=edge,
@@ -231,6 +234,16 @@ class _Sweep:
         freedom = sum(len(v) - 1 for v in losses)
         return math.sqrt(sum(float(v.var() * len(v)) for v in losses) / freedom) if freedom else math.nan
 
+    def edge(self, minimum: float) -> str | None:
+        """The end of the grid at which the fitted minimum or the lowest run lies; of one or two learning rates every one is an end."""
+        low, high = self.tried
+        if len({*self.x, *self.walls}) < 3:
+            return None
+        places = minimum, float(self.x[self.best])
+        if min(places) <= low:
+            return "low"
+        return "high" if max(places) >= high else None
+
     def believe(self, noise: float | None = None) -> tuple[Belief, tuple[Point, ...], Second | None]:
         """The posterior of the window around the lowest learning rate, its runs, and a second valley if there is one."""
         first, last, second = self._near_side(noise if noise is not None else self.pure_error)
@@ -284,12 +297,6 @@ class _Sweep:
 # ------------------------------------------------------------------------------------------------------------- in words
 
 
-def _edge(places: tuple[float, ...], tried: tuple[float, float]) -> str | None:
-    if min(places) <= tried[0]:
-        return "low"
-    return "high" if max(places) >= tried[1] else None
-
-
 def _lr(log2_lr: float) -> str:
     return f"lr = {2.0**log2_lr:.2g} (2^{log2_lr:.2f})"
 
@@ -319,7 +326,7 @@ def _without_curve(sweep: _Sweep, why: str) -> Valley:
         curve=(),
         used=tuple(p for runs in sweep.runs for p in runs),
         diverged=sweep.diverged,
-        edge=_edge((best,), sweep.tried),
+        edge=sweep.edge(best),
         warning=None,
         verdict=f"undetermined: {why}",
     )
