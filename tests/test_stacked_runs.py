@@ -171,14 +171,14 @@ def test_a_run_that_kills_its_process_again_and_again_is_given_up(
 def test_the_layout_is_measured_once_and_said(
     tmp_path: Path, source: dict[str, object], corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("MUE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("mue.lab.calibrate.MEASURED_SECONDS", 0.2)
     run, store = dense_run(source, corpus), Store(tmp_path)
     first = open_runner("auto", store, example=run, runs=8)
     assert "measured in" in first.why
     assert "stacks of 4" in first.why
     assert "steps/s" in first.why
-    (kept,) = (tmp_path / "cache" / "mue" / "runner").glob("*.json")
+    (kept,) = (tmp_path / "cache" / "runner").glob("*.json")
     rows = json.loads(kept.read_text())["measured"]
     assert all(math.isfinite(row["rate"]) and row["rate"] > 0 for row in rows)
     assert not (tmp_path / "runs").exists()  # nothing of it in the user's folder

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from mue.config import read_toml
-from mue.files import digest
 from mue.lab import sweep as sweep_module
 from mue.lab.experiment import SweepSpec, open_corpus, sweep_from
 from mue.lab.run import Run
@@ -88,20 +87,6 @@ def test_points_that_are_no_longer_asked_for_are_not_trained(
     assert {t.point["lr"] for t in stored_sweep(tmp_path).trials(tmp_path).all()} == set(trained)
     swept = run(spec, tmp_path)
     assert sorted(trained) == sorted(lrs(5)) and len(swept.best.points) == 5  # each of them once
-
-
-def test_a_withdrawn_trial_is_whole_for_optuna(spec: SweepSpec, tmp_path: Path) -> None:
-    import optuna
-
-    trials = open_trials(tmp_path, identity(spec, "0" * 64), None)
-    points = grid_points(spec.grid)
-    assert trials.add(points) == 5 and trials.withdraw({trials.all()[0].name}) == 4
-    study = optuna.load_study(study_name=digest(identity(spec, "0" * 64)), storage=trials.database.url)
-    assert [t.state.name for t in study.trials] == ["WAITING", *["FAIL"] * 4]
-    for t in study.trials:
-        t._validate()
-    assert trials.add(points, limit=3) == 2 and len(trials.all()) == 3
-    assert trials.claim("a") is not None and trials.withdraw(()) == 2 and len(trials.all()) == 1  # one is under way
 
 
 def test_a_grid_widened_beside_a_worker_is_what_counts(spec: SweepSpec, tmp_path: Path, trained: list[float]) -> None:

@@ -67,6 +67,30 @@ def test_a_limit_holds_for_all_workers_together(url: str, name: str) -> None:
     assert sum(at_once(3, lambda i: Trials(Database(url), name).add(POINTS[2 * i : 2 * i + 2], limit=5))) == 5
 
 
+def test_what_waits_is_withdrawn_and_added_again(url: str, name: str) -> None:
+    """One under way stays, whoever is faster; a withdrawn one is whole for Optuna, and in nobody's way."""
+    import optuna
+
+    trials = Trials(Database(url), name)
+    assert trials.add(POINTS[:5]) == 5
+    keep = trials.all()[0]
+    found = at_once(2, lambda i: trials.withdraw({keep.name}) if i else Trials(Database(url), name).claim("a"))
+    left = trials.all()
+    assert {t.state for t in left} == {"WAITING", "RUNNING"} or [t.state for t in left] == ["RUNNING"]
+    assert found[1] == 5 - len({t.id for t in left} | {keep.id})
+    study = optuna.load_study(study_name=name, storage=for_optuna(url))
+    assert Counter(t.state.name for t in study.trials)["FAIL"] == found[1]
+    for t in study.trials:
+        t._validate()
+    reader = Trials(Database(url), name)  # has seen it while it was withdrawn
+    assert len(reader.all()) == len(left)
+    assert trials.add(POINTS, limit=4) == 4 - len(left) and len(reader.all()) == 4
+    assert trials.add(POINTS) == len(POINTS) - 4 and len({t.name for t in reader.all()}) == len(POINTS)
+    for trial in reader.all():
+        trials.claim(f"worker {trial.id}")
+    assert trials.withdraw(()) == 0 and len(reader.all()) == len(POINTS)
+
+
 def test_each_trial_is_claimed_once(url: str, name: str) -> None:
     Trials(Database(url), name).add(POINTS)
 
