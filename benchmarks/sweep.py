@@ -176,7 +176,7 @@ def main() -> None:
         sys.exit(
             f"--device {arguments.device}: here torch finds {torch.cuda.device_count()} GPUs (hide them with CUDA_VISIBLE_DEVICES=)"
         )
-    turns, seconds = (2, 1.0) if arguments.quick else (3, 2.0)
+    turns, seconds = (2, 1.0) if arguments.quick else (5, 2.0)
     rows: list[dict[str, object]] = []
     with tempfile.TemporaryDirectory() as folder:
         for example in examples(arguments.device, Path(folder), arguments.case):
