@@ -103,7 +103,7 @@ def sweep_figure(cells: Sequence[Mapping[str, Any]], best: int) -> Figure:
     with mpl.rc_context(STYLE):
         fig, (axes,) = figure(6.6, 4.1)
         fig.set_layout_engine(None)  # the margins are known: looking for them takes as long as drawing
-        fig.subplots_adjust(0.095, 0.115, 0.985, 0.925)
+        fig.subplots_adjust(0.125, 0.115, 0.985, 0.925)
         xs = [x for cell in cells for x, _ in cell["points"]]
         _octaves(axes, min(xs), max(xs))
         others = [i for i in range(len(cells)) if i != best]
@@ -114,15 +114,16 @@ def sweep_figure(cells: Sequence[Mapping[str, Any]], best: int) -> Figure:
         axes.set_xlabel("learning rate of the dense base")
         axes.set_ylabel("validation loss, nats per byte")
         axes.set_title("Dense base: ▼ fitted minima, band the 95 % interval of the best")
-        axes.legend(
-            loc="upper center",
-            ncols=2,
-            title="weight decay, init std",
-            title_fontsize=8,
-            framealpha=0.85,
-            frameon=True,
-            edgecolor="none",
-        )
+        if len(cells) > 1:
+            axes.legend(
+                loc="upper center",
+                ncols=2,
+                title="weight decay, init std",
+                title_fontsize=8,
+                framealpha=0.85,
+                frameon=True,
+                edgecolor="none",
+            )
         return fig
 
 

@@ -117,7 +117,7 @@ def sweep_section(
         title="The one sweep, on the dense base",
         texts=[
             text(
-                f"{result['runs']:,} runs of a dense transformer (width {shape['width']}, ffn {shape.get('ffn')}, {shape['layers']} layers),"
+                f"{result['runs']:,} runs of a dense transformer (width {shape['width']}, ffn {shape.get('ffn')}, {shape['layers']} layer{'s' * (shape['layers'] > 1)}),"
                 f" {training['steps']:,} steps of {training['batch']:,} tokens each; {result['diverged']} diverged{stopped}.{rest}"
             ),
             text(result["verdict"] + ".", warn=result["edge"] is not None),

@@ -224,7 +224,8 @@ class _Sweep:
         """Why no curve can be fitted."""
         n, losses = len(self.x), {p.loss for runs in self.runs for p in runs}
         if n < 3:
-            return f"{n} learning rate{'s' * (n > 1)} with a finite loss, a valley needs at least 3"
+            tried = "; all above diverged: add smaller ones" if min(self.walls, default=-math.inf) > self.x[-1] else ""
+            return f"{n} learning rate{'s' * (n > 1)} with a finite loss, a valley needs at least 3{tried}"
         return "every loss is the same, so no learning rate is better" if len(losses) == 1 else None
 
     @property
