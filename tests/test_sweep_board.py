@@ -202,14 +202,13 @@ def test_a_machine_that_had_no_part_in_it_reports_from_the_shared_storage(spec: 
     with pytest.raises(ValueError, match="holds no sweep"):
         adopt(tmp_path / "here", url, None)
     trials = open_trials(tmp_path / "there", identity(spec, "0" * 64), url)
-    trials.add(grid_points(spec.grid))
-    trials.describe({"identity": identity(spec, "0" * 64), "spec": spec.to_dict()})
+    trials.ask({"identity": identity(spec, "0" * 64), "spec": spec.to_dict()}, grid_points(spec.grid), only=True)
     adopt(tmp_path / "here", url, None)
     assert "6 trials" in sweep_report(tmp_path / "here").read_text()
     with pytest.raises(ValueError, match="holds a sweep, which knows its storage"):
         adopt(tmp_path / "here", url, None)
     second = open_trials(tmp_path / "there", identity(spec, "1" * 64), url)
-    second.describe({"identity": identity(spec, "1" * 64), "spec": spec.to_dict()})
+    second.ask({"identity": identity(spec, "1" * 64), "spec": spec.to_dict()}, [], only=False)
     with pytest.raises(ValueError, match=r"--study:\n  [0-9a-f]{16} .*40 steps of 128 tokens"):
         adopt(tmp_path / "other", url, None)
     adopt(tmp_path / "other", url, digest(identity(spec, "1" * 64)))

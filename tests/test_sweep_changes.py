@@ -10,14 +10,17 @@ from pathlib import Path
 import pytest
 
 from mue.config import read_toml
+from mue.files import write_json
 from mue.lab import sweep as sweep_module
 from mue.lab.experiment import SweepSpec, open_corpus, sweep_from
 from mue.lab.run import Run
 from mue.lab.runner import Done, Message
 from mue.lab.storage import Database
+from mue.lab.storage_trials import Trial
 from mue.lab.sweep import Swept, identity, open_trials, run_sweep, stored_sweep, tuned_of
 from mue.lab.sweep_points import grid_points
 from mue.lab.sweep_report import sweep_report
+from mue.lab.sweep_worker import Worker
 from scripted_runner import Heard, Scripted, done
 
 
@@ -97,8 +100,8 @@ def test_a_grid_widened_beside_a_worker_is_what_counts(spec: SweepSpec, tmp_path
         def ended(self, trial: object, run: Run, *, fresh: bool) -> None:
             if not self.counted:  # as another worker does at its start
                 trials = open_trials(tmp_path, identity(spec, corpus.hash), None)
-                trials.describe({"identity": identity(spec, corpus.hash), "spec": spec.to_dict()})
-                trials.add(grid_points(spec.grid))
+                about = {"identity": identity(spec, corpus.hash), "spec": spec.to_dict()}
+                trials.ask(about, grid_points(spec.grid), only=True)
             super().ended(trial, run, fresh=fresh)
 
     corpus = open_corpus(spec.source)
@@ -108,8 +111,53 @@ def test_a_grid_widened_beside_a_worker_is_what_counts(spec: SweepSpec, tmp_path
     told = json.loads((tmp_path / "result.json").read_text())
     assert len(told["cells"][0]["points"]) == 5
     assert "so far" not in sweep_report(tmp_path).read_text()
-    assert run(narrow, tmp_path, resume=True).spec.grid == spec.grid  # this folder's file is the narrower one
+    assert stored_sweep(tmp_path).spec == spec and tuned_of(tmp_path).notes == ()
+    own = replace(narrow, grid=replace(narrow.grid, runner="stacked"))
+    about = json.loads((tmp_path / "sweep.json").read_text())
+    write_json(tmp_path / "sweep.json", {**about, "spec": own.to_dict()})  # a machine that was not told
+    assert run(own, tmp_path, resume=True).spec.grid == replace(spec.grid, runner="stacked")
     assert len(run(narrow, tmp_path).best.points) == 3  # the control: started with it, it is what counts
+
+
+def test_a_grid_widened_as_a_worker_ends_is_worked_on(
+    spec: SweepSpec, tmp_path: Path, trained: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its last look at the trials, before it writes the result."""
+    corpus, asked = open_corpus(spec.source), [spec]
+
+    class Late(Worker):
+        def work(self) -> list[Trial]:
+            ended = super().work()
+            while asked:
+                about = {"identity": identity(spec, corpus.hash), "spec": asked.pop().to_dict()}
+                self.trials.ask(about, grid_points(spec.grid), only=True)
+            return ended
+
+    monkeypatch.setattr(sweep_module, "Worker", Late)
+    swept = run(asking(spec, 3), tmp_path)
+    assert sorted(trained) == sorted(lrs(5)) and len(swept.best.points) == 5
+
+
+def test_a_report_of_a_new_grid_without_a_result(spec: SweepSpec, tmp_path: Path, trained: list[float]) -> None:
+    run(asking(spec, 3), tmp_path)
+    other = replace(spec, grid=replace(spec.grid, lr=(0.5, 1.0)))
+    trials = stored_sweep(tmp_path).trials(tmp_path)
+    trials.ask({"identity": {}, "spec": other.to_dict()}, grid_points(other.grid), only=True)
+    assert "no run has a loss yet" in sweep_report(tmp_path).read_text()
+    trials.ask({"identity": {}, "spec": {**other.to_dict(), "grid": {"new": 1}}}, [], only=False)
+    with pytest.raises(ValueError, match="another version of mue"):
+        sweep_report(tmp_path)
+
+
+def test_a_damaged_storage_names_the_remedy(spec: SweepSpec, tmp_path: Path, trained: list[float]) -> None:
+    run(spec, tmp_path)
+    (tmp_path / "optuna.db").write_bytes(b"no database" * 1000)
+    for act in (lambda: sweep_report(tmp_path), lambda: run(spec, tmp_path)):
+        with pytest.raises(ValueError, match="remove the file and start the sweep again"):
+            act()
+    (tmp_path / "optuna.db").unlink()
+    before = len(trained)
+    assert len(run(spec, tmp_path).best.points) == 5 and len(trained) > before  # the runner here stores no results
 
 
 def test_a_result_of_a_former_grid_says_so(spec: SweepSpec, tmp_path: Path, trained: list[float]) -> None:
@@ -149,8 +197,9 @@ def test_what_speaks_against_a_result_is_said(spec: SweepSpec, tmp_path: Path, m
         said = sweep_report(tmp_path / name).read_text()
         assert swept.best.valley is not None and not any("far below" in words for words in swept.warnings)
         assert ("the loss of guessing" in said) == ("the loss of guessing" in " ".join(swept.warnings)) == (least > 5.6)
-    far = replace(swept.best.valley, loss_at_minimum=-0.1)
+    far = replace(swept.best.valley, loss_at_minimum=1.0)
     assert "far below every run" in replace(swept, best=replace(swept.best, valley=far)).warnings[0]
     single = run(asking(spec, 1), tmp_path / "one")
-    assert "the lowest run, with loss 6.4" in single.verdict and single.best.valley is not None
-    assert single.best.valley.edge is None
+    assert single.best.valley is not None and single.best.valley.edge is None
+    assert "the lowest run's, with loss 6.4" in single.warnings[0]
+    assert any("no valley was fitted" in note for note in tuned_of(tmp_path / "one").notes)

@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import pytest
 
 from mue.lab import storage
 from mue.lab.storage import Database, StorageError, for_optuna
-from mue.lab.storage_trials import Trials, name_of
+from mue.lab.storage_trials import Trial, Trials, name_of
 from postgres import Wire, postgres
 
 POINTS = [{"lr": 2.0**-e, "weight_decay": 0.1, "init_std": 0.05, "seed": s} for e in range(5, 9) for s in (0, 1)]
@@ -74,12 +75,18 @@ def test_what_waits_is_withdrawn_and_added_again(url: str, name: str) -> None:
     trials = Trials(Database(url), name)
     assert trials.add(POINTS[:5]) == 5
     keep = trials.all()[0]
-    found = at_once(2, lambda i: trials.withdraw({keep.name}) if i else Trials(Database(url), name).claim("a"))
+    ask = partial(trials.ask, {"spec": 1}, only=True)
+
+    def claim() -> Trial:
+        while not (claimed := Trials(Database(url), name).claim("a")):
+            pass  # the other locks every row for a moment
+        return claimed
+
+    gone, claimed = at_once(2, lambda i: claim() if i else ask([keep.point]))
     left = trials.all()
-    assert {t.state for t in left} == {"WAITING", "RUNNING"} or [t.state for t in left] == ["RUNNING"]
-    assert found[1] == 5 - len({t.id for t in left} | {keep.id})
+    assert {t.id for t in left} == {keep.id, claimed.id} and gone == 4 and trials.described() == {"spec": 1}
     study = optuna.load_study(study_name=name, storage=for_optuna(url))
-    assert Counter(t.state.name for t in study.trials)["FAIL"] == found[1]
+    assert Counter(t.state.name for t in study.trials)["FAIL"] == 5 - len(left)
     for t in study.trials:
         t._validate()
     reader = Trials(Database(url), name)  # has seen it while it was withdrawn
@@ -88,7 +95,28 @@ def test_what_waits_is_withdrawn_and_added_again(url: str, name: str) -> None:
     assert trials.add(POINTS) == len(POINTS) - 4 and len({t.name for t in reader.all()}) == len(POINTS)
     for trial in reader.all():
         trials.claim(f"worker {trial.id}")
-    assert trials.withdraw(()) == 0 and len(reader.all()) == len(POINTS)
+    assert len(reader.all()) == len(POINTS)
+
+
+@pytest.mark.parametrize("end", ["released", "lapsed", "asked for again", "finished"])
+def test_what_is_under_way_and_not_asked_for_any_more_is_not_begun_again(url: str, name: str, end: str) -> None:
+    trials = Trials(Database(url), name, lease=0.2 if end == "lapsed" else 60.0)
+    trials.add(POINTS[:3])
+    mine = trials.claim("a")
+    assert mine is not None
+    rest = [t.point for t in trials.all() if t.id != mine.id]
+    assert trials.ask({}, rest, only=True) == 1 and len(trials.all()) == 3
+    if end == "asked for again":
+        trials.ask({}, POINTS[:3], only=True)
+    if end in ("released", "asked for again"):
+        trials.release("a")
+    if end == "lapsed":
+        time.sleep(0.4)
+    if end == "finished":
+        assert trials.finish("a", mine.id, RESULT)
+    others = [trials.claim(f"b{i}") for i in range(4)]
+    assert (mine.id in {t.id for t in others if t}) == (end == "asked for again")
+    assert (mine.id in {t.id for t in trials.all()}) == (end in ("asked for again", "finished"))
 
 
 def test_each_trial_is_claimed_once(url: str, name: str) -> None:

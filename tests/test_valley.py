@@ -207,3 +207,12 @@ def test_learning_rates_close_together(octaves: float) -> None:
     valley = fit_valley(points)
     assert valley.curve[0][0] == -7 and valley.curve[-1][0] == pytest.approx(-7 + octaves, abs=1e-12)
     assert -7 <= valley.minimum <= -7 + octaves and math.isfinite(valley.predict(-7.5) + valley.predict(-6))
+
+
+def test_which_way_to_go_where_too_few_have_a_loss() -> None:
+    points = [Point(-1, 3.0), Point(0, 3.1), Point(1, math.inf), Point(2, math.nan)]
+    assert "all above diverged: add smaller ones" in fit_valley(points).verdict
+    assert fit_valley(points).edge == "low"
+    below = [Point(-2, math.inf), *points[:2]]
+    assert "add smaller ones" not in fit_valley(below).verdict
+    assert fit_valley(points[:2]).edge is None  # of two learning rates one is always at an end

@@ -60,6 +60,10 @@ class StorageError(RuntimeError):
     """The storage could not be reached for longer than our patience, or cannot do what was asked: a full disk, a damaged file."""
 
 
+class MissingError(ValueError):
+    """There is no such storage, or nothing of this sweep in it."""
+
+
 class Execute(Protocol):
     """Runs one statement with ``:name`` parameters; with ``many``, once for each of its rows of parameters."""
 
@@ -87,7 +91,7 @@ class Database:
         self._local = threading.local()
         if self.sqlite:
             if not make and not Path(_file(url)).exists():
-                raise ValueError(f"there is no storage {self.name}")
+                raise MissingError(f"there is no storage {self.name}: check its path")
             Path(_file(url)).parent.mkdir(parents=True, exist_ok=True)
             self.errors: tuple[type[Exception], ...] = (sqlite3.Error,)
         else:
@@ -101,7 +105,8 @@ class Database:
             self.find("")
         except (*self.errors, StorageError) as error:
             cause = error.__cause__ if isinstance(error, StorageError) else error
-            raise ValueError(f"cannot open the storage {self.name}: {_first_line(cause)}") from error
+            remedy = _remedy(cause) if cause else ""
+            raise ValueError(f"cannot open the storage {self.name}: {_first_line(cause)}{remedy}") from error
         self.patience = patience
 
     def run(self, work: Callable[[Execute], T], *, write: bool = True) -> T:
@@ -274,7 +279,7 @@ def _passing(error: Exception) -> bool:
     return isinstance(error, lost)
 
 
-def _remedy(error: Exception) -> str:
+def _remedy(error: BaseException) -> str:
     broken = getattr(error, "sqlite_errorcode", 0) & 0xFF in _SQLITE_BROKEN
     return (
         "; remove the file and start the sweep again: results in its folder are found and told anew" if broken else ""

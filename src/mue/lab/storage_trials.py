@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
-from mue.lab.storage import Database, Execute, Rows
+from mue.lab.storage import Database, Execute, MissingError, Rows
 
 LEASE = 60.0
 Point = dict[str, float]
@@ -102,11 +102,13 @@ class Trials:
     def __init__(self, database: Database, name: str, lease: float | None = None, *, make: bool = True) -> None:
         study = database.study(name) if make else database.find(name)
         if study is None:
-            raise ValueError(f"the storage {database.name} holds nothing of this sweep")
+            raise MissingError(f"the storage {database.name} holds nothing of this sweep")
         self.database, self.study = database, study
         self.ended: dict[int, Trial] = {}
         self._curves: dict[int, Curve] = {}
         self._now, self._ago = _NOW[database.sqlite], _AGO[database.sqlite]
+        times = f"datetime_start = {self._now}, datetime_complete = {self._now}"  # Optuna expects both of what ended
+        self._failed = f"UPDATE trials SET state = 'FAIL', {times} WHERE trial_id = :trial"
         stored = database.run(lambda execute: self._attribute(execute, "lease"), write=False)
         if stored is None and make:
             stored = database.run(lambda execute: self._agreed(execute, lease))
@@ -115,16 +117,30 @@ class Trials:
             raise ValueError(f"this sweep's first worker set a lease of {stored:g} s, not {lease:g}: leave --lease out")
         self.lease = stored
 
-    def describe(self, about: Mapping[str, Any]) -> None:
-        """What this study is a sweep of, for machines that know no more than the storage (:meth:`Database.studies`)."""
-        query = (
-            "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (:study, 'sweep', :value)"
-            " ON CONFLICT (study_id, key) DO UPDATE SET value_json = excluded.value_json"
-        )
-        self.database.run(lambda execute: execute(query, study=self.study, value=json.dumps(about)))
+    def ask(self, about: Mapping[str, Any], points: Sequence[Point], *, only: bool) -> int:
+        """From now on these points are asked for, and ``about`` is what this study is a sweep of: said to machines that know
+        no more than the storage (:meth:`Database.studies`).
+
+        ``only``: whatever else waits is withdrawn, and what is under way is not begun again if its worker loses it: nobody
+        claims it until it is added again. Returns how many were withdrawn.
+        """
+
+        def work(execute: Execute) -> int:
+            self._hold(execute)
+            execute(
+                "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (:study, 'sweep', :value)"
+                " ON CONFLICT (study_id, key) DO UPDATE SET value_json = excluded.value_json",
+                study=self.study,
+                value=json.dumps(about),
+            )
+            gone = self._withdraw(execute, {name_of(point) for point in points}) if only else 0
+            self._add(execute, points, None)
+            return gone
+
+        return self.database.run(work)
 
     def described(self) -> dict[str, Any] | None:
-        """What was last said by :meth:`describe`, on whatever machine."""
+        """What was last said by :meth:`ask`, on whatever machine."""
         found: dict[str, Any] | None = self.database.run(lambda execute: self._attribute(execute, "sweep"), write=False)
         return found
 
@@ -132,42 +148,8 @@ class Trials:
         """One waiting trial for each point that has none or a withdrawn one, at most up to ``limit`` trials in all; returns how many."""
 
         def work(execute: Execute) -> int:
-            execute("SELECT study_id FROM studies WHERE study_id = :study" + self._lock(), study=self.study)
-            rows = execute(
-                "SELECT a.value_json, t.trial_id, CAST(t.state AS TEXT) FROM trials t"
-                " JOIN trial_user_attributes a ON a.trial_id = t.trial_id WHERE t.study_id = :study AND a.key = 'point'",
-                study=self.study,
-            )
-            known = {name_of(json.loads(text)): (trial, state) for text, trial, state in rows}
-            withdrawn = {name: trial for name, (trial, state) in known.items() if state == "FAIL"}
-            new = {name: p for p in points if (name := name_of(p)) not in known or name in withdrawn}
-            room = None if limit is None else max(0, limit - len(known) + len(withdrawn))
-            kept = list(new.items())[:room]
-            again = [{"trial": withdrawn[name]} for name, _ in kept if name in withdrawn]
-            if again:
-                query = "UPDATE trials SET state = 'WAITING', datetime_complete = NULL WHERE trial_id = :trial"
-                execute(query, again)
-            if fresh := [point for name, point in kept if name not in withdrawn]:
-                self._insert(execute, fresh)
-            return len(kept)
-
-        return self.database.run(work)
-
-    def withdraw(self, keep: Collection[str]) -> int:
-        """Take back waiting trials but those of these names: nobody claims them until they are added again. Returns how many."""
-
-        def work(execute: Execute) -> int:
-            rows = execute(
-                "SELECT t.trial_id, a.value_json FROM trials t JOIN trial_user_attributes a ON a.trial_id = t.trial_id"
-                " WHERE t.study_id = :study AND a.key = 'point' AND t.state = 'WAITING' ORDER BY t.trial_id"
-                + self._lock(),
-                study=self.study,
-            )
-            gone = [{"trial": trial} for trial, text in rows if name_of(json.loads(text)) not in keep]
-            if gone:
-                times = f"datetime_start = {self._now}, datetime_complete = {self._now}"  # Optuna expects both of what ended
-                execute(f"UPDATE trials SET state = 'FAIL', {times} WHERE trial_id = :trial", gone)
-            return len(gone)
+            self._hold(execute)
+            return self._add(execute, points, limit)
 
         return self.database.run(work)
 
@@ -184,8 +166,11 @@ class Trials:
                 self._alive(execute, trial)  # else a worker back from a long sleep could claim what it still holds
             found = [row for row in own if row[0] not in held]
             for query in (_WAITING, _LOST.format(ago=self._ago)):
-                if not found:
-                    found = execute(query + self._lock(skip=True), study=self.study, lease=self.lease)
+                while not found:
+                    rows = execute(query + self._lock(skip=True), study=self.study, lease=self.lease)
+                    found = [row for row in rows if not self._unasked(execute, row[0])]
+                    if not rows:
+                        break
             if not found:
                 return None
             trial, number = found[0]
@@ -248,7 +233,8 @@ class Trials:
 
         def work(execute: Execute) -> None:
             for trial, _ in self._owned(execute, owner):
-                execute("UPDATE trials SET state = 'WAITING' WHERE trial_id = :trial", trial=trial)
+                if not self._unasked(execute, trial):
+                    execute("UPDATE trials SET state = 'WAITING' WHERE trial_id = :trial", trial=trial)
 
         self.database.run(work)
 
@@ -291,6 +277,54 @@ class Trials:
     def _lock(self, *, skip: bool = False) -> str:
         """Locks on every row that a query joins: what it waited for is judged anew. SQLite's transaction holds the whole file."""
         return "" if self.database.sqlite else " FOR UPDATE" + (" SKIP LOCKED" if skip else "")
+
+    def _hold(self, execute: Execute) -> None:
+        """Nobody else adds or withdraws while this transaction lasts."""
+        execute("SELECT study_id FROM studies WHERE study_id = :study" + self._lock(), study=self.study)
+
+    def _add(self, execute: Execute, points: Sequence[Point], limit: int | None) -> int:
+        rows = execute(
+            "SELECT a.value_json, t.trial_id, CAST(t.state AS TEXT) FROM trials t"
+            " JOIN trial_user_attributes a ON a.trial_id = t.trial_id WHERE t.study_id = :study AND a.key = 'point'",
+            study=self.study,
+        )
+        known = {name_of(json.loads(text)): (trial, state) for text, trial, state in rows}
+        withdrawn = {name: trial for name, (trial, state) in known.items() if state == "FAIL"}
+        new = {name: p for p in points if (name := name_of(p)) not in known or name in withdrawn}
+        room = None if limit is None else max(0, limit - len(known) + len(withdrawn))
+        kept = list(new.items())[:room]
+        if again := [{"trial": withdrawn[name]} for name, _ in kept if name in withdrawn]:
+            execute("UPDATE trials SET state = 'WAITING', datetime_complete = NULL WHERE trial_id = :trial", again)
+        if fresh := [point for name, point in kept if name not in withdrawn]:
+            self._insert(execute, fresh)
+        return len(kept)
+
+    def _withdraw(self, execute: Execute, keep: Collection[str]) -> int:
+        """Waiting trials but those of these names end as failed, running ones are marked; how many."""
+        rows = execute(
+            "SELECT t.trial_id, CAST(t.state AS TEXT), a.value_json FROM trials t"
+            " JOIN trial_user_attributes a ON a.trial_id = t.trial_id WHERE t.study_id = :study AND a.key = 'point'"
+            " AND t.state IN ('WAITING', 'RUNNING') ORDER BY t.trial_id" + self._lock(),
+            study=self.study,
+        )
+        dropped = [(trial, state) for trial, state, text in rows if name_of(json.loads(text)) not in keep]
+        execute(
+            "DELETE FROM trial_user_attributes WHERE key = 'unasked'"
+            " AND trial_id IN (SELECT trial_id FROM trials WHERE study_id = :study)",
+            study=self.study,
+        )
+        running = [{"trial": t, "key": "unasked", "value": "true"} for t, state in dropped if state == "RUNNING"]
+        execute(_SET, running)
+        execute(self._failed, [{"trial": trial} for trial, state in dropped if state == "WAITING"])
+        return len(dropped)
+
+    def _unasked(self, execute: Execute, trial: int) -> bool:
+        """Whether nobody asks for this trial any more; it then ends as failed."""
+        if not execute(_GET, trial=trial, key="unasked"):
+            return False
+        execute("DELETE FROM trial_user_attributes WHERE trial_id = :trial AND key = 'unasked'", trial=trial)
+        execute(self._failed, trial=trial)
+        return True
 
     def _owned(self, execute: Execute, owner: str) -> Rows:
         """(id, number) of a worker's running trials, locked."""

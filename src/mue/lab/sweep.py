@@ -20,7 +20,7 @@ from mue.lab.data import Corpus
 from mue.lab.experiment import SweepSpec, base_plan, batches_of, described
 from mue.lab.run import Run, Store
 from mue.lab.runner import Runner, open_runner
-from mue.lab.storage import Database, Trouble, without_password
+from mue.lab.storage import Database, MissingError, Trouble, without_password
 from mue.lab.storage_trials import OPEN, Trial, Trials, name_of
 from mue.lab.sweep_points import AXES, grid_points
 from mue.lab.sweep_worker import Watch, Worker
@@ -73,9 +73,7 @@ class Swept:
         """The best cell's valley in a sentence."""
         valley = self.best.valley
         assert valley is not None
-        place = f"weight decay {self.best.weight_decay:g}, init std {self.best.init_std:g}"
-        lowest = "" if valley.curve else f"the lowest run, with loss {valley.loss_at_minimum:.4f}; "
-        return f"{place}: {lowest}{valley.verdict}"
+        return f"weight decay {self.best.weight_decay:g}, init std {self.best.init_std:g}: {valley.verdict}"
 
     @property
     def warnings(self) -> list[str]:
@@ -84,7 +82,9 @@ class Swept:
         assert valley is not None
         found = [valley.warning] if valley.warning else []
         used = [p.loss for p in valley.used]
-        if valley.loss_at_minimum < max(0.0, min(used) - _DIP * (max(used) - min(used))):
+        if not valley.curve:
+            found.append(f"no valley was fitted: the tuned values are the lowest run's, with loss {min(losses):.4f}")
+        elif valley.loss_at_minimum < max(0.0, min(used) - _DIP * (max(used) - min(used))):
             found.append(
                 f"the fitted loss there, {valley.loss_at_minimum:.3g}, lies far below every run's (the lowest is"
                 f" {min(used):.3g}): train one there before you believe it"
@@ -125,9 +125,9 @@ class Stored:
         """The sweep's trials, from the storage, to be read: nothing is written. ``ValueError`` where they are lost."""
         try:
             return open_trials(folder, self.identity, self.storage, make=False)
-        except ValueError as error:
+        except MissingError as error:
             again = f"mue sweep --resume {folder} finds the results in the folder and tells them anew"
-            raise ValueError(f"{error}: {again}") from error
+            raise ValueError(f"{error}, or: {again}") from error
 
 
 def stored_sweep(folder: Path) -> Stored:
@@ -210,9 +210,21 @@ def open_trials(
 
 
 def as_asked(spec: SweepSpec, trials: Trials) -> SweepSpec:
-    """The sweep with the grid of the file that was started last, on whatever machine: that is what is asked for."""
+    """The sweep with the grid of the file that was started last, on whatever machine: that is what is asked for.
+
+    How this machine lays out its runs stays its own.
+    """
     about = trials.described()
-    return spec if about is None else replace(spec, grid=SweepSpec.from_dict(about["spec"]).grid)
+    if about is None:
+        return spec
+    try:
+        grid = SweepSpec.from_dict(about["spec"]).grid
+    except (KeyError, TypeError, ValueError) as error:
+        name = trials.database.name
+        raise ValueError(
+            f"{name} was last used by another version of mue ({error}): use the same on all machines"
+        ) from error
+    return replace(spec, grid=replace(grid, runner=spec.grid.runner))
 
 
 def run_sweep(
@@ -244,20 +256,13 @@ def run_sweep(
     kept = None if storage is None else trials.database.name
     about = {"identity": own, "spec": spec.to_dict()}
     write_json(out / "sweep.json", {**about, "storage": kept})
-    trials.describe(about)
-    missing = {name_of(p): p for p in grid_points(spec.grid)}
-    if missing or grid_points(before):  # else what waits belongs to a search, which knows its points by itself
-        gone = trials.withdraw(missing.keys())
-        if gone:
-            watch.say(f"{gone} waiting trials are not in the file any more: withdrawn")
-    for trial in trials.all():
-        missing.pop(trial.name, None)
-    if missing:
-        trials.add(list(missing.values()))
-    store = Store(out)
+    points = grid_points(spec.grid)
+    only = bool(points or grid_points(before))  # else what waits belongs to a search, which knows its points by itself
+    if gone := trials.ask(about, points, only=only):
+        watch.say(f"{gone} open trials are not in the file any more: withdrawn")
+    store, kind = Store(out), spec.grid.runner
 
     def open_for(run: Run) -> Runner:
-        kind = spec.grid.runner
         left = sum(t.state in OPEN for t in trials.all())
         runner = open_runner(
             kind, store, workers=workers, checkpoint_seconds=checkpoint_seconds, example=run, runs=max(1, left)
@@ -265,9 +270,15 @@ def run_sweep(
         watch.say(runner.why)
         return runner
 
-    worker = Worker(spec.grid, trials, store, lambda point: sweep_run(spec, point, data), open_for, watch)
-    ended = worker.work()
-    swept = summarise(as_asked(spec, trials), ended)
+    while True:
+        worker = Worker(spec.grid, trials, store, partial(sweep_run, spec, data=data), open_for, watch)
+        ended = worker.work()
+        now = as_asked(spec, trials)
+        if now.grid == spec.grid:
+            break
+        spec = now  # somebody asked for something else meanwhile, which may not have ended
+    swept = summarise(spec, ended)
+    write_json(out / "sweep.json", {"identity": own, "spec": spec.to_dict(), "storage": kept})
     write_json(out / "result.json", swept_dict(swept, corpus.hash))
     return swept
 
@@ -278,17 +289,21 @@ def _trouble(watch: Watch, what: str, seconds: float) -> None:
     )
 
 
+def counted(spec: SweepSpec, trials: Sequence[Trial]) -> list[Trial]:
+    """The ended trials that count: of a grid what is in the file, of a search every one."""
+    asked = {name_of(point) for point in grid_points(spec.grid)}
+    return [t for t in trials if t.result is not None and (not asked or t.name in asked)]
+
+
 def summarise(spec: SweepSpec, trials: Sequence[Trial]) -> Swept:
     """Fit a valley in each (weight decay, init std) cell; the deepest fitted minimum wins.
 
-    Of a grid, what is in the file counts, whatever else the storage holds; of a search, every trial. The tuned lr is the
-    fitted minimum, held inside the grid (an edge is reported by the valley's verdict).
+    The tuned lr is the fitted minimum, held inside the grid (an edge is reported by the valley's verdict).
 
     Raises:
         ValueError: no run has a loss.
     """
-    asked = {name_of(point) for point in grid_points(spec.grid)}
-    ended = [t for t in trials if t.result is not None and (not asked or t.name in asked)]
+    ended = counted(spec, trials)
     found = [t for t in ended if t.state == "COMPLETE"]
     groups: dict[tuple[float, float], list[Point]] = {}
     for trial in ended:
@@ -407,4 +422,4 @@ def _changed(folder: Path, asked: Mapping[str, Any] | None) -> bool:
     """Whether the folder's sweep asks for something else than it did when this result was made."""
     if asked is None or not (folder / "sweep.json").exists():
         return False
-    return digest(asdict(stored_sweep(folder).spec.grid)) != digest(asked)
+    return digest({**asdict(stored_sweep(folder).spec.grid), "runner": None}) != digest({**asked, "runner": None})

@@ -17,7 +17,7 @@ from mue.lab import plots
 from mue.lab.experiment import SweepSpec
 from mue.lab.report import Section, text, write_report
 from mue.lab.storage_trials import OPEN, State, Trial
-from mue.lab.sweep import Cell, Stored, Swept, as_asked, stored_sweep, summarise, swept_dict, tuned_words
+from mue.lab.sweep import Cell, Stored, Swept, as_asked, counted, stored_sweep, summarise, swept_dict, tuned_words
 from mue.lab.sweep_points import why_done
 from mue.lab.valley import Point, Valley, fit_valley
 
@@ -56,7 +56,7 @@ def sweep_report(folder: Path, *, csv: Path | None = None, swept: Swept | None =
     going = sum(t.state in OPEN for t in trials)
     sections = []
     lead = "no run has a loss yet"
-    if any(math.isfinite(t.loss) for t in trials):
+    if any(math.isfinite(t.loss) for t in counted(spec, trials)):
         swept = swept or summarise(spec, trials)
         result = swept_dict(swept, stored.identity["data"])
         lead = ("so far: " if going else "") + tuned_words(swept.tuned)
