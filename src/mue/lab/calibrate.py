@@ -1,8 +1,8 @@
-"""Which layout of runs is fastest here: measured in about ten seconds on the runs themselves, then remembered.
+"""Which layout of runs is fastest here: measured in ten to twenty seconds on the runs themselves, then remembered.
 
 Candidates on a CPU: one run after the other with all cores, one run on each core, a stack of runs on all cores. On GPUs: one run on each, and
 stacks that double until they gain less than a tenth or no longer fit. What wins is also tried compiled, where the work at hand is so long that
-compiling could pay: another five to fifteen seconds.
+compiling could pay.
 
 The measurement is kept in ``~/.cache/mue/runner/`` (or ``$MUE_CACHE/runner/``) by shape, batch, precision, device, torch's version and the native kernel's; remove a
 file to measure again.

@@ -233,8 +233,7 @@ class Trials:
 
         def work(execute: Execute) -> None:
             for trial, _ in self._owned(execute, owner):
-                if not self._unasked(execute, trial):
-                    execute("UPDATE trials SET state = 'WAITING' WHERE trial_id = :trial", trial=trial)
+                execute("UPDATE trials SET state = 'WAITING' WHERE trial_id = :trial", trial=trial)
 
         self.database.run(work)
 

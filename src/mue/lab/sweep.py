@@ -30,9 +30,8 @@ from mue.shapes import HParams, Training, Transformer, shape_from_dict
 # Cells that are fitted, and of a sweep of so many runs: a fit takes tens of milliseconds, and the deepest valley is not in a
 # cell whose every run is high.
 FITTED, MANY, FITTED_OF_MANY = 32, 1_000, 8
-_DIP = (
-    0.5  # of the losses' spread: of 1,045 parts of recorded sweeps one fit, of three runs, went so far below its runs
-)
+# Of the losses' spread: of 1,045 parts of recorded sweeps one fit, of three runs, went so far below its runs.
+_DIP = 0.5
 
 
 @dataclass(frozen=True)
