@@ -85,7 +85,7 @@ class Swept:
             found.append(f"no valley was fitted: the tuned values are the lowest run's, with loss {min(losses):.4f}")
         elif valley.loss_at_minimum < max(0.0, min(used) - _DIP * (max(used) - min(used))):
             found.append(
-                f"the fitted loss there, {valley.loss_at_minimum:.3g}, lies far below every run's (the lowest is"
+                f"the fitted loss at the minimum, {valley.loss_at_minimum:.3g}, lies far below every run's (the lowest is"
                 f" {min(used):.3g}): train one there before you believe it"
             )
         guessing = math.log(self.spec.base.vocab)
