@@ -22,6 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 
@@ -81,13 +82,8 @@ class Layout:
 @contextmanager
 def without_kernel() -> Iterator[None]:
     """Processes started meanwhile look for the kernel where there is none."""
-    before = os.environ.get("MUE_CACHE")
-    with tempfile.TemporaryDirectory() as nothing:
-        os.environ["MUE_CACHE"] = nothing
+    with tempfile.TemporaryDirectory() as nothing, patch.dict(os.environ, MUE_CACHE=nothing):
         yield
-    del os.environ["MUE_CACHE"]
-    if before is not None:
-        os.environ["MUE_CACHE"] = before
 
 
 def layouts(device: str, stack: int) -> dict[str, Mode]:

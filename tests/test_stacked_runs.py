@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import mue
+from mue.lab.calibrate import Calibration
 from mue.lab.data import Corpus
 from mue.lab.experiment import base_plan, described, open_corpus
 from mue.lab.pool import run_all
@@ -19,6 +20,7 @@ from mue.lab.run import Run, Settings, Store
 from mue.lab.runner import Done, FailedError, Message, Progress, open_runner
 from mue.lab.runner_pool import DEATHS, Mode, Pool
 from mue.lab.train import train
+from mue.moe.native import build
 
 BASE = mue.Dense(32, 32, 1, head_dim=16, sequence=32)
 SETTINGS = Settings(eval_every=10, eval_sequences=8, log_every=2)
@@ -193,6 +195,17 @@ def test_the_layout_is_measured_once_and_said(
         open_runner("auto", store)
     for runner in (first, again, stacked):
         runner.close()
+
+
+def test_a_measurement_is_of_the_kernel_it_was_made_with(
+    source: dict[str, object], corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, kernels = dense_run(source, corpus), [None, Path("one.so"), Path("two.so")]
+    paths = []
+    for kernel in [*kernels, *kernels]:
+        monkeypatch.setattr(build, "find", lambda kernel=kernel: kernel)
+        paths.append(Calibration(run, 2, ()).path)
+    assert paths[:3] == paths[3:] and len(set(paths)) == 3
 
 
 def test_run_all_stacked(tmp_path: Path, source: dict[str, object], corpus: Corpus) -> None:

@@ -6,9 +6,11 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from mue.cli import main
 from mue.config import read_toml
 from mue.files import write_json
 from mue.lab import sweep as sweep_module
@@ -175,7 +177,12 @@ def test_a_report_writes_nothing_into_the_storage(
     run(spec, tmp_path)
     wrote: list[bool] = []
     ask = Database.run
-    monkeypatch.setattr(Database, "run", lambda self, work, *, write=True: (wrote.append(write), ask(self, work, write=write))[1])  # fmt: skip
+
+    def watched(self: Database, work: Any, *, write: bool = True) -> Any:
+        wrote.append(write)
+        return ask(self, work, write=write)
+
+    monkeypatch.setattr(Database, "run", watched)
     sweep_report(tmp_path)
     assert wrote and not any(wrote)
     page = (tmp_path / "report.html").read_text()
@@ -197,9 +204,26 @@ def test_what_speaks_against_a_result_is_said(spec: SweepSpec, tmp_path: Path, m
         said = sweep_report(tmp_path / name).read_text()
         assert swept.best.valley is not None and not any("far below" in words for words in swept.warnings)
         assert ("the loss of guessing" in said) == ("the loss of guessing" in " ".join(swept.warnings)) == (least > 5.6)
+    assert swept.best.valley is not None
     far = replace(swept.best.valley, loss_at_minimum=1.0)
     assert "far below every run" in replace(swept, best=replace(swept.best, valley=far)).warnings[0]
     single = run(asking(spec, 1), tmp_path / "one")
     assert single.best.valley is not None and single.best.valley.edge is None
     assert "the lowest run's, with loss 6.4" in single.warnings[0]
     assert any("no valley was fitted" in note for note in tuned_of(tmp_path / "one").notes)
+
+
+def test_the_terminal_says_what_speaks_against_it(
+    experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where nothing does, it says nothing."""
+    for least, speaks in ((2.0, False), (6.0, True)):
+        script = lambda runner, least=least: [ended(run, least) for run in runner.flying.values()]  # noqa: E731
+        monkeypatch.setattr(sweep_module, "open_runner", lambda *_, s=script, **__: Scripted(s))
+        out = tmp_path / f"least {least} [b]"
+        monkeypatch.setattr("sys.argv", ["mue", "sweep", str(experiment), "-o", str(out)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = capsys.readouterr().out
+        assert not end.value.code and ("the loss of guessing" in said) == speaks
+        assert f"report: {out}/report.html" in said  # whatever is in the name

@@ -119,6 +119,12 @@ def test_what_is_under_way_and_not_asked_for_any_more_is_not_begun_again(url: st
     assert (mine.id in {t.id for t in trials.all()}) == (end in ("asked for again", "finished"))
 
 
+def test_what_the_driver_refuses_is_a_storage_error(url: str) -> None:
+    """A full disk, a disk that is read-only, a file that is no database any more: all end like this."""
+    with pytest.raises(StorageError, match=r"the storage .* failed: .*nowhere"):
+        Database(url).run(lambda execute: execute("SELECT 1 FROM nowhere"))
+
+
 def test_each_trial_is_claimed_once(url: str, name: str) -> None:
     Trials(Database(url), name).add(POINTS)
 
