@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 # The packages of other training stacks, whose pins fight ours: an environment of their own that borrows the rest of $(VENV).
 STACKS := $(VENV)-stacks
-STACK_TESTS := tests/test_export_torchtitan.py tests/test_export_megatron.py tests/test_export_olmo.py
+STACK_TESTS := tests/export/test_torchtitan.py tests/export/test_megatron.py tests/export/test_olmo.py
 
 .PHONY: demo test slow stacks check clean postgresql
 
@@ -56,8 +56,8 @@ $(VENV)/.lab: pyproject.toml constraints.txt | $(BIN)/python
 	@touch $@
 
 # The native kernel, where there is a C++ compiler; everything works without it.
-$(VENV)/.kernel: $(wildcard src/mue/moe/native/*.cpp src/mue/moe/native/*.h) | $(VENV)/.lab
-	$(BIN)/python -c "from mue.moe.native.build import main; main()"
+$(VENV)/.kernel: $(wildcard src/mue/kernels/csrc/*.cpp src/mue/kernels/csrc/*.h) | $(VENV)/.lab
+	$(BIN)/python -c "from mue.moe.backends.native import main; main()"
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.lab

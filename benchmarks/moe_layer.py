@@ -28,10 +28,11 @@ from pathlib import Path
 import torch
 
 import peers
-from mue.files import write_json
-from mue.lab.train import provenance
-from mue.moe import MoELayer, Routing, native
-from mue.moe.bench import Bench, Case, Step, draw_routing, measure, median_ratio, ratios, upper_bound
+from mue.kernels import library
+from mue.lab.doctor.bench import Bench, Case, Step, draw_routing, measure, median_ratio, ratios, upper_bound
+from mue.lab.train.session import provenance
+from mue.moe import MoELayer, Routing
+from mue.util.files import write_json
 
 # Small, middle and large, each in bf16 and float32, cheapest first.
 SHAPES = ((128, 128, 16, 4), (256, 256, 32, 8), (512, 256, 64, 8))
@@ -48,7 +49,7 @@ def steps_of(bench: Bench, kind: str, skip: list[str]) -> tuple[dict[str, Step],
     steps = {"dense-eager": bench.dense(), "mue-portable": bench.backend("portable")}
     if case.device == "cuda":
         steps["mue-grouped_mm"] = bench.backend("grouped_mm")
-    elif native.library() is not None:
+    elif library.loaded() is not None:
         steps["mue-native"] = bench.backend("native")
     else:
         left_out["mue-native"] = "not built: run `mue doctor --build`"

@@ -1,4 +1,4 @@
-"""Other people's expert compute on the inputs of a `mue.moe.bench.Bench`: what our backends are compared with.
+"""Other people's expert compute on the inputs of a `mue.lab.doctor.bench.Bench`: what our backends are compared with.
 
 Each peer gets the weights in the layout it wants and the routing as (T, K) tables; routers are left out everywhere.
 """
@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mue.lab.doctor.bench import Bench, Step
 from mue.moe import Routing
-from mue.moe.bench import Bench, Step
 
 
 def tables(routing: Routing) -> tuple[Tensor, Tensor]:

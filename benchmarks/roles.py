@@ -20,17 +20,17 @@ from pathlib import Path
 from typing import Any
 
 import mue
-from mue.files import write_json
-from mue.lab.experiment import STDLIB, base_plan, described, open_corpus
-from mue.lab.pool import run_all
-from mue.lab.roles_report import roles_report
-from mue.lab.roles_search import Search
-from mue.lab.roles_space import at
-from mue.lab.roles_stats import paired
-from mue.lab.roles_tune import RolesSpec, tune_roles
-from mue.lab.run import Run, Settings, Store
-from mue.lab.train import provenance
-from mue.plan import Plan
+from mue.api import Plan
+from mue.lab.per_role.report import roles_report
+from mue.lab.per_role.search import Search
+from mue.lab.per_role.space import at
+from mue.lab.per_role.stats import paired
+from mue.lab.per_role.tune import RolesSpec, tune_roles
+from mue.lab.runners.run_all import run_all
+from mue.lab.train.experiment import STDLIB, base_plan, described, open_corpus
+from mue.lab.train.run import Run, Settings, Store
+from mue.lab.train.session import provenance
+from mue.util.files import write_json
 
 BASE = mue.Dense(width=64, ffn=64, layers=3, head_dim=32, sequence=128)
 MOE = mue.MoE.parse("16e4a1s", width=128, expert=64, layers=4, head_dim=32, sequence=128)

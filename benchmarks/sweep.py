@@ -27,14 +27,14 @@ from unittest.mock import patch
 import torch
 
 import mue
-from mue.files import write_json
-from mue.lab.calibrate import STACK, Calibration, cores, endless, gpus
-from mue.lab.experiment import base_plan, described, open_corpus
-from mue.lab.run import Run, Settings, Store
-from mue.lab.runner import Progress
-from mue.lab.runner_pool import Mode, Pool
-from mue.lab.train import provenance
-from mue.moe import native
+from mue.kernels import library
+from mue.lab.runners.calibrate import STACK, Calibration, cores, endless, gpus
+from mue.lab.runners.pool import Mode, Pool
+from mue.lab.runners.runner import Progress
+from mue.lab.train.experiment import base_plan, described, open_corpus
+from mue.lab.train.run import Run, Settings, Store
+from mue.lab.train.session import provenance
+from mue.util.files import write_json
 
 RUNS, STEPS = 27, 1000  # the sweep that the runner is asked to lay out
 SEQUENTIAL = "one after the other, eager"
@@ -98,7 +98,7 @@ def layouts(device: str, stack: int) -> dict[str, Mode]:
     if device == "cuda":
         return named | {"one after the other, compiled": replace(alone, compiled=True)}
     apart = Mode(cores(), 1)
-    named |= {TORCH: alone} if native.library() else {}
+    named |= {TORCH: alone} if library.loaded() else {}
     return named | {"processes, eager": apart, "processes, compiled": replace(apart, compiled=True)}
 
 

@@ -25,11 +25,12 @@ import torch
 from torch import Tensor, nn
 
 import mue
-from mue.files import write_json
-from mue.lab.model import LanguageModel
-from mue.lab.train import provenance
-from mue.moe import MoELayer, native
-from mue.moe.bench import measure, median_ratio, ratios
+from mue.kernels import library
+from mue.lab.doctor.bench import measure, median_ratio, ratios
+from mue.lab.models.language import LanguageModel
+from mue.lab.train.session import provenance
+from mue.moe import MoELayer
+from mue.util.files import write_json
 
 SHAPES = {  # notation, width, expert width, layers, tokens per step
     "small": ("16e4a", 128, 128, 4, 2048),
@@ -117,7 +118,7 @@ def models(
         "mue-moe": partial(ours, moe, dtype, compiled),
         "mue-dense": partial(ours, dense, dtype, compiled),
     }
-    if native.library() is not None:
+    if library.loaded() is not None:
         builds["mue-moe-portable"] = partial(ours, moe, dtype, compiled, "portable")
     if not moe.blocks[0].shared_experts:  # Qwen3-MoE has none
         for experts in ("eager", "grouped_mm"):

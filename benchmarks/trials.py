@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from mue.config import read_toml
-from mue.files import write_json
-from mue.lab.experiment import open_corpus, sweep_from
-from mue.lab.storage import Execute
-from mue.lab.storage_trials import Trials
-from mue.lab.sweep import identity, open_trials
-from mue.lab.sweep_points import grid_points
+from mue.lab.sweep.points import grid_points
+from mue.lab.sweep.storage import Execute
+from mue.lab.sweep.sweep import identity, open_trials
+from mue.lab.sweep.trials import Trials
+from mue.lab.train.experiment import open_corpus, sweep_from
+from mue.plan.toml import read_toml
+from mue.util.files import write_json
 
 FILE = """
 [base]
@@ -108,9 +108,9 @@ def end_all(trials: Trials) -> None:
 WORKER = """
 import sys
 from pathlib import Path
-from mue.config import read_toml
-from mue.lab.experiment import open_corpus, sweep_from
-from mue.lab.sweep import run_sweep
+from mue.plan.toml import read_toml
+from mue.lab.train.experiment import open_corpus, sweep_from
+from mue.lab.sweep.sweep import run_sweep
 file, out, storage = sys.argv[1:]
 spec = sweep_from(read_toml(Path(file)), Path(file).parent)
 swept = run_sweep(spec, Path(out), open_corpus(spec.source), storage=storage or None)
@@ -166,7 +166,7 @@ def main() -> None:
     for row in rows:
         print("  ".join(f"{k} {v}" for k, v in row.items()))
     if options.json:
-        from mue.lab.train import provenance
+        from mue.lab.train.session import provenance
 
         priority = "usual" if os.sched_getscheduler(0) == os.SCHED_OTHER else "real time"
         command = f"python benchmarks/trials.py --trials {options.trials}" + " --postgresql URL" * bool(

@@ -4,7 +4,7 @@ Three kinds, so that a fit is not judged by valleys of its own making alone:
 
     smooth   a recorded sweep's smoothing spline; Gaussian noise of the recorded size, growth and sharing by seeds
     mixed    between two recorded sweeps, stretched; the recorded residuals themselves, drawn again
-    rough    drawn from what ``mue.lab.belief`` leaves possible after a recorded sweep; Gaussian noise
+    rough    drawn from what ``mue.lab.valley.posterior`` leaves possible after a recorded sweep; Gaussian noise
 
 Positions are d = log2(lr) - minimum. Legend: S seeds, X recorded learning rates, F frequencies.
 """
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mue.lab.valley import Point, fit_valley, study
+from mue.lab.valley.fit import Point, fit_valley, study
 
 KINDS = ("smooth", "mixed", "rough")
 Array = npt.NDArray[np.float64]

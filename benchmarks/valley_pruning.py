@@ -2,7 +2,7 @@
 
     python benchmarks/valley_pruning.py [--quick] [--out docs/results/valley_pruning.json]
 
-Recorded sweeps (``valley_record``), their runs made again in many orders: a run that ``mue.lab.pruning`` stops is not fitted
+Recorded sweeps (``valley_record``), their runs made again in many orders: a run that ``mue.lab.valley.pruning`` stops is not fitted
 and costs the share of its training that it had. Its constants were chosen on the first fifteen sweeps over six octaves and
 the first four over twelve. A minute of one core.
 """
@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 
-from mue.files import write_json
-from mue.lab.pruning import Seen
-from mue.lab.train import provenance
-from mue.lab.valley import Point, fit_valley
+from mue.lab.train.session import provenance
+from mue.lab.valley.fit import Point, fit_valley
+from mue.lab.valley.pruning import Seen
+from mue.util.files import write_json
 from valley_population import Recorded, load
 from valley_search import CHOSEN, CHOSEN_WIDE, ROOT, share, trained
 

@@ -19,12 +19,12 @@ from typing import Any
 import torch
 
 import mue
-from mue.files import write_json
 from mue.lab.data import Corpus
-from mue.lab.experiment import base_plan, described, open_corpus
-from mue.lab.run import Run, Settings, Store
-from mue.lab.train import provenance, train
+from mue.lab.train.experiment import base_plan, described, open_corpus
+from mue.lab.train.run import Run, Settings, Store
+from mue.lab.train.session import provenance, train
 from mue.shapes import HParams, Training
+from mue.util.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
 LOG2_LR = tuple(-9 + i / 2 for i in range(13))

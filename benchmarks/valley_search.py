@@ -3,8 +3,8 @@
     python benchmarks/valley_search.py [--quick] [--out docs/results/valley_search.json]
 
 On synthetic valleys made from recorded sweeps (``valley_population``), with minima anywhere in a range of learning rates, a
-grid of 9 learning rates × 3 seeds over that range is trained, and a search of it by ``mue.lab.search``; both are fitted by
-``mue.lab.valley``. A run that ``mue.lab.pruning`` stops costs the share that it trained. The constants of the fit and of
+grid of 9 learning rates × 3 seeds over that range is trained, and a search of it by ``mue.lab.valley.search``; both are fitted by
+``mue.lab.valley.fit``. A run that ``mue.lab.valley.pruning`` stops costs the share that it trained. The constants of the fit and of
 the pruning were chosen on the first fifteen recorded sweeps; what is measured here comes from the other eight, where not
 said otherwise. Everything is seeded. About four minutes of one core.
 """
@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 
-from mue.files import write_json
-from mue.lab.pruning import Seen, hopeless, rung
-from mue.lab.search import Asked, Observation, Space, Verdict, next_points, verdict
-from mue.lab.train import provenance
-from mue.lab.valley import Point, Valley, fit_valley
+from mue.lab.train.session import provenance
+from mue.lab.valley.fit import Point, Valley, fit_valley
+from mue.lab.valley.pruning import Seen, hopeless, rung
+from mue.lab.valley.search import Asked, Observation, Space, Verdict, next_points, verdict
+from mue.util.files import write_json
 from valley_population import KINDS, Curve, Material, Synthetic, load, population
 
 ROOT = Path(__file__).resolve().parent.parent

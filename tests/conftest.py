@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from mue.moe import native
-from mue.moe.native import build
+from mue.kernels import build, library
+from mue.moe.backends import native
 
 torch.set_num_threads(1)
 
@@ -57,8 +57,8 @@ def kernel() -> None:
     """The native kernel is there."""
     if build.compiler() is None:
         pytest.skip("there is no C++ compiler")
-    build.build()
-    native.forget()
+    native.build()
+    library.forget()
 
 
 @pytest.fixture(scope="session")

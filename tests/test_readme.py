@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 import mue
-from mue.config import plan_inputs
-from mue.lab.demo import findings
+from mue.lab.demo.demo import findings
+from mue.plan.toml import plan_inputs
+from support.paths import ROOT
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -28,7 +28,7 @@ def test_python_snippets_run(code: str, tmp_path: Path, monkeypatch: pytest.Monk
     exec(compile(code, "README.md", "exec"), names)
     if "Tiny" in names:
         model = names["Tiny"](64, 64)  # type: ignore[operator]
-        from mue.roles import place
+        from mue.layouts.layout import place
 
         assert {p.role for p in place(model)} == {"embedding", "ffn_up", "ffn_down", "head"}
 
@@ -42,7 +42,9 @@ def test_the_diff_runs() -> None:
 
 
 def test_the_toml_plans() -> None:
-    plans = [plan_inputs(tomllib.loads(text)).plan() for text in snippets("toml")]
+    from mue.plan.transfer import plan_of
+
+    plans = [plan_of(plan_inputs(tomllib.loads(text))) for text in snippets("toml")]
     assert plans[0].roles["expert_down"].values.init_std == pytest.approx(0.0106066, rel=1e-5)
     assert plans[1].output_multiplier is None  # its blocks differ
     assert plans[1].roles["embedding"].values.lr == 3e-3
@@ -70,9 +72,10 @@ def test_quoted_numbers_are_the_measured_ones() -> None:
 def test_the_recorded_plan_is_the_one_that_follows() -> None:
     """The result file's plan is what today's code derives from the same inputs."""
     summary = json.loads((ROOT / "docs/results/demo.json").read_text(encoding="utf-8"))
-    from mue.inputs import Inputs
+    from mue.plan.replan import inputs_from_dict
+    from mue.plan.transfer import plan_of
 
-    plan = Inputs.from_dict(summary["plan"]["inputs"]).plan()
+    plan = plan_of(inputs_from_dict(summary["plan"]["inputs"]))
     assert plan.hash == summary["plan"]["hash"] == summary["runs"]["MoE"]["plan"]
 
 

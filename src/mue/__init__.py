@@ -14,13 +14,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from mue.plan import Convention, Multipliers, Plan, transfer
+from mue.api import Plan, transfer
+from mue.plan.convention import Convention
+from mue.plan.values import Multipliers
 from mue.rules import RULES, get_rule
 from mue.shapes import Block, Dense, HParams, Mixed, MoE, Training
 
 if TYPE_CHECKING:
     from mue.checks import check, coordinate_check
-    from mue.roles import Layout
+    from mue.layouts.layout import Layout
 
 __all__ = [
     "RULES",
@@ -44,7 +46,7 @@ __version__ = "0.1.0"
 
 def __getattr__(name: str) -> Any:
     if name == "Layout":
-        from mue.roles import Layout
+        from mue.layouts.layout import Layout
 
         return Layout
     if name in ("check", "coordinate_check"):

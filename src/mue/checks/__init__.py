@@ -1,7 +1,7 @@
 """Prove the wiring: is the plan really what this model, this optimizer and this scheduler do?
 
 >>> import mue, torch
->>> from mue.lab.model import LanguageModel
+>>> from mue.lab.models.language import LanguageModel
 >>> shape = mue.MoE.parse("8e2a", width=64, expert=32, layers=2, head_dim=32, sequence=32, vocab=64)
 >>> plan = mue.transfer(mue.Dense(64, 64, 2, head_dim=32), shape, mue.HParams(1e-3, 0.1, 0.02))
 >>> model = LanguageModel(shape, plan.multipliers)

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mue.checks.trace import Added, Product, Record
-from mue.roles import Placed, expert_slices
+from mue.layouts.layout import Placed, expert_slices
 
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {

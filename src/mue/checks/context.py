@@ -14,9 +14,10 @@ from torch.optim import Optimizer
 
 from mue.checks.branches import Branch, Coefficients, branches, coefficients
 from mue.checks.trace import Record, traced
-from mue.plan import Plan
-from mue.roles import Placed, place, unwrap
-from mue.settings import Setting, settings
+from mue.layouts.layout import Placed, place, unwrap
+from mue.model.apply import param_groups
+from mue.model.tensor_plan import Setting, settings
+from mue.plan.plan import PlanData
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -26,7 +27,7 @@ class Context:
     """The arguments of :func:`mue.check`, and measurements that several checks share."""
 
     model: nn.Module
-    plan: Plan
+    plan: PlanData
     batch: Any = None
     optimizers: Sequence[Optimizer] = ()
     scheduler: Any = None
@@ -47,7 +48,7 @@ class Context:
     @cached_property
     def expected(self) -> dict[int, dict[str, Any]]:
         """id of a parameter → the optimizer group it belongs to, as planned."""
-        return {id(p): group for group in self.plan.param_groups(self.model) for p in group["params"]}
+        return {id(p): group for group in param_groups(self.plan, self.model) for p in group["params"]}
 
     @property
     def meta(self) -> bool:

@@ -20,9 +20,12 @@ from mue.checks.measure import MakeOptimizer, Values, adamw, measure
 from mue.checks.report import FAIL as FAILED
 from mue.checks.report import CheckError, Finding, Report
 from mue.checks.slopes import FAIL, Slope, fitted
-from mue.plan import Plan
+from mue.model.apply import init_
+from mue.plan.plan import PlanData
+from mue.plan.transfer import plan_of
 from mue.shapes import Transformer
-from mue.words import nearest, text_table
+from mue.util.errors import nearest
+from mue.util.text import text_table
 
 AXES: dict[str, Callable[[Transformer], float]] = {
     "width": lambda s: s.width,
@@ -90,7 +93,7 @@ def _range(expected: tuple[float, float]) -> str:
 
 def coordinate_check(
     build: Callable[[Transformer], nn.Module],
-    plan: Callable[[Transformer], Plan],
+    plan: Callable[[Transformer], PlanData],
     axes: Mapping[str, Sequence[Transformer]],
     batches: Callable[[int], Any],
     *,
@@ -149,7 +152,7 @@ def coordinate_check(
 def _run(
     build: Callable[[Transformer], nn.Module],
     shape: Transformer,
-    plan: Plan,
+    plan: PlanData,
     seed: int,
     batches: Callable[[int], Any],
     steps: int,
@@ -157,12 +160,12 @@ def _run(
     loss: Loss | None,
 ) -> Values:
     model = build(shape)
-    plan.init_(model, seed)
+    init_(plan, model, seed)
     return measure(model, plan, batches, batches(-1), steps, optimizer, loss)
 
 
 def _slopes(
-    axis: str, sizes: Sequence[float], plans: Sequence[Plan], runs: Sequence[Sequence[Values]], tolerance: float
+    axis: str, sizes: Sequence[float], plans: Sequence[PlanData], runs: Sequence[Sequence[Values]], tolerance: float
 ) -> list[Slope]:
     keys = [k for k in runs[0][0] if all(k in values for many in runs for values in many)]
     found = []
@@ -175,7 +178,7 @@ def _slopes(
     return found
 
 
-def _expected(module: str, quantity: str, sizes: Sequence[float], plans: Sequence[Plan]) -> tuple[float, float]:
+def _expected(module: str, quantity: str, sizes: Sequence[float], plans: Sequence[PlanData]) -> tuple[float, float]:
     """The range of slopes that the rule itself predicts; (0, 0) where it promises that nothing changes."""
     known = (_drift, _active_width, _expert_noise)
     drift, wide, noise = (fitted([(x, f(p)) for x, p in zip(sizes, plans, strict=True)])[0] for f in known)
@@ -193,33 +196,33 @@ def _expected(module: str, quantity: str, sizes: Sequence[float], plans: Sequenc
     return 0.0, 0.0
 
 
-def _drift(plan: Plan) -> float:
+def _drift(plan: PlanData) -> float:
     value = plan.drift.get("up_gate")
     return value if value is not None and math.isfinite(value) else 1.0
 
 
-def _active_width(plan: Plan) -> float:
+def _active_width(plan: PlanData) -> float:
     return float(plan.active_width or 1)
 
 
-def _expert_noise(plan: Plan) -> float:
+def _expert_noise(plan: PlanData) -> float:
     """σ0 of the experts against the base: with fewer tokens each, their updates average less (reported drift)."""
     value = plan.drift.get("sigma0_experts")
     return value if value is not None and math.isfinite(value) else 1.0
 
 
-def _logit_step(plan: Plan) -> float:
+def _logit_step(plan: PlanData) -> float:
     """lr · multiplier · fan-in: what one Adam step on the head changes a logit by, per unit of the hidden state."""
-    unfolded = plan if plan.folding is None else plan.inputs.plan()
+    unfolded = plan if plan.folding is None else plan_of(plan.inputs)
     role = "embedding" if plan.target.tied else "head"
     lr = unfolded.role(role).values.lr
     assert lr is not None
     return lr * unfolded.head_multiplier * plan.target.width
 
 
-def _logit_start(plan: Plan) -> float:
+def _logit_start(plan: PlanData) -> float:
     """std · multiplier · √fan-in: what the head as it was drawn makes of a change of the hidden state."""
-    unfolded = plan if plan.folding is None else plan.inputs.plan()
+    unfolded = plan if plan.folding is None else plan_of(plan.inputs)
     std = unfolded.role("embedding" if plan.target.tied else "head").values.init_std
     return (std or 1.0) * unfolded.head_multiplier * math.sqrt(plan.target.width)
 

@@ -17,23 +17,25 @@ from torch.optim import Optimizer
 from mue.checks.branches import Branch, Coefficients, branches, coefficients, columns
 from mue.checks.context import Loss, evaluating, forward, logits_of, loss_of
 from mue.checks.trace import Record, traced
-from mue.plan import Plan
-from mue.roles import Placed, place, unwrap
+from mue.layouts.layout import Placed, place, unwrap
+from mue.model.apply import param_groups
+from mue.plan.plan import PlanData
+from mue.plan.transfer import plan_of
 
 # Roles whose product has one row per token in the order of the batch, at any time of training.
 _ALIGNED = ("attention_q", "attention_k", "attention_v", "ffn_up", "ffn_gate", "shared_up", "shared_gate", "router")
-MakeOptimizer = Callable[[Plan, nn.Module], Optimizer]
+MakeOptimizer = Callable[[PlanData, nn.Module], Optimizer]
 Values = dict[tuple[str, str], float]
 
 
-def adamw(plan: Plan, model: nn.Module) -> Optimizer:
+def adamw(plan: PlanData, model: nn.Module) -> Optimizer:
     """AdamW with the plan's own groups."""
-    return torch.optim.AdamW(plan.param_groups(model))
+    return torch.optim.AdamW(param_groups(plan, model))
 
 
 def measure(
     model: nn.Module,
-    plan: Plan,
+    plan: PlanData,
     batches: Callable[[int], Any],
     held: Any,
     steps: int,
@@ -42,7 +44,7 @@ def measure(
 ) -> Values:
     """{(module, quantity): rms} after ``steps`` of training; ``size`` is taken before, ``update`` is the change."""
     placed, inner = place(model), unwrap(model)
-    unfolded = plan if plan.folding is None else plan.inputs.plan()
+    unfolded = plan if plan.folding is None else plan_of(plan.inputs)
     optimizer = make_optimizer(plan, model)
 
     def look() -> tuple[Record, Any]:
@@ -63,7 +65,7 @@ def measure(
     return found
 
 
-def _activations(record: Record, out: Any, plan: Plan) -> dict[str, list[Tensor]]:
+def _activations(record: Record, out: Any, plan: PlanData) -> dict[str, list[Tensor]]:
     """Module → its values, one for each layer and use. Branches are freed of the planned residual multiplier."""
     found: dict[str, list[Tensor]] = {}
     for p in record.products:

@@ -18,9 +18,10 @@ from mue.checks.context import Loss, loss_of
 from mue.checks.measure import MakeOptimizer, adamw
 from mue.checks.report import FAIL, CheckError, Finding, Report
 from mue.checks.slopes import t95
-from mue.plan import Plan
+from mue.model.apply import init_
+from mue.plan.plan import PlanData
 from mue.shapes import Transformer
-from mue.words import text_table
+from mue.util.text import text_table
 
 BLOCK = 10  # steps averaged into one point: neighbouring steps are not independent
 
@@ -115,7 +116,7 @@ def overlay(
 
 def first_losses(
     build: Callable[[Transformer], nn.Module],
-    plan: Plan,
+    plan: PlanData,
     batches: Callable[[int], Any],
     *,
     steps: int = 100,
@@ -125,7 +126,7 @@ def first_losses(
 ) -> list[float]:
     """Training losses of the first steps of the plan's target, drawn and grouped as planned, at constant peak lr."""
     model = build(plan.target)
-    plan.init_(model, seed)
+    init_(plan, model, seed)
     stepper = optimizer(plan, model)
     found = []
     for step in range(steps):

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mue.words import text_table
+from mue.util.text import text_table
 
 PASS, FAIL, WARN, SKIP = "pass", "fail", "warn", "not measured"
 

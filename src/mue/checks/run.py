@@ -10,21 +10,21 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from mue.checks.attention import attention
-from mue.checks.checkpoint import checkpoint as checkpoint_check
-from mue.checks.clipping import clipping
 from mue.checks.context import Context, Loss
-from mue.checks.coverage import coverage
-from mue.checks.gates import gates, static_gates
-from mue.checks.groups import groups
-from mue.checks.init import init
-from mue.checks.moved import moved
-from mue.checks.multipliers import multipliers
 from mue.checks.report import FAIL, SKIP, CheckError, Finding, Report
-from mue.checks.scheduler import scheduler as scheduler_check
-from mue.checks.tied import tied
-from mue.plan import Plan
-from mue.words import nearest
+from mue.checks.subjects.attention import attention
+from mue.checks.subjects.checkpoint import checkpoint as checkpoint_check
+from mue.checks.subjects.clipping import clipping
+from mue.checks.subjects.coverage import coverage
+from mue.checks.subjects.gates import gates, static_gates
+from mue.checks.subjects.groups import groups
+from mue.checks.subjects.init import init
+from mue.checks.subjects.moved import moved
+from mue.checks.subjects.multipliers import multipliers
+from mue.checks.subjects.scheduler import scheduler as scheduler_check
+from mue.checks.subjects.tied import tied
+from mue.plan.plan import PlanData
+from mue.util.errors import nearest
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ NAMES = tuple(s.name for s in SUBJECTS)
 
 def check(
     model: nn.Module,
-    plan: Plan,
+    plan: PlanData,
     batch: Any = None,
     optimizer: Optimizer | Sequence[Optimizer] | None = None,
     scheduler: Any = None,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mue.roles import Placed
+from mue.layouts.layout import Placed
 
 # Kernel → positions of its two factors.
 _PRODUCTS = {

@@ -37,8 +37,8 @@ def with_sweep(data: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any
         return data, None
     from dataclasses import fields, replace
 
-    from mue.config import shape_from, table_of, training_from
-    from mue.lab.sweep import tuned_of
+    from mue.lab.sweep.sweep import tuned_of
+    from mue.plan.toml import shape_from, table_of, training_from
 
     if "tuned" in data:
         raise ValueError(

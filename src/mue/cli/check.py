@@ -36,7 +36,7 @@ def check(
       mue check config.json plan.json                            # 671 B without weights
     """
     from mue.checks import check as run
-    from mue.checks.command import arguments, read_plan
+    from mue.cli.user_model import arguments, read_plan
 
     made = read_plan(plan)
     report = run(plan=made, raises=False, only=tuple(only or ()), skip=tuple(skip or ()), **arguments(model, made))

@@ -43,19 +43,19 @@ def convert(
     """
     import torch
 
-    from mue.checks.command import arguments, read_plan
-    from mue.fold.checkpoint import convert_checkpoint
-    from mue.fold.forms import conversion
+    from mue.cli.user_model import arguments, read_plan
+    from mue.convert.checkpoint import convert_checkpoint
+    from mue.convert.forms import conversion
 
     made = read_plan(plan)
     if checkpoint.is_dir() and (checkpoint / "config.json").exists() and not model:
-        from mue.layouts.converting import stock_conversion
+        from mue.convert.transformers import stock_conversion
 
         how, names, config = stock_conversion(checkpoint, made, to, route)
         report = convert_checkpoint(checkpoint, out, how, names, config)
     else:
         from mue.fold import unfold
-        from mue.lab.model import LanguageModel
+        from mue.lab.models.language import LanguageModel
 
         with torch.device("meta"):
             own = arguments(model, made)["model"] if model else LanguageModel(made.target, unfold(made).multipliers)

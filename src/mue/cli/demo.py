@@ -21,7 +21,7 @@ def demo(out: Out = Path("runs/demo"), workers: Workers = None) -> None:
     import os
     import webbrowser
 
-    from mue.lab.demo import demo as run
+    from mue.lab.demo.demo import demo as run
 
     console = Console()
     path = run(out, console, workers=workers)

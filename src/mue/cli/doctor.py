@@ -29,13 +29,13 @@ def doctor(
 
     Example: mue doctor --build
     """
-    from mue import doctor as examiner
-    from mue.moe import native
-    from mue.moe.native.build import build as compile_kernel
+    from mue.kernels import library
+    from mue.lab.doctor import doctor as examiner
+    from mue.moe.backends.native import build as compile_kernel
 
     if build:
         path = compile_kernel()
-        native.forget()
+        library.forget()
         if not json_:
             print(f"native kernel: {path}\n")
     report = examiner.examine(seconds)

@@ -45,9 +45,9 @@ def export(
       mue export plan.json --to transformers --model config.json
       mue export plan.toml --to olmo-core --model train.py:build   # your own model of that stack
     """
-    from mue.checks.command import read_plan
+    from mue.cli.user_model import read_plan
     from mue.export import export as written
-    from mue.files import write_text
+    from mue.util.files import write_text
 
     made = read_plan(plan)
     text = written(made, to, _model(made, to, model))
@@ -61,14 +61,14 @@ def export(
 def _model(plan: Any, to: str, model: str | None) -> Any:
     """A module where one is named or the lab's is meant; else the name itself."""
     if model is not None and ":" in model:
-        from mue.checks.command import arguments
+        from mue.cli.user_model import arguments
 
         return arguments(model, plan)["model"]
     if model is None and to == "torch":
         import torch
 
         from mue.fold import fold
-        from mue.lab.model import LanguageModel
+        from mue.lab.models.language import LanguageModel
 
         with torch.device("meta"):
             return LanguageModel(plan.target, (plan if plan.folding else fold(plan)).multipliers)

@@ -58,8 +58,8 @@ def inspect_(
       mue inspect olmoe --measure-gates --router-std 0.005      # the gate_moments line of a plan file
       mue inspect model.py:MyModel --config my.json --rows model.py:ROWS
     """
-    from mue.imported import imported
-    from mue.inspect import inspect, lines, measure_gates
+    from mue.layouts.inspect import inspect, lines, measure_gates
+    from mue.util.importing import imported
 
     if bool(model) == all_families:
         raise ValueError("give a model, or --all-families")
@@ -80,7 +80,7 @@ def inspect_(
 
 
 def _walk(json_: bool) -> None:
-    from mue.inspect import walk
+    from mue.layouts.inspect import walk
 
     results = []
     for result in walk():

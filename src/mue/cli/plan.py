@@ -10,8 +10,8 @@ import typer
 from rich.console import Console
 
 from mue.cli.app import File, Tuned, app, with_sweep
-from mue.config import plan_inputs, read_toml
-from mue.plan import Plan
+from mue.plan.toml import plan_inputs, read_toml
+from mue.plan.transfer import plan_of
 from mue.rules import RULES
 
 
@@ -48,13 +48,13 @@ def plan(
       batch = 524288
       steps = 100000
     """
-    from mue.lab.tables import plan_table
+    from mue.lab.report.tables import plan_table
 
     data = {k: v for k, v in read_toml(file).items() if k not in ("data", "run", "sweep")}
     if rule is not None:
         data["rule"] = rule
     data, values = with_sweep(data, tuned)
-    made: Plan = plan_inputs(data, values).plan()
+    made = plan_of(plan_inputs(data, values))
     if save is not None:
         made.save(save)
     if json_:

@@ -40,33 +40,33 @@ def report(
     atexit.register(gc.freeze)  # ... and another at its end
     console = Console()
     if storage:
-        from mue.lab.sweep import adopt
+        from mue.lab.sweep.sweep import adopt
 
         adopt(folder, storage, study)
     swept = (folder / "sweep.json").exists()
     if (csv or listed) and not swept:
         raise ValueError(f"--csv and --list are of a sweep's trials, and {folder} holds no sweep")
     if listed:
-        from mue.lab.board import board_of
-        from mue.lab.sweep import stored_sweep
+        from mue.lab.sweep.display import board_of
+        from mue.lab.sweep.sweep import stored_sweep
 
         stored = stored_sweep(folder)
         console.print(board_of(stored.trials(folder).all(), str(folder), stored.spec.training.steps))
         return
     if swept and (folder / "demo.json").exists():
-        from mue.lab.demo import report_again
+        from mue.lab.demo.demo import report_again
 
         path = report_again(folder)
     elif swept:
-        from mue.lab.sweep_report import sweep_report
+        from mue.lab.sweep.report import sweep_report
 
         path = sweep_report(folder, csv=csv)
     elif (folder / "roles.json").exists():
-        from mue.lab.roles_report import roles_report
+        from mue.lab.per_role.report import roles_report
 
         path = roles_report(folder)
     elif (folder / "config.json").exists():
-        from mue.lab.report import run_report
+        from mue.lab.report.page import run_report
 
         path = run_report(folder)
     else:

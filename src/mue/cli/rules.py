@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from mue.cli.app import Tuned, app, with_sweep
-from mue.config import plan_inputs, read_toml
+from mue.plan.toml import plan_inputs, read_toml
 
 
 @app.command()
@@ -37,8 +37,8 @@ def rules(
       mue rules moe.toml --why output_multiplier   # or route_scale, residual_multiplier, head_multiplier, attention_scale
       mue rules --markdown > docs/rules.md
     """
-    from mue.rules.compare import compare, lines
-    from mue.rules.page import markdown as page
+    from mue.plan.compare import compare, lines
+    from mue.plan.rules_page import markdown as page
 
     if layer is not None and why is None:
         raise ValueError("--layer goes with --why ROLE")
@@ -53,10 +53,11 @@ def rules(
     if why is not None:
         from dataclasses import asdict
 
-        from mue.rules.derive import why as derive
-        from mue.rules.derive import why_lines
+        from mue.plan.explain import why as derive
+        from mue.plan.explain import why_lines
+        from mue.plan.transfer import plan_of
 
-        steps = derive(inputs.plan(), why, layer)
+        steps = derive(plan_of(inputs), why, layer)
         print(json.dumps([asdict(s) for s in steps], indent=1, ensure_ascii=False) if json_ else why_lines(why, steps))
         return
     made = compare(inputs)

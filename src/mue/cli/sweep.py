@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from mue.cli.app import Workers, app, say_data, say_paths
-from mue.config import read_toml
+from mue.plan.toml import read_toml
 
 _File = Annotated[Path | None, typer.Argument(help="A TOML file; see the example below.", show_default=False)]
 _Out = Annotated[
@@ -79,12 +79,12 @@ def sweep(
     [bold]Many machines[/]
       mue sweep sweep.toml -o runs/s --storage postgresql://me@db/sweeps     # on each of them, at any time
     """
-    from mue.lab.board import Board
-    from mue.lab.experiment import open_corpus, sweep_from
-    from mue.lab.logs import open_mirrors
-    from mue.lab.sweep import run_sweep, stored_sweep, tuned_words
-    from mue.lab.sweep_points import why_done
-    from mue.lab.sweep_report import sweep_report
+    from mue.lab.sweep.display import Board
+    from mue.lab.sweep.metric_sinks import open_mirrors
+    from mue.lab.sweep.points import why_done
+    from mue.lab.sweep.report import sweep_report
+    from mue.lab.sweep.sweep import run_sweep, stored_sweep, tuned_words
+    from mue.lab.train.experiment import open_corpus, sweep_from
 
     if (file is None) == (resume is None):
         raise ValueError("mue sweep needs a FILE, or --resume FOLDER to go on with one; not both")

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich.console import Console
 
 from mue.cli.app import File, Out, Tuned, app, say_data, with_sweep
-from mue.config import read_toml
+from mue.plan.toml import read_toml
 
 
 @app.command()
@@ -38,15 +38,15 @@ def train(file: File, out: Out = Path("runs/train"), tuned: Tuned = None) -> Non
       source = "stdlib"
     """
     from mue.lab.data import Corpus
-    from mue.lab.experiment import PLAN_TABLES, data_source, described, open_corpus, settings_from, train_plan
-    from mue.lab.progress import RunProgress
-    from mue.lab.report import run_report
-    from mue.lab.run import Run, Store
-    from mue.lab.train import train as run_training
+    from mue.lab.report.page import run_report
+    from mue.lab.report.progress import RunProgress
+    from mue.lab.train.experiment import PLAN_TABLES, data_source, described, open_corpus, settings_from, train_plan
+    from mue.lab.train.run import Run, Store
+    from mue.lab.train.session import train as run_training
 
     console = Console()
     data, values = with_sweep(read_toml(file), tuned)
-    from mue.config import check_keys
+    from mue.plan.toml import check_keys
 
     check_keys(data, (*PLAN_TABLES, "data", "run", "sweep"), "the file's top level")
     made = train_plan(data, values)

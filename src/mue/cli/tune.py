@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 
 from mue.cli.app import File, Out, Tuned, Workers, app, say_data, say_paths, with_sweep
-from mue.config import read_toml
+from mue.plan.toml import read_toml
 
 if TYPE_CHECKING:
-    from mue.lab.roles_tune import Watch
-    from mue.lab.run import Run
+    from mue.lab.per_role.tune import Watch
+    from mue.lab.train.run import Run
 
 
 @app.command("tune-roles")
@@ -52,11 +52,11 @@ def tune_roles(file: File, out: Out = Path("runs/roles"), tuned: Tuned = None, w
     [bold]Then[/]
       mue plan target.toml --tuned runs/roles     # or copy runs/roles/tuned.toml
     """
-    from mue.lab.experiment import open_corpus
-    from mue.lab.progress import RunProgress
-    from mue.lab.roles_report import roles_report
-    from mue.lab.roles_tune import roles_from
-    from mue.lab.roles_tune import tune_roles as run
+    from mue.lab.per_role.report import roles_report
+    from mue.lab.per_role.tune import roles_from
+    from mue.lab.per_role.tune import tune_roles as run
+    from mue.lab.report.progress import RunProgress
+    from mue.lab.train.experiment import open_corpus
 
     console = Console()
     data, values = with_sweep(read_toml(file), tuned)

@@ -14,26 +14,26 @@ from mue.export.megatron import megatron_file
 from mue.export.olmo import olmo_file
 from mue.export.python import torch_file
 from mue.export.rows import ExportRow, rows
+from mue.export.skeleton import Skeleton, read, skeleton, with_rows
+from mue.export.stacks import STACKS as NATIVE
 from mue.export.stockshape import stock_config
 from mue.export.torchtitan import torchtitan_file
 from mue.fold import fold, unfold
-from mue.layouts.skeleton import Skeleton, read, skeleton, with_rows
-from mue.layouts.stacks import STACKS as NATIVE
-from mue.plan import Plan
-from mue.roles import HasLayout
-from mue.words import nearest
+from mue.layouts.layout import HasLayout
+from mue.plan.plan import PlanData
+from mue.util.errors import nearest
 
 __all__ = ["STACKS", "ExportRow", "export", "rows"]
 
 STACKS = ("torch", "transformers", "automodel", *NATIVE)  # the last three train models of their own
-_FILES: dict[str, Callable[[Plan, Skeleton], str]] = {
+_FILES: dict[str, Callable[[PlanData, Skeleton], str]] = {
     "torchtitan": torchtitan_file,
     "megatron": megatron_file,
     "olmo-core": olmo_file,
 }
 
 
-def export(plan: Plan, to: str, model: nn.Module | Any = None) -> str:
+def export(plan: PlanData, to: str, model: nn.Module | Any = None) -> str:
     """The plan as a file of a stack.
 
     Args:
@@ -42,7 +42,7 @@ def export(plan: Plan, to: str, model: nn.Module | Any = None) -> str:
         to: ``"torch"`` (own loop, Accelerate), ``"transformers"`` (Hugging Face Trainer), ``"automodel"`` (NeMo),
             ``"torchtitan"``, ``"megatron"`` (Megatron-Core) or ``"olmo-core"``.
         model: the planned model as a module (the meta device will do). Or, for the first three, a transformers config, or
-            the path or family of one; for the other three, the name of one of :data:`mue.layouts.stacks.STACKS`' models,
+            the path or family of one; for the other three, the name of one of :data:`mue.export.stacks.STACKS`' models,
             which is written from the plan's shape. None: transformers' family of the plan's shape, or the stack's first model.
 
     Raises:
@@ -61,7 +61,7 @@ def export(plan: Plan, to: str, model: nn.Module | Any = None) -> str:
     return torch_file(folded, found, name, trainer=to == "transformers")
 
 
-def _native(plan: Plan, to: str, model: Any) -> Skeleton:
+def _native(plan: PlanData, to: str, model: Any) -> Skeleton:
     if isinstance(model, nn.Module):
         return with_rows(model) if isinstance(model, HasLayout) else read(to, plan.target, model)
     if model is not None and not isinstance(model, str):
@@ -71,11 +71,11 @@ def _native(plan: Plan, to: str, model: Any) -> Skeleton:
     return skeleton(to, plan.target, model)
 
 
-def _module(plan: Plan, to: str, model: Any) -> tuple[nn.Module, str]:
+def _module(plan: PlanData, to: str, model: Any) -> tuple[nn.Module, str]:
     """The model, and what it is for people."""
     if isinstance(model, nn.Module):
         return model, type(model).__name__
-    from mue.layouts.families import build, read_config
+    from mue.layouts.transformers.families import build, read_config
 
     if model is None:
         config, said = stock_config(plan.target)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from mue.export.python import clipping, commonest
 from mue.export.rows import ExportRow
-from mue.plan import Plan
+from mue.plan.plan import PlanData
 
 
-def automodel_file(plan: Plan, rows: Sequence[ExportRow], model: str) -> str:
+def automodel_file(plan: PlanData, rows: Sequence[ExportRow], model: str) -> str:
     """The YAML text. The base values are those of most rows; eps has no place per pattern and is the smallest one."""
     lr, wd, _ = commonest(rows).setting
     eps = min(row.eps for row in rows)

@@ -6,11 +6,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 
-from mue.block import Block
 from mue.export.python import clipping, commonest, head, matching, table
 from mue.export.rows import ExportRow, rows
-from mue.layouts.skeleton import Skeleton
-from mue.plan import Plan
+from mue.export.skeleton import Skeleton
+from mue.plan.plan import PlanData
+from mue.shapes.block import Block
 
 _CODE = '''
 
@@ -74,7 +74,7 @@ _IMPORTS = (
 )
 
 
-def megatron_file(plan: Plan, model: Skeleton) -> str:
+def megatron_file(plan: PlanData, model: Skeleton) -> str:
     """The file's text.
 
     Raises:
@@ -135,7 +135,7 @@ def _pipeline_line(found: Sequence[ExportRow]) -> list[str]:
     ]
 
 
-def _last_stage(plan: Plan, found: Sequence[ExportRow]) -> list[ExportRow]:
+def _last_stage(plan: PlanData, found: Sequence[ExportRow]) -> list[ExportRow]:
     """The tied embedding's copy on the last pipeline stage, which is given the first's start."""
     if not plan.target.tied:
         return []
@@ -143,7 +143,7 @@ def _last_stage(plan: Plan, found: Sequence[ExportRow]) -> list[ExportRow]:
     return [replace(row, pattern="output_layer.weight", roles="embedding, on the last stage", std=None)]
 
 
-def _settings(plan: Plan, found: Sequence[ExportRow], stds: dict[str, float]) -> str:
+def _settings(plan: PlanData, found: Sequence[ExportRow], stds: dict[str, float]) -> str:
     base, floor = commonest(found), plan.tuned.floor
     shape = {**_shape(plan), **{m: f"init_method_normal({std!r})" for m, std in stds.items()}}
     transformer = "".join(f"    {key}={value},\n" for key, value in shape.items())
@@ -179,7 +179,7 @@ SCHEDULER = dict(init_lr=0.0, max_lr={lr!r}, min_lr={floor * lr!r}, start_wd={we
 """
 
 
-def _shape(plan: Plan) -> dict[str, str]:
+def _shape(plan: PlanData) -> dict[str, str]:
     """TransformerConfig's arguments, as code."""
     t = plan.target
     dense = _only(plan, "dense", [block for block in t.blocks if not block.is_moe])
@@ -204,7 +204,7 @@ def _shape(plan: Plan) -> dict[str, str]:
     return code if moe is None else {**code, **{key: repr(value) for key, value in _experts(plan, moe).items()}}
 
 
-def _experts(plan: Plan, moe: Block) -> dict[str, object]:
+def _experts(plan: PlanData, moe: Block) -> dict[str, object]:
     if moe.router == "sigmoid" and (moe.active == 1 or not moe.normalize):
         raise ValueError(
             "Megatron-Core divides sigmoid scores by their sum, unless one expert is active: plan with softmax, or with"
@@ -226,7 +226,7 @@ def _experts(plan: Plan, moe: Block) -> dict[str, object]:
     }
 
 
-def _only(plan: Plan, kind: str, blocks: Sequence[Block]) -> Block | None:
+def _only(plan: PlanData, kind: str, blocks: Sequence[Block]) -> Block | None:
     """The one kind of block among them, whatever the number of layers."""
     kinds = {replace(block, layers=1) for block in blocks}
     if len(kinds) > 1:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from mue.block import Block
 from mue.export.python import INIT, clipping, commonest, head, matching, table
 from mue.export.rows import rows
 from mue.export.scale import averaged_shared, query_scale
-from mue.layouts.skeleton import Skeleton
-from mue.plan import Plan
+from mue.export.skeleton import Skeleton
+from mue.plan.plan import PlanData
+from mue.shapes.block import Block
 
 _CODE = '''
 
@@ -51,7 +51,7 @@ _USE_V2 = """    config.optim = optim()                   # OLMoDDPTrainModuleCo
     train_module.optim._copy_model_params_to_main_params()  # its master copies were made before"""
 
 
-def olmo_file(plan: Plan, model: Skeleton) -> str:
+def olmo_file(plan: PlanData, model: Skeleton) -> str:
     """The file's text.
 
     Raises:
@@ -97,7 +97,7 @@ def _blocks(model: Skeleton) -> str:
     return f"BLOCKS, PRE_NORM = {(*kinds, 'OLMoDDPTransformerBlock')!r}, {not last}\n"
 
 
-def _routers(plan: Plan) -> str:
+def _routers(plan: PlanData) -> str:
     routers = [_router(block) for block in plan.target.blocks if block.experts]
     lines = "".join(f"    {router!r},\n" for router in {repr(r): r for r in routers}.values())
     return f"ROUTERS = [  # every router is one of these\n{lines}]\n"

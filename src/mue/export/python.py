@@ -10,9 +10,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from mue.export.rows import ExportRow
-from mue.plan import Plan
-from mue.planned import Folding
-from mue.words import number
+from mue.plan.plan import PlanData
+from mue.plan.values import Folding
+from mue.util.text import number
 
 # For files whose patterns are regular expressions; the other reading of ROWS is that of OLMo-core's globs.
 REGEX = "re.fullmatch(row[0], _name(name))"
@@ -77,7 +77,7 @@ def trainer_arguments(model, schedule):
 '''
 
 
-def torch_file(plan: Plan, rows: Sequence[ExportRow], model: str, trainer: bool = False) -> str:
+def torch_file(plan: PlanData, rows: Sequence[ExportRow], model: str, trainer: bool = False) -> str:
     """For an own loop and Accelerate, or for Hugging Face Trainer."""
     use = (
         "    init_(model)\n    trainer = Trainer(model=model, args=args, **trainer_arguments(model, schedule))"
@@ -89,7 +89,7 @@ def torch_file(plan: Plan, rows: Sequence[ExportRow], model: str, trainer: bool 
     return head(plan, model, use, cannot, ("re", "", "torch")) + table(plan, rows) + matching() + code
 
 
-def head(plan: Plan, what: str, use: str, cannot: Sequence[str], imports: Sequence[str]) -> str:
+def head(plan: PlanData, what: str, use: str, cannot: Sequence[str], imports: Sequence[str]) -> str:
     """The docstring and the imports: bare names of modules, or whole lines; ``""`` leaves a line free."""
     lines = "\n".join(textwrap.fill(line, 116, initial_indent=" - ", subsequent_indent="   ") for line in cannot)
     same = ", ".join(f"{name} {number(value) if value is not None else 'off'}" for name, value in _same(plan).items())
@@ -109,7 +109,7 @@ Taken from the base unchanged, and yours to set: {same}.
 '''
 
 
-def _same(plan: Plan) -> dict[str, float | None]:
+def _same(plan: PlanData) -> dict[str, float | None]:
     t = plan.tuned
     return {
         "clipping": t.clip,
@@ -121,7 +121,7 @@ def _same(plan: Plan) -> dict[str, float | None]:
     }
 
 
-def clipping(plan: Plan, where: str = "global-norm clipping", extra: Mapping[str, float] | None = None) -> str:
+def clipping(plan: PlanData, where: str = "global-norm clipping", extra: Mapping[str, float] | None = None) -> str:
     """The line on clipping: what the fold did to the gradients that a global norm sums.
 
     ``extra``: role → what is folded into it beyond the plan's own fold.
@@ -140,7 +140,7 @@ def clipping(plan: Plan, where: str = "global-norm clipping", extra: Mapping[str
     )
 
 
-def table(plan: Plan, rows: Sequence[ExportRow], globs: Callable[[ExportRow], list[str]] | None = None) -> str:
+def table(plan: PlanData, rows: Sequence[ExportRow], globs: Callable[[ExportRow], list[str]] | None = None) -> str:
     """BETAS and ROWS; ``globs``: how a row's patterns are written where they are not regular expressions."""
     lines = []
     for row in rows:

@@ -8,11 +8,11 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from mue.fold.plan import folded_values
-from mue.plan import Plan
-from mue.roles import Placed
+from mue.layouts.layout import Placed
+from mue.model.tensor_plan import Setting, settings
+from mue.plan.fold import folded_values
+from mue.plan.plan import PlanData
 from mue.rules.table import BUFFERS
-from mue.settings import Setting, settings
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class ExportRow:
         return [self.pattern.replace("*", str(layer), 1) for layer in self.layers]
 
 
-def rows(plan: Plan, model: nn.Module, extra: Mapping[str, float] | None = None) -> list[ExportRow]:
+def rows(plan: PlanData, model: nn.Module, extra: Mapping[str, float] | None = None) -> list[ExportRow]:
     """One row for each kind of parameter and distinct setting; layers are listed only where they differ.
 
     Args:
@@ -70,7 +70,7 @@ def rows(plan: Plan, model: nn.Module, extra: Mapping[str, float] | None = None)
     """
     if plan.tuned.optimizer != "adamw":
         raise ValueError(
-            f"exports speak AdamW, and this plan is for {plan.tuned.optimizer!r}: use mue.apply in your own loop"
+            f"exports speak AdamW, and this plan is for {plan.tuned.optimizer!r}: use mue.model.apply in your own loop"
         )
     kinds: dict[str, dict[ExportRow, list[Placed]]] = {}
     for s in settings(plan, model):
@@ -89,7 +89,7 @@ def rows(plan: Plan, model: nn.Module, extra: Mapping[str, float] | None = None)
     ]
 
 
-def _row(plan: Plan, s: Setting, c: float) -> ExportRow:
+def _row(plan: PlanData, s: Setting, c: float) -> ExportRow:
     v = s.values if c == 1 else folded_values(plan, s.placed.role, s.values, c)
     assert v.lr is not None and v.weight_decay is not None and v.eps is not None
     layout = s.placed.layout

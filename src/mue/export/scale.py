@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import math
 
-from mue.layouts.skeleton import Skeleton
-from mue.plan import Plan
-from mue.words import number
+from mue.export.skeleton import Skeleton
+from mue.plan.plan import PlanData
+from mue.util.text import number
 
 Extra = dict[str, float]
 
 
-def query_scale(plan: Plan, model: Skeleton) -> tuple[Extra, list[str]]:
+def query_scale(plan: PlanData, model: Skeleton) -> tuple[Extra, list[str]]:
     """The planned attention scale, in a stack that always divides by √head_dim.
 
     It goes half into the gain of the query norm and half into that of the key norm (torchtitan starts both from one
@@ -41,11 +41,11 @@ def query_scale(plan: Plan, model: Skeleton) -> tuple[Extra, list[str]]:
     return {queries[0].pattern: c}, [_scale_said(plan, f"the query projection is {number(c)} times as large")]
 
 
-def _scale_said(plan: Plan, what: str) -> str:
+def _scale_said(plan: PlanData, what: str) -> str:
     return f"the attention scale {number(plan.attention_scale)} (there is no setting for it): {what}"
 
 
-def averaged_shared(plan: Plan, model: Skeleton) -> tuple[Extra, list[str]]:
+def averaged_shared(plan: PlanData, model: Skeleton) -> tuple[Extra, list[str]]:
     """OLMo-core's MoEConfig with a shared_mlp adds k/(k+1) of the routed sum to 1/(k+1) of the shared output.
 
     Raises:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mue.block import Block
-from mue.layouts.families import default_config
+from mue.layouts.transformers.families import default_config
 from mue.shapes import Transformer
+from mue.shapes.block import Block
 
 
 def stock_config(target: Transformer) -> tuple[Any, str]:

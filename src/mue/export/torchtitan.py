@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import groupby
 
-from mue.block import Block
 from mue.export.python import clipping, head, table
 from mue.export.rows import rows
 from mue.export.scale import query_scale
-from mue.layouts.skeleton import Skeleton
-from mue.plan import Plan
-from mue.words import number
+from mue.export.skeleton import Skeleton
+from mue.plan.plan import PlanData
+from mue.shapes.block import Block
+from mue.util.text import number
 
 _CODE = '''
 
@@ -79,7 +79,7 @@ _USE = """    config = apply(qwen3_30b_a3b())    # in a config function of your 
 apply() sets optimizer.param_groups, param_init of every sub-config, and route_scale of every router."""
 
 
-def torchtitan_file(plan: Plan, model: Skeleton) -> str:
+def torchtitan_file(plan: PlanData, model: Skeleton) -> str:
     """The recipe's text.
 
     Raises:
@@ -102,7 +102,7 @@ def torchtitan_file(plan: Plan, model: Skeleton) -> str:
     )
 
 
-def _shape(plan: Plan) -> str:
+def _shape(plan: PlanData) -> str:
     t = plan.target
     layers = [_layer(block) for block in t.blocks for _ in range(block.layers)]
     return f"""WIDTH, VOCAB = {t.width}, {t.vocab}
@@ -123,7 +123,7 @@ def _runs(values: Iterable[object]) -> str:
     return " + ".join(f"[{value!r}] * {len(list(run))}" for value, run in groupby(values))
 
 
-def _group_line(plan: Plan) -> list[str]:
+def _group_line(plan: PlanData) -> list[str]:
     if all(block.groups == 1 for block in plan.target.blocks):
         return []
     many = number(max(block.groups for block in plan.target.blocks))

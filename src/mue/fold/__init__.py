@@ -12,25 +12,30 @@ Plans fold without torch; what meets a model (``coefficients``, ``convert``, ``c
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from mue.fold.plan import fold, unfold
-from mue.fold.table import FOLDS, Fold, fold_numbers
+from mue.plan.fold import fold, unfold
+from mue.plan.fold_table import FOLDS, Fold, fold_numbers
 
 if TYPE_CHECKING:
-    from mue.fold.clip import agc, clip_grad_norm_
-    from mue.fold.model import coefficients, convert
+    from mue.convert.live import convert
+    from mue.model.clip import agc, clip_grad_norm_
+    from mue.model.coefficients import coefficients
 
 __all__ = ["FOLDS", "Fold", "agc", "clip_grad_norm_", "coefficients", "convert", "fold", "fold_numbers", "unfold"]
 
 
+# Where what meets a model lives; imported on use, since it needs torch.
+_ON_MODELS = {
+    "agc": "mue.model.clip",
+    "clip_grad_norm_": "mue.model.clip",
+    "coefficients": "mue.model.coefficients",
+    "convert": "mue.convert.live",
+}
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("agc", "clip_grad_norm_"):
-        from mue.fold import clip
-
-        return getattr(clip, name)
-    if name in ("coefficients", "convert"):
-        from mue.fold import model
-
-        return getattr(model, name)
+    if name in _ON_MODELS:
+        return getattr(import_module(_ON_MODELS[name]), name)
     raise AttributeError(f"module 'mue.fold' has no attribute {name!r}")

@@ -1,1 +1,1 @@
-"""Parameter layouts of model families, observed rather than listed: see :mod:`mue.layouts.describe`."""
+"""Parameter layouts of model families, observed rather than listed: see :mod:`mue.layouts.observe.describe`."""

@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from mue.imported import imported
-from mue.layouts.describe import Description, Found
-from mue.layouts.disk import has_weights
-from mue.layouts.families import build, config_of, describe_config, read_config
-from mue.layouts.follow import Build
-from mue.roles import HasLayout, Layout, pattern_of, unwrap
+from mue.layouts.layout import HasLayout, Layout, pattern_of, unwrap
+from mue.layouts.observe.axis_sizes import Build
+from mue.layouts.observe.describe import Description, Found
+from mue.layouts.transformers.disk import has_weights
+from mue.layouts.transformers.families import build, config_of, describe_config, read_config
+from mue.util.importing import imported
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,11 @@
 """Mixture-of-Experts: routing, routers, grouped expert compute and the layer made of them."""
 
+from mue.moe.expert_weights import ExpertWeights
 from mue.moe.experts import experts
 from mue.moe.layer import MoELayer
 from mue.moe.losses import balance_bias_step, load_balance_loss, router_z_loss
-from mue.moe.router import Router
+from mue.moe.routers.top_k import Router
 from mue.moe.routing import Routing, gate_moments, routing_stats
-from mue.moe.weights import ExpertWeights
 
 __all__ = [
     "ExpertWeights",

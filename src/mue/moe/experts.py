@@ -5,9 +5,9 @@
 Shape suffixes: T tokens, P pairs, N experts, D width, H expert width, S width of all shared experts together.
 
 Backends ("auto" takes native on a CPU and grouped_mm on CUDA where they can, else portable):
-    native      C++ on the CPU, routed and shared experts in one call (mue.moe.native); has to be built once.
-    grouped_mm  torch's grouped products, for CUDA (mue.moe.grouped).
-    portable    pure torch, anywhere (mue.moe.portable).
+    native      C++ on the CPU, routed and shared experts in one call (mue.moe.backends.native); has to be built once.
+    grouped_mm  torch's grouped products, for CUDA (mue.moe.backends.grouped).
+    portable    pure torch, anywhere (mue.moe.backends.portable).
     reference   a plain loop over experts under ordinary autograd: the oracle.
 """
 
@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from mue.moe import grouped, native, portable
+from mue.moe.backends import grouped, native, portable
+from mue.moe.expert_weights import ExpertWeights, check
 from mue.moe.routing import Routing, expert_load
-from mue.moe.weights import ExpertWeights, check
 
 Backend = Callable[[Tensor, Routing, ExpertWeights, torch.dtype], Tensor]
 

@@ -11,10 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from mue.moe.expert_weights import ExpertWeights
 from mue.moe.experts import experts
-from mue.moe.router import Gates, Router, Score
+from mue.moe.routers.top_k import Gates, Router, Score
 from mue.moe.routing import Routing
-from mue.moe.weights import ExpertWeights
 
 Balance = Literal["bias", "loss", "none"]
 

@@ -19,7 +19,7 @@ from mue.rules.options import OPTIONS, OptionValue, option_names, resolve
 from mue.rules.standard import standard
 from mue.rules.table import AXES, ROLES, Row, Rule
 from mue.rules.u_mup import u_mup
-from mue.words import nearest
+from mue.util.errors import nearest
 
 __all__ = ["AXES", "OPTIONS", "ROLES", "RULES", "Row", "Rule", "get_rule", "option_names"]
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 from fractions import Fraction
 
 from mue.rules.algebra import ONE, Monomial, ratio
-from mue.rules.complete_mue import horizon_note, sde
 from mue.rules.completep import FIXED_RATIO
+from mue.rules.sde import horizon_note, sde
 from mue.rules.table import ATTENTION, Row, Rule
 
 N, o, L = ratio("ρ_d"), ratio("ρ_o"), ratio("ρ_L")

@@ -12,35 +12,12 @@ from __future__ import annotations
 from fractions import Fraction
 
 from mue.rules.algebra import ONE, Monomial, ratio
+from mue.rules.sde import AXIS_SOURCES, horizon_note, sde
 from mue.rules.table import INFERRED, PUBLISHED, Row, Rule
 
 d, o, L, e, κ, B, D = (ratio(f"ρ_{x}") for x in ("d", "o", "L", "e", "κ", "B", "D"))
 UP_GATE = (e / κ) ** "1/2"  # the drift of 1.9: what the update of up and gate grows by when H_act/d does
 WIDTH_POWER = {"constant-product": Fraction(1), "sqrt-width": Fraction(1, 2), "none": Fraction(0)}
-
-AXIS_SOURCES = {
-    "ρ_L": "CompleteP 2505.01618 Table 1",
-    "ρ_B": "arXiv 2605.23893 Table 2, the SDE rule",
-    "ρ_D": "arXiv 2605.23893 Table 2, the SDE rule",
-}
-
-
-def sde(duration_exponent: Fraction) -> Monomial:
-    """s = ρ_B^1/2 · ρ_D^-q, the factor of rates and weight decay; at q = 1/2 the SDE factor √(ρ_B/ρ_D) = √(T*/T).
-
-    eps takes 1/s and 1-β takes s², so that η·ε, λ/η and (1-β)/η² hold for every q; T·η² and η·λ·T only for 1/2.
-    """
-    return B ** "1/2" * D**-duration_exponent
-
-
-def horizon_note(duration_exponent: Fraction) -> tuple[str, ...]:
-    """What is lost when the duration exponent is not the SDE's."""
-    if duration_exponent == Fraction(1, 2):
-        return ()
-    return (
-        f"duration_exponent = {duration_exponent}: T·η² and η·λ·T are no longer those of the base (both hold only at 1/2);"
-        " η·ε, λ/η and (1-β)/η² still are",
-    )
 
 
 def complete_mue(

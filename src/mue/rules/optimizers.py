@@ -32,7 +32,7 @@ from typing import Any
 from mue.rules.algebra import ONE, Monomial, ratio
 from mue.rules.table import BUFFERS, INFERRED, VECTORS, ZERO_INIT, Row, Rule
 from mue.shapes import OPTIMIZERS
-from mue.words import nearest
+from mue.util.errors import nearest
 
 MATRICES = ("attention", "ffn", "expert", "shared", "router")  # what a Muon hybrid orthogonalises
 

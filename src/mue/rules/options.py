@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
-from mue.words import nearest
+from mue.util.errors import nearest
 
 OptionValue = Fraction | str | bool
 

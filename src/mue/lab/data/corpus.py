@@ -14,7 +14,6 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from mue.files import write_atomic
 from mue.lab.data.documents import Piece, pieces
 from mue.lab.data.encode import Encoder, byte_encoder, padded, token_encoder, tokenizer_encoder
 from mue.lab.data.sources import (
@@ -31,6 +30,7 @@ from mue.lab.data.sources import (
     split,
     write_json,
 )
+from mue.util.files import write_atomic
 
 Tokens = npt.NDArray[Any]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mue.files import write_text
+from mue.util.files import write_text
 
 # Prose and source code. Data formats (.json, .csv, .xml) stay out: in a folder of code they are mostly fixtures.
 TEXT_SUFFIXES = frozenset(

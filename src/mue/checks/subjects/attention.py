@@ -1,0 +1,154 @@
+"""Is the attention scale the planned one? The softmax's own input, where a token meets itself and rotations cancel."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+from mue.checks.branches import ratio
+from mue.checks.context import Context
+from mue.checks.report import FAIL, PASS, SKIP, Finding, several
+from mue.checks.trace import Product, Softmax
+from mue.layouts.layout import HasLayout, unwrap
+from mue.util.text import number
+
+NAME = "attention scale"
+
+
+def attention(ctx: Context) -> Iterator[Finding]:
+    """Measured scale on q·k against plan.attention_scale, from the weights where they can be followed (C11)."""
+    found: dict[tuple[float, str], list[str]] = {}
+    read = 0
+    for s in ctx.seen[0].softmaxes:
+        name = next((p.placed.name for p in s.products if p.placed.role == "attention_q"), None)
+        measured = None if name is None else _measured(ctx, s)
+        if name is None or measured is None:
+            continue
+        read += 1
+        expected = _expected(ctx, s.products)
+        if not abs(measured - expected) <= max(2e-2, ctx.tolerance) * expected:
+            found.setdefault((expected, number(measured)), []).append(name)
+    for (expected, measured_text), names in found.items():
+        yield Finding(
+            NAME,
+            FAIL,
+            several(names),
+            f"q·k times {number(expected)}",
+            f"times {measured_text}",
+            _causes(ctx, float(measured_text), expected),
+            "pass scale=plan.attention_scale to scaled_dot_product_attention, and scale nowhere else",
+        )
+    if not read:
+        yield Finding(NAME, SKIP, measured="no softmax over q·k was recognised")
+    elif not found:
+        yield Finding(NAME, PASS, measured=f"{read} attentions")
+
+
+def _causes(ctx: Context, measured: float, expected: float) -> tuple[str, ...]:
+    E = ctx.plan.target.head_dim
+    known = {
+        "it is 1/√head_dim: the planned scale was not passed on": E**-0.5,
+        "it is 1/head_dim: another convention than the plan's": 1 / E,
+        "it is not applied at all": 1.0,
+        "it is applied twice": expected**2,
+    }
+    hits = [text for text, value in known.items() if abs(measured - value) < 0.02 * value and value != expected]
+    return (*hits, "q or k carry a scale of their own", "the model was built from another plan")
+
+
+def _expected(ctx: Context, products: Iterable[Product]) -> float:
+    """The scale on q·k as the weights stand; what a fold put into the queries is taken out again."""
+    plan = ctx.plan
+    inner = unwrap(ctx.model)
+    if isinstance(inner, HasLayout):
+        return plan.attention_scale
+    from mue.layouts.transformers.stock import is_stock
+    from mue.layouts.transformers.tiny import numbers, text_config
+    from mue.model.stock import query_coefficients
+
+    if not is_stock(ctx.model):
+        return plan.attention_scale
+    size = numbers(text_config(inner.config)).get("qk_head_dim", plan.target.head_dim)
+    in_queries = query_coefficients(plan, ctx.model, ctx.placed)
+    layers = {p.placed.layer for p in products}
+    c = next((in_queries[p.name] for p in ctx.placed if p.name in in_queries and p.layer in layers), 1.0)
+    return plan.attention_scale * plan.target.head_dim / size / c
+
+
+def _measured(ctx: Context, s: Softmax) -> float | None:
+    """Scale by which the softmax's diagonal exceeds q·k from the weights; else by which it exceeds its own product."""
+    diagonal = _diagonal(s)
+    own = None if diagonal is None else _products(ctx, s, diagonal)
+    if diagonal is not None and own is not None:
+        c, residue = ratio(diagonal, own)
+        if residue < 0.02:
+            return c
+    if s.scale is not None:
+        return s.scale
+    if s.logits is None or s.scores is None or diagonal is None:
+        return None
+    keys = s.logits.shape[-2]
+    product = s.scores.reshape(*s.logits.shape[:-1], -1)[..., :keys]
+    c, residue = ratio(diagonal, product.diagonal(dim1=-2, dim2=-1))
+    return c if residue < 0.02 else None
+
+
+def _diagonal(s: Softmax) -> Tensor | None:
+    """(B, H, T): what the softmax sees where a token meets itself."""
+    if s.logits is not None:
+        logits = s.logits if s.logits.dim() == 4 else s.logits[None]
+        return logits[..., : logits.shape[-2]].diagonal(dim1=-2, dim2=-1)
+    assert s.q is not None and s.k is not None and s.scale is not None
+    if s.q.dim() != 4 or s.q.shape[1] % s.k.shape[1]:
+        return None
+    k = s.k.repeat_interleave(s.q.shape[1] // s.k.shape[1], 1)
+    return (s.q * k).sum(-1) * s.scale
+
+
+def _products(ctx: Context, s: Softmax, diagonal: Tensor) -> Tensor | None:
+    """(B, H, T) of q·k as the weights and norms give them; None where they cannot be followed."""
+    B, H, T = diagonal.shape
+    q, k = (_projected(ctx, s, part) for part in ("q", "k"))
+    if q is None or k is None or q.numel() % (B * T * H) or k.numel() % (B * T):
+        return None
+    E = q.numel() // (B * T * H)
+    if k.numel() % (B * T * E) or H % (k.numel() // (B * T * E)):
+        return None
+    layer = s.products[0].placed.layer
+    gains = [next(iter(_gains(ctx, layer, part)), None) for part in ("q", "k")]
+    a, b = (_normed(x.reshape(B, T, -1, E).double(), g).transpose(1, 2) for x, g in zip((q, k), gains, strict=True))
+    return (a * b.repeat_interleave(H // b.shape[1], 1)).sum(-1)
+
+
+def _projected(ctx: Context, s: Softmax, part: str) -> Tensor | None:
+    own = [p for p in s.products if p.placed.role == f"attention_{part}" and not p.placed.layout.parts]
+    if len(own) == 1:
+        return own[0].out
+    fused = [p for p in s.products if p.placed.layout.parts == ("attention_q", "attention_k", "attention_v")]
+    t = ctx.plan.target
+    if len(fused) != 1 or own:
+        return None
+    sizes = [t.num_heads * t.head_dim, t.num_kv_heads * t.head_dim, t.num_kv_heads * t.head_dim]
+    out = fused[0].out
+    return torch.split(out, sizes, -1)[0 if part == "q" else 1] if out.shape[-1] == sum(sizes) else None
+
+
+def _gains(ctx: Context, layer: int | None, part: str) -> Iterator[Tensor]:
+    for p in ctx.placed:
+        if p.role == "qk_norm" and p.layer == layer and p.name.rsplit(".", 2)[-2].startswith(part):
+            yield p.parameter.detach().double() + float(p.layout.start == 0)  # such code multiplies by 1 + w
+
+
+def _normed(x_BTHE: Tensor, gain: Tensor | None) -> Tensor:
+    if gain is None:
+        return x_BTHE
+    if gain.numel() != x_BTHE.shape[-1]:  # one norm over all heads
+        flat = x_BTHE.flatten(2)
+        return (_rms(flat) * gain).view_as(x_BTHE)
+    return _rms(x_BTHE) * gain
+
+
+def _rms(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)

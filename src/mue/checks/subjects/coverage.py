@@ -1,0 +1,73 @@
+"""Is every tensor planned, and is this the model that was planned? Needs shapes only, so it works on the meta device."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from mue.checks.context import Context
+from mue.checks.report import FAIL, PASS, WARN, Finding, several
+from mue.layouts.layout import canonical
+
+NAME = "coverage"
+_OTHER = ("the model was built from another shape or plan (a stale plan)", "its layout table is out of date")
+
+
+def coverage(ctx: Context) -> Iterator[Finding]:
+    """Every trainable tensor has exactly one role, sizes and declared multipliers are the plan's, nothing is frozen (C1–C4)."""
+    try:
+        placed, settings = ctx.placed, ctx.settings
+    except ValueError as error:
+        yield from _faults(str(error))
+        return
+    frozen = [p.name for p in placed if not p.parameter.requires_grad]
+    if frozen:
+        yield Finding(
+            NAME,
+            FAIL,
+            several(frozen),
+            "every planned parameter is trained",
+            f"{len(frozen)} of {len(placed)} have requires_grad = False",
+            ("frozen by hand or by a loader", "made under torch.no_grad or as a buffer"),
+            f"model.get_parameter({frozen[0]!r}).requires_grad_(True)",
+        )
+    if ctx.plan.inputs.base is not None and _nothing_changes(ctx):
+        yield Finding(
+            NAME,
+            WARN,
+            "plan",
+            "some factor differs from 1",
+            "base and target are the same: every factor is 1",
+            ("the target's numbers were given for the base too",),
+            "give the shape that was tuned as the base",
+        )
+    total = sum(p.parameter.numel() for p in placed)
+    roles = len({p.role for p in placed})
+    if not frozen:
+        yield Finding(NAME, PASS, measured=f"{len(settings)} tensors, {total:,} parameters, {roles} roles")
+
+
+def _nothing_changes(ctx: Context) -> bool:
+    plan = ctx.plan
+    if plan.folding is not None or any(a != 1 for a in (*plan.multipliers.output, *plan.multipliers.route)):
+        return False
+    return all(f in (None, 1.0) for r in plan.roles.values() if r.count for _, f in r.factor.items())
+
+
+def _faults(text: str) -> Iterator[Finding]:
+    """One finding for each line of a refusal, which names its tensor first."""
+    head, *lines = text.split("\n")
+    for line in lines or [head]:
+        name = re.match(r"\s*(\w+(?:\.[\w*]+)+|\w+(?= \(\d))", line)
+        multiplier = re.search(r"the model's (\w+) multiplier", line)
+        where = canonical(name[1]) if name else f"{multiplier[1]} multiplier" if multiplier else head.rstrip(":")
+        mend = re.search(r"(?:: |; )((?:add|remove|keep|set|use|build|give|correct) .*)$", line)
+        yield Finding(
+            NAME,
+            FAIL,
+            where,
+            "one role for every tensor, and the planned sizes and multipliers",
+            line.strip(),
+            _OTHER,
+            mend[1] if mend else "plan again for this model: plan = mue.transfer(base, target, tuned)",
+        )

@@ -1,0 +1,304 @@
+"""One training step, undone afterwards: did every parameter move, and by as much as AdamW with the planned values moves it?"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mue.checks.context import Context
+from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
+from mue.layouts.layout import Placed, expert_slices
+from mue.model.apply import param_groups
+from mue.rules.table import BUFFERS, VECTORS
+
+NAME = "moved"
+LOST = 0.5  # share of elements whose step may vanish in rounding
+
+
+@dataclass
+class Step:
+    """What one step did to one tensor: weights before, gradient, change."""
+
+    placed: Placed
+    before: Tensor
+    gradient: Tensor | None
+    change: Tensor
+
+
+def moved(ctx: Context) -> Iterator[Finding]:
+    """Every parameter has a gradient and moves; experts without tokens are told apart; the step has its planned size (C7)."""
+    optimizers = list(ctx.optimizers) or _planned_optimizer(ctx)
+    if not optimizers:
+        yield Finding(NAME, SKIP, measured=f"give the optimizer: none is built here for {ctx.plan.tuned.optimizer}")
+        return
+    fresh = not any(o.state for o in optimizers)
+    steps = _steps(ctx, optimizers)
+    yield from _not_finite(steps) or _findings(ctx, steps, optimizers, fresh)
+
+
+def _planned_optimizer(ctx: Context) -> list[Optimizer]:
+    return [torch.optim.AdamW(param_groups(ctx.plan, ctx.model))] if ctx.plan.tuned.optimizer == "adamw" else []
+
+
+def _findings(ctx: Context, steps: list[Step], optimizers: list[Optimizer], fresh: bool) -> Iterator[Finding]:
+    still, warned, idle = _still(ctx, steps)
+    lost = [(s, share) for s in steps if (share := _lost(s)) > LOST]
+    exact = (
+        fresh
+        and not _zero_start(ctx)
+        and all(type(o) is torch.optim.AdamW for o in optimizers)
+        and ctx.plan.tuned.optimizer == "adamw"
+    )
+    wrong = [
+        f for s in steps if exact and not any(s is other for other, _ in lost) and (f := _size(ctx, s)) is not None
+    ]
+    if still:
+        yield Finding(
+            NAME,
+            FAIL,
+            several(still),
+            "a gradient that is not zero",
+            f"{len(still)} tensors or experts get none, though they are used",
+            (
+                "requires_grad = False",
+                "detached, or computed under no_grad or from .data",
+                "not part of the loss's graph: a copy of the tensor is used in its place",
+            ),
+            f"find the detach() or no_grad() between {still[0].partition('[')[0]} and the loss",
+        )
+    if lost:
+        yield _lost_finding(lost)
+    yield from _grouped(wrong)
+    yield from warned
+    if not (still or lost or wrong):
+        text = f"{len(steps)} tensors moved" + (f"; {idle} experts got no token of this batch" if idle else "")
+        yield Finding(NAME, PASS, measured=text + (", each by its planned step" if exact else ""))
+
+
+# ---- the step ------------------------------------------------------------------------------------------------------------
+
+
+def _steps(ctx: Context, optimizers: list[Optimizer]) -> list[Step]:
+    with _undone(ctx, optimizers):
+        before = {id(p.parameter): p.parameter.detach().clone() for p in ctx.placed}
+        zero_start = _zero_start(ctx)
+        gradients: dict[int, Tensor] = {}
+        for _ in range(3 if zero_start else 1):  # behind a matrix of zeros the first gradient is zero
+            for p in ctx.placed:
+                p.parameter.grad = None
+            ctx.loss_of_batch().backward()  # type: ignore[no-untyped-call]
+            for p in ctx.placed:
+                if p.parameter.grad is not None and (id(p.parameter) not in gradients or zero_start):
+                    gradients[id(p.parameter)] = p.parameter.grad.detach().clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        return [
+            Step(
+                p,
+                before[id(p.parameter)],
+                gradients.get(id(p.parameter)),
+                p.parameter.detach() - before[id(p.parameter)],
+            )
+            for p in ctx.placed
+            if p.role not in BUFFERS
+        ]
+
+
+def _zero_start(ctx: Context) -> bool:
+    """Whether the plan starts a matrix at zero: the first gradient of what lies before it is then zero."""
+    return any(s.values.init_std == 0 for s in ctx.settings if s.placed.role not in VECTORS | BUFFERS)
+
+
+@contextmanager
+def _undone(ctx: Context, optimizers: list[Optimizer]) -> Iterator[None]:
+    """Weights, buffers, gradients, modes and optimizer state as they were before; rates at their peak meanwhile."""
+    tensors = [(t, t.detach().clone()) for t in (*ctx.model.parameters(), *ctx.model.buffers())]
+    gradients = [(p, p.grad) for p in ctx.model.parameters()]
+    modes = {m: m.training for m in ctx.model.modules()}
+    states = [
+        {p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for p, s in o.state.items()}
+        for o in optimizers
+    ]
+    groups: list[dict[str, Any]] = [g for o in optimizers for g in o.param_groups]
+    rates = [g["lr"] for g in groups]
+    for g in groups:
+        g["lr"] = g.get("initial_lr", g["lr"])
+    ctx.model.train()
+    try:
+        yield
+    finally:
+        for g, rate in zip(groups, rates, strict=True):
+            g["lr"] = rate
+        with torch.no_grad():
+            for t, value in tensors:
+                t.copy_(value)
+        for p, gradient in gradients:
+            p.grad = gradient
+        for module, mode in modes.items():
+            module.training = mode
+        for o, state in zip(optimizers, states, strict=True):
+            o.state.clear()
+            o.state.update(state)
+
+
+# ---- what it shows ---------------------------------------------------------------------------------------------------------
+
+
+def _not_finite(steps: list[Step]) -> list[Finding]:
+    bad = [
+        s.placed.name
+        for s in steps
+        if not bool(s.change.isfinite().all()) or (s.gradient is not None and not bool(s.gradient.isfinite().all()))
+    ]
+    if not bad:
+        return []
+    return [
+        Finding(
+            NAME,
+            FAIL,
+            several(bad),
+            "finite gradients and steps",
+            "not finite after one step",
+            ("a division by zero in the gates or a norm", "lr far too large", "float16 without loss scaling"),
+            "torch.autograd.set_detect_anomaly(True)",
+        )
+    ]
+
+
+def _still(ctx: Context, steps: list[Step]) -> tuple[list[str], list[Finding], int]:
+    """Names without a gradient that should have one, warnings for those that cannot, and how many experts were idle."""
+    still: list[str] = []
+    warned: list[Finding] = []
+    idle: set[tuple[int | None, int]] = set()
+    blocks = [b for b in ctx.plan.target.blocks for _ in range(b.layers)]
+    for s in steps:
+        p = s.placed
+        for expert, name, live in _live(s):
+            if live:
+                continue
+            if expert is not None and not _has_tokens(ctx, p.layer, expert):
+                idle.add((p.layer, expert))
+            elif (
+                p.role == "router" and p.layer is not None and blocks[p.layer].active == 1 and p.parameter.requires_grad
+            ):
+                warned.append(
+                    Finding(
+                        NAME,
+                        WARN,
+                        name,
+                        "a gradient",
+                        "none: with one active expert the normalised weight is always 1",
+                        ("a = 1 with normalised gates",),
+                        'at least 2 active experts, or gates = "measured" without renormalisation',
+                    )
+                )
+            else:
+                still.append(name)
+    return still, warned, len(idle)
+
+
+def _live(s: Step) -> Iterator[tuple[int | None, str, bool]]:
+    """(expert, name, has a gradient) of a tensor or of each expert in it."""
+    p = s.placed
+    if s.gradient is not None and (p.layout.stacked > 1 or "expert" in p.layout.axes):
+        like = Placed(p.name, s.gradient, p.layout, p.layer)
+        for expert, g in expert_slices(like):
+            yield expert, p.name if expert is None else f"{p.name}[expert {expert}]", bool((g != 0).any())
+        return
+    live = s.gradient is not None and bool((s.gradient != 0).any())
+    yield _own_expert(p), p.name, live
+
+
+def _own_expert(p: Placed) -> int | None:
+    """Index of the expert whose own module this tensor is in."""
+    if not p.role.startswith("expert_") or "experts.*" not in p.layout.pattern:
+        return None
+    match = p.layout.regex.fullmatch(p.name)
+    return int(match[2]) if match and match.lastindex and match.lastindex > 1 and match[2].isdigit() else None
+
+
+def _has_tokens(ctx: Context, layer: int | None, expert: int) -> bool:
+    """Whether an expert is used by the tokens that were looked at; True where that cannot be known."""
+    c = ctx.parts.get(layer) if layer is not None else None
+    if c is None or not c.fits or expert >= c.routed.shape[1]:
+        return c is None
+    return bool(c.active[:, expert].any())
+
+
+def _lost(s: Step) -> float:
+    """Share of the elements with a gradient whose value did not change at all."""
+    if s.gradient is None or not s.placed.parameter.requires_grad:
+        return 0.0
+    pushed = s.gradient != 0
+    count = int(pushed.sum())
+    return float(((s.change == 0) & pushed).sum()) / count if count else 0.0
+
+
+def _lost_finding(lost: list[tuple[Step, float]]) -> Finding:
+    low = lost[0][0].before.dtype
+    rounding = low in (torch.bfloat16, torch.float16)
+    return Finding(
+        NAME,
+        FAIL,
+        several([s.placed.name for s, _ in lost]),
+        "a step that changes the stored value",
+        f"{100 * lost[0][1]:.0f} % of the elements of {lost[0][0].placed.name} ({low}) stay what they were",
+        (
+            f"{low} has too few digits for this lr: the step is rounded away" if rounding else "lr is 0 in this group",
+            "the parameter is in no optimizer, or in one that does not step",
+        ),
+        "keep float32 master weights (model.float() with autocast), or an optimizer with stochastic rounding"
+        if rounding
+        else "see groups",
+    )
+
+
+def _size(ctx: Context, s: Step) -> tuple[str, str, str] | None:
+    """(name, expected, measured) where the step is not AdamW's first one with the planned values."""
+    planned = ctx.expected.get(id(s.placed.parameter))
+    if planned is None or s.gradient is None:
+        return None
+    wide = torch.promote_types(s.before.dtype, torch.float32)  # a hundredth is asked for
+    g, w = s.gradient.to(wide), s.before.to(wide)
+    step = planned["lr"] * g / (g.abs() + planned["eps"])
+    decay = planned["lr"] * planned["weight_decay"]
+    wanted = -step - decay * w
+    size, off = _rms(wanted), _rms(s.change.to(wide) - wanted)
+    digits = torch.finfo(s.before.dtype).eps
+    if off > 1e-2 * size + 2 * digits * _rms(w):
+        return s.placed.name, f"rms {size:.4g}", f"rms {_rms(s.change):.4g}, off by {off:.4g}"
+    # The decay is a small part of the step, but the only part along the weights themselves.
+    square = float((w * w).sum())
+    shrunk = -float(((s.change.to(wide) + step) * w).sum()) / square if square else decay
+    if abs(shrunk - decay) > 0.05 * decay + 1e-3 * planned["lr"] + 4 * digits:
+        return s.placed.name, f"shrunk by lr·wd = {decay:.4g}", f"shrunk by {shrunk:.4g}"
+    return None
+
+
+def _rms(x: Tensor) -> float:
+    return float(torch.linalg.vector_norm(x)) / math.sqrt(max(x.numel(), 1))
+
+
+def _grouped(wrong: list[tuple[str, str, str]]) -> Iterator[Finding]:
+    if wrong:
+        name, expected, measured = wrong[0]
+        yield Finding(
+            NAME,
+            FAIL,
+            several([w[0] for w in wrong]),
+            f"AdamW's first step with the planned lr, weight decay and eps: {expected} ({name})",
+            measured,
+            (
+                "lr, weight decay or eps of the group are not the planned ones: see groups",
+                "the parameter is stepped twice",
+                "gradients are changed on their way (a hook, a scaler that was not unscaled)",
+            ),
+            "optimizer = torch.optim.AdamW(plan.param_groups(model))",
+        )

@@ -1,0 +1,53 @@
+"""What ``mue check MODEL PLAN`` is given: a function of the user's that builds, or a stock family's config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mue.api import Plan
+from mue.plan.transfer import plan_of
+from mue.util.errors import nearest
+from mue.util.importing import imported
+
+KEYS = ("model", "batch", "optimizer", "scheduler", "checkpoint", "clip", "loss")
+
+
+def arguments(model: str, plan: Plan) -> dict[str, Any]:
+    """The arguments of :func:`mue.check` besides the plan.
+
+    ``model`` is ``module:function`` or ``file.py:function``, called with the plan, that returns a model or a mapping with
+    the key ``model`` and any of the others of :data:`KEYS`; or a transformers ``config.json``, a folder that holds one, or
+    a family's name, which is then built on the meta device.
+
+    Raises:
+        ValueError: nothing that can be imported or built; unknown keys.
+    """
+    if ":" in model:
+        made = imported(model)(plan)
+        given = {"model": made} if isinstance(made, nn.Module) else made
+        if not isinstance(given, Mapping) or not isinstance(given.get("model"), nn.Module):
+            raise ValueError(f"{model} returned {type(made).__name__}: return a model, or a dict with the key 'model'")
+        for key in given:
+            if key not in KEYS:
+                raise ValueError(f"{model} returned the unknown key {key!r}{nearest(str(key), KEYS)}")
+        return dict(given)
+    from mue.layouts.transformers.families import build, read_config
+
+    config = read_config(model)
+    with torch.device("meta"):
+        return {"model": build(config)}
+
+
+def read_plan(path: Path) -> Plan:
+    """A plan from the JSON that ``plan.save`` wrote, or from a plan file in TOML."""
+    if path.suffix != ".toml":
+        return Plan.load(path)
+    from mue.plan.toml import plan_inputs, read_toml
+
+    data = {k: v for k, v in read_toml(path).items() if k not in ("data", "run", "sweep")}
+    return Plan.of(plan_of(plan_inputs(data, None)))

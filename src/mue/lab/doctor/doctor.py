@@ -1,0 +1,104 @@
+"""What this machine offers to the MoE layer, which backends are active, why others are not, and how fast each is."""
+
+from __future__ import annotations
+
+import os
+import platform
+from typing import Any
+
+import torch
+
+from mue.kernels import build, library
+from mue.lab.doctor.bench import Bench, Case, draw_routing, measure, median_ratio
+from mue.lab.models.ops import bf16_instructions
+from mue.moe import ExpertWeights
+from mue.moe.experts import BACKENDS, REFUSALS, choose
+
+
+def machine() -> dict[str, Any]:
+    """What there is: processor and its instructions, cores, torch, compiler, GPU."""
+    facts = torch.cpu.get_capabilities()
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {
+        "processor": facts.get("cpu_name") or platform.machine(),
+        "cores": os.cpu_count(),
+        "others at work": _busy(),
+        "vectors": torch.backends.cpu.get_cpu_capability(),
+        "bf16 instructions": bf16_instructions(),
+        "matrix unit (AMX)": bool(facts.get("amx_bf16")),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "compiler": build.compiler(),
+        "GPU": gpu,
+    }
+
+
+def _busy() -> str | None:
+    """Where other programs take a quarter of the cores or more: what that does to the ratios."""
+    load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
+    return None if load < cores / 4 else f"{load:.1f} on {cores} cores in the last minute: do not trust the ratios"
+
+
+def backends() -> dict[str, str]:
+    """Every backend with its state in words: active, or why not."""
+    words = {}
+    small = ExpertWeights(*(torch.zeros(1, 16, 16) for _ in range(3)))
+    for name in BACKENDS:
+        device = "cuda" if name == "grouped_mm" and torch.cuda.is_available() else "cpu"
+        x = torch.zeros(1, 16, device=device)
+        dtype = torch.bfloat16 if name == "grouped_mm" else torch.float32
+        reason = REFUSALS[name](x, small, dtype) if name in REFUSALS else None
+        if reason is not None:
+            words[name] = f"not active: {reason}"
+        elif choose(x, small, dtype) == name:
+            words[name] = f'active on {device}: "auto" takes it'
+        else:
+            words[name] = _passive(name)
+    if library.loaded() is not None:
+        how = {"plain": "float32 inside the kernel", "matrix unit": "the matrix unit"}[library.engine()]
+        words["native"] += f"; bf16 products go through {how}; {build.find()}"
+    return words
+
+
+def _passive(name: str) -> str:
+    if name == "grouped_mm":
+        return "not active: there is no CUDA device (on a CPU it runs, slowly, by name)"
+    if name == "portable":
+        return "ready: taken where no other backend can"
+    return "ready: the oracle of the tests"
+
+
+def ratios(seconds: float) -> dict[str, dict[str, float]]:
+    """dtype -> backend -> time over that of an eager dense FFN of equal active width, 2,048 tokens d128 h128 N16 a4."""
+    found = {}
+    generator = torch.Generator().manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        case = Case(128, 128, 16, 4, dtype)
+        bench = Bench(case)
+        names = [name for name in BACKENDS if name != "native" or library.loaded() is not None]
+        steps = {"dense": bench.dense(), **{name: bench.backend(name) for name in names}}
+        times = measure(steps, lambda case=case: draw_routing(case, "fresh", generator), seconds / 2, least=1)  # type: ignore[misc]
+        found[case.dtype_name] = {name: round(median_ratio(times[name], times["dense"]), 2) for name in names}
+    return found
+
+
+def examine(seconds: float = 5.0) -> dict[str, Any]:
+    """The whole report as data."""
+    return {"machine": machine(), "backends": backends(), "ratio": ratios(seconds)}
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+    """The report as text."""
+    told = [f"{name:<20}{'none' if value is None else _word(value)}" for name, value in report["machine"].items()]
+    told += ["", "MoE backends"]
+    told += [f"  {name:<12}{words}" for name, words in report["backends"].items()]
+    dtypes = list(report["ratio"])
+    told += ["", "forward + backward against an eager dense FFN of equal active width (2,048 tokens, d128 h128 N16 a4)"]
+    told += [f"  {'':<12}" + "".join(f"{dtype:>10}" for dtype in dtypes)]
+    for name in report["ratio"][dtypes[0]]:
+        told.append(f"  {name:<12}" + "".join(f"{report['ratio'][dtype][name]:>10.2f}" for dtype in dtypes))
+    return told
+
+
+def _word(value: object) -> str:
+    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)

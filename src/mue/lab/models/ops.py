@@ -1,0 +1,156 @@
+"""Products, attention and feed-forward by whichever way is fastest on the device; measured in docs/performance.md.
+
+Cross-entropy has one path, torch's own: nothing tried was faster in both precisions.
+
+Shape suffixes: B sequences, T tokens, H heads, K key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import Parameter
+
+from mue.kernels import library
+from mue.kernels.operator import constant, thread_count
+from mue.moe.experts import compute_dtype
+
+# With bf16 instructions the fused kernel's backward is several times slower than plain products up to this length
+# (measured on a machine with AMX before this was written; none was at hand to repeat it).
+_PLAIN_LENGTH = 256
+# Elements of a matrix of the float32 FFN, of one of attention, and of a sequence, up to which the kernel's sublayers are faster
+# than torch's operators.
+_KERNEL_MATRIX, _KERNEL_HEADS, _KERNEL_SEQUENCE = 1 << 18, 1 << 17, 1 << 17
+
+
+@constant
+def bf16_instructions() -> bool:
+    """Whether this processor multiplies bf16; one that does not takes four times as long for it as for float32."""
+    facts = torch.cpu.get_capabilities()
+    return any(facts.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def project(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., in) · weightᵀ (out, in); of variants x (V, ..., in) and weight (V, out, in), one batched product.
+
+    Where bf16 would be emulated: the product of the same rounded values in float32, rounded, which is what bf16 means.
+    """
+    if x.device.type == "cpu" and is_half(x) and not bf16_instructions():
+        emulated: Tensor = _EmulatedProduct.apply(x, weight)  # type: ignore[no-untyped-call]
+        return emulated
+    return _product(x, weight)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    if weight.dim() == 2:
+        return F.linear(x, weight)
+    return (x.flatten(1, -2) @ weight.mT).view(*x.shape[:-1], -1)
+
+
+class _EmulatedProduct(torch.autograd.Function):
+    """With a backward of its own, since torch.compile traces what autograd makes of the forward under the caller's autocast."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        with torch.autocast("cpu", enabled=False):
+            half, matrix = x.bfloat16(), weight.bfloat16()
+            ctx.save_for_backward(half, matrix)
+            ctx.types = x.dtype, weight.dtype
+            return _product(half.float(), matrix.float()).bfloat16()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
+        half, matrix = ctx.saved_tensors
+        lead = matrix.dim() - 2
+        with torch.autocast("cpu", enabled=False):
+            dy_rows, x_rows = dy.float().flatten(lead, -2), half.float().flatten(lead, -2)
+            dx, dweight = (dy_rows @ matrix.float()).view(half.shape), dy_rows.mT @ x_rows
+        return dx.to(ctx.types[0]), dweight.to(ctx.types[1])
+
+
+def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, scale: float) -> Tensor:
+    """Causal softmax attention, (B, H, T, E), in the type of v: torch's fused kernel, but in bf16 on a CPU
+
+    * without bf16 instructions the fused kernel in float32,
+    * with them plain products at short lengths.
+    """
+    H, K, dtype = q_BHTE.shape[1], k_BKTE.shape[1], v_BKTE.dtype
+    half = v_BKTE.device.type == "cpu" and dtype == torch.bfloat16
+    inner = torch.float32 if half and not bf16_instructions() else dtype
+    q, k, v = (x.to(inner) for x in (q_BHTE, k_BKTE, v_BKTE))  # under autocast q and k come in float32
+    if half and inner == dtype and q.shape[2] <= _PLAIN_LENGTH:
+        k, v = (x.repeat_interleave(H // K, 1) if H > K else x for x in (k, v))
+        return _plain(q, k, v, scale)
+    with torch.autocast(v.device.type, enabled=False):
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H > K)
+    return y.to(dtype)
+
+
+def _plain(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, scale: float) -> Tensor:
+    """Scale and mask ride along in the product; the softmax is in fp32."""
+    B, H, T, _ = q_BHTE.shape
+    mask_TT = torch.full((T, T), float("-inf"), dtype=q_BHTE.dtype, device=q_BHTE.device).triu(1)
+    q, k, v = (x.flatten(0, 1) for x in (q_BHTE, k_BHTE, v_BHTE))
+    score = torch.baddbmm(mask_TT.expand(B * H, T, T), q, k.mT, alpha=scale)
+    y: Tensor = torch.bmm(score.softmax(-1, dtype=torch.float32).to(v.dtype), v).view(B, H, T, -1)
+    return y
+
+
+def feed_forward(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
+    """down(silu(gate x) · up x), or down(gelu(up x)) where there is no gate; of variants (V, ...) each with its own."""
+    lifted = project(x, up)
+    hidden = F.gelu(lifted) if gate is None else F.silu(project(x, gate)) * lifted
+    return project(hidden, down)
+
+
+def attention_by_kernel(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether a block's attention, from norm to sum, is one call of the native kernel: where that is faster.
+
+    It needs a sequence for every thread, and one that stays in the cache.
+    """
+    if not _sublayer(x, weights) or x.shape[:-2].numel() < thread_count() or x.shape[-2:].numel() > _KERNEL_SEQUENCE:
+        return False
+    return max(weight.shape[-2:].numel() for weight in weights) <= _KERNEL_HEADS
+
+
+def feed_forward_by_kernel(x: Tensor, weights: Sequence[Tensor | None]) -> bool:
+    """Whether a block's dense feed-forward network, from norm to sum, is one call of the native kernel.
+
+    Its products are torch's equals only while a matrix stays in the cache, but it makes no passes over memory in between.
+    """
+    present = [weight for weight in weights if weight is not None]
+    if not _sublayer(x, present):
+        return False
+    return is_half(x) or max(weight.shape[-2:].numel() for weight in present) <= _KERNEL_MATRIX
+
+
+def _sublayer(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether the kernel can: in training, in float32 or in bf16 that would be emulated, of one model or of variants.
+
+    Weights that are more than tensors (DTensors) are for their own modules.
+    """
+    if (
+        not library.serves_training(x)
+        or weights[0].shape[:-1] != x.shape[:-3]
+        or any(type(weight) not in (Tensor, Parameter) for weight in weights)
+    ):
+        return False
+    if any(tensor.dtype != torch.float32 for tensor in (x, *weights)):
+        return False
+    return compute_dtype(x) == torch.float32 or (is_half(x) and not bf16_instructions())
+
+
+def one_multiplier(x: Tensor) -> bool:
+    """Whether all multipliers of a branch may be one number, anywhere in it: in training, of one model, while nobody watches."""
+    return library.serves_training(x) and x.dim() == 3
+
+
+def is_half(x: Tensor) -> bool:
+    """Whether products with x are in bf16."""
+    return compute_dtype(x) == torch.bfloat16

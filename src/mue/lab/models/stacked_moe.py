@@ -1,0 +1,80 @@
+"""A MoE block of stacked variants: variants × experts are just more groups of one grouped product.
+
+Routing stays a loop over the variants, each with its own router: routers are what research changes, and whatever one does, it does here too.
+
+Shape suffixes: V variants, T tokens, D width, N experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from mue.lab.models.ops import project
+from mue.moe import ExpertWeights, MoELayer, Routing, experts
+
+
+class StackedMoE(nn.Module):
+    """The parameters of a :class:`MoELayer` under the same names, each with a leading axis of variants.
+
+    Attributes:
+        layers: the block of each variant on its own; its router's buffers (bias, load) are the ones in use.
+    """
+
+    def __init__(self, template: MoELayer, variants: int) -> None:
+        super().__init__()
+        self.router = template.router
+        self.experts_gate, self.experts_up, self.experts_down = (
+            template.experts_gate, template.experts_up, template.experts_down,
+        )  # fmt: skip
+        self.shared_gate, self.shared_up, self.shared_down = (
+            template.shared_gate, template.shared_up, template.shared_down,
+        )  # fmt: skip
+        self.output_multiplier, self.backend = template.output_multiplier, template.backend
+        self.layers = [template] * variants
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+        """(V, ..., D) → the same shape, and one routing whose losses (V,) and load (V, N) are the variants' own."""
+        x_VTD = x.flatten(1, -2)
+        routing = self._route(x_VTD)
+        y_VTD = None
+        if self.experts_up is not None and self.experts_down is not None:
+            gate = None if self.experts_gate is None else self.experts_gate.flatten(0, 1)
+            weights = ExpertWeights(gate, self.experts_up.flatten(0, 1), self.experts_down.flatten(0, 1))
+            y_VTD = experts(x_VTD.flatten(0, 1), routing, weights, backend=self.backend).view(x_VTD.shape)
+        if self.shared_up is not None and self.shared_down is not None:
+            up = project(x_VTD, self.shared_up)
+            hidden = F.gelu(up) if self.shared_gate is None else F.silu(project(x_VTD, self.shared_gate)) * up
+            shared = project(hidden, self.shared_down)
+            y_VTD = shared if y_VTD is None else y_VTD + shared
+        assert y_VTD is not None
+        return (y_VTD * self.output_multiplier).view(x.shape), routing
+
+    def _route(self, x_VTD: Tensor) -> Routing:
+        """Every variant's own routing as one: token t of variant v is token v·T + t, expert e is v·N + e."""
+        variants, tokens, _ = x_VTD.shape
+        if self.router is None:
+            return Routing.empty(variants * tokens, device=x_VTD.device)
+        stacked = {name: parameter.unbind(0) for name, parameter in self.router.named_parameters()}
+        each = []
+        for v, (layer, x_TD) in enumerate(zip(self.layers, x_VTD.unbind(0), strict=True)):
+            assert layer.router is not None
+            own = {name: parameters[v] for name, parameters in stacked.items()}
+            each.append(functional_call(layer.router, own, (x_TD,)))
+        number, first = each[0].num_experts, each[0]
+        expert_P = [
+            torch.where(r.expert_P == number, variants * number, r.expert_P + v * number) for v, r in enumerate(each)
+        ]
+        return Routing(
+            torch.cat([r.token_P + v * tokens for v, r in enumerate(each)]),
+            torch.cat(expert_P),
+            torch.cat([r.weight_P for r in each]),
+            variants * tokens,
+            variants * number,
+            first.slots,
+            route_scale=first.route_scale,
+            losses={name: torch.stack([r.losses[name] for r in each]) for name in first.losses},
+            stats={"load": torch.stack([r.stats["load"] for r in each])},
+        )

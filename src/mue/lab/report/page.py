@@ -1,0 +1,211 @@
+"""Reports: one self-contained HTML file and the same pictures as PNG, from what is on disk."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from matplotlib.figure import Figure
+
+from mue.lab.report import plots
+from mue.lab.sweep.sweep import valley_dict
+from mue.lab.train.run import Run, Store
+from mue.lab.valley.fit import Point, Valley, fit_valley
+from mue.plan import render
+from mue.plan.plan import PlanData
+from mue.util.files import write_atomic, write_text
+from mue.util.text import number
+
+
+@dataclass
+class Section:
+    """One part of a report: texts, a picture, facts, a table; any of them may be missing."""
+
+    id: str
+    title: str
+    texts: list[dict[str, Any]] = field(default_factory=list)
+    figure: Figure | None = None
+    caption: str = ""
+    facts: list[tuple[str, str]] = field(default_factory=list)
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    wrap: tuple[int, ...] = ()
+    shades: Sequence[Sequence[float]] = ()  # of the table's cells, 0 to 1
+    fold: str = ""
+    in_page: Literal["svg", "png", ""] = (
+        "svg"  # the picture; a PNG is written either way, and a table reads better as text
+    )
+
+
+def text(words: str, *, warn: bool = False) -> dict[str, Any]:
+    """A paragraph, set apart where it warns."""
+    return {"text": words, "warn": warn}
+
+
+def write_report(
+    folder: Path, title: str, lead: str, sections: Sequence[Section], cards: Sequence[tuple[str, str]] = ()
+) -> Path:
+    """Write ``folder/report.html`` and ``folder/<section>.png`` for each picture, each file atomically."""
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    rendered = []
+    for section in sections:
+        picture = ""
+        if section.figure is not None:
+            _settle(section.figure)
+            write_atomic(png := folder / f"{section.id}.png", partial(section.figure.savefig, dpi=160, format="png"))
+            picture = _svg(section.figure) if section.in_page == "svg" else _img(png) if section.in_page else ""
+        table = (
+            {"header": section.header, "rows": section.rows, "wrap": section.wrap, "shades": section.shades}
+            if section.rows
+            else None
+        )
+        rendered.append({**vars(section), "picture": picture, "table": table})
+    environment = Environment(
+        loader=PackageLoader("mue.lab.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    html = environment.get_template("report.html").render(
+        title=title, lead=lead, sections=rendered, cards=[{"value": v, "label": k} for k, v in cards]
+    )
+    path = folder / "report.html"
+    write_text(path, html)
+    return path
+
+
+def _settle(figure: Figure) -> None:
+    """Lay a figure out once: every picture of it would do so again, and draw it twice to that end."""
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.execute(figure)
+        figure.set_layout_engine(None)
+
+
+def _svg(figure: Figure) -> str:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return buffer.getvalue().partition("<svg")[1] + buffer.getvalue().partition("<svg")[2]
+
+
+def _img(png: Path) -> str:
+    return f'<img src="data:image/png;base64,{base64.b64encode(png.read_bytes()).decode()}" alt="">'
+
+
+# ---- sections -------------------------------------------------------------------------------------------------------
+
+
+def valley_of(points: Sequence[tuple[float, float | None]]) -> Valley | None:
+    """The fit of a curve with one run at each place; None where every run diverged."""
+    try:
+        return fit_valley([Point(x, math.inf if y is None else y) for x, y in points])
+    except ValueError:
+        return None
+
+
+def plan_section(plan: PlanData) -> Section:
+    """The plan: header, picture and the full table with sources."""
+    header, rows = render.table(plan)
+    return Section(
+        id="plan",
+        title="The plan: every parameter of the target",
+        facts=render.header(plan),
+        figure=plots.plan_figure(plan),
+        header=header,
+        rows=rows,
+        wrap=(len(header) - 1,),
+        in_page="",
+    )
+
+
+def runs_section(named: Sequence[tuple[str, Run, Mapping[str, Any]]], facts: Sequence[tuple[str, str]]) -> Section:
+    """What was run and with which hashes."""
+    rows = []
+    for name, run, result in named:
+        held = result["val_loss"]
+        rows.append(
+            [
+                name,
+                result["name"],
+                f"{result['parameters']:,}",
+                f"{result['active_parameters']:,}",
+                f"{result['tokens']:,}",
+                "diverged" if held is None else f"{held:.4f}",
+                f"{result['seconds']:.1f}",
+                run.key,
+                run.plan.hash,
+            ]
+        )
+    header = ["run", "model", "parameters", "active", "tokens", "validation loss", "seconds", "run hash", "plan hash"]
+    return Section(id="runs", title="What was run", facts=list(facts), header=header, rows=rows)
+
+
+def run_report(folder: Path) -> Path:
+    """The report of one training run, from its folder."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    run = Run.from_dict({k: config[k] for k in ("plan", "settings", "data")})
+    store = Store(folder.parent.parent)
+    result = store.result(run.key)
+    if result is None:
+        raise ValueError(f"{folder} has no result yet: train it to its end first")
+    metrics = store.metrics(run.key)
+    curve = {
+        "label": result["name"],
+        "color": plots.MUE,
+        "metrics": metrics,
+        "flops_per_token": result["flops_per_token"],
+    }
+    sections = [Section(id="loss", title="Loss", figure=plots.loss_figure([curve]))]
+    sections += load_sections(run, metrics)
+    sections += [plan_section(run.plan), runs_section([("run", run, result)], [("data", run.data["hash"])])]
+    held = result["val_loss"]
+    lead = f"validation loss {number(held)} after {result['tokens']:,} tokens" if held is not None else "diverged"
+    return write_report(folder, f"Training {result['name']}", lead, sections)
+
+
+def load_sections(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[Section]:
+    """Expert load over time, where there are experts."""
+    experts = {b.experts for b in run.plan.target.blocks if b.experts}
+    if len(experts) != 1 or not any(row.get("load") for row in metrics):
+        return []
+    share = run.plan.target.blocks[-1].share
+    N = experts.pop()
+    last = [row for row in metrics if row.get("load")][-1]["load"]
+    worst = max(max(layer) * N for layer in last)
+    return [
+        Section(
+            id="load",
+            title="Expert load over time",
+            texts=[
+                text(
+                    f"Each token uses {share:.0%} of the experts. At the end the busiest expert has {worst:.2f} times its fair share."
+                )
+            ],
+            figure=plots.load_figure(metrics, N),
+            caption="White: a fair share of the tokens; orange: more; purple: less. The balance bias moves only the selection.",
+        )
+    ]
+
+
+def check_entry(points: Sequence[tuple[float, float | None]]) -> dict[str, Any]:
+    """A valley check for JSON: losses by multiplier, the fit, and what transferring (multiplier 1) gives away."""
+    valley = valley_of(points)
+    finite = {x: y for x, y in points if y is not None}
+    at_one = finite.get(0.0)
+    lowest = min(finite.values()) if finite else None
+    return {
+        "losses": {f"{2.0**x:g}": y for x, y in points},
+        "valley": valley_dict(valley),
+        "loss_at_1": at_one,
+        "best_multiplier": None if lowest is None else 2.0 ** next(x for x, y in finite.items() if y == lowest),
+        "regret_vs_best_run": None if at_one is None or lowest is None else at_one - lowest,
+    }

@@ -1,0 +1,95 @@
+"""The work of a worker process (``mue.lab.runners.worker``): jobs as they come, alone or in stacks, and what is said of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Container
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from mue.lab.data import Corpus
+from mue.lab.runners.stacked_runs import StackedRuns
+from mue.lab.train.experiment import open_corpus
+from mue.lab.train.run import BusyError, Run, Store
+from mue.lab.train.session import train
+from mue.lab.train.stacked import stack_kind
+
+Job = dict[str, Any]
+
+
+class Jobs:
+    """What is open in this process: corpora, and stacks under way by their kind."""
+
+    def __init__(self, out: TextIO, stopped: Container[str]) -> None:
+        self.out, self.stopped = out, stopped
+        self.corpora: dict[str, Corpus] = {}
+        self.stacks: dict[str, StackedRuns] = {}
+
+    def begin(self, job: Job) -> None:
+        """Train a job to its end, or let it join the stack of its kind."""
+        try:
+            torch.set_num_threads(job["threads"])
+            run = Run.from_dict(job["run"])
+            do = self._train if job["stack"] == 1 else self._join
+            result = do(job, run, Store(Path(job["store"])), self._corpus(run))
+            if result is not None:
+                self._say(job["id"], result=result)
+        except Exception as error:  # reported to the parent, which decides; the worker itself stays usable
+            self._say_error(job["id"], error)
+
+    def advance(self) -> None:
+        """One step of every stack."""
+        for kind, stack in list(self.stacks.items()):
+            try:
+                for course, result in stack.advance(self.stopped):
+                    self._say(course.key, step=course.step, loss=course.loss)
+                    if result is not None:
+                        self._say(course.key, result=result)
+            except Exception as error:
+                for key in stack.courses:
+                    self._say_error(key, error)
+                stack.close()
+            if not stack.courses:
+                del self.stacks[kind]
+
+    def _corpus(self, run: Run) -> Corpus:
+        source = json.dumps(run.data["source"], sort_keys=True)
+        if source not in self.corpora:
+            self.corpora[source] = open_corpus(run.data["source"])
+        corpus = self.corpora[source]
+        if corpus.hash != run.data["hash"]:
+            raise ValueError(
+                f"the text changed: the run was planned on {run.data['hash'][:12]}, it is now {corpus.hash[:12]}"
+            )
+        return corpus
+
+    def _train(self, job: Job, run: Run, store: Store, corpus: Corpus) -> dict[str, Any]:
+        return train(
+            run,
+            store,
+            corpus,
+            progress=lambda step, loss: self._say(job["id"], step=step, loss=loss),
+            checkpoint_seconds=job["checkpoint_seconds"],
+            stop=lambda: job["id"] in self.stopped,
+            compiled=job["compiled"],
+        )
+
+    def _join(self, job: Job, run: Run, store: Store, corpus: Corpus) -> dict[str, Any] | None:
+        kind = stack_kind(run)
+        stack = self.stacks.get(kind) or StackedRuns(
+            compiled=job["compiled"], checkpoint_seconds=job["checkpoint_seconds"]
+        )
+        result = stack.join(run, store, corpus)
+        if stack.courses:
+            self.stacks[kind] = stack
+        return result
+
+    def _say_error(self, key: str, error: Exception) -> None:
+        kind = "user" if isinstance(error, ValueError | OSError) else "internal"
+        kind = "busy" if isinstance(error, BusyError) else kind
+        self._say(key, error=f"{error}", kind=kind, type=type(error).__name__)
+
+    def _say(self, key: str, **message: Any) -> None:
+        self.out.write(json.dumps({"id": key, **message}) + "\n")

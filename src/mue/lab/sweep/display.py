@@ -1,0 +1,198 @@
+"""A sweep in the terminal: one line of blocks for each cell's valley, the runs in progress, and a line for each that ends.
+
+``board_of`` is a pure function of the trials: the live table, the table at the end and ``mue report --list`` are one.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from mue.lab.sweep.trials import Trial
+from mue.lab.sweep.worker import Watch
+from mue.lab.train.run import Run
+
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_COLUMNS = 32  # of a valley: more learning rates than that share columns
+_CELLS, _RUNS = 8, 8  # shown; the rest is counted
+
+
+class Mirror(Protocol):
+    """Where metrics also go (``mue.lab.sweep.metric_sinks``)."""
+
+    def follow(self, run: Run) -> None:
+        """Pass on the rows that the run has written since."""
+
+    def close(self) -> None: ...
+
+
+class Board(Watch):
+    """``with Board(console, "sweep", steps) as board: run_sweep(..., watch=board)``.
+
+    A terminal shows a live table; anything else gets plain lines. ``steps``: of a whole run.
+    """
+
+    def __init__(self, console: Console, title: str, steps: int, mirrors: Sequence[Mirror] = ()) -> None:
+        self.console, self.title, self.steps, self.mirrors = console, title, steps, mirrors
+        self.started = time.monotonic()
+        self.trials: Sequence[Trial] = ()
+        self.fresh = 0
+        """Runs trained in this session."""
+        self.live = Live(console=console, get_renderable=self._table, transient=True, refresh_per_second=2)
+
+    def __enter__(self) -> Board:
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.live.stop()
+        for mirror in self.mirrors:
+            mirror.close()
+        if kind is None and self.trials:
+            self.console.print(self._table())
+
+    def look(self, trials: Sequence[Trial]) -> None:
+        if not self.trials and (before := sum(t.state in ("COMPLETE", "PRUNED") for t in trials)):
+            self.say(f"{before} of {len(trials)} trials were done before")
+        self.trials = trials
+
+    def moved(self, run: Run) -> None:
+        for mirror in self.mirrors:
+            mirror.follow(run)
+
+    def ended(self, trial: Trial, run: Run, *, fresh: bool) -> None:
+        assert trial.result is not None
+        self.fresh += fresh
+        when = f"{trial.result.get('seconds', 0):.0f} s" if fresh else "done before"
+        line = f"  {point_words(trial):<44}  {loss_words(trial)}  [dim]{when}, {run.key[:8]}[/]"
+        self.console.print(line, highlight=False, soft_wrap=True)
+
+    def say(self, words: str) -> None:
+        self.console.print(f"  [dim]{words}[/]", highlight=False, soft_wrap=True)
+
+    def _table(self) -> RenderableType:
+        return board_of(self.trials, self.title, self.steps, time.monotonic() - self.started)
+
+
+def point_words(trial: Trial) -> str:
+    """A trial's point in short words."""
+    short = {"weight_decay": "wd", "init_std": "std"}
+    return " ".join(f"{short.get(k, k)} {v:.4g}" for k, v in trial.point.items())
+
+
+def loss_words(trial: Trial) -> str:
+    """How a trial ended, as rich markup."""
+    result = trial.result or {}
+    if trial.state == "PRUNED":
+        return f"[yellow]stopped[/] at step {result.get('step', 0)}, hopeless"
+    loss = result.get("val_loss")
+    return "[red]diverged[/]" if loss is None else f"loss {loss:.4f}"
+
+
+def board_of(trials: Sequence[Trial], title: str, steps: int, seconds: float | None = None) -> RenderableType:
+    """The table of a sweep: how far it is, the best cells with their valleys, the runs in progress.
+
+    ``steps``: of a whole run. ``seconds``: since this worker started.
+    """
+    count = Counter(t.state for t in trials)
+    diverged = sum(t.state == "COMPLETE" and (t.result or {}).get("val_loss") is None for t in trials)
+    facts = [f"{count['COMPLETE'] + count['PRUNED']} of {len(trials)} trials"]
+    facts += [f"{n} {word}" for n, word in ((diverged, "diverged"), (count["PRUNED"], "stopped early")) if n]
+    facts += [f"{n} {word}" for n, word in ((count["RUNNING"], "running"), (count["WAITING"], "waiting")) if n]
+    if seconds is not None:
+        facts.append(f"{int(seconds) // 60}:{int(seconds) % 60:02d}")
+    parts: list[RenderableType] = [Text.assemble((title, "bold"), "  ", " · ".join(facts))]
+    cells: dict[tuple[float, float], list[Trial]] = {}
+    for trial in trials:
+        cells.setdefault((trial.point["weight_decay"], trial.point["init_std"]), []).append(trial)
+    if cells:
+        parts.append(_cells(cells))
+    running = [t for t in trials if t.state == "RUNNING"]
+    if running:
+        parts.append(_running(running, steps))
+    return Group(*parts)
+
+
+def _cells(cells: Mapping[tuple[float, float], Sequence[Trial]]) -> Table:
+    best = {cell: min(found, key=lambda t: t.loss) for cell, found in cells.items()}
+    shown = sorted(cells, key=lambda cell: (best[cell].loss, cell))
+    floor = min(t.loss for t in best.values())
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name, side in (("  weight decay", "right"), ("init std", "right"), ("valley over lr", "left")):
+        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    table.add_column("lowest run", justify="right")
+    table.add_column("at lr", justify="right")
+    for cell in shown[:_CELLS]:
+        loss = best[cell].loss
+        found = math.isfinite(loss)
+        table.add_row(
+            f"{cell[0]:g}",
+            f"{cell[1]:g}",
+            Text(sparkline(cells[cell], floor), style="cyan"),
+            f"{loss:.4f}" if found else "–",
+            f"{best[cell].point['lr']:.3g}" if found else "–",
+        )
+    if len(shown) > _CELLS:
+        table.add_row("", "", Text(f"and {len(shown) - _CELLS} cells more", style="dim"))
+    return table
+
+
+def sparkline(trials: Sequence[Trial], floor: float) -> str:
+    """A cell's losses over log2 lr as blocks, lowest ▁, from ``floor`` up; the seeds of one place are averaged.
+
+    × diverged, ╌ stopped early, ○ running, · waiting. What is far above the valley is cut at █.
+    """
+    places: dict[float, list[Trial]] = {}
+    for trial in trials:
+        places.setdefault(math.log2(trial.point["lr"]), []).append(trial)
+    if len(places) > _COLUMNS:
+        low, high = min(places), max(places)
+        binned: dict[float, list[Trial]] = {}
+        for x, found in places.items():
+            binned.setdefault(round((x - low) / (high - low) * (_COLUMNS - 1)), []).extend(found)
+        places = binned
+    ended = {x: [t.loss for t in found if t.state == "COMPLETE"] for x, found in places.items()}
+    means = {x: sum(losses) / len(losses) for x, losses in ended.items() if losses}
+    finite = sorted(loss for loss in means.values() if math.isfinite(loss))
+    low = min(floor, finite[0]) if finite else floor
+    span = 3 * max(0.02, finite[len(finite) // 2] - low) if finite else 1.0
+    return "".join(_mark(places[x], means.get(x), low, span) for x in sorted(places))
+
+
+def _mark(trials: Sequence[Trial], mean: float | None, low: float, span: float) -> str:
+    if mean is None:
+        states = {t.state for t in trials}
+        return "○" if "RUNNING" in states else "·" if "WAITING" in states else "╌"
+    if not math.isfinite(mean):
+        return "×"
+    return _BLOCKS[min(len(_BLOCKS) - 1, int((mean - low) / span * len(_BLOCKS)))]
+
+
+def _running(trials: Sequence[Trial], steps: int) -> Table:
+    table = Table(box=None, header_style="dim", pad_edge=False)
+    for name in ("  running", "step", "loss", "worker"):
+        table.add_column(name, justify="right" if name in ("step", "loss") else "left")
+    for trial in trials[:_RUNS]:
+        reached = trial.progress or {}
+        quiet = f", {trial.quiet:.0f} s ago" if trial.quiet is not None and trial.quiet > 20 else ""
+        table.add_row(
+            f"  {point_words(trial)}",
+            f"{reached.get('step', 0)}/{steps}",
+            f"{reached['loss']:.3f}" if "loss" in reached else "",
+            Text(f"{(trial.owner or '').rpartition(':')[0]}{quiet}", style="dim"),
+        )
+    if len(trials) > _RUNS:
+        table.add_row(Text(f"  and {len(trials) - _RUNS} more", style="dim"))
+    return table

@@ -1,0 +1,101 @@
+"""Metrics for other viewers: the rows of ``metrics.jsonl``, which stay the record, copied to TensorBoard or W&B.
+
+mirrors = open_mirrors(["tensorboard"], folder)     # optional packages, imported here
+for mirror in mirrors: mirror.follow(run)           # whenever the run has new rows
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mue.lab.sweep.display import Mirror
+from mue.lab.train.run import Run, Store
+
+
+def open_mirrors(kinds: Sequence[str], folder: Path) -> list[Mirror]:
+    """One mirror for each kind. ``ValueError`` for an unknown kind, or naming what to install."""
+    known: dict[str, type[TensorBoard | WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
+    for kind in kinds:
+        if kind not in known:
+            raise ValueError(f"--log takes {' or '.join(known)}, not {kind!r}; metrics.jsonl is always written")
+    try:
+        return [known[kind](folder) for kind in dict.fromkeys(kinds)]
+    except ImportError as error:
+        raise ValueError(f"--log {error.name} needs its package: pip install {error.name}") from error
+
+
+class _Tail:
+    """New whole rows of a run's metrics; a resumed run rewrites the same bytes, so a place in the file stays true."""
+
+    def __init__(self, folder: Path) -> None:
+        self.store, self.read = Store(folder), dict[str, int]()
+
+    def rows(self, run: Run) -> Iterator[dict[str, Any]]:
+        path = self.store.folder(run.key) / "metrics.jsonl"
+        if not path.exists():
+            return
+        with path.open("rb") as file:
+            file.seek(self.read.get(run.key, 0))
+            for line in file:
+                if line.endswith(b"\n"):
+                    self.read[run.key] = self.read.get(run.key, 0) + len(line)
+                    yield json.loads(line)
+
+
+class TensorBoard:
+    """``<folder>/tensorboard/<run key>``; a run that goes on in a new session is written from its first row again."""
+
+    def __init__(self, folder: Path) -> None:
+        import tensorboard  # noqa: F401 - named in the error where it is missing; torch's writer needs it
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder, self.open, self.tail = folder / "tensorboard", SummaryWriter, _Tail(folder)
+        self.writers: dict[str, Any] = {}
+
+    def follow(self, run: Run) -> None:
+        if run.key not in self.writers:
+            shutil.rmtree(self.folder / run.key, ignore_errors=True)
+            self.writers[run.key] = self.open(str(self.folder / run.key))
+            self.writers[run.key].add_text("tuned", json.dumps(run.plan.tuned.to_dict()))
+        for row in self.tail.rows(run):
+            for name, value in scalars(row).items():
+                self.writers[run.key].add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        for writer in self.writers.values():
+            writer.close()
+
+
+class WandB:
+    """One W&B run for each of ours, under its key; project and mode come from W&B's own settings (``WANDB_MODE=offline``)."""
+
+    def __init__(self, folder: Path) -> None:
+        import wandb
+
+        self.wandb, self.folder, self.tail = wandb, folder, _Tail(folder)
+        self.runs: dict[str, Any] = {}
+
+    def follow(self, run: Run) -> None:
+        if run.key not in self.runs:
+            config = {**run.plan.tuned.to_dict(), "seed": run.settings.seed}
+            self.runs[run.key] = self.wandb.init(
+                id=run.key, dir=str(self.folder), config=config, resume="allow", reinit="create_new"
+            )
+        for row in self.tail.rows(run):
+            self.runs[run.key].log(scalars(row), step=row["step"])
+
+    def close(self) -> None:
+        for run in self.runs.values():
+            run.finish()
+
+
+def scalars(row: dict[str, Any]) -> dict[str, float]:
+    """A row's numbers by name; of the experts' load, the busiest one's in each layer, over a fair share."""
+    out = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
+    for layer, shares in enumerate(row.get("load", ())):
+        out[f"load/layer {layer}"] = max(shares) * len(shares)
+    return out

@@ -1,0 +1,264 @@
+"""The report of a sweep, finished or not: where the valley lies, the cells beside each other, who is training what.
+
+Every trial is in ``trials.csv`` beside the page; the page itself stays readable at any number of them.
+"""
+
+from __future__ import annotations
+
+import csv as csv_module
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mue.lab.report import plots
+from mue.lab.report.page import Section, text, write_report
+from mue.lab.sweep.points import why_done
+from mue.lab.sweep.sweep import (
+    Cell,
+    Stored,
+    Swept,
+    as_asked,
+    counted,
+    stored_sweep,
+    summarise,
+    swept_dict,
+    tuned_words,
+)
+from mue.lab.sweep.trials import OPEN, State, Trial
+from mue.lab.train.experiment import SweepSpec
+from mue.lab.valley.fit import Point, Valley, fit_valley
+from mue.util.files import write_atomic
+
+_VALLEYS = 8  # drawn
+_DRAWN = 500  # runs, as vectors: more make a heavy page
+_ROWS = 100  # of a table
+_COLUMNS = 20  # of the map
+COLUMNS = (
+    "trial",
+    "state",
+    "lr",
+    "weight_decay",
+    "init_std",
+    "seed",
+    "val_loss",
+    "loss",
+    "step",
+    "seconds",
+    "worker",
+    "run",
+)
+
+
+def sweep_report(folder: Path, *, csv: Path | None = None, swept: Swept | None = None) -> Path:
+    """Write ``report.html``, its pictures and ``trials.csv`` (and ``csv``) of the sweep in ``folder``.
+
+    From its storage; or from ``swept``, where it has just ended.
+
+    Raises:
+        ValueError: the folder holds no sweep, or its storage cannot be opened.
+    """
+    stored = stored_sweep(folder)
+    spec, trials = (swept.spec, swept.trials) if swept else _read(folder, stored)
+    for path in {folder / "trials.csv", csv or folder / "trials.csv"}:
+        write_trials(path, trials)
+    going = sum(t.state in OPEN for t in trials)
+    sections = []
+    lead = "no run has a loss yet"
+    if any(math.isfinite(t.loss) for t in counted(spec, trials)):
+        swept = swept or summarise(spec, trials)
+        result = swept_dict(swept, stored.identity["data"])
+        lead = ("so far: " if going else "") + tuned_words(swept.tuned)
+        fits = {(c.weight_decay, c.init_std): c.valley for c in swept.cells}
+        sections += [sweep_section(result, fits), *cells_sections(swept.cells)]
+    if why := why_done(spec.grid, trials):
+        sections[:0] = [Section(id="search", title="The search", texts=[text(why + ".")])]
+    sections += [work_section(trials), trials_section(trials)]
+    title = "Sweep of the dense base" + (f", {len(trials) - going} of {len(trials)} trials" if going else "")
+    return write_report(folder, title, lead, sections)
+
+
+def _read(folder: Path, stored: Stored) -> tuple[SweepSpec, Sequence[Trial]]:
+    trials = stored.trials(folder)
+    return as_asked(stored.spec, trials), trials.all()
+
+
+def write_trials(path: Path, trials: Sequence[Trial]) -> None:
+    """Every trial as CSV, by number."""
+
+    def write(temporary: Path) -> None:
+        with temporary.open("w", newline="", encoding="utf-8") as file:
+            rows = csv_module.writer(file)
+            rows.writerow(COLUMNS)
+            rows.writerows(_row(trial) for trial in trials)
+
+    write_atomic(path, write)
+
+
+def _row(trial: Trial) -> list[Any]:
+    result, point = trial.result or {}, [trial.point[name] for name in COLUMNS[2:6]]
+    measured = [result.get(name) for name in COLUMNS[6:10]]
+    state = "diverged" if trial.state == "COMPLETE" and not math.isfinite(trial.loss) else trial.state.lower()
+    return [trial.number, state, *point, *measured, trial.owner, result.get("key")]
+
+
+def sweep_section(
+    result: Mapping[str, Any], fits: Mapping[tuple[float, float], Valley | None] | None = None
+) -> Section:
+    """The sweep's valleys, from its ``result.json``: the best cells'. ``fits``: of each cell, where they are at hand."""
+    tuned, shape, training = result["tuned"], result["identity"]["base"], result["identity"]["training"]
+    ranked = sorted(result["cells"], key=_depth)
+    cells = []
+    for cell in ranked[:_VALLEYS]:
+        place = cell["weight_decay"], cell["init_std"]
+        points = [(math.log2(p["lr"]), p["loss"]) for p in cell["points"]]
+        valley = fits[place] if fits else _refitted(cell["points"])
+        cells.append({"label": f"wd {place[0]:.3g}, std {place[1]:.3g}", "points": points, "valley": valley})
+    best = next(
+        i
+        for i, c in enumerate(ranked)
+        if c["weight_decay"] == tuned["weight_decay"] and c["init_std"] == tuned["init_std"]
+    )
+    stopped = f", {result['stopped']} stopped early" if result.get("stopped") else ""
+    rest = f" The {_VALLEYS} deepest of {len(ranked)} cells are drawn." if len(ranked) > _VALLEYS else ""
+    return Section(
+        id="sweep",
+        title="The one sweep, on the dense base",
+        texts=[
+            text(
+                f"{result['runs']:,} runs of a dense transformer (width {shape['width']}, ffn {shape.get('ffn')}, {shape['layers']} layer{'s' * (shape['layers'] > 1)}),"
+                f" {training['steps']:,} steps of {training['batch']:,} tokens each; {result['diverged']} diverged{stopped}.{rest}"
+            ),
+            text(result["verdict"] + ".", warn=result["edge"] is not None),
+            *(text(warning + ".", warn=True) for warning in result.get("warnings", ())),
+        ],
+        figure=plots.sweep_figure(cells, best),
+        in_page="svg" if result["runs"] <= _DRAWN else "png",
+        caption="Points are runs, lines the fitted valleys, ▼ the fitted minima. ▲ marks runs above the picture, × those that diverged or were stopped.",
+    )
+
+
+def _refitted(points: Sequence[Mapping[str, Any]]) -> Valley | None:
+    found = [Point(math.log2(p["lr"]), math.inf if p["loss"] is None else p["loss"], p["seed"]) for p in points]
+    return fit_valley(found) if any(math.isfinite(p.loss) for p in found) else None
+
+
+def _depth(cell: Mapping[str, Any]) -> tuple[bool, float]:
+    """The cell's place among the others: by fitted minimum, those without one behind, by their lowest run."""
+    if cell["valley"] is not None and cell["valley"]["loss"] is not None:
+        return False, cell["valley"]["loss"]
+    return True, min((p["loss"] for p in cell["points"] if p["loss"] is not None), default=math.inf)
+
+
+def cells_sections(cells: Sequence[Cell]) -> list[Section]:
+    """The cells beside each other, where there is more than one: as a map where both axes have values, and as a table."""
+    if len(cells) < 2:
+        return []
+    lowest = {(c.weight_decay, c.init_std): min(p.loss for p in c.points) for c in cells}
+    ranked = sorted(cells, key=lambda c: (c.depth, lowest[c.weight_decay, c.init_std]))
+    rows = []
+    for cell in ranked[:_ROWS]:
+        found, valley = ["–", "–", "–"], cell.valley
+        if valley is not None and math.isfinite(valley.minimum):
+            low, high = (f"{2.0**x:.3g}" if math.isfinite(x) else "open" for x in valley.interval)
+            found = [f"{2.0**valley.minimum:.3g}", f"{low} to {high}", f"{valley.loss_at_minimum:.4f}"]
+        place = [f"{cell.weight_decay:g}", f"{cell.init_std:g}", str(len(cell.points))]
+        rows.append([*place, *found, _loss_words(lowest[cell.weight_decay, cell.init_std])])
+    fitted = sum(cell.valley is not None for cell in cells)
+    words = f"Of {len(cells)} cells the {fitted} with the lowest runs are fitted." if fitted < len(cells) else ""
+    columns = len({std for _, std in lowest})
+    words += f" No map beside this: {columns} values of init std are more than its {_COLUMNS} columns." * (
+        columns > _COLUMNS
+    )
+    table = Section(
+        id="cells",
+        title="Weight decay and init std: the fitted minima",
+        texts=[text(words)] if words else [],
+        header=["weight decay", "init std", "runs", "lr of the minimum", "95 % interval", "loss there", "lowest run"],
+        rows=rows,
+        fold=f"{len(rows)} of {len(cells)} cells" if len(cells) > 12 else "",
+    )
+    return [table, *_map(lowest)]
+
+
+def _map(lowest: Mapping[tuple[float, float], float]) -> list[Section]:
+    """The lowest loss over (weight decay, init std) as a shaded table; nothing where one has one value only, or too many."""
+    decays, stds = sorted({wd for wd, _ in lowest}), sorted({std for _, std in lowest})
+    finite = sorted(loss for loss in lowest.values() if math.isfinite(loss))
+    if len(decays) < 2 or len(stds) < 2 or len(stds) > _COLUMNS or not finite:
+        return []
+    span = 2 * (finite[len(finite) // 2] - finite[0]) or 1.0  # the best are to be told apart, not the worst
+    losses = [[lowest.get((wd, std)) for std in stds] for wd in decays]
+    return [
+        Section(
+            id="map",
+            title="Weight decay (down) by init std (across): the lowest run of each cell",
+            header=["", *(f"{std:.3g}" for std in stds)],
+            rows=[
+                [f"{wd:.3g}", *("" if x is None else _loss_words(x) for x in row)]
+                for wd, row in zip(decays, losses, strict=True)
+            ],
+            shades=[
+                [0.0, *(0.0 if x is None else max(0.0, 1 - (x - finite[0]) / span) for x in row)] for row in losses
+            ],
+        )
+    ]
+
+
+def _loss_words(loss: float) -> str:
+    return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
+
+
+def work_section(trials: Sequence[Trial]) -> Section:
+    """Who trained how much, and what is going on."""
+    count = Counter(t.state for t in trials)
+    words: dict[State, str] = {
+        "COMPLETE": "done",
+        "PRUNED": "stopped early",
+        "RUNNING": "running",
+        "WAITING": "waiting",
+    }
+    facts = [(word, f"{count[state]:,}") for state, word in words.items() if count[state]]
+    owners: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if trial.owner and trial.state != "WAITING":
+            owners.setdefault(trial.owner, []).append(trial)
+    ranked = sorted(owners.items(), key=lambda entry: -len(entry[1]))
+    rows = [
+        [
+            owner.rpartition(":")[0],
+            str(sum(t.state not in OPEN for t in found)),
+            f"{sum((t.result or {}).get('seconds', 0) for t in found) / 60:.1f}",
+            ", ".join(f"trial {t.number} (word {t.quiet or 0:.0f} s ago)" for t in found if t.state == "RUNNING"),
+        ]
+        for owner, found in ranked[:_ROWS]
+    ]
+    return Section(
+        id="work",
+        title="Who trained it",
+        facts=facts,
+        header=["worker (machine:process)", "trials", "minutes of training", "at work on"],
+        rows=rows,
+        wrap=(3,),
+        fold=f"{len(rows)} of {len(owners)} workers" if len(owners) > 12 else "",
+    )
+
+
+def trials_section(trials: Sequence[Trial]) -> Section:
+    """The trials in a table: all of them, or the best."""
+    best = trials if len(trials) <= 2 * _ROWS else sorted(trials, key=lambda t: (t.loss, t.number))[:_ROWS]
+    rows = []
+    for trial in best:
+        ended = {"COMPLETE": "diverged", "PRUNED": "stopped"}.get(trial.state, trial.state.lower())
+        loss = f"{trial.loss:.4f}" if math.isfinite(trial.loss) else ended
+        point = [f"{trial.point[k]:.4g}" for k in ("lr", "weight_decay", "init_std")]
+        rows.append([str(trial.number), *point, str(trial.seed), loss, (trial.result or {}).get("key", "–")])
+    return Section(
+        id="trials",
+        title="Trials",
+        texts=[text(f"All {len(trials):,} are in trials.csv beside this page.")],
+        header=["trial", "lr", "weight decay", "init std", "seed", "validation loss", "run"],
+        rows=rows,
+        fold="every trial" if len(best) == len(trials) else f"the best {len(rows)}",
+    )

@@ -1,0 +1,334 @@
+"""One worker of a sweep: claims trials, has them trained, tells how they ended; any number of them share one storage.
+
+A thread renews the leases. What the storage says is lost (another worker has it by now) is given up here. Every worker
+stays until the last trial has ended, its own or another's, so that each of them ends with the whole sweep.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import math
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mue.lab.runners.runner import Busy, Done, Progress, Runner
+from mue.lab.sweep.points import proposed
+from mue.lab.sweep.storage import StorageError
+from mue.lab.sweep.trials import OPEN, Curve, State, Trial, Trials
+from mue.lab.train.experiment import Grid
+from mue.lab.train.run import Run, Store
+from mue.lab.valley.pruning import Seen, hopeless, rung
+
+_LOOK = 2.0  # seconds between two looks at the other workers' trials
+_AGAIN = 1.0  # seconds until a run that another process holds is tried again
+_CURVE = 64  # points kept of a training curve
+
+
+class Watch:
+    """Who is told of a sweep as it goes; this one takes no notice."""
+
+    def look(self, trials: Sequence[Trial]) -> None:
+        """Every trial, now and then; running ones with what their workers last said."""
+
+    def ended(self, trial: Trial, run: Run, *, fresh: bool) -> None:
+        """A trial of this worker has ended and was counted; ``fresh``: trained now, not found in the folder."""
+
+    def moved(self, run: Run) -> None:
+        """This worker's run has new rows of metrics."""
+
+    def say(self, words: str) -> None:
+        """Something happened that people should know."""
+
+
+class Worker:
+    """Works on ``trials`` until all have ended.
+
+    Args:
+        run_of: the run of a trial's point. open_runner: called with the first run, when there is one to train.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        trials: Trials,
+        store: Store,
+        run_of: Callable[[dict[str, float]], Run],
+        open_runner: Callable[[Run], Runner],
+        watch: Watch,
+    ) -> None:
+        self.grid, self.trials, self.store, self.run_of, self.watch = grid, trials, store, run_of, watch
+        self.open_runner = open_runner
+        self.runner: Runner | None = None
+        self.name = f"{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self.mine: dict[str, tuple[Trial, Run]] = {}
+        self.reached: dict[str, Progress] = {}
+        self.again: list[tuple[float, Run]] = []  # runs that could not begin yet, and when to try them again
+        self.leaving: set[str] = set()  # lost and told to stop: their last word is still to come
+        self.rungs: dict[str, int] = {}  # passed by each run of ours, where hopeless ones are stopped
+        self.looked = self.claims = -math.inf  # when the others were last looked at; when a claim is next worth trying
+
+    def work(self) -> list[Trial]:
+        """All trials, once each has ended."""
+        with present(self.store.root, self.name), Pulse(self.trials, self.name) as self.pulse:
+            try:
+                while (ended := self._turn()) is None:
+                    pass
+                return ended
+            finally:
+                if self.runner:
+                    self.runner.close()
+                self.trials.database.patience = 5.0  # the lease ends by itself where this cannot be said
+                with suppress(StorageError):
+                    self.trials.release(self.name)
+
+    def _turn(self) -> list[Trial] | None:
+        """Claim, listen, look around; every trial once the sweep is over, else None."""
+        self._drop_lost()
+        now = time.monotonic()
+        if now >= self.claims:
+            self.claims = now if self._claim() else now + _AGAIN
+        if not self.mine or now - self.looked >= _LOOK:
+            found = self._look()
+            if not self.mine and all(t.state not in OPEN for t in found) and not self._propose(found):
+                return found
+        self._listen()
+        return None
+
+    def _slots(self) -> int:
+        return (self.runner.slots if self.runner else 1) - len(self.mine)
+
+    def _claim(self) -> bool:
+        """Take trials while there is room; False where there was none to take."""
+        while self._slots() > 0:
+            trial = self.trials.claim(self.name, {trial.id for trial, _ in self.mine.values()})
+            if trial is None and not self._propose(self.trials.all()):
+                return False
+            if trial is not None:
+                run = self.run_of(trial.point)
+                self.mine[run.key] = (trial, run)
+                self.pulse.hold(trial.id)
+                self.runner = self.runner or self.open_runner(run)
+                self._begin(run)
+        return True
+
+    def _begin(self, run: Run) -> None:
+        assert self.runner is not None
+        if run.key in self.leaving:  # lost and claimed again, faster than its process could stop
+            self.again.append((time.monotonic() + _AGAIN, run))
+        else:
+            self.runner.submit(run)
+
+    def _propose(self, trials: list[Trial]) -> bool:
+        """Add what a search asks for next; False where it asks for nothing (yet)."""
+        points = proposed(self.grid, trials, max(1, self._slots()))
+        added = self.trials.add(points, limit=self.grid.trials) if points else 0
+        return added > 0 or (bool(points) and len(self.trials.all()) > len(trials))  # or another worker was faster
+
+    def _listen(self) -> None:
+        now = time.monotonic()
+        for when, run in [entry for entry in self.again if entry[0] <= now]:
+            self.again.remove((when, run))
+            if run.key in self.mine:
+                self._begin(run)
+        pause = min(_AGAIN, self.pulse.interval)
+        messages = self.runner.wait(pause) if self.runner and (self.mine or self.leaving) else []
+        for message in messages:
+            if isinstance(message, Progress):
+                self._progress(message)
+            elif message.run.key in self.leaving:
+                self.leaving.remove(message.run.key)
+            elif isinstance(message, Busy):
+                self.again.append((now + _AGAIN, message.run))
+            else:
+                self._done(message)
+        if not messages and not self.leaving and len(self.mine) == len(self.again):
+            time.sleep(pause / 2)  # nothing of ours is being trained
+
+    def _progress(self, message: Progress) -> None:
+        held = self.mine.get(message.key)
+        if held is None:
+            return
+        trial, run = held
+        self.reached[message.key] = message
+        self.pulse.note(trial.id, {"step": message.step, "loss": message.loss})
+        self.watch.moved(run)
+        if self.grid.stop_early and self._hopeless(trial, run, message.step):
+            assert self.runner is not None
+            self.runner.stop(message.key)
+
+    def _hopeless(self, trial: Trial, run: Run, step: int) -> bool:
+        """Whether the run has passed another rung and may be stopped there."""
+        assert run.plan.training is not None
+        steps = run.plan.training.steps
+        passed = rung(step, steps)
+        if passed <= self.rungs.get(run.key, 0):
+            return False
+        self.rungs[run.key] = passed
+        cell = [t for t in self.trials.all() if _cell(t) == _cell(trial)]
+        curves = self.trials.curves(cell)
+        others = [_seen(t, curves[t.id]) for t in cell if t.id in curves]
+        return hopeless(_seen(trial, self._curve(run.key)), others, steps)
+
+    def _done(self, message: Done) -> None:
+        key = message.run.key
+        trial, run = self.mine.pop(key)
+        self.claims = -math.inf
+        self.watch.moved(run)
+        curve = _thinned(self._curve(key)) if self.grid.stop_early else ()
+        state: State = "PRUNED" if message.result["status"] == "stopped" else "COMPLETE"
+        counted = self.trials.finish(self.name, trial.id, message.result, state, curve)
+        self.pulse.let_go(trial.id)
+        fresh = self.reached.pop(key, None) is not None
+        self.rungs.pop(key, None)
+        if counted:
+            ended = replace(trial, state=state, result=message.result)
+            self.watch.ended(ended, run, fresh=fresh)
+        else:
+            self.watch.say(f"run {key[:8]} was too late: another worker had taken it over; this result is not counted")
+
+    def _curve(self, key: str) -> list[tuple[int, float]]:
+        return [(row["step"], row["loss"]) for row in self.store.metrics(key)]
+
+    def _drop_lost(self) -> None:
+        if self.pulse.error:
+            raise self.pulse.error
+        lost = self.pulse.take_lost()
+        for key, (trial, _) in list(self.mine.items()):
+            if trial.id in lost:
+                del self.mine[key]
+                self.reached.pop(key, None)
+                self.rungs.pop(key, None)
+                self._leave(key)
+                self.watch.say(
+                    f"run {key[:8]} was taken over by another worker: no word from here for {self.trials.lease:g} s"
+                )
+
+    def _leave(self, key: str) -> None:
+        waiting = [entry for entry in self.again if entry[1].key == key]
+        for entry in waiting:
+            self.again.remove(entry)
+        if not waiting and self.runner:
+            self.leaving.add(key)
+            self.runner.stop(key)
+
+    def _look(self) -> list[Trial]:
+        """Every trial; those of a worker that died on this machine are given back at once."""
+        found = self.trials.all()
+        for owner in {t.owner for t in found if t.state == "RUNNING" and t.owner not in (None, self.name)}:
+            if dead(self.store.root, str(owner)):
+                self.trials.release(str(owner))
+        own = {trial.id: self.reached.get(key) for key, (trial, _) in self.mine.items()}
+        self.watch.look([_with(t, own.get(t.id)) for t in found])
+        self.looked = time.monotonic()
+        return found
+
+
+class Pulse:
+    """A thread that gives signs of life for the trials held, and hears which are lost."""
+
+    def __init__(self, trials: Trials, name: str) -> None:
+        self.trials, self.name = trials, name
+        self.interval = min(10.0, trials.lease / 4)
+        self.error: Exception | None = None
+        self._lock, self._over = threading.Lock(), threading.Event()
+        self._held: dict[int, dict[str, Any] | None] = {}
+        self._lost: set[int] = set()
+
+    def hold(self, trial: int) -> None:
+        """From now on give signs of life for this trial."""
+        with self._lock:
+            self._held[trial] = None
+            self._lost.discard(trial)
+
+    def note(self, trial: int, progress: dict[str, Any]) -> None:
+        """How far a trial is: goes with the next sign of life."""
+        with self._lock:
+            if trial in self._held:
+                self._held[trial] = progress
+
+    def let_go(self, trial: int) -> None:
+        with self._lock:
+            self._held.pop(trial, None)
+
+    def take_lost(self) -> set[int]:
+        """The trials that another worker has by now; each is told of once."""
+        with self._lock:
+            lost, self._lost = self._lost, set()
+            for trial in lost:
+                self._held.pop(trial, None)
+            return lost
+
+    def __enter__(self) -> Pulse:
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._over.set()
+
+    def _beat(self) -> None:
+        while not self._over.wait(self.interval):
+            with self._lock:
+                held = dict(self._held)
+            if not held:
+                continue
+            try:
+                still = self.trials.renew(self.name, held)
+            except Exception as error:  # the main thread raises it
+                self.error = error
+                return
+            with self._lock:
+                self._lost |= (set(held) - still) & set(self._held)
+
+
+@contextmanager
+def present(folder: Path, name: str) -> Iterator[None]:
+    """A locked file in ``folder`` that tells neighbours on this machine that this worker lives: the lock dies with it."""
+    path = folder / "workers" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def dead(folder: Path, name: str) -> bool:
+    """Whether a worker of this machine and folder has died; of any other its lease tells."""
+    if not name.startswith(f"{platform.node()}:"):
+        return False
+    path = folder / "workers" / name
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+            return True
+    except (FileNotFoundError, BlockingIOError):
+        return False
+
+
+def _cell(trial: Trial) -> tuple[float, float]:
+    return trial.point["weight_decay"], trial.point["init_std"]
+
+
+def _seen(trial: Trial, curve: Curve) -> Seen:
+    return Seen(math.log2(trial.point["lr"]), trial.seed, curve, trial.loss if trial.state == "COMPLETE" else None)
+
+
+def _with(trial: Trial, reached: Progress | None) -> Trial:
+    """The trial with what this worker knows of it, which is newer than what the storage has."""
+    return replace(trial, progress={"step": reached.step, "loss": reached.loss}, quiet=0.0) if reached else trial
+
+
+def _thinned(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    every = -(-len(curve) // _CURVE) or 1
+    return [(step, round(loss, 4)) for step, loss in curve[::-every][::-1]]

@@ -1,0 +1,94 @@
+"""Checkpoints: one safetensors file with weights, buffers and optimizer state; no pickle, replaced atomically."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from mue.util.files import write_atomic
+
+
+def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Replace ``path`` by the present state; on any error (a full disk, say) the old file stays as it was.
+
+    Tensors are named ``model/NAME`` and ``optimizer/NAME/KEY``; ``state`` travels as JSON in the header.
+    """
+    tensors = {f"model/{name}": value for name, value in _unique(model).items()}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
+    contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
+    _write(path, contiguous, state)
+
+
+def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, run: str, plan: str) -> dict[str, Any]:
+    """Put a checkpoint's state into model and optimizer; returns what :func:`save` was given as ``state``.
+
+    Raises:
+        ValueError: the file is damaged, or belongs to another run or plan than ``run`` and ``plan``.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            state: dict[str, Any] = json.loads((file.metadata() or {}).get("mue", "{}"))
+            if state.get("run") != run:
+                raise ValueError(
+                    f"{path} is a checkpoint of run {state.get('run')} (plan {state.get('plan')}), not of run {run}"
+                    f" (plan {plan}): use another folder, or remove it to start over"
+                )
+            own = _unique(model)
+            stored = {name for name in file.keys() if name.startswith("model/")}  # noqa: SIM118 - not a dict
+            if stored != {f"model/{name}" for name in own}:
+                odd = sorted(stored ^ {f"model/{name}" for name in own})[0]
+                raise ValueError(
+                    f"{path} is damaged: {odd} is in the file or in the model, not in both; remove it to start over"
+                )
+            own_state: dict[str, dict[str, torch.Tensor]] = {}
+            for name in file.keys():  # noqa: SIM118 - not a dict
+                kind, _, rest = name.partition("/")
+                if kind == "model":
+                    own[rest].copy_(file.get_tensor(name))
+                else:
+                    parameter, _, key = rest.rpartition("/")
+                    own_state.setdefault(parameter, {})[key] = file.get_tensor(name).to(own[parameter].device)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it to start over") from error
+    for name, parameter in model.named_parameters():
+        if name in own_state:
+            optimizer.state[parameter] = own_state[name]
+    return state
+
+
+def save_weights(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
+    """The weights alone (and the balance biases), for use elsewhere."""
+    _write(path, {name: value.detach().contiguous() for name, value in _unique(model).items()}, metadata)
+
+
+def _unique(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The state dict without the second name of tied tensors, which safetensors refuses."""
+    seen: set[int] = set()
+    kept = {}
+    for name, value in model.state_dict(keep_vars=True).items():
+        if id(value) not in seen:
+            seen.add(id(value))
+            kept[name] = value.detach()
+    return kept
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    def write(temporary: Path) -> None:
+        try:
+            save_file(tensors, temporary, {"mue": json.dumps(state)})
+        except SafetensorError as error:  # the library's word for an I/O error
+            raise OSError(str(error)) from error
+
+    try:
+        write_atomic(path, write)
+    except OSError as error:
+        kept = " (the last good one is kept)" if path.exists() else ""
+        raise OSError(f"cannot write checkpoint {path}{kept}: {error}") from error

@@ -1,0 +1,178 @@
+"""One training run as data: what it is keyed by, where it lives, and whether it is done.
+
+The truth of a run is ``<store>/runs/<key>/result.json``, written atomically. The key is a hash of the run's
+*effective* values (shape, multipliers, per-role settings, schedule, data, seed), so that two rules which agree share
+their runs, and a finished run is never run again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mue.plan.plan import PlanData
+from mue.plan.replan import inputs_from_dict
+from mue.plan.transfer import plan_of
+from mue.util.errors import positive, positive_int
+from mue.util.files import digest
+
+SCHEDULES = ("wsd", "cosine")
+PRECISIONS = ("fp32", "bf16")
+BALANCES = ("bias", "loss", "none")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run needs beyond its plan and its data.
+
+    Attributes:
+        seed: of the init and of the order of the batches.
+        schedule: ``"wsd"`` (warmup, stable, linear decay over the last ``decay`` of the steps) or ``"cosine"``.
+        precision: ``"fp32"``, or ``"bf16"`` autocast.
+        balance: of experts: ``"bias"`` (aux-loss-free), ``"loss"`` (with the plan's coefficients) or ``"none"``.
+        eval_every: steps between validations (0: only at the end). eval_sequences: how many each validation reads.
+        log_every: steps between rows of metrics.
+    """
+
+    seed: int = 0
+    schedule: str = "wsd"
+    decay: float = 0.2
+    precision: str = "fp32"
+    balance: str = "bias"
+    eval_every: int = 0
+    eval_sequences: int = 128
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("balance", BALANCES)):
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
+            raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}")
+        positive("decay", self.decay, zero=True, below=1)
+        for name in ("eval_sequences", "log_every"):
+            positive_int(name, getattr(self, name))
+        if self.eval_every:
+            positive_int("eval_every", self.eval_every)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A plan with its settings on one corpus (``data``: its content hash and how to load it again)."""
+
+    plan: PlanData
+    settings: Settings
+    data: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        if self.plan.training is None:
+            raise ValueError("a run needs [training]: batch in tokens per step, and steps")
+        tuned = self.plan.tuned
+        if tuned.optimizer != "adamw":
+            raise ValueError(
+                f"the lab trains with AdamW, the plan is for {tuned.optimizer}: use another trainer (plan.param_groups)"
+            )
+        if tuned.balance and self.settings.balance != "loss" and any(b.experts for b in self.plan.target.blocks):
+            raise ValueError(
+                f'balance = {tuned.balance:g} is the coefficient of a loss that [run] balance = "loss" turns on: set it, or leave it out'
+            )
+        if self.settings.balance == "loss" and not tuned.balance:
+            raise ValueError('[run] balance = "loss" needs its coefficient: [tuned] balance = 0.01, say')
+        sequence, batch = self.plan.target.sequence, self.plan.training.batch
+        if batch % sequence:
+            raise ValueError(f"batch = {batch} tokens per step is not a whole number of sequences of {sequence} tokens")
+
+    @property
+    def effective(self) -> dict[str, Any]:
+        """Everything that decides the run's numbers, and nothing else."""
+        plan = self.plan
+        blocks = [
+            {
+                "layers": block.layers,
+                "roles": {role: dict(p.values.items()) for role, p in block.roles.items() if p.count},
+            }
+            for block in plan.blocks
+        ]
+        unchanged = plan.to_dict()["unchanged"]
+        moe = any(block.is_moe for block in plan.target.blocks)
+        if not moe:  # a dense model reads none of these
+            unchanged = {k: v for k, v in unchanged.items() if k not in ("balance", "z", "bias_speed")}
+        shape = plan.target.to_dict()
+        shape.pop("output_multiplier")
+        settings = asdict(self.settings)
+        if not moe:
+            settings.pop("balance")
+        return {
+            "shape": shape,
+            "multipliers": asdict(plan.multipliers),
+            "blocks": blocks,
+            "betas": list(plan.betas),
+            "unchanged": unchanged,
+            "training": {"batch": plan.training.batch, "steps": plan.training.steps} if plan.training else None,
+            "settings": settings,
+            "data": self.data["hash"],
+        }
+
+    @cached_property
+    def key(self) -> str:
+        """16 hex digits over :attr:`effective`."""
+        return digest(self.effective)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"plan": self.plan.inputs.to_dict(), "settings": asdict(self.settings), "data": self.data}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Run:
+        return cls(plan_of(inputs_from_dict(data["plan"])), Settings(**data["settings"]), data["data"])
+
+
+class BusyError(RuntimeError):
+    """Another process is training this run right now."""
+
+
+class Store:
+    """A folder of runs: ``runs/<key>/{config,result}.json, metrics.jsonl, checkpoint.safetensors``."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def folder(self, key: str) -> Path:
+        return self.root / "runs" / key
+
+    def result(self, key: str) -> dict[str, Any] | None:
+        """The run's result, or None while it has none. ``ValueError`` if the file is not one of ours."""
+        path = self.folder(key) / "result.json"
+        try:
+            result = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is not a result ({error}): remove that folder to run it again") from error
+        if not isinstance(result, dict) or result.get("key") != key:
+            raise ValueError(f"{path} belongs to another run: remove that folder to run it again")
+        return result
+
+    def metrics(self, key: str) -> list[dict[str, Any]]:
+        """The run's metric rows so far."""
+        path = self.folder(key) / "metrics.jsonl"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+    @contextmanager
+    def locked(self, key: str) -> Iterator[Path]:
+        """The run's folder, held by this process alone; the lock dies with the process. Raises :class:`BusyError`."""
+        folder = self.folder(key)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise BusyError(f"run {key} is being trained by another process") from None
+            yield folder

@@ -1,0 +1,252 @@
+"""Many variants of one model trained as one program: weights with a leading axis of variants, one optimizer step for all.
+
+    stack = Stack(course, size=8)   # of a run of the kind
+    stack.put(0, course)            # the run moves in: from now on its model and optimizer are views of the stack's tensors
+    stack.step()                    # a step of every run in it, each with its own batch, schedule and settings
+    stack.drop(0)                   # and out again; the others notice nothing
+
+The leading axis is explicit in the model (``mue.lab.models.language`` broadcasts over it) rather than made by ``torch.func.vmap``: routing to experts
+depends on the data and writes in place, which vmap cannot follow, and a batched product is what vmap would make of a dense model anyway.
+Nothing in the program mixes variants (no sum, norm or product runs over their axis, except the sum whose gradient is 1 for each), so a
+variant that diverges takes its own slice along and nothing else.
+
+Shape suffixes: V variants, B sequences, T tokens, N tensors of one size, S elements of one.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mue.lab.models.language import LanguageModel, TransformerBlock
+from mue.lab.models.stacked_moe import StackedMoE
+from mue.lab.train.run import Run
+from mue.lab.train.session import Course
+from mue.lab.train.step import autocast, compile_blocks, objective, uncompiled
+from mue.util.files import digest
+
+
+def stack_kind(run: Run) -> str:
+    """Runs of one kind can share a stack: what is left out here may differ from variant to variant."""
+    said = run.effective
+    settings = {k: v for k, v in said["settings"].items() if k in ("precision", "balance", "eval_sequences")}
+    batch = said["training"]["batch"]
+    return digest([said["shape"], said["multipliers"], said["data"], batch, settings, run.plan.tuned.z > 0])
+
+
+class Bank:
+    """All parameters of one size, of all variants, with their gradients and Adam's two moments.
+
+    Attributes:
+        names: of the N parameters. weight_NVS, grad_NVS, mean_NVS, square_NVS, step_NV.
+        setting_3NV1: peak lr, weight decay and eps.
+    """
+
+    def __init__(self, named: dict[str, nn.Parameter], variants: int) -> None:
+        self.names = list(named)
+        like = next(iter(named.values()))
+        self.weight_NVS, self.grad_NVS, self.mean_NVS, self.square_NVS = (
+            like.new_zeros(len(named), variants, like.numel()) for _ in range(4)
+        )
+        self.step_NV = like.new_zeros(len(named), variants, dtype=torch.float32)  # what torch counts steps in
+        self.setting_3NV1 = like.new_ones(3, len(named), variants, 1)
+
+    def put(self, i: int, variant: int, parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> None:
+        """Take over parameter ``i`` of a variant; it and its optimizer's state become views."""
+        views = []
+        for bank, value in (
+            (self.weight_NVS, parameter.data),
+            (self.mean_NVS, state.get("exp_avg")),
+            (self.square_NVS, state.get("exp_avg_sq")),
+        ):
+            view = bank[i, variant].view(parameter.shape)
+            view.zero_() if value is None else view.copy_(value)
+            views.append(view)
+        parameter.data, state["exp_avg"], state["exp_avg_sq"] = views
+        state["step"] = self.step_NV[i, variant]
+        for setting_NV1, key in zip(self.setting_3NV1, ("initial_lr", "weight_decay", "eps"), strict=True):
+            setting_NV1[i, variant] = group[key]
+
+
+class Stack:
+    """``size`` places for runs of one kind, computed together.
+
+    Attributes:
+        courses: the run in each place, or None. An empty place costs as much as a full one and has all weights zero.
+    """
+
+    def __init__(self, example: Course, size: int, *, compiled: bool = False) -> None:
+        model = example.model
+        self.settings, self.device, self.compiled = example.settings, example.device, compiled
+        self.courses: list[Course | None] = [None] * size
+        self.idle = copy.deepcopy(model)  # what the empty places route with
+        self.model = copy.deepcopy(model)
+        self.banks = _stack_parameters(self.model, size)
+        self.moes = [moe for moe in _moes(self.model) if isinstance(moe, StackedMoE)]
+        for place in range(size):
+            self._route(place, self.idle)
+        if compiled:
+            compile_blocks(self.model)
+        self.adamw_ = torch.compile(adamw_, dynamic=True) if compiled else adamw_
+
+    @property
+    def inside(self) -> list[tuple[int, Course]]:
+        """(place, course) of every run under way."""
+        return [(place, course) for place, course in enumerate(self.courses) if course is not None]
+
+    @torch.no_grad()
+    def put(self, place: int, course: Course) -> None:
+        """A run moves in, with whatever state its optimizer has. Its model must not be trained by other means while it is here."""
+        named = dict(course.model.named_parameters())
+        groups = {p: group for group in course.optimizer.param_groups for p in group["params"]}
+        for bank in self.banks:
+            bank.step_NV[:, place] = course.step
+            for i, name in enumerate(bank.names):
+                bank.put(i, place, named[name], groups[named[name]], course.optimizer.state[named[name]])
+        self._route(place, course.model)
+        self.courses[place] = course
+        course.stacked, course.compiled = max(course.stacked, len(self.courses)), self.compiled
+
+    @torch.no_grad()
+    def drop(self, place: int) -> None:
+        """Empty a place: what was in it, finite or not, is gone."""
+        for bank in self.banks:
+            for values in (bank.weight_NVS, bank.mean_NVS, bank.square_NVS):
+                values[:, place] = 0
+            bank.setting_3NV1[:, :, place] = 1
+        self._route(place, self.idle)
+        self.courses[place] = None
+
+    def step(self) -> None:
+        """One step of every run inside, its bookkeeping included; a run that ends stays until it is dropped."""
+        tokens_VBT, targets_VBT = self._batches()
+        for bank in self.banks:
+            bank.grad_NVS.zero_()
+        with autocast(self.device, self.settings):
+            output = self.model(tokens_VBT, targets_VBT)
+        tuned = [course.tuned if course else None for course in self.courses]
+        balance, z = (self._each([getattr(t, name) if t else 0.0 for t in tuned]) for name in ("balance", "z"))
+        objective(output, balance, z).sum().backward()  # type: ignore[no-untyped-call]
+        norms = self._clip_()
+        self._update_()
+        losses, loads = output.loss.tolist(), [r.stats["load"] for r in output.routings]
+        for place, course in self.inside:
+            if self.settings.balance == "bias":
+                course.model.update_bias_(course.tuned.bias_speed)
+            course.advance(losses[place])
+        held = self._validate()
+        for place, course in self.inside:
+            norm = None if course.tuned.clip is None else norms[place]
+            course.record(norm, [load_VN[place] for load_VN in loads], held.get(place))
+
+    def _batches(self) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (V, B, T): every run's own, drawn once where runs share seed and step."""
+        drawn: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        for _, course in self.inside:
+            order = course.settings.seed, course.step
+            if order not in drawn:
+                drawn[order] = course.batches.at(course.step)
+        idle = next(iter(drawn.values()))  # an empty place computes on anything
+        pairs = [drawn.get((c.settings.seed, c.step), idle) if c else idle for c in self.courses]
+        tokens, targets = (torch.stack(part).to(self.device) for part in zip(*pairs, strict=True))
+        return tokens, targets
+
+    def _each(self, values: list[float]) -> Tensor:
+        """(V,) of the weights' type."""
+        return torch.tensor(values, dtype=torch.float64).to(self.banks[0].weight_NVS)
+
+    @torch.no_grad()
+    def _clip_(self) -> list[float]:
+        """Scale the gradients of the runs that clip; the norms before it (empty where none clips)."""
+        limits = [
+            math.inf if course is None or course.tuned.clip is None else course.tuned.clip for course in self.courses
+        ]
+        if all(math.isinf(limit) for limit in limits):
+            return []
+        square_V = sum(bank.grad_NVS.square().sum((0, 2)) for bank in self.banks)
+        assert isinstance(square_V, Tensor)
+        norm_V = square_V.sqrt()
+        scale_V1 = (self._each(limits) / (norm_V + 1e-6)).clamp(max=1.0)[:, None]  # as nn.utils.clip_grad_norm_
+        for bank in self.banks:
+            bank.grad_NVS.mul_(scale_V1)
+        return norm_V.tolist()
+
+    @torch.no_grad()
+    def _update_(self) -> None:
+        rows = []
+        for course in self.courses:
+            step = course.step + 1 if course else 1
+            beta1, beta2 = course.plan.betas if course else (0.0, 0.0)
+            rows.append([step, course.factor if course else 0.0, beta1, beta2, 1 - beta1**step, 1 - beta2**step])
+        like = self.banks[0].weight_NVS
+        table = torch.tensor(rows, dtype=torch.float64).to(like.device)
+        step_V, (factor, *betas) = table[:, 0], (column.to(like.dtype)[:, None] for column in table[:, 1:].unbind(1))
+        for bank in self.banks:
+            bank.step_NV.copy_(step_V.expand_as(bank.step_NV))
+            lr, decay, eps = bank.setting_3NV1
+            self.adamw_(bank.weight_NVS, bank.grad_NVS, bank.mean_NVS, bank.square_NVS, lr * factor, decay, eps, *betas)
+
+    @torch.no_grad()
+    def _validate(self) -> dict[int, float]:
+        """Place → validation loss of the runs for which one is due: together where they are several."""
+        due = {place: course for place, course in self.inside if course.due}
+        if len(due) < 2:
+            return {place: course.validate() for place, course in due.items()}
+        models = [self.model, self.idle, *(course.model for _, course in self.inside)]
+        for model in models:
+            model.eval()
+        columns = []
+        for x, y in next(iter(due.values())).validation:
+            both = (t.to(self.device).expand(len(self.courses), *t.shape) for t in (x, y))
+            with autocast(self.device, self.settings), uncompiled(self.compiled):
+                columns.append(self.model(*both).loss.tolist())
+        for model in models:
+            model.train()
+        return {place: math.fsum(column[place] for column in columns) / len(columns) for place in due}
+
+    def _route(self, place: int, model: LanguageModel) -> None:
+        """The place routes with the routers of ``model``."""
+        for moe, layer in zip(self.moes, _moes(model), strict=True):
+            moe.layers[place] = layer
+
+
+def adamw_(
+    weight: Tensor, grad: Tensor, mean: Tensor, square: Tensor, lr: Tensor, decay: Tensor, eps: Tensor,
+    beta1: Tensor, beta2: Tensor, correction1: Tensor, correction2: Tensor,
+) -> None:  # fmt: skip
+    """The step of torch.optim.AdamW (1711.05101, algorithm 2) in place, with settings that broadcast against the tensors.
+
+    Args:
+        mean, square: Adam's moments. correction1, correction2: 1 − beta^step.
+    """
+    mean.lerp_(grad, 1 - beta1)
+    square.mul_(beta2).addcmul_(grad, grad * (1 - beta2))
+    weight.mul_(1 - lr * decay)
+    weight.sub_(lr / correction1 * mean / ((square / correction2).sqrt() + eps))
+
+
+def _stack_parameters(model: LanguageModel, variants: int) -> list[Bank]:
+    """Give every parameter of ``model`` a leading axis of variants, as views of banks with their gradients."""
+    for block in model.blocks:
+        assert isinstance(block, TransformerBlock)
+        if block.moe is not None:
+            block.moe = StackedMoE(block.moe, variants)  # type: ignore[assignment]
+    sizes: dict[int, dict[str, nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        sizes.setdefault(parameter.numel(), {})[name] = parameter
+    banks = [Bank(named, variants) for named in sizes.values()]
+    for bank, named in zip(banks, sizes.values(), strict=True):
+        for old, weight, grad in zip(named.values(), bank.weight_NVS, bank.grad_NVS, strict=True):
+            stacked = nn.Parameter(weight.view(variants, *old.shape))
+            stacked.grad = grad.view(stacked.shape)
+            for module in model.modules():  # a tied tensor has two places
+                module._parameters.update({k: stacked for k, p in module._parameters.items() if p is old})
+    return banks
+
+
+def _moes(model: LanguageModel) -> list[Any]:
+    return [block.moe for block in model.blocks if block.moe is not None]

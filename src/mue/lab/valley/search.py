@@ -1,0 +1,243 @@
+"""Where to train next so that the valley's minimum is known with the fewest runs, and when it is.
+
+    space = Space(lr=(1e-4, 1e-1), weight_decay=(0.1,), init_std=(0.02,), seeds=(0, 1, 2), precision=0.25, budget=40)
+    while points := next_points(space, results, running, count=idle_workers):
+        ...                                       # train them; results arrive in any order
+    print(verdict(space, results).why)
+
+A search starts with three learning rates far apart and halves the bracket around the lowest; from then on each run goes
+where it narrows the place of the minimum most (``mue.lab.valley.placement``). A cell is one weight decay and init std: those
+that may still be the best share the runs. Both functions are pure: the same results in any order give the same answer,
+so any number of workers may ask, and a search that was killed goes on from its results alone. Learning rates lie on a
+lattice of about an eighth of an octave.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from mue.lab.valley.fit import Point, Valley
+from mue.lab.valley.search_cell import Cell, Lattice
+
+__all__ = ["Asked", "CellFound", "Observation", "Space", "Verdict", "next_points", "verdict"]
+
+_LATTICE = 8  # learning rates per octave
+_SURVEY = (1 / 2, 1 / 6, 5 / 6)  # shares of the range that are always tried: a second valley must not be missed unseen
+_COARSE = (
+    1 / 3,
+    2 / 3,
+    0.0,
+    1.0,
+)  # and those that are where they lie next to the lowest, in the order they are asked for
+_NEAR = (0.0, -1.5, 1.5, -3.0, 3.0)  # octaves from another cell's minimum, where one is known
+_EXTENSION, _EXTENSIONS = 2.0, 3  # octaves at a time beyond an end of the range, and how often
+_MAYBE, _SURE = 0.2, 0.9  # chance of a minimum beyond an end: to look there if one may, and to call it an edge
+_DOUBT = 2.0  # standard deviations that a cell's depth may be off
+
+
+@dataclass(frozen=True)
+class Space:
+    """What a search may ask for, and what it is to reach.
+
+    lr: the ends of the range. weight_decay, init_std: the values to choose among. seeds: of the replicates; the more, the
+    better, since runs of one seed err together. precision: octaves; the search stops when the 95 % interval of the minimum
+    is no wider than twice this. budget: runs in all, diverged and stopped ones included. extend: go beyond an end of the
+    range at which the minimum lies, at most six octaves.
+    """
+
+    lr: tuple[float, float]
+    weight_decay: tuple[float, ...]
+    init_std: tuple[float, ...]
+    seeds: tuple[int, ...] = (0, 1, 2)
+    precision: float = 0.25
+    budget: int = 40
+    extend: bool = False
+
+    def __post_init__(self) -> None:
+        low, high = self.lr
+        if not (0 < low < high and math.isfinite(high)):
+            raise ValueError(f"lr must be the two ends of a range, the lower first, got {low:g} and {high:g}")
+        for name in ("weight_decay", "init_std", "seeds"):
+            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
+                raise ValueError(f"{name} must list at least one value and none twice, got {list(getattr(self, name))}")
+        if not (math.isfinite(self.precision) and self.precision > 0):
+            raise ValueError(f"precision must be a positive number of octaves, got {self.precision}")
+        if self.budget < 1:
+            raise ValueError(f"the budget must be at least one run, got {self.budget}")
+
+    @property
+    def cells(self) -> tuple[tuple[float, float], ...]:
+        """Every (weight decay, init std)."""
+        return tuple((wd, std) for std in self.init_std for wd in self.weight_decay)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One run to make."""
+
+    lr: float
+    weight_decay: float
+    init_std: float
+    seed: int
+
+    @property
+    def values(self) -> dict[str, float]:
+        """The tuned values, as a sweep names them."""
+        return {"lr": self.lr, "weight_decay": self.weight_decay, "init_std": self.init_std}
+
+
+@dataclass(frozen=True)
+class Observation:
+    """What became of a run. loss: NaN or inf where it has none: it diverged, or was stopped as hopeless."""
+
+    asked: Asked
+    loss: float
+
+
+@dataclass(frozen=True)
+class CellFound:
+    """The valley of one weight decay and init std; None where no run has a loss yet."""
+
+    weight_decay: float
+    init_std: float
+    valley: Valley | None
+    runs: int
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is known so far.
+
+    done: nothing more is asked for. why: in a sentence, with what would help. reached: half the width of the interval of
+    the minimum in octaves, inf where a side has no bound. interval: of log2 lr, of the best cell.
+    """
+
+    done: bool
+    why: str
+    cells: tuple[CellFound, ...]
+    best: CellFound | None
+    interval: tuple[float, float]
+    reached: float
+
+
+def next_points(space: Space, results: Sequence[Observation], running: Sequence[Asked], count: int) -> list[Asked]:
+    """Up to ``count`` runs to start now; empty when the search is done, or must wait for what is running."""
+    asked: list[Asked] = []
+    if verdict(space, results).done:
+        return asked
+    while len(asked) < min(count, space.budget - len(results) - len(running)):
+        more = _Search(space, tuple(results), (*running, *asked)).ask()
+        if more is None:
+            break
+        asked.append(more)
+    return asked
+
+
+def verdict(space: Space, results: Sequence[Observation]) -> Verdict:
+    """What the results say, and whether that is enough."""
+    return _Search(space, tuple(results), ()).verdict()
+
+
+@dataclass(frozen=True)
+class _Search:
+    space: Space
+    results: tuple[Observation, ...]
+    running: tuple[Asked, ...]
+
+    @cached_property
+    def cells(self) -> tuple[Cell, ...]:
+        def cell(wd: float, std: float) -> Cell:
+            ended = (r for r in self.results if (r.asked.weight_decay, r.asked.init_std) == (wd, std))
+            points = [Point(math.log2(r.asked.lr), r.loss, r.asked.seed) for r in ended]
+            under_way = [(math.log2(a.lr), a.seed) for a in self.running if (a.weight_decay, a.init_std) == (wd, std)]
+            return Cell(wd, std, tuple(sorted(points, key=lambda p: (p.log2_lr, p.seed))), tuple(sorted(under_way)))
+
+        return tuple(cell(wd, std) for wd, std in self.space.cells)
+
+    @cached_property
+    def best(self) -> Cell | None:
+        """The deepest cell; while none has a curve, the one with the lowest loss."""
+        some = [(c, c.valley) for c in self.cells if c.valley]
+        return min(some, key=lambda pair: (pair[0].depth[0], pair[1].loss_at_minimum))[0] if some else None
+
+    @cached_property
+    def asked_for(self) -> Lattice:
+        low, high = (math.log2(end) for end in self.space.lr)
+        count = max(2, math.ceil((high - low) * _LATTICE))
+        return Lattice(low, (high - low) / count, count)
+
+    @cached_property
+    def lattice(self) -> Lattice:
+        """The range, extended where that is allowed and the minimum lies beyond it."""
+        lattice = self.asked_for
+        for _ in range(_EXTENSIONS if self.space.extend and self.best else 0):
+            assert self.best is not None
+            end = self.best.beyond(lattice.low, lattice.high, _MAYBE)
+            lattice = lattice.extended(_EXTENSION, end) if end else lattice
+        return lattice
+
+    def ask(self) -> Asked | None:
+        """The next run; None when nothing is left to ask for before more results are in."""
+        for cell in self.cells:
+            place = self._coarse(cell)
+            if place:
+                return self._asked(cell, place)
+        for cell in sorted(self._contenders, key=lambda c: c.depth[0] - _DOUBT * c.depth[1]):
+            place = cell.doubtful(self.lattice, self.space.seeds) or cell.telling(self.lattice, self.space.seeds)
+            if place:
+                return self._asked(cell, place)
+        return None
+
+    def _asked(self, cell: Cell, place: tuple[float, int]) -> Asked:
+        return Asked(2.0 ** place[0], cell.weight_decay, cell.init_std, place[1])
+
+    def _coarse(self, cell: Cell) -> tuple[float, int] | None:
+        """The next learning rate to begin with: over the range, or near the minimum of another cell; the ends last."""
+        known = [c.valley.minimum for c in self.cells if c is not cell and c.belief and c.valley]
+        low, high = self.asked_for.low, self.asked_for.high
+        ends = self.lattice.low, self.lattice.high
+        if known:
+            return cell.coarse((), [*(known[0] + d for d in _NEAR), *ends], self.lattice, self.space.seeds[0])
+        survey, near = ([low + share * (high - low) for share in shares] for shares in (_SURVEY, _COARSE))
+        return cell.coarse(survey, [*near, *ends], self.lattice, self.space.seeds[0])
+
+    @cached_property
+    def _contenders(self) -> list[Cell]:
+        """The best cell, and those that may still be deeper by more than the noise of a run."""
+        if self.best is None or self.best.belief is None:
+            return []
+        bar = self.best.depth[0] - self.best.belief.noise
+        return [c for c in self.cells if c.belief and (c is self.best or c.depth[0] - _DOUBT * c.depth[1] < bar)]
+
+    def verdict(self) -> Verdict:
+        cells = tuple(CellFound(c.weight_decay, c.init_std, c.valley, len(c.points)) for c in self.cells)
+        spent = len(self.results) >= self.space.budget
+        if self.best is None or self.best.valley is None:
+            why = "every run diverged: search smaller learning rates" if self.results else "no run has ended yet"
+            return Verdict(spent or self._exhausted, why, cells, None, (-math.inf, math.inf), math.inf)
+        valley, best = self.best.valley, cells[self.cells.index(self.best)]
+        low, high = valley.interval
+        reached = (high - low) / 2
+        surveyed = all(self._coarse(c) is None for c in self.cells)
+        settled = surveyed and len(self._contenders) == 1 and not self._doubtful
+        said = "; ".join(filter(None, (valley.verdict, valley.warning)))
+        if settled and valley.determined and reached <= self.space.precision:
+            return Verdict(True, f"precise enough: {said}", cells, best, valley.interval, reached)
+        if settled and self.best.beyond(self.lattice.low, self.lattice.high, _SURE):
+            return Verdict(True, f"at the edge: {said}", cells, best, valley.interval, reached)
+        if spent or self._exhausted:
+            what = "the budget is spent" if spent else "every learning rate and seed has run"
+            return Verdict(True, f"{what}: {said}", cells, best, valley.interval, reached)
+        return Verdict(False, said, cells, best, valley.interval, reached)
+
+    @property
+    def _doubtful(self) -> bool:
+        return any(c.doubtful(self.lattice, self.space.seeds) for c in self._contenders)
+
+    @property
+    def _exhausted(self) -> bool:
+        """Nothing is left to ask for, with everything ended."""
+        return bool(self.results) and self.ask() is None

@@ -1,0 +1,141 @@
+"""Moments of gates that do not sum to one, measured on the family's own router code: what ``gate_moments`` of a plan takes."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mue.layouts.layout import canonical, pattern_of
+from mue.layouts.observe.axis_sizes import Build, attributes, sizes
+from mue.layouts.observe.describe import Description, ask
+from mue.layouts.observe.gates import Gates, watch_gates
+from mue.layouts.transformers.families import NESTED
+from mue.layouts.transformers.shape import ACTIVE
+from mue.layouts.transformers.tiny import numbers, parts, shrunk_enough, text_config
+
+GROUPS = r"(moe_)?(num_|n_)?expert_groups?|n_group|num_expert_group|topk_group|limited_groups"
+SMALL = {"expert width": 16, "shared width": 16, "ffn": 64}  # nothing that a router reads
+VOCABULARY = 2048
+
+
+@dataclass(frozen=True)
+class Moments:
+    """(E[Σw], E[Σw²]) over tokens at init, the model's own scale included (conventions 9), each with its standard error.
+
+    ``draws`` counts independent routers: tokens of one router share its weights, so the error is that of a mean over routers.
+    """
+
+    m1: float
+    m2: float
+    error1: float
+    error2: float
+    draws: int
+    tokens: int
+    router_std: float
+
+    @property
+    def pair(self) -> tuple[float, float]:
+        return self.m1, self.m2
+
+    @property
+    def how(self) -> str:
+        """The plan's line, and how it was found."""
+        return (
+            f"gate_moments = [{self.m1:.6g}, {self.m2:.6g}]  # ± {self.error1:.1g}, {self.error2:.1g} over {self.draws} routers"
+            f" of std {self.router_std:.4g}, {self.tokens:,} tokens each"
+        )
+
+
+def measure_gates(
+    config: Any,
+    build: Build,
+    description: Description,
+    *,
+    router_std: float | None = None,
+    draws: int = 8,
+    tokens: int = 2048,
+    seed: int = 0,
+) -> Moments:
+    """Run the model's own first router at init on random tokens and average over tokens and draws.
+
+    Width, experts, active experts and groups are the config's; all that routers do not see is small. What they see is what
+    the model's norms hand them, so a wider or differently drawn model has other moments.
+
+    Args:
+        description: of the config. router_std: of the router's weights; the planned one is tuned.init_std·√(base width/width).
+            None: as the model's own code draws them.
+        draws, tokens, seed: how many models, tokens each, and where random numbers start.
+
+    Raises:
+        ValueError: a model without routers that can be watched, or whose gates sum to one number already.
+    """
+    if draws < 2:
+        raise ValueError(f"draws must be at least 2, to know the error: got {draws}")
+    small = _small(config, build)
+    routers = {f.pattern for f in description.found if f.row is not None and f.row.role == "router"}
+    sums: list[tuple[float, float]] = []
+    drawn: list[float] = []
+    for draw in range(draws):
+        torch.manual_seed(seed + draw)
+        model = build(small).float().eval()
+        weights = [p for n, p in model.named_parameters() if pattern_of(canonical(n)) in routers and p.shape[0] > 1]
+        with torch.no_grad():
+            for p in weights if router_std is not None else ():
+                p.normal_(0.0, router_std or 0.0)
+        drawn += [float(p.detach().std()) for p in weights]
+        sums.append(watched(model, lambda m: ask(m, _tokens(small, tokens)), only_first=True))
+    means, errors = zip(*(_mean(list(column)) for column in zip(*sums, strict=True)), strict=True)
+    std = router_std if router_std is not None else sum(drawn) / len(drawn)
+    return Moments(means[0], means[1], errors[0], errors[1], draws, tokens, std)
+
+
+@torch.no_grad()
+def watched(model: nn.Module, run: Callable[[nn.Module], object], only_first: bool = False) -> tuple[float, float]:
+    """(m1, m2) of a model as it is, over the tokens of ``run`` and over its layers: for inputs of your own.
+
+    Raises:
+        ValueError: no router was seen, or its weights sum to one number.
+    """
+    gates: dict[str, Gates] = {}
+    with watch_gates(model, gates, only_first):
+        run(model)
+    if not gates:
+        raise ValueError("no module was handed expert indices and weights, so there is nothing to measure")
+    if all(g.normalised for g in gates.values()):
+        total = next(iter(gates.values())).total
+        raise ValueError(
+            f"these gates sum to {total:g} for every token: plan with normalised gates, nothing to measure"
+        )
+    return sum(g.total for g in gates.values()) / len(gates), sum(g.square for g in gates.values()) / len(gates)
+
+
+def _small(config: Any, build: Build) -> Any:
+    """The config with what routers see as it is."""
+    inner = {k: v for part in parts(text_config(config)) for k, v in numbers(part).items()}
+    seen = [*attributes(config, "width"), *attributes(config, "experts")]
+    kept = {k: v for k, v in inner.items() if k in seen or re.fullmatch(f"{ACTIVE}|{GROUPS}", k)}
+    unseen = {k: size for name, size in SMALL.items() for k in attributes(config, name)}
+    vocabulary = {k: min(VOCABULARY, inner[k]) for k in attributes(config, "vocabulary")}
+    nested = NESTED.get(getattr(config, "model_type", ""), {})
+    changed: Mapping[str, Any] = {**nested, **unseen, **vocabulary, **kept}
+    return shrunk_enough(config, lambda c: {pattern_of(n) for n in sizes(build, c)}, dict(changed))
+
+
+def _tokens(config: Any, count: int) -> Tensor:
+    (name, *_) = attributes(config, "vocabulary")
+    top = next(v for part in parts(text_config(config)) for k, v in numbers(part).items() if k == name)
+    length = min(128, count)
+    return torch.randint(3, top, (math.ceil(count / length), length))
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    """Mean and its standard error."""
+    mean = sum(values) / len(values)
+    spread = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
+    return mean, math.sqrt(spread / len(values))

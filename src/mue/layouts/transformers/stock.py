@@ -1,0 +1,75 @@
+"""A stock model of ``transformers``: what is known of it by observation."""
+
+from __future__ import annotations
+
+import copy
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from torch import nn
+
+from mue.layouts.layout import Layout, unwrap
+from mue.layouts.observe.describe import Description
+from mue.layouts.transformers.families import describe_config
+from mue.layouts.transformers.shape import Routers, routers
+
+# What a config says of itself, and not of the model.
+_SAYINGS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "mue")
+
+
+@dataclass(frozen=True)
+class Stock:
+    """A stock family as observed: its description and how its routers weigh experts."""
+
+    description: Description
+    routing: Routers | None
+
+
+def is_stock(model: nn.Module) -> bool:
+    """Whether a model comes with a transformers config that says how to build it again."""
+    config = getattr(unwrap(model), "config", None)
+    return hasattr(config, "model_type") and hasattr(config, "to_dict")
+
+
+def stock(model: nn.Module) -> Stock:
+    """What is known of a stock model; observed once for each class and config.
+
+    Rows of the user's own, for what cannot be decided, stand in ``model.layout_rows`` (of the class or the instance) and win.
+
+    Raises:
+        ValueError: a family that cannot be built and run at a tiny size.
+    """
+    inner = unwrap(model)
+    config: Any = inner.config
+    key = json.dumps({k: v for k, v in config.to_dict().items() if k not in _SAYINGS}, sort_keys=True, default=str)
+    kind: Any = type(inner)
+    return _observed(kind, _Keyed(key, config), tuple(getattr(inner, "layout_rows", ())))
+
+
+@dataclass(frozen=True)
+class _Keyed:
+    """A config that hashes by its text, so that observations can be kept."""
+
+    key: str
+    config: Any
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Keyed) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+@lru_cache(maxsize=32)
+def _observed(kind: Any, keyed: _Keyed, rows: tuple[Layout, ...]) -> Stock:
+    def build(config: Any) -> nn.Module:
+        config = copy.deepcopy(config)
+        config._attn_implementation = "eager"
+        made: nn.Module = kind(config)
+        return made
+
+    description = describe_config(keyed.config, rows, build)
+    routing = routers(keyed.config, description, lambda other: describe_config(other, rows, build))
+    return Stock(description, routing)

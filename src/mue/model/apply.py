@@ -1,0 +1,123 @@
+"""A Plan on a torch model: init and optimizer groups; :mod:`mue.model.match` refuses a model that is not the planned one."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from mue.layouts.layout import Placed, expert_slices
+from mue.model.match import matched
+from mue.model.tensor_plan import Setting, settings
+from mue.plan.plan import PlanData
+from mue.rules.optimizers import MATRICES
+from mue.rules.table import BUFFERS, SHARED_INIT, VECTORS
+
+__all__ = ["init_", "matched", "param_groups"]
+
+ADAFACTOR_FLOOR = 1e-3  # eps2 of torch.optim.Adafactor
+
+
+@torch.no_grad()
+def init_(plan: PlanData, model: nn.Module, seed: int = 0) -> None:
+    """Draw every parameter with its planned std, in place.
+
+    Draws are fp32 on the CPU from a generator seeded by (seed, canonical name, expert index), so that sharding,
+    device and order of parameters change nothing, and two plans with one seed share their noise. Experts of a role
+    planned as ``"shared"`` all start from one draw. What the layout marks ``"own"`` keeps the values it has (decay rates of
+    a state space, short filters), so build the model with its own initialisation first.
+
+    Raises:
+        ValueError: a parameter without a role, or a model of other shapes or multipliers than planned.
+    """
+    for p, values, constant, _ in settings(plan, model):
+        if p.role in VECTORS | BUFFERS:
+            if constant is not None:
+                p.parameter.fill_(constant)
+            continue
+        std = values.init_std
+        assert std is not None
+        shared = plan.role(p.role, p.layer).init == SHARED_INIT
+        name = _name_of_all(p) if shared else p.name
+        sharded = hasattr(p.parameter, "placements")  # a DTensor: every rank draws the whole and keeps its own shard
+        whole = (
+            replace(p, parameter=nn.Parameter(torch.empty(p.parameter.shape, dtype=p.parameter.dtype)))
+            if sharded
+            else p
+        )
+        for expert, part in expert_slices(whole):
+            noise = torch.randn(part.shape, generator=_generator(seed, name, None if shared else expert))
+            part.copy_(noise.to(torch.promote_types(part.dtype, noise.dtype)).mul_(std))
+        if sharded:
+            from torch.distributed.tensor import distribute_tensor
+
+            values_here = whole.parameter.to(p.parameter.device)
+            mesh, placements = p.parameter.device_mesh, p.parameter.placements  # type: ignore[attr-defined]
+            p.parameter.copy_(distribute_tensor(values_here, mesh, placements))
+
+
+def _name_of_all(p: Placed) -> str:
+    """One name for the same tensor of every expert of a layer, where experts are modules of their own."""
+    parts, layer = [], str(p.layer)
+    for i, part in enumerate(re.split(r"(\*)", p.layout.pattern)):
+        parts.append(layer if part == "*" and i == 1 else part)
+    return "".join(parts)
+
+
+def _generator(seed: int, name: str, expert: int | None) -> torch.Generator:
+    digest = hashlib.sha256(f"{seed}/{name}/{'' if expert is None else expert}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def param_groups(plan: PlanData, model: nn.Module) -> list[dict[str, Any]]:
+    """Optimizer groups, one per distinct setting, so fused updates stay fused.
+
+    Each group has ``params, lr, weight_decay, eps, betas``, its ``roles``, and ``initial_lr`` for schedulers, and for other
+    optimizers than AdamW what torch's own call theirs: ``momentum`` (SGD, Muon), the pair of ``eps`` (Adafactor),
+    ``algorithm`` (``"muon"`` or ``"adamw"``: give each kind to its optimizer).
+
+    Raises:
+        ValueError: a parameter without a role, or a model of other shapes or multipliers than planned.
+    """
+    return [{**g, "params": [p.parameter for p in g["params"]]} for g in grouped(plan, settings(plan, model))]
+
+
+def grouped(plan: PlanData, settled: Iterable[Setting]) -> list[dict[str, Any]]:
+    """:func:`param_groups` with placed parameters under ``params``."""
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for p, values, _, floor in settled:
+        if p.role in BUFFERS:
+            continue  # moved by load statistics, never by the optimizer
+        assert values.lr is not None and values.weight_decay is not None and values.eps is not None
+        group: dict[str, Any] = {
+            "params": [],
+            "lr": values.lr,
+            "initial_lr": values.lr,
+            "weight_decay": values.weight_decay,
+            "eps": values.eps,
+            "betas": plan.betas,
+            **_own_words(plan, p.role, values.eps, floor),
+        }
+        key = tuple(v for k, v in group.items() if k != "params")
+        group = groups.setdefault(key, {**group, "roles": []})
+        group["params"].append(p)
+        if p.role not in group["roles"]:
+            group["roles"].append(p.role)
+    return list(groups.values())
+
+
+def _own_words(plan: PlanData, role: str, eps: float, scale: float) -> dict[str, Any]:
+    """A group's settings under the names torch's optimizers give them."""
+    optimizer = plan.tuned.optimizer
+    if optimizer == "sgd":
+        return {"momentum": plan.betas[0]}
+    if optimizer == "adafactor":
+        return {"eps": (eps, ADAFACTOR_FLOOR * scale)}  # eps2 floors rms(W), so it has the weight's scale
+    if optimizer == "muon" and role.partition("_")[0] in MATRICES:
+        return {"algorithm": "muon", "momentum": plan.betas[0], "adjust_lr_fn": "spectral_unclamped"}
+    return {"algorithm": "adamw"} if optimizer == "muon" else {}

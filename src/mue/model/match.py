@@ -1,0 +1,142 @@
+"""Is this the model that was planned? Every tensor's sizes and the model's own multipliers against the plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from torch import nn
+
+from mue.layouts.layout import HasLayout, Placed, place, unwrap
+from mue.plan.plan import PlanData
+from mue.plan.values import Multipliers
+from mue.rules.table import BUFFERS, VECTORS
+from mue.shapes import Block
+
+_READS_WIDTH = ("attention_q", "attention_k", "attention_v")
+
+
+def matched(plan: PlanData, model: nn.Module) -> list[Placed]:
+    """The model's parameters with their roles, after checking that it is the model that was planned.
+
+    Fan-in and number of experts of every tensor must be the target's, every role the plan counts must be there, and
+    the model's own forward multipliers, where it has any, must be the plan's.
+
+    Raises:
+        ValueError: a parameter without a role; a model of other shapes or multipliers than planned, all faults at once.
+    """
+    placed = place(model)
+    faults = _shape_faults(plan, placed)
+    if isinstance(unwrap(model), HasLayout):
+        faults += _multiplier_faults(plan, model)
+    else:
+        from mue.model.stock import stock_faults
+
+        faults += stock_faults(plan, model)
+    return _or_refused(plan, placed, faults)
+
+
+def matched_sizes(plan: PlanData, model: nn.Module) -> list[Placed]:
+    """:func:`matched` without a look at multipliers: for weights whose form is known otherwise."""
+    placed = place(model)
+    return _or_refused(plan, placed, _shape_faults(plan, placed))
+
+
+def _or_refused(plan: PlanData, placed: list[Placed], faults: list[str]) -> list[Placed]:
+    if faults:
+        raise ValueError(
+            f"this model is not the planned {plan.target.name} (plan {plan.hash}):\n  " + "\n  ".join(faults)
+        )
+    return placed
+
+
+def _shape_faults(plan: PlanData, placed: list[Placed]) -> list[str]:
+    layers = [block for block in plan.target.blocks for _ in range(block.layers)]
+    faults = [fault for p in placed if (fault := _misfit(plan, layers, p))]
+    here = {role for p in placed for role in (p.role, *p.layout.parts)}
+    tied = plan.target.tied
+    for role, planned in plan.roles.items():
+        if planned.count and role not in here and role not in VECTORS | BUFFERS:
+            faults.append(f"the plan has {planned.count} tensors of role {role}, the model none")
+    if tied != ("head" not in here):
+        faults.append(
+            f"the plan's target has tied = {str(tied).lower()}, the model's head is {'its embedding' if 'head' not in here else 'a tensor of its own'}"
+        )
+    return faults + _latent_faults(plan, placed)
+
+
+def _misfit(plan: PlanData, layers: list[Block], p: Placed) -> str | None:
+    if p.layer is not None and p.layer >= len(layers):
+        return f"{p.name} is in layer {p.layer}, the plan has {len(layers)} layers"
+    if p.role in VECTORS | BUFFERS:
+        return None
+    for role in p.layout.parts or (p.role,):
+        if not plan.role(role, p.layer).count:
+            where = "" if p.layer is None else f" in layer {p.layer}"
+            return f"{p.name} has role {role}, which the plan does not have{where}"
+    for what, found, wanted in _expected(plan, layers[p.layer] if p.layer is not None else None, p):
+        if found not in wanted:
+            return f"{p.name} {tuple(p.parameter.shape)}: {what} {found}, planned {wanted[0]}"
+    return None
+
+
+def _expected(plan: PlanData, block: Block | None, p: Placed) -> list[tuple[str, int, tuple[int, ...]]]:
+    """(what, found, planned) of one tensor's sizes."""
+    t = plan.target
+    kind, _, part = p.role.partition("_")
+    if kind == "embedding":
+        positions = "position" in p.name or "wpe" in p.name
+        rows = [] if positions else [("vocabulary", p.fan_in, (t.vocab,))]
+        return [*rows, ("width", p.fan_out, (t.width,))]
+    if kind == "head":
+        return [("vocabulary", p.fan_out, (t.vocab,)), ("width", p.fan_in, (t.width,))]
+    if kind == "attention":
+        return [("fan-in", p.fan_in, (t.attention_width,))] if part == "o" else []
+    if block is None:
+        return []
+    if kind == "router":  # 1: the gate of a shared expert
+        return [("fan-in", p.fan_in, (t.width,)), ("experts", p.fan_out, (block.experts, 1))]
+    hidden = {"ffn": block.ffn, "expert": block.expert, "shared": block.shared_width}[kind]
+    many = p.experts if kind == "shared" else 1
+    found = p.fan_in if part == "down" else p.fan_out // max(len(p.layout.parts), 1)
+    sizes: list[tuple[str, int, tuple[int, ...]]] = [
+        ("hidden width", found * many, (hidden or 0,)),
+        ("residual width", p.fan_out if part == "down" else p.fan_in, (t.width,)),
+    ]
+    if kind == "expert" and "experts.*" not in p.layout.pattern and not p.layout.pattern.endswith("*"):
+        sizes.append(("experts", p.experts, (block.experts,)))
+    return sizes
+
+
+def _latent_faults(plan: PlanData, placed: Iterable[Placed]) -> list[str]:
+    """q, k and v read the residual stream, or a latent that another of them read from it (latent attention)."""
+    width = plan.target.width
+    fan_ins: dict[int | None, list[Placed]] = {}
+    for p in placed:
+        if p.role in _READS_WIDTH:
+            fan_ins.setdefault(p.layer, []).append(p)
+    return [
+        f"{many[0].name} {tuple(many[0].parameter.shape)}: fan-in {many[0].fan_in}, planned {width}"
+        for many in fan_ins.values()
+        if all(p.fan_in != width for p in many)
+    ]
+
+
+def _multiplier_faults(plan: PlanData, model: nn.Module) -> list[str]:
+    """Where a model carries its own forward multipliers (ours do), they must be the plan's."""
+    own = getattr(unwrap(model), "multipliers", None)
+    if not isinstance(own, Multipliers):
+        return []
+    planned = plan.multipliers
+    ones = (1.0,) * plan.target.layers
+    own = replace(
+        own,
+        attention_scale=own.attention_scale or plan.target.head_dim**-0.5,
+        output=own.output or ones,
+        route=own.route or ones,
+    )
+    return [
+        f"the model's {name} multiplier is {getattr(own, name)}, planned {getattr(planned, name)}: build it with plan.multipliers"
+        for name in ("residual", "head", "attention_scale", "output", "route")
+        if getattr(own, name) != getattr(planned, name)
+    ]

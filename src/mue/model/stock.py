@@ -1,0 +1,95 @@
+"""A plan on a stock model: its layout by observation, and what has to hold because its forward code stays as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from torch import nn
+
+from mue.layouts.layout import Placed, unwrap
+from mue.layouts.observe.describe import Description
+from mue.layouts.transformers.scalings import scalings
+from mue.layouts.transformers.shape import Routers
+from mue.layouts.transformers.stock import is_stock, stock
+from mue.layouts.transformers.tiny import numbers, text_config
+from mue.plan.fold import unfold
+from mue.plan.plan import PlanData
+from mue.util.text import number
+
+
+def stock_faults(plan: PlanData, model: nn.Module) -> list[str]:
+    """Why a plan cannot be applied to a stock model as it stands, each with the way out."""
+    if not is_stock(model):
+        return []
+    config, known = unwrap(model).config, stock(model)
+    faults = [
+        f"{s.attribute} = {s.value:g} already scales the {s.what}, and the plan would scale it twice: set {s.attribute} = {s.neutral:g}"
+        for s in scalings(config)
+        if s.active
+    ]
+    multipliers = plan.multipliers
+    if multipliers.residual != 1 or multipliers.head != 1 or any(a != 1 for a in multipliers.output):
+        return [*faults, "a stock model has no forward multipliers: use mue.fold.fold(plan)"]
+    return faults + _route_faults(multipliers.route, known.routing) + _norm_faults(plan, known.description)
+
+
+def _route_faults(planned: Iterable[float], routing: Routers | None) -> list[str]:
+    """The model's own route scale must be the R that the plan leaves to the model."""
+    wanted = {r for r in planned if r != 1} or {1.0}
+    if routing is None or routing.scale is None:
+        ask = wanted != {1.0}
+        return ["the plan leaves R to the model, which has no route scale: fold with route='weights'"] if ask else []
+    if any(abs(routing.scale - r) > 1e-3 * r for r in wanted):
+        return [
+            f"the model's routed sum is scaled by {number(routing.scale)}, the plan wants {', '.join(map(number, sorted(wanted)))}:"
+            " set the config's routed_scaling_factor to that, or fold with route='weights' and set it to 1"
+        ]
+    return []
+
+
+def _norm_faults(plan: PlanData, description: Description) -> list[str]:
+    """A norm right after a projection cancels the residual multiplier, which its own gain then has to carry.
+
+    What else is folded into the projection stood before that norm in the multiplier form too, and changes as little there.
+    """
+    if unfold(plan).residual_multiplier == 1:
+        return []
+    return [
+        f"{f.pattern} ({f.row.role}) is followed by a norm that cancels its scale and has no gain of its own, so the plan's"
+        " residual multiplier has no place: use a base of as many layers, or give that norm a gain"
+        for f in description.found
+        if f.row is not None and f.pattern in description.cancelled
+    ]
+
+
+def query_coefficients(plan: PlanData, model: nn.Module, placed: Iterable[Placed]) -> Mapping[str, float]:
+    """By name, what the queries are multiplied by so that the stock attention scale becomes the planned one.
+
+    It goes into the gain of the query norm where there is one, else into the query projection.
+
+    Raises:
+        ValueError: a scale that differs where queries are not a tensor of their own.
+    """
+    if not is_stock(model):
+        return {}
+    inner, t = unwrap(model), plan.target
+    size = numbers(text_config(inner.config)).get("qk_head_dim", t.head_dim)
+    wanted = plan.attention_scale * t.head_dim / size
+    scales = [getattr(m, "scaling", None) for m in inner.modules()]
+    found = {x for x in scales if isinstance(x, float)} or {size**-0.5}
+    if all(abs(x - wanted) <= 1e-9 * wanted for x in found):
+        return {}
+    if len(found) > 1:
+        raise ValueError(f"this model's layers scale attention differently ({', '.join(map(number, sorted(found)))})")
+    c = wanted / found.pop()
+    norms = {p.name: c for p in placed if p.role == "qk_norm" and p.name.rsplit(".", 2)[-2].startswith("q")}
+    if norms:
+        return norms
+    queries = [p for p in placed if p.role == "attention_q" and "q_a_proj" not in p.name]
+    fused = [p.name for p in queries if p.layout.parts]
+    if fused:
+        raise ValueError(
+            f"the plan's attention scale is {number(c)} of the model's, but {fused[0]} holds q, k and v in one tensor and"
+            f" there is no query norm: use a base of head_dim {t.head_dim}"
+        )
+    return {p.name: c for p in queries}

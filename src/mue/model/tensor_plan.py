@@ -1,0 +1,103 @@
+"""What a plan says about each single tensor: the role's values, corrected for its own fan-in, its fold and its start."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+from torch import nn
+
+from mue.layouts.layout import GAINS, Placed
+from mue.plan.plan import PlanData
+from mue.plan.values import Values
+from mue.rules.table import BUFFERS, FIELDS, VECTORS
+
+if TYPE_CHECKING:
+    from mue.model.coefficients import Folded
+
+# Roles whose fan-in the plan takes to be the residual width; in latent attention and small router MLPs it may not be.
+_FROM_WIDTH = ("attention_q", "attention_k", "attention_v", "router")
+
+
+class Setting(NamedTuple):
+    """One tensor's values.
+
+    ``constant`` is what a vector starts at (None: as the model's code started it), ``scale`` its size at the start
+    against the base's, which floors of relative optimizers follow.
+    """
+
+    placed: Placed
+    values: Values
+    constant: float | None
+    scale: float
+
+
+def settings(plan: PlanData, model: nn.Module) -> list[Setting]:
+    """Every parameter of the planned model with its values.
+
+    Raises:
+        ValueError: a model that is not the planned one; a fused tensor whose parts are planned differently.
+    """
+    from mue.model.coefficients import folded_model
+
+    return settings_of(plan, folded_model(plan, model))
+
+
+def settings_of(plan: PlanData, folded: Iterable[Folded]) -> list[Setting]:
+    """:func:`settings` of parameters whose c is known."""
+    return [_setting(plan, f.placed, f.own) for f in folded]
+
+
+def _setting(plan: PlanData, p: Placed, own: float) -> Setting:
+    """``own`` is what is folded into this tensor beyond what its role's values have in them already."""
+    from mue.plan.fold import folded_values
+
+    planned = plan.role(p.role, p.layer)
+    values = _own_fan_in(plan, p, _of_parts(plan, p))
+    if own != 1:
+        values = folded_values(plan, p.role, values, own)
+    if p.role in VECTORS | BUFFERS:
+        return Setting(p, values, _constant(p, planned.constant, own), own * (planned.constant or 1.0))
+    return Setting(p, values, None, own * (planned.factor.init_std or 1.0))
+
+
+def _of_parts(plan: PlanData, p: Placed) -> Values:
+    """The role's values; those of every part of a fused tensor must be the same."""
+    values = plan.role(p.role, p.layer).values
+    for part in p.layout.parts:
+        other = plan.role(part, p.layer).values
+        if other != values:
+            name = next(n for n in FIELDS if getattr(other, n) != getattr(values, n))
+            raise ValueError(
+                f"{p.name} holds {', '.join(p.layout.parts)} in one tensor, but {name} is planned as"
+                f" {getattr(values, name)} for {p.role} and {getattr(other, name)} for {part}: give them one value"
+            )
+    return values
+
+
+def _own_fan_in(plan: PlanData, p: Placed, values: Values) -> Values:
+    """f/f* in place of the width's ratio for a matrix whose fan-in f is not the width (conventions 8; f* = d*)."""
+    if p.role not in _FROM_WIDTH or p.fan_in == plan.target.width:
+        return values
+    row, ratio = plan.rule.rows[p.role], p.fan_in / plan.target.width
+    changed = {
+        name: None if value is None else value * ratio ** float(getattr(row, name).exponent("ρ_d"))
+        for name, value in values.items()
+    }
+    return replace(values, **changed)
+
+
+def _constant(p: Placed, planned: float | None, c: float) -> float | None:
+    """Where a vector starts: the planned gain or zero, or, where the model's code says otherwise, as that does."""
+    start = p.layout.start
+    if start == "own" or p.role in BUFFERS:
+        if c != 1:
+            raise ValueError(f"{p.name} keeps the model's own start, and a multiplier {c:g} cannot be folded into it")
+        return None
+    assert planned is not None
+    if not isinstance(start, float):
+        return planned * c
+    if p.gain_offset or (p.role in GAINS and start == 1):
+        return planned * c - p.gain_offset
+    return start * c

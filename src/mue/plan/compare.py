@@ -1,0 +1,167 @@
+"""Every rule on one target, side by side, and the formulas of each. No torch, nothing printed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mue.plan.plan import Inputs, PlanData
+from mue.plan.transfer import plan_of
+from mue.rules import RULES, get_rule, option_names
+from mue.rules.table import BUFFERS, CELLS, FIELDS, ROLES, VECTORS, Row, Rule
+from mue.util.errors import nearest
+from mue.util.text import number, text_table
+
+# Whole-model factors that stand beside the roles in a comparison.
+WHOLE = {
+    "output_multiplier": "output multiplier A",
+    "route_scale": "route scale R",
+    "residual_multiplier": "residual multiplier",
+    "head_multiplier": "head multiplier",
+    "attention_scale": "attention scale",
+    "one_minus_beta1": "1-β1",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Plans of every rule for one target; ``refused`` holds the reason of those that have none."""
+
+    inputs: Inputs
+    plans: dict[str, PlanData]
+    refused: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Factors by rule and role, plain; refused rules with their reason."""
+        return {
+            "target": self.inputs.target.name,
+            "rules": {name: {"factors": self._factors(name), "whole": self._whole(name)} for name in self.plans},
+            "refused": dict(self.refused),
+        }
+
+    def _roles(self) -> list[str]:
+        counts = self.inputs.target.counts()
+        return [role for role in ROLES if counts.get(role) and role not in BUFFERS]
+
+    def _factors(self, name: str) -> dict[str, dict[str, Any]]:
+        plan = self.plans[name]
+        out = {}
+        for role in self._roles():
+            planned = plan.roles[role]
+            cells: dict[str, Any] = dict(planned.factor.items())
+            if role in VECTORS:
+                del cells["init_std"], cells["weight_decay"]
+            unknown = [f for f in cells if planned.formula.get(f) == "?"]
+            out[role] = {**cells, "init": planned.init, "unknown": unknown, "status": planned.status}
+        return out
+
+    def _whole(self, name: str) -> dict[str, float | None]:
+        plan = self.plans[name]
+        whole: dict[str, float | None] = {k: getattr(plan, k) for k in WHOLE if hasattr(plan, k)}
+        return {**whole, "one_minus_beta1": (1 - plan.betas[0]) / (1 - _base_beta(plan))}
+
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows: one line per role and number, one column per rule that has an answer."""
+        factors = {name: self._factors(name) for name in self.plans}
+        rows = [[WHOLE[key], "", *(_cell(self._whole(name)[key], False) for name in self.plans)] for key in WHOLE]
+        for role in self._roles():
+            for field in FIELDS:
+                if field not in next(iter(factors.values()), {role: {}})[role]:
+                    continue
+                row = [
+                    role if field in ("init_std", "lr") and (field == "init_std" or role in VECTORS) else "",
+                    CELLS[field],
+                ]
+                for name in self.plans:
+                    f = factors[name][role]
+                    text = _cell(f[field], field in f["unknown"])
+                    row.append(
+                        f"{text} {f['init']}" if field == "init_std" and f["init"] in ("zero", "shared") else text
+                    )
+                rows.append(row)
+        return ["role", "factor on", *self.plans], rows
+
+
+def _cell(value: float | None, unknown: bool) -> str:
+    return "?" if unknown else number(value)
+
+
+def _base_beta(plan: PlanData) -> float:
+    base = plan.inputs.base
+    return base.betas[0] if isinstance(base, PlanData) else plan.tuned.betas[0]
+
+
+def compare(inputs: Inputs, rules: Sequence[str] | None = None) -> Comparison:
+    """Every rule's plan for the same base, target, runs and tuned values.
+
+    Options of ``inputs`` go to the rules that have them. A rule with no answer is listed with its reason.
+
+    Raises:
+        ValueError: an unknown rule; or if not even the rule of ``inputs`` has an answer, its own reason.
+    """
+    plans: dict[str, PlanData] = {}
+    refused: dict[str, str] = {}
+    for name in rules if rules is not None else RULES:
+        if name not in RULES:
+            raise ValueError(f"unknown rule {name!r}{nearest(name, RULES)}")
+        has = option_names(RULES[name])
+        own = replace(
+            inputs,
+            rule=name,
+            options={k: v for k, v in inputs.options.items() if k in has},
+        )
+        try:
+            plans[name] = plan_of(own)
+        except ValueError as error:
+            if name == inputs.rule:
+                raise
+            refused[name] = str(error).split(": ", 1)[-1] if "cannot plan" in str(error) else str(error)
+    return Comparison(inputs, plans, refused)
+
+
+def lines(made: Comparison) -> str:
+    """A comparison as plain text: the table, then who refused and why."""
+    header, rows = made.table()
+    text = f"{made.inputs.target.name}, factors on the tuned values (multipliers, R and attention scale: as they are)\n\n{text_table(header, rows)}"
+    reasons = [[name, reason] for name, reason in made.refused.items()]
+    return f"{text}\n\n{text_table(['refused', 'because'], reasons)}" if reasons else text
+
+
+# ---- formulas of a rule ----------------------------------------------------------------------------------------------
+
+
+def formulas(rule: Rule) -> list[list[str]]:
+    """A rule's table as text: role, the four formulas, mark and source; equal rows together."""
+    rows: list[list[str]] = []
+    for role in ROLES:
+        row = rule.rows.get(role)
+        if row is None or role in BUFFERS:
+            continue
+        cells = ["?" if f in row.unknown else str(getattr(row, f)) for f in FIELDS]
+        if row.init == "shared":
+            cells[0] += " (shared)"
+        if role in VECTORS:
+            cells[0] = cells[2] = "–"
+        rest = [*cells, _marks(role, row), row.source]
+        if rows and rows[-1][1:] == rest:
+            rows[-1][0] += f", {role}"
+        else:
+            rows.append([role, *rest])
+    return rows
+
+
+def _marks(role: str, row: Row) -> str:
+    """``"published"``, or ``"published: init std, lr; inferred: eps"`` where the cells differ."""
+    by_mark: dict[str, list[str]] = {}
+    for cell in FIELDS:
+        if role not in VECTORS or cell in ("lr", "eps"):
+            by_mark.setdefault(row.mark(cell), []).append(CELLS[cell])
+    if len(by_mark) == 1:
+        return next(iter(by_mark))
+    return "; ".join(f"{mark}: {', '.join(cells)}" for mark, cells in by_mark.items())
+
+
+def all_rules() -> list[Rule]:
+    """Every rule with its default options."""
+    return [get_rule(name) for name in RULES]

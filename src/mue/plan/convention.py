@@ -1,0 +1,54 @@
+"""The base's own habits, declared and never guessed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mue.shapes import DECOUPLED
+from mue.util.errors import positive
+
+if TYPE_CHECKING:
+    pass
+
+
+@dataclass(frozen=True)
+class Convention:
+    """The base's own habits, declared and never guessed (``[base.convention]``).
+
+    Attributes:
+        attention_scale: ``"1/sqrt(d)"`` (head size), ``"1/d"``, or a number: what the base multiplies its logits by.
+        weight_decay: ``"decoupled"`` (torch: ``p *= 1 - lr·wd``) or ``"independent"`` (``p *= 1 - wd``).
+        depth_scaled_init: the base draws o and down with std/√(2L*).
+    """
+
+    attention_scale: str | float = "1/sqrt(d)"
+    weight_decay: str = "decoupled"
+    depth_scaled_init: bool = False
+
+    def __post_init__(self) -> None:
+        scales = ("1/sqrt(d)", "1/d")
+        if isinstance(self.attention_scale, str):
+            if self.attention_scale not in scales:
+                raise ValueError(f"attention_scale must be one of {scales} or a number, got {self.attention_scale!r}")
+        else:
+            positive("attention_scale", self.attention_scale)
+        forms = ("decoupled", "independent")
+        if self.weight_decay not in forms:
+            raise ValueError(f"convention weight_decay must be one of {forms}, got {self.weight_decay!r}")
+        if not isinstance(self.depth_scaled_init, bool):
+            raise ValueError(f"depth_scaled_init must be true or false, got {self.depth_scaled_init!r}")
+
+    def check_optimizer(self, optimizer: str) -> None:
+        """``ValueError`` where the form of weight decay and the optimizer contradict each other."""
+        if self.weight_decay == "independent" and optimizer not in DECOUPLED:
+            raise ValueError(
+                f'convention weight_decay = "independent" speaks of torch\'s decoupled decay, but {optimizer!r} has its own'
+                " form: leave the convention out"
+            )
+
+    def scale(self, head_dim: int) -> float:
+        """The base's attention scale as a number."""
+        if isinstance(self.attention_scale, str):
+            return head_dim**-0.5 if self.attention_scale == "1/sqrt(d)" else 1.0 / head_dim
+        return float(self.attention_scale)

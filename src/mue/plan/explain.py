@@ -1,0 +1,222 @@
+"""One number of a plan step by step: tuned value, per-role values, habits, every ratio by name, fold. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from mue.plan import per_role
+from mue.plan.plan import PlanData
+from mue.plan.ratios import ratios
+from mue.rules.algebra import RATIOS, Monomial
+from mue.rules.table import BUFFERS, CELLS, FIELDS, ROLES, VECTORS
+from mue.shapes import Block, Transformer
+from mue.util.errors import nearest
+from mue.util.text import number, text_table
+
+# Numbers of the whole model: attribute of a plan → where a fold puts it.
+WHOLE = {
+    "output_multiplier": "the down projections",
+    "route_scale": "the routed down projections",
+    "residual_multiplier": "o and the down projections",
+    "head_multiplier": "the head, or the final norm where it is tied",
+    "attention_scale": "",
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step of a derivation: of which number, what happens, the value after it, and the source."""
+
+    number: str
+    text: str
+    value: float
+    source: str
+
+
+Steps = Generator[Step, None, float]
+
+
+def why(plan: PlanData, name: str, layer: int | None = None) -> list[Step]:
+    """How each number of a role, or one of :data:`WHOLE`, came about.
+
+    Where blocks differ in it, every kind of block is derived, its layers beside the number, or only that of ``layer``.
+
+    Args:
+        name: from :data:`mue.rules.table.ROLES` or :data:`WHOLE`.
+
+    Raises:
+        ValueError: an unknown name, a role the target does not have, a layer that does not exist.
+    """
+    if name not in (*ROLES, *WHOLE):
+        raise ValueError(f"unknown role {name!r}{nearest(name, (*ROLES, *WHOLE))}")
+    indices = range(len(plan.blocks)) if layer is None else [_block_of(plan, layer)]
+    held = [i for i in indices if name in WHOLE or plan.blocks[i].roles[name].count]
+    if not held:
+        roles = [r for r, p in plan.roles.items() if p.count]
+        raise ValueError(f"{plan.target.name} has no {name}{nearest(name, roles)}")
+    distinct: dict[object, int] = {}
+    for i in held:
+        block = plan.blocks[i]
+        value = getattr(block, name, None) if name in WHOLE else (block.roles[name].values, block.roles[name].constant)
+        distinct.setdefault(value, i)
+    found = []
+    for i in distinct.values():
+        steps = list(_whole(plan, name, i) if name in WHOLE else _role(plan, name, i))
+        mark = f" [{plan.layers_of(i)}]" if len(distinct) > 1 else ""
+        found += [replace(s, number=f"{s.number}{mark}") for s in steps]
+    return found
+
+
+def why_lines(name: str, steps: Sequence[Step]) -> str:
+    """A derivation as plain text, one line per step."""
+    rows = [[s.number, s.text, f"{s.value:.6g}", s.source] for s in steps]
+    return f"{name}\n\n{text_table(['number', 'step', 'value', 'source'], rows)}"
+
+
+def _block_of(plan: PlanData, layer: int) -> int:
+    plan.role("norm", layer)  # checks the layer
+    ends = [sum(b.layers for b in plan.blocks[: i + 1]) for i in range(len(plan.blocks))]
+    return next(i for i, end in enumerate(ends) if layer < end)
+
+
+def _band(plan: PlanData, index: int) -> tuple[Block, str]:
+    """The target's block behind a plan's, and the third of the depth it stands for."""
+    return list(per_role.split_by_third(plan.target, plan.tuned))[index]
+
+
+# ---- a role ----------------------------------------------------------------------------------------------------------
+
+
+def _role(plan: PlanData, role: str, index: int) -> Iterator[Step]:
+    if role in BUFFERS:
+        text = "starts at 0 and is moved by load statistics, not by the optimizer"
+        yield Step("init std", text, 0.0, plan.rule.rows[role].source)
+        return
+    for field in FIELDS:
+        yield from _cell(plan, role, index, field)
+
+
+def _cell(plan: PlanData, role: str, index: int, field: str) -> Iterator[Step]:
+    planned, name, row = plan.blocks[index].roles[role], CELLS[field], plan.rule.rows[role]
+    final = getattr(planned.values, field)
+    if role in VECTORS and field == "init_std":
+        constant = planned.constant or 0.0
+        text = f"a {'bias' if role == 'bias' else 'gain'} starts at {number(constant)}"
+        yield Step("start", text, constant, "CompleteP Table 1")
+        return
+    if role in VECTORS and field == "weight_decay":
+        yield Step(name, "gains and biases are not decayed", 0.0, "CompleteP Table 1")
+        return
+    block, third = _band(plan, index)
+    value = yield from _star(plan, role, field, third)
+    if field in row.unknown:
+        yield Step(name, f"{plan.rule.name} does not give it: left as tuned", value, row.source)
+    sources = {ratio: plan.rule.source_of(role, field, ratio) for ratio in RATIOS}
+    kind = "shared" if role.startswith("shared") else ""
+    value = yield from _product(name, getattr(row, field), _ratios(plan, block, kind), value, sources, row.source)
+    if plan.folding is not None and (c := plan.folding.coefficients[index].get(role)):
+        source = f"mue.plan.fold_table, {plan.tuned.optimizer}; conventions 7"
+        yield Step(name, f"folded with c = {number(c)}", final, source)
+        value = final
+    _agree(f"{role}.{field}", value, final)
+
+
+def _star(plan: PlanData, role: str, field: str, third: str) -> Steps:
+    """The base's value step by step, and returned."""
+    base, name = plan.inputs.base, CELLS[field]
+    if isinstance(base, PlanData):
+        known: float = getattr(per_role.planned_values(base, role, third), field)
+        yield Step(name, f"the base plan's value of {role}", known, f"plan {base.hash}")
+        return known
+    tuned, habit = plan.tuned, plan.inputs.convention
+    (start, value), *times = per_role.overrides(tuned, role, field, third)
+    yield Step(name, f"{start} on {base.name}", value, "the sweep on the base")
+    for where, factor in times:
+        value *= factor
+        yield Step(name, f"× {number(factor)}, {where}", value, "per-role tuning on the base")
+    final: float = getattr(per_role.base_values(role, base, tuned, habit, third), field)
+    if field == "weight_decay" and habit.weight_decay == "independent":
+        text = "/ lr: the base decays independently, torch's form multiplies by lr"
+        yield Step(name, text, final, "[base.convention]")
+    elif not math.isclose(final, value, rel_tol=1e-12):
+        yield Step(name, f"/ √(2·{base.layers}): the base draws o and down so", final, "[base.convention]")
+    return final
+
+
+# ---- the whole model -------------------------------------------------------------------------------------------------
+
+
+def _whole(plan: PlanData, name: str, index: int) -> Iterator[Step]:
+    base, rule, block = plan.inputs.base, plan.rule, _band(plan, index)[0]
+    label = name.replace("_", " ")
+    final: float = getattr(plan.blocks[index] if hasattr(plan.blocks[index], name) else plan, name)
+    if name == "route_scale":
+        value, text = 1.0, "no routed sum, or a rule that leaves it as it is"
+        if rule.routed and block.experts:
+            value = block.route_scale
+            text = f"a = {block.active} active experts on the normalised routed sum, absolute"
+            if block.gate_moments:
+                text = f"ā/m1 = {block.active}/{number(block.gate_moments[0])} of the measured gates, absolute"
+        yield Step(label, text, value, rule.source)
+    elif name == "attention_scale":
+        value = yield from _attention(plan)
+    else:
+        start = getattr(base, name, 1.0)
+        assert isinstance(start, float)
+        yield Step(
+            label, f"the base's own, {base.name if isinstance(base, Transformer) else base.hash}", start, "the base"
+        )
+        value = yield from _product(
+            label, getattr(rule, name), _ratios(plan, block), start, dict(rule.axes), rule.source
+        )
+    if plan.folding is not None and final != value:
+        yield Step(label, f"folded into {WHOLE[name]}", final, "conventions 7")
+        value = final
+    _agree(name, value, final)
+
+
+def _attention(plan: PlanData) -> Steps:
+    base, exponent = plan.inputs.base, plan.rule.attention_exponent
+    if isinstance(base, PlanData):
+        start, shape, text = base.attention_scale, base.target, f"that of plan {base.hash}"
+    else:
+        habit = plan.inputs.convention
+        start, shape, text = habit.scale(base.head_dim), base, f"{habit.attention_scale}, the base's habit"
+    yield Step("attention scale", f"{text}, heads of {shape.head_dim}", start, "[base.convention]")
+    value: float = start * (shape.head_dim / plan.target.head_dim) ** float(exponent)
+    ratio = f"({shape.head_dim}/{plan.target.head_dim})"
+    text = f"× {ratio if exponent == 1 else f'{ratio}^{exponent}'}, head size"
+    yield Step("attention scale", text, value, "conventions 8")
+    return value
+
+
+# ---- common ----------------------------------------------------------------------------------------------------------
+
+
+def _product(
+    name: str, cell: Monomial, here: dict[str, float], value: float, sources: dict[str, str], source: str
+) -> Steps:
+    """``value`` times every factor of a monomial, one step each."""
+    if cell.coefficient != 1:
+        value *= float(cell.coefficient)
+        yield Step(name, f"× {cell.coefficient}", value, source)
+    for ratio, power in cell.exponents:
+        factor = here[ratio] ** float(power)
+        value *= factor
+        written = ratio if power == 1 else f"{ratio}^{power}"
+        meaning = f"{ratio} = {number(here[ratio])}, {RATIOS[ratio]}"
+        yield Step(name, f"× {written} = {number(factor)}, for {meaning}", value, sources.get(ratio, source))
+    return value
+
+
+def _ratios(plan: PlanData, block: Block, kind: str = "") -> dict[str, float]:
+    base = plan.inputs.base
+    shape = base if isinstance(base, Transformer) else base.target
+    before = plan.inputs.base_training if isinstance(base, Transformer) else base.training
+    return ratios(shape, plan.target, block, before, plan.training, kind)
+
+
+def _agree(name: str, derived: float, planned: float) -> None:
+    assert math.isclose(derived, planned, rel_tol=1e-9, abs_tol=1e-300), f"{name}: {derived} derived, {planned} planned"

@@ -1,0 +1,51 @@
+"""What a reader of a plan must know beyond its numbers."""
+
+from __future__ import annotations
+
+from mue.plan import per_role
+from mue.plan.ratios import base_block
+from mue.rules.table import CELLS, ROLES, Rule
+from mue.shapes import HParams, Transformer
+
+
+def notes(rule: Rule, base: Transformer, target: Transformer, tuned: HParams, *, planned_base: bool) -> tuple[str, ...]:
+    """What a reader of this plan must know beyond its numbers."""
+    found = [*rule.notes, *per_role.notes(tuned, rule, base, target)]
+    R = base_block(base).route_scale
+    if rule.routed and R != 1 and not planned_base:
+        found.append(
+            f"the base is a MoE, so this takes it as tuned with R = {R:g} on its normalised routed sum; if it was tuned with"
+            f" R = 1, give output_multiplier = {base.output_multiplier / R:g} (routed experts only), or tune it again"
+        )
+    if target.tied and rule.name == "complete-mue-paper":
+        found.append("tied embeddings: the embedding row wins, and the head multiplier stays on the logits")
+    found += _unknown_cells(rule, target)
+    if base.num_heads * target.num_kv_heads != target.num_heads * base.num_kv_heads:
+        found.append("the ratio of kv heads to heads changes: no rule here scales k and v for it (GQA-µP, 2605.15290)")
+    if base.gated != target.gated:
+        found.append(
+            "gated and plain feed-forwards differ between base and target: no rule covers the change of activation"
+        )
+    for block in target.blocks:
+        if block.active == 1 and block.normalize and block.experts > 1:
+            found.append(
+                "a = 1 with normalised gates: the one weight is always 1, so the router gets no gradient from the task"
+            )
+        if block.gate_moments is not None:
+            found.append(
+                f"measured gates: F = {block.gate_variance:.4g}, R = ā/m1 = {block.route_scale:.4g}, down init × κ^-1/2 = {block.kappa**-0.5:.4g}"
+            )
+    return tuple(dict.fromkeys(found))
+
+
+def _unknown_cells(rule: Rule, target: Transformer) -> list[str]:
+    counts = target.counts()
+    unknown: dict[str, list[str]] = {}
+    for role in ROLES:
+        row = rule.rows.get(role)
+        for cell in row.unknown if row is not None and counts.get(role) else ():
+            unknown.setdefault(cell, []).append(role)
+    return [
+        f"{rule.name} gives no {CELLS[cell]} for {', '.join(roles)}: left as tuned, and marked '?'"
+        for cell, roles in unknown.items()
+    ]

@@ -1,0 +1,171 @@
+"""The base's value of every role: the tuned numbers, what replaces or multiplies them, and the base's own habits.
+
+    [tuned.roles.embedding]
+    lr = 3e-3                          # in place of the global lr
+    [tuned.roles.ffn_down]
+    lr_times = 4                       # of what it would be otherwise
+    [tuned.roles.first_third.ffn_up]
+    lr_times = 1.5                     # and once more in the first third of the layers, however many there are
+
+A role of experts that has no value of its own follows the dense one (``FALLBACK``): ``ffn_down`` stands for routed and
+shared experts too, as in the rule's table. A router has no counterpart on a dense base and follows the global values.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import groupby
+
+from mue.plan.convention import Convention
+from mue.plan.plan import PlanData
+from mue.plan.values import Values
+from mue.rules.table import BUFFERS, FALLBACK, ROLES, VECTORS, ZERO_INIT, Rule
+from mue.shapes import Block, HParams, Transformer
+from mue.shapes.hparams import THIRDS, TIMES, third_of
+from mue.util.errors import nearest
+from mue.util.text import number
+
+OUTSIDE = ("embedding", "final_norm", "head")  # of the blocks: these have no depth
+
+
+def check_roles(tuned: HParams, base: Transformer) -> None:
+    """``ValueError`` for a per-role value of a role, of a thing, or in a third of the base, that does not exist."""
+    known = [r for r in ROLES if r not in BUFFERS]
+    for where, values in tuned.roles.items():
+        third, _, role = where.rpartition(".")
+        if role not in known:
+            raise ValueError(f"unknown role {role!r} in tuned.roles{nearest(role, known)}")
+        if third and third not in THIRDS:
+            raise ValueError(f"unknown third {third!r} in tuned.roles{nearest(third, THIRDS)}")
+        if third and role in OUTSIDE:
+            raise ValueError(f"tuned.roles.{where}: {role} lies outside the blocks and has no depth; leave {third} out")
+        for name in values:
+            if role in VECTORS and name.removesuffix(TIMES) in ("init_std", "weight_decay"):
+                raise ValueError(
+                    f"tuned.roles.{where}.{name}: gains start at 1 and biases at 0, and neither is decayed; leave it out"
+                )
+            if name == f"weight_decay{TIMES}" and overrides(tuned, role, "weight_decay", third)[0][1] == 0:
+                raise ValueError(f"tuned.roles.{where}.{name} multiplies a weight decay of 0; leave it out")
+    for third in sorted(thirds_in(tuned) - {third_of(i, base.layers) for i in range(base.layers)}):
+        raise ValueError(f"tuned.roles.{third}: the base has {base.layers} layers, none of them in its {_words(third)}")
+
+
+def overrides(tuned: HParams, role: str, field: str, third: str) -> list[tuple[str, float]]:
+    """How a role's number comes about: the value it starts from, then what multiplies it, each with its name.
+
+    The most specific table first: what it gives replaces, or multiplies, what the next would say.
+    """
+    names = dict.fromkeys((role, FALLBACK.get(role, role)))
+    times: list[tuple[str, float]] = []
+    for where in [f"{third}.{n}" for n in names if third] + list(names):
+        table = tuned.roles.get(where, {})
+        if field in table:
+            return [(f"tuned.roles.{where}.{field}", table[field]), *reversed(times)]
+        if field + TIMES in table:
+            times.append((f"tuned.roles.{where}.{field}{TIMES}", table[field + TIMES]))
+    return [(f"tuned.{field}", getattr(tuned, field)), *reversed(times)]
+
+
+def base_values(role: str, base: Transformer, tuned: HParams, convention: Convention, third: str = "") -> Values:
+    """A role's tuned values on the base, in one third of its depth, with the base's own habits applied."""
+    if role in BUFFERS:
+        return Values(0.0, None, None, None)
+
+    def own(field: str) -> float:
+        return math.prod(value for _, value in overrides(tuned, role, field, third))
+
+    lr, wd, std = own("lr"), own("weight_decay"), own("init_std")
+    if convention.weight_decay == "independent":
+        wd = wd / lr  # torch's form multiplies by lr
+    if convention.depth_scaled_init and role.endswith(("_o", "_down")):
+        std /= math.sqrt(2 * base.layers)
+    if role in VECTORS:
+        return Values(None, lr, 0.0, own("eps"))
+    return Values(std, lr, wd, own("eps"))
+
+
+# ---- depth -----------------------------------------------------------------------------------------------------------
+
+
+def thirds_in(tuned: HParams) -> set[str]:
+    """The thirds that have values of their own."""
+    return {third for where in tuned.roles for third, dot, _ in [where.rpartition(".")] if dot}
+
+
+def split_by_third(shape: Transformer, tuned: HParams) -> Iterator[tuple[Block, str]]:
+    """A shape's blocks, cut where a third with values of its own begins or ends: (block, third, or "" for none)."""
+    own, first = thirds_in(tuned), 0
+    for block in shape.blocks:
+        thirds = (third_of(i, shape.layers) for i in range(first, first + block.layers))
+        for third, layers in groupby(t if t in own else "" for t in thirds):
+            yield replace(block, layers=len(list(layers))), third
+        first += block.layers
+
+
+def planned_values(plan: PlanData, role: str, third: str) -> Values:
+    """A base plan's values of a role in one third; ``ValueError`` where it has no layer there to say them."""
+    own, layers = thirds_in(plan.tuned), plan.target.layers
+    if not own:
+        return plan.roles[role].values
+    for layer in range(layers):
+        here = third_of(layer, layers)
+        if (here if here in own else "") == third:
+            return plan.role(role, layer).values
+    raise ValueError(f"the base plan has {layers} layers, all of them in thirds with values of their own: give it 3")
+
+
+def _words(third: str) -> str:
+    return third.replace("_", " ")
+
+
+# ---- for readers -----------------------------------------------------------------------------------------------------
+
+
+def describe(tuned: HParams, role: str, third: str = "") -> str:
+    """``"tuned.roles.ffn_down: lr × 4"`` for a role that has values of its own, or ``""``."""
+    names = dict.fromkeys((FALLBACK.get(role, role), role))
+    found = [*names, *(f"{third}.{n}" for n in names if third)]
+    return "; ".join(f"tuned.roles.{where}: {_table(tuned.roles[where])}" for where in found if where in tuned.roles)
+
+
+def summary(tuned: HParams) -> str:
+    """Every per-role value in one line."""
+    return "; ".join(f"{where.replace('.', ' ')} {_table(values)}" for where, values in tuned.roles.items())
+
+
+def _table(values: dict[str, float]) -> str:
+    return ", ".join(
+        f"{k.removesuffix(TIMES).replace('_', ' ')} {'×' if k.endswith(TIMES) else '='} {number(v)}"
+        for k, v in values.items()
+    )
+
+
+def notes(tuned: HParams, rule: Rule, base: Transformer, target: Transformer) -> list[str]:
+    """What per-role values do not reach, or reach beyond their name."""
+    if not tuned.roles:
+        return []
+    counts, found = target.counts(), []
+    followed: dict[str, list[str]] = {}
+    for where, values in tuned.roles.items():
+        third, _, name = where.rpartition(".")
+        reached = [r for r in ROLES if counts.get(r) and name in (r, FALLBACK.get(r))]
+        if not reached:
+            found.append(f"tuned.roles.{where}: the target has no {name}, so it is used by nothing")
+        elif third and third not in {third_of(i, target.layers) for i in range(target.layers)}:
+            found.append(f"tuned.roles.{where}: none of the target's {target.layers} layers lies there")
+        for role in reached:
+            if role != name:
+                followed.setdefault(name, []).append(role)
+            row = rule.rows.get(role)
+            if row is not None and row.init == ZERO_INIT and any(k.startswith("init_std") for k in values):
+                found.append(
+                    f"tuned.roles.{where}: {rule.name} starts {role} at zero, so its init std is used by nothing"
+                )
+    found += [
+        f"tuned.roles.{name} stands for {', '.join(dict.fromkeys(roles))} too" for name, roles in followed.items()
+    ]
+    if counts.get("router") and not base.counts().get("router") and "router" not in tuned.roles:
+        found.append("router: the base has none, so no per-role value stands for it; it follows the global ones")
+    return found

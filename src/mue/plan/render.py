@@ -1,0 +1,99 @@
+"""A plan for readers: the header lines and the table of every parameter."""
+
+from __future__ import annotations
+
+from mue.plan import per_role
+from mue.plan.plan import PlanData
+from mue.rules.options import plain
+from mue.rules.table import FIELDS, MARKS
+from mue.shapes import Transformer
+from mue.util.text import number, text_table
+
+COLUMNS = [
+    "role",
+    "tensors",
+    "init std",
+    "lr",
+    "weight decay",
+    "eps",
+    "× std",
+    "× lr",
+    "× wd",
+    "× eps",
+    "marks",
+    "source",
+]
+
+
+def header(plan: PlanData) -> list[tuple[str, str]]:
+    """The plan in a few lines: (what, value)."""
+    base = plan.inputs.base
+    drift = {
+        k: " / ".join(dict.fromkeys("(not derived)" if b.drift[k] is None else number(b.drift[k]) for b in plan.blocks))
+        for k in plan.drift
+    }
+    lines = [
+        ("rule", f"{plan.rule.name} ({plan.rule.source})"),
+        ("base", base.name if isinstance(base, Transformer) else f"plan {base.hash} ({base.target.name})"),
+        (
+            "target",
+            f"{plan.target.name}: {plan.target.parameters:,} parameters, {plan.target.active_parameters:,} active",
+        ),
+        ("active width", " / ".join(f"{b.active_width} ({b.notation} × {b.layers})" for b in plan.blocks)),
+        ("output multiplier A", " / ".join(number(b.output_multiplier) for b in plan.blocks)),
+        ("route scale R", " / ".join(number(b.route_scale) for b in plan.blocks)),
+        ("residual, head multiplier", f"{number(plan.residual_multiplier)}, {number(plan.head_multiplier)}"),
+        ("attention scale", number(plan.attention_scale)),
+        ("betas", ", ".join(number(b) for b in plan.betas)),
+        (
+            "drift, reported only",
+            f"σ0 experts × {drift['sigma0_experts']}, σ0 others × {drift['sigma0_other']}, up/gate update × {drift['up_gate']}",
+        ),
+        ("unchanged", ", ".join(f"{k} {v}" for k, v in plan.unchanged.items())),
+    ]
+    lines.append(("marks", f"of init std, lr, weight decay, eps: {', '.join(f'{v} {k}' for k, v in MARKS.items())}"))
+    if plan.rule.options:
+        lines.insert(1, ("options", ", ".join(f"{k} {v}" for k, v in plain(plan.rule.options).items())))
+    if plan.tuned.roles:
+        lines.insert(2, ("per role", per_role.summary(plan.tuned)))
+    if plan.folding is not None:
+        lines.append(("folded", f"multipliers are in the weights; R is in the {plan.folding.route}"))
+    return lines + [("note", note) for note in plan.notes] + [("hash", plan.hash)]
+
+
+def table(plan: PlanData) -> tuple[list[str], list[list[str]]]:
+    """Header and one line per role present (per block where blocks differ): values, factors, source and its mark."""
+    rows = []
+    first = plan.blocks[0].roles
+    for index, block in enumerate(plan.blocks):
+        for role, r in block.roles.items():
+            repeated = index > 0 and r.values == first[role].values and first[role].count
+            if not r.count or repeated:
+                continue
+            name = _name(plan, index, role)
+            std = r.init if r.init in ("zero", "shared") else ""
+            values = [number(v) for _, v in r.values.items()]
+            values[0] = std if std == "zero" else f"{values[0]} {std}".rstrip()
+            marks = " ".join(MARKS[r.marks[f]] if f in r.marks else "–" for f in FIELDS)
+            formulas = [r.formula.get(f, "–") for f in FIELDS]
+            rows.append([name, str(r.count), *values, *formulas, marks, r.source])
+    return list(COLUMNS), rows
+
+
+def _name(plan: PlanData, index: int, role: str) -> str:
+    """The role, and which blocks the row is of where that makes a difference."""
+    block, tags = plan.blocks[index], []
+    own = role.split("_")[0] in ("ffn", "expert", "shared", "router")  # the rest is in every block
+    if own and len({b.notation for b in plan.blocks}) > 1:
+        tags.append(block.notation)
+    alike = [b for b in plan.blocks if not own or b.notation == block.notation]
+    if any(b.roles[role].values != block.roles[role].values for b in alike):
+        tags.append(plan.layers_of(index))
+    return f"{role} [{', '.join(tags)}]" if tags else role
+
+
+def text(plan: PlanData) -> str:
+    """The plan as plain text: header, then the table without the sources, which are long; their marks stay."""
+    head = "\n".join(f"{what:<26} {value}" for what, value in header(plan))
+    columns, rows = table(plan)
+    return f"{head}\n\n{text_table(columns[:-1], [row[:-1] for row in rows])}"

@@ -1,0 +1,79 @@
+"""A plan made once more: from what it follows from, from its file, or from other tuned values."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from mue.plan.convention import Convention
+from mue.plan.fold import fold
+from mue.plan.plan import Inputs, PlanData, flatten
+from mue.plan.transfer import plan_of
+from mue.shapes import HParams, Training, shape_from_dict
+from mue.util.files import rounded
+
+
+def inputs_from_dict(data: Mapping[str, Any]) -> Inputs:
+    """What :meth:`Inputs.to_dict` wrote, read back; a base that is a plan is planned anew."""
+    base, tuned, depth = data["base"], data["tuned"], data["depth_exponent"]
+    return Inputs(
+        base=plan_of(inputs_from_dict(base["plan"])) if "plan" in base else shape_from_dict(base),
+        target=shape_from_dict(data["target"]),
+        tuned=None if tuned is None else HParams(**{**tuned, "betas": tuple(tuned["betas"])}),
+        base_training=None if data["base_training"] is None else Training(**data["base_training"]),
+        training=None if data["training"] is None else Training(**data["training"]),
+        rule=data["rule"],
+        convention=Convention(**data["convention"]),
+        options=({} if depth is None else {"depth_exponent": depth}) | dict(data.get("options", {})),
+    )
+
+
+def load(path: str | os.PathLike[str]) -> PlanData:
+    """A saved plan, read back.
+
+    Raises:
+        ValueError: the file is no plan, or its numbers are not those that follow from its inputs.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        folded = data.get("folded")
+        plan = _folded(plan_of(inputs_from_dict(data["inputs"])), folded["route"] if folded else None)
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist; write a plan with plan.save or mue plan --save") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is not a saved plan ({error}); write one with plan.save or mue plan --save"
+        ) from error
+    stored = rounded(flatten({k: data.get(k) for k in plan.meaning()}))
+    ours = rounded(flatten(plan.meaning()))
+    wrong = next((k for k in ours if ours[k] != stored.get(k)), None)
+    if wrong or data.get("hash") != plan.hash:
+        raise ValueError(
+            f"{path} was edited or written by another version: {wrong or 'hash'} is"
+            f" {stored.get(wrong) if wrong else data.get('hash')!r}, its inputs give {ours[wrong] if wrong else plan.hash!r}; plan again"
+        )
+    return plan
+
+
+def retuned(plan: PlanData, **changes: Any) -> PlanData:
+    """The same transfer from other tuned values (``lr=…, weight_decay=…``), through any chain of plans; folded as it was."""
+    base = plan.inputs.base
+    if isinstance(base, PlanData):
+        inputs = replace(plan.inputs, base=retuned(base, **changes))
+    else:
+        inputs = replace(plan.inputs, tuned=plan.tuned.replace(**changes))
+    return _folded(plan_of(inputs), plan.folding.route if plan.folding else None)
+
+
+def scaled(plan: PlanData, multiplier: float) -> PlanData:
+    """The same transfer with every tuned learning rate times ``multiplier``."""
+    roles = {r: {k: v * multiplier if k == "lr" else v for k, v in t.items()} for r, t in plan.tuned.roles.items()}
+    return retuned(plan, lr=plan.tuned.lr * multiplier, roles=roles)
+
+
+def _folded(plan: PlanData, route: str | None) -> PlanData:
+    return plan if route is None else fold(plan, route)

@@ -1,0 +1,168 @@
+"""TOML → shapes, tuned values and options, strictly: a key nobody reads is an error that names the nearest valid one."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from mue.plan.convention import Convention
+from mue.plan.plan import Inputs
+from mue.rules.options import OPTIONS
+from mue.shapes import (
+    Block,
+    Dense,
+    HParams,
+    Mixed,
+    MoE,
+    Training,
+    Transformer,
+    parse_notation,
+)
+from mue.util.errors import nearest, positive
+
+_COMMON = ("width", "layers", "head_dim", "heads", "kv_heads", "vocab", "sequence", "gated", "tied")
+_MOE = ("moe", "expert", "shared", "router", "normalize", "gates", "gate_moments")
+_TUNED = tuple(f.name for f in fields(HParams))
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """The file as tables; ``ValueError`` naming file and line when it is missing or not TOML."""
+    path = Path(path)
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise ValueError(f"{path} is not a TOML file: {error}") from None
+
+
+def check_keys(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+    """``ValueError`` for the first key of ``table`` that nothing reads, with the nearest one that something does."""
+    for key in table:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r} in {where}{nearest(key, known)}")
+
+
+def need(table: Mapping[str, Any], key: str, where: str) -> Any:
+    """``table[key]``, or a ``ValueError`` that names key and table."""
+    if key not in table:
+        raise ValueError(f"{where} needs {key!r}")
+    return table[key]
+
+
+def table_of(data: Mapping[str, Any], key: str, where: str = "") -> dict[str, Any]:
+    """A sub-table; ``ValueError`` if the key holds anything else."""
+    value = data.get(key, {})
+    if not isinstance(value, dict):
+        raise ValueError(f"[{where}{key}] must be a table, got {value!r}")
+    return value
+
+
+def plan_inputs(data: Mapping[str, Any], tuned: HParams | None = None) -> Inputs:
+    """A plan file's tables as :class:`mue.plan.plan.Inputs`.
+
+    ``tuned`` stands in for the ``[tuned]`` table (``mue plan --tuned SWEEP``). Errors are ``ValueError`` with the
+    table, the key and the fix.
+    """
+    check_keys(data, ("rule", "base", "tuned", "target", "options"), "the file's top level")
+    base, target = table_of(data, "base"), table_of(data, "target")
+    for name, table in (("base", base), ("target", target)):
+        if not table:
+            raise ValueError(f"the file needs a [{name}] table")
+    options = dict(table_of(data, "options"))
+    check_keys(options, tuple(OPTIONS), "[options]")
+    if tuned is None:
+        if "tuned" not in data:
+            raise ValueError("the file needs a [tuned] table (or mue plan --tuned SWEEP)")
+        tuned = tuned_from(table_of(data, "tuned"))
+    elif "tuned" in data:
+        raise ValueError("the file has a [tuned] table and --tuned is given: use one of them")
+    convention = table_of(base, "convention", "base.")
+    check_keys(convention, tuple(f.name for f in fields(Convention)), "[base.convention]")
+    return Inputs(
+        base=shape_from(base, "base", ("training", "convention", "output_multiplier")),
+        target=shape_from(target, "target", ("training",)),
+        tuned=tuned,
+        base_training=training_from(base, "base"),
+        training=training_from(target, "target"),
+        rule=data.get("rule", "complete-mue"),
+        convention=Convention(**convention),
+        options=options,
+    )
+
+
+def tuned_from(table: Mapping[str, Any]) -> HParams:
+    """``[tuned]`` with its per-role tables."""
+    check_keys(table, _TUNED, "[tuned]")
+    for key in ("lr", "weight_decay", "init_std"):
+        need(table, key, "[tuned]")
+    return HParams(**table)
+
+
+def training_from(table: Mapping[str, Any], where: str) -> Training | None:
+    """``[where.training]``, or None where it is left out."""
+    if "training" not in table:
+        return None
+    training = table_of(table, "training", f"{where}.")
+    check_keys(training, ("batch", "steps"), f"[{where}.training]")
+    batch, steps = (need(training, key, f"[{where}.training]") for key in ("batch", "steps"))
+    return Training(batch, steps)
+
+
+def shape_from(table: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()) -> Transformer:
+    """``[base]`` or ``[target]`` as a shape: ``ffn``, or ``moe`` and ``expert``, or ``[[where.blocks]]``."""
+    check_keys(table, (*_COMMON, "ffn", *_MOE, "blocks", *extra), f"[{where}]")
+    common = {k: table[k] for k in (*_COMMON, "output_multiplier") if k in table}
+    need(table, "width", f"[{where}]")
+    if "blocks" in table:
+        return _mixed(table, common, where)
+    need(table, "layers", f"[{where}]")
+    return _uniform(table, common, f"[{where}]")
+
+
+def _uniform(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Transformer:
+    own = {k: v for k, v in table.items() if k in (*_MOE, "ffn")}
+    if "ffn" in own and len(own) > 1:
+        raise ValueError(
+            f"{where} has ffn and {next(k for k in own if k != 'ffn')}: it is dense (ffn) or a MoE (moe, expert), not both"
+        )
+    if "ffn" in own:
+        return Dense(ffn=own["ffn"], **common)
+    if "moe" not in own:
+        raise ValueError(f"{where} needs ffn (dense) or moe and expert")
+    notation = own.pop("moe")
+    need(own, "expert", where)
+    return MoE.parse(notation, **own, **common)
+
+
+def _mixed(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Mixed:
+    for key in (*_MOE, "ffn"):
+        if key in table:
+            raise ValueError(f"[{where}] has {key} and [[{where}.blocks]]: say it in the blocks only")
+    blocks = table["blocks"]
+    if not isinstance(blocks, list) or not all(isinstance(b, dict) for b in blocks):
+        raise ValueError(f"blocks of [{where}] must be tables: write [[{where}.blocks]]")
+    made = []
+    for block in blocks:
+        check_keys(block, ("layers", "ffn", *_MOE), f"[[{where}.blocks]]")
+        need(block, "layers", f"[[{where}.blocks]]")
+        own = dict(block)
+        numbers: dict[str, Any] = dict(parse_notation(own.pop("moe"))) if "moe" in own else {}
+        if isinstance(own.get("gate_moments"), list):
+            own["gate_moments"] = tuple(own["gate_moments"])
+        made.append(Block(**numbers, **own))
+    layers = common.pop("layers", None)
+    shape = Mixed(blocks=tuple(made), **common)
+    if layers is not None and layers != shape.layers:
+        raise ValueError(f"[{where}] layers = {layers}, but its blocks have {shape.layers} together")
+    return shape
+
+
+def lr_grid(values: Any, where: str) -> list[float]:
+    """A list of positive numbers, sorted, each once."""
+    if not isinstance(values, list) or not values:
+        raise ValueError(f"{where} must be a list of numbers, got {values!r}")
+    return sorted({positive(where, v, zero=where.endswith("weight_decay")) for v in values})

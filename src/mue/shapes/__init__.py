@@ -1,0 +1,27 @@
+"""A model, a run and its tuned values in numbers.
+
+Here: the shape of a block and of a transformer, batch and steps, tuned values; what follows from them by counting.
+Not here: how a value scales (``mue.rules``), and anything that needs torch.
+"""
+
+from mue.shapes.block import MEASURED, NORMALISED, ROUTERS, Block, parse_notation
+from mue.shapes.hparams import DECOUPLED, OPTIMIZERS, HParams, Training
+from mue.shapes.transformer import DEFAULT_HEAD_DIM, Dense, Mixed, MoE, Transformer, shape_from_dict
+
+__all__ = [
+    "DECOUPLED",
+    "DEFAULT_HEAD_DIM",
+    "MEASURED",
+    "NORMALISED",
+    "OPTIMIZERS",
+    "ROUTERS",
+    "Block",
+    "Dense",
+    "HParams",
+    "Mixed",
+    "MoE",
+    "Training",
+    "Transformer",
+    "parse_notation",
+    "shape_from_dict",
+]

@@ -1,0 +1,196 @@
+"""One kind of block in numbers: a dense feed-forward, or experts in the notation ``128e8a4g1s``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, fields
+
+from mue.util.errors import nearest, positive, positive_int
+
+NORMALISED = "unit-sum"
+MEASURED = "measured"
+ROUTERS = ("sigmoid", "softmax")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """``layers`` equal blocks: a dense feed-forward of width ``ffn``, or experts.
+
+    Attributes:
+        layers: how many consecutive blocks look like this.
+        ffn: hidden width of a dense feed-forward; None for experts.
+        expert: hidden width h of one routed expert.
+        experts, active, groups: N routed experts, a of them per token, a/g from each of g groups.
+        shared_experts, shared: number and width of the always-on experts (width: ``expert`` unless given).
+        router: ``"sigmoid"`` or ``"softmax"`` scores.
+        normalize: the weights sum to one over the active experts. The rule needs it, or ``gates="measured"``.
+        gates: ``"unit-sum"`` or ``"measured"``; the latter with ``gate_moments`` = (E[Σw], E[Σw²]) over tokens at
+            init, coefficient scale included.
+    """
+
+    layers: int
+    ffn: int | None = None
+    expert: int | None = None
+    experts: int = 0
+    active: int = 0
+    groups: int = 1
+    shared_experts: int = 0
+    shared: int | None = None
+    router: str = "sigmoid"
+    normalize: bool = True
+    gates: str = NORMALISED
+    gate_moments: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        positive_int("layers", self.layers)
+        if self.ffn is not None:
+            positive_int("ffn", self.ffn)
+            for f in fields(self):  # nothing that only experts read may stand beside ffn and be ignored
+                if f.name not in ("layers", "ffn") and getattr(self, f.name) != f.default:
+                    raise ValueError(f"a block is dense (ffn) or a MoE (moe, expert), not both: ffn beside {f.name}")
+            return
+        self._check_experts()
+        self._check_gates()
+
+    def _check_experts(self) -> None:
+        N, a, g = self.experts, self.active, positive_int("groups", self.groups)
+        if self.expert is None:
+            raise ValueError("a block needs ffn (dense) or moe and expert (experts and the width of one)")
+        positive_int("expert", self.expert)
+        if self.shared is not None:
+            positive_int("shared", self.shared)
+            if not self.shared_experts:
+                raise ValueError(
+                    f"shared = {self.shared} is the width of shared experts, but there are none: add e.g. 1s"
+                )
+        if N == 0 and a == 0 and self.shared_experts > 0:
+            return  # shared experts only: a dense feed-forward by another name
+        positive_int("experts", N)
+        positive_int("active", a)
+        if a > N:
+            raise ValueError(f"{a} active of {N} experts: a token cannot use more experts than there are")
+        if N % g or a % g:
+            raise ValueError(f"{g} groups must divide both the {N} experts and the {a} active ones")
+
+    def _check_gates(self) -> None:
+        if not isinstance(self.normalize, bool):
+            raise ValueError(f"normalize must be true or false, got {self.normalize!r}")
+        if self.router not in ROUTERS:
+            raise ValueError(
+                f"router must be one of {', '.join(ROUTERS)}, got {self.router!r}{nearest(self.router, ROUTERS)}"
+            )
+        if self.gates not in (NORMALISED, MEASURED):
+            raise ValueError(f"gates must be {NORMALISED!r} or {MEASURED!r}, got {self.gates!r}")
+        if self.gates == NORMALISED:
+            if not self.normalize and self.router == "softmax":
+                raise ValueError(
+                    "a softmax over all experts that is not renormalised over the active ones sums to about a/N, not 1, and"
+                    ' breaks the rule: set normalize = true, or gates = "measured" with gate_moments'
+                )
+            if not self.normalize:
+                raise ValueError('gates that do not sum to one need gates = "measured" with gate_moments')
+            if self.gate_moments is not None:
+                raise ValueError('gate_moments are read only with gates = "measured"')
+            return
+        if not self.experts:
+            raise ValueError('gates = "measured" needs routed experts; shared ones alone have no gate')
+        if not isinstance(self.gate_moments, tuple) or len(self.gate_moments) != 2:
+            raise ValueError(
+                'gates = "measured" needs gate_moments = [E[Σw], E[Σw²]], measured over tokens at init'
+                " (mue.moe.gate_moments does it)"
+            )
+        m1, m2 = (positive("gate_moments", m) for m in self.gate_moments)
+        if not m1 * m1 / self.active * (1 - 1e-9) <= m2:
+            raise ValueError(
+                f"gate_moments ({m1:g}, {m2:g}): E[Σw²] cannot be below E[Σw]²/a = {m1 * m1 / self.active:g}"
+            )
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the block has experts."""
+        return self.ffn is None
+
+    @property
+    def shared_width(self) -> int:
+        """Width of all shared experts together, n_s·h_s."""
+        return self.shared_experts * (self.shared or self.expert or 0)
+
+    @property
+    def routed_width(self) -> int:
+        """Width of the active routed experts together, a·h."""
+        return self.active * (self.expert or 0)
+
+    @property
+    def active_width(self) -> int:
+        """H_act: the sum of the down-projection fan-ins that one token passes through."""
+        return self.ffn if self.ffn is not None else self.routed_width + self.shared_width
+
+    @property
+    def fan_in(self) -> int:
+        """Fan-in of one down projection: H, or h."""
+        return self.ffn if self.ffn is not None else self.expert or 0
+
+    @property
+    def share(self) -> float:
+        """Share of the tokens that one routed expert sees: a/N; 1 where every token passes."""
+        return self.active / self.experts if self.experts else 1.0
+
+    @property
+    def gate_variance(self) -> float:
+        """F = a·E[Σw²]/E[Σw]²: 1 for uniform weights, a for one-hot ones (transfer-rules 1.3)."""
+        if self.gate_moments is None:
+            return 1.0
+        m1, m2 = self.gate_moments
+        return self.active * m2 / m1**2
+
+    @property
+    def kappa(self) -> float:
+        """(F·a·h + n_s·h_s)/H_act: init variance of the branch against uniform weights; 1 for normalised gates."""
+        if self.gate_moments is None:
+            return 1.0
+        return (self.gate_variance * self.routed_width + self.shared_width) / self.active_width
+
+    @property
+    def route_scale(self) -> float:
+        """R of the rule: a on the normalised routed sum (ā/m1 where the gates are measured); 1 without a router."""
+        if not self.experts:
+            return 1.0
+        return self.active / (self.gate_moments[0] if self.gate_moments else 1.0)
+
+    @property
+    def notation(self) -> str:
+        """``"128e8a4g1s"``, or ``"dense"``."""
+        if not self.is_moe:
+            return "dense"
+        parts = f"{self.experts}e{self.active}a" if self.experts else ""
+        return (
+            parts
+            + (f"{self.groups}g" if self.groups > 1 else "")
+            + (f"{self.shared_experts}s" if self.shared_experts else "")
+        )
+
+
+def parse_notation(notation: str) -> dict[str, int]:
+    """``"128e8a4g1s"`` → ``{"experts": 128, "active": 8, "groups": 4, "shared_experts": 1}``.
+
+    Suffixes: e experts, a active, g groups, s shared; in any order, each at most once. ``ValueError`` otherwise.
+    """
+    names = {"e": "experts", "a": "active", "g": "groups", "s": "shared_experts"}
+    found: dict[str, int] = {}
+    if not isinstance(notation, str) or not re.fullmatch(r"(\d+[a-z])+", notation):
+        raise ValueError(
+            f"cannot read {notation!r} as a MoE; write it like 128e8a4g1s (experts, active, groups, shared)"
+        )
+    for number, letter in re.findall(r"(\d+)([a-z])", notation):
+        if letter not in names:
+            raise ValueError(
+                f"unknown suffix {letter!r} in {notation!r}: use e (experts), a (active), g (groups), s (shared)"
+            )
+        if names[letter] in found:
+            raise ValueError(f"suffix {letter!r} appears twice in {notation!r}")
+        if int(number) == 0:
+            raise ValueError(f"0{letter} in {notation!r}: leave the suffix out, or give at least 1")
+        found[names[letter]] = int(number)
+    if ("experts" in found) != ("active" in found) or not ("experts" in found or "shared_experts" in found):
+        raise ValueError(f"{notation!r} needs both e (experts) and a (active per token), as in 8e2a")
+    return found

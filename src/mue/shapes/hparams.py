@@ -1,0 +1,143 @@
+"""A run and its tuned values in numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+from mue.util.errors import nearest, positive, positive_int
+
+# Optimizers whose transfer is derived for at least one rule (mue.rules.optimizers says what holds for which).
+OPTIMIZERS = (
+    "adamw",
+    "adamw-independent",
+    "adam-l2",
+    "nadamw",
+    "lion",
+    "sgd",
+    "muon",
+    "lamb",
+    "adafactor",
+    "hyperball",
+)
+DECOUPLED = ("adamw", "nadamw", "lion")  # decay as torch's AdamW has it, p *= 1 - lr·wd, in every parameter
+
+ROLE_VALUES = ("lr", "weight_decay", "init_std", "eps")
+TIMES = "_times"
+THIRDS = ("first_third", "middle_third", "last_third")
+Roles = dict[str, dict[str, float]]
+
+
+def third_of(layer: int, layers: int) -> str:
+    """The third of the depth in which the middle of a layer lies (never on a border): 4 layers are 1 + 2 + 1."""
+    return THIRDS[3 * (2 * layer + 1) // (2 * layers)]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A run: ``batch`` in tokens per step, ``steps``; ``tokens`` = D."""
+
+    batch: int
+    steps: int
+
+    def __post_init__(self) -> None:
+        positive_int("training batch (tokens per step)", self.batch)
+        positive_int("training steps", self.steps)
+
+    @property
+    def tokens(self) -> int:
+        """D = B·T."""
+        return self.batch * self.steps
+
+
+@dataclass(frozen=True)
+class HParams:
+    """What the one sweep found on the base.
+
+    Attributes:
+        lr: peak learning rate. weight_decay: torch's decoupled form, ``p *= 1 - lr·wd``. init_std: of every matrix.
+        betas, eps: Adam's; eps is small by default because expert gradients are (transfer-rules 1.9).
+        roles: per-role values: ``{"embedding": {"lr": 3e-3}}`` replaces the global one, ``{"head": {"lr_times": 2}}``
+            multiplies what it would be otherwise, ``{"first_third": {"ffn_up": {"lr_times": 1.5}}}`` does so in the first
+            third of the layers, of the base's as of the target's (``"first_third.ffn_up"`` once it is stored).
+        optimizer, clip, warmup, floor, balance, z, bias_speed: carried to the target unchanged: optimizer name,
+            clipping threshold (None: off), warmup and lr floor as fractions, balance-loss and z-loss coefficients,
+            speed of the balance bias per step.
+    """
+
+    lr: float
+    weight_decay: float
+    init_std: float
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-12
+    roles: Roles = field(default_factory=dict, hash=False)
+    optimizer: str = "adamw"
+    clip: float | None = None
+    warmup: float = 0.05
+    floor: float = 0.0
+    balance: float = 0.0
+    z: float = 0.0
+    bias_speed: float = 1e-3
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: object) -> None:
+            object.__setattr__(self, name, value)
+
+        put("lr", positive("lr", self.lr))
+        put("weight_decay", positive("weight_decay", self.weight_decay, zero=True))
+        put("init_std", positive("init_std", self.init_std))
+        put("eps", positive("eps", self.eps))
+        if not isinstance(self.betas, list | tuple) or len(self.betas) != 2:
+            raise ValueError(f"betas must be two numbers, got {self.betas!r}")
+        put("betas", tuple(positive(f"beta{i + 1}", b, zero=True, below=1) for i, b in enumerate(self.betas)))
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer {self.optimizer!r} is not understood, and what is not derived is not guessed{nearest(self.optimizer, OPTIMIZERS)}"
+            )
+        put("clip", None if self.clip is None else positive("clip", self.clip))
+        put("warmup", positive("warmup", self.warmup, zero=True, below=1))
+        put("floor", positive("floor", self.floor, zero=True, below=1))
+        for name in ("balance", "z", "bias_speed"):
+            put(name, positive(name, getattr(self, name), zero=True))
+        put("roles", _roles(self.roles))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values under the constructor's names."""
+        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+
+    def replace(self, **changes: Any) -> HParams:
+        """A copy with some values changed."""
+        return replace(self, **changes)
+
+
+def _roles(tables: object) -> Roles:
+    """Per-role tables as they are stored: thirds as ``"third.role"``, without what multiplies by 1, for it says nothing."""
+    if not isinstance(tables, Mapping):
+        raise ValueError(f"tuned.roles must be a table of roles, got {tables!r}")
+    found: Roles = {}
+    for name, table in tables.items():
+        nested = isinstance(table, Mapping) and any(isinstance(v, Mapping) for v in table.values())
+        if nested and name not in THIRDS:
+            raise ValueError(f"unknown third {name!r} in tuned.roles{nearest(name, THIRDS)}")
+        found.update(
+            {f"{name}.{r}": _role(f"{name}.{r}", t) for r, t in table.items()} if nested else {name: _role(name, table)}
+        )
+    return {role: values for role, values in found.items() if values}
+
+
+def _role(role: str, values: object) -> dict[str, float]:
+    known = [key for name in ROLE_VALUES for key in (name, name + TIMES)]
+    if not isinstance(values, Mapping):
+        raise ValueError(f"tuned.roles.{role} must be a table of {', '.join(known)}, got {values!r}")
+    for key in values:
+        if key not in known:
+            raise ValueError(f"unknown key {key!r} in tuned.roles.{role}{nearest(key, known)}")
+        if key + TIMES in values:
+            raise ValueError(f"tuned.roles.{role} has {key} and {key}{TIMES}: the value is the product, give that")
+    checked = {k: positive(f"tuned.roles.{role}.{k}", v, zero=k == "weight_decay") for k, v in values.items()}
+    return {k: checked[k] for k in known if k in checked and not (k.endswith(TIMES) and checked[k] == 1)}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,299 @@
+"""A model in numbers: no modules, no torch. (A run and its tuned values: :mod:`mue.shapes.hparams`.)
+
+A base model is numbers, so dense → MoE, another depth or another expert count need no name matching. The symbols are
+those of the paper: d ``width``, L ``layers``, H_act ``active_width`` (the sum of the down-projection fan-ins that one
+token passes through; gate and up are never counted twice), N ``experts``, a ``active``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from mue.shapes.block import NORMALISED, Block, parse_notation
+from mue.shapes.hparams import DECOUPLED, OPTIMIZERS, HParams, Training
+from mue.util.errors import positive, positive_int
+
+__all__ = [
+    "DECOUPLED",
+    "OPTIMIZERS",
+    "Block",
+    "Dense",
+    "HParams",
+    "Mixed",
+    "MoE",
+    "Training",
+    "Transformer",
+    "parse_notation",
+    "positive",
+    "positive_int",
+    "shape_from_dict",
+]
+
+
+DEFAULT_HEAD_DIM = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class Transformer:
+    """What every decoder here shares; use :class:`Dense`, :class:`MoE` or :class:`Mixed`.
+
+    Attributes:
+        head_dim, heads, kv_heads: attention heads; ``heads`` defaults to width / head_dim, ``kv_heads`` to ``heads``.
+        vocab, sequence: tokens in the vocabulary and in one training sequence.
+        gated: SwiGLU (gate, up, down) or a plain GELU pair (up, down).
+        tied: the head shares the embedding's matrix.
+        output_multiplier: forward multiplier A* of the feed-forward branch of a *base*; 1 is a stock model.
+    """
+
+    head_dim: int = DEFAULT_HEAD_DIM
+    heads: int | None = None
+    kv_heads: int | None = None
+    vocab: int = 256
+    sequence: int = 1024
+    gated: bool = True
+    tied: bool = False
+    output_multiplier: float = 1.0
+
+    kind: ClassVar[str] = ""
+
+    if TYPE_CHECKING:  # fields of the subclasses, or properties computed from them
+
+        @property
+        def width(self) -> int: ...
+        @property
+        def layers(self) -> int: ...
+        @property
+        def blocks(self) -> tuple[Block, ...]: ...
+
+    def _check(self) -> None:
+        for name in ("width", "layers", "head_dim", "vocab", "sequence"):
+            positive_int(name, getattr(self, name))
+        positive("output_multiplier", self.output_multiplier)
+        if self.heads is None and self.width % self.head_dim:
+            raise ValueError(
+                f"width {self.width} is not divisible by head_dim {self.head_dim}: change one, or give heads"
+            )
+        # With a head size of its own (Qwen3, GLM-4) heads·head_dim need not be the width; with the default it is a slip.
+        if (
+            self.heads is not None
+            and self.width % positive_int("heads", self.heads)
+            and self.head_dim == DEFAULT_HEAD_DIM
+        ):
+            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads: change one, or give head_dim")
+        if self.kv_heads is not None and self.num_heads % positive_int("kv_heads", self.kv_heads):
+            raise ValueError(f"{self.kv_heads} kv_heads do not divide the {self.num_heads} heads")
+        for name in ("gated", "tied"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+
+    @property
+    def num_heads(self) -> int:
+        return self.heads if self.heads is not None else self.width // self.head_dim
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.kv_heads if self.kv_heads is not None else self.num_heads
+
+    @property
+    def attention_width(self) -> int:
+        """heads·head_dim, the fan-in of the attention output projection."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def active_width(self) -> int | None:
+        """H_act; None where blocks differ."""
+        widths = {block.active_width for block in self.blocks}
+        return widths.pop() if len(widths) == 1 else None
+
+    @property
+    def expansion(self) -> float | None:
+        """e = H_act/d; None where blocks differ."""
+        return None if self.active_width is None else self.active_width / self.width
+
+    def matrices(self) -> Iterator[tuple[str, int, int, int]]:
+        """Every weight by role: (role, how many, elements of one, how many of them one token uses).
+
+        Experts count one by one, whatever a model stores them in; a tied head is counted at the embedding.
+        """
+        d, L = self.width, self.layers
+        yield "embedding", 1, self.vocab * d, 0 if not self.tied else 1
+        kv = self.num_kv_heads * self.head_dim
+        for role, out in (("q", self.attention_width), ("k", kv), ("v", kv), ("o", self.attention_width)):
+            yield f"attention_{role}", L, d * out, L
+        for block in self.blocks:
+            n = block.layers
+            if block.ffn is not None:
+                yield from self._feed_forward("ffn", n, d * block.ffn, n)
+            if block.experts:
+                yield from self._feed_forward("expert", n * block.experts, d * (block.expert or 0), n * block.active)
+                yield "router", n, d * block.experts, n
+                yield "router_bias", n, block.experts, n
+            if block.shared_experts:
+                many = n * block.shared_experts
+                yield from self._feed_forward("shared", many, d * block.shared_width // block.shared_experts, many)
+        yield "norm", 2 * L, d, 2 * L
+        yield "qk_norm", 2 * L, self.head_dim, 2 * L
+        yield "final_norm", 1, d, 1
+        if not self.tied:
+            yield "head", 1, self.vocab * d, 1
+
+    def _feed_forward(self, kind: str, many: int, size: int, used: int) -> Iterator[tuple[str, int, int, int]]:
+        for part in ("up", "gate", "down") if self.gated else ("up", "down"):
+            yield f"{kind}_{part}", many, size, used
+
+    def counts(self) -> dict[str, int]:
+        """Tensors of the model by role (experts one by one); absent roles are left out."""
+        found: dict[str, int] = {}
+        for role, many, _, _ in self.matrices():
+            found[role] = found.get(role, 0) + many
+        return found
+
+    @property
+    def parameters(self) -> int:
+        """Trainable parameters (the balance bias is a buffer)."""
+        return sum(many * size for role, many, size, _ in self.matrices() if role != "router_bias")
+
+    @property
+    def active_parameters(self) -> int:
+        """Parameters that one token is multiplied by (an untied embedding is a look-up and not counted)."""
+        return sum(used * size for role, _, size, used in self.matrices() if role != "router_bias")
+
+    @property
+    def flops_per_token(self) -> float:
+        """Training FLOPs of one token: 6 per active matrix element + 12·L·(heads·head_dim)·sequence for attention.
+
+        Source: PaLM (2204.02311) appendix B, with active parameters in place of all; causal masking not discounted.
+        """
+        vectors = {"norm", "qk_norm", "final_norm", "router_bias"}
+        matrices = sum(used * size for role, _, size, used in self.matrices() if role not in vectors)
+        return 6.0 * matrices + 12.0 * self.layers * self.attention_width * self.sequence
+
+    @property
+    def name(self) -> str:
+        """A short name such as ``128e8a1s d1024 L8``."""
+        kinds = list(dict.fromkeys(block.notation for block in self.blocks))
+        return f"{'+'.join(kinds)} d{self.width} L{self.layers}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers under ``kind`` and the constructor's names; :func:`shape_from_dict` reads them back."""
+        out: dict[str, Any] = {"kind": self.kind}
+        for f in fields(self):
+            if f.init:
+                value = getattr(self, f.name)
+                out[f.name] = [_block_dict(b) for b in value] if f.name == "blocks" else _plain(value)
+        return out
+
+
+@dataclass(frozen=True)
+class Dense(Transformer):
+    """A dense decoder: ``Dense(width, ffn, layers)``; the rest as in :class:`Transformer`."""
+
+    width: int
+    ffn: int
+    layers: int
+    kind: ClassVar[str] = "dense"
+
+    def __post_init__(self) -> None:
+        positive_int("ffn", self.ffn)
+        self._check()
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return (Block(layers=self.layers, ffn=self.ffn),)
+
+
+@dataclass(frozen=True)
+class MoE(Transformer):
+    """A decoder whose every block has experts; the fields of :class:`Block` and :class:`Transformer`.
+
+    Examples:
+        >>> MoE.parse("128e8a1s", width=1024, expert=1024, layers=8).active_width
+        9216
+    """
+
+    width: int
+    expert: int
+    layers: int
+    experts: int = 0
+    active: int = 0
+    groups: int = 1
+    shared_experts: int = 0
+    shared: int | None = None
+    router: str = "sigmoid"
+    normalize: bool = True
+    gates: str = NORMALISED
+    gate_moments: tuple[float, float] | None = None
+    kind: ClassVar[str] = "moe"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.gate_moments, list):
+            object.__setattr__(self, "gate_moments", tuple(self.gate_moments))
+        self._check()
+        _ = self.blocks  # a block checks its own numbers
+
+    @classmethod
+    def parse(cls, notation: str, **numbers: Any) -> MoE:
+        """``MoE.parse("128e8a1s", width=1024, expert=1024, layers=8)``; ``ValueError`` names what cannot be read."""
+        return cls(**{**parse_notation(notation), **numbers})
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        return (
+            Block(
+                layers=self.layers,
+                **{f.name: getattr(self, f.name) for f in fields(Block) if f.name not in ("layers", "ffn")},
+            ),
+        )
+
+    @property
+    def notation(self) -> str:
+        """``"128e8a4g1s"``."""
+        return self.blocks[0].notation
+
+
+@dataclass(frozen=True)
+class Mixed(Transformer):
+    """Blocks that differ: dense first layers, another number of experts per layer.
+
+    Examples:
+        >>> Mixed(1024, (Block(layers=1, ffn=4096), Block(layers=7, experts=64, active=8, expert=512))).layers
+        8
+    """
+
+    width: int
+    blocks: tuple[Block, ...]
+    layers: int = field(init=False)
+    kind: ClassVar[str] = "mixed"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "blocks", tuple(self.blocks))
+        if not self.blocks:
+            raise ValueError("blocks is empty: give at least one")
+        object.__setattr__(self, "layers", sum(block.layers for block in self.blocks))
+        self._check()
+
+
+def shape_from_dict(data: dict[str, Any]) -> Transformer:
+    """The inverse of ``to_dict``; ``ValueError`` for an unknown kind."""
+    data = dict(data)
+    kind = data.pop("kind", None)
+    kinds: dict[str, type[Transformer]] = {"dense": Dense, "moe": MoE, "mixed": Mixed}
+    if kind not in kinds:
+        raise ValueError(f"unknown kind of shape {kind!r}; known: {', '.join(kinds)}")
+    if kind == "mixed":
+        data["blocks"] = tuple(Block(**_moments_tuple(b)) for b in data["blocks"])
+    return kinds[kind](**_moments_tuple(data))
+
+
+def _moments_tuple(data: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if k == "gate_moments" and v is not None else v for k, v in data.items()}
+
+
+def _block_dict(block: Block) -> dict[str, Any]:
+    return {f.name: _plain(getattr(block, f.name)) for f in fields(block)}
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value

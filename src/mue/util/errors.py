@@ -1,0 +1,38 @@
+"""Numbers from users: what they must be, said in one line."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Iterable
+
+LARGEST = 10**18  # beyond any shape or run, and well inside what a float holds
+
+
+def positive_int(name: str, value: object) -> int:
+    """``value`` as a positive whole number, or a ``ValueError`` that names it."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+    if value > LARGEST:
+        raise ValueError(f"{name} must be at most 10^18, got a number of {len(str(value))} digits")
+    return value
+
+
+def positive(name: str, value: object, *, zero: bool = False, below: float = math.inf) -> float:
+    """``value`` as a finite number above 0 (or ≥ 0) and below ``below``, or a ``ValueError`` that names it."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if number and isinstance(value, int) and abs(value) > LARGEST:
+        raise ValueError(f"{name} must be at most 10^18, got a number of {len(str(abs(value)))} digits")
+    if not isinstance(value, int | float) or not number or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    if value < 0 or (value == 0 and not zero) or value >= below:
+        limit = f" and below {below:g}" if below < math.inf else ""
+        raise ValueError(f"{name} must be {'at least 0' if zero else 'greater than 0'}{limit}, got {value!r}")
+    return float(value)
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``"; did you mean 'width'?"`` with the closest known word, or the list of all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

@@ -1,0 +1,246 @@
+"""The native kernel: its build (locks, kills, refusals), its engines, its threads, and what it saves."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from mue.kernels import build, norm
+from mue.kernels import library as kernel_library
+from mue.moe import ExpertWeights, MoELayer, Routing, experts
+from mue.moe.backends import native
+from support.expert_cases import assert_close, make_routing, make_weights, run
+
+pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler: the native kernel cannot be built")
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    """The kernel; with a compiler at hand a build that breaks fails the tests."""
+    return native.build()
+
+
+def fake_compiler(folder: Path, body: str) -> Path:
+    """A "compiler" that is a shell script; $out is the file it is asked to write."""
+    path = folder / "fake-c++"
+    path.write_text(f'#!/bin/sh\nwhile [ $# -gt 0 ]; do [ "$1" = -o ] && out="$2"; shift; done\n{body}\n')
+    path.chmod(0o755)
+    return path
+
+
+def held(lock: Path) -> bool:
+    """Whether some process stands in the lock."""
+    with lock.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def test_a_killed_build_leaves_nothing_that_hangs_or_misleads(
+    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kill -9 in the middle of compiling; the next build waits for no one, removes the leftovers and succeeds."""
+    monkeypatch.setenv("MUE_CACHE", str(tmp_path))
+    monkeypatch.setenv(
+        "CXX", str(fake_compiler(tmp_path, 'case "$out" in *.o) echo $$ >> pids; exec sleep 300;; esac'))
+    )
+    code = "from mue.moe.backends import native; native.build()"
+    first = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path)
+    pids = tmp_path / "pids"
+    end = time.monotonic() + 200
+    while not pids.exists() or len(pids.read_text().split()) < len(build.SOURCES):
+        assert time.monotonic() < end and first.poll() is None
+        time.sleep(0.05)
+    assert held(tmp_path / "native" / "lock")  # a second build would wait now
+    first.kill()
+    first.wait()
+    assert not held(tmp_path / "native" / "lock")  # although its compilers are still running
+    for pid in pids.read_text().split():
+        os.kill(int(pid), signal.SIGKILL)
+    assert list(tmp_path.glob("native/build-*"))  # negative control: there was something to clean up
+    assert build.find() is None  # nothing half-made is ever found
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path, f'[ -n "$out" ] && cp {library} "$out"; exit 0')))
+    made = native.build()
+    assert build.find() == made and "plain" in build.engines(made)
+    assert not list(tmp_path.glob("native/build-*"))
+
+
+def test_a_compiler_that_refuses_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MUE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path, "echo no such header; exit 3")))
+    with pytest.raises(build.BuildError, match="ended with 3:\nno such header"):
+        native.build()
+    assert build.find() is None and not list(tmp_path.glob("native/build-*"))
+    monkeypatch.setenv("CXX", str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="CXX"):
+        native.build()
+
+
+def test_a_place_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An error for `mue doctor --build`; `make`, which needs no kernel, only says so."""
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("MUE_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ValueError, match="MUE_CACHE"):
+        native.build()
+    native.main()
+    assert "portable" in capsys.readouterr().out
+
+
+def test_a_library_that_computes_wrongly_is_never_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the compiler made is tried first: here it is no library at all."""
+    monkeypatch.setenv("MUE_CACHE", str(tmp_path))
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path, '[ -n "$out" ] && echo rubbish > "$out"; exit 0')))
+    with pytest.raises(build.BuildError, match="computes wrongly"):
+        native.build()
+    assert build.find() is None
+
+
+def test_the_name_says_what_a_library_depends_on(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another torch, another instruction set: another library; nothing is loaded that was built for something else."""
+    assert build.find() == library
+    assert native.build() == library  # there already: not built again
+    monkeypatch.setattr(torch, "__version__", "2.99")
+    assert build.find() is None
+    monkeypatch.undo()
+    monkeypatch.setattr(build, "_instructions", lambda: "SSE9")
+    assert build.find() is None
+
+
+def test_without_a_library_portable_takes_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("MUE_CACHE", str(tmp_path))
+    kernel_library.forget()
+    try:
+        layer, x = MoELayer(8, 4, 2, expert_width=8), torch.randn(5, 8)
+        y = layer(x)[0]
+        assert norm.rms_norm(x, torch.ones(8), 1e-6) is None
+        layer.backend = "native"
+        with pytest.raises(ValueError, match="mue doctor --build"):
+            layer(x)
+        layer.backend = "portable"
+        assert torch.equal(layer(x)[0], y)
+    finally:
+        kernel_library.forget()
+
+
+@pytest.mark.parametrize("shared", [0, 64])
+@pytest.mark.parametrize("kind", ["topk", "ragged", "choice", "one"])
+def test_matrix_unit_layout(library: Path, monkeypatch: pytest.MonkeyPatch, kind: str, shared: int) -> None:
+    """The matrix unit's path with the unit played by plain loops: as exact as a loop of bf16 products."""
+    torch.manual_seed(0)
+    routing, routed = make_routing(kind, 150, 6, 2, torch.float32), make_weights(6, 96, 64, torch.float32)
+    more = [torch.randn(s).div_(s[-1] ** 0.5).requires_grad_() for s in ((shared, 96), (shared, 96), (96, shared))]
+    weights = [*routed, *(more if shared else [])]
+    x_TD, dy_TD = torch.randn(150, 96, requires_grad=True), torch.randn(150, 96)
+    exact_y, exact = run("reference", x_TD, routing, weights, dy_TD)
+    asked = []
+    monkeypatch.setattr(kernel_library, "engine", lambda: asked.append(1) or "emulated")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, ours = run("native", x_TD, routing, weights, dy_TD)
+        y_loop, loop = run("reference", x_TD, routing, weights, dy_TD)
+    assert asked
+    for mine, theirs, true in zip([y, *ours], [y_loop, *loop], [exact_y, *exact], strict=True):
+        error, allowed = (mine - true).norm() / true.norm(), (theirs - true).norm() / true.norm()
+        assert 1e-4 < error <= 1.2 * allowed
+
+
+@pytest.mark.parametrize("threads", [2, 3, 7])
+@pytest.mark.parametrize("kind", ["topk", "one"])
+def test_any_number_of_threads(library: Path, monkeypatch: pytest.MonkeyPatch, threads: int, kind: str) -> None:
+    """Experts across a border between threads: their gradients are summed from parts, in the weights' own type."""
+    monkeypatch.setattr(native, "_WORK_PER_THREAD", 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    torch.manual_seed(1)
+    routing = make_routing(kind, 120, 5, 2, torch.float32)
+    x_TD, dy_TD = torch.randn(120, 24, requires_grad=True), torch.randn(120, 24)
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.float64, 1e-10), (torch.bfloat16, 2e-2)):
+        weights = make_weights(5, 24, 40, dtype)
+        x, dy = x_TD.detach().to(dtype).requires_grad_(), dy_TD.to(dtype)
+        y, ours = run("native", x, routing, weights, dy)
+        y_again, again = run("native", x, routing, weights, dy)
+        y_reference, reference = run("reference", x, routing, weights, dy)
+        assert torch.equal(y, y_again) and all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+        for mine, theirs in zip([y, *ours], [y_reference, *reference], strict=True):
+            assert_close(mine, theirs, tolerance)
+
+
+def test_shared_experts_in_the_same_call(library: Path) -> None:
+    """Gradients of shared and routed weights together, with and without a gate, and of the shared ones alone."""
+    torch.manual_seed(2)
+    routing, routed = make_routing("ragged", 50, 4, 2), make_weights(4, 20, 12, torch.float64)
+    x_TD = torch.randn(50, 20, dtype=torch.float64, requires_grad=True)
+    dy_TD = torch.randn(50, 20, dtype=torch.float64)
+    shared = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in ((33, 20), (33, 20), (20, 33))]
+    for gated in (True, False):
+        weights = [*routed, *shared] if gated else [None, *routed[1:], None, *shared[1:]]
+        ours, theirs = (run(backend, x_TD, routing, weights, dy_TD) for backend in ("native", "reference"))
+        for mine, their in zip([ours[0], *ours[1]], [theirs[0], *theirs[1]], strict=True):
+            assert_close(mine, their, 1e-10)
+    alone = ExpertWeights(None, None, None, *shared)
+    y = [experts(x_TD, Routing.empty(50), alone, backend=backend) for backend in ("native", "reference")]
+    gradients = [torch.autograd.grad(one, [x_TD, *shared], dy_TD) for one in y]
+    for mine, their in zip([y[0], *gradients[0]], [y[1], *gradients[1]], strict=True):
+        assert_close(mine, their, 1e-10)
+
+
+def test_mixed_types_keep_their_own(library: Path) -> None:
+    """Under autocast float32 weights are read as they are and get float32 gradients; x of bf16 gets one of bf16."""
+    torch.manual_seed(3)
+    routing, weights = make_routing("topk", 40, 4, 2, torch.float32), make_weights(4, 16, 24, torch.float32)
+    x_TD = torch.randn(40, 16).bfloat16().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y_TD = experts(x_TD, routing, ExpertWeights(*weights), backend="native")
+    torch.autograd.backward(y_TD.float().sum())
+    assert y_TD.dtype == x_TD.grad.dtype == torch.bfloat16  # type: ignore[union-attr]
+    assert all(w is not None and w.grad is not None and w.grad.dtype == torch.float32 for w in weights)
+    half = experts(x_TD.half(), routing, ExpertWeights(*(w.detach().half() for w in weights if w is not None)))
+    assert half.dtype == torch.float16  # "auto" takes portable
+    with pytest.raises(ValueError, match="float16"):
+        experts(x_TD.half(), routing, ExpertWeights(*weights), backend="native")
+
+
+def test_strided_and_broadcast_inputs(library: Path) -> None:
+    """Pointers are handed over: views, transposed weights and expanded gradients must be what they look like."""
+    torch.manual_seed(4)
+    routing, weights = make_routing("topk", 30, 4, 2), make_weights(4, 10, 6, torch.float64)
+    x_TD = torch.randn(10, 30, dtype=torch.float64).t().requires_grad_()
+    turned = [None if w is None else w.detach().transpose(1, 2).contiguous().transpose(1, 2) for w in weights]
+    expected = experts(x_TD, routing, ExpertWeights(*weights), backend="reference")
+    got = experts(x_TD, routing, ExpertWeights(*turned), backend="native")
+    assert_close(got, expected, 1e-12)
+    (ours,) = torch.autograd.grad(got.sum(), x_TD)  # the gradient of a sum is an expanded scalar
+    (theirs,) = torch.autograd.grad(expected.sum(), x_TD)
+    assert_close(ours, theirs, 1e-12)
+
+
+def test_bad_tokens_are_refused_before_memory_is_touched(library: Path) -> None:
+    weights, x_TD = make_weights(3, 4, 5, torch.float32), torch.randn(6, 4)
+    for bad in (6, -1, 1 << 40):
+        token_P = torch.tensor([0, bad])
+        routing = Routing(token_P, torch.tensor([0, 1]), torch.ones(2), 6, 3, slots=0)
+        with pytest.raises(ValueError, match="6 tokens"):
+            experts(x_TD, routing, ExpertWeights(*weights), backend="native")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["avx2", "default"])
+def test_other_instruction_sets(capability: str, tmp_path: Path) -> None:
+    """The same source for narrower vectors; the trial of the build compares it with the reference."""
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability, "MUE_CACHE": str(tmp_path)}
+    code = "from mue.moe.backends import native; native.build()"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (made,) = tmp_path.glob("native/*.json")
+    assert capability in made.name and json.loads(made.read_text())["engines"] == ["plain"]

@@ -1,0 +1,229 @@
+"""A sweep whose file changes under way, whose storage is lost, or whose results speak against it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mue.cli import main
+from mue.lab.runners.runner import Done, Message
+from mue.lab.sweep import sweep as sweep_module
+from mue.lab.sweep.points import grid_points
+from mue.lab.sweep.report import sweep_report
+from mue.lab.sweep.storage import Database
+from mue.lab.sweep.sweep import Swept, identity, open_trials, run_sweep, stored_sweep, tuned_of
+from mue.lab.sweep.trials import Trial
+from mue.lab.sweep.worker import Worker
+from mue.lab.train.experiment import SweepSpec, open_corpus, sweep_from
+from mue.lab.train.run import Run
+from mue.plan.toml import read_toml
+from mue.util.files import write_json
+from support.scripted_runner import Heard, Scripted, done
+
+
+@pytest.fixture
+def spec(experiment: Path) -> SweepSpec:
+    """Five learning rates, one cell."""
+    found = sweep_from(read_toml(experiment), experiment.parent)
+    return replace(found, grid=replace(found.grid, lr=lrs(5), weight_decay=(0.1,), init_std=(0.02,), seeds=(0,)))
+
+
+def lrs(count: int) -> tuple[float, ...]:
+    return tuple(2.0 ** (i - 9) for i in range(count))
+
+
+def asking(spec: SweepSpec, count: int) -> SweepSpec:
+    return replace(spec, grid=replace(spec.grid, lr=lrs(count)))
+
+
+def ended(run: Run, least: float = 2.0) -> Done:
+    """With its minimum at the third learning rate."""
+    assert run.plan.tuned is not None
+    return Done(run, {**done(run).result, "val_loss": least + 0.1 * (math.log2(run.plan.tuned.lr) + 7) ** 2})
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The learning rates that a runner trained, in order."""
+    found: list[float] = []
+
+    def script(runner: Scripted) -> list[Message]:
+        messages: list[Message] = [ended(run) for run in runner.flying.values()]
+        found.extend(m.run.plan.tuned.lr for m in messages if isinstance(m, Done) and m.run.plan.tuned)
+        return messages
+
+    monkeypatch.setattr(sweep_module, "open_runner", lambda *_, **__: Scripted(script))
+    return found
+
+
+class Interrupting(Heard):
+    """Ends the worker after some trials."""
+
+    def __init__(self, after: int) -> None:
+        super().__init__()
+        self.after = after
+
+    def ended(self, trial: object, run: Run, *, fresh: bool) -> None:
+        super().ended(trial, run, fresh=fresh)
+        if len(self.counted) == self.after:
+            raise KeyboardInterrupt
+
+
+def run(spec: SweepSpec, out: Path, watch: Heard | None = None, *, resume: bool = False) -> Swept:
+    return run_sweep(spec, out, open_corpus(spec.source), watch=watch, resume=resume)
+
+
+def test_points_that_are_no_longer_asked_for_are_not_trained(
+    spec: SweepSpec, tmp_path: Path, trained: list[float]
+) -> None:
+    """Narrowed after an interrupt, and widened again: what waited is withdrawn, and comes back."""
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, tmp_path, Interrupting(2))
+    began, heard = set(trained), Heard()
+    swept = run(asking(spec, 3), tmp_path, heard)
+    assert set(trained) == began | set(lrs(3))
+    assert any("not in the file any more" in words for words in heard.words)
+    assert len(swept.best.points) == 3
+    assert {t.point["lr"] for t in stored_sweep(tmp_path).trials(tmp_path).all()} == set(trained)
+    swept = run(spec, tmp_path)
+    assert sorted(trained) == sorted(lrs(5)) and len(swept.best.points) == 5  # each of them once
+
+
+def test_a_grid_widened_beside_a_worker_is_what_counts(spec: SweepSpec, tmp_path: Path, trained: list[float]) -> None:
+    """The worker that was there before ends with the wider grid, too."""
+    narrow = asking(spec, 3)
+
+    class Widening(Heard):
+        def ended(self, trial: object, run: Run, *, fresh: bool) -> None:
+            if not self.counted:  # as another worker does at its start
+                trials = open_trials(tmp_path, identity(spec, corpus.hash), None)
+                about = {"identity": identity(spec, corpus.hash), "spec": spec.to_dict()}
+                trials.ask(about, grid_points(spec.grid), only=True)
+            super().ended(trial, run, fresh=fresh)
+
+    corpus = open_corpus(spec.source)
+    swept = run(narrow, tmp_path, Widening())
+    assert sorted(trained) == sorted(lrs(5))
+    assert len(swept.best.points) == 5 and swept.spec.grid == spec.grid
+    told = json.loads((tmp_path / "result.json").read_text())
+    assert len(told["cells"][0]["points"]) == 5
+    assert "so far" not in sweep_report(tmp_path).read_text()
+    assert stored_sweep(tmp_path).spec == spec and tuned_of(tmp_path).notes == ()
+    own = replace(narrow, grid=replace(narrow.grid, runner="stacked"))
+    about = json.loads((tmp_path / "sweep.json").read_text())
+    write_json(tmp_path / "sweep.json", {**about, "spec": own.to_dict()})  # a machine that was not told
+    assert run(own, tmp_path, resume=True).spec.grid == replace(spec.grid, runner="stacked")
+    assert len(run(narrow, tmp_path).best.points) == 3  # the control: started with it, it is what counts
+
+
+def test_a_grid_widened_as_a_worker_ends_is_worked_on(
+    spec: SweepSpec, tmp_path: Path, trained: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After its last look at the trials, before it writes the result."""
+    corpus, asked = open_corpus(spec.source), [spec]
+
+    class Late(Worker):
+        def work(self) -> list[Trial]:
+            ended = super().work()
+            while asked:
+                about = {"identity": identity(spec, corpus.hash), "spec": asked.pop().to_dict()}
+                self.trials.ask(about, grid_points(spec.grid), only=True)
+            return ended
+
+    monkeypatch.setattr(sweep_module, "Worker", Late)
+    swept = run(asking(spec, 3), tmp_path)
+    assert sorted(trained) == sorted(lrs(5)) and len(swept.best.points) == 5
+
+
+def test_a_report_of_a_new_grid_without_a_result(spec: SweepSpec, tmp_path: Path, trained: list[float]) -> None:
+    run(asking(spec, 3), tmp_path)
+    other = replace(spec, grid=replace(spec.grid, lr=(0.5, 1.0)))
+    trials = stored_sweep(tmp_path).trials(tmp_path)
+    trials.ask({"identity": {}, "spec": other.to_dict()}, grid_points(other.grid), only=True)
+    assert "no run has a loss yet" in sweep_report(tmp_path).read_text()
+    trials.ask({"identity": {}, "spec": {**other.to_dict(), "grid": {"new": 1}}}, [], only=False)
+    with pytest.raises(ValueError, match="another version of mue"):
+        sweep_report(tmp_path)
+
+
+def test_a_damaged_storage_names_the_remedy(spec: SweepSpec, tmp_path: Path, trained: list[float]) -> None:
+    run(spec, tmp_path)
+    (tmp_path / "optuna.db").write_bytes(b"no database" * 1000)
+    for act in (lambda: sweep_report(tmp_path), lambda: run(spec, tmp_path)):
+        with pytest.raises(ValueError, match="remove the file and start the sweep again"):
+            act()
+    (tmp_path / "optuna.db").unlink()
+    before = len(trained)
+    assert len(run(spec, tmp_path).best.points) == 5 and len(trained) > before  # the runner here stores no results
+
+
+def test_a_result_of_a_former_grid_says_so(spec: SweepSpec, tmp_path: Path, trained: list[float]) -> None:
+    run(asking(spec, 4), tmp_path)
+    assert tuned_of(tmp_path).notes == ()
+    with pytest.raises(KeyboardInterrupt):
+        run(spec, tmp_path, Interrupting(1))
+    assert "changed since" in " ".join(tuned_of(tmp_path).notes)
+
+
+def test_a_report_writes_nothing_into_the_storage(
+    spec: SweepSpec, tmp_path: Path, trained: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that it can be read from a disk that is read-only; and it makes none where there is none."""
+    run(spec, tmp_path)
+    wrote: list[bool] = []
+    ask = Database.run
+
+    def watched(self: Database, work: Any, *, write: bool = True) -> Any:
+        wrote.append(write)
+        return ask(self, work, write=write)
+
+    monkeypatch.setattr(Database, "run", watched)
+    sweep_report(tmp_path)
+    assert wrote and not any(wrote)
+    page = (tmp_path / "report.html").read_text()
+    (tmp_path / "optuna.db").unlink()
+    with pytest.raises(ValueError, match=r"no storage .*--resume"):
+        sweep_report(tmp_path)
+    assert not (tmp_path / "optuna.db").exists() and (tmp_path / "report.html").read_text() == page
+    Database(f"sqlite:///{tmp_path / 'optuna.db'}")
+    with pytest.raises(ValueError, match="holds nothing of this sweep"):
+        sweep_report(tmp_path)
+
+
+def test_what_speaks_against_a_result_is_said(spec: SweepSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No run learned anything; and a sweep without a valley says that it has the lowest run."""
+    for name, least in (("good", 2.0), ("bad", 6.0)):
+        script = lambda runner, least=least: [ended(run, least) for run in runner.flying.values()]  # noqa: E731
+        monkeypatch.setattr(sweep_module, "open_runner", lambda *_, s=script, **__: Scripted(s))
+        swept = run(spec, tmp_path / name)
+        said = sweep_report(tmp_path / name).read_text()
+        assert swept.best.valley is not None and not any("far below" in words for words in swept.warnings)
+        assert ("the loss of guessing" in said) == ("the loss of guessing" in " ".join(swept.warnings)) == (least > 5.6)
+    assert swept.best.valley is not None
+    far = replace(swept.best.valley, loss_at_minimum=1.0)
+    assert "far below every run" in replace(swept, best=replace(swept.best, valley=far)).warnings[0]
+    single = run(asking(spec, 1), tmp_path / "one")
+    assert single.best.valley is not None and single.best.valley.edge is None
+    assert "the lowest run's, with loss 6.4" in single.warnings[0]
+    assert any("no valley was fitted" in note for note in tuned_of(tmp_path / "one").notes)
+
+
+def test_the_terminal_says_what_speaks_against_it(
+    experiment: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where nothing does, it says nothing."""
+    for least, speaks in ((2.0, False), (6.0, True)):
+        script = lambda runner, least=least: [ended(run, least) for run in runner.flying.values()]  # noqa: E731
+        monkeypatch.setattr(sweep_module, "open_runner", lambda *_, s=script, **__: Scripted(s))
+        out = tmp_path / f"least {least} [b]"
+        monkeypatch.setattr("sys.argv", ["mue", "sweep", str(experiment), "-o", str(out)])
+        with pytest.raises(SystemExit) as end:
+            main()
+        said = capsys.readouterr().out
+        assert not end.value.code and ("the loss of guessing" in said) == speaks
+        assert f"report: {out}/report.html" in said  # whatever is in the name

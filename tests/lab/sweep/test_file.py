@@ -1,0 +1,63 @@
+"""A sweep file: what it means where it is silent, and what it says of a mistake."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import EXPERIMENT
+from mue.lab.train.experiment import SweepSpec, sweep_from
+from support.paths import ROOT
+
+HERE = Path("/somewhere")
+VALLEY = {"lr": [0.032, 0.002], "sampler": "valley"}
+
+
+def spec(**sweep: Any) -> SweepSpec:
+    """The fixture's file with other values under [sweep]; None leaves one out."""
+    data = tomllib.loads(EXPERIMENT)
+    data["sweep"] = {k: v for k, v in {**data["sweep"], **sweep}.items() if v is not None}
+    return sweep_from(data, HERE)
+
+
+def test_a_grid_has_one_seed_and_a_valley_search_three() -> None:
+    assert spec().grid.seeds == (0,) and spec().grid.trials is None
+    found = spec(**VALLEY).grid
+    assert found.seeds == (0, 1, 2) and found.trials == 40 and found.lr == (0.002, 0.032)
+    assert spec(**VALLEY, seeds=[7]).grid.seeds == (7,)
+    assert SweepSpec.from_dict(spec(**VALLEY).to_dict()) == spec(**VALLEY)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "words"),
+    [
+        ({"lr": None}, r"\[sweep\] needs lr: a list of values, e.g. lr = \[0.001"),
+        ({"lr": 0.001}, r"\[sweep\] lr must be a list of numbers, got 0.001"),
+        ({"lr": [0.0]}, r"\[sweep\] lr must be greater than 0, got 0"),
+        ({"seeds": 3}, r"\[sweep\] seeds must be a list of whole numbers, got 3"),
+        ({"seeds": [-1]}, r"\[sweep\] seeds must be a list of whole numbers"),
+        ({"sampler": "valey"}, r"sampler must be one of grid, .*got 'valey'"),
+        ({"sampler": "random"}, r"trials goes with sampler = valley, random or tpe"),
+        ({"trials": 10}, r"trials goes with sampler = valley, random or tpe"),
+        ({"precision": 0.1}, r'precision goes with sampler = "valley"'),
+        ({**VALLEY, "lr": 0.002}, r"\[sweep\] lr must be a list of numbers"),
+        ({**VALLEY, "lr": [0.002, 0.002]}, r"lr needs the two ends of the range"),
+        ({**VALLEY, "precision": -1}, r"\[sweep\] precision must be greater than 0, got -1"),
+        ({**VALLEY, "extend": 1}, r"\[sweep\] extend must be true or false, got 1"),
+        ({"runner": "gpu"}, r"runner must be one of auto, processes, stacked, got 'gpu'"),
+        ({"presicion": 1}, r"presicion.*precision"),
+    ],
+)
+def test_a_mistake_is_named(sweep: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        spec(**sweep)
+
+
+def test_the_documented_search_is_a_sweep_file() -> None:
+    page = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
+    table = tomllib.loads(page.partition("```toml\n")[2].partition("```")[0])
+    grid = spec(**table["sweep"]).grid
+    assert grid.sampler == "valley" and grid.extend and grid.stop_early and grid.trials == 40

@@ -1,0 +1,261 @@
+"""``mue inspect``: totals, gates with their advice, factors a model already has, shapes in mue's numbers, the walk."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers", reason="model families need the hf extra")
+
+import torch
+
+import mue
+from mue.layouts.inspect import inspect, walk
+from mue.layouts.transformers.families import build, default_config, read_config
+from mue.layouts.transformers.scalings import refuse_scaled
+
+torch.set_num_threads(1)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "gpt2"])
+def test_totals_are_the_models(family: str) -> None:
+    found = inspect(family)
+    with torch.device("meta"):
+        model = build(default_config(family))
+    assert found.parameters == sum(p.numel() for p in model.parameters())
+    assert not found.undecided and found.shape is not None
+    json.dumps(found.to_dict())
+
+
+def test_the_shape_is_in_mues_numbers() -> None:
+    mixtral = inspect("mixtral").shape
+    assert isinstance(mixtral, mue.MoE)
+    assert (mixtral.width, mixtral.expert, mixtral.experts, mixtral.active, mixtral.layers) == (4096, 14336, 8, 2, 32)
+    assert (mixtral.num_heads, mixtral.num_kv_heads, mixtral.head_dim, mixtral.gated) == (32, 8, 128, True)
+    gpt2 = inspect("gpt2").shape
+    assert isinstance(gpt2, mue.Dense)
+    assert (gpt2.ffn, gpt2.gated, gpt2.tied) == (3072, False, True)
+    v3 = inspect("deepseek_v3").shape
+    assert isinstance(v3, mue.Mixed)
+    assert [(b.layers, b.ffn, b.notation) for b in v3.blocks] == [(3, 18432, "dense"), (58, None, "256e8a1s")]
+    assert v3.blocks[1].router == "sigmoid" and v3.blocks[1].shared_width == 2048
+
+
+def test_a_config_that_does_not_count_active_experts_is_told_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from support.layout_models import UP, Config, Strange
+
+    class Silent(Strange):
+        config_class = Config
+
+    monkeypatch.setitem(sys.modules, "silent", type(sys)("silent"))
+    monkeypatch.setattr(sys.modules["silent"], "Silent", Silent, raising=False)
+    assert "does not say how many experts a token uses" in inspect("silent:Silent", [UP]).no_shape
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe"])
+def test_gates_that_do_not_sum_to_one_are_told_both_ways_out(family: str) -> None:
+    found = inspect(family)
+    assert found.routing is not None and found.routing.normalised is False and found.shape is None
+    assert "set norm_topk_prob = true" in found.no_shape and 'gates = "measured"' in found.no_shape
+    config = default_config(family)
+    config.norm_topk_prob = True
+    renormalised = inspect(config)
+    assert renormalised.routing is not None and renormalised.routing.normalised and renormalised.shape is not None
+    measured = inspect(family, gate_moments=(0.3, 0.03)).shape
+    assert measured is not None and measured.blocks[-1].gates == "measured"
+
+
+def test_a_switch_that_does_nothing_is_not_advised() -> None:
+    # DeepSeek-V2's config lists norm_topk_prob, its code in transformers does not read it: only watching tells.
+    for value in (False, True):
+        config = default_config("deepseek_v2")
+        config.norm_topk_prob = value
+        found = inspect(config)
+        assert found.routing is not None and found.routing.normalised is False
+        if not value:
+            assert "norm_topk_prob changes nothing in this family's code" in found.no_shape
+        assert 'gates = "measured"' in found.no_shape and "set norm_topk_prob" not in found.no_shape
+
+
+def test_the_models_own_route_scale_is_seen() -> None:
+    found = inspect("deepseek_v3")
+    assert found.routing is not None and found.routing.scale == 2.5
+    assert [(s.attribute, s.value) for s in found.scalings] == [("routed_scaling_factor", 2.5)]
+
+
+def test_a_model_that_is_scaled_already_is_refused() -> None:
+    config = default_config("granitemoe")
+    refuse_scaled(config)  # all its multipliers are 1
+    config.residual_multiplier, config.logits_scaling = 0.22, 6.0
+    assert {s.attribute for s in inspect(config).scalings if s.active} == {"residual_multiplier", "logits_scaling"}
+    with pytest.raises(ValueError, match=r"already scaled.*\n.*set \w+ = 1\n.*set \w+ = 1"):
+        refuse_scaled(config)
+
+
+def test_an_undecided_parameter_comes_with_its_line() -> None:
+    found = inspect("axk2")
+    assert found.shape is None and len(found.undecided) == 4
+    assert all("add Layout('model.layers.*." in line for line in found.undecided)
+
+
+def test_a_folder_a_file_and_a_family_are_one_thing(tmp_path: Path) -> None:
+    default_config("olmoe").save_pretrained(tmp_path)
+    assert read_config(tmp_path).to_dict() == read_config(tmp_path / "config.json").to_dict()
+    assert inspect(tmp_path).parameters == inspect("olmoe").parameters
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="needs JSON with a model_type"):
+        read_config(tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "qwen3_mo"}')
+    with pytest.raises(ValueError, match="did you mean 'qwen3_moe'"):
+        read_config(tmp_path)
+
+
+def test_the_walk_reports_every_family_and_survives_each() -> None:
+    found = {r["family"]: r for r in walk(["mixtral", "axk2", "dots3_note_text", "not_a_family"])}
+    assert found["mixtral"]["passed"] and found["mixtral"]["undecided"] == [] and found["mixtral"]["parameters"] == 12
+    assert not found["axk2"]["passed"] and len(found["axk2"]["undecided"]) == 4 and "norm" in found["axk2"]["reason"]
+    assert "could not be built and run" in found["dots3_note_text"]["reason"]
+    assert "unknown model family" in found["not_a_family"]["reason"]
+    assert all(set(r) == {"family", "passed", "parameters", "undecided", "reason"} for r in found.values())
+
+
+MODEL = '''
+"""A MoE of the user's own, in a file of its own."""
+from dataclasses import dataclass
+
+from support.layout_models import UP, Config, Strange
+
+import mue
+from mue.lab.models.language import LanguageModel
+
+
+@dataclass
+class Routed(Config):
+    top_k: int = 2
+
+
+class Mine(Strange):
+    def __init__(self, config):
+        super().__init__(config)
+        self.config = config
+
+
+ROWS = [UP]
+
+
+def build():
+    model = Mine(Routed())
+    model.layout_rows = ROWS
+    return model
+
+
+def declared():
+    return LanguageModel(mue.MoE.parse("4e2a", width=32, expert=16, layers=2, head_dim=16))
+
+
+def nothing():
+    return mue.lab.models.language.RMSNorm(8)
+
+
+def asks(width):
+    pass
+'''
+
+
+def test_a_class_or_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(MODEL)
+    numbers = {"hidden_size": 32, "vocab_size": 48, "intermediate_size": 40, "num_experts": 6, "top_k": 2}
+    numbers |= {"num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+    (tmp_path / "config.json").write_text(json.dumps(numbers))
+    from mue.util.importing import imported
+
+    by_class = inspect("mine.py:Mine", imported("mine.py:ROWS"), config="config.json")
+    by_function = inspect("mine.py:build")  # its rows are the model's own layout_rows
+    assert by_class.rows == by_function.rows and not by_class.undecided
+    assert {r.pattern: r.fan_in for r in by_class.rows}["layers.*.moe.back"] == 40
+    assert len(inspect("mine.py:Mine", config="config.json").undecided) == 1
+    declared = inspect("mine.py:declared")
+    assert {r.how for r in declared.rows} == {"declared by the model"} and declared.shape is not None
+    assert declared.shape.name == "4e2a d32 L2"
+    assert inspect("transformers.Qwen3ForCausalLM").rows == inspect("qwen3").rows
+    for name, message in {
+        "mine.py:Mine": "Mine is a class: give --config",
+        "mine.py:nothing": "RMSNorm has neither a layout",
+        "mine.py:asks": "called without arguments, which it does not take",
+        "mine.py:biuld": "has no 'biuld'; did you mean 'build'",
+        "mine.py:ROWS": "ROWS is a list",
+        "other.py:build": r"other\.py does not exist",
+        "no_such_package.Model": "no_such_package cannot be imported",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            inspect(name)
+
+
+def test_a_checkpoint_is_compared_with_its_own_config(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    from mue.layouts.transformers.tiny import shrink
+
+    config = shrink(default_config("mixtral"), 2)
+    config.tie_word_embeddings = True
+    build(config).save_pretrained(tmp_path, max_shard_size="40KB")  # type: ignore[operator]  # experts one by one
+    found = inspect(tmp_path)
+    assert found.stored is not None and found.stored.fits and found.stored.tensors > len(found.rows)
+    shard = max(tmp_path.glob("*.safetensors"), key=lambda p: p.stat().st_size)
+    tensors = load_file(shard)
+    (gone, *_) = (n for n in tensors if "experts" in n)
+    cut = next(n for n in tensors if "experts" in n and n != gone)
+    tensors = {("what." if n == gone else "") + n: t[:-1].clone() if n == cut else t for n, t in tensors.items()}
+    save_file(tensors, shard)
+    wrong = inspect(tmp_path).stored
+    assert wrong is not None and wrong.unexpected == (f"what.{gone}",)
+    assert len(wrong.other_shapes) in (1, 2) and "numbers, not" in wrong.other_shapes[0]
+    save_file({n: t for n, t in tensors.items() if "embed" not in n}, shard)
+    small = load_file(shard)
+    save_file({n: t for n, t in small.items() if "norm" not in n}, shard)
+    for path in tmp_path.glob("*.safetensors"):
+        save_file({n: t for n, t in load_file(path).items() if "model.norm" not in n}, path)
+    assert "model.norm.weight" in inspect(tmp_path).stored.missing  # type: ignore[union-attr]
+
+
+BIG = """
+import json, resource, sys, torch
+torch.set_num_threads(1)
+import mue
+from mue.layouts.inspect import inspect
+from mue.layouts.transformers.families import default_config
+config = default_config(sys.argv[1])
+for key, value in json.loads(sys.argv[2]).items():
+    setattr(config, key, value)
+found = inspect(config)
+base = mue.Dense(width=256, ffn=256, layers=8)
+plan = mue.transfer(base, found.shape, mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.02))
+used = resource.getrusage(resource.RUSAGE_SELF)
+print(found.parameters, len(plan.roles), used.ru_maxrss / 1e6, used.ru_utime + used.ru_stime)
+"""
+QWEN3_235B = {
+    "hidden_size": 4096, "num_hidden_layers": 94, "num_attention_heads": 64, "num_key_value_heads": 4, "head_dim": 128,
+    "moe_intermediate_size": 1536, "num_experts": 128, "num_local_experts": 128, "num_experts_per_tok": 8,
+    "norm_topk_prob": True, "vocab_size": 151936,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "numbers", "billions"), [("deepseek_v3", {}, 671.0), ("qwen3_moe", QWEN3_235B, 235.1)]
+)
+def test_the_largest_models_plan_from_their_config_alone(family: str, numbers: dict[str, int], billions: float) -> None:
+    run = subprocess.run(
+        [sys.executable, "-c", BIG, family, json.dumps(numbers)], capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    parameters, roles, gigabytes, seconds = run.stdout.split()
+    assert int(parameters) / 1e9 == pytest.approx(billions, abs=0.1)
+    assert int(roles) > 10 and float(gigabytes) < 2.0
+    assert float(seconds) < 10  # of CPU, imports of torch and transformers included

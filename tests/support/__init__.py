@@ -1,0 +1,1 @@
+"""What several tests need: models, cases, a PostgreSQL server, seeded faults. No tests here."""
