@@ -438,7 +438,7 @@ CONTROLS: dict[str, tuple[Callable[[Rule], Rule], Callable[[str], None]]] = {
 def test_control(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     change, check = CONTROLS[name]
     check("complete-mue")  # the example itself is one that a right rule passes
-    monkeypatch.setitem(mue.RULES, "broken", broken(change))
+    monkeypatch.setitem(mue.RULES._entries, "broken", (0.0, broken(change)))
     with pytest.raises(AssertionError):
         check("broken")
 

@@ -10,7 +10,6 @@ from mue.plan.plan import Inputs, PlanData
 from mue.plan.transfer import plan_of
 from mue.rules import RULES, get_rule, option_names
 from mue.rules.table import BUFFERS, CELLS, FIELDS, ROLES, VECTORS, Row, Rule
-from mue.util.errors import nearest
 from mue.util.text import number, text_table
 
 # Whole-model factors that stand beside the roles in a comparison.
@@ -103,9 +102,7 @@ def compare(inputs: Inputs, rules: Sequence[str] | None = None) -> Comparison:
     plans: dict[str, PlanData] = {}
     refused: dict[str, str] = {}
     for name in rules if rules is not None else RULES:
-        if name not in RULES:
-            raise ValueError(f"unknown rule {name!r}{nearest(name, RULES)}")
-        has = option_names(RULES[name])
+        has = option_names(RULES.lookup(name))
         own = replace(
             inputs,
             rule=name,

@@ -11,12 +11,14 @@ from fractions import Fraction
 
 from mue.rules.algebra import ONE, Monomial, ratio
 from mue.rules.completep import FIXED_RATIO
+from mue.rules.registry import RULES
 from mue.rules.sde import horizon_note, sde
 from mue.rules.table import ATTENTION, Row, Rule
 
 N, o, L = ratio("ρ_d"), ratio("ρ_o"), ratio("ρ_L")
 
 
+@RULES.register("complete-d-p", place=4)
 def complete_d_p(
     depth_exponent: Fraction = Fraction(1), duration_exponent: Fraction = Fraction(1, 2), betas: str = "linear"
 ) -> Rule:

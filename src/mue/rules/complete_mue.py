@@ -12,6 +12,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from mue.rules.algebra import ONE, Monomial, ratio
+from mue.rules.registry import RULES
 from mue.rules.sde import AXIS_SOURCES, horizon_note, sde
 from mue.rules.table import INFERRED, PUBLISHED, Row, Rule
 
@@ -20,6 +21,7 @@ UP_GATE = (e / κ) ** "1/2"  # the drift of 1.9: what the update of up and gate 
 WIDTH_POWER = {"constant-product": Fraction(1), "sqrt-width": Fraction(1, 2), "none": Fraction(0)}
 
 
+@RULES.register("complete-mue", place=1)
 def complete_mue(
     depth_exponent: Fraction = Fraction(1),
     duration_exponent: Fraction = Fraction(1, 2),
@@ -123,6 +125,7 @@ def complete_mue(
     )
 
 
+@RULES.register("complete-mue-paper", place=2)
 def complete_mue_paper(depth_exponent: Fraction = Fraction(1)) -> Rule:
     """The authors' published table to the letter, in ratio form: differs in head, weight decay and eps."""
     recommended = complete_mue(depth_exponent)

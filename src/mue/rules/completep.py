@@ -10,6 +10,7 @@ from __future__ import annotations
 from fractions import Fraction
 
 from mue.rules.algebra import ONE, ratio
+from mue.rules.registry import RULES
 from mue.rules.table import ATTENTION, PUBLISHED, Row, Rule
 
 N, o, L = ratio("ρ_d"), ratio("ρ_o"), ratio("ρ_L")
@@ -18,6 +19,7 @@ NO_EXPERTS = "CompleteP as published has no answer for experts (use complete-mue
 FIXED_RATIO = "CompleteP keeps the ratio of FFN to residual width, H/d, as the base has it"
 
 
+@RULES.register("completep", place=3)
 def completep(depth_exponent: Fraction = Fraction(1)) -> Rule:
     """CompleteP at α = 1; its variant at α = 1/2 is the one the paper compares with."""
     α = depth_exponent

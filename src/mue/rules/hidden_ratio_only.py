@@ -8,11 +8,13 @@ decay is not compensated. Depth, experts, batch and duration change nothing.
 from __future__ import annotations
 
 from mue.rules.algebra import ratio
+from mue.rules.registry import RULES
 from mue.rules.table import ATTENTION, AUTHORS_CODE, Row, Rule
 
 d = ratio("ρ_d")
 
 
+@RULES.register("hidden-ratio-only", place=13)
 def hidden_ratio_only() -> Rule:
     """Refuses nothing: that is what makes it a baseline."""
     source = "Megatron-Core --use-mup, optimizer/__init__.py"

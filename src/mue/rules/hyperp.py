@@ -10,11 +10,13 @@ from __future__ import annotations
 from fractions import Fraction
 
 from mue.rules.algebra import ratio
+from mue.rules.registry import RULES
 from mue.rules.table import ATTENTION, PUBLISHED, ZERO, Row, Rule
 
 L, B, D = ratio("ρ_L"), ratio("ρ_B"), ratio("ρ_D")
 
 
+@RULES.register("hyperp", place=12)
 def hyperp() -> Rule:
     """For ``optimizer = "hyperball"`` only."""
     matrix = Row(

@@ -10,11 +10,13 @@ up and gate does not drift with the active width. Folded, its rates are Complete
 from __future__ import annotations
 
 from mue.rules.algebra import ONE, Monomial, ratio
+from mue.rules.registry import RULES
 from mue.rules.table import ATTENTION, AUTHORS_CODE, INFERRED, Row, Rule
 
 n, o, m, L = ratio("ρ_d"), ratio("ρ_o"), ratio("ρ_H"), ratio("ρ_L")
 
 
+@RULES.register("jiang", place=8)
 def jiang() -> Rule:
     """Between MoEs (or between dense models) of one sparsity a/N: width, depth, expert width, number of experts."""
     code, port = "derivations/06-moe.md", "weight decay and eps: a port of Table 2"

@@ -8,11 +8,13 @@ form: std 1/n, lr 1/n) are what two secondary sources agree on. Weight decay and
 from __future__ import annotations
 
 from mue.rules.algebra import ONE, Monomial, ratio
+from mue.rules.registry import RULES
 from mue.rules.table import ATTENTION, Row, Rule
 
 n, o, h = ratio("ρ_d"), ratio("ρ_o"), ratio("ρ_H")
 
 
+@RULES.register("malasnicki", place=7)
 def malasnicki() -> Rule:
     """Width at fixed h/d and a; the number of experts as the abstract says."""
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mue.rules.algebra import ONE, Monomial, ratio
+from mue.rules.registry import RULES
 from mue.rules.table import ATTENTION, AUTHORS_CODE, SHARED_INIT, ZERO, ZERO_INIT, Row, Rule
 
 N, o, N_e, M = ratio("ρ_d"), ratio("ρ_o"), ratio("ρ_H"), ratio("ρ_N")
@@ -88,6 +89,7 @@ def _rule(name: str, regime: _Regime) -> Rule:
 _SPARSITY = {"sparsity": "MSSP grows M and K together: a/N stays"}
 
 
+@RULES.register("mssp-fixed-experts", place=9)
 def mssp_fixed_experts() -> Rule:
     """Regime I: widths grow, experts stay."""
     return _rule(
@@ -106,6 +108,7 @@ def mssp_fixed_experts() -> Rule:
     )
 
 
+@RULES.register("mssp-bottleneck", place=10)
 def mssp_bottleneck() -> Rule:
     """Regime II: residual width and number of experts grow, the expert stays narrow."""
     return _rule(
@@ -124,6 +127,7 @@ def mssp_bottleneck() -> Rule:
     )
 
 
+@RULES.register("mssp-all-scaling", place=11)
 def mssp_all_scaling() -> Rule:
     """Regime III: everything grows, and all experts of a layer share their first weights."""
     return _rule(

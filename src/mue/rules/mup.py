@@ -6,11 +6,13 @@ Width only, dense only: it says nothing about experts, depth, batch or duration,
 from __future__ import annotations
 
 from mue.rules.algebra import Monomial, ratio
+from mue.rules.registry import RULES
 from mue.rules.table import AUTHORS_CODE, PUBLISHED, Row, Rule
 
 d, o, H = ratio("ρ_d"), ratio("ρ_o"), ratio("ρ_H")
 
 
+@RULES.register("mup", place=5)
 def mup() -> Rule:
     """Hidden matrices: std fan_in^-1/2, lr 1/fan_in, weight decay × fan_in (MuAdamW's default); head multiplier 1/ρ_d."""
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+from mue.rules.registry import RULES
 from mue.rules.table import PUBLISHED, ROLES, Row, Rule
 
 
+@RULES.register("standard", place=14)
 def standard() -> Rule:
     """All factors 1, no forward multipliers, the normalised routed sum as it is (R = 1)."""
     row = Row(source="unchanged: what a stock model does", status=PUBLISHED)

@@ -10,11 +10,13 @@ which the spec does not give: refused. Unit scaling's own multipliers (α of eac
 from __future__ import annotations
 
 from mue.rules.algebra import ONE, Monomial, ratio
+from mue.rules.registry import RULES
 from mue.rules.table import ATTENTION, Row, Rule
 
 d, o, H = ratio("ρ_d"), ratio("ρ_o"), ratio("ρ_H")
 
 
+@RULES.register("u-mup", place=6)
 def u_mup() -> Rule:
     """Width only, from a base that was u-µP itself."""
 

@@ -1,0 +1,24 @@
+"""Every rule by name. A rule is one file: a function that returns its table, registered here, with its options as keywords."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import lru_cache
+
+from mue.rules.options import OptionValue, resolve
+from mue.rules.table import Rule
+from mue.util.registry import Registry
+
+RULES: Registry[Callable[..., Rule]] = Registry("rule", home="mue.rules")
+
+
+def get_rule(name: str, **options: object) -> Rule:
+    """The rule of that name; ``ValueError`` for an unknown name or an option the rule does not have (None: default)."""
+    builder = RULES.lookup(name)
+    return _built(builder, tuple(resolve(name, builder, options).items()))
+
+
+@lru_cache(maxsize=256)
+def _built(builder: Callable[..., Rule], options: tuple[tuple[str, OptionValue], ...]) -> Rule:
+    return replace(builder(**dict(options)), options=dict(options))
