@@ -39,6 +39,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
 clean:
 	rm -rf $(VENV) $(STACKS) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
