@@ -23,12 +23,13 @@ from typer.testing import CliRunner
 import mue
 from mue.checks.subjects.checkpoint import stored_hash
 from mue.cli import app
+from mue.convert import rewrite
 from mue.convert.checkpoint import Report, convert_checkpoint
 from mue.convert.forms import Conversion, conversion
 from mue.fold import coefficients, fold
 from mue.lab.models.language import LanguageModel
 from mue.lab.train import checkpoint
-from mue.util import safetensors as stream
+from mue.util.safetensors import read_header
 
 SIZES: dict[str, Any] = {"head_dim": 4, "vocab": 11, "sequence": 16}
 BASE = mue.Dense(width=4, ffn=8, layers=3, **SIZES)
@@ -220,7 +221,7 @@ def test_streaming_is_the_function_on_every_tensor(
     sizes: list[tuple[str, int]], chunk: int, metadata: dict[str, str], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     folder = tmp_path_factory.mktemp("stream")
-    tensors = {f"t{i}": torch.randn(n).to(stream._TYPES[kind]) for i, (kind, n) in enumerate(sizes)}
+    tensors = {f"t{i}": torch.randn(n).to(rewrite._TYPES[kind]) for i, (kind, n) in enumerate(sizes)}
     save_file(tensors, folder / "a.safetensors", {"old": "1"})
     seen: list[int] = []
 
@@ -228,16 +229,16 @@ def test_streaming_is_the_function_on_every_tensor(
         seen.append(values.numel() * values.element_size())
         return values / 2
 
-    before, stream.CHUNK = stream.CHUNK, 8 * chunk
+    before, rewrite.CHUNK = rewrite.CHUNK, 8 * chunk
     try:
-        stream.rewrite(
+        rewrite.rewrite(
             folder / "a.safetensors", folder / "b.safetensors", lambda n: None if n == "t0" else half, metadata
         )
     finally:
-        stream.CHUNK = before
+        rewrite.CHUNK = before
     new = load_file(folder / "b.safetensors")
     assert all(torch.equal(new[n], t if n == "t0" else t / 2) for n, t in tensors.items()) and set(new) == set(tensors)
-    assert stream.read_header(folder / "b.safetensors").metadata == metadata
+    assert read_header(folder / "b.safetensors").metadata == metadata
     assert all(n <= 8 * chunk for n in seen)  # never more than a chunk at once
 
 

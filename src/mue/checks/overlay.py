@@ -17,10 +17,10 @@ from torch import nn
 from mue.checks.context import Loss, loss_of
 from mue.checks.measure import MakeOptimizer, adamw
 from mue.checks.report import FAIL, CheckError, Finding, Report
-from mue.checks.slopes import t95
 from mue.model.apply import init_
 from mue.plan.plan import PlanData
 from mue.shapes import Transformer
+from mue.util.statistics import student_quantile
 from mue.util.text import text_table
 
 BLOCK = 10  # steps averaged into one point: neighbouring steps are not independent
@@ -160,7 +160,7 @@ def _line(y: Sequence[float]) -> tuple[float, float]:
     if n < 3:
         return slope, math.inf
     left = math.fsum((b - _mean(y) - slope * a) ** 2 for a, b in zip(x, y, strict=True))
-    return slope, t95(n - 2) * math.sqrt(left / (n - 2) / square)
+    return slope, student_quantile(0.975, n - 2) * math.sqrt(left / (n - 2) / square)
 
 
 def _mean(values: Sequence[float]) -> float:

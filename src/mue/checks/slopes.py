@@ -7,29 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from mue.util.statistics import student_quantile
+
 PASS, FAIL, UNCLEAR = "pass", "fail", "unclear"
-# Two-sided 95 % quantiles of Student's t by degrees of freedom; the last one stands for more.
-_T95 = (
-    12.71,
-    4.30,
-    3.18,
-    2.78,
-    2.57,
-    2.45,
-    2.36,
-    2.31,
-    2.26,
-    2.23,
-    2.20,
-    2.18,
-    2.16,
-    2.14,
-    2.13,
-    2.12,
-    2.11,
-    2.10,
-    2.09,
-)
 
 
 @dataclass(frozen=True)
@@ -81,10 +61,5 @@ def fitted(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
     freedom = len(x) - 2
     if freedom < 1:
         return slope, -math.inf, math.inf
-    half = t95(freedom) * math.sqrt(left / freedom / spread)
+    half = student_quantile(0.975, freedom) * math.sqrt(left / freedom / spread)
     return slope, slope - half, slope + half
-
-
-def t95(freedom: int) -> float:
-    """Student's two-sided 95 % quantile."""
-    return _T95[freedom - 1] if freedom <= len(_T95) else 1.96 + 2.5 / freedom

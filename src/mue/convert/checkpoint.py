@@ -18,8 +18,9 @@ from torch import Tensor
 
 from mue.convert.forms import Conversion
 from mue.convert.optimizer import convert_optimizer, convert_scheduler, is_optimizer, is_scheduler
+from mue.convert.rewrite import Through, rewrite
 from mue.util.files import write_atomic, write_json
-from mue.util.safetensors import Through, read_header, rewrite
+from mue.util.safetensors import read_header
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
 # What files of these names hold is neither weights nor optimizer state, and is copied (training_args.bin is a pickle).

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from mue.util.files import cache_folder, write_json
+from mue.util.files import FileLock, cache_folder, write_json
 
 SOURCES = ("attention.cpp", "entry.cpp", "feedforward.cpp", "kernel.cpp", "norm.cpp", "route.cpp")
 OPTIONS = ("-std=c++17", "-O2", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
@@ -105,18 +105,17 @@ def build(trial: str) -> Path:
 @contextmanager
 def _lock(place: Path) -> Iterator[None]:
     """Waits for another build; the lock lives as long as this process holds the file open, and no child inherits it."""
-    import fcntl  # not everywhere
-
+    lock = FileLock(place / "lock")
     try:
-        place.mkdir(parents=True, exist_ok=True)
-        file = (place / "lock").open("w")
+        lock.acquire()
     except OSError as problem:
         raise ValueError(
             f"the kernel cannot be kept in {place} ({problem.strerror}): name a folder for it in MUE_CACHE"
         ) from problem
-    with file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    try:
         yield
+    finally:
+        lock.release()
 
 
 def _compile(compiler: str, work: Path) -> Path:

@@ -1,4 +1,4 @@
-"""Atomic writes and meaning-preserving hashes; standard library only."""
+"""Files that hold whatever happens: atomic writes, hashes of what data means, locks that die with their holder."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any
 
 
 def cache_folder() -> Path:
@@ -69,3 +70,57 @@ def digest(data: Any) -> str:
     """16 hex digits over the meaning of ``data``: key order, formatting and last bits change nothing."""
     text = json.dumps(rounded(data), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+class FileLock:
+    """A lock that one holder at a time has, over all processes of the machine: ``with FileLock(path): ...``.
+
+    The kernel holds it for an open file (flock), so it ends with the process, however that dies, and nothing has to be
+    cleaned up. The file itself stays.
+
+    Args:
+        path: the lock's file, made with its folder where it is missing.
+        busy: raised at once where somebody else holds the lock; None: wait for them.
+        make: False: a missing file is a ``FileNotFoundError``.
+    """
+
+    def __init__(self, path: Path, *, busy: Exception | None = None, make: bool = True) -> None:
+        self.path, self.busy, self.make = path, busy, make
+        self._file: IO[bytes] | None = None
+
+    def acquire(self) -> None:
+        """Take the lock.
+
+        Raises:
+            OSError: the file cannot be opened or locked. And ``busy``, where somebody else holds it.
+        """
+        import fcntl  # not on every platform, and most of this library runs without
+
+        if self.make:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = self.path.open("ab" if self.make else "rb+")  # to write: network file systems lock nothing else
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if self.busy else 0))
+        except BlockingIOError:
+            file.close()
+            assert self.busy is not None
+            raise self.busy from None
+        except BaseException:
+            file.close()
+            raise
+        self._file = file
+
+    def release(self) -> None:
+        """Give the lock back; nothing happens where it is not held."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def __enter__(self) -> FileLock:
+        self.acquire()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mue.lab.valley.fit import Point, Valley, fit_valley, regret
-from mue.util.statistics import student_quantile
 from support.paths import ROOT
 from valley_population import Material, load, population
 
@@ -155,11 +154,6 @@ def test_bad_arguments() -> None:
             fit_valley(points, noise=noise)
     with pytest.raises(ValueError, match="learning rate is zero"):
         fit_valley([*points, Point(-math.inf, 3.0)])
-
-
-@pytest.mark.parametrize(("p", "freedom", "table"), [(0.975, 1, 12.706), (0.975, 4, 2.776), (0.995, 7, 3.499)])
-def test_students_quantile(p: float, freedom: int, table: float) -> None:
-    assert student_quantile(p, freedom) == pytest.approx(table, abs=1e-3)
 
 
 def close(a: float, b: float, by: float) -> bool:

@@ -10,7 +10,6 @@ file to measure again.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
 import os
@@ -29,7 +28,7 @@ from mue.lab.runners.runner import Done, FailedError, Progress
 from mue.lab.train.run import Run, Store
 from mue.plan.replan import inputs_from_dict
 from mue.plan.transfer import plan_of
-from mue.util.files import cache_folder, digest, write_json
+from mue.util.files import FileLock, cache_folder, digest, write_json
 
 STACK = 4  # runs in a CPU's stack: more gain nothing and fall out of the caches
 WARM_STEPS = 3  # a compiled stack still compiles in its second step
@@ -111,9 +110,7 @@ class Calibration:
 
     def __enter__(self) -> Calibration:
         self.opened = ExitStack()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        lock = self.opened.enter_context(self.path.with_suffix(".lock").open("w"))
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        self.opened.enter_context(FileLock(self.path.with_suffix(".lock")))
         if self.path.exists():
             for row in json.loads(self.path.read_text(encoding="utf-8"))["measured"]:
                 mode = Mode(**{**row.pop("mode"), "devices": self.devices})

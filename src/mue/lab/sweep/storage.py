@@ -12,7 +12,6 @@ tens of seconds (docs/LOG.md). Optuna is imported only to make a study: a start 
 
 from __future__ import annotations
 
-import fcntl
 import math
 import random
 import re
@@ -24,6 +23,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
+
+from mue.util.files import FileLock
 
 T = TypeVar("T")
 Rows = list[tuple[Any, ...]]
@@ -212,8 +213,7 @@ class Database:
     def _making(self) -> Iterator[None]:
         """One maker at a time; the lock dies with its holder."""
         if self.sqlite:
-            with Path(_file(self.url) + ".lock").open("w") as file:
-                fcntl.flock(file, fcntl.LOCK_EX)
+            with FileLock(Path(_file(self.url) + ".lock")):
                 yield
         else:
             with self._connect() as connection:

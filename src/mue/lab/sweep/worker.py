@@ -6,7 +6,6 @@ stays until the last trial has ended, its own or another's, so that each of them
 
 from __future__ import annotations
 
-import fcntl
 import math
 import os
 import platform
@@ -26,6 +25,7 @@ from mue.lab.sweep.trials import OPEN, Curve, State, Trial, Trials
 from mue.lab.train.experiment import Grid
 from mue.lab.train.run import Run, Store
 from mue.lab.valley.pruning import Seen, hopeless, rung
+from mue.util.files import FileLock
 
 _LOOK = 2.0  # seconds between two looks at the other workers' trials
 _AGAIN = 1.0  # seconds until a run that another process holds is tried again
@@ -293,9 +293,7 @@ class Pulse:
 def present(folder: Path, name: str) -> Iterator[None]:
     """A locked file in ``folder`` that tells neighbours on this machine that this worker lives: the lock dies with it."""
     path = folder / "workers" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with FileLock(path):
         try:
             yield
         finally:
@@ -308,8 +306,7 @@ def dead(folder: Path, name: str) -> bool:
         return False
     path = folder / "workers" / name
     try:
-        with path.open() as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with FileLock(path, busy=BlockingIOError(f"{name} lives"), make=False):
             path.unlink(missing_ok=True)
             return True
     except (FileNotFoundError, BlockingIOError):

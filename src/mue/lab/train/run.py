@@ -7,7 +7,6 @@ their runs, and a finished run is never run again.
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from mue.plan.plan import PlanData
 from mue.plan.replan import inputs_from_dict
 from mue.plan.transfer import plan_of
 from mue.util.errors import positive, positive_int
-from mue.util.files import digest
+from mue.util.files import FileLock, digest
 
 SCHEDULES = ("wsd", "cosine")
 PRECISIONS = ("fp32", "bf16")
@@ -168,11 +167,6 @@ class Store:
     @contextmanager
     def locked(self, key: str) -> Iterator[Path]:
         """The run's folder, held by this process alone; the lock dies with the process. Raises :class:`BusyError`."""
-        folder = self.folder(key)
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / "lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise BusyError(f"run {key} is being trained by another process") from None
-            yield folder
+        busy = BusyError(f"run {key} is being trained by another process")
+        with FileLock(self.folder(key) / "lock", busy=busy):
+            yield self.folder(key)
