@@ -21,13 +21,14 @@ from typing import Any
 
 import mue
 from mue.api import Plan
+from mue.lab.data.spec import STDLIB, describe_data, open_corpus
 from mue.lab.per_role.report import roles_report
 from mue.lab.per_role.search import Search
 from mue.lab.per_role.space import at
 from mue.lab.per_role.stats import paired
 from mue.lab.per_role.tune import RolesSpec, tune_roles
 from mue.lab.runners.run_all import run_all
-from mue.lab.train.experiment import STDLIB, base_plan, described, open_corpus
+from mue.lab.sweep.spec import base_plan
 from mue.lab.train.run import Run, Settings, Store
 from mue.lab.train.session import provenance
 from mue.util.files import write_json
@@ -71,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     source = {"source": STDLIB, "cache": str(args.out / "data")}
     corpus = open_corpus(source)
-    data = described(source, corpus)
+    data = describe_data(source, corpus)
     spec = RolesSpec(BASE, BASE_RUN, TUNED, Search(rounds=args.rounds), SETTINGS, source)
     found = tune_roles(spec, args.out, corpus, watching, workers=args.workers)
     roles_report(args.out)

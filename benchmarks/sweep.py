@@ -28,10 +28,11 @@ import torch
 
 import mue
 from mue.kernels import library
+from mue.lab.data.spec import describe_data, open_corpus
 from mue.lab.runners.calibrate import STACK, Calibration, cores, endless, gpus
 from mue.lab.runners.pool import Mode, Pool
 from mue.lab.runners.runner import Progress
-from mue.lab.train.experiment import base_plan, described, open_corpus
+from mue.lab.sweep.spec import base_plan
 from mue.lab.train.run import Run, Settings, Store
 from mue.lab.train.session import provenance
 from mue.util.files import write_json
@@ -150,7 +151,7 @@ def measure(example: Run, device: str, stack: int, turns: int, seconds: float) -
 def examples(device: str, cache: Path, case: str | None = None) -> list[Run]:
     """The dense proxies of this device's claim, or the one of this name."""
     source = {"source": "stdlib", "cache": str(cache)}
-    data = described(source, open_corpus(source))
+    data = describe_data(source, open_corpus(source))
     tuned = mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.1)
     cases = [(d, p) for d in ((64, 128) if device == "cpu" else (128,)) for p in ("fp32", "bf16")]
     training = mue.Training(2048 if device == "cpu" else 4096, STEPS)

@@ -23,11 +23,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from mue.lab.data.spec import open_corpus
 from mue.lab.sweep.points import grid_points
+from mue.lab.sweep.spec import sweep_from
 from mue.lab.sweep.storage import Execute
 from mue.lab.sweep.sweep import identity, open_trials
 from mue.lab.sweep.trials import Trials
-from mue.lab.train.experiment import open_corpus, sweep_from
 from mue.plan.toml import read_toml
 from mue.util.files import write_json
 
@@ -109,7 +110,8 @@ WORKER = """
 import sys
 from pathlib import Path
 from mue.plan.toml import read_toml
-from mue.lab.train.experiment import open_corpus, sweep_from
+from mue.lab.data.spec import open_corpus
+from mue.lab.sweep.spec import sweep_from
 from mue.lab.sweep.sweep import run_sweep
 file, out, storage = sys.argv[1:]
 spec = sweep_from(read_toml(Path(file)), Path(file).parent)

@@ -20,7 +20,8 @@ import torch
 
 import mue
 from mue.lab.data import Corpus
-from mue.lab.train.experiment import base_plan, described, open_corpus
+from mue.lab.data.spec import describe_data, open_corpus
+from mue.lab.sweep.spec import base_plan
 from mue.lab.train.run import Run, Settings, Store
 from mue.lab.train.session import provenance, train
 from mue.shapes import HParams, Training
@@ -131,7 +132,7 @@ def main() -> None:
     torch.set_num_threads(1)
     source = {"source": "stdlib", "cache": str(given.store / "data")}
     corpus = open_corpus(source)
-    data = described(source, corpus)
+    data = describe_data(source, corpus)
     chosen, work = (wide(), wide_jobs()) if given.wide else (cells(), jobs())
     found = record(chosen, work, Store(given.store), corpus, data)
     command = "python benchmarks/valley_record.py" + " --wide" * given.wide

@@ -28,7 +28,8 @@ import hashlib, os, sys, time
 from pathlib import Path
 from mue.plan.toml import read_toml
 from mue.lab.sweep import sweep
-from mue.lab.train.experiment import open_corpus, sweep_from
+from mue.lab.data.spec import open_corpus
+from mue.lab.sweep.spec import sweep_from
 from mue.lab.runners.runner import Done, Progress
 from mue.lab.sweep.worker import Watch
 

@@ -79,12 +79,13 @@ def sweep(
     [bold]Many machines[/]
       mue sweep sweep.toml -o runs/s --storage postgresql://me@db/sweeps     # on each of them, at any time
     """
+    from mue.lab.data.spec import open_corpus
     from mue.lab.sweep.display import Board
     from mue.lab.sweep.metric_sinks import open_mirrors
     from mue.lab.sweep.points import why_done
     from mue.lab.sweep.report import sweep_report
+    from mue.lab.sweep.spec import sweep_from
     from mue.lab.sweep.sweep import run_sweep, stored_sweep, tuned_words
-    from mue.lab.train.experiment import open_corpus, sweep_from
 
     if (file is None) == (resume is None):
         raise ValueError("mue sweep needs a FILE, or --resume FOLDER to go on with one; not both")

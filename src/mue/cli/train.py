@@ -38,11 +38,12 @@ def train(file: File, out: Out = Path("runs/train"), tuned: Tuned = None) -> Non
       source = "stdlib"
     """
     from mue.lab.data import Corpus
+    from mue.lab.data.spec import data_source, describe_data, open_corpus
     from mue.lab.report.page import run_report
     from mue.lab.report.progress import RunProgress
-    from mue.lab.train.experiment import PLAN_TABLES, data_source, described, open_corpus, settings_from, train_plan
     from mue.lab.train.run import Run, Store
     from mue.lab.train.session import train as run_training
+    from mue.lab.train.spec import PLAN_TABLES, settings_from, train_plan
 
     console = Console()
     data, values = with_sweep(read_toml(file), tuned)
@@ -53,7 +54,7 @@ def train(file: File, out: Out = Path("runs/train"), tuned: Tuned = None) -> Non
     source, settings = data_source(data, file.parent), settings_from(data)
     corpus: Corpus = open_corpus(source)
     say_data(console, corpus)
-    run = Run(made, settings, described(source, corpus))
+    run = Run(made, settings, describe_data(source, corpus))
     store = Store(out)
     console.print(f"run {run.key}, plan {made.hash}: {made.target.name}, {made.target.parameters:,} parameters")
     with RunProgress(console, "train", [run], lambda r: r.plan.target.name) as progress:

@@ -52,11 +52,11 @@ def tune_roles(file: File, out: Out = Path("runs/roles"), tuned: Tuned = None, w
     [bold]Then[/]
       mue plan target.toml --tuned runs/roles     # or copy runs/roles/tuned.toml
     """
+    from mue.lab.data.spec import open_corpus
     from mue.lab.per_role.report import roles_report
     from mue.lab.per_role.tune import roles_from
     from mue.lab.per_role.tune import tune_roles as run
     from mue.lab.report.progress import RunProgress
-    from mue.lab.train.experiment import open_corpus
 
     console = Console()
     data, values = with_sweep(read_toml(file), tuned)

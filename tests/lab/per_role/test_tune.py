@@ -20,10 +20,10 @@ import pytest
 import mue
 from conftest import EXPERIMENT
 from mue.lab.data import Corpus
+from mue.lab.data.spec import open_corpus
 from mue.lab.per_role.report import roles_report
 from mue.lab.per_role.tune import RolesSpec, roles_from, tune_roles
 from mue.lab.sweep.sweep import tuned_of
-from mue.lab.train.experiment import open_corpus
 from mue.lab.train.run import Run, Store
 from mue.lab.train.session import train
 from mue.plan.toml import read_toml, tuned_from

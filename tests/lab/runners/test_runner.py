@@ -15,9 +15,10 @@ import torch
 
 import mue
 from mue.lab.data import Corpus
+from mue.lab.data.spec import data_source, describe_data, open_corpus
 from mue.lab.runners.pool import Pool
 from mue.lab.runners.runner import Busy, Done, Runner, open_runner
-from mue.lab.train.experiment import base_plan, data_source, described, open_corpus
+from mue.lab.sweep.spec import base_plan
 from mue.lab.train.run import Run, Settings, Store
 from mue.lab.train.session import train
 from mue.plan.toml import read_toml
@@ -38,7 +39,7 @@ def corpus(source: dict[str, object]) -> Corpus:
 
 def dense_run(source: dict[str, object], corpus: Corpus, lr: float = 0.01, steps: int = 30) -> Run:
     tuned = mue.HParams(lr=lr, weight_decay=0.1, init_std=0.1)
-    return Run(base_plan(BASE, mue.Training(128, steps), tuned), SETTINGS, described(dict(source), corpus))
+    return Run(base_plan(BASE, mue.Training(128, steps), tuned), SETTINGS, describe_data(dict(source), corpus))
 
 
 def until(runner: Runner, kind: type, patience: float = 240) -> list[object]:

@@ -14,11 +14,12 @@ import pytest
 import mue
 from mue.kernels import build
 from mue.lab.data import Corpus
+from mue.lab.data.spec import describe_data, open_corpus
 from mue.lab.runners.calibrate import Calibration
 from mue.lab.runners.pool import DEATHS, Mode, Pool
 from mue.lab.runners.run_all import run_all
 from mue.lab.runners.runner import Done, FailedError, Message, Progress, open_runner
-from mue.lab.train.experiment import base_plan, described, open_corpus
+from mue.lab.sweep.spec import base_plan
 from mue.lab.train.run import Run, Settings, Store
 from mue.lab.train.session import train
 
@@ -39,7 +40,7 @@ def corpus(source: dict[str, object]) -> Corpus:
 def dense_run(source: dict[str, object], corpus: Corpus, lr: float = 0.01, seed: int = 0, steps: int = 24) -> Run:
     tuned = mue.HParams(lr=lr, weight_decay=0.1, init_std=0.1, clip=1.0)
     plan = base_plan(BASE, mue.Training(128, steps), tuned)
-    return Run(plan, replace(SETTINGS, seed=seed), described(dict(source), corpus))
+    return Run(plan, replace(SETTINGS, seed=seed), describe_data(dict(source), corpus))
 
 
 def to_the_end(pool: Pool, runs: int) -> tuple[dict[str, dict[str, object]], list[Message]]:

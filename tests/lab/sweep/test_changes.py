@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from mue.cli import main
+from mue.lab.data.spec import open_corpus
 from mue.lab.runners.runner import Done, Message
 from mue.lab.sweep import sweep as sweep_module
 from mue.lab.sweep.points import grid_points
 from mue.lab.sweep.report import sweep_report
+from mue.lab.sweep.spec import SweepSpec, sweep_from
 from mue.lab.sweep.storage import Database
 from mue.lab.sweep.sweep import Swept, identity, open_trials, run_sweep, stored_sweep, tuned_of
 from mue.lab.sweep.trials import Trial
 from mue.lab.sweep.worker import Worker
-from mue.lab.train.experiment import SweepSpec, open_corpus, sweep_from
 from mue.lab.train.run import Run
 from mue.plan.toml import read_toml
 from mue.util.files import write_json

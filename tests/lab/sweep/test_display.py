@@ -12,14 +12,15 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from mue.lab.data.spec import describe_data, open_corpus
 from mue.lab.sweep.display import Board, board_of, sparkline
 from mue.lab.sweep.metric_sinks import open_mirrors, scalars
 from mue.lab.sweep.points import grid_points, proposed
 from mue.lab.sweep.report import COLUMNS, sweep_report
+from mue.lab.sweep.spec import SweepSpec, sweep_from
 from mue.lab.sweep.storage import Database
 from mue.lab.sweep.sweep import adopt, identity, open_trials, stored_sweep, sweep_run
 from mue.lab.sweep.trials import State, Trial
-from mue.lab.train.experiment import SweepSpec, described, open_corpus, sweep_from
 from mue.lab.train.run import Run, Store
 from mue.plan.toml import read_toml
 from mue.util.files import digest, write_json
@@ -149,7 +150,7 @@ ROWS = [{"step": s, "loss": 5.0 - s / 10, "load": [[0.5, 0.25, 0.25]]} for s in 
 
 
 def a_run(spec: SweepSpec) -> Run:
-    return sweep_run(spec, grid_points(spec.grid)[0], described(spec.source, open_corpus(spec.source)))
+    return sweep_run(spec, grid_points(spec.grid)[0], describe_data(spec.source, open_corpus(spec.source)))
 
 
 def test_tensorboard_gets_each_row_once(spec: SweepSpec, tmp_path: Path) -> None:

@@ -16,10 +16,11 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from mue.lab.data.spec import describe_data, open_corpus
 from mue.lab.runners.run_all import run_all
+from mue.lab.sweep.spec import sweep_from
 from mue.lab.sweep.sweep import sweep_run
 from mue.lab.sweep.trials import Trial
-from mue.lab.train.experiment import described, open_corpus, sweep_from
 from mue.lab.train.run import Store
 from mue.plan.toml import read_toml
 from mue.util.files import write_json
@@ -142,7 +143,7 @@ def alone(file: Path, trials: list[Trial], out: Path) -> int:
     """How many trials give the very same loss when they are run again by themselves."""
     spec = sweep_from(read_toml(file), file.parent)
     corpus = open_corpus(spec.source)
-    runs = [sweep_run(spec, t.point, described(spec.source, corpus)) for t in trials]
+    runs = [sweep_run(spec, t.point, describe_data(spec.source, corpus)) for t in trials]
     again = run_all(runs, Store(out), workers=len(os.sched_getaffinity(0)))
     return sum(again[run.key]["val_loss"] == t.loss for run, t in zip(runs, trials, strict=True))
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from conftest import EXPERIMENT
-from mue.lab.train.experiment import SweepSpec, sweep_from
+from mue.lab.sweep.spec import SweepSpec, sweep_from
 from support.paths import ROOT
 
 HERE = Path("/somewhere")

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from mue.lab.data.spec import describe_data, open_corpus
 from mue.lab.runners.runner import Busy, Done, Message, Progress
 from mue.lab.sweep.points import grid_points
+from mue.lab.sweep.spec import SweepSpec, sweep_from
 from mue.lab.sweep.sweep import identity, open_trials, summarise, sweep_run
 from mue.lab.sweep.trials import Trials
 from mue.lab.sweep.worker import Worker
-from mue.lab.train.experiment import SweepSpec, described, open_corpus, sweep_from
 from mue.lab.train.run import Run, Store
 from mue.plan.toml import read_toml
 from support.scripted_runner import Heard, Scripted, done
@@ -29,7 +30,7 @@ def working(spec: SweepSpec, out: Path, runner: Scripted, count: int) -> tuple[W
     corpus = open_corpus(spec.source)
     trials = open_trials(out, identity(spec, corpus.hash), None)
     trials.add(grid_points(spec.grid)[:count])
-    data, heard = described(spec.source, corpus), Heard()
+    data, heard = describe_data(spec.source, corpus), Heard()
     worker = Worker(spec.grid, trials, Store(out), lambda p: sweep_run(spec, p, data), lambda _: runner, heard)
     return worker, trials, heard
 

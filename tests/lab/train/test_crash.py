@@ -21,7 +21,8 @@ TRAIN = """
 import sys
 from pathlib import Path
 from mue.plan.toml import read_toml
-from mue.lab.train.experiment import data_source, described, open_corpus, settings_from, train_plan
+from mue.lab.data.spec import data_source, describe_data, open_corpus
+from mue.lab.train.spec import settings_from, train_plan
 from mue.lab.train.run import Run, Store
 from mue.lab.train.session import train
 
@@ -29,7 +30,7 @@ file, out = Path(sys.argv[1]), Path(sys.argv[2])
 data = read_toml(file)
 source = data_source(data, file.parent)
 corpus = open_corpus(source)
-run = Run(train_plan(data, None), settings_from(data), described(source, corpus))
+run = Run(train_plan(data, None), settings_from(data), describe_data(source, corpus))
 print("ready", flush=True)
 result = train(run, Store(out), corpus, checkpoint_seconds=0.05, keep_weights=True)
 print("done", run.key, flush=True)
@@ -39,7 +40,8 @@ SWEEP = """
 import sys
 from pathlib import Path
 from mue.plan.toml import read_toml
-from mue.lab.train.experiment import open_corpus, sweep_from
+from mue.lab.data.spec import open_corpus
+from mue.lab.sweep.spec import sweep_from
 from mue.lab.sweep.sweep import run_sweep
 
 file, out = Path(sys.argv[1]), Path(sys.argv[2])

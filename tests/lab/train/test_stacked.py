@@ -16,7 +16,8 @@ from torch import nn
 
 import mue
 from mue.lab.data import Corpus, load_corpus
-from mue.lab.train.experiment import base_plan, described
+from mue.lab.data.spec import describe_data
+from mue.lab.sweep.spec import base_plan
 from mue.lab.train.run import Run, Settings
 from mue.lab.train.session import Course
 from mue.lab.train.stacked import Stack, adamw_, stack_kind
@@ -58,7 +59,7 @@ def variants(corpus: Corpus, shape: mue.Dense | mue.MoE, balance: str = "bias") 
             Run(
                 plan,
                 Settings(seed=seed, balance=balance, eval_every=3, eval_sequences=8, log_every=1),
-                described({}, corpus),
+                describe_data({}, corpus),
             )
         )
     return runs

@@ -13,9 +13,10 @@ import torch
 
 import mue
 from mue.lab.data import Corpus
+from mue.lab.data.spec import describe_data, open_corpus
 from mue.lab.models.language import LanguageModel
+from mue.lab.sweep.spec import sweep_from
 from mue.lab.train import checkpoint
-from mue.lab.train.experiment import described, open_corpus, sweep_from
 from mue.lab.train.run import BusyError, Run, Settings, Store
 from mue.lab.train.session import lr_factor, train
 from mue.plan.toml import read_toml
@@ -36,7 +37,7 @@ def moe_run(corpus: Corpus, settings: Settings = SETTINGS, steps: int = STEPS, t
     training = mue.Training(128, steps)
     tuned = tuned.replace(balance=0.01 if settings.balance == "loss" else 0.0)
     plan = mue.transfer(BASE, TARGET, tuned, base_training=training, training=training)
-    return Run(plan, settings, described({"source": []}, corpus))
+    return Run(plan, settings, describe_data({"source": []}, corpus))
 
 
 class Stop(Exception):  # noqa: N818
@@ -159,7 +160,7 @@ def test_a_full_disk_keeps_the_last_good_checkpoint(tmp_path: Path, corpus: Corp
 
 def test_runs_are_keyed_by_effective_values(corpus: Corpus) -> None:
     """Rules that agree share runs; what changes a number changes the key; what does not, does not."""
-    data = described({"source": []}, corpus)
+    data = describe_data({"source": []}, corpus)
     training = mue.Training(128, 10)
 
     def key(rule: str = "complete-mue", target: mue.Dense | mue.MoE = BASE, **changes: float) -> str:
@@ -186,12 +187,12 @@ def test_a_batch_must_hold_whole_sequences(corpus: Corpus) -> None:
     training = mue.Training(100, 10)
     plan = mue.transfer(BASE, TARGET, TUNED, base_training=training, training=training)
     with pytest.raises(ValueError, match="whole number of sequences"):
-        Run(plan, SETTINGS, described({"source": []}, corpus))
+        Run(plan, SETTINGS, describe_data({"source": []}, corpus))
 
 
 def test_coefficients_that_nothing_reads_are_refused(corpus: Corpus) -> None:
     """A balance coefficient without its loss, the loss without its coefficient, another optimizer than the lab's."""
-    data, training = described({"source": []}, corpus), mue.Training(128, 10)
+    data, training = describe_data({"source": []}, corpus), mue.Training(128, 10)
 
     def run(settings: Settings, **changes: object) -> Run:
         plan = mue.transfer(BASE, TARGET, TUNED.replace(**changes), base_training=training, training=training)

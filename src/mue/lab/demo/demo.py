@@ -13,6 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from mue.lab.data import Corpus
+from mue.lab.data.spec import describe_data, open_corpus
 from mue.lab.report import plots
 from mue.lab.report.page import (
     Section,
@@ -29,8 +30,8 @@ from mue.lab.report.tables import plan_table
 from mue.lab.runners.run_all import run_all
 from mue.lab.sweep.display import Board
 from mue.lab.sweep.report import sweep_section
+from mue.lab.sweep.spec import SweepSpec, base_plan, sweep_from
 from mue.lab.sweep.sweep import Swept, run_sweep, swept_dict
-from mue.lab.train.experiment import SweepSpec, base_plan, described, open_corpus, sweep_from
 from mue.lab.train.run import Run, Store
 from mue.lab.train.session import provenance
 from mue.plan.plan import PlanData
@@ -89,7 +90,7 @@ def demo(out: Path, console: Console, *, workers: int | None = None) -> Path:
 
     console.rule("[bold]4, 5  train with those values; check the valley")
     store = Store(out)
-    named = _runs(ours, swept, plan, described(spec.source, corpus))
+    named = _runs(ours, swept, plan, describe_data(spec.source, corpus))
     with RunProgress(console, "dense baseline, MoE, valley check", list(named.values()), _label) as progress:
         results = run_all(list(named.values()), store, workers=workers, on_event=progress.event, on_done=progress.done)
     by_name = {name: results[run.key] for name, run in named.items()}

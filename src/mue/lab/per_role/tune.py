@@ -11,12 +11,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mue.lab.data import Corpus
+from mue.lab.data.spec import data_source, describe_data
 from mue.lab.per_role.search import Found, Job, Search, multipliers, search
 from mue.lab.per_role.space import at, coordinates
 from mue.lab.runners.run_all import run_all
-from mue.lab.train.experiment import PLAN_TABLES, base_plan, batches_of, data_source, described, settings_from
+from mue.lab.sweep.spec import base_plan
 from mue.lab.train.run import Run, Settings, Store
 from mue.lab.train.session import provenance
+from mue.lab.train.spec import PLAN_TABLES, batches_of, settings_from
 from mue.plan.toml import check_keys, shape_from, table_of, training_from, tuned_from
 from mue.shapes import HParams, Training, Transformer
 from mue.shapes.hparams import THIRDS
@@ -108,7 +110,7 @@ def tune_roles(
     Raises:
         ValueError: the folder belongs to another search; the base diverges. mue.lab.train.run.BusyError: it is being searched.
     """
-    data, count = described(spec.source, corpus), set[str]()
+    data, count = describe_data(spec.source, corpus), set[str]()
     space = coordinates(spec.base, spec.search.numbers, thirds=spec.search.thirds)
     plan = base_plan(spec.base, spec.training, spec.tuned)
     batches_of(Run(plan, spec.settings, data), corpus)  # before the folder is made

@@ -10,8 +10,8 @@ from typing import Any, TextIO
 import torch
 
 from mue.lab.data import Corpus
+from mue.lab.data.spec import open_corpus
 from mue.lab.runners.stacked_runs import StackedRuns
-from mue.lab.train.experiment import open_corpus
 from mue.lab.train.run import BusyError, Run, Store
 from mue.lab.train.session import train
 from mue.lab.train.stacked import stack_kind

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mue.lab.sweep.spec import Grid
 from mue.lab.sweep.trials import OPEN, Point, Trial, name_of
-from mue.lab.train.experiment import Grid
 from mue.lab.valley.search import Asked, Observation, Space, next_points, verdict
 
 if TYPE_CHECKING:

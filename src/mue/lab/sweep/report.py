@@ -15,6 +15,7 @@ from typing import Any
 from mue.lab.report import plots
 from mue.lab.report.page import Section, text, write_report
 from mue.lab.sweep.points import why_done
+from mue.lab.sweep.spec import SweepSpec
 from mue.lab.sweep.sweep import (
     Cell,
     Stored,
@@ -27,7 +28,6 @@ from mue.lab.sweep.sweep import (
     tuned_words,
 )
 from mue.lab.sweep.trials import OPEN, State, Trial
-from mue.lab.train.experiment import SweepSpec
 from mue.lab.valley.fit import Point, Valley, fit_valley
 from mue.util.files import write_atomic
 

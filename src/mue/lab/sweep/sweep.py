@@ -16,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from mue.lab.data import Corpus
+from mue.lab.data.spec import describe_data
 from mue.lab.runners.runner import Runner, open_runner
 from mue.lab.sweep.points import AXES, grid_points
+from mue.lab.sweep.spec import SweepSpec, base_plan
 from mue.lab.sweep.storage import Database, MissingError, Trouble, without_password
 from mue.lab.sweep.trials import OPEN, Trial, Trials, name_of
 from mue.lab.sweep.worker import Watch, Worker
-from mue.lab.train.experiment import SweepSpec, base_plan, batches_of, described
 from mue.lab.train.run import Run, Store
+from mue.lab.train.spec import batches_of
 from mue.lab.valley.fit import Point, Valley, fit_valley
 from mue.shapes import HParams, Training, Transformer, shape_from_dict
 from mue.util.files import digest, write_json
@@ -176,7 +178,7 @@ def check_folder(out: Path, spec: SweepSpec, corpus: Corpus, storage: str | None
     path, own = out / "sweep.json", identity(spec, corpus.hash)
     if not path.exists():
         point = {**{axis: getattr(spec.grid, axis)[0] for axis in AXES}, "seed": spec.grid.seeds[0]}
-        batches_of(sweep_run(spec, point, described(spec.source, corpus)), corpus)  # before the folder is made
+        batches_of(sweep_run(spec, point, describe_data(spec.source, corpus)), corpus)  # before the folder is made
         return storage
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))
@@ -248,7 +250,7 @@ def run_sweep(
     """
     watch = watch or Watch()
     storage = check_folder(out, spec, corpus, storage)
-    data, own = described(spec.source, corpus), identity(spec, corpus.hash)
+    data, own = describe_data(spec.source, corpus), identity(spec, corpus.hash)
     trials = open_trials(out, own, storage, lease, partial(_trouble, watch))
     before = as_asked(spec, trials).grid
     spec = replace(spec, grid=before) if resume else spec

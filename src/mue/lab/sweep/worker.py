@@ -20,9 +20,9 @@ from typing import Any
 
 from mue.lab.runners.runner import Busy, Done, Progress, Runner
 from mue.lab.sweep.points import proposed
+from mue.lab.sweep.spec import Grid
 from mue.lab.sweep.storage import StorageError
 from mue.lab.sweep.trials import OPEN, Curve, State, Trial, Trials
-from mue.lab.train.experiment import Grid
 from mue.lab.train.run import Run, Store
 from mue.lab.valley.pruning import Seen, hopeless, rung
 from mue.util.files import FileLock

@@ -20,8 +20,8 @@ import mue
 from mue.lab.data import Corpus
 from mue.lab.models.language import LanguageModel
 from mue.lab.train import checkpoint
-from mue.lab.train.experiment import batches_of
 from mue.lab.train.run import Run, Settings, Store
+from mue.lab.train.spec import batches_of
 from mue.lab.train.step import autocast, compile_blocks, objective, uncompiled
 from mue.model.apply import init_, param_groups
 from mue.shapes import HParams

@@ -1,28 +1,25 @@
-"""The lab's tables of an experiment file: ``[data]``, ``[run]``, ``[sweep]`` beside a plan's ``[base]`` and ``[target]``."""
+"""The ``[sweep]`` table of an experiment file: what a sweep of a base visits, and how it is run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mue.lab.data import Batches, Corpus, load_corpus, stdlib_corpus
+from mue.lab.data.spec import data_source
 from mue.lab.runners.runner import KINDS
-from mue.lab.train.run import Run, Settings
+from mue.lab.train.run import Settings
+from mue.lab.train.spec import PLAN_TABLES, settings_from
 from mue.lab.valley.search import Space
 from mue.plan.plan import PlanData
-from mue.plan.toml import check_keys, lr_grid, plan_inputs, shape_from, table_of, training_from, tuned_from
-from mue.plan.transfer import plan_of, transfer
+from mue.plan.toml import check_keys, lr_grid, shape_from, table_of, training_from, tuned_from
+from mue.plan.transfer import transfer
 from mue.shapes import HParams, Training, Transformer, shape_from_dict
 from mue.util.errors import positive, positive_int
 
-STDLIB = "stdlib"
-_DATA = ("source", "tokenizer", "validation_fraction", "cache", "text_key", "separator", "dtype", "vocab")
-_SETTINGS = tuple(f.name for f in fields(Settings))
 _SWEEP = ("lr", "weight_decay", "init_std", "seeds", "sampler", "trials", "precision", "extend", "stop_early", "runner")
 SAMPLERS = ("grid", "valley", "random", "tpe")
-PLAN_TABLES = ("rule", "base", "tuned", "target", "options")
 
 
 @dataclass(frozen=True)
@@ -82,76 +79,6 @@ class SweepSpec:
             settings=Settings(**data["settings"]),
             source=dict(data["source"]),
         )
-
-
-def data_source(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """``[data]`` as what :func:`open_corpus` takes; relative paths are relative to the file's ``folder``."""
-    table = table_of(data, "data")
-    if not table:
-        raise ValueError('the file needs a [data] table, e.g. source = "stdlib" or source = "texts/"')
-    check_keys(table, _DATA, "[data]")
-    source = table.get("source")
-    if source is None:
-        raise ValueError('[data] needs source: a path, a list of paths, or "stdlib"')
-    names, folder = [source] if isinstance(source, str) else source, folder.absolute()
-    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
-        raise ValueError(f'[data] source must be a path, a list of paths, or "stdlib", got {source!r}')
-    out = {k: v for k, v in table.items() if k != "source"}
-    out["source"] = STDLIB if source == STDLIB else [str(folder / name) for name in names]
-    out["cache"] = str(folder / table.get("cache", "runs/data"))
-    if "tokenizer" in out:
-        out["tokenizer"] = str(folder / out["tokenizer"])
-    return out
-
-
-def open_corpus(source: Mapping[str, Any]) -> Corpus:
-    """The corpus a :func:`data_source` describes."""
-    options = {k: v for k, v in source.items() if k not in ("source", "cache")}
-    cache = Path(source["cache"])
-    if source["source"] == STDLIB:
-        unknown = [k for k in options if k != "validation_fraction"]
-        if unknown:
-            raise ValueError(f'[data] {unknown[0]} has no meaning with source = "stdlib": leave it out')
-        return stdlib_corpus(cache, **options)
-    if "tokenizer" in options:
-        options["tokenizer"] = Path(options["tokenizer"])
-    return load_corpus([Path(p) for p in source["source"]], cache=cache, **options)
-
-
-def described(source: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
-    """What a run records of its data: the content's description, and how to open it again."""
-    return {**corpus.describe(), "source": source}
-
-
-def batches_of(run: Run, corpus: Corpus) -> tuple[Batches, Batches]:
-    """(training, validation) batches of a run; ``ValueError`` where the text does not suit it. Nothing is written."""
-    shape, settings = run.plan.target, run.settings
-    assert run.plan.training is not None
-    if corpus.vocab > shape.vocab:
-        raise ValueError(f"the data has {corpus.vocab} tokens, the model a vocabulary of {shape.vocab}: raise vocab")
-    sequences = run.plan.training.batch // shape.sequence
-    train = Batches(corpus, "train", shape.sequence, sequences, settings.seed)
-    return train, Batches(corpus, "validation", shape.sequence, min(sequences, settings.eval_sequences), 0)
-
-
-def settings_from(data: Mapping[str, Any]) -> Settings:
-    """``[run]``, with defaults for what it leaves out."""
-    table = table_of(data, "run")
-    check_keys(table, _SETTINGS, "[run]")
-    return Settings(**table)
-
-
-def train_plan(data: Mapping[str, Any], tuned: HParams | None) -> PlanData:
-    """The plan a training file asks for: of its target, or of the base itself where it has no target."""
-    tables = {k: v for k, v in data.items() if k in PLAN_TABLES}
-    if "target" in data:
-        return plan_of(plan_inputs(tables, tuned))
-    base = table_of(data, "base")
-    training = training_from(base, "base")
-    if training is None:
-        raise ValueError("training the base needs [base.training] with batch and steps")
-    same = {**tables, "target": {k: v for k, v in base.items() if k not in ("convention", "output_multiplier")}}
-    return plan_of(plan_inputs(same, tuned))
 
 
 def sweep_from(data: Mapping[str, Any], folder: Path) -> SweepSpec:
@@ -226,6 +153,4 @@ def _grid(table: Mapping[str, Any]) -> Grid:
 
 def base_plan(base: Transformer, training: Training, tuned: HParams) -> PlanData:
     """The base itself as a plan: every factor 1, its own output multiplier."""
-    from dataclasses import replace
-
     return transfer(base, replace(base, output_multiplier=1.0), tuned, base_training=training, training=training)

@@ -1,0 +1,52 @@
+"""The ``[data]`` table of an experiment file: where a corpus comes from, and what a run records of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mue.lab.data import Corpus, load_corpus, stdlib_corpus
+from mue.plan.toml import check_keys, table_of
+
+STDLIB = "stdlib"
+_DATA = ("source", "tokenizer", "validation_fraction", "cache", "text_key", "separator", "dtype", "vocab")
+
+
+def data_source(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """``[data]`` as what :func:`open_corpus` takes; relative paths are relative to the file's ``folder``."""
+    table = table_of(data, "data")
+    if not table:
+        raise ValueError('the file needs a [data] table, e.g. source = "stdlib" or source = "texts/"')
+    check_keys(table, _DATA, "[data]")
+    source = table.get("source")
+    if source is None:
+        raise ValueError('[data] needs source: a path, a list of paths, or "stdlib"')
+    names, folder = [source] if isinstance(source, str) else source, folder.absolute()
+    if not isinstance(names, list) or not names or not all(isinstance(n, str) for n in names):
+        raise ValueError(f'[data] source must be a path, a list of paths, or "stdlib", got {source!r}')
+    out = {k: v for k, v in table.items() if k != "source"}
+    out["source"] = STDLIB if source == STDLIB else [str(folder / name) for name in names]
+    out["cache"] = str(folder / table.get("cache", "runs/data"))
+    if "tokenizer" in out:
+        out["tokenizer"] = str(folder / out["tokenizer"])
+    return out
+
+
+def open_corpus(source: Mapping[str, Any]) -> Corpus:
+    """The corpus a :func:`data_source` describes."""
+    options = {k: v for k, v in source.items() if k not in ("source", "cache")}
+    cache = Path(source["cache"])
+    if source["source"] == STDLIB:
+        unknown = [k for k in options if k != "validation_fraction"]
+        if unknown:
+            raise ValueError(f'[data] {unknown[0]} has no meaning with source = "stdlib": leave it out')
+        return stdlib_corpus(cache, **options)
+    if "tokenizer" in options:
+        options["tokenizer"] = Path(options["tokenizer"])
+    return load_corpus([Path(p) for p in source["source"]], cache=cache, **options)
+
+
+def describe_data(source: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
+    """What a run records of its data: the content's description, and how to open it again."""
+    return {**corpus.describe(), "source": source}
