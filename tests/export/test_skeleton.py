@@ -16,7 +16,7 @@ from mue.export.skeleton import read, skeleton
 from mue.export.stacks import STACKS
 from mue.fold import fold
 from mue.layouts.layout import Placed, place
-from mue.rules.table import VECTORS
+from mue.rules.roles import ROLES
 
 MODELS = [(stack, model) for stack, known in STACKS.items() for model in known.models]
 HPARAMS = mue.HParams(lr=2e-3, weight_decay=0.1, init_std=0.02)
@@ -29,7 +29,7 @@ def transfer(target: mue.Transformer, base_head: int = 8) -> mue.Plan:
 
 def fans(p: Placed, target: mue.Transformer, block: mue.Block) -> tuple[int, int]:
     """(fan-in, fan-out) of a role in the planned shape, written down a second time."""
-    d, kind, part = target.width, p.role.partition("_")[0], p.role.partition("_")[2]
+    d, kind, part = target.width, ROLES[p.role].kind, ROLES[p.role].part
     kv = target.num_kv_heads * target.head_dim
     hidden = {"ffn": block.ffn, "expert": block.expert, "shared": block.shared_width}.get(kind) or 0
     many = max(len(p.layout.parts), 1)
@@ -69,13 +69,13 @@ def test_every_shape_in_every_stacks_names(
             continue  # has no dense layers
         made = skeleton(stack, target, name)
         for p in place(made):
-            if p.role not in VECTORS:
+            if not ROLES[p.role].vector:
                 assert p.parameter.is_meta
                 wanted = fans(p, target, layers[p.layer or 0])
                 if p.layout.axes == ("expert*in",):  # a flattened router
                     wanted = (wanted[0], 1)
                 assert (p.fan_in, p.fan_out) == wanted, p
-                if p.role.startswith("expert") and p.layout.pattern.count("*") == 1:
+                if ROLES[p.role].kind == "expert" and p.layout.pattern.count("*") == 1:
                     assert p.experts == experts
         if name != "llama3" or head_dim == 8:  # a fused projection and no norms: nowhere to put another attention scale
             text = export(plan, stack, name)

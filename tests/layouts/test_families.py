@@ -19,7 +19,7 @@ from mue.layouts.transformers.families import (
     describe_config,
     families_with_experts,
 )
-from mue.rules.table import ROLES
+from mue.rules.roles import ROLES
 
 torch.set_num_threads(1)
 DENSE = ("llama", "qwen3", "gpt2", "gpt_neox", "mistral", "gemma3_text", "olmo2", "phi3")

@@ -15,7 +15,8 @@ from mue.plan.compare import compare, formulas
 from mue.plan.explain import why
 from mue.plan.rules_page import BETWEEN, WIDER, WORKED, markdown
 from mue.plan.transfer import plan_of
-from mue.rules.table import BUFFERS, FIELDS, VECTORS
+from mue.rules.roles import ROLES
+from mue.rules.table import FIELDS
 from support.paths import ROOT
 
 
@@ -88,12 +89,12 @@ def test_a_derivation_ends_at_the_planned_number(name: str) -> None:
     """Every number of every role: the last step's value is the plan's, to rounding, and every step has a source."""
     plan = PLANS[name]
     for role, planned in plan.roles.items():
-        if not planned.count or role in BUFFERS:
+        if not planned.count or not ROLES[role].trained:
             continue
         last = {step.number: step.value for step in why(plan, role)}
         assert all(step.source and step.text for step in why(plan, role))
         for field, text in zip(FIELDS, ("init std", "lr", "weight decay", "eps"), strict=True):
-            if role in VECTORS and field == "init_std":
+            if ROLES[role].vector and field == "init_std":
                 continue
             assert last[text] == pytest.approx(getattr(planned.values, field), rel=1e-12), (role, field)
 
@@ -127,7 +128,7 @@ def test_every_row_has_a_source_and_a_mark(rule: str) -> None:
     for role, row in the_rule.rows.items():
         assert len(row.source) > 10 and row.status in ("published", "authors' code", "inferred"), role
     covered = [role for line in formulas(the_rule) for role in line[0].split(", ")]
-    assert sorted(covered) == sorted(set(the_rule.rows) - BUFFERS)
+    assert sorted(covered) == sorted(role for role in the_rule.rows if ROLES[role].trained)
     text = f"{the_rule.source} {' '.join(row.source for row in the_rule.rows.values())}"
     assert rule in ("standard", "hidden-ratio-only") or any(c.isdigit() for c in text)
 

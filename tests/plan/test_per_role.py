@@ -16,10 +16,10 @@ import mue
 from mue.fold import FOLDS, fold
 from mue.lab.models.language import LanguageModel
 from mue.plan.explain import WHOLE, why
-from mue.plan.per_role import OUTSIDE
 from mue.plan.toml import plan_inputs
 from mue.plan.transfer import plan_of
-from mue.rules.table import BUFFERS, FALLBACK, FIELDS, ROLES, VECTORS
+from mue.rules.roles import ROLES
+from mue.rules.table import FIELDS
 from mue.shapes.hparams import THIRDS, third_of
 from support import rule_properties as properties
 from support.plan_file import PLAN as FILE
@@ -29,7 +29,7 @@ TARGET = mue.MoE.parse("8e2a1s", width=128, expert=32, layers=6, head_dim=32, se
 TUNED = mue.HParams(lr=2e-3, weight_decay=0.1, init_std=0.02)
 RUNS: dict[str, Any] = {"base_training": mue.Training(1 << 12, 4000), "training": mue.Training(1 << 12, 8000)}
 few = settings(max_examples=25, deadline=None)
-ON_THE_BASE = [r for r in ROLES if r not in BUFFERS and r not in FALLBACK and r != "router"]
+ON_THE_BASE = [r for r in ROLES if ROLES[r].trained and ROLES[r].fallback is None and r != "router"]
 
 
 def make(roles: dict[str, Any] | None = None, **changes: Any) -> mue.Plan:
@@ -42,14 +42,14 @@ def role_tables(draw: st.DrawFn, *, thirds: bool = True) -> dict[str, Any]:
     """Random multipliers and values of random roles, some of them in a third of the depth."""
 
     def table(role: str) -> dict[str, float]:
-        fields = [f for f in FIELDS if role not in VECTORS or f in ("lr", "eps")]
+        fields = [f for f in FIELDS if not ROLES[role].vector or f in ("lr", "eps")]
         chosen = draw(st.lists(st.sampled_from(fields), max_size=3, unique=True))
         return {f"{f}{draw(st.sampled_from(['', '_times']))}": draw(st.floats(1e-3, 8)) for f in chosen}
 
     roles = draw(st.lists(st.sampled_from(ON_THE_BASE), max_size=4, unique=True))
     found: dict[str, Any] = {role: table(role) for role in roles}
     for third in draw(st.lists(st.sampled_from(THIRDS), max_size=2, unique=True)) if thirds else ():
-        inside = draw(st.lists(st.sampled_from([r for r in ON_THE_BASE if r not in OUTSIDE]), max_size=3, unique=True))
+        inside = draw(st.lists(st.sampled_from([r for r in ON_THE_BASE if ROLES[r].inside]), max_size=3, unique=True))
         found[third] = {role: t for role in inside if (t := table(role))}
     return {name: t for name, t in found.items() if t}
 
@@ -93,7 +93,7 @@ def test_the_base_gets_exactly_what_was_tuned(roles: dict[str, Any]) -> None:
         third = third_of(layer, BASE.layers)
         for role in ON_THE_BASE:
             values = plan.role(role, layer).values
-            for field in ("lr", "eps") if role in VECTORS else FIELDS:
+            for field in ("lr", "eps") if ROLES[role].vector else FIELDS:
                 expected = getattr(TUNED, field)
                 for table in (roles.get(role, {}), roles.get(third, {}).get(role, {})):
                     expected = table.get(field, expected) * table.get(f"{field}_times", 1.0)
@@ -108,11 +108,11 @@ def test_the_rule_carries_them_to_every_role_they_stand_for(roles: dict[str, Any
     for layer in range(TARGET.layers):
         tuned_at = next(i for i in range(BASE.layers) if third_of(i, BASE.layers) == third_of(layer, TARGET.layers))
         for role in ROLES:
-            here, star = plan.role(role, layer), base.role(FALLBACK.get(role, role), tuned_at)
+            here, star = plan.role(role, layer), base.role(ROLES[role].tuned_as[-1], tuned_at)
             assert here.factor == plain.role(role, layer).factor, role
             for field, value in here.values.items():
                 factor, own = getattr(here.factor, field), getattr(star.values, field)
-                if value is not None and role not in BUFFERS:
+                if value is not None and ROLES[role].trained:
                     assert value == pytest.approx(factor * own, rel=1e-12), (role, field)
     assert plan.role("router", 0).values == plain.role("router", 0).values
 
@@ -223,7 +223,7 @@ def test_the_fold_commutes_with_them(roles: dict[str, Any], tied: bool, route: s
     }
     for layer in range(TARGET.layers):
         for role in ROLES:
-            if role in BUFFERS or not own.role(role, layer).count:
+            if not ROLES[role].trained or not own.role(role, layer).count:
                 continue
             for field, power in powers.items():
                 here, there = (getattr(p.role(role, layer).values, field) for p in (own, plain))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 import mue
-from mue.rules.table import ROLES
+from mue.rules.roles import ROLES
 
 BASE = mue.Dense(width=128, ffn=128, layers=8)
 TARGET = mue.MoE.parse("16e4a1s", width=256, expert=64, layers=8)

@@ -13,7 +13,7 @@ import mue
 from mue.rules import OPTIONS
 from mue.rules.algebra import ONE, Monomial, ratio
 from mue.rules.optimizers import for_optimizer
-from mue.rules.table import BUFFERS, VECTORS
+from mue.rules.roles import ROLES
 from mue.shapes import OPTIMIZERS
 from support import rule_properties as properties
 from support.rule_properties import TUNED, Case, cases, plan, trainings
@@ -90,7 +90,7 @@ def test_the_up_gate_correction_removes_the_drift_and_nothing_else(target: Any) 
     assert drift and drift != 1 and corrected.drift["up_gate"] == pytest.approx(1)
     for role in plain.roles:
         one, two = plain.roles[role].values, corrected.roles[role].values
-        if role.endswith(("_up", "_gate")):
+        if ROLES[role].part in ("up", "gate"):
             assert one.lr and two.lr and one.weight_decay and two.weight_decay
             assert two.lr == pytest.approx(one.lr / drift)
             assert two.lr * two.weight_decay == pytest.approx(one.lr * one.weight_decay)
@@ -118,12 +118,12 @@ def test_like_adam() -> None:
         for optimizer in ("nadamw", "lion", "adamw-independent"):
             p = at(optimizer, target)
             for role, planned in p.roles.items():
-                if role in BUFFERS:
+                if not ROLES[role].trained:
                     continue
                 one, two = adamw.roles[role].factor, planned.factor
                 assert (one.init_std, one.lr) == (two.init_std, two.lr)
                 decay = one.weight_decay * (one.lr if optimizer == "adamw-independent" else 1)  # type: ignore[operator]
-                assert role in VECTORS or two.weight_decay == pytest.approx(decay)
+                assert ROLES[role].vector or two.weight_decay == pytest.approx(decay)
                 assert planned.status == "inferred" and optimizer in planned.source
     runs: dict[str, Any] = {"base_training": RUN, "training": LONG}
     independent = mue.transfer(DENSE, SPARSE, TUNED.replace(optimizer="adamw-independent"), **runs)

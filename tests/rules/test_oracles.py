@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import mue
 from mue.fold import fold
+from mue.rules.roles import of_kind
 from support.fold_model import Decoder, tokens
 
 TUNED = mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.02, eps=1e-9)
@@ -86,7 +87,7 @@ def test_completep_is_its_printed_table(m_N: int, m_L: int, alpha: float) -> Non
     hidden: Cells = (m_N**-0.5, m_N**-1 * m_L ** (alpha - 1), m_N, m_N**-1 * m_L**-alpha)
     gain: Cells = (None, m_L ** (alpha - 1), None, m_N**-1 * m_L**-alpha)
     flat: Cells = (1, 1, 1, 1)
-    table = {role: hidden for role in p.rule.rows if role.startswith(("attention", "ffn"))}
+    table = {role: hidden for role in p.rule.rows if role in of_kind("attention", "ffn")}
     table |= {"embedding": flat, "head": flat, "final_norm": (None, 1, None, 1)}
     table |= dict.fromkeys(("norm", "qk_norm", "bias"), gain)
     same_cells(p, table)
@@ -117,7 +118,7 @@ def test_complete_d_p_is_its_table(m_N: int, m_L: int, alpha: float, longer: int
     p = mue.transfer(base, target, TUNED, rule="complete-d-p", depth_exponent=alpha, **runs)
     s = (4000 / (1000 * longer + 400)) ** 0.5
     hidden: Cells = (m_N**-0.5, m_N**-1 * m_L ** (alpha - 1) * s, m_N * s, m_N**-1 * m_L**-alpha / s)
-    table: dict[str, Cells] = {role: hidden for role in p.rule.rows if role.startswith(("attention", "ffn"))}
+    table: dict[str, Cells] = {role: hidden for role in p.rule.rows if role in of_kind("attention", "ffn")}
     table["embedding"] = (1, s, s, 1 / m_N / s)
     table["norm"] = table["bias"] = (None, m_L ** (alpha - 1) * s, None, m_N**-1 * m_L**-alpha / s)
     table["qk_norm"] = (None, m_L ** (alpha - 1) * s, None, m_L**-alpha / s)

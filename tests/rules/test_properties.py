@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import mue
 from mue.rules.algebra import ONE, Monomial, ratio
-from mue.rules.table import ROLES, Row, Rule
+from mue.rules.roles import ROLES
+from mue.rules.table import Row, Rule
 from support import rule_properties as properties
 from support.rule_properties import Case, cases, plan, trainings
 

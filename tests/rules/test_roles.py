@@ -1,183 +1,70 @@
-"""Roles: every parameter exactly one, whatever wraps the model; each way to get it wrong is refused by name."""
+"""What a role says about its parameter holds on a model that is built, and the names are those of shapes and rules."""
 
 from __future__ import annotations
 
-import copy
-
 import pytest
-import torch
-from torch import nn
 
 import mue
 from mue.lab.models.language import LanguageModel
-from mue.layouts.layout import Layout, Placed, canonical, expert_slices, layout_of, place, unwrap
+from mue.layouts.layout import place
+from mue.rules.roles import ROLES, of_kind
 
-SHAPES = {
-    "dense": mue.Dense(width=32, ffn=48, layers=2, head_dim=16, vocab=40),
-    "tied": mue.Dense(width=32, ffn=48, layers=2, head_dim=16, vocab=40, tied=True),
-    "plain": mue.Dense(width=32, ffn=48, layers=1, head_dim=16, vocab=40, gated=False),
-    "moe": mue.MoE.parse("4e2a1s", width=32, expert=24, shared=40, layers=2, head_dim=16, vocab=40),
-    "mixed": mue.Mixed(
-        32, (mue.Block(layers=1, ffn=48), mue.Block(layers=2, experts=4, active=2, expert=24)), head_dim=16, vocab=40
+# No two sizes alike, so that a fan-in says what it is.
+NUMBERS = {"width": 64, "layers": 2, "head_dim": 16, "heads": 6, "vocab": 80}
+SHAPES = [
+    mue.Dense(ffn=72, **NUMBERS),
+    mue.Dense(ffn=72, **{**NUMBERS, "tied": True, "gated": False}),
+    mue.MoE.parse("8e2a1s", expert=40, shared=56, **NUMBERS),
+    mue.MoE.parse("2s", expert=40, **NUMBERS),
+    mue.Mixed(
+        64,
+        (mue.Block(layers=1, ffn=72), mue.Block(layers=2, experts=4, active=2, expert=40)),
+        head_dim=16,
+        heads=6,
+        vocab=80,
     ),
-}
+]
 
 
-class Tiny(nn.Module):
-    """Two matrices, no layout of its own."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.embed = nn.Embedding(8, 4)
-        self.out = nn.Linear(4, 8, bias=False)
-
-
-TINY = [Layout("embed.weight", "embedding", ("in", "out")), Layout("out.weight", "head", ("out", "in"))]
-
-
-@pytest.mark.parametrize("name", SHAPES)
-def test_every_parameter_has_one_role_and_the_count_is_the_shapes(name: str) -> None:
-    shape = SHAPES[name]
-    model = LanguageModel(shape)
-    placed = place(model)
-    assert {p.name for p in placed} == {n for n, _ in model.named_parameters()}
-    assert sum(p.parameter.numel() for p in placed) == shape.parameters
-    # The shape counts experts one by one, and its shared experts as n_s; tensors hold them stacked.
-    counted = {role: sum(p.experts for p in group) for role, group in by_role(placed).items()}
-    expected = {r: n for r, n in shape.counts().items() if r != "router_bias"}
-    assert counted == expected
-
-
-def by_role(placed: list[Placed]) -> dict[str, list[Placed]]:
-    groups: dict[str, list[Placed]] = {}
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+def test_a_roles_fans_are_those_of_a_model(shape: mue.Transformer) -> None:
+    placed = place(LanguageModel(shape))
     for p in placed:
-        groups.setdefault(p.role, []).append(p)
-    return groups
+        role = ROLES[p.role]
+        assert role.drawn == (p.parameter.dim() > 1), p.name
+        assert role.inside == (p.layer is not None), p.name
+        if role.drawn:
+            assert role.reads_residual == (p.fan_in == shape.width), p.name
+            assert (role.writes_residual or p.role == "embedding") == (p.fan_out == shape.width), p.name
+    seen = {p.role for p in placed}
+    assert seen == {r for r, n in shape.counts().items() if n and ROLES[r].trained}
 
 
-def test_fan_in_comes_from_the_declared_axes() -> None:
-    placed = {p.name: p for p in place(LanguageModel(SHAPES["moe"]))}
-    down = placed["blocks.1.moe.experts_down"]
-    assert (down.fan_in, down.fan_out, down.experts, down.layer) == (24, 32, 4, 1)
-    assert placed["embedding.weight"].fan_in == 40
-    assert placed["head.weight"].fan_in == 32
-    assert placed["final_norm.weight"].layer is None
-    assert placed["blocks.0.moe.shared_down"].fan_in == 40
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+def test_a_block_holds_the_roles_that_the_shape_counts(shape: mue.Transformer) -> None:
+    counted = {role for role, many in shape.counts().items() if many}
+    held = {name for name, role in ROLES.items() if any(role.present(block) for block in shape.blocks)}
+    gates = set() if shape.gated else {name for name, role in ROLES.items() if role.part == "gate"}
+    assert counted == held - gates - {"bias"} - ({"head"} if shape.tied else set())
 
 
-def test_expert_slices_follow_the_expert_axis() -> None:
-    weight = nn.Parameter(torch.arange(24.0).view(2, 3, 4))
-    model = nn.Module()
-    model.w = weight
-    (p,) = place(model, [Layout("w", "expert_up", ("out", "expert", "in"))])
-    slices = dict(expert_slices(p))
-    assert list(slices) == [0, 1, 2]
-    assert torch.equal(slices[1], weight.detach()[:, 1])
-    slices[1].zero_()
-    assert weight.detach()[:, 1].abs().sum() == 0  # a view: init writes through it
+def test_the_roles_that_are_no_matrix() -> None:
+    vectors = {name: role.start for name, role in ROLES.items() if role.vector}
+    assert vectors == {"norm": 1, "qk_norm": 1, "final_norm": 1, "bias": 0}
+    assert {name for name, role in ROLES.items() if role.gain} == {"norm", "qk_norm", "final_norm"}
+    assert {name for name, role in ROLES.items() if not role.trained} == {"router_bias"}
+    assert {name for name, role in ROLES.items() if not role.decays} == {*vectors, "router_bias"}
+    assert {name for name, role in ROLES.items() if role.drawn and not role.hidden} == {"embedding", "head"}
 
 
-@pytest.mark.parametrize(
-    "raw",
-    [
-        "module.blocks.0.attention.q.weight",
-        "_orig_mod.module.blocks.0.attention.q.weight",
-        "module._orig_mod.blocks.0.attention.q.weight",
-        "_orig_mod.blocks.0._fsdp_wrapped_module.attention.q.weight",
-        "_fsdp_wrapped_module.blocks.0._fsdp_wrapped_module._checkpoint_wrapped_module.attention.q.weight",
-        "blocks.0._orig_mod.attention.q.weight",
-    ],
-)
-def test_wrappers_leave_the_name(raw: str) -> None:
-    assert canonical(raw) == "blocks.0.attention.q.weight"
+def test_a_dense_base_speaks_for_the_experts() -> None:
+    for kind in ("expert", "shared"):
+        for name in of_kind(kind):
+            assert ROLES[name].tuned_as == (name, f"ffn_{ROLES[name].part}")
+    assert all(role.tuned_as == (name,) for name, role in ROLES.items() if role.kind not in ("expert", "shared"))
 
 
-@pytest.mark.parametrize("name", ["embed.weight", "model.module_list.0.weight", "submodule.weight", "a.module.weight"])
-def test_names_that_only_look_wrapped_stay(name: str) -> None:
-    # mup strips characters ("module.embed" → "bed"), a prefix rule must not.
-    assert canonical(name) == name
-    assert canonical("module." + name) == name
-
-
-def test_deepcopy_and_compile_and_data_parallel_names_change_no_role() -> None:
-    model = LanguageModel(SHAPES["mixed"])
-    plain = [(p.name, p.role, p.fan_in, p.layer) for p in place(model)]
-    wrapper = nn.Module()
-    wrapper.module = model
-    for other in (copy.deepcopy(model), torch.compile(model), wrapper, torch.compile(copy.deepcopy(model))):
-        assert [(p.name, p.role, p.fan_in, p.layer) for p in place(other, layout_of(model))] == plain
-    compiled = torch.compile(model)
-    assert isinstance(compiled, nn.Module)
-    assert unwrap(compiled) is model
-    assert place(compiled)[0].parameter is next(model.parameters())
-
-
-def test_a_tied_head_is_one_parameter_found_by_identity() -> None:
-    model = LanguageModel(SHAPES["tied"])
-    roles = by_role(place(model))
-    assert "head" not in roles and len(roles["embedding"]) == 1
-    untied = LanguageModel(SHAPES["dense"])
-    with torch.no_grad():
-        untied.head.weight.copy_(untied.embedding.weight)  # equal numbers are not the same parameter
-    assert len(by_role(place(untied))["head"]) == 1
-
-
-def test_an_unknown_parameter_is_named_with_shape_nearest_pattern_and_the_line() -> None:
-    model = Tiny()
-    model.outer = nn.Linear(4, 6, bias=False)
-    with pytest.raises(ValueError) as error:
-        place(model, TINY)
-    text = str(error.value)
-    assert "outer.weight (6, 4) has no role" in text
-    assert "nearest known: 'out.weight'" in text
-    assert "Layout('outer.weight', ROLE, ('out', 'in'))" in text
-
-
-def test_all_faults_are_listed_at_once() -> None:
-    model = Tiny()
-    model.a = nn.Linear(4, 4, bias=False)
-    model.b = nn.Linear(4, 4, bias=False)
-    with pytest.raises(ValueError) as error:
-        place(model, [*TINY, Layout("c.weight", "ffn_up", ("out", "in"))])
-    for part in ("a.weight", "b.weight", "'c.weight' (ffn_up) matches no parameter"):
-        assert part in str(error.value)
-
-
-def test_a_row_that_matches_nothing_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'typo\.weight' \(head\) matches no parameter: remove it or correct"):
-        place(Tiny(), [*TINY, Layout("typo.weight", "head", ("out", "in"))])
-
-
-def test_two_rows_for_one_parameter_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"matched by 2 rows .*keep one"):
-        place(Tiny(), [*TINY, Layout("*.weight", "head", ("out", "in"))])
-
-
-def test_another_number_of_axes_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"declares axes \('expert', 'out', 'in'\)"):
-        place(Tiny(), [TINY[0], Layout("out.weight", "expert_up", ("expert", "out", "in"))])
-
-
-def test_a_star_is_one_dotted_part_and_dots_are_dots() -> None:
-    row = Layout("blocks.*.q", "attention_q", ("out", "in"))
-    assert row.regex.fullmatch("blocks.11.q")
-    assert not row.regex.fullmatch("blocks.1.2.q")
-    assert not row.regex.fullmatch("blocksx1xq")
-
-
-@pytest.mark.parametrize(
-    ("row", "message"),
-    [
-        (("w", "ffn_upp", ("out", "in")), "unknown role 'ffn_upp'; did you mean 'ffn_up'"),
-        (("w", "ffn_up", ("out", "inn")), "unknown axis 'inn'; did you mean 'in'"),
-        (("w", "ffn_up", ("out", "expert")), "needs an 'in' axis"),
-    ],
-)
-def test_a_row_that_makes_no_sense_is_refused(row: tuple[str, str, tuple[str, ...]], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Layout(*row)
-
-
-def test_a_model_without_layout_is_told_what_to_write() -> None:
-    with pytest.raises(ValueError, match=r"Tiny declares no parameter layout: give it a method layout\(\)"):
-        place(Tiny())
+def test_kinds_are_in_order_and_an_unknown_one_has_no_roles() -> None:
+    assert of_kind("attention") == ("attention_q", "attention_k", "attention_v", "attention_o")
+    assert of_kind("ffn", "embedding") == ("embedding", "ffn_up", "ffn_gate", "ffn_down")
+    assert of_kind("feed-forward") == ()

@@ -12,7 +12,8 @@ from typing import Any
 from hypothesis import strategies as st
 
 import mue
-from mue.rules.table import BUFFERS, ROLES, VECTORS, ZERO
+from mue.rules.roles import ROLES
+from mue.rules.table import ZERO
 from mue.shapes import Transformer
 
 CLOSE = 1e-12
@@ -75,7 +76,7 @@ def identity(rule: str, case: Case) -> None:
     """1: a change of nothing has every factor exactly 1, A = A*; R is the target's own."""
     p = plan(rule, case, case)
     for role, row in p.rule.rows.items():
-        for field in FIELDS if role not in BUFFERS else ():
+        for field in FIELDS if ROLES[role].trained else ():
             factor = getattr(p.roles[role].factor, field)
             set_to_zero = getattr(row, field) == ZERO  # drawn at zero, or not decayed: nothing to scale
             assert factor == (0.0 if set_to_zero else 1.0), f"{role}.{field} × {factor}"
@@ -135,13 +136,13 @@ def sde(rule: str, base: Case, target: Case, *, exponent: float = 0.5) -> None:
     D = target.training.tokens / base.training.tokens
     T = target.training.steps / base.training.steps
     for role in ROLES:
-        if role in BUFFERS or role not in p.rule.rows:
+        if not ROLES[role].trained or role not in p.rule.rows:
             continue
         f = p.roles[role].factor
         lr, wd, eps = f.lr, f.weight_decay, f.eps
         assert lr and wd and eps
         assert math.isclose(lr * eps, 1, rel_tol=CLOSE), f"{role}: η·ε × {lr * eps}"
-        decayed = role not in VECTORS
+        decayed = not ROLES[role].vector
         if decayed:
             assert math.isclose(wd / lr, 1, rel_tol=CLOSE), f"{role}: λ/η × {wd / lr}"
         for beta, star in zip(p.betas, TUNED.betas, strict=True):
@@ -167,7 +168,7 @@ def constant_product(rule: str, base: Case, target: Case) -> None:
     p = plan(rule, base, target)
     s2 = base.training.steps / target.training.steps
     for role in p.rule.rows:
-        if role in VECTORS or role in BUFFERS:
+        if not ROLES[role].drawn:
             continue
         v = p.roles[role].values
         assert math.isclose(v.lr * v.weight_decay, TUNED.lr * TUNED.weight_decay * s2, rel_tol=CLOSE), role  # type: ignore[operator]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mue.checks.trace import Added, Product, Record
 from mue.layouts.layout import Placed, expert_slices
+from mue.rules.roles import ROLES
 
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {
@@ -98,7 +99,8 @@ class Branch:
     def given(self) -> Tensor | None:
         """(T, D): what the feed-forward reads."""
         for p in self.added.products:
-            reads = p.placed.role == "router" or p.placed.role.rsplit("_", 1)[-1] in ("up", "gate")
+            role = ROLES[p.placed.role]
+            reads = role.feed_forward and role.reads_residual
             if reads and p.given.dim() == 2 and p.given.shape[0] == self.out.shape[0] and not p.transposed:
                 return p.given
             if reads and p.given.dim() == 3 and p.given.shape[0] == 1:
@@ -115,7 +117,7 @@ def branches(record: Record) -> list[Branch]:
         if not layers:
             continue
         attention = "attention_o" in roles
-        forward = any(role.endswith("_down") for role in roles)
+        forward = any(ROLES[role].part == "down" for role in roles)
         if attention != forward:
             found.append(Branch("attention" if attention else "feed-forward", max(layers), added))
     return found
@@ -137,16 +139,16 @@ def dense_parts(placed: Iterable[Placed], layer: int, kind: str, dtype: torch.dt
     """The dense or shared feed-forward of a layer; several shared experts side by side are one of their joint width."""
     found: dict[str, list[Tensor]] = {}
     for p in placed:
-        if p.layer == layer and p.role.startswith(f"{kind}_"):
+        if p.layer == layer and ROLES[p.role].kind == kind:
             for _, tensor in expert_slices(p):
                 for role, m in matrices(p, tensor, "expert" in p.layout.axes):
-                    found.setdefault(role.rpartition("_")[2], []).append(m.to(dtype))
+                    found.setdefault(ROLES[role].part, []).append(m.to(dtype))
     return _assembled(found)
 
 
 def expert_parts(placed: Iterable[Placed], layer: int, dtype: torch.dtype) -> Iterator[FeedForward]:
     """Every routed expert of a layer, one after another (their copies are freed as they go)."""
-    own = [p for p in placed if p.layer == layer and p.role.startswith("expert_")]
+    own = [p for p in placed if p.layer == layer and ROLES[p.role].kind == "expert"]
     stacked = [p for p in own if "expert" in p.layout.axes or p.layout.stacked > 1]
     if stacked:
         slices = [[t for _, t in expert_slices(p)] for p in stacked]
@@ -166,7 +168,7 @@ def _expert(pairs: Iterable[tuple[Placed, Tensor]], gone: str, dtype: torch.dtyp
     found: dict[str, list[Tensor]] = {}
     for p, tensor in pairs:
         for role, m in matrices(p, tensor, bool(gone)):
-            found.setdefault(role.rpartition("_")[2], []).append(m.to(dtype))
+            found.setdefault(ROLES[role].part, []).append(m.to(dtype))
     whole = _assembled(found)
     assert whole is not None
     return whole

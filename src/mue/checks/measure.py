@@ -21,9 +21,11 @@ from mue.layouts.layout import Placed, place, unwrap
 from mue.model.apply import param_groups
 from mue.plan.plan import PlanData
 from mue.plan.transfer import plan_of
+from mue.rules.roles import ROLES
 
-# Roles whose product has one row per token in the order of the batch, at any time of training.
-_ALIGNED = ("attention_q", "attention_k", "attention_v", "ffn_up", "ffn_gate", "shared_up", "shared_gate", "router")
+# Roles whose product has one row per token in the order of the batch, at any time of training: an expert's rows change with
+# the routing, and what o and down are given is a product of products.
+_ALIGNED = frozenset(r for r, role in ROLES.items() if role.reads_residual and role.inside and role.kind != "expert")
 MakeOptimizer = Callable[[PlanData, nn.Module], Optimizer]
 Values = dict[tuple[str, str], float]
 
@@ -121,7 +123,7 @@ def _by_weights(
     try:
         for kind in ("old", "down", "up and gate"):
             for p in placed:
-                down = p.role.endswith("_down")
+                down = ROLES[p.role].part == "down"
                 fresh = kind != "old" and down == (kind == "down")
                 p.parameter.copy_((new if fresh else old)[p.name])
             made[kind] = [_output(placed, b, c) / residual for b, c in parts]

@@ -19,7 +19,7 @@ from mue.model.match import matched_sizes
 from mue.model.tensor_plan import settings_of
 from mue.plan.fold import fold, state_powers, unfold
 from mue.plan.plan import PlanData
-from mue.rules.table import BUFFERS
+from mue.rules.roles import ROLES
 
 FORMS = ("folded", "multipliers")
 PLAN_KEYS = ("plan", "plan_hash", "mue_plan")  # under which checkpoints keep their plan's hash
@@ -166,7 +166,7 @@ def conversion(plan: PlanData, form: str, model: nn.Module, route: str = "weight
         form,
         changes,
         {n: f for n, f in every.items() if n != f},
-        frozenset(names - set(every)) | {p.name for p in placed if p.role in BUFFERS},
+        frozenset(names - set(every)) | {p.name for p in placed if not ROLES[p.role].trained},
         {p.name: tuple(p.parameter.shape) for p in placed},
         _groups(source, here),
         _groups(target, there),

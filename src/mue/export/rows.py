@@ -12,7 +12,7 @@ from mue.layouts.layout import Placed
 from mue.model.tensor_plan import Setting, settings
 from mue.plan.fold import folded_values
 from mue.plan.plan import PlanData
-from mue.rules.table import BUFFERS
+from mue.rules.roles import ROLES
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def rows(plan: PlanData, model: nn.Module, extra: Mapping[str, float] | None = N
         )
     kinds: dict[str, dict[ExportRow, list[Placed]]] = {}
     for s in settings(plan, model):
-        if s.placed.role in BUFFERS:
+        if not ROLES[s.placed.role].trained:
             continue
         if plan.role(s.placed.role, s.placed.layer).init == "shared":
             raise ValueError(

@@ -10,7 +10,7 @@ from torch import nn
 
 from mue.export.stacks import STACKS, StackModel, norms_last, post_normed
 from mue.layouts.layout import HasLayout, Layout, canonical
-from mue.rules.table import VECTORS, present
+from mue.rules.roles import ROLES
 from mue.shapes import Block, Transformer
 from mue.util.errors import nearest
 
@@ -127,7 +127,7 @@ def _placed(kind: StackModel, target: Transformer) -> Iterator[tuple[Layout, Blo
         extra = kind.moe if block.is_moe else kind.dense
         for _ in range(block.layers):
             for row in (*kind.rows, *extra):
-                if "*" in row.pattern and all(present(role, block) for role in (row.role, *row.parts)):
+                if "*" in row.pattern and all(ROLES[role].present(block) for role in (row.role, *row.parts)):
                     yield _ungated(row, target), block, layer
             layer += 1
     for row in kind.rows:
@@ -137,7 +137,7 @@ def _placed(kind: StackModel, target: Transformer) -> Iterator[tuple[Layout, Blo
 
 def _ungated(row: Layout, target: Transformer) -> Layout:
     """Without a gate, a fused gate and up is the up projection."""
-    if target.gated or not row.role.endswith("_gate") or not row.parts:
+    if target.gated or ROLES[row.role].part != "gate" or not row.parts:
         return row
     return Layout(row.pattern, row.parts[1], row.axes)
 
@@ -149,13 +149,13 @@ def _names(pattern: str, layer: int, block: Block) -> list[str]:
 
 def shape_of(row: Layout, target: Transformer, block: Block) -> tuple[int, ...]:
     """The shape of a row's tensor in a planned model."""
-    if row.role in VECTORS:
+    if ROLES[row.role].vector:
         return (target.head_dim if row.role == "qk_norm" else target.width,)
     pairs = [_fans(role, target, block) for role in row.parts or (row.role,)]
     sizes = {
         "in": pairs[0][0],
         "out": sum(out for _, out in pairs),
-        "expert": 1 if row.role.startswith("shared") else block.experts,
+        "expert": 1 if ROLES[row.role].kind == "shared" else block.experts,
     }
     return tuple(_product(sizes, axis) for axis in row.axes)
 
@@ -167,7 +167,7 @@ def _product(sizes: Mapping[str, int], axis: str) -> int:
 
 def _fans(role: str, target: Transformer, block: Block) -> tuple[int, int]:
     """(fan-in, fan-out) of one matrix."""
-    d, (kind, _, part) = target.width, role.partition("_")
+    d, kind, part = target.width, ROLES[role].kind, ROLES[role].part
     if kind == "embedding":
         return target.vocab, d
     if kind == "head":

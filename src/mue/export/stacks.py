@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from mue.layouts.layout import Layout
+from mue.rules.roles import ROLES
 
 OI, IO, EXPERTS, V = ("out", "in"), ("in", "out"), ("expert", "out", "in"), ("vector",)
 QKV = ("attention_q", "attention_k", "attention_v")
@@ -237,10 +238,13 @@ def norms_last(model: nn.Module) -> bool:
 def post_normed(rows: Iterable[Layout]) -> list[Layout]:
     """OLMo-core's rows where attention_norm and feed_forward_norm come last in their branch."""
     rows = list(rows)
-    ends = {"attention_norm": ("_o",), "feed_forward_norm": ("_down",)}
+    ends = {"attention_norm": "o", "feed_forward_norm": "down"}
     return [
         replace(
-            row, after=tuple(dict.fromkeys(r.pattern for r in rows if r.role.endswith(ends[row.pattern.split(".")[2]])))
+            row,
+            after=tuple(
+                dict.fromkeys(r.pattern for r in rows if ROLES[r.role].part == ends[row.pattern.split(".")[2]])
+            ),
         )
         if row in _OLMO_NORMS
         else row

@@ -15,12 +15,11 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
-from mue.rules.table import BUFFERS, ROLES, VECTORS
+from mue.rules.roles import ROLES
 from mue.util.errors import nearest
 
 # Wrappers put these in front of, or into, a parameter's name (DDP, torch.compile, FSDP, activation checkpointing).
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-GAINS = ("norm", "qk_norm", "final_norm")
 AXES = ("in", "out", "expert", "vector", "expert*in", "expert*out")
 
 
@@ -31,7 +30,7 @@ class Layout:
     Attributes:
         pattern: a canonical name in which ``*`` stands for one dotted part, e.g. ``blocks.*.attention.q``; the first
             ``*`` of a block's parameter is its layer.
-        role: from :data:`mue.rules.table.ROLES`.
+        role: from :data:`mue.rules.roles.ROLES`.
         axes: one word per axis of the tensor: ``in``, ``out``, ``expert`` or ``vector``; ``expert*in`` and
             ``expert*out`` where ``stacked`` experts lie one after another along an axis.
         parts: roles of the matrices fused in this tensor along its out axis (gate-up, qkv); ``role`` is the first.
@@ -64,7 +63,7 @@ class Layout:
             raise ValueError(
                 f"layout {self.pattern!r}: only a norm's gain can come after projections, not a {self.role}"
             )
-        if self.role not in VECTORS | BUFFERS and not {"in", "expert*in"} & set(self.axes):
+        if ROLES[self.role].drawn and not {"in", "expert*in"} & set(self.axes):
             raise ValueError(f"layout {self.pattern!r}: a {self.role} needs an 'in' axis, its fan-in")
 
     @property
@@ -97,7 +96,7 @@ class Placed:
     @property
     def gain_offset(self) -> float:
         """1 for a gain that starts at 0, because the code multiplies by ``1 + w``; else 0."""
-        return 1.0 if self.role in GAINS and self.layout.start == 0 else 0.0
+        return 1.0 if ROLES[self.role].gain and self.layout.start == 0 else 0.0
 
     def _size(self, axis: str) -> int:
         merged, stacked = f"expert*{axis}", self.layout.stacked

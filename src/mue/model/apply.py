@@ -15,8 +15,8 @@ from mue.layouts.layout import Placed, expert_slices
 from mue.model.match import matched
 from mue.model.tensor_plan import Setting, settings
 from mue.plan.plan import PlanData
-from mue.rules.optimizers import MATRICES
-from mue.rules.table import BUFFERS, SHARED_INIT, VECTORS
+from mue.rules.roles import ROLES
+from mue.rules.table import SHARED_INIT
 
 __all__ = ["init_", "matched", "param_groups"]
 
@@ -36,7 +36,7 @@ def init_(plan: PlanData, model: nn.Module, seed: int = 0) -> None:
         ValueError: a parameter without a role, or a model of other shapes or multipliers than planned.
     """
     for p, values, constant, _ in settings(plan, model):
-        if p.role in VECTORS | BUFFERS:
+        if not ROLES[p.role].drawn:
             if constant is not None:
                 p.parameter.fill_(constant)
             continue
@@ -91,7 +91,7 @@ def grouped(plan: PlanData, settled: Iterable[Setting]) -> list[dict[str, Any]]:
     """:func:`param_groups` with placed parameters under ``params``."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for p, values, _, floor in settled:
-        if p.role in BUFFERS:
+        if not ROLES[p.role].trained:
             continue  # moved by load statistics, never by the optimizer
         assert values.lr is not None and values.weight_decay is not None and values.eps is not None
         group: dict[str, Any] = {
@@ -118,6 +118,6 @@ def _own_words(plan: PlanData, role: str, eps: float, scale: float) -> dict[str,
         return {"momentum": plan.betas[0]}
     if optimizer == "adafactor":
         return {"eps": (eps, ADAFACTOR_FLOOR * scale)}  # eps2 floors rms(W), so it has the weight's scale
-    if optimizer == "muon" and role.partition("_")[0] in MATRICES:
+    if optimizer == "muon" and ROLES[role].hidden:
         return {"algorithm": "muon", "momentum": plan.betas[0], "adjust_lr_fn": "spectral_unclamped"}
     return {"algorithm": "adamw"} if optimizer == "muon" else {}

@@ -10,10 +10,8 @@ from torch import nn
 from mue.layouts.layout import HasLayout, Placed, place, unwrap
 from mue.plan.plan import PlanData
 from mue.plan.values import Multipliers
-from mue.rules.table import BUFFERS, VECTORS
+from mue.rules.roles import ROLES
 from mue.shapes import Block
-
-_READS_WIDTH = ("attention_q", "attention_k", "attention_v")
 
 
 def matched(plan: PlanData, model: nn.Module) -> list[Placed]:
@@ -52,11 +50,15 @@ def _or_refused(plan: PlanData, placed: list[Placed], faults: list[str]) -> list
 
 def _shape_faults(plan: PlanData, placed: list[Placed]) -> list[str]:
     layers = [block for block in plan.target.blocks for _ in range(block.layers)]
-    faults = [fault for p in placed if (fault := _misfit(plan, layers, p))]
+    routers: dict[int | None, list[Placed]] = {}
+    for p in placed:
+        if p.role == "router":
+            routers.setdefault(p.layer, []).append(p)
+    faults = [fault for p in placed if (fault := _misfit(plan, layers, p, routers.get(p.layer, [])))]
     here = {role for p in placed for role in (p.role, *p.layout.parts)}
     tied = plan.target.tied
     for role, planned in plan.roles.items():
-        if planned.count and role not in here and role not in VECTORS | BUFFERS:
+        if planned.count and role not in here and ROLES[role].drawn:
             faults.append(f"the plan has {planned.count} tensors of role {role}, the model none")
     if tied != ("head" not in here):
         faults.append(
@@ -65,25 +67,27 @@ def _shape_faults(plan: PlanData, placed: list[Placed]) -> list[str]:
     return faults + _latent_faults(plan, placed)
 
 
-def _misfit(plan: PlanData, layers: list[Block], p: Placed) -> str | None:
+def _misfit(plan: PlanData, layers: list[Block], p: Placed, routers: list[Placed]) -> str | None:
     if p.layer is not None and p.layer >= len(layers):
         return f"{p.name} is in layer {p.layer}, the plan has {len(layers)} layers"
-    if p.role in VECTORS | BUFFERS:
+    if not ROLES[p.role].drawn:
         return None
     for role in p.layout.parts or (p.role,):
         if not plan.role(role, p.layer).count:
             where = "" if p.layer is None else f" in layer {p.layer}"
             return f"{p.name} has role {role}, which the plan does not have{where}"
-    for what, found, wanted in _expected(plan, layers[p.layer] if p.layer is not None else None, p):
+    for what, found, wanted in _expected(plan, layers[p.layer] if p.layer is not None else None, p, routers):
         if found not in wanted:
             return f"{p.name} {tuple(p.parameter.shape)}: {what} {found}, planned {wanted[0]}"
     return None
 
 
-def _expected(plan: PlanData, block: Block | None, p: Placed) -> list[tuple[str, int, tuple[int, ...]]]:
-    """(what, found, planned) of one tensor's sizes."""
+def _expected(
+    plan: PlanData, block: Block | None, p: Placed, routers: list[Placed]
+) -> list[tuple[str, int, tuple[int, ...]]]:
+    """(what, found, planned) of one tensor's sizes; ``routers`` are all of its layer."""
     t = plan.target
-    kind, _, part = p.role.partition("_")
+    kind, part = ROLES[p.role].kind, ROLES[p.role].part
     if kind == "embedding":
         positions = "position" in p.name or "wpe" in p.name
         rows = [] if positions else [("vocabulary", p.fan_in, (t.vocab,))]
@@ -94,8 +98,10 @@ def _expected(plan: PlanData, block: Block | None, p: Placed) -> list[tuple[str,
         return [("fan-in", p.fan_in, (t.attention_width,))] if part == "o" else []
     if block is None:
         return []
-    if kind == "router":  # 1: the gate of a shared expert
-        return [("fan-in", p.fan_in, (t.width,)), ("experts", p.fan_out, (block.experts, 1))]
+    if kind == "router":
+        outs = (block.experts, 1)  # 1: the gate of a shared expert
+        latents = _latents(t.width, outs, routers)
+        return [("fan-in", p.fan_in, (t.width, *latents)), ("experts", p.fan_out, (*outs, *latents))]
     hidden = {"ffn": block.ffn, "expert": block.expert, "shared": block.shared_width}[kind]
     many = p.experts if kind == "shared" else 1
     found = p.fan_in if part == "down" else p.fan_out // max(len(p.layout.parts), 1)
@@ -108,12 +114,19 @@ def _expected(plan: PlanData, block: Block | None, p: Placed) -> list[tuple[str,
     return sizes
 
 
+def _latents(width: int, outs: tuple[int, ...], routers: list[Placed]) -> set[int]:
+    """Sizes inside a router that is a small MLP: what one of its matrices puts out and another reads, the last one the scores."""
+    read, written = {p.fan_in for p in routers}, {p.fan_out for p in routers}
+    return (read & written) - {width} if width in read and written & set(outs) else set()
+
+
 def _latent_faults(plan: PlanData, placed: Iterable[Placed]) -> list[str]:
     """q, k and v read the residual stream, or a latent that another of them read from it (latent attention)."""
     width = plan.target.width
     fan_ins: dict[int | None, list[Placed]] = {}
     for p in placed:
-        if p.role in _READS_WIDTH:
+        role = ROLES[p.role]
+        if role.reads_residual and role.kind == "attention":
             fan_ins.setdefault(p.layer, []).append(p)
     return [
         f"{many[0].name} {tuple(many[0].parameter.shape)}: fan-in {many[0].fan_in}, planned {width}"

@@ -8,16 +8,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
-from mue.layouts.layout import GAINS, Placed
+from mue.layouts.layout import Placed
 from mue.plan.plan import PlanData
 from mue.plan.values import Values
-from mue.rules.table import BUFFERS, FIELDS, VECTORS
+from mue.rules.roles import ROLES
+from mue.rules.table import FIELDS
 
 if TYPE_CHECKING:
     from mue.model.coefficients import Folded
-
-# Roles whose fan-in the plan takes to be the residual width; in latent attention and small router MLPs it may not be.
-_FROM_WIDTH = ("attention_q", "attention_k", "attention_v", "router")
 
 
 class Setting(NamedTuple):
@@ -57,7 +55,7 @@ def _setting(plan: PlanData, p: Placed, own: float) -> Setting:
     values = _own_fan_in(plan, p, _of_parts(plan, p))
     if own != 1:
         values = folded_values(plan, p.role, values, own)
-    if p.role in VECTORS | BUFFERS:
+    if not ROLES[p.role].drawn:
         return Setting(p, values, _constant(p, planned.constant, own), own * (planned.constant or 1.0))
     return Setting(p, values, None, own * (planned.factor.init_std or 1.0))
 
@@ -78,7 +76,7 @@ def _of_parts(plan: PlanData, p: Placed) -> Values:
 
 def _own_fan_in(plan: PlanData, p: Placed, values: Values) -> Values:
     """f/f* in place of the width's ratio for a matrix whose fan-in f is not the width (conventions 8; f* = d*)."""
-    if p.role not in _FROM_WIDTH or p.fan_in == plan.target.width:
+    if not ROLES[p.role].reads_residual or p.fan_in == plan.target.width:
         return values
     row, ratio = plan.rule.rows[p.role], p.fan_in / plan.target.width
     changed = {
@@ -91,13 +89,13 @@ def _own_fan_in(plan: PlanData, p: Placed, values: Values) -> Values:
 def _constant(p: Placed, planned: float | None, c: float) -> float | None:
     """Where a vector starts: the planned gain or zero, or, where the model's code says otherwise, as that does."""
     start = p.layout.start
-    if start == "own" or p.role in BUFFERS:
+    if start == "own" or not ROLES[p.role].trained:
         if c != 1:
             raise ValueError(f"{p.name} keeps the model's own start, and a multiplier {c:g} cannot be folded into it")
         return None
     assert planned is not None
     if not isinstance(start, float):
         return planned * c
-    if p.gain_offset or (p.role in GAINS and start == 1):
+    if p.gain_offset or (ROLES[p.role].gain and start == 1):
         return planned * c - p.gain_offset
     return start * c

@@ -8,11 +8,9 @@ from dataclasses import dataclass, replace
 
 from mue.plan.ratios import base_block, ratios
 from mue.plan.values import NOTHING, BlockPlan, RolePlan, Values
-from mue.rules.table import BUFFERS, FIELDS, ROLES, VECTORS, ZERO_INIT, Row, Rule, present
+from mue.rules.roles import ROLES
+from mue.rules.table import FIELDS, ZERO_INIT, Row, Rule
 from mue.shapes import Block, Training, Transformer
-
-# Vector roles start at a constant: gains at 1, biases at 0.
-_START = {"norm": 1.0, "qk_norm": 1.0, "final_norm": 1.0, "bias": 0.0}
 
 
 @dataclass(frozen=True)
@@ -44,8 +42,8 @@ def block_plan(
             role,
             rule,
             star(role),
-            here["shared" if role.startswith("shared") else ""],
-            counts.get(role, 0) if present(role, block) else 0,
+            here["shared" if ROLES[role].kind == "shared" else ""],
+            counts.get(role, 0) if ROLES[role].present(block) else 0,
             said(role),
         )
         for role in ROLES
@@ -65,9 +63,9 @@ def block_plan(
 
 def _role_plan(role: str, rule: Rule, star: Values, ratio: Mapping[str, float], count: int, said: str) -> RolePlan:
     if role not in rule.rows:
-        values = star if role in BUFFERS else NOTHING
+        values = star if not ROLES[role].trained else NOTHING
         return RolePlan(
-            values, NOTHING, {}, count, rule.why_not(role), "no answer", _init(role, None), _START.get(role)
+            values, NOTHING, {}, count, rule.why_not(role), "no answer", _init(role, None), ROLES[role].start
         )
     row = rule.rows[role]
     factor = _factors(row, ratio)
@@ -80,17 +78,17 @@ def _role_plan(role: str, rule: Rule, star: Values, ratio: Mapping[str, float], 
     formula = {
         name: "?" if name in row.unknown else str(getattr(row, name))
         for name, value in values.items()
-        if value is not None and role not in BUFFERS
+        if value is not None and ROLES[role].trained
     }
     marks = {name: row.mark(name) for name in formula}
     source = f"{row.source}; {said}" if said else row.source
-    return RolePlan(values, factor, formula, count, source, row.status, _init(role, row), _START.get(role), marks)
+    return RolePlan(values, factor, formula, count, source, row.status, _init(role, row), ROLES[role].start, marks)
 
 
 def _init(role: str, row: Row | None) -> str:
-    if role in VECTORS:
+    if ROLES[role].vector:
         return "constant"
-    return ZERO_INIT if role in BUFFERS else "normal" if row is None else row.init
+    return ZERO_INIT if not ROLES[role].trained else "normal" if row is None else row.init
 
 
 def _factors(row: Row, ratio: Mapping[str, float]) -> Values:

@@ -9,7 +9,8 @@ from typing import Any
 from mue.plan.plan import Inputs, PlanData
 from mue.plan.transfer import plan_of
 from mue.rules import RULES, get_rule, option_names
-from mue.rules.table import BUFFERS, CELLS, FIELDS, ROLES, VECTORS, Row, Rule
+from mue.rules.roles import ROLES
+from mue.rules.table import CELLS, FIELDS, Row, Rule
 from mue.util.text import number, text_table
 
 # Whole-model factors that stand beside the roles in a comparison.
@@ -41,7 +42,7 @@ class Comparison:
 
     def _roles(self) -> list[str]:
         counts = self.inputs.target.counts()
-        return [role for role in ROLES if counts.get(role) and role not in BUFFERS]
+        return [role for role in ROLES if counts.get(role) and ROLES[role].trained]
 
     def _factors(self, name: str) -> dict[str, dict[str, Any]]:
         plan = self.plans[name]
@@ -49,7 +50,7 @@ class Comparison:
         for role in self._roles():
             planned = plan.roles[role]
             cells: dict[str, Any] = dict(planned.factor.items())
-            if role in VECTORS:
+            if ROLES[role].vector:
                 del cells["init_std"], cells["weight_decay"]
             unknown = [f for f in cells if planned.formula.get(f) == "?"]
             out[role] = {**cells, "init": planned.init, "unknown": unknown, "status": planned.status}
@@ -69,7 +70,7 @@ class Comparison:
                 if field not in next(iter(factors.values()), {role: {}})[role]:
                     continue
                 row = [
-                    role if field in ("init_std", "lr") and (field == "init_std" or role in VECTORS) else "",
+                    role if field in ("init_std", "lr") and (field == "init_std" or ROLES[role].vector) else "",
                     CELLS[field],
                 ]
                 for name in self.plans:
@@ -133,12 +134,12 @@ def formulas(rule: Rule) -> list[list[str]]:
     rows: list[list[str]] = []
     for role in ROLES:
         row = rule.rows.get(role)
-        if row is None or role in BUFFERS:
+        if row is None or not ROLES[role].trained:
             continue
         cells = ["?" if f in row.unknown else str(getattr(row, f)) for f in FIELDS]
         if row.init == "shared":
             cells[0] += " (shared)"
-        if role in VECTORS:
+        if ROLES[role].vector:
             cells[0] = cells[2] = "–"
         rest = [*cells, _marks(role, row), row.source]
         if rows and rows[-1][1:] == rest:
@@ -152,7 +153,7 @@ def _marks(role: str, row: Row) -> str:
     """``"published"``, or ``"published: init std, lr; inferred: eps"`` where the cells differ."""
     by_mark: dict[str, list[str]] = {}
     for cell in FIELDS:
-        if role not in VECTORS or cell in ("lr", "eps"):
+        if not ROLES[role].vector or cell in ("lr", "eps"):
             by_mark.setdefault(row.mark(cell), []).append(CELLS[cell])
     if len(by_mark) == 1:
         return next(iter(by_mark))

@@ -10,7 +10,8 @@ from mue.plan import per_role
 from mue.plan.plan import PlanData
 from mue.plan.ratios import ratios
 from mue.rules.algebra import RATIOS, Monomial
-from mue.rules.table import BUFFERS, CELLS, FIELDS, ROLES, VECTORS
+from mue.rules.roles import ROLES
+from mue.rules.table import CELLS, FIELDS
 from mue.shapes import Block, Transformer
 from mue.util.errors import nearest
 from mue.util.text import number, text_table
@@ -44,7 +45,7 @@ def why(plan: PlanData, name: str, layer: int | None = None) -> list[Step]:
     Where blocks differ in it, every kind of block is derived, its layers beside the number, or only that of ``layer``.
 
     Args:
-        name: from :data:`mue.rules.table.ROLES` or :data:`WHOLE`.
+        name: from :data:`mue.rules.roles.ROLES` or :data:`WHOLE`.
 
     Raises:
         ValueError: an unknown name, a role the target does not have, a layer that does not exist.
@@ -90,7 +91,7 @@ def _band(plan: PlanData, index: int) -> tuple[Block, str]:
 
 
 def _role(plan: PlanData, role: str, index: int) -> Iterator[Step]:
-    if role in BUFFERS:
+    if not ROLES[role].trained:
         text = "starts at 0 and is moved by load statistics, not by the optimizer"
         yield Step("init std", text, 0.0, plan.rule.rows[role].source)
         return
@@ -101,12 +102,12 @@ def _role(plan: PlanData, role: str, index: int) -> Iterator[Step]:
 def _cell(plan: PlanData, role: str, index: int, field: str) -> Iterator[Step]:
     planned, name, row = plan.blocks[index].roles[role], CELLS[field], plan.rule.rows[role]
     final = getattr(planned.values, field)
-    if role in VECTORS and field == "init_std":
+    if ROLES[role].vector and field == "init_std":
         constant = planned.constant or 0.0
         text = f"a {'bias' if role == 'bias' else 'gain'} starts at {number(constant)}"
         yield Step("start", text, constant, "CompleteP Table 1")
         return
-    if role in VECTORS and field == "weight_decay":
+    if ROLES[role].vector and field == "weight_decay":
         yield Step(name, "gains and biases are not decayed", 0.0, "CompleteP Table 1")
         return
     block, third = _band(plan, index)
@@ -114,7 +115,7 @@ def _cell(plan: PlanData, role: str, index: int, field: str) -> Iterator[Step]:
     if field in row.unknown:
         yield Step(name, f"{plan.rule.name} does not give it: left as tuned", value, row.source)
     sources = {ratio: plan.rule.source_of(role, field, ratio) for ratio in RATIOS}
-    kind = "shared" if role.startswith("shared") else ""
+    kind = "shared" if ROLES[role].kind == "shared" else ""
     value = yield from _product(name, getattr(row, field), _ratios(plan, block, kind), value, sources, row.source)
     if plan.folding is not None and (c := plan.folding.coefficients[index].get(role)):
         source = f"mue.plan.fold_table, {plan.tuned.optimizer}; conventions 7"

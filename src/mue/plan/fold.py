@@ -10,7 +10,7 @@ from mue.plan.fold_table import fold_of
 from mue.plan.plan import AnyPlan, PlanData
 from mue.plan.transfer import plan_of
 from mue.plan.values import BlockPlan, Folding, RolePlan, Values
-from mue.rules.optimizers import MATRICES
+from mue.rules.roles import ROLES
 from mue.util.text import number
 
 ROUTES = ("weights", "model")
@@ -93,7 +93,7 @@ def _folded(plan: PlanData, role: str, planned: RolePlan, c: float) -> RolePlan:
 def _optimizer(plan: PlanData, role: str) -> str:
     """The optimizer that moves a role: in a Muon hybrid, AdamW moves all that is no matrix."""
     name = plan.tuned.optimizer
-    return "adamw" if name == "muon" and role.partition("_")[0] not in MATRICES else name
+    return "adamw" if name == "muon" and not ROLES[role].hidden else name
 
 
 def _powers(plan: PlanData, role: str) -> dict[str, int]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from mue.plan import per_role
 from mue.plan.ratios import base_block
-from mue.rules.table import CELLS, ROLES, Rule
+from mue.rules.roles import ROLES
+from mue.rules.table import CELLS, Rule
 from mue.shapes import HParams, Transformer
 
 

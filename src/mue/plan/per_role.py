@@ -7,7 +7,7 @@
     [tuned.roles.first_third.ffn_up]
     lr_times = 1.5                     # and once more in the first third of the layers, however many there are
 
-A role of experts that has no value of its own follows the dense one (``FALLBACK``): ``ffn_down`` stands for routed and
+A role of experts that has no value of its own follows the dense one (``Role.fallback``): ``ffn_down`` stands for routed and
 shared experts too, as in the rule's table. A router has no counterpart on a dense base and follows the global values.
 """
 
@@ -21,28 +21,27 @@ from itertools import groupby
 from mue.plan.convention import Convention
 from mue.plan.plan import PlanData
 from mue.plan.values import Values
-from mue.rules.table import BUFFERS, FALLBACK, ROLES, VECTORS, ZERO_INIT, Rule
+from mue.rules.roles import ROLES
+from mue.rules.table import ZERO_INIT, Rule
 from mue.shapes import Block, HParams, Transformer
 from mue.shapes.hparams import THIRDS, TIMES, third_of
 from mue.util.errors import nearest
 from mue.util.text import number
 
-OUTSIDE = ("embedding", "final_norm", "head")  # of the blocks: these have no depth
-
 
 def check_roles(tuned: HParams, base: Transformer) -> None:
     """``ValueError`` for a per-role value of a role, of a thing, or in a third of the base, that does not exist."""
-    known = [r for r in ROLES if r not in BUFFERS]
+    known = [r for r in ROLES if ROLES[r].trained]
     for where, values in tuned.roles.items():
         third, _, role = where.rpartition(".")
         if role not in known:
             raise ValueError(f"unknown role {role!r} in tuned.roles{nearest(role, known)}")
         if third and third not in THIRDS:
             raise ValueError(f"unknown third {third!r} in tuned.roles{nearest(third, THIRDS)}")
-        if third and role in OUTSIDE:
+        if third and not ROLES[role].inside:
             raise ValueError(f"tuned.roles.{where}: {role} lies outside the blocks and has no depth; leave {third} out")
         for name in values:
-            if role in VECTORS and name.removesuffix(TIMES) in ("init_std", "weight_decay"):
+            if ROLES[role].vector and name.removesuffix(TIMES) in ("init_std", "weight_decay"):
                 raise ValueError(
                     f"tuned.roles.{where}.{name}: gains start at 1 and biases at 0, and neither is decayed; leave it out"
                 )
@@ -57,7 +56,7 @@ def overrides(tuned: HParams, role: str, field: str, third: str) -> list[tuple[s
 
     The most specific table first: what it gives replaces, or multiplies, what the next would say.
     """
-    names = dict.fromkeys((role, FALLBACK.get(role, role)))
+    names = ROLES[role].tuned_as
     times: list[tuple[str, float]] = []
     for where in [f"{third}.{n}" for n in names if third] + list(names):
         table = tuned.roles.get(where, {})
@@ -70,7 +69,7 @@ def overrides(tuned: HParams, role: str, field: str, third: str) -> list[tuple[s
 
 def base_values(role: str, base: Transformer, tuned: HParams, convention: Convention, third: str = "") -> Values:
     """A role's tuned values on the base, in one third of its depth, with the base's own habits applied."""
-    if role in BUFFERS:
+    if not ROLES[role].trained:
         return Values(0.0, None, None, None)
 
     def own(field: str) -> float:
@@ -79,9 +78,9 @@ def base_values(role: str, base: Transformer, tuned: HParams, convention: Conven
     lr, wd, std = own("lr"), own("weight_decay"), own("init_std")
     if convention.weight_decay == "independent":
         wd = wd / lr  # torch's form multiplies by lr
-    if convention.depth_scaled_init and role.endswith(("_o", "_down")):
+    if convention.depth_scaled_init and ROLES[role].writes_residual:
         std /= math.sqrt(2 * base.layers)
-    if role in VECTORS:
+    if ROLES[role].vector:
         return Values(None, lr, 0.0, own("eps"))
     return Values(std, lr, wd, own("eps"))
 
@@ -125,7 +124,7 @@ def _words(third: str) -> str:
 
 def describe(tuned: HParams, role: str, third: str = "") -> str:
     """``"tuned.roles.ffn_down: lr × 4"`` for a role that has values of its own, or ``""``."""
-    names = dict.fromkeys((FALLBACK.get(role, role), role))
+    names = ROLES[role].tuned_as[::-1]
     found = [*names, *(f"{third}.{n}" for n in names if third)]
     return "; ".join(f"tuned.roles.{where}: {_table(tuned.roles[where])}" for where in found if where in tuned.roles)
 
@@ -150,7 +149,7 @@ def notes(tuned: HParams, rule: Rule, base: Transformer, target: Transformer) ->
     followed: dict[str, list[str]] = {}
     for where, values in tuned.roles.items():
         third, _, name = where.rpartition(".")
-        reached = [r for r in ROLES if counts.get(r) and name in (r, FALLBACK.get(r))]
+        reached = [r for r in ROLES if counts.get(r) and name in ROLES[r].tuned_as]
         if not reached:
             found.append(f"tuned.roles.{where}: the target has no {name}, so it is used by nothing")
         elif third and third not in {third_of(i, target.layers) for i in range(target.layers)}:

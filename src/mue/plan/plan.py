@@ -15,7 +15,8 @@ from typing import Any, TypeVar
 from mue.plan.convention import Convention
 from mue.plan.values import BlockPlan, Folding, Multipliers, RolePlan
 from mue.rules.options import plain
-from mue.rules.table import ROLES, Rule
+from mue.rules.roles import ROLES
+from mue.rules.table import Rule
 from mue.shapes import HParams, Training, Transformer
 from mue.util.errors import nearest
 from mue.util.files import digest, rounded, write_json

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from mue.rules.table import BUFFERS, Rule
+from mue.rules.roles import ROLES
+from mue.rules.table import Rule
 from mue.shapes import Block, Training, Transformer
 
 # What a rule may read of a base's block: name in a message → attribute.
@@ -94,5 +95,5 @@ def refuse(rule: Rule, base: Transformer, target: Transformer, ratio: dict[str, 
             if changed[axis]:
                 raise ValueError(f"{where}: {reason}")
     for role, count in target.counts().items():
-        if count and role not in rule.rows and role not in BUFFERS:
+        if count and role not in rule.rows and ROLES[role].trained:
             raise ValueError(f"{where}: {rule.why_not(role)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mue.plan import per_role
 from mue.plan.plan import PlanData
 from mue.rules.options import plain
+from mue.rules.roles import ROLES
 from mue.rules.table import FIELDS, MARKS
 from mue.shapes import Transformer
 from mue.util.text import number, text_table
@@ -83,7 +84,7 @@ def table(plan: PlanData) -> tuple[list[str], list[list[str]]]:
 def _name(plan: PlanData, index: int, role: str) -> str:
     """The role, and which blocks the row is of where that makes a difference."""
     block, tags = plan.blocks[index], []
-    own = role.split("_")[0] in ("ffn", "expert", "shared", "router")  # the rest is in every block
+    own = ROLES[role].feed_forward  # the rest is in every block
     if own and len({b.notation for b in plan.blocks}) > 1:
         tags.append(block.notation)
     alike = [b for b in plan.blocks if not own or b.notation == block.notation]

@@ -6,6 +6,7 @@ makes of them. Not here: shapes' ratios and the values that follow (``mue.plan``
 
 from mue.rules.options import OPTIONS, option_names
 from mue.rules.registry import RULES, get_rule
-from mue.rules.table import AXES, ROLES, Row, Rule
+from mue.rules.roles import ROLES
+from mue.rules.table import AXES, Row, Rule
 
 __all__ = ["AXES", "OPTIONS", "ROLES", "RULES", "Row", "Rule", "get_rule", "option_names"]

@@ -12,8 +12,9 @@ from fractions import Fraction
 from mue.rules.algebra import ONE, Monomial, ratio
 from mue.rules.completep import FIXED_RATIO
 from mue.rules.registry import RULES
+from mue.rules.roles import of_kind
 from mue.rules.sde import horizon_note, sde
-from mue.rules.table import ATTENTION, Row, Rule
+from mue.rules.table import Row, Rule
 
 N, o, L = ratio("ρ_d"), ratio("ρ_o"), ratio("ρ_L")
 
@@ -47,7 +48,7 @@ def complete_d_p(
         source="arXiv 2512.22382, Table 1, from two re-implementations",
         rows={
             "embedding": row("input embedding", eps=N**-1),
-            **dict.fromkeys(ATTENTION, hidden(N)),
+            **dict.fromkeys(of_kind("attention"), hidden(N)),
             "attention_o": hidden(o),
             "ffn_up": hidden(N),
             "ffn_gate": hidden(N),

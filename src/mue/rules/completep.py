@@ -11,7 +11,8 @@ from fractions import Fraction
 
 from mue.rules.algebra import ONE, ratio
 from mue.rules.registry import RULES
-from mue.rules.table import ATTENTION, PUBLISHED, Row, Rule
+from mue.rules.roles import of_kind
+from mue.rules.table import PUBLISHED, Row, Rule
 
 N, o, L = ratio("ρ_d"), ratio("ρ_o"), ratio("ρ_L")
 
@@ -50,7 +51,7 @@ def completep(depth_exponent: Fraction = Fraction(1)) -> Rule:
         source="arXiv 2505.01618, Table 1",
         rows={
             "embedding": Row(source=f"{table}: embedding; {outside}", status=PUBLISHED),
-            **dict.fromkeys(ATTENTION, hidden),
+            **dict.fromkeys(of_kind("attention"), hidden),
             "attention_o": out,
             "ffn_up": hidden,
             "ffn_gate": hidden,

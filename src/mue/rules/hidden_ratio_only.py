@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from mue.rules.algebra import ratio
 from mue.rules.registry import RULES
-from mue.rules.table import ATTENTION, AUTHORS_CODE, Row, Rule
+from mue.rules.roles import of_kind
+from mue.rules.table import AUTHORS_CODE, Row, Rule
 
 d = ratio("ρ_d")
 
@@ -33,15 +34,13 @@ def hidden_ratio_only() -> Rule:
         unknown=("eps",),
     )
     rest = Row(source=f"{source}: embedding, output and one-dimensional parameters unscaled", status=AUTHORS_CODE)
-    experts = {f"{kind}_{part}": hidden for kind in ("ffn", "expert", "shared") for part in ("up", "gate", "down")}
     return Rule(
         name="hidden-ratio-only",
         title="Hidden ratio only (Megatron-Core --use-mup)",
         source="Megatron-LM, core/optimizer",
         rows={
             "embedding": rest,
-            **dict.fromkeys(ATTENTION, hidden),
-            **experts,
+            **dict.fromkeys(of_kind("attention", "ffn", "expert", "shared"), hidden),
             "router": router,
             "router_bias": Row(source=f"{source}: no optimizer parameter", status=AUTHORS_CODE),
             "norm": rest,

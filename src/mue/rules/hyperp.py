@@ -11,7 +11,8 @@ from fractions import Fraction
 
 from mue.rules.algebra import ratio
 from mue.rules.registry import RULES
-from mue.rules.table import ATTENTION, PUBLISHED, ZERO, Row, Rule
+from mue.rules.roles import of_kind
+from mue.rules.table import PUBLISHED, ZERO, Row, Rule
 
 L, B, D = ratio("ρ_L"), ratio("ρ_B"), ratio("ρ_D")
 
@@ -37,7 +38,7 @@ def hyperp() -> Rule:
         source="arXiv 2603.28743; microsoft/ArchScale",
         rows={
             "embedding": rest,
-            **dict.fromkeys(ATTENTION, matrix),
+            **dict.fromkeys(of_kind("attention"), matrix),
             "ffn_up": matrix,
             "ffn_gate": matrix,
             "ffn_down": matrix,

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from mue.rules.algebra import ONE, Monomial, ratio
 from mue.rules.registry import RULES
-from mue.rules.table import ATTENTION, AUTHORS_CODE, INFERRED, Row, Rule
+from mue.rules.roles import of_kind
+from mue.rules.table import AUTHORS_CODE, INFERRED, Row, Rule
 
 n, o, m, L = ratio("ρ_d"), ratio("ρ_o"), ratio("ρ_H"), ratio("ρ_L")
 
@@ -35,7 +36,7 @@ def jiang() -> Rule:
         source="arXiv 2601.20205; boris-hanin/ai-theorist; a port of Table 2",
         rows={
             "embedding": row("embedding const", ONE, ONE, ONE, n**-1),
-            **dict.fromkeys(ATTENTION, attention),
+            **dict.fromkeys(of_kind("attention"), attention),
             "attention_o": row("attention, on its fan-in", o ** "-1/2", o**-1, o, 1 / (o * L)),
             "ffn_up": up,
             "ffn_gate": up,

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from mue.rules.algebra import ONE, Monomial, ratio
 from mue.rules.registry import RULES
-from mue.rules.table import ATTENTION, Row, Rule
+from mue.rules.roles import of_kind
+from mue.rules.table import Row, Rule
 
 n, o, h = ratio("ρ_d"), ratio("ρ_o"), ratio("ρ_H")
 
@@ -35,7 +36,7 @@ def malasnicki() -> Rule:
         source="arXiv 2508.09752, abstract and secondary sources",
         rows={
             "embedding": row("embedding unscaled"),
-            **dict.fromkeys(ATTENTION, hidden(n)),
+            **dict.fromkeys(of_kind("attention"), hidden(n)),
             "attention_o": hidden(o),
             "ffn_up": hidden(n),
             "ffn_gate": hidden(n),

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 from mue.rules.algebra import ONE, Monomial, ratio
 from mue.rules.registry import RULES
-from mue.rules.table import ATTENTION, AUTHORS_CODE, SHARED_INIT, ZERO, ZERO_INIT, Row, Rule
+from mue.rules.roles import of_kind
+from mue.rules.table import AUTHORS_CODE, SHARED_INIT, ZERO, ZERO_INIT, Row, Rule
 
 N, o, N_e, M = ratio("ρ_d"), ratio("ρ_o"), ratio("ρ_H"), ratio("ρ_N")
 SOURCE = "2605.14200, mssp-moe/scaling.py"
@@ -56,7 +57,7 @@ def _rule(name: str, regime: _Regime) -> Rule:
         source="arXiv 2605.14200; vankadara-lab/mssp-moe",
         rows={
             "embedding": constant,
-            **dict.fromkeys(ATTENTION, attention),
+            **dict.fromkeys(of_kind("attention"), attention),
             "attention_o": _row("attention, on its fan-in", o ** "-1/2", o**-1, o**-1),
             "expert_up": up,
             "expert_gate": up,
@@ -78,10 +79,9 @@ def _rule(name: str, regime: _Regime) -> Rule:
             "duration": "MSSP gives no duration rule",
             **regime.refuses,
         },
-        unanswered={
-            f"ffn_{part}": "MSSP's tables are for experts; it has no row for a dense feed-forward"
-            for part in ("up", "gate", "down")
-        },
+        unanswered=dict.fromkeys(
+            of_kind("ffn"), "MSSP's tables are for experts; it has no row for a dense feed-forward"
+        ),
         notes=("norms are not decayed here, whereas MSSP's code decays every tensor",),
     )
 

@@ -30,11 +30,10 @@ from dataclasses import replace
 from typing import Any
 
 from mue.rules.algebra import ONE, Monomial, ratio
-from mue.rules.table import BUFFERS, INFERRED, VECTORS, ZERO_INIT, Row, Rule
+from mue.rules.roles import ROLES, of_kind
+from mue.rules.table import INFERRED, ZERO_INIT, Row, Rule
 from mue.shapes import OPTIMIZERS
 from mue.util.errors import nearest
-
-MATRICES = ("attention", "ffn", "expert", "shared", "router")  # what a Muon hybrid orthogonalises
 
 _BATCH = {
     "batch": "{0} under another batch is not derived: the √ rule is Adam's",
@@ -68,7 +67,7 @@ def _derived(rule: Rule, optimizer: str, change: Callable[[str, Row], Row], **mo
         unknown: dict[str, Any] = dict.fromkeys(row.unknown, ONE)
         return replace(made, cells=cells, marks={"init_std": row.mark("init_std")}, **unknown)
 
-    rows = {role: row if role in BUFFERS else derived(role, row) for role, row in rule.rows.items()}
+    rows = {role: row if not ROLES[role].trained else derived(role, row) for role, row in rule.rows.items()}
     return replace(rule, rows=rows, **more)  # type: ignore[arg-type]
 
 
@@ -160,7 +159,7 @@ def _adafactor(rule: Rule) -> Rule:
 
 
 def _std(role: str, row: Row) -> Monomial:
-    return ONE if role in VECTORS else row.init_std
+    return ONE if ROLES[role].vector else row.init_std
 
 
 def _muon(rule: Rule) -> Rule:
@@ -174,10 +173,10 @@ def _muon(rule: Rule) -> Rule:
     A = rule.output_multiplier
 
     def change(role: str, row: Row) -> Row:
-        if role.partition("_")[0] not in MATRICES:
+        if not ROLES[role].hidden:
             return row
         c = ONE
-        if role.endswith("_down"):
+        if ROLES[role].part == "down":
             c = A * ratio("ρ_a") if role == "expert_down" and rule.routed else A
         α_lr = ratio("ρ_L") ** row.lr.exponent("ρ_L")
         lr = α_lr / c
@@ -185,10 +184,7 @@ def _muon(rule: Rule) -> Rule:
 
     gates = {"gates": "measured gates under {0} are not derived"}
     made = _derived(rule, "muon", change, up_gate=None, refuses=_refuse(rule, "muon", _BATCH, gates))
-    shared = {
-        f"shared_{x}": "shared experts beside an average of experts are not derived under muon"
-        for x in ("up", "gate", "down")
-    }
+    shared = dict.fromkeys(of_kind("shared"), "shared experts beside an average of experts are not derived under muon")
     return replace(
         made,
         rows={role: row for role, row in made.rows.items() if role not in shared},

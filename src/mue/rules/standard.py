@@ -5,7 +5,8 @@ from __future__ import annotations
 from fractions import Fraction
 
 from mue.rules.registry import RULES
-from mue.rules.table import PUBLISHED, ROLES, Row, Rule
+from mue.rules.roles import ROLES
+from mue.rules.table import PUBLISHED, Row, Rule
 
 
 @RULES.register("standard", place=14)

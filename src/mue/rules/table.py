@@ -8,41 +8,7 @@ from fractions import Fraction
 
 from mue.rules.algebra import ONE, Monomial
 from mue.rules.options import OptionValue
-from mue.shapes import Block
-
-# Every role a parameter can have, in the order of the forward pass. One parameter, one role.
-ROLES: tuple[str, ...] = (
-    "embedding",
-    "attention_q",
-    "attention_k",
-    "attention_v",
-    "attention_o",
-    "ffn_up",
-    "ffn_gate",
-    "ffn_down",
-    "expert_up",
-    "expert_gate",
-    "expert_down",
-    "shared_up",
-    "shared_gate",
-    "shared_down",
-    "router",
-    "router_bias",
-    "norm",
-    "qk_norm",
-    "bias",
-    "final_norm",
-    "head",
-)
-ATTENTION = ("attention_q", "attention_k", "attention_v", "attention_o")
-# Gains start at 1 and biases at 0, neither is decayed: their tables have no init std and weight decay 0.
-VECTORS = frozenset({"norm", "qk_norm", "bias", "final_norm"})
-# Moved by load statistics, never by the optimizer.
-BUFFERS = frozenset({"router_bias"})
-# Where a role's tuned value comes from when it has none of its own (a dense base has no experts).
-FALLBACK: dict[str, str] = {
-    f"{kind}_{part}": f"ffn_{part}" for kind in ("expert", "shared") for part in ("up", "gate", "down")
-}
+from mue.rules.roles import ROLES
 
 PUBLISHED = "published"
 AUTHORS_CODE = "authors' code"
@@ -164,15 +130,3 @@ class Rule:
     def why_not(self, role: str) -> str:
         """Why the rule has no row for a role."""
         return self.unanswered.get(role, f"{self.title} says nothing about {role.replace('_', ' ')}")
-
-
-def present(role: str, block: Block) -> bool:
-    """Whether a block holds this role (roles outside the feed-forward are in every block)."""
-    kind = role.split("_")[0]
-    if kind == "ffn":
-        return not block.is_moe
-    if kind in ("expert", "router"):
-        return block.experts > 0
-    if kind == "shared":
-        return block.shared_experts > 0
-    return True

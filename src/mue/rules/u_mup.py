@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from mue.rules.algebra import ONE, Monomial, ratio
 from mue.rules.registry import RULES
-from mue.rules.table import ATTENTION, Row, Rule
+from mue.rules.roles import of_kind
+from mue.rules.table import Row, Rule
 
 d, o, H = ratio("ρ_d"), ratio("ρ_o"), ratio("ρ_H")
 
@@ -34,7 +35,7 @@ def u_mup() -> Rule:
         source="arXiv 2407.17465; graphcore-research/unit-scaling",
         rows={
             "embedding": row("embedding, a weight of fan-in d", ONE, d ** "-1/2"),
-            **dict.fromkeys(ATTENTION, hidden(d)),
+            **dict.fromkeys(of_kind("attention"), hidden(d)),
             "attention_o": hidden(o),
             "ffn_up": hidden(d),
             "ffn_gate": hidden(d),

@@ -9,7 +9,7 @@ import torch
 
 from mue.checks.context import Context
 from mue.checks.report import FAIL, PASS, SKIP, Finding, several
-from mue.rules.table import BUFFERS
+from mue.rules.roles import ROLES
 from mue.shapes.hparams import DECOUPLED
 
 NAME = "groups"
@@ -35,7 +35,7 @@ def _held(ctx: Context) -> list[tuple[Any, dict[str, Any]]]:
 
 def _membership(ctx: Context) -> Iterator[Finding]:
     held = [id(p) for p, _ in _held(ctx)]
-    missing = [p.name for p in ctx.placed if p.role not in BUFFERS and id(p.parameter) not in set(held)]
+    missing = [p.name for p in ctx.placed if ROLES[p.role].trained and id(p.parameter) not in set(held)]
     twice = [ctx.names[i].name for i in set(held) if i in ctx.names and held.count(i) > 1]
     strange = [tuple(p.shape) for p, _ in _held(ctx) if id(p) not in ctx.names]
     if missing:

@@ -12,12 +12,12 @@ from mue.checks.context import Context
 from mue.checks.report import FAIL, PASS, Finding, several
 from mue.layouts.layout import Placed, expert_slices
 from mue.model.tensor_plan import Setting
-from mue.rules.table import BUFFERS, NORMAL, VECTORS
+from mue.rules.roles import ROLES
+from mue.rules.table import NORMAL
 
 NAME = "init"
 TOLERANCE = 0.02  # a normal cut at three sigma has 1.3 % less std, and is right
 SIGMAS = 6.0
-_FFN = ("ffn", "expert", "shared")
 
 
 def init(ctx: Context) -> Iterator[Finding]:
@@ -46,7 +46,7 @@ def init(ctx: Context) -> Iterator[Finding]:
 
 def _wrong(ctx: Context, s: Setting) -> Iterator[tuple[str, str, str]]:
     p = s.placed
-    if p.role in VECTORS | BUFFERS:
+    if not ROLES[p.role].drawn:
         value = p.parameter.detach().double()
         tolerance = 1e-6 if p.parameter.dtype in (torch.float32, torch.float64) else 1e-2
         if s.constant is not None and float((value - s.constant).abs().max()) > tolerance * max(1.0, abs(s.constant)):
@@ -84,7 +84,7 @@ def _pieces(p: Placed) -> Iterator[tuple[str, Tensor]]:
     axes = [a.removeprefix("expert*") for a in p.layout.axes if not (a == "expert" and p.experts >= 1)]
     for expert, tensor in expert_slices(p):
         name = p.name if expert is None else f"{p.name}[expert {expert}]"
-        split = len(p.layout.parts) if p.role.partition("_")[0] in _FFN else 0
+        split = len(p.layout.parts) if ROLES[p.role].feed_forward else 0
         if split < 2 or "out" not in axes:
             yield name, tensor
             continue
@@ -99,7 +99,7 @@ def _causes(role: str, names: list[str]) -> tuple[str, ...]:
             "the fan-in was taken from the wrong axis of the stacked tensor",
             "a name pattern missed them",
         )
-    if role in VECTORS:
+    if ROLES[role].vector:
         return ("plan.init_ never ran, or ran before the model was folded", "the code adds 1 to the gain itself")
     return (
         "the model's own init ran after plan.init_",
@@ -114,7 +114,7 @@ def _twins(ctx: Context) -> Iterator[Finding]:
     same: list[tuple[str, str]] = []
     for s in ctx.settings:
         p = s.placed
-        if p.role in VECTORS | BUFFERS or ctx.plan.role(p.role, p.layer).init != NORMAL:
+        if not ROLES[p.role].drawn or ctx.plan.role(p.role, p.layer).init != NORMAL:
             continue
         for expert, tensor in expert_slices(p):
             head = tensor.flatten()[:8].double() / (s.values.init_std or 1.0)

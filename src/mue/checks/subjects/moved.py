@@ -16,7 +16,7 @@ from mue.checks.context import Context
 from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
 from mue.layouts.layout import Placed, expert_slices
 from mue.model.apply import param_groups
-from mue.rules.table import BUFFERS, VECTORS
+from mue.rules.roles import ROLES
 
 NAME = "moved"
 LOST = 0.5  # share of elements whose step may vanish in rounding
@@ -107,13 +107,13 @@ def _steps(ctx: Context, optimizers: list[Optimizer]) -> list[Step]:
                 p.parameter.detach() - before[id(p.parameter)],
             )
             for p in ctx.placed
-            if p.role not in BUFFERS
+            if ROLES[p.role].trained
         ]
 
 
 def _zero_start(ctx: Context) -> bool:
     """Whether the plan starts a matrix at zero: the first gradient of what lies before it is then zero."""
-    return any(s.values.init_std == 0 for s in ctx.settings if s.placed.role not in VECTORS | BUFFERS)
+    return any(s.values.init_std == 0 for s in ctx.settings if ROLES[s.placed.role].drawn)
 
 
 @contextmanager
@@ -218,7 +218,7 @@ def _live(s: Step) -> Iterator[tuple[int | None, str, bool]]:
 
 def _own_expert(p: Placed) -> int | None:
     """Index of the expert whose own module this tensor is in."""
-    if not p.role.startswith("expert_") or "experts.*" not in p.layout.pattern:
+    if ROLES[p.role].kind != "expert" or "experts.*" not in p.layout.pattern:
         return None
     match = p.layout.regex.fullmatch(p.name)
     return int(match[2]) if match and match.lastindex and match.lastindex > 1 and match[2].isdigit() else None

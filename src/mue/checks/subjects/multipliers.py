@@ -14,6 +14,7 @@ from mue.checks.context import Context, logits_of
 from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
 from mue.layouts.layout import HasLayout, unwrap
 from mue.plan.transfer import plan_of
+from mue.rules.roles import ROLES
 from mue.util.text import number
 
 NAME = "multipliers"
@@ -138,8 +139,8 @@ def _not_a_multiple(name: str, residue: float) -> Finding:
 
 
 def _feed_forward(ctx: Context, b: Branch, c: Coefficients | None) -> Iterator[Reading | Finding]:
-    down = [p for p in ctx.placed if p.layer == b.layer and p.role.endswith("_down")]
-    names = {p.role.partition("_")[0]: p.name for p in reversed(down)}
+    down = [p for p in ctx.placed if p.layer == b.layer and ROLES[p.role].part == "down"]
+    names = {ROLES[p.role].kind: p.name for p in reversed(down)}
     if c is None or not c.determined:
         why = "its input was not seen" if c is None else "as many experts as the residual width: too few equations"
         yield Finding(NAME, SKIP, several(names.values()), "", why)
@@ -151,8 +152,7 @@ def _feed_forward(ctx: Context, b: Branch, c: Coefficients | None) -> Iterator[R
         gate = next(
             p.name
             for p in ctx.placed
-            if (p.layer == b.layer and p.role.endswith("_gate"))
-            or (p.layer == b.layer and any(r.endswith("_gate") for r in p.layout.parts))
+            if p.layer == b.layer and any(ROLES[r].part == "gate" for r in (p.role, *p.layout.parts))
         )
         yield Finding(
             NAME,

@@ -13,8 +13,7 @@ from functools import reduce
 import numpy as np
 import numpy.typing as npt
 
-from mue.plan.per_role import OUTSIDE
-from mue.rules.table import BUFFERS, ROLES, VECTORS
+from mue.rules.roles import ROLES
 from mue.shapes import HParams, Transformer
 from mue.shapes.hparams import THIRDS, TIMES, Roles, third_of
 
@@ -41,14 +40,14 @@ class Coordinate:
 def coordinates(base: Transformer, numbers: Iterable[str] = NUMBERS, *, thirds: bool = True) -> tuple[Coordinate, ...]:
     """Every multiplier a search on ``base`` turns, in the order of the forward pass."""
     counts = base.counts()
-    trained = [role for role in ROLES if counts.get(role) and role not in BUFFERS]
+    trained = [role for role in ROLES if counts.get(role) and ROLES[role].trained]
     found = []
     for number in numbers:
-        found += [Coordinate(role, number, (role,)) for role in trained if role not in VECTORS]
-        gains = tuple(role for role in trained if role in VECTORS)
+        found += [Coordinate(role, number, (role,)) for role in trained if not ROLES[role].vector]
+        gains = tuple(role for role in trained if ROLES[role].vector)
         if number == "lr":
             found.append(Coordinate("norms", number, gains))
-    inside = [role for role in trained if role not in OUTSIDE]
+    inside = [role for role in trained if ROLES[role].inside]
     if thirds and "lr" in numbers:
         here = {third_of(layer, base.layers) for layer in range(base.layers)}
         outer = [third for third in (THIRDS[0], THIRDS[2]) if third in here and len(here) > 1]

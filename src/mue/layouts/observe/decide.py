@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 
 from mue.layouts.observe.param_use import Use
+from mue.rules.roles import ROLES
 
 # Parts of a parameter's name. Lower case, whole tokens.
 ATTENTION = (
@@ -227,7 +228,7 @@ def _attention(f: Facts, axes: tuple[str, ...], seen: str, direction: int) -> De
         return Decision("attention_o", axes, f"{seen}, {'inner → width' if direction else 'output by name'}")
     for role, words in (("attention_q", QUERY), ("attention_k", KEY), ("attention_v", VALUE)):
         if f.named(words, 1) and direction >= 0:
-            return Decision(role, axes, f"{seen}, {role[-1]} by name")
+            return Decision(role, axes, f"{seen}, {ROLES[role].part} by name")
     if f.named(KEY_VALUE, 1) and direction >= 0:
         return Decision("attention_k", axes, f"{seen}, k and v fused by name", parts=("attention_k", "attention_v"))
     if direction < 0:

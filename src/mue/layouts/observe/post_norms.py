@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from mue.layouts.layout import Layout, canonical, pattern_of, weights_beside
+from mue.rules.roles import ROLES
 
-KINDS = ("_o", "_down")  # attention's projections back to the residual stream, and the feed-forward's
+KINDS = ("o", "down")  # attention's projections back to the residual stream, and the feed-forward's
 LOUD = 32.0  # projections are watched at this many times their size, where no norm's epsilon counts
 TOLERANCE = 1e-3
 
@@ -47,7 +48,7 @@ def post_norms(
     after: dict[str, set[str]] = {}
     lost: set[str] = set()
     for kind in KINDS:
-        projections = {pattern for pattern, row in rows.items() if row.role.endswith(kind)}
+        projections = {pattern for pattern, row in rows.items() if ROLES[row.role].part == kind}
         for layer in _layers(model, rows, projections):
             here = sorted(projections & set(layer.weights))
             found = _ends(model, run, layer, here)
