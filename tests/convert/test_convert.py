@@ -30,6 +30,7 @@ from mue.fold import coefficients, fold
 from mue.lab.models.language import LanguageModel
 from mue.lab.train import checkpoint
 from mue.util.safetensors import read_header
+from support.precision import close
 
 SIZES: dict[str, Any] = {"head_dim": 4, "vocab": 11, "sequence": 16}
 BASE = mue.Dense(width=4, ffn=8, layers=3, **SIZES)
@@ -180,7 +181,10 @@ def test_optimizers_that_know_their_parameters_by_name(names: str, tmp_path: Pat
     assert sorted(held) == sorted(named.values())
     for n, p in one.model.named_parameters():
         moved = new["state"][n if names == "keys" else held.index(n)]["exp_avg_sq"]
-        assert torch.allclose(moved, one.optimizer.state[p]["exp_avg_sq"] / c[n] ** 2, rtol=1e-12)
+        assert close(moved, one.optimizer.state[p]["exp_avg_sq"] / c[n] ** 2, operations=4)
+        assert not close(
+            moved, one.optimizer.state[p]["exp_avg_sq"] / (1.01 * c[n]) ** 2, operations=4
+        )  # nor both zero
 
 
 # ---- there and back --------------------------------------------------------------------------------------------------

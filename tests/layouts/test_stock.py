@@ -20,6 +20,7 @@ from mue.fold import fold
 from mue.layouts.layout import place
 from mue.model.apply import init_, param_groups
 from mue.model.coefficients import coefficients
+from support.precision import close
 from support.stock_models import planned, stock, tiny, train
 
 torch.set_num_threads(1)
@@ -74,6 +75,9 @@ CASES: dict[str, tuple[str, dict[str, Any], tuple[float, float] | None, str]] = 
 }
 
 
+# The sums between tokens and logits: two layers, each of products over widths of up to 80 and 37 tokens, and the head's.
+OPERATIONS = 2 * (4 * 80 + 2 * 37 + 3 * 80) + 80
+
 SLOW = ("mixtral", "qwen3_moe", "olmoe, renormalised", "deepseek_v3, R in the weights")
 
 
@@ -103,8 +107,18 @@ def test_folded_training_on_stock_code_is_multiplier_training(case: str, tmp_pat
         tmp_path, dtype=torch.float64, attn_implementation="eager", experts_implementation="eager"
     )  # type: ignore[attr-defined]
     tokens = torch.arange(3, 40)[None]
-    with torch.no_grad():
-        assert torch.equal(loaded(input_ids=tokens).logits, mine.eval()(input_ids=tokens).logits)
+    saved = loaded.state_dict()
+    assert all(
+        torch.equal(saved[name], value) for name, value in mine.state_dict().items()
+    )  # a file's numbers are exact
+    with torch.no_grad():  # what is computed from them is not: read through a mapping, they lie elsewhere in memory
+        logits = mine.eval()(input_ids=tokens).logits
+        assert close(loaded(input_ids=tokens).logits, logits, operations=OPERATIONS)
+        for place_of, parameter in ((p.name, p.parameter) for p in place(loaded) if p.role in ("attention_v", "head")):
+            parameter.mul_(1.01)  # negative control: one multiplier off by 1 %
+            assert not close(loaded(input_ids=tokens).logits, logits, operations=OPERATIONS), place_of
+            parameter.div_(1.01)
+        assert close(loaded(input_ids=tokens).logits, logits, operations=OPERATIONS)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "phi3", "dbrx", "qwen3_next"])
