@@ -62,7 +62,7 @@ def test_every_shape_in_every_stacks_names(
     )
     blocks = (mue.Block(layers=2, ffn=40), moe) if dense else (moe,)
     target = mue.Mixed(32, blocks, head_dim=head_dim, heads=heads, kv_heads=kv, vocab=48, tied=tied)
-    layers = [b for b in blocks for _ in range(b.layers)]
+    layers = target.per_layer
     plan = transfer(target)
     for stack, name in MODELS:
         if name == "moe_fused_v2" and dense:

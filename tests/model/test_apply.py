@@ -12,7 +12,7 @@ import mue
 from mue.lab.models.language import LanguageModel
 from mue.layouts.layout import expert_slices, place
 from mue.model.apply import init_, param_groups
-from mue.model.match import matched
+from mue.model.match import match_model
 from mue.plan.values import Multipliers
 from mue.shapes import Transformer
 
@@ -145,11 +145,11 @@ def test_a_model_of_another_shape_is_refused(name: str) -> None:
     model = LanguageModel(mue.MoE(**{**numbers, **changes}))  # type: ignore[arg-type]
     model.multipliers = planned().multipliers
     with pytest.raises(ValueError, match=message):
-        matched(planned(), model)
+        match_model(planned(), model)
 
 
 def test_the_right_model_is_not_refused() -> None:
-    assert len(matched(planned(), built(planned()))) == len(list(built(planned()).parameters()))
+    assert len(match_model(planned(), built(planned()))) == len(list(built(planned()).parameters()))
 
 
 @pytest.mark.parametrize("name", ["residual", "head", "attention_scale", "output", "route"])

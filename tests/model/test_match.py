@@ -10,8 +10,8 @@ from torch import nn
 import mue
 from mue.lab.models.language import LanguageModel
 from mue.layouts.layout import Layout
-from mue.model.match import matched
-from mue.model.tensor_plan import settings
+from mue.model.match import match_model
+from mue.model.tensor_plan import tensor_plans
 
 BASE = mue.Dense(width=32, ffn=32, layers=2, head_dim=16, vocab=48)
 TARGET = mue.MoE.parse("8e2a", width=64, expert=40, layers=2, head_dim=16, vocab=48)
@@ -34,7 +34,7 @@ class RouterMLP(LanguageModel):
 def test_a_router_that_is_an_mlp_has_its_own_fan_ins() -> None:
     """Conventions 8: f/f* in place of r for every role that reads the residual width, the router among them."""
     plan = mue.transfer(BASE, TARGET, TUNED)
-    found = {s.placed.name: s.values for s in settings(plan, RouterMLP(plan, latent=16, read=16, scores=8))}
+    found = {s.placed.name: s.values for s in tensor_plans(plan, RouterMLP(plan, latent=16, read=16, scores=8))}
     planned = plan.roles["router"].values
     assert found["blocks.0.moe.router.inner.weight"] == planned
     last, ratio = found["blocks.0.moe.router.weight"], 16 / 64
@@ -55,7 +55,7 @@ def test_a_router_that_is_an_mlp_has_its_own_fan_ins() -> None:
 def test_a_router_whose_matrices_do_not_meet_is_refused(latent: int, read: int, scores: int, message: str) -> None:
     plan = mue.transfer(BASE, TARGET, TUNED)
     with pytest.raises(ValueError, match=message):
-        matched(plan, RouterMLP(plan, latent, read, scores))
+        match_model(plan, RouterMLP(plan, latent, read, scores))
 
 
 def test_what_reads_the_residual_stream_has_its_width() -> None:
@@ -65,4 +65,4 @@ def test_what_reads_the_residual_stream_has_its_width() -> None:
         weight = getattr(model.blocks[1].moe, name)
         setattr(model.blocks[1].moe, name, nn.Parameter(weight.new_empty(8, 40, 24)))
     with pytest.raises(ValueError, match=r"blocks\.1\.moe\.experts_up \(8, 40, 24\): residual width 24, planned 64"):
-        matched(plan, model)
+        match_model(plan, model)

@@ -204,6 +204,7 @@ def test_roles_are_looked_up_by_layer() -> None:
     mixed = mue.Mixed(256, (mue.Block(layers=1, ffn=128), mue.Block(layers=2, expert=64, experts=8, active=4)))
     p = mue.transfer(BASE, mixed, TUNED)
     assert p.role("ffn_down", 0).count == 1 and p.role("expert_down", 2).count == 16
+    assert p.per_layer == (p.blocks[0], p.blocks[1], p.blocks[1]) and [p.block_of(i) for i in range(3)] == [0, 1, 1]
     assert p.output_multiplier is None and p.multipliers.output == (2.0, 1.0, 1.0) and p.multipliers.route == (1, 4, 4)
     with pytest.raises(ValueError, match="layer 3 does not exist"):
         p.role("norm", 3)

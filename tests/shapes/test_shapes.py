@@ -240,3 +240,9 @@ def test_bad_training() -> None:
 def test_every_known_optimizer_is_accepted() -> None:
     for optimizer in OPTIMIZERS:
         assert mue.HParams(1e-3, 0.1, 0.02, optimizer=optimizer).optimizer == optimizer
+
+
+def test_every_layer_has_its_block() -> None:
+    dense, moe = mue.Block(layers=2, ffn=48), mue.Block(layers=3, experts=4, active=2, expert=24)
+    assert mue.Mixed(64, (dense, moe, dense)).per_layer == (dense, dense, moe, moe, moe, dense, dense)
+    assert mue.Dense(64, 48, 2).per_layer == (dense, dense)

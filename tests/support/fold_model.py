@@ -85,7 +85,7 @@ class Decoder(nn.Module):
         L = shape.layers
         m = mue.Multipliers(m.residual, m.head, m.attention_scale, m.output or (1.0,) * L, m.route or (1.0,) * L)
         self.multipliers, self.shape = m, shape
-        blocks = [b for b in shape.blocks for _ in range(b.layers)]
+        blocks = shape.per_layer
         self.embedding = nn.Embedding(shape.vocab, shape.width)
         self.layers = nn.ModuleList(Layer(shape, b, m, i) for i, b in enumerate(blocks))
         self.norm = Norm(shape.width)

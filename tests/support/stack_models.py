@@ -115,7 +115,7 @@ def titan_config(target: Transformer, *, fuse_qkv: bool = True, qk_norm: bool = 
             param_init={"weight": skip_param_init if t.tied else linear["weight"]},
         ),
         lm_head=Linear.Config(in_features=t.width, out_features=t.vocab, param_init=linear),
-        layers=[block(b) for b in t.blocks for _ in range(b.layers)],
+        layers=[block(b) for b in t.per_layer],
     )
     return types.SimpleNamespace(model_spec=types.SimpleNamespace(model=model), optimizer=None)
 
@@ -249,7 +249,7 @@ def olmo_model(target: Transformer, *, moe: str = "default", post_norm: bool = F
             made.block.feed_forward = None
         return made
 
-    blocks = [b for b in t.blocks for _ in range(b.layers)]
+    blocks = t.per_layer
     whole = config(blocks[-1])
     whole.block_overrides = {i: config(b).block for i, b in enumerate(blocks)}
     made: nn.Module = whole.build(init_device="cpu")

@@ -13,7 +13,7 @@ import mue
 from mue.api import Plan
 from mue.export.skeleton import Skeleton
 from mue.layouts.layout import canonical
-from mue.model.tensor_plan import settings
+from mue.model.tensor_plan import tensor_plans
 from mue.plan.fold import folded_values
 
 SIZES: dict[str, Any] = {"head_dim": 16, "kv_heads": 2, "vocab": 80}
@@ -47,7 +47,7 @@ def run(text: str) -> dict[str, Any]:
 def planned(folded: Plan, model: Skeleton, extra: dict[str, float] | None = None) -> Values:
     """(lr, weight decay, eps) by name, straight from the plan's settings."""
     found = {}
-    for s in settings(folded, model):
+    for s in tensor_plans(folded, model):
         v = folded_values(folded, s.placed.role, s.values, (extra or {}).get(s.placed.layout.pattern, 1.0))
         assert v.lr is not None and v.weight_decay is not None and v.eps is not None
         found[s.placed.name] = (v.lr, v.weight_decay, v.eps)
@@ -74,7 +74,7 @@ def starts(
             None if s.values.init_std is None else s.values.init_std * scale.get(s.placed.layout.pattern, 1.0),
             s.constant,
         )
-        for s in settings(folded, model)
+        for s in tensor_plans(folded, model)
     }
 
 

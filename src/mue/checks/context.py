@@ -16,7 +16,7 @@ from mue.checks.branches import Branch, Coefficients, branches, coefficients
 from mue.checks.trace import Record, traced
 from mue.layouts.layout import Placed, place, unwrap
 from mue.model.apply import param_groups
-from mue.model.tensor_plan import Setting, settings
+from mue.model.tensor_plan import TensorPlan, tensor_plans
 from mue.plan.plan import PlanData
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -42,8 +42,8 @@ class Context:
         return place(self.model)
 
     @cached_property
-    def settings(self) -> list[Setting]:
-        return settings(self.plan, self.model)
+    def tensor_plans(self) -> list[TensorPlan]:
+        return tensor_plans(self.plan, self.model)
 
     @cached_property
     def expected(self) -> dict[int, dict[str, Any]]:

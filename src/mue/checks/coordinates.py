@@ -21,8 +21,8 @@ from mue.checks.report import FAIL as FAILED
 from mue.checks.report import CheckError, Finding, Report
 from mue.checks.slopes import FAIL, Slope, fitted
 from mue.model.apply import init_
+from mue.plan.fold import unfold
 from mue.plan.plan import PlanData
-from mue.plan.transfer import plan_of
 from mue.shapes import Transformer
 from mue.util.errors import nearest
 from mue.util.text import text_table
@@ -213,7 +213,7 @@ def _expert_noise(plan: PlanData) -> float:
 
 def _logit_step(plan: PlanData) -> float:
     """lr · multiplier · fan-in: what one Adam step on the head changes a logit by, per unit of the hidden state."""
-    unfolded = plan if plan.folding is None else plan_of(plan.inputs)
+    unfolded = unfold(plan)
     role = "embedding" if plan.target.tied else "head"
     lr = unfolded.role(role).values.lr
     assert lr is not None
@@ -222,7 +222,7 @@ def _logit_step(plan: PlanData) -> float:
 
 def _logit_start(plan: PlanData) -> float:
     """std · multiplier · √fan-in: what the head as it was drawn makes of a change of the hidden state."""
-    unfolded = plan if plan.folding is None else plan_of(plan.inputs)
+    unfolded = unfold(plan)
     std = unfolded.role("embedding" if plan.target.tied else "head").values.init_std
     return (std or 1.0) * unfolded.head_multiplier * math.sqrt(plan.target.width)
 

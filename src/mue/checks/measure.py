@@ -19,8 +19,8 @@ from mue.checks.context import Loss, evaluating, forward, logits_of, loss_of
 from mue.checks.trace import Record, traced
 from mue.layouts.layout import Placed, place, unwrap
 from mue.model.apply import param_groups
+from mue.plan.fold import unfold
 from mue.plan.plan import PlanData
-from mue.plan.transfer import plan_of
 from mue.rules.roles import ROLES
 
 # Roles whose product has one row per token in the order of the batch, at any time of training: an expert's rows change with
@@ -46,7 +46,7 @@ def measure(
 ) -> Values:
     """{(module, quantity): rms} after ``steps`` of training; ``size`` is taken before, ``update`` is the change."""
     placed, inner = place(model), unwrap(model)
-    unfolded = plan if plan.folding is None else plan_of(plan.inputs)
+    unfolded = unfold(plan)
     optimizer = make_optimizer(plan, model)
 
     def look() -> tuple[Record, Any]:

@@ -116,7 +116,7 @@ def _lacking(ctx: Context) -> dict[str, str]:
     try:
         _ = ctx.placed
         try:
-            _ = ctx.settings
+            _ = ctx.tensor_plans
         except ValueError:
             lacking["plan"] = "the model is not the planned one: see coverage"
     except ValueError:

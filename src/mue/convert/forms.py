@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from mue.convert.live import converted, scaled
 from mue.layouts.layout import HasLayout, canonical, unwrap
 from mue.model.apply import grouped
-from mue.model.coefficients import Folded, folded_parameters
-from mue.model.match import matched_sizes
-from mue.model.tensor_plan import settings_of
+from mue.model.coefficients import TensorFold, tensor_folds_of
+from mue.model.match import match_sizes
+from mue.model.tensor_plan import tensor_plans_of
 from mue.plan.fold import fold, state_powers, unfold
 from mue.plan.plan import PlanData
 from mue.rules.roles import ROLES
@@ -139,7 +139,7 @@ def conversion(plan: PlanData, form: str, model: nn.Module, route: str = "weight
         raise ValueError(f"a checkpoint can become {' or '.join(FORMS)}, not {form!r}")
     multiplied = unfold(plan)
     folded = plan if plan.folding is not None else fold(plan, route)
-    placed = matched_sizes(multiplied, model)
+    placed = match_sizes(multiplied, model)
     queries: Mapping[str, float] = {}
     if not isinstance(unwrap(model), HasLayout):
         from mue.model.stock import query_coefficients, stock_faults
@@ -148,8 +148,8 @@ def conversion(plan: PlanData, form: str, model: nn.Module, route: str = "weight
             raise ValueError(f"this model cannot run plan {folded.hash} when folded:\n  " + "\n  ".join(faults))
         queries = query_coefficients(folded, model, placed)
     sides = {
-        "folded": (folded, folded_parameters(folded, placed, queries)),
-        "multipliers": (multiplied, folded_parameters(multiplied, placed, {})),
+        "folded": (folded, tensor_folds_of(folded, placed, queries)),
+        "multipliers": (multiplied, tensor_folds_of(multiplied, placed, {})),
     }
     target, there = sides.pop(form)
     ((source, here),) = sides.values()
@@ -173,10 +173,10 @@ def conversion(plan: PlanData, form: str, model: nn.Module, route: str = "weight
     )
 
 
-def _groups(plan: PlanData, folded: Sequence[Folded]) -> tuple[Group, ...]:
+def _groups(plan: PlanData, folded: Sequence[TensorFold]) -> tuple[Group, ...]:
     return tuple(
         Group(tuple(p.name for p in g["params"]), {k: v for k, v in g.items() if k != "params"})
-        for g in grouped(plan, settings_of(plan, folded))
+        for g in grouped(plan, tensor_plans_of(plan, folded))
     )
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mue.model.coefficients import folded_model
+from mue.model.coefficients import tensor_folds
 from mue.plan.fold import state_powers
 from mue.plan.plan import PlanData
 
@@ -40,11 +40,11 @@ def convert(
         raise ValueError(
             f"plans {source_plan.hash} and {target_plan.hash} are not two forms of one plan: convert only what fold or unfold gave"
         )
-    here = {f.placed.name: f for f in folded_model(source_plan, source)}
+    here = {f.placed.name: f for f in tensor_folds(source_plan, source)}
     states = _by_parameter(source_optimizer)
     goals = _by_parameter(target_optimizer)
     with torch.no_grad():
-        for f in folded_model(target_plan, target):
+        for f in tensor_folds(target_plan, target):
             p = f.placed
             if p.name not in here:
                 raise ValueError(f"{p.name} is in the target model only: both must name their parameters alike")

@@ -212,7 +212,7 @@ def _experts(plan: PlanData, moe: Block) -> dict[str, object]:
         )
     if not moe.experts:
         raise ValueError("Megatron-Core has no layers with shared experts alone: plan them as dense ones (ffn)")
-    freq = [int(block.is_moe) for block in plan.target.blocks for _ in range(block.layers)]
+    freq = [int(block.is_moe) for block in plan.target.per_layer]
     shared = {"moe_shared_expert_intermediate_size": moe.shared_width} if moe.shared_experts else {}
     return {
         "moe_layer_freq": freq,

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from torch import nn
 
 from mue.layouts.layout import Placed
-from mue.model.tensor_plan import Setting, settings
+from mue.model.tensor_plan import TensorPlan, tensor_plans
 from mue.plan.fold import folded_values
 from mue.plan.plan import PlanData
 from mue.rules.roles import ROLES
@@ -73,7 +73,7 @@ def rows(plan: PlanData, model: nn.Module, extra: Mapping[str, float] | None = N
             f"exports speak AdamW, and this plan is for {plan.tuned.optimizer!r}: use mue.model.apply in your own loop"
         )
     kinds: dict[str, dict[ExportRow, list[Placed]]] = {}
-    for s in settings(plan, model):
+    for s in tensor_plans(plan, model):
         if not ROLES[s.placed.role].trained:
             continue
         if plan.role(s.placed.role, s.placed.layer).init == "shared":
@@ -89,7 +89,7 @@ def rows(plan: PlanData, model: nn.Module, extra: Mapping[str, float] | None = N
     ]
 
 
-def _row(plan: PlanData, s: Setting, c: float) -> ExportRow:
+def _row(plan: PlanData, s: TensorPlan, c: float) -> ExportRow:
     v = s.values if c == 1 else folded_values(plan, s.placed.role, s.values, c)
     assert v.lr is not None and v.weight_decay is not None and v.eps is not None
     layout = s.placed.layout

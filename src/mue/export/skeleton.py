@@ -71,7 +71,7 @@ def read(stack: str, target: Transformer, model: nn.Module) -> Skeleton:
     rows = list(dict.fromkeys(STACKS[stack].every))
     if stack == "olmo-core" and norms_last(model):
         rows = post_normed(rows)
-    blocks = [block for block in target.blocks for _ in range(block.layers)]
+    blocks = target.per_layer
     experts = _experts(target)
     shapes: dict[str, tuple[int, ...]] = {}
     used: dict[str, Layout] = {}
@@ -122,14 +122,10 @@ def _stacked(row: Layout, target: Transformer, experts: int) -> Layout:
 
 def _placed(kind: StackModel, target: Transformer) -> Iterator[tuple[Layout, Block, int]]:
     """(row, its block, its layer) of every tensor but for the experts' index."""
-    layer = 0
-    for block in target.blocks:
-        extra = kind.moe if block.is_moe else kind.dense
-        for _ in range(block.layers):
-            for row in (*kind.rows, *extra):
-                if "*" in row.pattern and all(ROLES[role].present(block) for role in (row.role, *row.parts)):
-                    yield _ungated(row, target), block, layer
-            layer += 1
+    for layer, block in enumerate(target.per_layer):
+        for row in (*kind.rows, *(kind.moe if block.is_moe else kind.dense)):
+            if "*" in row.pattern and all(ROLES[role].present(block) for role in (row.role, *row.parts)):
+                yield _ungated(row, target), block, layer
     for row in kind.rows:
         if "*" not in row.pattern and not (row.role == "head" and target.tied):
             yield row, target.blocks[0], 0

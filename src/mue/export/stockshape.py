@@ -32,7 +32,7 @@ def stock_config(target: Transformer) -> tuple[Any, str]:
 def _family(target: Transformer) -> tuple[str, dict[str, Any]]:
     dense = list({block.ffn for block in target.blocks if not block.is_moe})
     moe = list({_kind(block) for block in target.blocks if block.is_moe})
-    is_moe = [block.is_moe for block in target.blocks for _ in range(block.layers)]
+    is_moe = [block.is_moe for block in target.per_layer]
     if not target.gated or len(dense) > 1 or len(moe) > 1:
         raise ValueError(f"no default transformers model has the layers of {target.name}: give a config with --model")
     sizes: dict[str, Any] = {"intermediate_size": dense[0]} if dense else {}

@@ -104,7 +104,7 @@ def torchtitan_file(plan: PlanData, model: Skeleton) -> str:
 
 def _shape(plan: PlanData) -> str:
     t = plan.target
-    layers = [_layer(block) for block in t.blocks for _ in range(block.layers)]
+    layers = [_layer(block) for block in t.per_layer]
     return f"""WIDTH, VOCAB = {t.width}, {t.vocab}
 # (width of a dense layer), or (of an expert, of the shared ones, number of experts, top_k, score_func, route_norm)
 LAYERS = {_runs(layers)}

@@ -12,13 +12,10 @@ import torch
 from torch import nn
 
 from mue.layouts.layout import Placed, expert_slices
-from mue.model.match import matched
-from mue.model.tensor_plan import Setting, settings
+from mue.model.tensor_plan import TensorPlan, tensor_plans
 from mue.plan.plan import PlanData
 from mue.rules.roles import ROLES
 from mue.rules.table import SHARED_INIT
-
-__all__ = ["init_", "matched", "param_groups"]
 
 ADAFACTOR_FLOOR = 1e-3  # eps2 of torch.optim.Adafactor
 
@@ -35,7 +32,7 @@ def init_(plan: PlanData, model: nn.Module, seed: int = 0) -> None:
     Raises:
         ValueError: a parameter without a role, or a model of other shapes or multipliers than planned.
     """
-    for p, values, constant, _ in settings(plan, model):
+    for p, values, constant, _ in tensor_plans(plan, model):
         if not ROLES[p.role].drawn:
             if constant is not None:
                 p.parameter.fill_(constant)
@@ -84,10 +81,10 @@ def param_groups(plan: PlanData, model: nn.Module) -> list[dict[str, Any]]:
     Raises:
         ValueError: a parameter without a role, or a model of other shapes or multipliers than planned.
     """
-    return [{**g, "params": [p.parameter for p in g["params"]]} for g in grouped(plan, settings(plan, model))]
+    return [{**g, "params": [p.parameter for p in g["params"]]} for g in grouped(plan, tensor_plans(plan, model))]
 
 
-def grouped(plan: PlanData, settled: Iterable[Setting]) -> list[dict[str, Any]]:
+def grouped(plan: PlanData, settled: Iterable[TensorPlan]) -> list[dict[str, Any]]:
     """:func:`param_groups` with placed parameters under ``params``."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for p, values, _, floor in settled:

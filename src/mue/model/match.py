@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -14,7 +14,7 @@ from mue.rules.roles import ROLES
 from mue.shapes import Block
 
 
-def matched(plan: PlanData, model: nn.Module) -> list[Placed]:
+def match_model(plan: PlanData, model: nn.Module) -> list[Placed]:
     """The model's parameters with their roles, after checking that it is the model that was planned.
 
     Fan-in and number of experts of every tensor must be the target's, every role the plan counts must be there, and
@@ -34,8 +34,8 @@ def matched(plan: PlanData, model: nn.Module) -> list[Placed]:
     return _or_refused(plan, placed, faults)
 
 
-def matched_sizes(plan: PlanData, model: nn.Module) -> list[Placed]:
-    """:func:`matched` without a look at multipliers: for weights whose form is known otherwise."""
+def match_sizes(plan: PlanData, model: nn.Module) -> list[Placed]:
+    """:func:`match_model` without a look at multipliers: for weights whose form is known otherwise."""
     placed = place(model)
     return _or_refused(plan, placed, _shape_faults(plan, placed))
 
@@ -49,7 +49,7 @@ def _or_refused(plan: PlanData, placed: list[Placed], faults: list[str]) -> list
 
 
 def _shape_faults(plan: PlanData, placed: list[Placed]) -> list[str]:
-    layers = [block for block in plan.target.blocks for _ in range(block.layers)]
+    layers = plan.target.per_layer
     routers: dict[int | None, list[Placed]] = {}
     for p in placed:
         if p.role == "router":
@@ -67,7 +67,7 @@ def _shape_faults(plan: PlanData, placed: list[Placed]) -> list[str]:
     return faults + _latent_faults(plan, placed)
 
 
-def _misfit(plan: PlanData, layers: list[Block], p: Placed, routers: list[Placed]) -> str | None:
+def _misfit(plan: PlanData, layers: Sequence[Block], p: Placed, routers: list[Placed]) -> str | None:
     if p.layer is not None and p.layer >= len(layers):
         return f"{p.name} is in layer {p.layer}, the plan has {len(layers)} layers"
     if not ROLES[p.role].drawn:

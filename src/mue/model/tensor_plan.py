@@ -15,10 +15,10 @@ from mue.rules.roles import ROLES
 from mue.rules.table import FIELDS
 
 if TYPE_CHECKING:
-    from mue.model.coefficients import Folded
+    from mue.model.coefficients import TensorFold
 
 
-class Setting(NamedTuple):
+class TensorPlan(NamedTuple):
     """One tensor's values.
 
     ``constant`` is what a vector starts at (None: as the model's code started it), ``scale`` its size at the start
@@ -31,23 +31,23 @@ class Setting(NamedTuple):
     scale: float
 
 
-def settings(plan: PlanData, model: nn.Module) -> list[Setting]:
+def tensor_plans(plan: PlanData, model: nn.Module) -> list[TensorPlan]:
     """Every parameter of the planned model with its values.
 
     Raises:
         ValueError: a model that is not the planned one; a fused tensor whose parts are planned differently.
     """
-    from mue.model.coefficients import folded_model
+    from mue.model.coefficients import tensor_folds
 
-    return settings_of(plan, folded_model(plan, model))
+    return tensor_plans_of(plan, tensor_folds(plan, model))
 
 
-def settings_of(plan: PlanData, folded: Iterable[Folded]) -> list[Setting]:
+def tensor_plans_of(plan: PlanData, folded: Iterable[TensorFold]) -> list[TensorPlan]:
     """:func:`settings` of parameters whose c is known."""
     return [_setting(plan, f.placed, f.own) for f in folded]
 
 
-def _setting(plan: PlanData, p: Placed, own: float) -> Setting:
+def _setting(plan: PlanData, p: Placed, own: float) -> TensorPlan:
     """``own`` is what is folded into this tensor beyond what its role's values have in them already."""
     from mue.plan.fold import folded_values
 
@@ -56,8 +56,8 @@ def _setting(plan: PlanData, p: Placed, own: float) -> Setting:
     if own != 1:
         values = folded_values(plan, p.role, values, own)
     if not ROLES[p.role].drawn:
-        return Setting(p, values, _constant(p, planned.constant, own), own * (planned.constant or 1.0))
-    return Setting(p, values, None, own * (planned.factor.init_std or 1.0))
+        return TensorPlan(p, values, _constant(p, planned.constant, own), own * (planned.constant or 1.0))
+    return TensorPlan(p, values, None, own * (planned.factor.init_std or 1.0))
 
 
 def _of_parts(plan: PlanData, p: Placed) -> Values:

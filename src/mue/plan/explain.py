@@ -52,7 +52,7 @@ def why(plan: PlanData, name: str, layer: int | None = None) -> list[Step]:
     """
     if name not in (*ROLES, *WHOLE):
         raise ValueError(f"unknown role {name!r}{nearest(name, (*ROLES, *WHOLE))}")
-    indices = range(len(plan.blocks)) if layer is None else [_block_of(plan, layer)]
+    indices = range(len(plan.blocks)) if layer is None else [plan.block_of(layer)]
     held = [i for i in indices if name in WHOLE or plan.blocks[i].roles[name].count]
     if not held:
         roles = [r for r, p in plan.roles.items() if p.count]
@@ -74,12 +74,6 @@ def why_lines(name: str, steps: Sequence[Step]) -> str:
     """A derivation as plain text, one line per step."""
     rows = [[s.number, s.text, f"{s.value:.6g}", s.source] for s in steps]
     return f"{name}\n\n{text_table(['number', 'step', 'value', 'source'], rows)}"
-
-
-def _block_of(plan: PlanData, layer: int) -> int:
-    plan.role("norm", layer)  # checks the layer
-    ends = [sum(b.layers for b in plan.blocks[: i + 1]) for i in range(len(plan.blocks))]
-    return next(i for i, end in enumerate(ends) if layer < end)
 
 
 def _band(plan: PlanData, index: int) -> tuple[Block, str]:

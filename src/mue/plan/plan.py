@@ -133,8 +133,8 @@ class PlanData:
             residual=self.residual_multiplier,
             head=self.head_multiplier,
             attention_scale=self.attention_scale,
-            output=tuple(b.output_multiplier for b in self.blocks for _ in range(b.layers)),
-            route=tuple(b.route_scale for b in self.blocks for _ in range(b.layers)),
+            output=tuple(block.output_multiplier for block in self.per_layer),
+            route=tuple(block.route_scale for block in self.per_layer),
         )
 
     def role(self, role: str, layer: int | None = None) -> RolePlan:
@@ -143,16 +143,26 @@ class PlanData:
             raise ValueError(f"unknown role {role!r}{nearest(role, ROLES)}")
         if layer is None:
             return self.roles[role]
-        seen = 0
-        for block in self.blocks:
-            seen += block.layers
-            if 0 <= layer < seen:
-                return block.roles[role]
-        raise ValueError(f"layer {layer} does not exist: the plan has {seen}")
+        return self.blocks[self.block_of(layer)].roles[role]
+
+    @cached_property
+    def _indices(self) -> tuple[int, ...]:
+        return tuple(index for index, block in enumerate(self.blocks) for _ in range(block.layers))
+
+    @property
+    def per_layer(self) -> tuple[BlockPlan, ...]:
+        """The block of every layer, in order: each of ``blocks`` as often as it has layers."""
+        return tuple(self.blocks[index] for index in self._indices)
+
+    def block_of(self, layer: int) -> int:
+        """The index in ``blocks`` of a layer's block; ``ValueError`` for a layer that does not exist."""
+        if not 0 <= layer < len(self._indices):
+            raise ValueError(f"layer {layer} does not exist: the plan has {len(self._indices)}")
+        return self._indices[layer]
 
     def layers_of(self, index: int) -> str:
         """``"layers 0–3"``: which layers a block of the plan stands for."""
-        first = sum(block.layers for block in self.blocks[:index])
+        first = self._indices.index(index)
         last = first + self.blocks[index].layers - 1
         return f"layer {first}" if last == first else f"layers {first}–{last}"
 

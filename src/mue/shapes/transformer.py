@@ -89,6 +89,11 @@ class Transformer:
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
 
     @property
+    def per_layer(self) -> tuple[Block, ...]:
+        """The block of every layer, in order: each of ``blocks`` as often as it has layers."""
+        return tuple(block for block in self.blocks for _ in range(block.layers))
+
+    @property
     def num_heads(self) -> int:
         return self.heads if self.heads is not None else self.width // self.head_dim
 

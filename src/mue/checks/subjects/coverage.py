@@ -16,7 +16,7 @@ _OTHER = ("the model was built from another shape or plan (a stale plan)", "its 
 def coverage(ctx: Context) -> Iterator[Finding]:
     """Every trainable tensor has exactly one role, sizes and declared multipliers are the plan's, nothing is frozen (C1–C4)."""
     try:
-        placed, settings = ctx.placed, ctx.settings
+        placed, plans = ctx.placed, ctx.tensor_plans
     except ValueError as error:
         yield from _faults(str(error))
         return
@@ -44,7 +44,7 @@ def coverage(ctx: Context) -> Iterator[Finding]:
     total = sum(p.parameter.numel() for p in placed)
     roles = len({p.role for p in placed})
     if not frozen:
-        yield Finding(NAME, PASS, measured=f"{len(settings)} tensors, {total:,} parameters, {roles} roles")
+        yield Finding(NAME, PASS, measured=f"{len(plans)} tensors, {total:,} parameters, {roles} roles")
 
 
 def _nothing_changes(ctx: Context) -> bool:

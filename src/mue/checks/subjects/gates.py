@@ -28,16 +28,12 @@ VARIANCE = 1.25  # F above which the branch's init scale is off by more than a t
 TOKENS = 128
 
 
-def _blocks(ctx: Context) -> list[Block]:
-    return [b for b in ctx.plan.target.blocks for _ in range(b.layers)]
-
-
 # ---- from the outputs -------------------------------------------------------------------------------------------------------
 
 
 def gates(ctx: Context) -> Iterator[Finding]:
     """Number of experts per token, constant sum, F, and the weights against the router's own scores (C12, conventions 9)."""
-    blocks, read, found = _blocks(ctx), 0, []
+    blocks, read, found = ctx.plan.target.per_layer, 0, []
     for b in ctx.branches:
         c = ctx.parts.get(b.layer)
         if b.kind != "feed-forward" or not blocks[b.layer].experts or c is None or not c.fits:
@@ -155,7 +151,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 def static_gates(ctx: Context) -> Iterator[Finding]:
     """The routers, run at their full size on random tokens; a stock family's at a tiny size with the config's switches."""
-    if not any(b.experts for b in _blocks(ctx)):
+    if not any(b.experts for b in ctx.plan.target.per_layer):
         yield Finding(NAME, PASS, measured="no routers")
         return
     if isinstance(unwrap(ctx.model), HasLayout):
@@ -166,7 +162,7 @@ def static_gates(ctx: Context) -> Iterator[Finding]:
 
 def _own_routers(ctx: Context) -> Iterator[Finding]:
     modules = dict(unwrap(ctx.model).named_modules())
-    blocks, read, found = _blocks(ctx), 0, []
+    blocks, read, found = ctx.plan.target.per_layer, 0, []
     for p in ctx.placed:
         if p.role != "router" or p.layer is None or p.fan_out != blocks[p.layer].experts:
             continue
@@ -238,8 +234,8 @@ def _stock_routers(ctx: Context) -> Iterator[Finding]:
         yield Finding(NAME, SKIP, measured="the routers could not be watched: give a batch")
         return
     names = several([p.name for p in ctx.placed if p.role == "router"], 1)
-    planned = {b.active for b in _blocks(ctx) if b.experts}
-    measured = all(b.gates == MEASURED for b in _blocks(ctx) if b.experts)
+    planned = {b.active for b in ctx.plan.target.per_layer if b.experts}
+    measured = all(b.gates == MEASURED for b in ctx.plan.target.per_layer if b.experts)
     if {known.active} != planned:
         yield Finding(
             NAME,

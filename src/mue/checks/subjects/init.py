@@ -11,7 +11,7 @@ from torch import Tensor
 from mue.checks.context import Context
 from mue.checks.report import FAIL, PASS, Finding, several
 from mue.layouts.layout import Placed, expert_slices
-from mue.model.tensor_plan import Setting
+from mue.model.tensor_plan import TensorPlan
 from mue.rules.roles import ROLES
 from mue.rules.table import NORMAL
 
@@ -24,7 +24,7 @@ def init(ctx: Context) -> Iterator[Finding]:
     """Every tensor's std against the plan, within 2 % or six standard errors of its size; constants exactly (C5)."""
     found: dict[tuple[str, str, str], list[str]] = {}
     counted = 0
-    for s in ctx.settings:
+    for s in ctx.tensor_plans:
         counted += 1
         for where, expected, measured in _wrong(ctx, s):
             found.setdefault((s.placed.role, expected, measured), []).append(where)
@@ -44,7 +44,7 @@ def init(ctx: Context) -> Iterator[Finding]:
         yield Finding(NAME, PASS, measured=f"{counted} tensors drawn as planned")
 
 
-def _wrong(ctx: Context, s: Setting) -> Iterator[tuple[str, str, str]]:
+def _wrong(ctx: Context, s: TensorPlan) -> Iterator[tuple[str, str, str]]:
     p = s.placed
     if not ROLES[p.role].drawn:
         value = p.parameter.detach().double()
@@ -112,7 +112,7 @@ def _twins(ctx: Context) -> Iterator[Finding]:
     """Tensors or experts that start from one and the same draw, where the plan draws each for itself."""
     seen: dict[tuple[float, ...], str] = {}
     same: list[tuple[str, str]] = []
-    for s in ctx.settings:
+    for s in ctx.tensor_plans:
         p = s.placed
         if not ROLES[p.role].drawn or ctx.plan.role(p.role, p.layer).init != NORMAL:
             continue

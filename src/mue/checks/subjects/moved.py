@@ -113,7 +113,7 @@ def _steps(ctx: Context, optimizers: list[Optimizer]) -> list[Step]:
 
 def _zero_start(ctx: Context) -> bool:
     """Whether the plan starts a matrix at zero: the first gradient of what lies before it is then zero."""
-    return any(s.values.init_std == 0 for s in ctx.settings if ROLES[s.placed.role].drawn)
+    return any(s.values.init_std == 0 for s in ctx.tensor_plans if ROLES[s.placed.role].drawn)
 
 
 @contextmanager
@@ -177,7 +177,7 @@ def _still(ctx: Context, steps: list[Step]) -> tuple[list[str], list[Finding], i
     still: list[str] = []
     warned: list[Finding] = []
     idle: set[tuple[int | None, int]] = set()
-    blocks = [b for b in ctx.plan.target.blocks for _ in range(b.layers)]
+    blocks = ctx.plan.target.per_layer
     for s in steps:
         p = s.placed
         for expert, name, live in _live(s):

@@ -13,7 +13,7 @@ from mue.checks.branches import Branch, Coefficients, ratio
 from mue.checks.context import Context, logits_of
 from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
 from mue.layouts.layout import HasLayout, unwrap
-from mue.plan.transfer import plan_of
+from mue.plan.fold import unfold
 from mue.rules.roles import ROLES
 from mue.util.text import number
 
@@ -89,7 +89,7 @@ def explain(r: Reading) -> tuple[str, ...]:
 def expected_routed(ctx: Context, layer: int) -> float:
     """What the gates of a layer sum to, as they meet the stream: residual · A · R · E[Σw]."""
     m = ctx.plan.multipliers
-    block = [b for b in ctx.plan.target.blocks for _ in range(b.layers)][layer]
+    block = ctx.plan.target.per_layer[layer]
     moment = block.gate_moments[0] if block.gate_moments else 1.0
     return m.residual * m.output[layer] * m.route[layer] * moment
 
@@ -177,7 +177,7 @@ def _feed_forward(ctx: Context, b: Branch, c: Coefficients | None) -> Iterator[R
         yield Reading(names[kind], what, A * residual, _median(c.single), factors)
     if c.routed.shape[1]:
         factors = {"output multiplier A": A, "route scale R": m.route[b.layer], "residual multiplier": residual}
-        block = [x for x in ctx.plan.target.blocks for _ in range(x.layers)][b.layer]
+        block = ctx.plan.target.per_layer[b.layer]
         factors["number of active experts"] = float(block.active)
         factors["number of groups"] = float(block.groups)
         yield Reading(names["expert"], "routed sum", expected_routed(ctx, b.layer), _median(c.routed.sum(1)), factors)
@@ -269,12 +269,9 @@ def _head(ctx: Context) -> Iterator[Reading | Finding]:
             ("softcapping, or a norm that is not known here",),
         )
         return
-    yield Reading(weight.name, "logits", ctx.plan.multipliers.head, c, {"head multiplier": _head_multiplier(ctx)})
-
-
-def _head_multiplier(ctx: Context) -> float:
-    plan = ctx.plan
-    return plan.head_multiplier if plan.folding is None else plan_of(plan.inputs).head_multiplier
+    yield Reading(
+        weight.name, "logits", ctx.plan.multipliers.head, c, {"head multiplier": unfold(ctx.plan).head_multiplier}
+    )
 
 
 def _normed(ctx: Context, x: Tensor) -> Iterator[Tensor]:

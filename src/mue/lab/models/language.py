@@ -265,9 +265,9 @@ class LanguageModel(nn.Module):
                 raise ValueError(f"multipliers.{name} has {len(given)} entries, the shape {shape.layers} layers")
         self.shape, self.multipliers = shape, multipliers
         self.embedding = Embedding(shape.vocab, shape.width)
-        kinds = [block for block in shape.blocks for _ in range(block.layers)]
         self.blocks = nn.ModuleList(
-            TransformerBlock(shape, block, multipliers, layer, balance, z_loss) for layer, block in enumerate(kinds)
+            TransformerBlock(shape, block, multipliers, layer, balance, z_loss)
+            for layer, block in enumerate(shape.per_layer)
         )
         self.final_norm = RMSNorm(shape.width)
         self.head = Linear(shape.width, shape.vocab)
