@@ -30,7 +30,7 @@ import torch
 import peers
 from mue.kernels import library
 from mue.lab.doctor.bench import Bench, Case, Step, draw_routing, measure, median_ratio, ratios, upper_bound
-from mue.lab.train.session import provenance
+from mue.lab.train.provenance import provenance
 from mue.moe import MoELayer, Routing
 from mue.util.files import write_json
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from mue.checks import Report  # noqa: E402
-from mue.lab.train.session import provenance  # noqa: E402
+from mue.lab.train.provenance import provenance  # noqa: E402
 from mue.util.files import write_json  # noqa: E402
 from support.wiring_cases import FAMILIES, OURS, right  # noqa: E402
 from support.wiring_faults import broken, load  # noqa: E402

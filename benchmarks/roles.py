@@ -29,8 +29,8 @@ from mue.lab.per_role.stats import paired
 from mue.lab.per_role.tune import RolesSpec, tune_roles
 from mue.lab.runners.run_all import run_all
 from mue.lab.sweep.spec import base_plan
+from mue.lab.train.provenance import provenance
 from mue.lab.train.run import Run, Settings, Store
-from mue.lab.train.session import provenance
 from mue.util.files import write_json
 
 BASE = mue.Dense(width=64, ffn=64, layers=3, head_dim=32, sequence=128)

@@ -30,11 +30,11 @@ import mue
 from mue.kernels import library
 from mue.lab.data.spec import describe_data, open_corpus
 from mue.lab.runners.calibrate import STACK, Calibration, cores, endless, gpus
-from mue.lab.runners.pool import Mode, Pool
+from mue.lab.runners.pool import Pool, WorkerLayout
 from mue.lab.runners.runner import Progress
 from mue.lab.sweep.spec import base_plan
+from mue.lab.train.provenance import provenance
 from mue.lab.train.run import Run, Settings, Store
-from mue.lab.train.session import provenance
 from mue.util.files import write_json
 
 RUNS, STEPS = 27, 1000  # the sweep that the runner is asked to lay out
@@ -87,9 +87,9 @@ def without_kernel() -> Iterator[None]:
         yield
 
 
-def layouts(device: str, stack: int) -> dict[str, Mode]:
+def layouts(device: str, stack: int) -> dict[str, WorkerLayout]:
     """What is compared."""
-    alone = Mode(1, cores(), devices=gpus()[:1])
+    alone = WorkerLayout(1, cores(), devices=gpus()[:1])
     stacked = replace(alone, stack=stack)
     named = {
         SEQUENTIAL: alone,
@@ -98,7 +98,7 @@ def layouts(device: str, stack: int) -> dict[str, Mode]:
     }
     if device == "cuda":
         return named | {"one after the other, compiled": replace(alone, compiled=True)}
-    apart = Mode(cores(), 1)
+    apart = WorkerLayout(cores(), 1)
     named |= {TORCH: alone} if library.loaded() else {}
     return named | {"processes, eager": apart, "processes, compiled": replace(apart, compiled=True)}
 

@@ -28,7 +28,7 @@ import mue
 from mue.kernels import library
 from mue.lab.doctor.bench import measure, median_ratio, ratios
 from mue.lab.models.language import LanguageModel
-from mue.lab.train.session import provenance
+from mue.lab.train.provenance import provenance
 from mue.moe import MoELayer
 from mue.util.files import write_json
 

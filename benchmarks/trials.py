@@ -168,7 +168,7 @@ def main() -> None:
     for row in rows:
         print("  ".join(f"{k} {v}" for k, v in row.items()))
     if options.json:
-        from mue.lab.train.session import provenance
+        from mue.lab.train.provenance import provenance
 
         priority = "usual" if os.sched_getscheduler(0) == os.SCHED_OTHER else "real time"
         command = f"python benchmarks/trials.py --trials {options.trials}" + " --postgresql URL" * bool(

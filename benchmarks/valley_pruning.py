@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from mue.lab.train.session import provenance
+from mue.lab.train.provenance import provenance
 from mue.lab.valley.fit import Point, fit_valley
 from mue.lab.valley.pruning import Seen
 from mue.util.files import write_json

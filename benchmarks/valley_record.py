@@ -22,8 +22,9 @@ import mue
 from mue.lab.data import Corpus
 from mue.lab.data.spec import describe_data, open_corpus
 from mue.lab.sweep.spec import base_plan
+from mue.lab.train.provenance import provenance
 from mue.lab.train.run import Run, Settings, Store
-from mue.lab.train.session import provenance, train
+from mue.lab.train.session import train
 from mue.shapes import HParams, Training
 from mue.util.files import write_json
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from mue.lab.train.session import provenance
+from mue.lab.train.provenance import provenance
 from mue.lab.valley.fit import Point, Valley, fit_valley
 from mue.lab.valley.pruning import Seen, hopeless, rung
 from mue.lab.valley.search import Asked, Observation, Space, Verdict, next_points, verdict

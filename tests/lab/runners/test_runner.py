@@ -16,8 +16,9 @@ import torch
 import mue
 from mue.lab.data import Corpus
 from mue.lab.data.spec import data_source, describe_data, open_corpus
+from mue.lab.runners.open import open_runner
 from mue.lab.runners.pool import Pool
-from mue.lab.runners.runner import Busy, Done, Runner, open_runner
+from mue.lab.runners.runner import Busy, Done, Runner
 from mue.lab.sweep.spec import base_plan
 from mue.lab.train.run import Run, Settings, Store
 from mue.lab.train.session import train
@@ -65,7 +66,7 @@ def test_a_stopped_run_is_given_up_and_can_be_finished(
     assert isinstance(runner, Pool)
     before = torch.get_num_threads()
     try:
-        torch.set_num_threads(runner.mode.threads)  # as many as the worker's: they decide how sums are rounded
+        torch.set_num_threads(runner.layout.threads)  # as many as the worker's: they decide how sums are rounded
         train(run, whole, corpus)
         torch.set_num_threads(before)
         assert runner.slots == 1

@@ -16,9 +16,10 @@ from mue.kernels import build
 from mue.lab.data import Corpus
 from mue.lab.data.spec import describe_data, open_corpus
 from mue.lab.runners.calibrate import Calibration
-from mue.lab.runners.pool import DEATHS, Mode, Pool
+from mue.lab.runners.open import open_runner
+from mue.lab.runners.pool import DEATHS, Pool, WorkerLayout
 from mue.lab.runners.run_all import run_all
-from mue.lab.runners.runner import Done, FailedError, Message, Progress, open_runner
+from mue.lab.runners.runner import Done, FailedError, Message, Progress
 from mue.lab.sweep.spec import base_plan
 from mue.lab.train.run import Run, Settings, Store
 from mue.lab.train.session import train
@@ -88,7 +89,7 @@ def test_a_stack_leaves_the_files_of_separate_runs(tmp_path: Path, source: dict[
     whole, store = Store(tmp_path / "whole"), Store(tmp_path / "stacked")
     for run in runs:
         train(run, whole, corpus)
-    pool = Pool(Mode(2, 1, stack=2), store)
+    pool = Pool(WorkerLayout(2, 1, stack=2), store)
     try:
         for run in runs:
             pool.submit(run)
@@ -112,7 +113,7 @@ def test_one_of_a_stack_is_stopped_and_the_others_go_on(
     whole, store = Store(tmp_path / "whole"), Store(tmp_path / "stacked")
     for run in runs:
         train(run, whole, corpus)
-    pool = Pool(Mode(1, 1, stack=3), store)
+    pool = Pool(WorkerLayout(1, 1, stack=3), store)
     try:
         for run in runs:
             pool.submit(run)
@@ -136,7 +137,7 @@ def test_a_killed_stack_goes_on_from_its_checkpoints(tmp_path: Path, source: dic
     whole, store = Store(tmp_path / "whole"), Store(tmp_path / "stacked")
     for run in runs:
         train(run, whole, corpus)
-    pool = Pool(Mode(1, 1, stack=2), store, checkpoint_seconds=0.0)
+    pool = Pool(WorkerLayout(1, 1, stack=2), store, checkpoint_seconds=0.0)
     try:
         for run in runs:
             pool.submit(run)
@@ -161,7 +162,7 @@ def test_a_run_that_kills_its_process_again_and_again_is_given_up(
     (broken / "numpy" / "__init__.py").write_text("import os; os._exit(7)")
     monkeypatch.setenv("PYTHONPATH", str(broken))
     run = dense_run(source, corpus)
-    pool = Pool(Mode(1, 1), Store(tmp_path))
+    pool = Pool(WorkerLayout(1, 1), Store(tmp_path))
     try:
         pool.submit(run)
         with pytest.raises(FailedError, match=rf"{run.key} died {DEATHS} times at step 0 \(exit code 7\)"):

@@ -115,7 +115,7 @@ def test_control_a_drill_sees_a_trial_counted_twice_and_one_that_is_lost(experim
 
 def evidence(storage: str, sweep: str, drill: Drill, trials: list[Trial], seconds: float, **found: object) -> None:
     """Add what a drill showed to docs/results/drill.json."""
-    from mue.lab.train.session import provenance
+    from mue.lab.train.provenance import provenance
 
     rows = json.loads(EVIDENCE.read_text())["drills"] if EVIDENCE.exists() else []
     rows = [row for row in rows if (row["storage"], row["sweep"]) != (storage, sweep)]

@@ -21,8 +21,8 @@ from mue.lab.data.sources import (
     EXCLUDED_FOLDERS,
     FORMAT,
     TEXT_SUFFIXES,
-    File,
     Index,
+    SourceFile,
     examine_all,
     find,
     nothing_usable,
@@ -161,8 +161,8 @@ def stdlib_corpus(cache: Path, *, validation_fraction: float = 0.1) -> Corpus:
 def build(
     cache: Path,
     key: str,
-    train: list[File],
-    validation: list[File],
+    train: list[SourceFile],
+    validation: list[SourceFile],
     encoder: Encoder,
     text_key: str,
     fraction: float,
@@ -214,7 +214,9 @@ def cached(cache: Path, key: str, dtype: np.dtype[Any]) -> tuple[Tokens, dict[st
     return np.memmap(path, dtype, "r"), meta
 
 
-def _write_tokens(handle: BinaryIO, files: list[File], encoder: Encoder, text_key: str, skipped: Counter[str]) -> None:
+def _write_tokens(
+    handle: BinaryIO, files: list[SourceFile], encoder: Encoder, text_key: str, skipped: Counter[str]
+) -> None:
     between = b"" if encoder.separator is None else np.array([encoder.separator], encoder.dtype).tobytes()
     beginning = True
     if files and files[0].kind == "bin":
@@ -232,7 +234,7 @@ def _write_tokens(handle: BinaryIO, files: list[File], encoder: Encoder, text_ke
             handle.write(tokens.astype(encoder.dtype).tobytes())
 
 
-def _token_chunks(file: File, encoder: Encoder) -> Iterator[Tokens]:
+def _token_chunks(file: SourceFile, encoder: Encoder) -> Iterator[Tokens]:
     position = 0
     with file.path.open("rb") as handle:
         while raw := handle.read(CHUNK):

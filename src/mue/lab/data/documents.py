@@ -8,12 +8,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mue.lab.data.sources import File
+from mue.lab.data.sources import SourceFile
 
 Piece = tuple[bool, str]  # does a document start here, and its text or the next stretch of it
 
 
-def pieces(file: File, text_key: str, skipped: Counter[str]) -> Iterator[Piece]:
+def pieces(file: SourceFile, text_key: str, skipped: Counter[str]) -> Iterator[Piece]:
     if file.kind == "text":
         yield from _text_pieces(file.path)
         return

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mue.lab.data.sources import File, beside, read_json
+from mue.lab.data.sources import SourceFile, beside, read_json
 
 Tokens = npt.NDArray[Any]
 # What tokenizers of the field call the end of a document, most common first.
@@ -82,7 +82,7 @@ def padded(encoder: Encoder, vocab: int | None, tokenizer: Path | None) -> Encod
     return Encoder(encoder.name, vocab, _smallest_dtype(vocab), encoder.separator, encoder.encode)
 
 
-def token_encoder(files: list[File], tokenizer: Path | None, dtype: str | None, vocab: int | None) -> Encoder:
+def token_encoder(files: list[SourceFile], tokenizer: Path | None, dtype: str | None, vocab: int | None) -> Encoder:
     """Not an encoder but the description of tokens that exist already: every file's sidecar, which have to agree."""
     text = next((f for f in files if f.kind != "bin"), None)
     if text is not None:
@@ -108,7 +108,7 @@ def token_encoder(files: list[File], tokenizer: Path | None, dtype: str | None, 
     return Encoder(name, size, np.dtype(kind), separator, encode)
 
 
-def _sidecar(file: File, dtype: str | None, vocab: int | None) -> tuple[str, int, str, int | None]:
+def _sidecar(file: SourceFile, dtype: str | None, vocab: int | None) -> tuple[str, int, str, int | None]:
     """dtype, vocab, tokenizer and separator of a .bin, from the JSON beside it or from the caller."""
     companion = beside(file.path)
     said: dict[str, Any] = {}

@@ -28,7 +28,7 @@ _VALIDATION_NAMES = frozenset({"val", "valid", "validation"})
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundFile:
     name: str  # relative to the folder it was found in, "/" between parts; never depends on where the folder lies
     path: Path
     kind: str  # "text", "jsonl", "parquet" or "bin"
@@ -36,17 +36,17 @@ class Found:
 
 
 @dataclass(frozen=True)
-class File(Found):
+class SourceFile(FoundFile):
     size: int
     digest: str
 
 
 def find(
     sources: list[Path], suffixes: frozenset[str], exclude: frozenset[str], tokens_described: bool
-) -> tuple[list[Found], Counter[str]]:
+) -> tuple[list[FoundFile], Counter[str]]:
     if not sources:
         raise ValueError("no source of text was given: name a file or a folder")
-    found: list[Found] = []
+    found: list[FoundFile] = []
     skipped: Counter[str] = Counter()
     for path in sources:
         if path.is_dir():
@@ -57,20 +57,20 @@ def find(
                 known = " ".join(sorted([*suffixes, *_KINDS]))
                 raise ValueError(f"{path}: the suffix {path.suffix!r} is unknown; rename it to one of {known}")
             # The hash of a lone file is that of its content, whatever it is called.
-            found.append(Found(path.name if len(sources) > 1 else kind, path, kind, named=True))
+            found.append(FoundFile(path.name if len(sources) > 1 else kind, path, kind, named=True))
         else:
             raise ValueError(f"{path}: no such file or folder; check the path (it is relative to {Path.cwd()})")
     seen: Counter[str] = Counter()
     unique = []
     for f in found:  # two folders may hold the same relative name: number them in the order given
         seen[f.name] += 1
-        unique.append(f if seen[f.name] == 1 else Found(f"{f.name}#{seen[f.name]}", f.path, f.kind, f.named))
+        unique.append(f if seen[f.name] == 1 else FoundFile(f"{f.name}#{seen[f.name]}", f.path, f.kind, f.named))
     return sorted(unique, key=lambda f: f.name), skipped
 
 
 def _walk(
     root: Path, suffixes: frozenset[str], exclude: frozenset[str], tokens_described: bool, skipped: Counter[str]
-) -> Iterator[Found]:
+) -> Iterator[FoundFile]:
     def unreadable(error: OSError) -> None:
         skipped["unreadable folder"] += 1
 
@@ -93,7 +93,7 @@ def _walk(
             elif kind == "bin" and not tokens_described and beside(path) is None:
                 skipped[".bin without its sidecar"] += 1  # in a folder of code, most likely no tokens at all
             else:
-                yield Found((inside / name).as_posix(), path, kind, named=False)
+                yield FoundFile((inside / name).as_posix(), path, kind, named=False)
 
 
 def _kind(path: Path, suffixes: frozenset[str]) -> str | None:
@@ -118,7 +118,7 @@ class Index:
         self.old: dict[str, list[Any]] = old if isinstance(old, dict) else {}
         self.new: dict[str, list[Any]] = {}
 
-    def look(self, found: Found) -> tuple[int, str, str | None]:
+    def look(self, found: FoundFile) -> tuple[int, str, str | None]:
         """Size, digest and problem of a file. Raises OSError if it cannot be read."""
         stat = found.path.stat()
         known = self.old.get(found.name)
@@ -134,7 +134,7 @@ class Index:
             write_json(self.path, self.new)
 
 
-def examine_all(found: list[Found], index: Index, skipped: Counter[str]) -> list[File]:
+def examine_all(found: list[FoundFile], index: Index, skipped: Counter[str]) -> list[SourceFile]:
     files = []
     for f in found:
         try:
@@ -142,7 +142,7 @@ def examine_all(found: list[Found], index: Index, skipped: Counter[str]) -> list
         except OSError as error:
             size, digest, problem = 0, "", f"unreadable ({error.strerror})"
         if problem is None:
-            files.append(File(f.name, f.path, f.kind, f.named, size, digest))
+            files.append(SourceFile(f.name, f.path, f.kind, f.named, size, digest))
         elif f.named:
             fix = {"empty": "name a file with text in it", "binary": "name a text file, or tokens as .bin"}
             raise ValueError(f"{f.path}: the file is {problem}; {fix.get(problem, 'convert it to UTF-8 text')}")
@@ -177,7 +177,7 @@ def _digest(path: Path, kind: str) -> tuple[str, str | None]:
     return sha.hexdigest(), problem
 
 
-def split(files: list[File], fraction: float) -> tuple[list[File], list[File]]:
+def split(files: list[SourceFile], fraction: float) -> tuple[list[SourceFile], list[SourceFile]]:
     """Train and validation files. One file alone is all train here; its tail is cut off once it is tokenised."""
     if len(files) == 1:
         return files, []

@@ -32,8 +32,8 @@ from mue.lab.sweep.display import Board
 from mue.lab.sweep.report import sweep_section
 from mue.lab.sweep.spec import SweepSpec, base_plan, sweep_from
 from mue.lab.sweep.sweep import Swept, run_sweep, swept_dict
+from mue.lab.train.provenance import provenance
 from mue.lab.train.run import Run, Store
-from mue.lab.train.session import provenance
 from mue.plan.plan import PlanData
 from mue.plan.replan import scaled
 from mue.plan.toml import shape_from, table_of, training_from

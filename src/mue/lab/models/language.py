@@ -4,7 +4,7 @@ It is built from a shape (numbers) and the forward multipliers of a plan; with t
 model. No biases, no dropout.
 
 Every product broadcasts over a leading axis of variants: with weights (variants, out, in) and tokens (variants, B, T) one call
-computes as many models at once (``mue.lab.train.stacked``); without that axis it is an ordinary model.
+computes as many models at once (``mue.lab.train.stacked_session``); without that axis it is an ordinary model.
 
 Shape suffixes: B sequences, T tokens of a sequence, D width, H heads, K key/value heads, E head size, V vocabulary.
 """

@@ -16,8 +16,8 @@ from mue.lab.per_role.search import Found, Job, Search, multipliers, search
 from mue.lab.per_role.space import at, coordinates
 from mue.lab.runners.run_all import run_all
 from mue.lab.sweep.spec import base_plan
+from mue.lab.train.provenance import provenance
 from mue.lab.train.run import Run, Settings, Store
-from mue.lab.train.session import provenance
 from mue.lab.train.spec import PLAN_TABLES, batches_of, settings_from
 from mue.plan.toml import check_keys, shape_from, table_of, training_from, tuned_from
 from mue.shapes import HParams, Training, Transformer

@@ -19,11 +19,12 @@ import time
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from mue.kernels import build
-from mue.lab.runners.pool import Mode, Pool
+from mue.lab.runners.pool import Pool, WorkerLayout
 from mue.lab.runners.runner import Done, FailedError, Progress
 from mue.lab.train.run import Run, Store
 from mue.plan.replan import inputs_from_dict
@@ -39,15 +40,23 @@ FLAT = 1.1  # a stack twice as large that is not this much faster is not taken
 
 @dataclass(frozen=True)
 class Measured:
-    """Steps per second of all runs together, and what compiling took, in seconds."""
+    """How fast a layout is.
 
-    mode: Mode
+    Attributes:
+        rate: steps per second of all runs together. compiling: what compiling took, in seconds (0: not compiled).
+    """
+
+    layout: WorkerLayout
     rate: float
     compiling: float
 
     def seconds(self, steps: float) -> float:
         """How long so many steps take in all."""
         return self.compiling + steps / self.rate
+
+    def to_dict(self) -> dict[str, Any]:
+        """A row of the calibration's file."""
+        return {"mode": asdict(self.layout), "rate": self.rate, "compiling": self.compiling}
 
 
 def cores() -> int:
@@ -62,7 +71,7 @@ def gpus() -> tuple[str, ...]:
     return tuple(named.split(",")[:count]) if named else tuple(map(str, range(count)))
 
 
-def choose(kind: str, workers: int | None, example: Run | None, runs: int) -> tuple[Mode, str]:
+def choose_layout(kind: str, workers: int | None, example: Run | None, runs: int) -> tuple[WorkerLayout, str]:
     """The layout for ``runs`` runs like ``example``, and a sentence that says what it is and why.
 
     Raises:
@@ -71,11 +80,11 @@ def choose(kind: str, workers: int | None, example: Run | None, runs: int) -> tu
     devices = gpus()
     places, processes = max(1, len(devices)), workers or len(devices) or cores()
     if kind == "processes":
-        mode = Mode(processes, max(1, cores() // processes), devices=devices)
-        return mode, f"{mode}, as asked for"
+        layout = WorkerLayout(processes, max(1, cores() // processes), devices=devices)
+        return layout, f"{layout}, as asked for"
     if kind == "stacked" and workers:
-        mode = Mode(places, max(1, cores() // places), -(-workers // places), devices=devices)
-        return mode, f"{mode}, as asked for"
+        layout = WorkerLayout(places, max(1, cores() // places), -(-workers // places), devices=devices)
+        return layout, f"{layout}, as asked for"
     if example is None:
         raise ValueError(f'runner = "{kind}" has to be measured on a run: give an example, or use "processes"')
     assert example.plan.training is not None
@@ -89,11 +98,11 @@ class Calibration:
 
     def __init__(self, example: Run, processes: int, devices: tuple[str, ...]) -> None:
         self.example, self.devices = example, devices
-        self.together = Mode(max(1, len(devices)), max(1, cores() // max(1, len(devices))), devices=devices)
-        self.apart = Mode(processes, max(1, cores() // processes), devices=devices)
-        said = example.effective
+        self.together = WorkerLayout(max(1, len(devices)), max(1, cores() // max(1, len(devices))), devices=devices)
+        self.apart = WorkerLayout(processes, max(1, cores() // processes), devices=devices)
+        effective = example.effective
         self.about = {
-            "model": [said["shape"], said["multipliers"], said["training"]["batch"]],
+            "model": [effective["shape"], effective["multipliers"], effective["training"]["batch"]],
             "settings": [example.settings.precision, example.settings.balance],
             "machine": [torch.cuda.get_device_name(i) for i in range(len(devices))]
             or f"{platform.machine()}, {cores()} cores",
@@ -103,8 +112,8 @@ class Calibration:
             "kernel": None if devices or (kernel := build.find()) is None else kernel.stem,
         }
         self.path = cache_folder() / "runner" / f"{digest(self.about)}.json"
-        self.known: dict[Mode, Measured] = {}
-        self.failed: dict[Mode, str] = {}
+        self.known: dict[WorkerLayout, Measured] = {}
+        self.failed: dict[WorkerLayout, str] = {}
         self.fresh = 0
         self.seeds = 0
 
@@ -113,8 +122,8 @@ class Calibration:
         self.opened.enter_context(FileLock(self.path.with_suffix(".lock")))
         if self.path.exists():
             for row in json.loads(self.path.read_text(encoding="utf-8"))["measured"]:
-                mode = Mode(**{**row.pop("mode"), "devices": self.devices})
-                self.known[mode] = Measured(mode, **row)
+                layout = WorkerLayout(**{**row.pop("mode"), "devices": self.devices})
+                self.known[layout] = Measured(layout, **row)
         self.store = Store(Path(self.opened.enter_context(tempfile.TemporaryDirectory(prefix="mue-calibrate-"))))
         self.pool: Pool | None = None
         return self
@@ -124,36 +133,38 @@ class Calibration:
             self.pool.close()
         self.opened.close()
 
-    def best(self, kind: str, runs: int, steps: int) -> tuple[Mode, str]:
+    def best(self, kind: str, runs: int, steps: int) -> tuple[WorkerLayout, str]:
         """The fastest layout for ``steps`` steps in all, spread over ``runs`` runs."""
         started = time.monotonic()
         # First the one with the most processes: they all start at once, and serve the others.
-        found = [] if kind == "stacked" else [m for mode in (self.apart, self.together) if (m := self.measured(mode))]
+        found = (
+            [] if kind == "stacked" else [m for layout in (self.apart, self.together) if (m := self.measured(layout))]
+        )
         found += self._stacks(max(2, runs))
         if not found:
             raise ValueError(f"runner = {kind!r}: the run cannot be trained here: {'; '.join(self.failed.values())}")
         eager = min(found, key=lambda m: m.seconds(steps))
-        if eager.seconds(steps) > COMPILING_SECONDS and (m := self.measured(replace(eager.mode, compiled=True))):
+        if eager.seconds(steps) > COMPILING_SECONDS and (m := self.measured(replace(eager.layout, compiled=True))):
             found.append(m)
         best = min(found, key=lambda m: m.seconds(steps))
-        said = [f"{m.mode} {m.rate:.3g}" for m in found if m is not best]
-        said += [f"{mode} failed: {error}" for mode, error in self.failed.items()]
-        said += [f"measured in {time.monotonic() - started:.0f} s" if self.fresh else "measured before"]
-        return best.mode, f"{best.mode}: {best.rate:.3g} steps/s ({'; '.join(said)})"
+        others = [f"{m.layout} {m.rate:.3g}" for m in found if m is not best]
+        others += [f"{layout} failed: {error}" for layout, error in self.failed.items()]
+        others += [f"measured in {time.monotonic() - started:.0f} s" if self.fresh else "measured before"]
+        return best.layout, f"{best.layout}: {best.rate:.3g} steps/s ({'; '.join(others)})"
 
-    def measured(self, mode: Mode) -> Measured | None:
+    def measured(self, layout: WorkerLayout) -> Measured | None:
         """A layout's speed; None where it cannot run (out of memory, no compiler), which is tried again next time."""
-        if mode not in self.known and mode not in self.failed:
+        if layout not in self.known and layout not in self.failed:
             try:
-                self.known[mode] = self._measure(mode)
+                self.known[layout] = self._measure(layout)
             except FailedError as error:
-                self.failed[mode] = str(error).strip().splitlines()[0]
+                self.failed[layout] = str(error).strip().splitlines()[0]
                 if self.pool:
                     self.pool.close()
                 self.pool = None
             self.fresh += 1
-            write_json(self.path, {**self.about, "measured": [asdict(known) for known in self.known.values()]})
-        return self.known.get(mode)
+            write_json(self.path, {**self.about, "measured": [known.to_dict() for known in self.known.values()]})
+        return self.known.get(layout)
 
     def _stacks(self, runs: int) -> list[Measured]:
         """On a CPU one size; on GPUs doubling while it pays."""
@@ -169,10 +180,10 @@ class Calibration:
             stack *= 2
         return found
 
-    def _measure(self, mode: Mode) -> Measured:
+    def _measure(self, layout: WorkerLayout) -> Measured:
         if self.pool is None:
-            self.pool = Pool(mode, self.store, checkpoint_seconds=math.inf)
-        self.pool.mode = mode
+            self.pool = Pool(layout, self.store, checkpoint_seconds=math.inf)
+        self.pool.layout = layout
         started = time.monotonic()
         runs = [endless(self.example, self.seeds + i) for i in range(self.pool.slots)]
         self.seeds += len(runs)  # a run that was stopped is not taken up again
@@ -189,7 +200,7 @@ class Calibration:
         while ended < len(runs):
             ended += sum(isinstance(message, Done) for message in self.pool.wait())
         rate = sum(after[key] - seen[key] for key in seen) / seconds
-        return Measured(mode, rate, ready - started if mode.compiled else 0.0)
+        return Measured(layout, rate, ready - started if layout.compiled else 0.0)
 
 
 def endless(example: Run, seed: int) -> Run:

@@ -14,7 +14,7 @@ from mue.lab.data.spec import open_corpus
 from mue.lab.runners.stacked_runs import StackedRuns
 from mue.lab.train.run import BusyError, Run, Store
 from mue.lab.train.session import train
-from mue.lab.train.stacked import stack_kind
+from mue.lab.train.stacked_session import stack_kind
 
 Job = dict[str, Any]
 
@@ -35,23 +35,23 @@ class Jobs:
             do = self._train if job["stack"] == 1 else self._join
             result = do(job, run, Store(Path(job["store"])), self._corpus(run))
             if result is not None:
-                self._say(job["id"], result=result)
+                self._send(job["id"], result=result)
         except Exception as error:  # reported to the parent, which decides; the worker itself stays usable
-            self._say_error(job["id"], error)
+            self._send_error(job["id"], error)
 
     def advance(self) -> None:
         """One step of every stack."""
         for kind, stack in list(self.stacks.items()):
             try:
-                for course, result in stack.advance(self.stopped):
-                    self._say(course.key, step=course.step, loss=course.loss)
+                for session, result in stack.advance(self.stopped):
+                    self._send(session.key, step=session.step, loss=session.loss)
                     if result is not None:
-                        self._say(course.key, result=result)
+                        self._send(session.key, result=result)
             except Exception as error:
-                for key in stack.courses:
-                    self._say_error(key, error)
+                for key in stack.sessions:
+                    self._send_error(key, error)
                 stack.close()
-            if not stack.courses:
+            if not stack.sessions:
                 del self.stacks[kind]
 
     def _corpus(self, run: Run) -> Corpus:
@@ -70,7 +70,7 @@ class Jobs:
             run,
             store,
             corpus,
-            progress=lambda step, loss: self._say(job["id"], step=step, loss=loss),
+            progress=lambda step, loss: self._send(job["id"], step=step, loss=loss),
             checkpoint_seconds=job["checkpoint_seconds"],
             stop=lambda: job["id"] in self.stopped,
             compiled=job["compiled"],
@@ -82,14 +82,14 @@ class Jobs:
             compiled=job["compiled"], checkpoint_seconds=job["checkpoint_seconds"]
         )
         result = stack.join(run, store, corpus)
-        if stack.courses:
+        if stack.sessions:
             self.stacks[kind] = stack
         return result
 
-    def _say_error(self, key: str, error: Exception) -> None:
+    def _send_error(self, key: str, error: Exception) -> None:
         kind = "user" if isinstance(error, ValueError | OSError) else "internal"
         kind = "busy" if isinstance(error, BusyError) else kind
-        self._say(key, error=f"{error}", kind=kind, type=type(error).__name__)
+        self._send(key, error=f"{error}", kind=kind, type=type(error).__name__)
 
-    def _say(self, key: str, **message: Any) -> None:
+    def _send(self, key: str, **message: Any) -> None:
         self.out.write(json.dumps({"id": key, **message}) + "\n")

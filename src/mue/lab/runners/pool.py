@@ -21,7 +21,7 @@ DEATHS = 3
 
 
 @dataclass(frozen=True)
-class Mode:
+class WorkerLayout:
     """How runs are laid out: ``processes`` × ``stack`` at once, each process with ``threads`` threads.
 
     ``devices`` are the GPUs (as CUDA_VISIBLE_DEVICES has them) that the processes take in turn; none: whatever torch sees.
@@ -45,7 +45,7 @@ class Mode:
 
 
 @dataclass
-class _Flight:
+class _RunInFlight:
     """A run under way: in which worker, how far it is, and how often in a row its worker died at that point."""
 
     run: Run
@@ -59,31 +59,31 @@ class _Flight:
 class Pool:
     """A :class:`mue.lab.runners.runner.Runner`; workers are started when they are first needed."""
 
-    def __init__(self, mode: Mode, store: Store, checkpoint_seconds: float = 10.0, why: str = "") -> None:
-        self.mode, self.store, self.checkpoint_seconds, self.why = mode, store, checkpoint_seconds, why
+    def __init__(self, layout: WorkerLayout, store: Store, checkpoint_seconds: float = 10.0, why: str = "") -> None:
+        self.layout, self.store, self.checkpoint_seconds, self.why = layout, store, checkpoint_seconds, why
         self.inbox: SimpleQueue[tuple[int, dict[str, Any] | None]] = SimpleQueue()
-        self.waiting: deque[_Flight] = deque()
-        self.flying: dict[str, _Flight] = {}
+        self.waiting: deque[_RunInFlight] = deque()
+        self.in_flight: dict[str, _RunInFlight] = {}
         self.events: deque[Message | Exception] = deque()
         self.workers: list[subprocess.Popen[str]] = []
 
     @property
     def slots(self) -> int:
-        return self.mode.processes * self.mode.stack
+        return self.layout.processes * self.layout.stack
 
     def submit(self, run: Run) -> None:
         known = self.store.result(run.key)
         if known is not None:
             self.events.append(Done(run, known))
             return
-        assert run.key not in self.flying
-        self.waiting.append(_Flight(run))
-        self._feed()
+        assert run.key not in self.in_flight
+        self.waiting.append(_RunInFlight(run))
+        self.dispatch()
 
     def wait(self, timeout: float | None = None) -> list[Message]:
-        while self.flying:
+        while self.in_flight:
             try:
-                self._hear(*self.inbox.get(not self.events, timeout))
+                self.on_message(*self.inbox.get(not self.events, timeout))
             except Empty:
                 break
         messages: list[Message] = []
@@ -96,10 +96,10 @@ class Pool:
     def stop(self, key: str) -> None:
         for flight in [flight for flight in self.waiting if flight.run.key == key]:
             self.waiting.remove(flight)
-            self.events.append(_stopped(flight))
-        if key in self.flying:
-            self.flying[key].stopped = True
-            self._say(self.flying[key].worker, {"stop": key})
+            self.events.append(_stopped_result(flight))
+        if key in self.in_flight:
+            self.in_flight[key].stopped = True
+            self.send(self.in_flight[key].worker, {"stop": key})
 
     def close(self) -> None:
         for worker in self.workers:
@@ -107,61 +107,61 @@ class Pool:
         for worker in self.workers:
             worker.wait()
 
-    def _hear(self, index: int, said: dict[str, Any] | None) -> None:
-        """Turn what a worker said (None: it has ended) into events."""
-        if said is None:
-            self._bury(index)
-        elif said["id"] not in self.flying:
+    def on_message(self, index: int, message: dict[str, Any] | None) -> None:
+        """Turn a worker's message (None: its process has ended) into events."""
+        if message is None:
+            self.on_exit(index)
+        elif message["id"] not in self.in_flight:
             return  # it was given up as failed
-        elif "step" in said:
-            self.flying[said["id"]].step = said["step"]
-            self.events.append(Progress(said["id"], said["step"], said["loss"]))
+        elif "step" in message:
+            self.in_flight[message["id"]].step = message["step"]
+            self.events.append(Progress(message["id"], message["step"], message["loss"]))
         else:
-            run = self.flying.pop(said["id"]).run
-            self.events.append(_ending(run, said))
-        self._feed()
+            run = self.in_flight.pop(message["id"]).run
+            self.events.append(_last_message(run, message))
+        self.dispatch()
 
-    def _bury(self, index: int) -> None:
+    def on_exit(self, index: int) -> None:
         """A worker has died: a new one goes on with its runs from their checkpoints."""
         code = self.workers[index].wait()
-        lost = [flight for flight in self.flying.values() if flight.worker == index]
+        lost = [flight for flight in self.in_flight.values() if flight.worker == index]
         self.workers[index] = self._start(index)
         for flight in lost:
-            del self.flying[flight.run.key]
+            del self.in_flight[flight.run.key]
             flight.deaths = flight.deaths + 1 if flight.step <= flight.died_at else 1
             flight.died_at = max(flight.step, flight.died_at)
             if flight.stopped:
-                self.events.append(_stopped(flight))
+                self.events.append(_stopped_result(flight))
             elif flight.deaths < DEATHS:
                 self.waiting.appendleft(flight)
             else:
                 text = f"the process training run {flight.run.key} died {DEATHS} times at step {flight.died_at} (exit code {code})"
                 self.events.append(FailedError(f"{text}; run it again to go on from its checkpoint"))
 
-    def _feed(self) -> None:
+    def dispatch(self) -> None:
         """Hand waiting runs to the workers with the fewest."""
-        while self.waiting and len(self.flying) < self.slots:
-            load = [0] * self.mode.processes
-            for flight in self.flying.values():
+        while self.waiting and len(self.in_flight) < self.slots:
+            load = [0] * self.layout.processes
+            for flight in self.in_flight.values():
                 load[flight.worker] += 1
             index = load.index(min(load))
             if index == len(self.workers):
                 self.workers.append(self._start(index))
             flight = self.waiting.popleft()
             flight.worker = index
-            self.flying[flight.run.key] = flight
+            self.in_flight[flight.run.key] = flight
             job = {
                 "id": flight.run.key,
                 "run": flight.run.to_dict(),
                 "store": str(Path(self.store.root).absolute()),
                 "checkpoint_seconds": self.checkpoint_seconds,
-                "threads": self.mode.threads,
-                "stack": self.mode.stack,
-                "compiled": self.mode.compiled,
+                "threads": self.layout.threads,
+                "stack": self.layout.stack,
+                "compiled": self.layout.compiled,
             }
-            self._say(index, job)
+            self.send(index, job)
 
-    def _say(self, index: int, line: dict[str, Any]) -> None:
+    def send(self, index: int, line: dict[str, Any]) -> None:
         pipe = self.workers[index].stdin
         assert pipe is not None
         try:
@@ -173,13 +173,13 @@ class Pool:
     def _start(self, index: int) -> subprocess.Popen[str]:
         environment = {
             **os.environ,
-            "OMP_NUM_THREADS": str(self.mode.threads),
+            "OMP_NUM_THREADS": str(self.layout.threads),
             # glibc hands tensors of this size back to the kernel after each use, and page faults cost a third of a step.
             "MALLOC_MMAP_THRESHOLD_": "1073741824",
             "MALLOC_TRIM_THRESHOLD_": "2147483647",
         }
-        if self.mode.devices:
-            environment["CUDA_VISIBLE_DEVICES"] = self.mode.devices[index % len(self.mode.devices)]
+        if self.layout.devices:
+            environment["CUDA_VISIBLE_DEVICES"] = self.layout.devices[index % len(self.layout.devices)]
         process = subprocess.Popen(
             [sys.executable, "-m", "mue.lab.runners.worker"],
             stdin=subprocess.PIPE,
@@ -199,18 +199,18 @@ class Pool:
         self.inbox.put((index, None))
 
 
-def _stopped(flight: _Flight) -> Done:
+def _stopped_result(flight: _RunInFlight) -> Done:
     """A run that was given up while no process could say so."""
     nothing = {"loss": None, "val_loss": None}
     return Done(flight.run, {"key": flight.run.key, "status": "stopped", "step": flight.step, **nothing})
 
 
-def _ending(run: Run, said: dict[str, Any]) -> Message | Exception:
+def _last_message(run: Run, message: dict[str, Any]) -> Message | Exception:
     """A worker's last word on a run."""
-    if "result" in said:
-        return Done(run, said["result"])
-    if said["kind"] == "busy":
+    if "result" in message:
+        return Done(run, message["result"])
+    if message["kind"] == "busy":
         return Busy(run)
-    if said["kind"] == "user":
-        return (OSError if said["type"] == "OSError" else ValueError)(said["error"])
-    return FailedError(f"{said['type']}: {said['error']}")
+    if message["kind"] == "user":
+        return (OSError if message["type"] == "OSError" else ValueError)(message["error"])
+    return FailedError(f"{message['type']}: {message['error']}")

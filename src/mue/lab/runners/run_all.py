@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mue.lab.runners.calibrate import cores
-from mue.lab.runners.runner import Done, Progress, open_runner
+from mue.lab.runners.open import open_runner
+from mue.lab.runners.runner import Done, Progress
 from mue.lab.train.run import BusyError, Run, Store
 
 Event = Callable[[str, int, float], None]

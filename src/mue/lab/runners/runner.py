@@ -1,6 +1,6 @@
-"""Runs in flight: hand them in, hear of them, give them up. Where and how they are trained is the runner's affair.
+"""What a runner is: runs are submitted, progress is heard of, runs are stopped. Where and how they are trained is the runner's affair.
 
-    runner = open_runner("processes", store)
+    runner = open_runner("processes", store)         # mue.lab.runners.open
     runner.submit(run)                               # as many as runner.slots at once keep the machine busy
     for message in runner.wait(timeout=1.0): ...     # Progress, Done, or Busy
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from mue.lab.train.run import Run, Store
+from mue.lab.train.run import Run
 
 KINDS = ("auto", "processes", "stacked")
 
@@ -78,32 +78,3 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """End what is in flight at once; checkpoints stay."""
-
-
-def open_runner(
-    kind: str,
-    store: Store,
-    *,
-    workers: int | None = None,
-    checkpoint_seconds: float = 10.0,
-    example: Run | None = None,
-    runs: int = 1,
-) -> Runner:
-    """A runner of a kind.
-
-    Args:
-        kind: "processes": one run in each of ``workers`` processes (default: one for each core, or for each GPU). "stacked": ``workers``
-            runs (default: by measurement) in one program for each device. "auto": what a short calibration finds fastest on this
-            machine, for runs like ``example``; measured once and remembered (``mue.lab.runners.calibrate``).
-        runs: how many like ``example`` are to come: what decides whether compiling pays.
-
-    Raises:
-        ValueError: an unknown kind; "auto" without an example.
-    """
-    from mue.lab.runners.calibrate import choose  # both speak in this file's words
-    from mue.lab.runners.pool import Pool
-
-    if kind not in KINDS:
-        raise ValueError(f"[sweep] runner must be one of {', '.join(KINDS)}, got {kind!r}")
-    mode, why = choose(kind, workers, example, runs)
-    return Pool(mode, store, checkpoint_seconds, why)

@@ -9,8 +9,8 @@ from typing import Any
 
 from mue.lab.data import Corpus
 from mue.lab.train.run import Run, Store
-from mue.lab.train.session import Course, enter
-from mue.lab.train.stacked import Stack
+from mue.lab.train.session import TrainingSession, open_session
+from mue.lab.train.stacked_session import StackedSession
 
 # At most this share of the time goes into checkpoints, however many runs have one; but they are at most so much rarer than asked for.
 CHECKPOINT_SHARE, CHECKPOINT_RARER = 0.05, 12
@@ -24,21 +24,21 @@ class StackedRuns:
 
     def __init__(self, *, compiled: bool = False, checkpoint_seconds: float = 10.0) -> None:
         self.compiled, self.interval, self.longest = compiled, checkpoint_seconds, CHECKPOINT_RARER * checkpoint_seconds
-        self.stack: Stack | None = None
-        self.courses: dict[str, Course] = {}
+        self.stack: StackedSession | None = None
+        self.sessions: dict[str, TrainingSession] = {}
         self.opened: dict[str, ExitStack] = {}
         self.made_seconds = self.step_seconds = 0.0
 
     def join(self, run: Run, store: Store, corpus: Corpus) -> dict[str, Any] | None:
         """Begin a run or go on with it; its result at once where it has one. Raises as ``mue.lab.train.session.train``."""
         with ExitStack() as opened:
-            course = enter(run, store, corpus, opened)
-            if not isinstance(course, Course):
-                return course
-            self.courses[run.key], self.opened[run.key] = course, opened.pop_all()
+            session = open_session(run, store, corpus, opened)
+            if not isinstance(session, TrainingSession):
+                return session
+            self.sessions[run.key], self.opened[run.key] = session, opened.pop_all()
         return None
 
-    def advance(self, stop: Container[str]) -> list[tuple[Course, dict[str, Any] | None]]:
+    def advance(self, stop: Container[str]) -> list[tuple[TrainingSession, dict[str, Any] | None]]:
         """One step of all of them; those that have something to say, with the results of those that have ended.
 
         Args:
@@ -49,19 +49,19 @@ class StackedRuns:
         stack.step()
         seconds = time.monotonic() - started
         self.made_seconds, self.step_seconds = (seconds, self.step_seconds) if new else (self.made_seconds, seconds)
-        for course in self.courses.values():
-            course.seconds += seconds / len(self.courses)
+        for session in self.sessions.values():
+            session.seconds += seconds / len(self.sessions)
         started = time.monotonic()
-        news: list[tuple[Course, dict[str, Any] | None]] = []
-        for place, course in stack.inside:
-            course.keep(self.interval, course.key in stop)
-            if course.status is not None:
-                news.append((course, course.end()))
+        news: list[tuple[TrainingSession, dict[str, Any] | None]] = []
+        for place, session in stack.occupied:
+            session.maybe_checkpoint(self.interval, session.key in stop)
+            if session.status is not None:
+                news.append((session, session.end()))
                 stack.drop(place)
-                del self.courses[course.key]
-                self.opened.pop(course.key).close()
-            elif course.logged:
-                news.append((course, None))
+                del self.sessions[session.key]
+                self.opened.pop(session.key).close()
+            elif session.logged:
+                news.append((session, None))
         self.interval = min(self.longest, max(self.interval, (time.monotonic() - started) / CHECKPOINT_SHARE))
         return news
 
@@ -69,25 +69,25 @@ class StackedRuns:
         """Let go of all runs; their last checkpoints stay."""
         for opened in self.opened.values():
             opened.close()
-        self.courses.clear()
+        self.sessions.clear()
         self.opened.clear()
         self.stack = None
 
-    def _fitting(self) -> tuple[Stack, bool]:
+    def _fitting(self) -> tuple[StackedSession, bool]:
         """The stack, with every run in it; and whether it was made now."""
-        size, wanted = len(self.stack.courses) if self.stack else 0, len(self.courses)
+        size, wanted = len(self.stack.sessions) if self.stack else 0, len(self.sessions)
         new = size < wanted or (size > wanted and not self.compiled) or (size > wanted and self._shrinking_pays())
         if new or self.stack is None:
-            self.stack = Stack(next(iter(self.courses.values())), wanted, compiled=self.compiled)
-        inside = {course.key for _, course in self.stack.inside}
-        for key, course in self.courses.items():
+            self.stack = StackedSession(next(iter(self.sessions.values())), wanted, compiled=self.compiled)
+        inside = {session.key for _, session in self.stack.occupied}
+        for key, session in self.sessions.items():
             if key not in inside:
-                self.stack.put(self.stack.courses.index(None), course)
+                self.stack.put(self.stack.sessions.index(None), session)
         return self.stack, new
 
     def _shrinking_pays(self) -> bool:
         """A smaller compiled stack: time saved on the steps that are left against the time that compiling took."""
         assert self.stack is not None
-        left = max(course.steps - course.step for course in self.courses.values())
-        idle = 1 - len(self.courses) / len(self.stack.courses)
+        left = max(session.steps - session.step for session in self.sessions.values())
+        idle = 1 - len(self.sessions) / len(self.stack.sessions)
         return left * self.step_seconds * idle > self.made_seconds

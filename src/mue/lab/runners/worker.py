@@ -46,12 +46,12 @@ def main() -> None:
 
 def _listen(queue: SimpleQueue[dict[str, Any]], stopped: set[str]) -> None:
     for line in sys.stdin:
-        said = json.loads(line)
-        if "stop" in said:
-            stopped.add(said["stop"])
+        message = json.loads(line)
+        if "stop" in message:
+            stopped.add(message["stop"])
         else:
-            stopped.discard(said["id"])  # a stop that came too late was for an earlier turn
-            queue.put(said)
+            stopped.discard(message["id"])  # a stop that came too late was for an earlier turn
+            queue.put(message)
     os._exit(0)  # the parent is gone: leave now, the checkpoint on disk is whole
 
 

@@ -17,7 +17,8 @@ from typing import Any
 
 from mue.lab.data import Corpus
 from mue.lab.data.spec import describe_data
-from mue.lab.runners.runner import Runner, open_runner
+from mue.lab.runners.open import open_runner
+from mue.lab.runners.runner import Runner
 from mue.lab.sweep.points import AXES, grid_points
 from mue.lab.sweep.spec import SweepSpec, base_plan
 from mue.lab.sweep.storage import Database, MissingError, Trouble, without_password

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -16,37 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import mue
 from mue.lab.data import Corpus
 from mue.lab.models.language import LanguageModel
 from mue.lab.train import checkpoint
-from mue.lab.train.run import Run, Settings, Store
+from mue.lab.train.provenance import provenance
+from mue.lab.train.run import Run, Store
+from mue.lab.train.schedule import lr_factor
 from mue.lab.train.spec import batches_of
 from mue.lab.train.step import autocast, compile_blocks, objective, uncompiled
 from mue.model.apply import init_, param_groups
-from mue.shapes import HParams
 from mue.util.files import write_json
 
 # A run has diverged when its loss is not finite, or stays this many nats above its start for this many steps.
 DIVERGED_NATS, DIVERGED_STEPS = 1.0, 20
 
 Progress = Callable[[int, float], None]
-
-
-def lr_factor(step: int, steps: int, tuned: HParams, settings: Settings) -> float:
-    """The schedule as a factor on every group's peak lr; ratios between groups never change.
-
-    Warmup is linear over ``tuned.warmup`` of the steps (a fraction, so that it scales with the duration: SDE time).
-    """
-    warmup = max(1, round(tuned.warmup * steps))
-    if step < warmup:
-        return (step + 1) / warmup
-    if settings.schedule == "cosine":
-        done = (step + 1 - warmup) / max(1, steps - warmup)
-        return tuned.floor + (1 - tuned.floor) * 0.5 * (1 + math.cos(math.pi * done))
-    decay = max(1, round(settings.decay * steps))
-    left = steps - 1 - step
-    return 1.0 if left >= decay else tuned.floor + (1 - tuned.floor) * (left + 1) / (decay + 1)
 
 
 def train(
@@ -74,22 +56,22 @@ def train(
         OSError: the disk is full; the last good checkpoint stays.
     """
     with ExitStack() as opened:
-        course = enter(run, store, corpus, opened)
-        if not isinstance(course, Course):
-            return course
-        course.compiled = compiled
+        session = open_session(run, store, corpus, opened)
+        if not isinstance(session, TrainingSession):
+            return session
+        session.compiled = compiled
         if compiled:
-            compile_blocks(course.model)
-        while course.status is None:
-            course.train_step()
-            if progress and course.logged:
-                progress(course.step, course.loss)
-            course.keep(checkpoint_seconds, stop())
-        return course.end(keep_weights)
+            compile_blocks(session.model)
+        while session.status is None:
+            session.train_step()
+            if progress and session.logged:
+                progress(session.step, session.loss)
+            session.maybe_checkpoint(checkpoint_seconds, stop())
+        return session.end(keep_weights)
 
 
-def enter(run: Run, store: Store, corpus: Corpus, opened: ExitStack) -> Course | dict[str, Any]:
-    """Begin a run or go on with it: its course, held in ``opened`` with the lock of its folder. Or its result, where it has one.
+def open_session(run: Run, store: Store, corpus: Corpus, opened: ExitStack) -> TrainingSession | dict[str, Any]:
+    """Begin a run or go on with it: its session, held in ``opened`` with the lock of its folder. Or its result, where it has one.
 
     Raises:
         BusyError, ValueError: as :func:`train`.
@@ -100,13 +82,13 @@ def enter(run: Run, store: Store, corpus: Corpus, opened: ExitStack) -> Course |
     batches_of(run, corpus)  # before the folder is made
     folder = opened.enter_context(store.locked(run.key))
     done = store.result(run.key)  # another process may have finished it while we waited
-    return done if done is not None else opened.enter_context(Course(run, folder, corpus))
+    return done if done is not None else opened.enter_context(TrainingSession(run, folder, corpus))
 
 
-class Course:
+class TrainingSession:
     """One run on its way: its model, optimizer and data, its files, and where it stands. Use it as a context.
 
-    :meth:`train_step` computes its steps alone. Where several are computed at once (``mue.lab.train.stacked``), each has its own course, told of
+    :meth:`train_step` computes its steps alone. Where several are computed at once (``mue.lab.train.stacked_session``), each has its own session, told of
     every step by :meth:`advance` and :meth:`record`.
 
     Attributes:
@@ -127,13 +109,13 @@ class Course:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
         self.optimizer = torch.optim.AdamW(param_groups(run.plan, self.model), fused=True)
-        self.step, self.loss, self.held, self.seconds = 0, math.nan, math.nan, 0.0
+        self.step, self.loss, self.val_loss, self.seconds = 0, math.nan, math.nan, 0.0
         self.status: str | None = None
         self.stacked, self.compiled = 1, False
         self.first: float | None = None
         self.above = 0
 
-    def __enter__(self) -> Course:
+    def __enter__(self) -> TrainingSession:
         self._resume()
         write_json(self.folder / "config.json", {"key": self.key, "plan": self.plan.hash, **self.run.to_dict()})
         self.metrics = (self.folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")  # read while it grows
@@ -144,7 +126,7 @@ class Course:
         self.metrics.close()
 
     @property
-    def factor(self) -> float:
+    def lr_factor(self) -> float:
         """The schedule's factor for the next step."""
         return lr_factor(self.step, self.steps, self.tuned, self.settings)
 
@@ -154,7 +136,7 @@ class Course:
         return self.status is not None or self.step % self.settings.log_every == 0
 
     @property
-    def due(self) -> bool:
+    def eval_due(self) -> bool:
         """Is a validation due after the step just taken?"""
         every = self.settings.eval_every
         return self.status is not None or bool(every and self.step % every == 0)
@@ -163,7 +145,7 @@ class Course:
         """One step of this run alone."""
         started = time.monotonic()
         for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self.factor
+            group["lr"] = group["initial_lr"] * self.lr_factor
         tokens_BT, targets_BT = (x.to(self.device) for x in self.batches.at(self.step))
         with autocast(self.device, self.settings):
             output = self.model(tokens_BT, targets_BT)
@@ -176,7 +158,7 @@ class Course:
         if self.settings.balance == "bias":
             self.model.update_bias_(self.tuned.bias_speed)
         self.advance(float(output.loss.detach()))
-        self.record(norm, [r.stats["load"] for r in output.routings], self.validate() if self.due else None)
+        self.record(norm, [r.stats["load"] for r in output.routings], self.validate() if self.eval_due else None)
         self.seconds += time.monotonic() - started
 
     def advance(self, loss: float) -> None:
@@ -206,7 +188,7 @@ class Course:
             held: the validation loss, where one was :attr:`due`. One that is not finite ends the run as diverged.
         """
         if held is not None:
-            self.held = held
+            self.val_loss = held
             self.status = self.status if math.isfinite(held) else "diverged"
         if held is None and self.step % self.settings.log_every and self.step != 1:
             return
@@ -222,7 +204,7 @@ class Course:
             row["load"] = [[round(share, 5) for share in layer] for layer in shares]
         self.metrics.write(json.dumps(row) + "\n")
 
-    def keep(self, checkpoint_seconds: float, stop: bool) -> None:
+    def maybe_checkpoint(self, checkpoint_seconds: float, stop: bool) -> None:
         """Write a checkpoint if one is due; ``stop``: write it now and give the run up."""
         if self.status is not None or not (stop or time.monotonic() - self.saved > checkpoint_seconds):
             return
@@ -283,7 +265,7 @@ class Course:
             "name": shape.name,
             "status": self.status,
             "loss": self.loss if math.isfinite(self.loss) else None,
-            "val_loss": self.held if self.status == "finished" else None,
+            "val_loss": self.val_loss if self.status == "finished" else None,
             "step": self.step,
             "tokens": self.step * self.batch,
             "seconds": round(self.seconds, 3),
@@ -296,30 +278,3 @@ class Course:
             "compiled": self.compiled,
             **provenance(),
         }
-
-
-def provenance() -> dict[str, Any]:
-    """Versions, machine kind and git hash: what a number needs to be believed later."""
-    try:
-        here = Path(__file__).parent
-        git = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
-            cwd=here,
-            capture_output=True,
-            text=True,
-            timeout=10,
-            check=False,
-        ).stdout.strip()
-    except (OSError, subprocess.TimeoutExpired):
-        git = ""
-    machine = f"{platform.machine()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}"
-    if torch.cuda.is_available():
-        machine += f", {torch.cuda.get_device_name()}"
-    return {
-        "git": git or None,
-        "mue": mue.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "machine": machine,
-        "threads": torch.get_num_threads(),
-    }

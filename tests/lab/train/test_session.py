@@ -18,7 +18,8 @@ from mue.lab.models.language import LanguageModel
 from mue.lab.sweep.spec import sweep_from
 from mue.lab.train import checkpoint
 from mue.lab.train.run import BusyError, Run, Settings, Store
-from mue.lab.train.session import lr_factor, train
+from mue.lab.train.schedule import lr_factor
+from mue.lab.train.session import train
 from mue.plan.toml import read_toml
 
 BASE = mue.Dense(32, 32, 2, head_dim=16, sequence=32)

@@ -19,8 +19,8 @@ from mue.lab.data import Corpus, load_corpus
 from mue.lab.data.spec import describe_data
 from mue.lab.sweep.spec import base_plan
 from mue.lab.train.run import Run, Settings
-from mue.lab.train.session import Course
-from mue.lab.train.stacked import Stack, adamw_, stack_kind
+from mue.lab.train.session import TrainingSession
+from mue.lab.train.stacked_session import StackedSession, adamw_, stack_kind
 from support.precision import close, rounding
 
 BASE = mue.Dense(32, 32, 2, head_dim=16, sequence=32)
@@ -69,17 +69,17 @@ def variants(corpus: Corpus, shape: mue.Dense | mue.MoE, balance: str = "bias") 
     return runs
 
 
-def course(run: Run, folder: Path, corpus: Corpus, dtype: torch.dtype) -> Course:
+def session(run: Run, folder: Path, corpus: Corpus, dtype: torch.dtype) -> TrainingSession:
     folder.mkdir(parents=True)
-    made = Course(run, folder, corpus)
+    made = TrainingSession(run, folder, corpus)
     made.model.to(dtype)
     return made
 
 
-def alone(runs: list[Run], root: Path, corpus: Corpus, dtype: torch.dtype, steps: int = STEPS) -> list[Course]:
+def alone(runs: list[Run], root: Path, corpus: Corpus, dtype: torch.dtype, steps: int = STEPS) -> list[TrainingSession]:
     out = []
     for i, run in enumerate(runs):
-        with course(run, root / str(i), corpus, dtype) as made:
+        with session(run, root / str(i), corpus, dtype) as made:
             for _ in range(steps):
                 made.train_step()
         out.append(made)
@@ -88,30 +88,30 @@ def alone(runs: list[Run], root: Path, corpus: Corpus, dtype: torch.dtype, steps
 
 def together(
     runs: list[Run], root: Path, corpus: Corpus, dtype: torch.dtype, size: int, joins: list[int], compiled: bool = False
-) -> list[Course]:
+) -> list[TrainingSession]:
     """Run ``i`` joins after ``joins[i]`` steps of the stack, and leaves after STEPS of its own."""
     with ExitStack() as open_:
-        courses = [open_.enter_context(course(run, root / str(i), corpus, dtype)) for i, run in enumerate(runs)]
-        stack = Stack(courses[0], size, compiled=compiled)
-        while any(c.step < STEPS for c in courses):
-            for i, c in enumerate(courses):
+        sessions = [open_.enter_context(session(run, root / str(i), corpus, dtype)) for i, run in enumerate(runs)]
+        stack = StackedSession(sessions[0], size, compiled=compiled)
+        while any(c.step < STEPS for c in sessions):
+            for i, c in enumerate(sessions):
                 if joins[i] == 0:
-                    stack.put(stack.courses.index(None), c)
+                    stack.put(stack.sessions.index(None), c)
                 joins[i] -= 1
-            if stack.inside:
+            if stack.occupied:
                 stack.step()
-            for place, c in stack.inside:
+            for place, c in stack.occupied:
                 if c.step == STEPS:
                     c.weights = {k: v.clone() for k, v in c.model.state_dict().items()}
                     stack.drop(place)
-    return courses
+    return sessions
 
 
-def rows(c: Course) -> list[dict[str, object]]:
+def rows(c: TrainingSession) -> list[dict[str, object]]:
     return [json.loads(line) for line in (c.folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def assert_same(one: Course, other: Course, tolerance: float) -> None:
+def assert_same(one: TrainingSession, other: TrainingSession, tolerance: float) -> None:
     assert len(rows(one)) == len(rows(other)) > 0
     for a, b in zip(rows(one), rows(other), strict=True):
         assert a.keys() == b.keys()
@@ -160,26 +160,26 @@ def test_a_diverged_variant_costs_its_neighbours_nothing(tmp_path: Path, corpus:
     """Weights of one variant become infinite and NaN: the others' metrics and weights are what they would be."""
     runs = variants(corpus, SHAPES[name])
 
-    def trained(spoil: float | None) -> list[Course]:
+    def trained(spoil: float | None) -> list[TrainingSession]:
         root = tmp_path / str(spoil)
         with ExitStack() as open_:
-            courses = [
-                open_.enter_context(course(run, root / str(i), corpus, torch.float32)) for i, run in enumerate(runs)
+            sessions = [
+                open_.enter_context(session(run, root / str(i), corpus, torch.float32)) for i, run in enumerate(runs)
             ]
-            stack = Stack(courses[0], 3)
-            for place, c in enumerate(courses):
+            stack = StackedSession(sessions[0], 3)
+            for place, c in enumerate(sessions):
                 stack.put(place, c)
             for step in range(STEPS):
                 if step == 3 and spoil is not None:
                     with torch.no_grad():
-                        for p in courses[1].model.parameters():
+                        for p in sessions[1].model.parameters():
                             p.fill_(spoil)
                 if step == 6 and spoil is not None:
-                    assert courses[1].status == "diverged"
-                    assert not math.isfinite(courses[1].loss)
+                    assert sessions[1].status == "diverged"
+                    assert not math.isfinite(sessions[1].loss)
                     stack.drop(1)
                 stack.step()
-        return courses
+        return sessions
 
     clean = trained(None)
     for spoil in (math.nan, math.inf):

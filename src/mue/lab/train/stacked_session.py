@@ -1,9 +1,9 @@
 """Many variants of one model trained as one program: weights with a leading axis of variants, one optimizer step for all.
 
-    stack = Stack(course, size=8)   # of a run of the kind
-    stack.put(0, course)            # the run moves in: from now on its model and optimizer are views of the stack's tensors
-    stack.step()                    # a step of every run in it, each with its own batch, schedule and settings
-    stack.drop(0)                   # and out again; the others notice nothing
+    stack = StackedSession(session, size=8)  # of a run of the kind
+    stack.put(0, session)                    # the run moves in: from now on its model and optimizer are views of the stack's tensors
+    stack.step()                             # a step of every run in it, each with its own batch, schedule and settings
+    stack.drop(0)                            # and out again; the others notice nothing
 
 The leading axis is explicit in the model (``mue.lab.models.language`` broadcasts over it) rather than made by ``torch.func.vmap``: routing to experts
 depends on the data and writes in place, which vmap cannot follow, and a batched product is what vmap would make of a dense model anyway.
@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from mue.lab.models.language import LanguageModel, TransformerBlock
 from mue.lab.models.stacked_moe import StackedMoE
 from mue.lab.train.run import Run
-from mue.lab.train.session import Course
+from mue.lab.train.session import TrainingSession
 from mue.lab.train.step import autocast, compile_blocks, objective, uncompiled
 from mue.util.files import digest
 
@@ -38,7 +38,7 @@ def stack_kind(run: Run) -> str:
     return digest([said["shape"], said["multipliers"], said["data"], batch, settings, run.plan.tuned.z > 0])
 
 
-class Bank:
+class ParameterBank:
     """All parameters of one size, of all variants, with their gradients and Adam's two moments.
 
     Attributes:
@@ -72,17 +72,17 @@ class Bank:
             setting_NV1[i, variant] = group[key]
 
 
-class Stack:
+class StackedSession:
     """``size`` places for runs of one kind, computed together.
 
     Attributes:
-        courses: the run in each place, or None. An empty place costs as much as a full one and has all weights zero.
+        sessions: the run in each place, or None. An empty place costs as much as a full one and has all weights zero.
     """
 
-    def __init__(self, example: Course, size: int, *, compiled: bool = False) -> None:
+    def __init__(self, example: TrainingSession, size: int, *, compiled: bool = False) -> None:
         model = example.model
         self.settings, self.device, self.compiled = example.settings, example.device, compiled
-        self.courses: list[Course | None] = [None] * size
+        self.sessions: list[TrainingSession | None] = [None] * size
         self.idle = copy.deepcopy(model)  # what the empty places route with
         self.model = copy.deepcopy(model)
         self.banks = _stack_parameters(self.model, size)
@@ -94,22 +94,22 @@ class Stack:
         self.adamw_ = torch.compile(adamw_, dynamic=True) if compiled else adamw_
 
     @property
-    def inside(self) -> list[tuple[int, Course]]:
-        """(place, course) of every run under way."""
-        return [(place, course) for place, course in enumerate(self.courses) if course is not None]
+    def occupied(self) -> list[tuple[int, TrainingSession]]:
+        """(place, session) of every run under way."""
+        return [(place, session) for place, session in enumerate(self.sessions) if session is not None]
 
     @torch.no_grad()
-    def put(self, place: int, course: Course) -> None:
+    def put(self, place: int, session: TrainingSession) -> None:
         """A run moves in, with whatever state its optimizer has. Its model must not be trained by other means while it is here."""
-        named = dict(course.model.named_parameters())
-        groups = {p: group for group in course.optimizer.param_groups for p in group["params"]}
+        named = dict(session.model.named_parameters())
+        groups = {p: group for group in session.optimizer.param_groups for p in group["params"]}
         for bank in self.banks:
-            bank.step_NV[:, place] = course.step
+            bank.step_NV[:, place] = session.step
             for i, name in enumerate(bank.names):
-                bank.put(i, place, named[name], groups[named[name]], course.optimizer.state[named[name]])
-        self._route(place, course.model)
-        self.courses[place] = course
-        course.stacked, course.compiled = max(course.stacked, len(self.courses)), self.compiled
+                bank.put(i, place, named[name], groups[named[name]], session.optimizer.state[named[name]])
+        self._route(place, session.model)
+        self.sessions[place] = session
+        session.stacked, session.compiled = max(session.stacked, len(self.sessions)), self.compiled
 
     @torch.no_grad()
     def drop(self, place: int) -> None:
@@ -119,7 +119,7 @@ class Stack:
                 values[:, place] = 0
             bank.setting_3NV1[:, :, place] = 1
         self._route(place, self.idle)
-        self.courses[place] = None
+        self.sessions[place] = None
 
     def step(self) -> None:
         """One step of every run inside, its bookkeeping included; a run that ends stays until it is dropped."""
@@ -128,30 +128,30 @@ class Stack:
             bank.grad_NVS.zero_()
         with autocast(self.device, self.settings):
             output = self.model(tokens_VBT, targets_VBT)
-        tuned = [course.tuned if course else None for course in self.courses]
+        tuned = [session.tuned if session else None for session in self.sessions]
         balance, z = (self._each([getattr(t, name) if t else 0.0 for t in tuned]) for name in ("balance", "z"))
         objective(output, balance, z).sum().backward()  # type: ignore[no-untyped-call]
         norms = self._clip_()
         self._update_()
         losses, loads = output.loss.tolist(), [r.stats["load"] for r in output.routings]
-        for place, course in self.inside:
+        for place, session in self.occupied:
             if self.settings.balance == "bias":
-                course.model.update_bias_(course.tuned.bias_speed)
-            course.advance(losses[place])
+                session.model.update_bias_(session.tuned.bias_speed)
+            session.advance(losses[place])
         held = self._validate()
-        for place, course in self.inside:
-            norm = None if course.tuned.clip is None else norms[place]
-            course.record(norm, [load_VN[place] for load_VN in loads], held.get(place))
+        for place, session in self.occupied:
+            norm = None if session.tuned.clip is None else norms[place]
+            session.record(norm, [load_VN[place] for load_VN in loads], held.get(place))
 
     def _batches(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets (V, B, T): every run's own, drawn once where runs share seed and step."""
         drawn: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
-        for _, course in self.inside:
-            order = course.settings.seed, course.step
+        for _, session in self.occupied:
+            order = session.settings.seed, session.step
             if order not in drawn:
-                drawn[order] = course.batches.at(course.step)
+                drawn[order] = session.batches.at(session.step)
         idle = next(iter(drawn.values()))  # an empty place computes on anything
-        pairs = [drawn.get((c.settings.seed, c.step), idle) if c else idle for c in self.courses]
+        pairs = [drawn.get((c.settings.seed, c.step), idle) if c else idle for c in self.sessions]
         tokens, targets = (torch.stack(part).to(self.device) for part in zip(*pairs, strict=True))
         return tokens, targets
 
@@ -163,7 +163,8 @@ class Stack:
     def _clip_(self) -> list[float]:
         """Scale the gradients of the runs that clip; the norms before it (empty where none clips)."""
         limits = [
-            math.inf if course is None or course.tuned.clip is None else course.tuned.clip for course in self.courses
+            math.inf if session is None or session.tuned.clip is None else session.tuned.clip
+            for session in self.sessions
         ]
         if all(math.isinf(limit) for limit in limits):
             return []
@@ -178,10 +179,10 @@ class Stack:
     @torch.no_grad()
     def _update_(self) -> None:
         rows = []
-        for course in self.courses:
-            step = course.step + 1 if course else 1
-            beta1, beta2 = course.plan.betas if course else (0.0, 0.0)
-            rows.append([step, course.factor if course else 0.0, beta1, beta2, 1 - beta1**step, 1 - beta2**step])
+        for session in self.sessions:
+            step = session.step + 1 if session else 1
+            beta1, beta2 = session.plan.betas if session else (0.0, 0.0)
+            rows.append([step, session.lr_factor if session else 0.0, beta1, beta2, 1 - beta1**step, 1 - beta2**step])
         like = self.banks[0].weight_NVS
         table = torch.tensor(rows, dtype=torch.float64).to(like.device)
         step_V, (factor, *betas) = table[:, 0], (column.to(like.dtype)[:, None] for column in table[:, 1:].unbind(1))
@@ -193,15 +194,15 @@ class Stack:
     @torch.no_grad()
     def _validate(self) -> dict[int, float]:
         """Place → validation loss of the runs for which one is due: together where they are several."""
-        due = {place: course for place, course in self.inside if course.due}
+        due = {place: session for place, session in self.occupied if session.eval_due}
         if len(due) < 2:
-            return {place: course.validate() for place, course in due.items()}
-        models = [self.model, self.idle, *(course.model for _, course in self.inside)]
+            return {place: session.validate() for place, session in due.items()}
+        models = [self.model, self.idle, *(session.model for _, session in self.occupied)]
         for model in models:
             model.eval()
         columns = []
         for x, y in next(iter(due.values())).validation:
-            both = (t.to(self.device).expand(len(self.courses), *t.shape) for t in (x, y))
+            both = (t.to(self.device).expand(len(self.sessions), *t.shape) for t in (x, y))
             with autocast(self.device, self.settings), uncompiled(self.compiled):
                 columns.append(self.model(*both).loss.tolist())
         for model in models:
@@ -229,7 +230,7 @@ def adamw_(
     weight.sub_(lr / correction1 * mean / ((square / correction2).sqrt() + eps))
 
 
-def _stack_parameters(model: LanguageModel, variants: int) -> list[Bank]:
+def _stack_parameters(model: LanguageModel, variants: int) -> list[ParameterBank]:
     """Give every parameter of ``model`` a leading axis of variants, as views of banks with their gradients."""
     for block in model.blocks:
         assert isinstance(block, TransformerBlock)
@@ -238,7 +239,7 @@ def _stack_parameters(model: LanguageModel, variants: int) -> list[Bank]:
     sizes: dict[int, dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         sizes.setdefault(parameter.numel(), {})[name] = parameter
-    banks = [Bank(named, variants) for named in sizes.values()]
+    banks = [ParameterBank(named, variants) for named in sizes.values()]
     for bank, named in zip(banks, sizes.values(), strict=True):
         for old, weight, grad in zip(named.values(), bank.weight_NVS, bank.grad_NVS, strict=True):
             stacked = nn.Parameter(weight.view(variants, *old.shape))
