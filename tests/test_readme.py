@@ -28,9 +28,9 @@ def test_python_snippets_run(code: str, tmp_path: Path, monkeypatch: pytest.Monk
     exec(compile(code, "README.md", "exec"), names)
     if "Tiny" in names:
         model = names["Tiny"](64, 64)  # type: ignore[operator]
-        from mue.layouts.layout import place
+        from mue.layouts.of_model import placed
 
-        assert {p.role for p in place(model)} == {"embedding", "ffn_up", "ffn_down", "head"}
+        assert {p.role for p in placed(model)} == {"embedding", "ffn_up", "ffn_down", "head"}
 
 
 def test_the_diff_runs() -> None:

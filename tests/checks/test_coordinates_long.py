@@ -132,9 +132,9 @@ def test_reused_modules_are_seen_once_for_each_use() -> None:
 
     first.forward = twice  # type: ignore[method-assign]
     from mue.checks.trace import traced
-    from mue.layouts.layout import place
+    from mue.layouts.of_model import placed
 
-    record, _ = traced(place(model), 64, lambda: model(batches(-1)[0]))
+    record, _ = traced(placed(model), 64, lambda: model(batches(-1)[0]))
     uses = [p.placed.name for p in record.products if p.placed.role == "attention_q"]
     assert uses.count("blocks.0.attention.q.weight") == 2 and uses.count("blocks.1.attention.q.weight") == 1
     assert ("attention q", "update") in measure(model, plan, batches, batches(-1), 2)

@@ -20,7 +20,7 @@ import mue
 from mue.cli import app
 from mue.convert.transformers import changed_config
 from mue.fold import coefficients, fold
-from mue.layouts.layout import place
+from mue.layouts.of_model import placed
 from mue.layouts.transformers.disk import StoredNames, stored_shapes
 from mue.model.apply import init_, param_groups
 from mue.model.tensor_plan import tensor_plans
@@ -106,12 +106,12 @@ def test_a_trainers_folder_goes_there_and_back_and_trains_on(family: str, tmp_pa
             loaded(model, b)(input_ids=tokens).logits, logits, operations=2000
         )  # the other form, as it lies
     trained(back.train(), c, K, K)
-    for p, q in zip(place(straight), place(back), strict=True):
+    for p, q in zip(placed(straight), placed(back), strict=True):
         assert float((p.parameter - q.parameter).detach().abs().max()) < 1e-11, p.name
     # In between lies the form with multipliers: every weight over its c, and the optimizer in the other form's groups.
     owners = coefficients(folded, model)
     inside = loaded(model, b).state_dict()
-    for p in place(model):
+    for p in placed(model):
         expected = p.parameter.detach() / owners[p.parameter]
         assert close(inside[p.name], expected, operations=4), p.name
         assert not close(inside[p.name], 1.01 * expected, operations=4), p.name  # the control: not both zero

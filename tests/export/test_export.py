@@ -14,7 +14,7 @@ import mue
 from mue.export import STACKS, export, rows
 from mue.fold import fold
 from mue.lab.models.language import LanguageModel
-from mue.layouts.layout import place
+from mue.layouts.of_model import placed
 from mue.model.apply import param_groups
 from support.command_line import in_process, refused
 from support.paths import GOLDEN
@@ -64,7 +64,7 @@ def test_the_written_groups_are_ours() -> None:
 def test_the_written_init_has_our_standard_deviations() -> None:
     net = model()
     written("torch")["init_"](net, seed=3)
-    for p in place(net):
+    for p in placed(net):
         std = fold(PLAN).role(p.role, p.layer).values.init_std
         if std is None:
             assert torch.equal(p.parameter, torch.ones_like(p.parameter))

@@ -15,7 +15,8 @@ from mue.export import export, rows
 from mue.export.skeleton import read, skeleton
 from mue.export.stacks import STACKS
 from mue.fold import fold
-from mue.layouts.layout import Placed, place
+from mue.layouts.layout import ParamInfo
+from mue.layouts.of_model import placed
 from mue.rules.roles import ROLES
 
 MODELS = [(stack, model) for stack, known in STACKS.items() for model in known.models]
@@ -27,7 +28,7 @@ def transfer(target: mue.Transformer, base_head: int = 8) -> mue.Plan:
     return mue.transfer(base, target, HPARAMS)
 
 
-def fans(p: Placed, target: mue.Transformer, block: mue.Block) -> tuple[int, int]:
+def fans(p: ParamInfo, target: mue.Transformer, block: mue.Block) -> tuple[int, int]:
     """(fan-in, fan-out) of a role in the planned shape, written down a second time."""
     d, kind, part = target.width, ROLES[p.role].kind, ROLES[p.role].part
     kv = target.num_kv_heads * target.head_dim
@@ -68,7 +69,7 @@ def test_every_shape_in_every_stacks_names(
         if name == "moe_fused_v2" and dense:
             continue  # has no dense layers
         made = skeleton(stack, target, name)
-        for p in place(made):
+        for p in placed(made):
             if not ROLES[p.role].vector:
                 assert p.parameter.is_meta
                 wanted = fans(p, target, layers[p.layer or 0])

@@ -110,7 +110,7 @@ def test_fan_in_where_shape_alone_misleads() -> None:
     # GPT-OSS stores experts (expert, in, out) and has equal widths: the last axis is the wrong one, and no shape tells.
     oss = fan_ins("gpt_oss")
     assert oss["model.layers.*.mlp.experts.gate_up_proj"] == ("expert_gate", 2880, 128)
-    assert described("gpt_oss").layout()[[f.pattern for f in described("gpt_oss").found].index(
+    assert described("gpt_oss").layout()[[f.pattern for f in described("gpt_oss").patterns].index(
         "model.layers.*.mlp.experts.gate_up_proj")].axes == ("expert", "in", "out")  # fmt: skip
     # DBRX lays experts one after another: (E·h, d) has fan-in h on the way down, not E·h.
     dbrx = fan_ins("dbrx")
@@ -127,9 +127,9 @@ def test_fan_in_where_shape_alone_misleads() -> None:
 
 
 def test_gains_that_add_one_start_at_zero() -> None:
-    starts = {f.row.start for f in described("gemma3_text").found if f.row and f.row.role == "norm"}
+    starts = {f.row.start for f in described("gemma3_text").patterns if f.row and f.row.role == "norm"}
     assert starts == {0.0}
-    assert {f.row.start for f in described("llama").found if f.row and f.row.role == "norm"} == {1.0}
+    assert {f.row.start for f in described("llama").patterns if f.row and f.row.role == "norm"} == {1.0}
 
 
 def test_gates_are_read_off_the_forward_pass() -> None:

@@ -14,9 +14,8 @@ pytest.importorskip("transformers", reason="model families need the hf extra")
 import torch
 
 import mue
-from mue.layouts.inspect import inspect, walk
+from mue.layouts.inspect import inspect, lines, walk
 from mue.layouts.transformers.families import build, default_config, read_config
-from mue.layouts.transformers.scalings import refuse_scaled
 
 torch.set_num_threads(1)
 
@@ -89,13 +88,13 @@ def test_the_models_own_route_scale_is_seen() -> None:
     assert [(s.attribute, s.value) for s in found.scalings] == [("routed_scaling_factor", 2.5)]
 
 
-def test_a_model_that_is_scaled_already_is_refused() -> None:
+def test_factors_that_a_model_has_already_come_with_what_switches_them_off() -> None:
     config = default_config("granitemoe")
-    refuse_scaled(config)  # all its multipliers are 1
+    assert not any(s.active for s in inspect(config).scalings)  # all its multipliers are 1
     config.residual_multiplier, config.logits_scaling = 0.22, 6.0
-    assert {s.attribute for s in inspect(config).scalings if s.active} == {"residual_multiplier", "logits_scaling"}
-    with pytest.raises(ValueError, match=r"already scaled.*\n.*set \w+ = 1\n.*set \w+ = 1"):
-        refuse_scaled(config)
+    found = inspect(config)
+    assert {s.attribute for s in found.scalings if s.active} == {"residual_multiplier", "logits_scaling"}
+    assert any("residual_multiplier = 0.22" in line and "set residual_multiplier = 1 " in line for line in lines(found))
 
 
 def test_an_undecided_parameter_comes_with_its_line() -> None:

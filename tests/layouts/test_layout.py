@@ -10,7 +10,8 @@ from torch import nn
 
 import mue
 from mue.lab.models.language import LanguageModel
-from mue.layouts.layout import Layout, Placed, canonical, expert_slices, layout_of, place, unwrap
+from mue.layouts.layout import Layout, ParamInfo, canonical, expert_slices, place, unwrap
+from mue.layouts.of_model import layout_of, placed
 
 SHAPES = {
     "dense": mue.Dense(width=32, ffn=48, layers=2, head_dim=16, vocab=40),
@@ -39,30 +40,30 @@ TINY = [Layout("embed.weight", "embedding", ("in", "out")), Layout("out.weight",
 def test_every_parameter_has_one_role_and_the_count_is_the_shapes(name: str) -> None:
     shape = SHAPES[name]
     model = LanguageModel(shape)
-    placed = place(model)
-    assert {p.name for p in placed} == {n for n, _ in model.named_parameters()}
-    assert sum(p.parameter.numel() for p in placed) == shape.parameters
+    params = placed(model)
+    assert {p.name for p in params} == {n for n, _ in model.named_parameters()}
+    assert sum(p.parameter.numel() for p in params) == shape.parameters
     # The shape counts experts one by one, and its shared experts as n_s; tensors hold them stacked.
-    counted = {role: sum(p.experts for p in group) for role, group in by_role(placed).items()}
+    counted = {role: sum(p.experts for p in group) for role, group in by_role(params).items()}
     expected = {r: n for r, n in shape.counts().items() if r != "router_bias"}
     assert counted == expected
 
 
-def by_role(placed: list[Placed]) -> dict[str, list[Placed]]:
-    groups: dict[str, list[Placed]] = {}
+def by_role(placed: list[ParamInfo]) -> dict[str, list[ParamInfo]]:
+    groups: dict[str, list[ParamInfo]] = {}
     for p in placed:
         groups.setdefault(p.role, []).append(p)
     return groups
 
 
 def test_fan_in_comes_from_the_declared_axes() -> None:
-    placed = {p.name: p for p in place(LanguageModel(SHAPES["moe"]))}
-    down = placed["blocks.1.moe.experts_down"]
+    params = {p.name: p for p in placed(LanguageModel(SHAPES["moe"]))}
+    down = params["blocks.1.moe.experts_down"]
     assert (down.fan_in, down.fan_out, down.experts, down.layer) == (24, 32, 4, 1)
-    assert placed["embedding.weight"].fan_in == 40
-    assert placed["head.weight"].fan_in == 32
-    assert placed["final_norm.weight"].layer is None
-    assert placed["blocks.0.moe.shared_down"].fan_in == 40
+    assert params["embedding.weight"].fan_in == 40
+    assert params["head.weight"].fan_in == 32
+    assert params["final_norm.weight"].layer is None
+    assert params["blocks.0.moe.shared_down"].fan_in == 40
 
 
 def test_expert_slices_follow_the_expert_axis() -> None:
@@ -101,7 +102,7 @@ def test_names_that_only_look_wrapped_stay(name: str) -> None:
 
 def test_deepcopy_and_compile_and_data_parallel_names_change_no_role() -> None:
     model = LanguageModel(SHAPES["mixed"])
-    plain = [(p.name, p.role, p.fan_in, p.layer) for p in place(model)]
+    plain = [(p.name, p.role, p.fan_in, p.layer) for p in placed(model)]
     wrapper = nn.Module()
     wrapper.module = model
     for other in (copy.deepcopy(model), torch.compile(model), wrapper, torch.compile(copy.deepcopy(model))):
@@ -109,17 +110,17 @@ def test_deepcopy_and_compile_and_data_parallel_names_change_no_role() -> None:
     compiled = torch.compile(model)
     assert isinstance(compiled, nn.Module)
     assert unwrap(compiled) is model
-    assert place(compiled)[0].parameter is next(model.parameters())
+    assert placed(compiled)[0].parameter is next(model.parameters())
 
 
 def test_a_tied_head_is_one_parameter_found_by_identity() -> None:
     model = LanguageModel(SHAPES["tied"])
-    roles = by_role(place(model))
+    roles = by_role(placed(model))
     assert "head" not in roles and len(roles["embedding"]) == 1
     untied = LanguageModel(SHAPES["dense"])
     with torch.no_grad():
         untied.head.weight.copy_(untied.embedding.weight)  # equal numbers are not the same parameter
-    assert len(by_role(place(untied))["head"]) == 1
+    assert len(by_role(placed(untied))["head"]) == 1
 
 
 def test_an_unknown_parameter_is_named_with_shape_nearest_pattern_and_the_line() -> None:
@@ -180,4 +181,4 @@ def test_a_row_that_makes_no_sense_is_refused(row: tuple[str, str, tuple[str, ..
 
 def test_a_model_without_layout_is_told_what_to_write() -> None:
     with pytest.raises(ValueError, match=r"Tiny declares no parameter layout: give it a method layout\(\)"):
-        place(Tiny())
+        placed(Tiny())

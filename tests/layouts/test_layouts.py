@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mue.layouts.layout import Layout, place
-from mue.layouts.observe.axis_sizes import follow
+from mue.layouts.observe.axis_sizes import axis_sizes
 from mue.layouts.observe.decide import decide
-from mue.layouts.observe.describe import Description, describe, question
-from mue.layouts.observe.param_use import watch
+from mue.layouts.observe.describe import Description, describe
+from mue.layouts.observe.param_use import param_use
 from mue.layouts.transformers.tiny import shrink
 from support.layout_models import UP, Config, Strange
 
@@ -52,7 +52,7 @@ class One(nn.Module):
 def test_the_summed_axis_is_read_from_the_forward_pass(name: str) -> None:
     shape, use, summed = USES[name]
     model = One(shape, use)
-    seen = watch(model, lambda: use(model.w))["w"]
+    seen = param_use(model, lambda: use(model.w))["w"]
     assert seen.summed == {summed} and not seen.looked_up
 
 
@@ -87,7 +87,7 @@ def test_gains_biases_lookups_sinks_and_filters_are_not_matrices() -> None:
         torch.cat([y, model.sink[:, None]], -1).softmax(-1)
         F.conv1d(x.T[None], model.filter, groups=6)
 
-    seen = watch(model, run)
+    seen = param_use(model, run)
     assert seen["table"].looked_up and seen["filter"].convolved and seen["weight"].summed == {(1,)}
     for name in ("gain", "bias", "sink", "rate"):
         assert seen[name].elementwise and not seen[name].summed, name
@@ -103,7 +103,7 @@ def test_an_unknown_family_is_described_but_for_what_only_a_person_can_say() -> 
     assert [f.pattern for f in described.undecided] == ["layers.*.moe.up_stack"]  # gate or up: shapes cannot tell
     with pytest.raises(ValueError, match=r"(?s)no role could be decided.*up_stack', ROLE, \('expert', 'in', 'out'\)\)"):
         described.layout()
-    rows = {f.pattern: f.row for f in strange([UP]).found}
+    rows = {f.pattern: f.row for f in strange([UP]).patterns}
     kinds = {p: (r.role, r.axes) for p, r in rows.items() if r is not None}
     assert kinds["layers.*.moe.chooser"] == ("router", ("out", "in"))
     assert kinds["layers.*.moe.back"] == ("expert_down", ("expert", "in", "out"))
@@ -137,8 +137,8 @@ def test_a_parameter_that_no_forward_pass_reaches_is_undecided() -> None:
             self.spare = nn.Parameter(torch.randn(c.hidden_size, c.hidden_size))
 
     (spare, _) = sorted(strange(build=Idle).undecided, key=lambda f: f.pattern != "spare")
-    assert "never used it" in question(spare)
-    assert "Layout('spare', ROLE, ('out', 'in'))" in question(spare)
+    assert "never used it" in spare.question()
+    assert "Layout('spare', ROLE, ('out', 'in'))" in spare.question()
 
 
 def test_a_plain_layer_the_forward_pass_skips_is_tried_alone() -> None:
@@ -156,9 +156,9 @@ def test_a_dimension_that_cannot_be_doubled_is_reported() -> None:
             raise RuntimeError("only six experts")
         return Strange(c)
 
-    assert "only six experts" in follow(build, Config()).unbuilt["experts"]
+    assert "only six experts" in axis_sizes(build, Config()).unbuilt["experts"]
     with pytest.raises(ValueError, match="no number for the residual width"):
-        follow(build, SimpleNamespace(size=3))
+        axis_sizes(build, SimpleNamespace(size=3))
 
 
 def test_shrinking_keeps_one_layer_of_each_kind() -> None:
@@ -173,7 +173,7 @@ def test_shrinking_keeps_one_layer_of_each_kind() -> None:
 
 def test_roles_of_what_was_never_seen_are_never_guessed() -> None:
     from mue.layouts.observe.decide import Facts
-    from mue.layouts.observe.param_use import Use
+    from mue.layouts.observe.param_use import ParamUse
 
-    nothing = Facts("layers.*.mlp.up_proj.weight", (8, 4), Use(), (frozenset(), frozenset()), (False, True), None)
+    nothing = Facts("layers.*.mlp.up_proj.weight", (8, 4), ParamUse(), (frozenset(), frozenset()), (False, True), None)
     assert decide(nothing).role is None

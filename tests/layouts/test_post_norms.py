@@ -13,7 +13,8 @@ from torch import nn
 
 import mue
 from mue.fold import coefficients, fold
-from mue.layouts.layout import Layout, place
+from mue.layouts.layout import Layout
+from mue.layouts.of_model import placed
 from mue.layouts.transformers.families import default_config, describe_config
 from mue.model.apply import init_, param_groups
 from support.stock_models import planned, stock, tiny, train
@@ -25,7 +26,7 @@ O, DOWN = "model.layers.*.self_attn.o_proj.weight", "model.layers.*.mlp.down_pro
 def ends(family: str) -> dict[str, tuple[str, ...]]:
     found = describe_config(default_config(family))
     assert not found.cancelled
-    return {f.pattern.split(".")[3]: f.row.after for f in found.found if f.row and f.row.after}
+    return {f.pattern.split(".")[3]: f.row.after for f in found.patterns if f.row and f.row.after}
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def multiplied(model: nn.Module, plan: mue.Plan, folded: mue.Plan) -> list[dict[
     model.get_output_embeddings().register_forward_hook(times(plan.head_multiplier))  # type: ignore[operator]
     groups = []
     with torch.no_grad():
-        by_name = {p.name: p for p in place(model)}
+        by_name = {p.name: p for p in placed(model)}
         for parameter, c in coefficients(folded, model).items():
             (p,) = (p for p in by_name.values() if p.parameter is parameter)
             parameter.copy_((parameter + p.gain_offset) / c - p.gain_offset)
@@ -110,13 +111,13 @@ def test_folded_training_is_training_with_multipliers_in_the_forward_pass(family
     mine, theirs = stock(config), stock(config)
     init_(folded, mine)
     theirs.load_state_dict(mine.state_dict())
-    moved = {p.role for p in place(mine) if coefficients(folded, mine)[p.parameter] == pytest.approx(0.5)}
+    moved = {p.role for p in placed(mine) if coefficients(folded, mine)[p.parameter] == pytest.approx(0.5)}
     assert "norm" in moved
     steps = 30
     train(mine, param_groups(folded, mine), steps)
     c = coefficients(folded, mine)
     train(theirs, multiplied(theirs, plan, folded), steps)
-    for p, q in zip(place(mine), place(theirs), strict=True):
+    for p, q in zip(placed(mine), placed(theirs), strict=True):
         effective = (q.parameter + p.gain_offset) * c[p.parameter] - p.gain_offset
         assert float((p.parameter - effective).detach().abs().max()) < BOUND.get(family, 1e-10), p.name
 

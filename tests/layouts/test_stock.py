@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import register_parametrization
 
 import mue
 from mue.fold import fold
-from mue.layouts.layout import place
+from mue.layouts.of_model import placed
 from mue.model.apply import init_, param_groups
 from mue.model.coefficients import coefficients
 from support.precision import close
@@ -43,7 +43,7 @@ class Times(nn.Module):
 def multiplier_form(model: nn.Module, plan: mue.Plan, folded: mue.Plan) -> list[dict[str, Any]]:
     """Wrap every folded weight of ``model`` as c·W, and return the groups of the plan with multipliers."""
     names = {id(p): n for n, p in model.named_parameters()}
-    roles = {p.name: p for p in place(model)}
+    roles = {p.name: p for p in placed(model)}
     groups = []
     for parameter, c in coefficients(folded, model).items():
         name = names[id(parameter)]
@@ -114,7 +114,7 @@ def test_folded_training_on_stock_code_is_multiplier_training(case: str, tmp_pat
     with torch.no_grad():  # what is computed from them is not: read through a mapping, they lie elsewhere in memory
         logits = mine.eval()(input_ids=tokens).logits
         assert close(loaded(input_ids=tokens).logits, logits, operations=OPERATIONS)
-        for place_of, parameter in ((p.name, p.parameter) for p in place(loaded) if p.role in ("attention_v", "head")):
+        for place_of, parameter in ((p.name, p.parameter) for p in placed(loaded) if p.role in ("attention_v", "head")):
             parameter.mul_(1.01)  # negative control: one multiplier off by 1 %
             assert not close(loaded(input_ids=tokens).logits, logits, operations=OPERATIONS), place_of
             parameter.div_(1.01)
@@ -133,7 +133,7 @@ def test_init_and_groups_reach_every_parameter(family: str) -> None:
     init_(folded, model)
     held = [p for g in param_groups(folded, model) for p in g["params"]]
     assert {id(p) for p in held} == {id(p) for p in model.parameters()} and len(held) == len({id(p) for p in held})
-    for p in place(model):
+    for p in placed(model):
         std = folded.role(p.role, p.layer).values.init_std
         if std is not None and p.parameter.numel() > 2000 and "vector" not in p.layout.axes:
             assert float(p.parameter.detach().std()) == pytest.approx(std, rel=0.1), p.name
@@ -163,7 +163,7 @@ def test_queries_train_as_under_another_attention_scale(family: str) -> None:
     mine, theirs = stock(config), stock(config)
     init_(plan, mine)
     theirs.load_state_dict(mine.state_dict())
-    c = {p.name: coefficients(plan, mine)[p.parameter] for p in place(mine)}
+    c = {p.name: coefficients(plan, mine)[p.parameter] for p in placed(mine)}
     ratio = plan.attention_scale * 4  # of the stock 1/√16
     own = {n for n, v in c.items() if v == pytest.approx(ratio)}
     leaves = {n.split("self_attn.")[1] for n in own}
@@ -172,7 +172,7 @@ def test_queries_train_as_under_another_attention_scale(family: str) -> None:
     with torch.no_grad():
         for layer in theirs.model.layers:  # type: ignore[union-attr]
             layer.self_attn.scaling *= ratio  # type: ignore[union-attr,operator]
-        for p in place(theirs):
+        for p in placed(theirs):
             v = plan.role(p.role, p.layer).values
             k = c[p.name] if p.role == "bias" and p.name not in own else 1.0  # the fold's own, of other biases
             assert v.lr is not None and v.weight_decay is not None and v.eps is not None
@@ -183,7 +183,7 @@ def test_queries_train_as_under_another_attention_scale(family: str) -> None:
                 p.parameter.div_(ratio)
     train(mine, param_groups(plan, mine), 30)
     train(theirs, [{**g, "betas": plan.betas} for g in groups], 30)
-    for p, q in zip(place(mine), place(theirs), strict=True):
+    for p, q in zip(placed(mine), placed(theirs), strict=True):
         effective = q.parameter * (ratio if p.name in own else 1.0)
         assert float((p.parameter - effective).detach().abs().max()) < 1e-10, p.name
 

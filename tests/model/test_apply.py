@@ -10,7 +10,8 @@ import torch
 
 import mue
 from mue.lab.models.language import LanguageModel
-from mue.layouts.layout import expert_slices, place
+from mue.layouts.layout import expert_slices
+from mue.layouts.of_model import placed
 from mue.model.apply import init_, param_groups
 from mue.model.match import match_model
 from mue.plan.values import Multipliers
@@ -33,7 +34,7 @@ def test_every_tensor_and_every_expert_has_its_planned_std() -> None:
     plan = planned()
     model = built(plan)
     init_(plan, model, seed=3)
-    for p in place(model):
+    for p in placed(model):
         if p.role in ("norm", "qk_norm", "final_norm"):
             assert torch.equal(p.parameter, torch.ones_like(p.parameter))
             continue
@@ -91,7 +92,7 @@ def test_groups_hold_every_parameter_once_with_its_planned_setting() -> None:
     seen = [id(p) for g in groups for p in g["params"]]
     assert len(seen) == len(set(seen)) == len(list(model.parameters()))
     of = {id(p): g for g in groups for p in g["params"]}
-    for p in place(model):
+    for p in placed(model):
         values, group = plan.role(p.role, p.layer).values, of[id(p.parameter)]
         assert (group["lr"], group["weight_decay"], group["eps"]) == (values.lr, values.weight_decay, values.eps)
         assert p.role in group["roles"] and group["initial_lr"] == group["lr"] and group["betas"] == plan.betas

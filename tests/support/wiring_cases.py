@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import mue
 from mue.checks import Report
 from mue.lab.models.language import LanguageModel
-from mue.layouts.layout import Placed, place
+from mue.layouts.layout import ParamInfo
+from mue.layouts.of_model import placed
 
 BASE = mue.Dense(width=32, ffn=64, layers=1, head_dim=32, sequence=32, vocab=96)
 TUNED = mue.HParams(lr=4e-3, weight_decay=0.1, init_std=0.04, eps=1e-10)
@@ -48,9 +49,9 @@ class Case:
     def ours(self) -> bool:
         return self.family in OURS
 
-    def of(self, *roles: str) -> list[Placed]:
+    def of(self, *roles: str) -> list[ParamInfo]:
         """The tensors of some roles, also where they are fused with others."""
-        return [p for p in place(self.model) if {p.role, *p.layout.parts} & set(roles)]
+        return [p for p in placed(self.model) if {p.role, *p.layout.parts} & set(roles)]
 
     def low(self) -> Case:
         """The same in bfloat16."""
@@ -60,14 +61,14 @@ class Case:
                 module.turn = module.turn.float()  # the table of rotations stays in float32
         return self
 
-    def module(self, placed: Placed) -> nn.Module:
+    def module(self, placed: ParamInfo) -> nn.Module:
         """The module that owns a tensor."""
         owner = (
             placed.name.removesuffix(".weight") if placed.name.endswith(".weight") else placed.name.rpartition(".")[0]
         )
         return self.model.get_submodule(owner)
 
-    def group(self, placed: Placed) -> dict[str, Any]:
+    def group(self, placed: ParamInfo) -> dict[str, Any]:
         """The optimizer group that holds a tensor."""
         return next(g for g in self.optimizer.param_groups if any(p is placed.parameter for p in g["params"]))
 

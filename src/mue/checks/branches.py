@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mue.checks.trace import Added, Product, Record
-from mue.layouts.layout import Placed, expert_slices
+from mue.layouts.layout import ParamInfo, expert_slices
 from mue.rules.roles import ROLES
 
 Activation = Callable[[Tensor], Tensor]
@@ -126,7 +126,7 @@ def branches(record: Record) -> list[Branch]:
 # ---- weights -----------------------------------------------------------------------------------------------------------
 
 
-def matrices(p: Placed, tensor: Tensor, experts: bool) -> Iterator[tuple[str, Tensor]]:
+def matrices(p: ParamInfo, tensor: Tensor, experts: bool) -> Iterator[tuple[str, Tensor]]:
     """(role, matrix as (out, in)) of one tensor, the parts of a fused one apart. ``experts``: the expert axis is gone."""
     axes = [a.removeprefix("expert*") for a in p.layout.axes if not (experts and a == "expert")]
     out, inner = axes.index("out"), axes.index("in")
@@ -135,7 +135,7 @@ def matrices(p: Placed, tensor: Tensor, experts: bool) -> Iterator[tuple[str, Te
     yield from zip(parts, whole.chunk(len(parts), 0), strict=True)
 
 
-def dense_parts(placed: Iterable[Placed], layer: int, kind: str, dtype: torch.dtype) -> FeedForward | None:
+def dense_parts(placed: Iterable[ParamInfo], layer: int, kind: str, dtype: torch.dtype) -> FeedForward | None:
     """The dense or shared feed-forward of a layer; several shared experts side by side are one of their joint width."""
     found: dict[str, list[Tensor]] = {}
     for p in placed:
@@ -146,7 +146,7 @@ def dense_parts(placed: Iterable[Placed], layer: int, kind: str, dtype: torch.dt
     return _assembled(found)
 
 
-def expert_parts(placed: Iterable[Placed], layer: int, dtype: torch.dtype) -> Iterator[FeedForward]:
+def expert_parts(placed: Iterable[ParamInfo], layer: int, dtype: torch.dtype) -> Iterator[FeedForward]:
     """Every routed expert of a layer, one after another (their copies are freed as they go)."""
     own = [p for p in placed if p.layer == layer and ROLES[p.role].kind == "expert"]
     stacked = [p for p in own if "expert" in p.layout.axes or p.layout.stacked > 1]
@@ -155,7 +155,7 @@ def expert_parts(placed: Iterable[Placed], layer: int, dtype: torch.dtype) -> It
         for many in zip(*slices, strict=True):
             yield _expert(zip(stacked, many, strict=True), "expert", dtype)
         return
-    apart: dict[int, list[tuple[Placed, Tensor]]] = {}
+    apart: dict[int, list[tuple[ParamInfo, Tensor]]] = {}
     for p in own:
         match = p.layout.regex.fullmatch(p.name)
         assert match is not None
@@ -164,7 +164,7 @@ def expert_parts(placed: Iterable[Placed], layer: int, dtype: torch.dtype) -> It
         yield _expert(apart[expert], "", dtype)
 
 
-def _expert(pairs: Iterable[tuple[Placed, Tensor]], gone: str, dtype: torch.dtype) -> FeedForward:
+def _expert(pairs: Iterable[tuple[ParamInfo, Tensor]], gone: str, dtype: torch.dtype) -> FeedForward:
     found: dict[str, list[Tensor]] = {}
     for p, tensor in pairs:
         for role, m in matrices(p, tensor, bool(gone)):
@@ -185,7 +185,7 @@ def _assembled(found: dict[str, list[Tensor]]) -> FeedForward | None:
 
 
 def coefficients(
-    branch: Branch, placed: Sequence[Placed], tokens: int = 64, likely: Coefficients | None = None
+    branch: Branch, placed: Sequence[ParamInfo], tokens: int = 64, likely: Coefficients | None = None
 ) -> Coefficients | None:
     """Solve for what a feed-forward branch is made of, on its first ``tokens`` tokens; None where its input was not seen.
 
@@ -212,7 +212,7 @@ def coefficients(
 
 
 def columns(
-    layer: int, placed: Sequence[Placed], x_TD: Tensor, activation: str, swapped: bool = False
+    layer: int, placed: Sequence[ParamInfo], x_TD: Tensor, activation: str, swapped: bool = False
 ) -> tuple[Tensor | None, Tensor | None]:
     """(N, T, D) of the routed experts and (T, D) of the dense or shared feed-forward, without any multiplier."""
     act = ACTIVATIONS[activation]
@@ -226,7 +226,7 @@ def columns(
 
 
 def _solved(
-    layer: int, placed: Sequence[Placed], x_TD: Tensor, y_TD: Tensor, activation: str, swapped: bool
+    layer: int, placed: Sequence[ParamInfo], x_TD: Tensor, y_TD: Tensor, activation: str, swapped: bool
 ) -> Coefficients | None:
     routed, single = columns(layer, placed, x_TD, activation, swapped)
     every = [m for m in (routed, None if single is None else single[None]) if m is not None]

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 
 from mue.checks.branches import Branch, Coefficients, branches, coefficients
 from mue.checks.trace import Record, traced
-from mue.layouts.layout import Placed, place, unwrap
+from mue.layouts.layout import ParamInfo, unwrap
+from mue.layouts.of_model import placed
 from mue.model.apply import param_groups
 from mue.model.tensor_plan import TensorPlan, tensor_plans
 from mue.plan.plan import PlanData
@@ -38,8 +39,8 @@ class Context:
     extra: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
-    def placed(self) -> list[Placed]:
-        return place(self.model)
+    def placed(self) -> list[ParamInfo]:
+        return placed(self.model)
 
     @cached_property
     def tensor_plans(self) -> list[TensorPlan]:
@@ -56,7 +57,7 @@ class Context:
         return any(p.is_meta for p in self.model.parameters())
 
     @cached_property
-    def names(self) -> dict[int, Placed]:
+    def names(self) -> dict[int, ParamInfo]:
         return {id(p.parameter): p for p in self.placed}
 
     def forward(self) -> Any:

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from mue.checks.branches import Branch, Coefficients, branches, coefficients, columns
 from mue.checks.context import Loss, evaluating, forward, logits_of, loss_of
 from mue.checks.trace import Record, traced
-from mue.layouts.layout import Placed, place, unwrap
+from mue.layouts.layout import ParamInfo, unwrap
+from mue.layouts.of_model import placed
 from mue.model.apply import param_groups
 from mue.plan.fold import unfold
 from mue.plan.plan import PlanData
@@ -45,17 +46,17 @@ def measure(
     loss: Loss | None = None,
 ) -> Values:
     """{(module, quantity): rms} after ``steps`` of training; ``size`` is taken before, ``update`` is the change."""
-    placed, inner = place(model), unwrap(model)
+    params, inner = placed(model), unwrap(model)
     unfolded = unfold(plan)
     optimizer = make_optimizer(plan, model)
 
     def look() -> tuple[Record, Any]:
         with evaluating(inner):
-            return traced(placed, plan.target.width, lambda: forward(inner, held))
+            return traced(params, plan.target.width, lambda: forward(inner, held))
 
     before = look()
-    old = {p.name: p.parameter.detach().clone() for p in placed}
-    parts = _parts(before[0], placed)
+    old = {p.name: p.parameter.detach().clone() for p in params}
+    parts = _parts(before[0], params)
     for step in range(steps):
         optimizer.zero_grad(set_to_none=True)
         loss_of(model, batches(step), loss).backward()  # type: ignore[no-untyped-call]
@@ -63,7 +64,7 @@ def measure(
     optimizer.zero_grad(set_to_none=True)
     after = look()
     found = _compared(_activations(*before, unfolded), _activations(*after, unfolded))
-    found.update(_by_weights(placed, old, parts, unfolded.residual_multiplier))
+    found.update(_by_weights(params, old, parts, unfolded.residual_multiplier))
     return found
 
 
@@ -103,7 +104,7 @@ def _rms(tensors: list[Tensor]) -> float:
 # ---- which weights changed the output of a feed-forward -------------------------------------------------------------------
 
 
-def _parts(record: Record, placed: list[Placed], tokens: int = 32) -> list[tuple[Branch, Coefficients]]:
+def _parts(record: Record, placed: list[ParamInfo], tokens: int = 32) -> list[tuple[Branch, Coefficients]]:
     found: list[tuple[Branch, Coefficients]] = []
     for b in branches(record):
         if b.kind == "feed-forward":
@@ -115,7 +116,7 @@ def _parts(record: Record, placed: list[Placed], tokens: int = 32) -> list[tuple
 
 @torch.no_grad()
 def _by_weights(
-    placed: list[Placed], old: Mapping[str, Tensor], parts: list[tuple[Branch, Coefficients]], residual: float
+    placed: list[ParamInfo], old: Mapping[str, Tensor], parts: list[tuple[Branch, Coefficients]], residual: float
 ) -> Values:
     """Change of the feed-forward's output, at the first inputs and gates, by its new down weights and by its new up and gate."""
     new = {p.name: p.parameter.detach().clone() for p in placed}
@@ -140,7 +141,7 @@ def _by_weights(
     }
 
 
-def _output(placed: list[Placed], b: Branch, c: Coefficients) -> Tensor:
+def _output(placed: list[ParamInfo], b: Branch, c: Coefficients) -> Tensor:
     given = b.given
     assert given is not None
     x = given[: max(c.routed.shape[0], 1)].double()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mue.layouts.layout import Placed
+from mue.layouts.layout import ParamInfo
 
 # Kernel → positions of its two factors.
 _PRODUCTS = {
@@ -37,7 +37,7 @@ _SCALED = frozenset({"_to_copy", "clone", "mul", "div", "mul_", "div_"})  # the 
 class Product:
     """One product with a parameter: the other factor, as rows where it stands on the left, and the result."""
 
-    placed: Placed
+    placed: ParamInfo
     given: Tensor
     out: Tensor
     transposed: bool = False
@@ -86,11 +86,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     wants_plain_operators = True  # mue.moe.experts then takes no fused kernel, whose inside cannot be seen
 
-    def __init__(self, placed: Iterable[Placed], width: int) -> None:
+    def __init__(self, placed: Iterable[ParamInfo], width: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.record = Record()
         self._width = width
-        self._parameters: dict[int, list[tuple[int, int, Placed]]] = {}
+        self._parameters: dict[int, list[tuple[int, int, ParamInfo]]] = {}
         self._aliases: dict[int, Tensor] = {}
         self._alive: list[Tensor] = []
         self._since: list[Product] = []
@@ -114,12 +114,12 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     # ---- parameters ---------------------------------------------------------------------------------------------
 
-    def _hold(self, t: Tensor, p: Placed) -> None:
+    def _hold(self, t: Tensor, p: ParamInfo) -> None:
         start = int(t.storage_offset())
         self._parameters.setdefault(_key(t), []).append((start, start + max(int(t.numel()), 1), p))
         self._alive.append(t)
 
-    def _parameter(self, t: object) -> Placed | None:
+    def _parameter(self, t: object) -> ParamInfo | None:
         if not isinstance(t, Tensor) or not t.is_floating_point():
             return None
         for start, end, p in self._parameters.get(_key(t), []):
@@ -212,7 +212,7 @@ def _key(t: Tensor) -> int:
         return -1
 
 
-def traced(placed: Iterable[Placed], width: int, run: Callable[[], Any]) -> tuple[Record, Any]:
+def traced(placed: Iterable[ParamInfo], width: int, run: Callable[[], Any]) -> tuple[Record, Any]:
     """Call ``run`` without gradients and return what was seen and what it returned."""
     with torch.no_grad(), Trace(placed, width) as trace:
         out = run()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from mue.layouts.layout import Placed
+from mue.layouts.layout import ParamInfo
 from mue.model.tensor_plan import TensorPlan, tensor_plans
 from mue.plan.fold import folded_values
 from mue.plan.plan import PlanData
@@ -72,7 +72,7 @@ def rows(plan: PlanData, model: nn.Module, extra: Mapping[str, float] | None = N
         raise ValueError(
             f"exports speak AdamW, and this plan is for {plan.tuned.optimizer!r}: use mue.model.apply in your own loop"
         )
-    kinds: dict[str, dict[ExportRow, list[Placed]]] = {}
+    kinds: dict[str, dict[ExportRow, list[ParamInfo]]] = {}
     for s in tensor_plans(plan, model):
         if not ROLES[s.placed.role].trained:
             continue
@@ -106,5 +106,5 @@ def _row(plan: PlanData, s: TensorPlan, c: float) -> ExportRow:
     )
 
 
-def _layers(placed: Sequence[Placed]) -> tuple[int, ...]:
+def _layers(placed: Sequence[ParamInfo]) -> tuple[int, ...]:
     return tuple(sorted({p.layer for p in placed if p.layer is not None}))

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from mue.layouts.layout import Layout, Placed, pattern_of, place
-from mue.layouts.observe.describe import Description, question
+from mue.layouts.layout import Layout, ParamInfo, pattern_of, place
+from mue.layouts.observe.describe import Description
 from mue.layouts.sources import Source, source_of
 from mue.layouts.transformers import gate_moments as measure
 from mue.layouts.transformers.disk import Stored, compared
@@ -104,7 +104,7 @@ def inspect(
     given = source_of(source, rows, config)
     description = given.describe()
     model = given.model()
-    undecided = tuple(question(f) for f in description.undecided)
+    undecided = tuple(f.question() for f in description.undecided)
     routing = None
     if given.declared is None:
         routing = routers(given.config, description, given.describe)
@@ -162,13 +162,13 @@ def _rows(model: torch.nn.Module, description: Description) -> tuple[Row, ...]:
     for name, p in model.named_parameters():
         shapes.setdefault(pattern_of(name), []).append(tuple(p.shape))
         example.setdefault(pattern_of(name), p)
-    found = {f.pattern: f for f in description.found}
+    found = {f.pattern: f for f in description.patterns}
     rows = []
     for pattern, many in shapes.items():
         f = found[pattern]
         fan_in = None
         if f.row is not None and "vector" not in f.row.axes:
-            fan_in = Placed(pattern, example[pattern], f.row, None).fan_in
+            fan_in = ParamInfo(pattern, example[pattern], f.row, None).fan_in
         role, parts, axes = (f.row.role, f.row.parts, f.row.axes) if f.row else (None, (), f.axes)
         rows.append(Row(pattern, role, parts, axes, many[0], fan_in, len(many), sum(map(prod, many)), f.how))
     return tuple(rows)
@@ -194,7 +194,7 @@ def walk(families: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
         yield {
             **result,
             "passed": not undecided,
-            "parameters": len(found.found),
+            "parameters": len(found.patterns),
             "undecided": undecided,
             "reason": reason,
         }

@@ -81,7 +81,7 @@ class HasLayout(Protocol):
 
 
 @dataclass(frozen=True)
-class Placed:
+class ParamInfo:
     """One parameter with its role: canonical ``name``, layer (None outside the blocks), axes and shape."""
 
     name: str
@@ -153,37 +153,18 @@ def unwrap(model: nn.Module) -> nn.Module:
         model = inner
 
 
-def layout_of(model: nn.Module) -> Sequence[Layout]:
-    """The table a model declares, or, for a model of ``transformers``, the one that is observed.
-
-    Raises:
-        ValueError: neither, with the fix; parameters of a stock model whose role cannot be decided.
-    """
-    inner = unwrap(model)
-    if isinstance(inner, HasLayout):
-        return inner.layout()
-    if hasattr(getattr(inner, "config", None), "model_type"):
-        from mue.layouts.transformers.stock import stock
-
-        return stock(inner).description.layout()
-    raise ValueError(
-        f"{type(inner).__name__} declares no parameter layout: give it a method layout() that returns mue.Layout rows"
-        " (pattern, role, axes), one for each kind of parameter"
-    )
-
-
-def place(model: nn.Module, layout: Sequence[Layout] | None = None) -> list[Placed]:
+def place(model: nn.Module, rows: Sequence[Layout]) -> list[ParamInfo]:
     """Every trainable parameter with its role, in the model's order; a tied parameter once, under its first name.
 
     Raises:
         ValueError: a parameter that no row or more than one row matches, a row that matches nothing, a layout with
             another number of axes than the tensor. All of a model's faults are listed, not only the first.
     """
-    table = list(layout_of(model) if layout is None else layout)
+    table = list(rows)
     regexes = [row.regex for row in table]
     used: set[int] = set()
     faults: list[str] = []
-    placed: list[Placed] = []
+    placed: list[ParamInfo] = []
     for raw, parameter in model.named_parameters():  # yields a tied parameter once
         name = canonical(raw)
         hits = [(i, m) for i, regex in enumerate(regexes) if (m := regex.fullmatch(name))]
@@ -200,7 +181,7 @@ def place(model: nn.Module, layout: Sequence[Layout] | None = None) -> list[Plac
         else:
             row, match = table[hits[0][0]], hits[0][1]
             layer = int(match[1]) if match.lastindex and match[1].isdigit() else None
-            placed.append(Placed(name, parameter, row, layer))
+            placed.append(ParamInfo(name, parameter, row, layer))
     patterns = {row.pattern for row in table}
     faults += [
         f"layout row {row.pattern!r} comes after {other!r}, which is no row's pattern: write it as that row does"
@@ -239,7 +220,7 @@ def _unknown(name: str, parameter: Tensor, table: Iterable[Layout]) -> str:
     return f"{name} {tuple(parameter.shape)} has no role{hint}; add e.g. Layout({pattern!r}, ROLE, {axes})"
 
 
-def expert_slices(p: Placed) -> Iterator[tuple[int | None, Tensor]]:
+def expert_slices(p: ParamInfo) -> Iterator[tuple[int | None, Tensor]]:
     """(expert index, its slice) of a stacked tensor, or (None, the tensor) of an ordinary one."""
     parameter = p.parameter.detach()
     merged = next((i for i, a in enumerate(p.layout.axes) if a.startswith("expert*")), None)

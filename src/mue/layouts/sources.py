@@ -15,7 +15,7 @@ from torch import nn
 
 from mue.layouts.layout import HasLayout, Layout, pattern_of, unwrap
 from mue.layouts.observe.axis_sizes import Build
-from mue.layouts.observe.describe import Description, Found
+from mue.layouts.observe.describe import Description, ParamPattern
 from mue.layouts.transformers.disk import has_weights
 from mue.layouts.transformers.families import build, config_of, describe_config, read_config
 from mue.util.importing import imported
@@ -54,7 +54,7 @@ class Source:
         for pattern, (name, shape) in patterns.items():
             row = next((r for r in table if r.regex.fullmatch(name)), None)
             found.append(
-                Found(pattern, shape, row, "declared by the model" if row else "the model's layout has no row")
+                ParamPattern(pattern, shape, row, "declared by the model" if row else "the model's layout has no row")
             )
         return Description(tuple(found))
 

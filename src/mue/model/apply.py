@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mue.layouts.layout import Placed, expert_slices
+from mue.layouts.layout import ParamInfo, expert_slices
 from mue.model.tensor_plan import TensorPlan, tensor_plans
 from mue.plan.plan import PlanData
 from mue.rules.roles import ROLES
@@ -58,7 +58,7 @@ def init_(plan: PlanData, model: nn.Module, seed: int = 0) -> None:
             p.parameter.copy_(distribute_tensor(values_here, mesh, placements))
 
 
-def _name_of_all(p: Placed) -> str:
+def _name_of_all(p: ParamInfo) -> str:
     """One name for the same tensor of every expert of a layer, where experts are modules of their own."""
     parts, layer = [], str(p.layer)
     for i, part in enumerate(re.split(r"(\*)", p.layout.pattern)):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from mue.layouts.layout import HasLayout, Placed, unwrap, weights_beside
+from mue.layouts.layout import HasLayout, ParamInfo, unwrap, weights_beside
 from mue.model.match import match_model
 from mue.plan.fold import unfold
 from mue.plan.plan import PlanData
@@ -16,7 +16,7 @@ from mue.plan.plan import PlanData
 class TensorFold(NamedTuple):
     """One tensor's c: what the plan's values for its role have in them, and what this tensor has beyond that."""
 
-    placed: Placed
+    placed: ParamInfo
     planned: float
     own: float = 1.0
 
@@ -47,7 +47,7 @@ def tensor_folds(plan: PlanData, model: nn.Module) -> list[TensorFold]:
     return tensor_folds_of(plan, placed, queries)
 
 
-def tensor_folds_of(plan: PlanData, placed: Sequence[Placed], queries: Mapping[str, float]) -> list[TensorFold]:
+def tensor_folds_of(plan: PlanData, placed: Sequence[ParamInfo], queries: Mapping[str, float]) -> list[TensorFold]:
     """:func:`tensor_folds` for parameters that already have their roles; ``queries``: name → what the query carries."""
     branch = 1.0 if plan.folding is None else unfold(plan).residual_multiplier
     ended = {pattern for p in placed for pattern in p.layout.after}
@@ -60,14 +60,14 @@ def tensor_folds_of(plan: PlanData, placed: Sequence[Placed], queries: Mapping[s
     return [weights[p.name] if p.role != "bias" else _of_bias(p, weights, folds) for p in placed]
 
 
-def _planned(plan: PlanData, p: Placed) -> float:
+def _planned(plan: PlanData, p: ParamInfo) -> float:
     if plan.folding is None:
         return 1.0
     index = 0 if p.layer is None else plan.block_of(p.layer)  # outside the blocks, every block says the same
     return plan.folding.coefficients[index].get(p.role, 1.0)
 
 
-def _of_bias(bias: Placed, weights: Mapping[str, TensorFold], folds: bool) -> TensorFold:
+def _of_bias(bias: ParamInfo, weights: Mapping[str, TensorFold], folds: bool) -> TensorFold:
     """A bias is scaled with the weight it is added to."""
     for name in weights_beside(bias.name):
         if name in weights:

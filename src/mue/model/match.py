@@ -7,14 +7,15 @@ from dataclasses import replace
 
 from torch import nn
 
-from mue.layouts.layout import HasLayout, Placed, place, unwrap
+from mue.layouts.layout import HasLayout, ParamInfo, unwrap
+from mue.layouts.of_model import placed
 from mue.plan.plan import PlanData
 from mue.plan.values import Multipliers
 from mue.rules.roles import ROLES
 from mue.shapes import Block
 
 
-def match_model(plan: PlanData, model: nn.Module) -> list[Placed]:
+def match_model(plan: PlanData, model: nn.Module) -> list[ParamInfo]:
     """The model's parameters with their roles, after checking that it is the model that was planned.
 
     Fan-in and number of experts of every tensor must be the target's, every role the plan counts must be there, and
@@ -23,24 +24,24 @@ def match_model(plan: PlanData, model: nn.Module) -> list[Placed]:
     Raises:
         ValueError: a parameter without a role; a model of other shapes or multipliers than planned, all faults at once.
     """
-    placed = place(model)
-    faults = _shape_faults(plan, placed)
+    params = placed(model)
+    faults = _shape_faults(plan, params)
     if isinstance(unwrap(model), HasLayout):
         faults += _multiplier_faults(plan, model)
     else:
         from mue.model.stock import stock_faults
 
         faults += stock_faults(plan, model)
-    return _or_refused(plan, placed, faults)
+    return _or_refused(plan, params, faults)
 
 
-def match_sizes(plan: PlanData, model: nn.Module) -> list[Placed]:
+def match_sizes(plan: PlanData, model: nn.Module) -> list[ParamInfo]:
     """:func:`match_model` without a look at multipliers: for weights whose form is known otherwise."""
-    placed = place(model)
-    return _or_refused(plan, placed, _shape_faults(plan, placed))
+    params = placed(model)
+    return _or_refused(plan, params, _shape_faults(plan, params))
 
 
-def _or_refused(plan: PlanData, placed: list[Placed], faults: list[str]) -> list[Placed]:
+def _or_refused(plan: PlanData, placed: list[ParamInfo], faults: list[str]) -> list[ParamInfo]:
     if faults:
         raise ValueError(
             f"this model is not the planned {plan.target.name} (plan {plan.hash}):\n  " + "\n  ".join(faults)
@@ -48,9 +49,9 @@ def _or_refused(plan: PlanData, placed: list[Placed], faults: list[str]) -> list
     return placed
 
 
-def _shape_faults(plan: PlanData, placed: list[Placed]) -> list[str]:
+def _shape_faults(plan: PlanData, placed: list[ParamInfo]) -> list[str]:
     layers = plan.target.per_layer
-    routers: dict[int | None, list[Placed]] = {}
+    routers: dict[int | None, list[ParamInfo]] = {}
     for p in placed:
         if p.role == "router":
             routers.setdefault(p.layer, []).append(p)
@@ -67,7 +68,7 @@ def _shape_faults(plan: PlanData, placed: list[Placed]) -> list[str]:
     return faults + _latent_faults(plan, placed)
 
 
-def _misfit(plan: PlanData, layers: Sequence[Block], p: Placed, routers: list[Placed]) -> str | None:
+def _misfit(plan: PlanData, layers: Sequence[Block], p: ParamInfo, routers: list[ParamInfo]) -> str | None:
     if p.layer is not None and p.layer >= len(layers):
         return f"{p.name} is in layer {p.layer}, the plan has {len(layers)} layers"
     if not ROLES[p.role].drawn:
@@ -83,7 +84,7 @@ def _misfit(plan: PlanData, layers: Sequence[Block], p: Placed, routers: list[Pl
 
 
 def _expected(
-    plan: PlanData, block: Block | None, p: Placed, routers: list[Placed]
+    plan: PlanData, block: Block | None, p: ParamInfo, routers: list[ParamInfo]
 ) -> list[tuple[str, int, tuple[int, ...]]]:
     """(what, found, planned) of one tensor's sizes; ``routers`` are all of its layer."""
     t = plan.target
@@ -114,16 +115,16 @@ def _expected(
     return sizes
 
 
-def _latents(width: int, outs: tuple[int, ...], routers: list[Placed]) -> set[int]:
+def _latents(width: int, outs: tuple[int, ...], routers: list[ParamInfo]) -> set[int]:
     """Sizes inside a router that is a small MLP: what one of its matrices puts out and another reads, the last one the scores."""
     read, written = {p.fan_in for p in routers}, {p.fan_out for p in routers}
     return (read & written) - {width} if width in read and written & set(outs) else set()
 
 
-def _latent_faults(plan: PlanData, placed: Iterable[Placed]) -> list[str]:
+def _latent_faults(plan: PlanData, placed: Iterable[ParamInfo]) -> list[str]:
     """q, k and v read the residual stream, or a latent that another of them read from it (latent attention)."""
     width = plan.target.width
-    fan_ins: dict[int | None, list[Placed]] = {}
+    fan_ins: dict[int | None, list[ParamInfo]] = {}
     for p in placed:
         role = ROLES[p.role]
         if role.reads_residual and role.kind == "attention":

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Mapping
 
 from torch import nn
 
-from mue.layouts.layout import Placed, unwrap
+from mue.layouts.layout import ParamInfo, unwrap
+from mue.layouts.observe.config import integers, text_config
 from mue.layouts.observe.describe import Description
 from mue.layouts.transformers.scalings import scalings
 from mue.layouts.transformers.shape import Routers
 from mue.layouts.transformers.stock import is_stock, stock
-from mue.layouts.transformers.tiny import numbers, text_config
 from mue.plan.fold import unfold
 from mue.plan.plan import PlanData
 from mue.util.text import number
@@ -57,12 +57,12 @@ def _norm_faults(plan: PlanData, description: Description) -> list[str]:
     return [
         f"{f.pattern} ({f.row.role}) is followed by a norm that cancels its scale and has no gain of its own, so the plan's"
         " residual multiplier has no place: use a base of as many layers, or give that norm a gain"
-        for f in description.found
+        for f in description.patterns
         if f.row is not None and f.pattern in description.cancelled
     ]
 
 
-def query_coefficients(plan: PlanData, model: nn.Module, placed: Iterable[Placed]) -> Mapping[str, float]:
+def query_coefficients(plan: PlanData, model: nn.Module, placed: Iterable[ParamInfo]) -> Mapping[str, float]:
     """By name, what the queries are multiplied by so that the stock attention scale becomes the planned one.
 
     It goes into the gain of the query norm where there is one, else into the query projection.
@@ -73,7 +73,7 @@ def query_coefficients(plan: PlanData, model: nn.Module, placed: Iterable[Placed
     if not is_stock(model):
         return {}
     inner, t = unwrap(model), plan.target
-    size = numbers(text_config(inner.config)).get("qk_head_dim", t.head_dim)
+    size = integers(text_config(inner.config)).get("qk_head_dim", t.head_dim)
     wanted = plan.attention_scale * t.head_dim / size
     scales = [getattr(m, "scaling", None) for m in inner.modules()]
     found = {x for x in scales if isinstance(x, float)} or {size**-0.5}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from torch import nn
 
-from mue.layouts.layout import Placed
+from mue.layouts.layout import ParamInfo
 from mue.plan.plan import PlanData
 from mue.plan.values import Values
 from mue.rules.roles import ROLES
@@ -25,7 +25,7 @@ class TensorPlan(NamedTuple):
     against the base's, which floors of relative optimizers follow.
     """
 
-    placed: Placed
+    placed: ParamInfo
     values: Values
     constant: float | None
     scale: float
@@ -47,7 +47,7 @@ def tensor_plans_of(plan: PlanData, folded: Iterable[TensorFold]) -> list[Tensor
     return [_setting(plan, f.placed, f.own) for f in folded]
 
 
-def _setting(plan: PlanData, p: Placed, own: float) -> TensorPlan:
+def _setting(plan: PlanData, p: ParamInfo, own: float) -> TensorPlan:
     """``own`` is what is folded into this tensor beyond what its role's values have in them already."""
     from mue.plan.fold import folded_values
 
@@ -60,7 +60,7 @@ def _setting(plan: PlanData, p: Placed, own: float) -> TensorPlan:
     return TensorPlan(p, values, None, own * (planned.factor.init_std or 1.0))
 
 
-def _of_parts(plan: PlanData, p: Placed) -> Values:
+def _of_parts(plan: PlanData, p: ParamInfo) -> Values:
     """The role's values; those of every part of a fused tensor must be the same."""
     values = plan.role(p.role, p.layer).values
     for part in p.layout.parts:
@@ -74,7 +74,7 @@ def _of_parts(plan: PlanData, p: Placed) -> Values:
     return values
 
 
-def _own_fan_in(plan: PlanData, p: Placed, values: Values) -> Values:
+def _own_fan_in(plan: PlanData, p: ParamInfo, values: Values) -> Values:
     """f/f* in place of the width's ratio for a matrix whose fan-in f is not the width (conventions 8; f* = d*)."""
     if not ROLES[p.role].reads_residual or p.fan_in == plan.target.width:
         return values
@@ -86,7 +86,7 @@ def _own_fan_in(plan: PlanData, p: Placed, values: Values) -> Values:
     return replace(values, **changed)
 
 
-def _constant(p: Placed, planned: float | None, c: float) -> float | None:
+def _constant(p: ParamInfo, planned: float | None, c: float) -> float | None:
     """Where a vector starts: the planned gain or zero, or, where the model's code says otherwise, as that does."""
     start = p.layout.start
     if start == "own" or not ROLES[p.role].trained:

@@ -64,13 +64,13 @@ def _expected(ctx: Context, products: Iterable[Product]) -> float:
     inner = unwrap(ctx.model)
     if isinstance(inner, HasLayout):
         return plan.attention_scale
+    from mue.layouts.observe.config import integers, text_config
     from mue.layouts.transformers.stock import is_stock
-    from mue.layouts.transformers.tiny import numbers, text_config
     from mue.model.stock import query_coefficients
 
     if not is_stock(ctx.model):
         return plan.attention_scale
-    size = numbers(text_config(inner.config)).get("qk_head_dim", plan.target.head_dim)
+    size = integers(text_config(inner.config)).get("qk_head_dim", plan.target.head_dim)
     in_queries = query_coefficients(plan, ctx.model, ctx.placed)
     layers = {p.placed.layer for p in products}
     c = next((in_queries[p.name] for p in ctx.placed if p.name in in_queries and p.layer in layers), 1.0)

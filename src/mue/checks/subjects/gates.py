@@ -18,7 +18,7 @@ from mue.checks.branches import Branch, Coefficients
 from mue.checks.context import Context, evaluating
 from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
 from mue.checks.subjects.multipliers import expected_routed
-from mue.layouts.layout import HasLayout, Placed, canonical, unwrap
+from mue.layouts.layout import HasLayout, ParamInfo, canonical, unwrap
 from mue.moe.routing import Routing
 from mue.shapes.block import MEASURED, Block
 from mue.util.text import number
@@ -178,7 +178,7 @@ def _own_routers(ctx: Context) -> Iterator[Finding]:
 
 
 @torch.no_grad()
-def _run(module: nn.Module, p: Placed) -> Routing | None:
+def _run(module: nn.Module, p: ParamInfo) -> Routing | None:
     """A router alone, on the CPU, with small random weights in place of its own."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -193,7 +193,7 @@ def _run(module: nn.Module, p: Placed) -> Routing | None:
     return out if isinstance(out, Routing) else None
 
 
-def _routing(ctx: Context, p: Placed, routing: Routing, block: Block) -> Iterator[Finding]:
+def _routing(ctx: Context, p: ParamInfo, routing: Routing, block: Block) -> Iterator[Finding]:
     weight_TN = torch.zeros(routing.num_tokens, routing.num_experts + 1)
     weight_TN.index_put_((routing.token_P, routing.expert_P), routing.weight_P.float(), accumulate=True)
     total, active = weight_TN.sum(1), (weight_TN[:, :-1] != 0).sum(1).float()

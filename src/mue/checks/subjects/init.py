@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mue.checks.context import Context
 from mue.checks.report import FAIL, PASS, Finding, several
-from mue.layouts.layout import Placed, expert_slices
+from mue.layouts.layout import ParamInfo, expert_slices
 from mue.model.tensor_plan import TensorPlan
 from mue.rules.roles import ROLES
 from mue.rules.table import NORMAL
@@ -79,7 +79,7 @@ def _moments(t: Tensor) -> tuple[float, float, int]:
     return math.sqrt(max(square - mean * mean, 0.0)), mean, wide.numel()
 
 
-def _pieces(p: Placed) -> Iterator[tuple[str, Tensor]]:
+def _pieces(p: ParamInfo) -> Iterator[tuple[str, Tensor]]:
     """Every expert's part of a tensor, and of a fused one every matrix, each with a name."""
     axes = [a.removeprefix("expert*") for a in p.layout.axes if not (a == "expert" and p.experts >= 1)]
     for expert, tensor in expert_slices(p):

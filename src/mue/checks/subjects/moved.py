@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from mue.checks.context import Context
 from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
-from mue.layouts.layout import Placed, expert_slices
+from mue.layouts.layout import ParamInfo, expert_slices
 from mue.model.apply import param_groups
 from mue.rules.roles import ROLES
 
@@ -26,7 +26,7 @@ LOST = 0.5  # share of elements whose step may vanish in rounding
 class Step:
     """What one step did to one tensor: weights before, gradient, change."""
 
-    placed: Placed
+    placed: ParamInfo
     before: Tensor
     gradient: Tensor | None
     change: Tensor
@@ -208,7 +208,7 @@ def _live(s: Step) -> Iterator[tuple[int | None, str, bool]]:
     """(expert, name, has a gradient) of a tensor or of each expert in it."""
     p = s.placed
     if s.gradient is not None and (p.layout.stacked > 1 or "expert" in p.layout.axes):
-        like = Placed(p.name, s.gradient, p.layout, p.layer)
+        like = ParamInfo(p.name, s.gradient, p.layout, p.layer)
         for expert, g in expert_slices(like):
             yield expert, p.name if expert is None else f"{p.name}[expert {expert}]", bool((g != 0).any())
         return
@@ -216,7 +216,7 @@ def _live(s: Step) -> Iterator[tuple[int | None, str, bool]]:
     yield _own_expert(p), p.name, live
 
 
-def _own_expert(p: Placed) -> int | None:
+def _own_expert(p: ParamInfo) -> int | None:
     """Index of the expert whose own module this tensor is in."""
     if ROLES[p.role].kind != "expert" or "experts.*" not in p.layout.pattern:
         return None

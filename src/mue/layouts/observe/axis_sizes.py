@@ -1,13 +1,12 @@
 """Which axis follows which number of the config: build the model on the meta device with one dimension doubled each time.
 
-Nothing is allocated. A dimension is one thing a reader knows (width, experts, vocabulary); the words below find the
-config's own name for it.
+Nothing is allocated. A dimension is one thing a reader knows (width, experts, vocabulary);
+:data:`mue.layouts.observe.names.DIMENSIONS` finds the config's own name for it.
 """
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,28 +15,20 @@ import torch
 from torch import nn
 
 from mue.layouts.layout import canonical
-from mue.layouts.transformers.tiny import numbers, parts, text_config
+from mue.layouts.observe.config import attributes, integers, size_of, subconfigs, text_config
+from mue.layouts.observe.names import DIMENSIONS
 
-Build = Callable[[Any], nn.Module]
-
-DIMENSIONS: dict[str, str] = {
-    "width": r"hidden_size|n_embd|d_model|model_dim",
-    "vocabulary": r"(padded_)?vocab_size",
-    "experts": r"(num_|n_|moe_)(local_|routed_|num_)?experts|num_experts|moe_num_experts|n_routed_experts",
-    "expert width": r"(moe|expert)_(intermediate|ffn_hidden)_size|moe_ffn_hidden_size",
-    "shared experts": r"(num_|n_|moe_num_)?(shared_experts|shared_expert)|num_shared_expert",
-    "shared width": r"(moe_)?shared_experts?_(intermediate|ffn_hidden)_size|shared_intermediate_size",
-    "ffn": r"intermediate_size(_mlp)?|ffn_dim|n_inner|ffn_hidden_size|d_ff",
-    "heads": r"(num|n)_attention_heads|num_heads|n_heads?",
-    "head size": r"(v_)?head_dim|kv_channels",
-}
+Build = Callable[[Any], nn.Module]  # a config → its model, on the current default device
 
 
 @dataclass(frozen=True)
-class Follows:
+class AxisSizes:
     """Axes of every parameter (canonical names): which dimensions each follows, and whether it *is* the width.
 
-    ``unbuilt`` lists the dimensions that could not be doubled, with the reason.
+    Attributes:
+        width: the config's residual width. axes: name → for each axis, the dimensions that it grows with.
+        is_width: name → for each axis, whether it is as long as the residual width and grows with nothing else.
+        unbuilt: dimensions that could not be doubled → the reason.
     """
 
     width: int
@@ -46,25 +37,13 @@ class Follows:
     unbuilt: Mapping[str, str]
 
 
-def sizes(build: Build, config: Any) -> dict[str, tuple[int, ...]]:
-    """Shape of every parameter of the model, built on the meta device."""
+def parameter_shapes(build: Build, config: Any) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter of a config's model by canonical name, built on the meta device."""
     with torch.device("meta"):
         return {canonical(n): tuple(p.shape) for n, p in build(config).named_parameters()}
 
 
-def attributes(config: Any, dimension: str) -> list[str]:
-    """The config's names for a dimension, in its language part and what that nests."""
-    return [k for part in parts(text_config(config)) for k in numbers(part) if re.fullmatch(DIMENSIONS[dimension], k)]
-
-
-def size_of(config: Any, name: str) -> int | None:
-    """A dimension's size; None where the config does not name it."""
-    names = attributes(config, name)
-    here = {k: v for part in parts(text_config(config)) for k, v in numbers(part).items()}
-    return here[names[0]] if names else None
-
-
-def follow(build: Build, config: Any) -> Follows:
+def axis_sizes(build: Build, config: Any) -> AxisSizes:
     """Double each dimension in turn and compare shapes.
 
     Raises:
@@ -75,8 +54,8 @@ def follow(build: Build, config: Any) -> Follows:
         raise ValueError(
             f"{type(config).__name__} has no number for the residual width (looked for {DIMENSIONS['width'].replace('|', ', ')})"
         )
-    first = sizes(build, config)
-    found: dict[str, list[set[str]]] = {n: [set() for _ in shape] for n, shape in first.items()}
+    first = parameter_shapes(build, config)
+    grows: dict[str, list[set[str]]] = {n: [set() for _ in shape] for n, shape in first.items()}
     is_width = {n: tuple(s == width for s in shape) for n, shape in first.items()}
     unbuilt: dict[str, str] = {}
     for dimension in DIMENSIONS:
@@ -90,23 +69,24 @@ def follow(build: Build, config: Any) -> Follows:
         for n, shape in first.items():
             for i, (a, b) in enumerate(zip(shape, other[n], strict=True)):
                 if a != b:
-                    found[n][i].add(dimension)
+                    grows[n][i].add(dimension)
         if dimension == "width":
             is_width = {
                 n: tuple(w and b == 2 * width for w, b in zip(is_width[n], other[n], strict=True)) for n in first
             }
     if "width" in unbuilt:
         raise ValueError(f"a model of twice the width cannot be built: {unbuilt['width']}")
-    return Follows(width, {n: tuple(frozenset(s) for s in axes) for n, axes in found.items()}, is_width, unbuilt)
+    return AxisSizes(width, {n: tuple(frozenset(s) for s in axes) for n, axes in grows.items()}, is_width, unbuilt)
 
 
 def _doubled(build: Build, config: Any, named: list[str]) -> tuple[dict[str, tuple[int, ...]] | None, str]:
+    """The shapes with the named attributes doubled, or None and the reason."""
     other = copy.deepcopy(config)
-    for part in parts(text_config(other)):
-        for name, value in numbers(part).items():
+    for part in subconfigs(text_config(other)):
+        for name, value in integers(part).items():
             if name in named:
                 setattr(part, name, 2 * value)
     try:
-        return sizes(build, other), ""
+        return parameter_shapes(build, other), ""
     except Exception as error:  # whatever the family's own code raises is the reason
         return None, f"{type(error).__name__}: {str(error).splitlines()[0][:120] if str(error) else ''}"

@@ -37,7 +37,7 @@ _COPIES = ("clone", "_to_copy", "contiguous", "index_select", "lift_fresh", "lif
 
 
 @dataclass
-class Use:
+class ParamUse:
     """How one parameter was used.
 
     Attributes:
@@ -69,18 +69,18 @@ class _Origin:
         return max(fits)[1] if fits else None
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Record into ``uses`` how the named parameters are used while this mode is on."""
 
     def __init__(self, parameters: Iterable[tuple[str, Tensor]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.uses: dict[str, Use] = {}
+        self.uses: dict[str, ParamUse] = {}
         self.scores: set[tuple[str, int]] = set()  # (sigmoid or softmax, length of the last axis) that ran
         self._origins: dict[int, list[_Origin]] = {}
         self._alive: list[Tensor] = []  # followed storages must not be freed and their addresses used again
         self._clock = 0
         for name, parameter in parameters:
-            self.uses[name] = Use()
+            self.uses[name] = ParamUse()
             self._follow(parameter, [(name, list(range(parameter.dim())))])
 
     def __torch_dispatch__(
@@ -192,19 +192,21 @@ def _tensors(args: Iterable[Any]) -> Iterator[tuple[int, Tensor]]:
                     yield position, item
 
 
-def watch(model: nn.Module, run: Callable[[], object], scores: set[tuple[str, int]] | None = None) -> dict[str, Use]:
+def param_use(
+    model: nn.Module, run: Callable[[], object], scores: set[tuple[str, int]] | None = None
+) -> dict[str, ParamUse]:
     """Call ``run`` (a forward pass of ``model``) without gradients and return how each of its parameters was used.
 
     A parameter that the pass did not reach, but whose module is a plain torch layer, is shown that layer alone.
     """
     named = list(model.named_parameters())
-    with torch.no_grad(), Watch(named) as seen:
+    with torch.no_grad(), UseRecorder(named) as seen:
         run()
     for prefix, module in model.named_modules():
         own = [(f"{prefix}.{n}" if prefix else n, p) for n, p in module.named_parameters(recurse=False)]
-        missed = [(n, p) for n, p in own if not seen.uses.get(n, Use(order=0)).seen]
+        missed = [(n, p) for n, p in own if not seen.uses.get(n, ParamUse(order=0)).seen]
         if missed and type(module) in (nn.Linear, nn.Embedding):
-            with torch.no_grad(), Watch(missed) as alone:
+            with torch.no_grad(), UseRecorder(missed) as alone:
                 module(
                     torch.zeros(3, dtype=torch.long)
                     if isinstance(module, nn.Embedding)
@@ -213,5 +215,5 @@ def watch(model: nn.Module, run: Callable[[], object], scores: set[tuple[str, in
             seen.uses.update(alone.uses)
     if scores is not None:
         scores |= seen.scores
-    uses: dict[str, Use] = seen.uses
+    uses: dict[str, ParamUse] = seen.uses
     return uses

@@ -13,9 +13,10 @@ from typing import Any
 from torch import nn
 
 from mue.layouts.layout import Layout, pattern_of
-from mue.layouts.observe.axis_sizes import Build, attributes, size_of, sizes
-from mue.layouts.observe.describe import Description, Found, describe
-from mue.layouts.transformers.tiny import parts, shrunk_enough, text_config
+from mue.layouts.observe.axis_sizes import Build, parameter_shapes
+from mue.layouts.observe.config import attributes, size_of, subconfigs, text_config
+from mue.layouts.observe.describe import Description, ParamPattern, describe
+from mue.layouts.transformers.tiny import shrunk_enough
 from mue.util.errors import nearest
 
 _QWEN4 = {
@@ -66,7 +67,7 @@ def default_config(family: str) -> Any:
     if family not in known:
         raise ValueError(f"unknown model family {family!r}{nearest(family, list(known))}")
     config = known[family](**INCOMPLETE.get(family, {}))
-    for part in parts(config):
+    for part in subconfigs(config):
         for key, value in NESTED.get(family, {}).items():
             if part is not config:
                 setattr(part, key, value)
@@ -119,12 +120,12 @@ def describe_config(config: Any, rows: Sequence[Layout] = (), build: Build = bui
     Raises:
         ValueError: the family cannot be built or run at a tiny size (with its own error); a user's row that fits nothing.
     """
-    full = sizes(build, config)
+    full = parameter_shapes(build, config)
     wanted = {pattern_of(n) for n in full}
     nested = NESTED.get(getattr(config, "model_type", ""), {})
     try:
         tiny = shrunk_enough(
-            config, lambda c: {pattern_of(n) for n in sizes(build, c)} if c is not config else wanted, nested
+            config, lambda c: {pattern_of(n) for n in parameter_shapes(build, c)} if c is not config else wanted, nested
         )
         seen = describe(build, tiny, rows)
     except (ValueError, KeyboardInterrupt):
@@ -135,17 +136,17 @@ def describe_config(config: Any, rows: Sequence[Layout] = (), build: Build = bui
             f"a tiny {type(config).__name__} could not be built and run ({type(error).__name__}: {text}); give a config"
             " of a small model of this family, or describe it with mue.layouts.observe.describe"
         ) from error
-    by_pattern = {f.pattern: f for f in seen.found}
+    by_pattern = {f.pattern: f for f in seen.patterns}
     stacked = size_of(config, "experts") or 1
     shapes = {pattern_of(n): shape for n, shape in full.items()}
     missing = "the tiny model has no such parameter"
-    found = [
+    patterns = [
         replace(f, shape=shapes[p], row=_restacked(f.row, stacked))
         if (f := by_pattern.get(p)) is not None
-        else Found(p, shapes[p], None, missing)
+        else ParamPattern(p, shapes[p], None, missing)
         for p in shapes
     ]
-    return replace(seen, found=tuple(found))
+    return replace(seen, patterns=tuple(patterns))
 
 
 def _restacked(row: Layout | None, experts: int) -> Layout | None:
@@ -171,6 +172,6 @@ def families_with_experts() -> list[str]:
             if "moe" in family:
                 found.append(family)
             continue
-        if any(attributes(part, "experts") for part in parts(text_config(config))):
+        if any(attributes(part, "experts") for part in subconfigs(text_config(config))):
             found.append(family)
     return found

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from mue.layouts.layout import canonical, pattern_of
-from mue.layouts.observe.axis_sizes import Build, attributes, sizes
-from mue.layouts.observe.describe import Description, ask
+from mue.layouts.observe.axis_sizes import Build, parameter_shapes
+from mue.layouts.observe.config import attributes, integers, language_integers, subconfigs, text_config
+from mue.layouts.observe.describe import Description
 from mue.layouts.observe.gates import Gates, watch_gates
+from mue.layouts.observe.names import ACTIVE_EXPERTS, ACTIVE_GROUPS, EXPERT_GROUPS
+from mue.layouts.observe.run import run_tokens
 from mue.layouts.transformers.families import NESTED
-from mue.layouts.transformers.shape import ACTIVE
-from mue.layouts.transformers.tiny import numbers, parts, shrunk_enough, text_config
+from mue.layouts.transformers.tiny import shrunk_enough
 
-GROUPS = r"(moe_)?(num_|n_)?expert_groups?|n_group|num_expert_group|topk_group|limited_groups"
 SMALL = {"expert width": 16, "shared width": 16, "ffn": 64}  # nothing that a router reads
 VOCABULARY = 2048
 
@@ -78,7 +79,7 @@ def measure_gates(
     if draws < 2:
         raise ValueError(f"draws must be at least 2, to know the error: got {draws}")
     small = _small(config, build)
-    routers = {f.pattern for f in description.found if f.row is not None and f.row.role == "router"}
+    routers = {f.pattern for f in description.patterns if f.row is not None and f.row.role == "router"}
     sums: list[tuple[float, float]] = []
     drawn: list[float] = []
     for draw in range(draws):
@@ -89,7 +90,7 @@ def measure_gates(
             for p in weights if router_std is not None else ():
                 p.normal_(0.0, router_std or 0.0)
         drawn += [float(p.detach().std()) for p in weights]
-        sums.append(watched(model, lambda m: ask(m, _tokens(small, tokens)), only_first=True))
+        sums.append(watched(model, lambda m: run_tokens(m, _tokens(small, tokens)), only_first=True))
     means, errors = zip(*(_mean(list(column)) for column in zip(*sums, strict=True)), strict=True)
     std = router_std if router_std is not None else sum(drawn) / len(drawn)
     return Moments(means[0], means[1], errors[0], errors[1], draws, tokens, std)
@@ -117,19 +118,23 @@ def watched(model: nn.Module, run: Callable[[nn.Module], object], only_first: bo
 
 def _small(config: Any, build: Build) -> Any:
     """The config with what routers see as it is."""
-    inner = {k: v for part in parts(text_config(config)) for k, v in numbers(part).items()}
+    inner = language_integers(config)
     seen = [*attributes(config, "width"), *attributes(config, "experts")]
-    kept = {k: v for k, v in inner.items() if k in seen or re.fullmatch(f"{ACTIVE}|{GROUPS}", k)}
+    kept = {
+        k: v
+        for k, v in inner.items()
+        if k in seen or re.fullmatch(f"{ACTIVE_EXPERTS}|{EXPERT_GROUPS}|{ACTIVE_GROUPS}", k)
+    }
     unseen = {k: size for name, size in SMALL.items() for k in attributes(config, name)}
     vocabulary = {k: min(VOCABULARY, inner[k]) for k in attributes(config, "vocabulary")}
     nested = NESTED.get(getattr(config, "model_type", ""), {})
     changed: Mapping[str, Any] = {**nested, **unseen, **vocabulary, **kept}
-    return shrunk_enough(config, lambda c: {pattern_of(n) for n in sizes(build, c)}, dict(changed))
+    return shrunk_enough(config, lambda c: {pattern_of(n) for n in parameter_shapes(build, c)}, dict(changed))
 
 
 def _tokens(config: Any, count: int) -> Tensor:
     (name, *_) = attributes(config, "vocabulary")
-    top = next(v for part in parts(text_config(config)) for k, v in numbers(part).items() if k == name)
+    top = next(v for part in subconfigs(text_config(config)) for k, v in integers(part).items() if k == name)
     length = min(128, count)
     return torch.randint(3, top, (math.ceil(count / length), length))
 

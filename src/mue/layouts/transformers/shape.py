@@ -8,14 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mue.layouts.layout import Placed
-from mue.layouts.observe.axis_sizes import size_of
+from mue.layouts.layout import ParamInfo
+from mue.layouts.observe.config import find_integer, integers, size_of, subconfigs, text_config
 from mue.layouts.observe.describe import Description
-from mue.layouts.transformers.tiny import numbers, parts, text_config
+from mue.layouts.observe.names import ACTIVE_EXPERTS, KV_HEADS, RENORMALISE
 from mue.shapes import Block, Dense, Mixed, MoE, Transformer
-
-ACTIVE = r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts|top_k|experts_per_token"
-_RENORMALISE = r"norm_topk_prob|norm_top_k_prob|route_norm|normalize_expert_weights|moe_renormalize|norm_topk"
 
 MEASURED = 'gates = "measured" and gate_moments (mue inspect --measure-gates gives them)'
 
@@ -52,9 +49,8 @@ class Routers:
 
 def routers(config: Any, description: Description, again: Callable[[Any], Description]) -> Routers | None:
     """The routers of a described config; None for a dense one. ``again`` describes a config with another setting."""
-    here = {k: v for part in parts(text_config(config)) for k, v in numbers(part).items()}
-    active = next((v for k, v in here.items() if re.fullmatch(ACTIVE, k)), None)
-    if active is None or not any(f.row and f.row.role == "expert_down" for f in description.found):
+    active = find_integer(config, ACTIVE_EXPERTS)
+    if active is None or not any(f.row and f.row.role == "expert_down" for f in description.patterns):
         return None
     normalised, scale = _observed(description)
     setting = _switch(config)
@@ -62,7 +58,7 @@ def routers(config: Any, description: Description, again: Callable[[Any], Descri
     if normalised is not False or setting is None or setting[1]:
         return found
     other = copy.deepcopy(config)
-    for part in parts(text_config(other)):
+    for part in subconfigs(text_config(other)):
         if setting[0] in vars(part):
             setattr(part, setting[0], True)
     return replace(found, remedy=bool(_observed(again(other))[0]))
@@ -78,16 +74,16 @@ def _observed(description: Description) -> tuple[bool | None, float | None]:
 
 def _switch(config: Any) -> tuple[str, bool] | None:
     """The config's own switch that should renormalise, and its value."""
-    for part in parts(text_config(config)):
+    for part in subconfigs(text_config(config)):
         for key, value in vars(part).items():
-            if re.fullmatch(_RENORMALISE, key) and isinstance(value, bool):
+            if re.fullmatch(RENORMALISE, key) and isinstance(value, bool):
                 return key, value
     return None
 
 
 def shape_of(
     config: Any,
-    placed: Sequence[Placed],
+    placed: Sequence[ParamInfo],
     routing: Routers | None,
     gate_moments: tuple[float, float] | None = None,
     sequence: int = 1024,
@@ -104,7 +100,7 @@ def shape_of(
         ValueError: gates that do not sum to one and no moments; a layer without feed-forward, or with two that are not
             one sum; head sizes that the output projection contradicts.
     """
-    layers: dict[int, dict[str, list[Placed]]] = {}
+    layers: dict[int, dict[str, list[ParamInfo]]] = {}
     for p in placed:
         if p.layer is not None:
             layers.setdefault(p.layer, {}).setdefault(p.role, []).append(p)
@@ -130,7 +126,7 @@ def shape_of(
 
 
 def _block(
-    layer: int, roles: Mapping[str, list[Placed]], routing: Routers | None, moments: tuple[float, float] | None
+    layer: int, roles: Mapping[str, list[ParamInfo]], routing: Routers | None, moments: tuple[float, float] | None
 ) -> Block:
     if "expert_down" not in roles:
         downs = [p.fan_in for p in roles.get("ffn_down", [])]
@@ -175,9 +171,8 @@ def _merged(blocks: list[Block]) -> list[Block]:
     return merged
 
 
-def _heads(config: Any, layers: Mapping[int, Mapping[str, list[Placed]]]) -> dict[str, int]:
+def _heads(config: Any, layers: Mapping[int, Mapping[str, list[ParamInfo]]]) -> dict[str, int]:
     """heads, kv_heads and the head size of the values, which is the output projection's fan-in over the heads."""
-    here = numbers(text_config(config))
     heads = size_of(config, "heads")
     outs = {p.fan_in for roles in layers.values() for p in roles.get("attention_o", [])}
     if heads is None or len(outs) != 1:
@@ -186,7 +181,5 @@ def _heads(config: Any, layers: Mapping[int, Mapping[str, list[Placed]]]) -> dic
     fan_in = outs.pop()
     if fan_in % heads:
         raise ValueError(f"the attention output has fan-in {fan_in}, which {heads} heads do not divide")
-    kv = next(
-        (v for k, v in here.items() if re.fullmatch(r"(num|n)_key_value_heads|num_kv_heads|kv_n_heads", k)), heads
-    )
+    kv = next((v for k, v in integers(text_config(config)).items() if re.fullmatch(KV_HEADS, k)), heads)
     return {"heads": heads, "kv_heads": kv if heads % kv == 0 else heads, "head_dim": fan_in // heads}

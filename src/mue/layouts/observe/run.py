@@ -1,0 +1,32 @@
+"""Calling a model that is known only by observation."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def run_tokens(model: nn.Module, tokens_BT: Tensor) -> Any:
+    """Call a language model on tokens, as its ``forward`` wants them: by name, or as the one argument.
+
+    Args:
+        tokens_BT: (sequences, tokens), whole numbers below the vocabulary.
+
+    Returns:
+        What the model returns. No cache of keys and values is asked for.
+    """
+    named = inspect.signature(model.forward).parameters
+    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named.values())
+    extra = {"use_cache": False} if "use_cache" in named or anything else {}
+    return model(input_ids=tokens_BT, **extra) if "input_ids" in named or anything else model(tokens_BT, **extra)
+
+
+@torch.no_grad()
+def perturb(model: nn.Module) -> None:
+    """Move every parameter off its start, so that nothing is hidden behind a gain or an output of zero."""
+    for p in model.parameters():
+        if p.is_floating_point():
+            p.add_(torch.randn_like(p), alpha=0.02)

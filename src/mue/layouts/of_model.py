@@ -1,0 +1,39 @@
+"""The layout of a model as it stands: the one that it declares, or, for a model of ``transformers``, the one that is observed.
+
+Above the observers, which need :mod:`mue.layouts.layout` below them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from mue.layouts.layout import HasLayout, Layout, ParamInfo, place, unwrap
+from mue.layouts.transformers.stock import stock
+
+
+def layout_of(model: nn.Module) -> Sequence[Layout]:
+    """The table a model declares, or, for a model of ``transformers``, the one that is observed.
+
+    Raises:
+        ValueError: neither, with the fix; parameters of a stock model whose role cannot be decided.
+    """
+    inner = unwrap(model)
+    if isinstance(inner, HasLayout):
+        return inner.layout()
+    if hasattr(getattr(inner, "config", None), "model_type"):
+        return stock(inner).description.layout()
+    raise ValueError(
+        f"{type(inner).__name__} declares no parameter layout: give it a method layout() that returns mue.Layout rows"
+        " (pattern, role, axes), one for each kind of parameter"
+    )
+
+
+def placed(model: nn.Module) -> list[ParamInfo]:
+    """Every trainable parameter of a model with its role, in the model's order; a tied parameter once, under its first name.
+
+    Raises:
+        ValueError: as :func:`layout_of` and :func:`mue.layouts.layout.place` do.
+    """
+    return place(model, layout_of(model))
