@@ -6,7 +6,7 @@ import pytest
 
 import mue
 from mue.lab.models.language import LanguageModel
-from mue.layouts.layout import place
+from mue.layouts.of_model import placed
 from mue.rules.roles import ROLES, of_kind
 
 # No two sizes alike, so that a fan-in says what it is.
@@ -28,15 +28,15 @@ SHAPES = [
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
 def test_a_roles_fans_are_those_of_a_model(shape: mue.Transformer) -> None:
-    placed = place(LanguageModel(shape))
-    for p in placed:
+    params = placed(LanguageModel(shape))
+    for p in params:
         role = ROLES[p.role]
         assert role.drawn == (p.parameter.dim() > 1), p.name
         assert role.inside == (p.layer is not None), p.name
         if role.drawn:
             assert role.reads_residual == (p.fan_in == shape.width), p.name
             assert (role.writes_residual or p.role == "embedding") == (p.fan_out == shape.width), p.name
-    seen = {p.role for p in placed}
+    seen = {p.role for p in params}
     assert seen == {r for r, n in shape.counts().items() if n and ROLES[r].trained}
 
 
