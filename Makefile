@@ -15,7 +15,7 @@ demo: $(VENV)/.kernel
 	$(BIN)/mue demo
 
 test: $(VENV)/.dev | postgresql
-	$(TEST_ENV) $(BIN)/python -m pytest -n auto
+	$(TEST_ENV) $(BIN)/python -m pytest -n auto --durations=25
 	$(MAKE) --no-print-directory stacks
 
 stacks: $(STACKS)/.done

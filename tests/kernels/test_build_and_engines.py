@@ -14,20 +14,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from mue.kernels import build, norm
-from mue.kernels import library as kernel_library
+from mue.kernels import build, library, norm
 from mue.moe import ExpertWeights, MoELayer, Routing, experts
 from mue.moe.backends import native
 from support.expert_cases import assert_close, make_routing, make_weights, run
 from support.precision import close
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler: the native kernel cannot be built")
-
-
-@pytest.fixture(scope="module")
-def library() -> Path:
-    """The kernel; with a compiler at hand a build that breaks fails the tests."""
-    return native.build()
 
 
 def fake_compiler(folder: Path, body: str) -> Path:
@@ -49,7 +42,7 @@ def held(lock: Path) -> bool:
 
 
 def test_a_killed_build_leaves_nothing_that_hangs_or_misleads(
-    library: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kernel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """kill -9 in the middle of compiling; the next build waits for no one, removes the leftovers and succeeds."""
     monkeypatch.setenv("MUE_CACHE", str(tmp_path))
@@ -71,7 +64,7 @@ def test_a_killed_build_leaves_nothing_that_hangs_or_misleads(
         os.kill(int(pid), signal.SIGKILL)
     assert list(tmp_path.glob("native/build-*"))  # negative control: there was something to clean up
     assert build.find() is None  # nothing half-made is ever found
-    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path, f'[ -n "$out" ] && cp {library} "$out"; exit 0')))
+    monkeypatch.setenv("CXX", str(fake_compiler(tmp_path, f'[ -n "$out" ] && cp {kernel} "$out"; exit 0')))
     made = native.build()
     assert build.find() == made and "plain" in build.engines(made)
     assert not list(tmp_path.glob("native/build-*"))
@@ -109,10 +102,10 @@ def test_a_library_that_computes_wrongly_is_never_used(tmp_path: Path, monkeypat
     assert build.find() is None
 
 
-def test_the_name_says_what_a_library_depends_on(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_name_says_what_a_library_depends_on(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another torch, another instruction set: another library; nothing is loaded that was built for something else."""
-    assert build.find() == library
-    assert native.build() == library  # there already: not built again
+    assert build.find() == kernel
+    assert native.build() == kernel  # there already: not built again
     monkeypatch.setattr(torch, "__version__", "2.99")
     assert build.find() is None
     monkeypatch.undo()
@@ -122,7 +115,7 @@ def test_the_name_says_what_a_library_depends_on(library: Path, monkeypatch: pyt
 
 def test_without_a_library_portable_takes_over(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("MUE_CACHE", str(tmp_path))
-    kernel_library.forget()
+    library.forget()
     try:
         layer, x = MoELayer(8, 4, 2, expert_width=8), torch.randn(5, 8)
         y = layer(x)[0]
@@ -134,12 +127,12 @@ def test_without_a_library_portable_takes_over(monkeypatch: pytest.MonkeyPatch, 
         assert close(layer(x)[0], y, operations=3 * 8)
         assert not close(1.01 * layer(x)[0], y, operations=3 * 8)  # negative control
     finally:
-        kernel_library.forget()
+        library.forget()
 
 
 @pytest.mark.parametrize("shared", [0, 64])
 @pytest.mark.parametrize("kind", ["topk", "ragged", "choice", "one"])
-def test_matrix_unit_layout(library: Path, monkeypatch: pytest.MonkeyPatch, kind: str, shared: int) -> None:
+def test_matrix_unit_layout(kernel: Path, monkeypatch: pytest.MonkeyPatch, kind: str, shared: int) -> None:
     """The matrix unit's path with the unit played by plain loops: as exact as a loop of bf16 products."""
     torch.manual_seed(0)
     routing, routed = make_routing(kind, 150, 6, 2, torch.float32), make_weights(6, 96, 64, torch.float32)
@@ -148,7 +141,7 @@ def test_matrix_unit_layout(library: Path, monkeypatch: pytest.MonkeyPatch, kind
     x_TD, dy_TD = torch.randn(150, 96, requires_grad=True), torch.randn(150, 96)
     exact_y, exact = run("reference", x_TD, routing, weights, dy_TD)
     asked = []
-    monkeypatch.setattr(kernel_library, "engine", lambda: asked.append(1) or "emulated")
+    monkeypatch.setattr(library, "engine", lambda: asked.append(1) or "emulated")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, ours = run("native", x_TD, routing, weights, dy_TD)
         y_loop, loop = run("reference", x_TD, routing, weights, dy_TD)
@@ -160,7 +153,7 @@ def test_matrix_unit_layout(library: Path, monkeypatch: pytest.MonkeyPatch, kind
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
 @pytest.mark.parametrize("kind", ["topk", "one"])
-def test_any_number_of_threads(library: Path, monkeypatch: pytest.MonkeyPatch, threads: int, kind: str) -> None:
+def test_any_number_of_threads(kernel: Path, monkeypatch: pytest.MonkeyPatch, threads: int, kind: str) -> None:
     """Experts across a border between threads: their gradients are summed from parts, in the weights' own type."""
     monkeypatch.setattr(native, "_WORK_PER_THREAD", 1)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
@@ -179,7 +172,7 @@ def test_any_number_of_threads(library: Path, monkeypatch: pytest.MonkeyPatch, t
             assert_close(mine, theirs, tolerance)
 
 
-def test_shared_experts_in_the_same_call(library: Path) -> None:
+def test_shared_experts_in_the_same_call(kernel: Path) -> None:
     """Gradients of shared and routed weights together, with and without a gate, and of the shared ones alone."""
     torch.manual_seed(2)
     routing, routed = make_routing("ragged", 50, 4, 2), make_weights(4, 20, 12, torch.float64)
@@ -198,7 +191,7 @@ def test_shared_experts_in_the_same_call(library: Path) -> None:
         assert_close(mine, their, 1e-10)
 
 
-def test_mixed_types_keep_their_own(library: Path) -> None:
+def test_mixed_types_keep_their_own(kernel: Path) -> None:
     """Under autocast float32 weights are read as they are and get float32 gradients; x of bf16 gets one of bf16."""
     torch.manual_seed(3)
     routing, weights = make_routing("topk", 40, 4, 2, torch.float32), make_weights(4, 16, 24, torch.float32)
@@ -214,7 +207,7 @@ def test_mixed_types_keep_their_own(library: Path) -> None:
         experts(x_TD.half(), routing, ExpertWeights(*weights), backend="native")
 
 
-def test_strided_and_broadcast_inputs(library: Path) -> None:
+def test_strided_and_broadcast_inputs(kernel: Path) -> None:
     """Pointers are handed over: views, transposed weights and expanded gradients must be what they look like."""
     torch.manual_seed(4)
     routing, weights = make_routing("topk", 30, 4, 2), make_weights(4, 10, 6, torch.float64)
@@ -228,7 +221,7 @@ def test_strided_and_broadcast_inputs(library: Path) -> None:
     assert_close(ours, theirs, 1e-12)
 
 
-def test_bad_tokens_are_refused_before_memory_is_touched(library: Path) -> None:
+def test_bad_tokens_are_refused_before_memory_is_touched(kernel: Path) -> None:
     weights, x_TD = make_weights(3, 4, 5, torch.float32), torch.randn(6, 4)
     for bad in (6, -1, 1 << 40):
         token_P = torch.tensor([0, bad])

@@ -12,10 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mue.kernels import build
 from mue.moe import ExpertWeights, MoELayer, Routing, experts
 from mue.moe import losses as moe_losses
-from mue.moe.backends import native, portable, portable_rows
+from mue.moe.backends import portable, portable_rows
 from support.expert_cases import assert_close, make_routing, make_weights, run
 from support.precision import close
 
@@ -24,11 +23,11 @@ FAST = ["portable", "native"]
 EXACT = ["reference", *FAST]  # grouped_mm has no float64
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _kernel() -> None:
-    """The native kernel, built once for all tests: with a compiler at hand a build that breaks fails them."""
-    if build.compiler():
-        native.build()
+@pytest.fixture(autouse=True)
+def _kernel(request: pytest.FixtureRequest) -> None:
+    """Tests of the native backend need its kernel."""
+    if getattr(request.node, "callspec", None) and "native" in request.node.callspec.params.values():
+        request.getfixturevalue("kernel")
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -435,6 +434,7 @@ def test_saved_bytes_stay_within_the_dense_ffn(backend: str) -> None:
     assert loop > 1.5 * dense  # negative control: a layer that keeps what autograd would is seen
 
 
+@pytest.mark.usefixtures("kernel")
 def test_refusals_name_the_numbers() -> None:
     x_TD, routing, weights = torch.randn(6, 4), make_routing("topk", 6, 3, 2), make_weights(3, 4, 5, torch.float32)
     gate, up, down = weights

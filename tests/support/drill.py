@@ -22,6 +22,7 @@ from typing import Any
 
 from mue.lab.sweep.sweep import stored_sweep
 from mue.lab.sweep.trials import Trial
+from support.dice import dice
 
 WORKER = '''
 import hashlib, os, sys, time
@@ -107,7 +108,7 @@ class Drill:
     storage: str
     trained: str
     lease: float = 2.0
-    dice: random.Random = field(default_factory=lambda: random.Random(time.time_ns()))
+    rolled: random.Random = field(default_factory=lambda: dice("a drill"))
     workers: dict[int, subprocess.Popen[str]] = field(default_factory=dict)
     did: Counter[str] = field(default_factory=Counter)
     done: int = 0
@@ -153,20 +154,20 @@ class Drill:
             before, deadline = self._reached(), time.monotonic() + 60
             while self._reached() == before and time.monotonic() < deadline:
                 time.sleep(0.02)
-            due = time.monotonic() + self.dice.uniform(*wait)
+            due = time.monotonic() + self.rolled.uniform(*wait)
             while time.monotonic() < due and (not trials or len(self.lines("ended")) <= 0.9 * trials * kill / kills):
                 time.sleep(0.02)
             living = [i for i, worker in self.workers.items() if worker.poll() is None]
             if not living:
                 break
-            victim = self.dice.choice(living)
+            victim = self.rolled.choice(living)
             self.workers[victim].kill()
             self.workers[victim].wait()
             self.did["kills"] += 1
             self.did["kills_of_workers_in_training"] += str(self.workers[victim].pid) in self.lines("working")
             self.start(victim)
             if kill * freezes // kills != (kill + 1) * freezes // kills:
-                self._freeze(self.dice.choice([i for i in living if i != victim] or [victim]))
+                self._freeze(self.rolled.choice([i for i in living if i != victim] or [victim]))
             if cut and kill == kills // 2:
                 threading.Thread(target=cut).start()
                 self.did["cuts"] += 1

@@ -6,7 +6,6 @@ Three kills each by default, ten under ``make slow``.
 from __future__ import annotations
 
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -14,6 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
+
+from support.dice import dice
 
 KILLS = [3, pytest.param(10, marks=pytest.mark.slow)]
 
@@ -97,11 +98,11 @@ def metrics(out: Path) -> dict[str, bytes]:
 
 def kill_until_done(script: str, file: Path, out: Path, kills: int, wait: tuple[float, float]) -> tuple[int, list[str]]:
     """Start, kill at a random moment, start again: (kills that hit a live process, faults seen on the way)."""
-    dice, hits, faults = random.Random(time.time_ns()), 0, []
+    rolled, hits, faults = dice(f"{kills} kills"), 0, []
     finished: dict[Path, int] = {}
     for _ in range(kills):
         process = start(script, file, out)
-        time.sleep(dice.uniform(*wait))
+        time.sleep(rolled.uniform(*wait))
         hits += process.poll() is None
         process.send_signal(signal.SIGKILL)
         process.communicate()
