@@ -16,7 +16,7 @@ from mue.plan.explain import why
 from mue.plan.rules_page import BETWEEN, WIDER, WORKED, markdown
 from mue.plan.transfer import plan_of
 from mue.rules.roles import ROLES
-from mue.rules.table import FIELDS
+from mue.rules.table import CELLS
 from support.paths import ROOT
 
 
@@ -93,7 +93,7 @@ def test_a_derivation_ends_at_the_planned_number(name: str) -> None:
             continue
         last = {step.number: step.value for step in why(plan, role)}
         assert all(step.source and step.text for step in why(plan, role))
-        for field, text in zip(FIELDS, ("init std", "lr", "weight decay", "eps"), strict=True):
+        for field, text in CELLS.items():
             if ROLES[role].vector and field == "init_std":
                 continue
             assert last[text] == pytest.approx(getattr(planned.values, field), rel=1e-12), (role, field)

@@ -51,6 +51,7 @@ MAKE: dict[str, Callable[[list[dict[str, Any]]], Optimizer]] = {
     "adafactor": torch.optim.Adafactor,
     "hyperball": exact.Hyperball,
 }
+FAMILY = {"adamw-amsgrad": "adamw", "sgd-decoupled": "sgd"}  # whose row an optimizer above takes, if not its own
 
 
 @pytest.fixture(autouse=True)
@@ -65,7 +66,7 @@ def _one_thread_in_float64() -> Iterator[None]:
 
 def planned(optimizer: str, target: Transformer | None = None, **changes: Any) -> mue.Plan:
     """A plan in multiplier form for an optimizer (or its family), on a target that the rule can plan for it."""
-    family = {"adamw-amsgrad": "adamw", "sgd-decoupled": "sgd"}.get(optimizer, optimizer)
+    family = FAMILY.get(optimizer, optimizer)
     rule = "hyperp" if family == "hyperball" else "complete-mue"
     tuned = TUNED.replace(**{"optimizer": family, **OWN.get(family, {}), **changes})
     target = target or {"adamw": MOE, "adafactor": MOE, "muon": ROUTED, "hyperball": replace(DENSE, ffn=24)}.get(
@@ -142,10 +143,14 @@ def net_groups(optimizer: str, net: Net, cs: tuple[float, ...], lr: float, eps: 
     return made
 
 
+def test_every_row_of_the_table_is_trained() -> None:
+    assert set(FOLDS) == {FAMILY.get(name, name) for name in MAKE}
+
+
 @pytest.mark.parametrize("name", list(MAKE))
 def test_two_hundred_steps_in_float64(name: str) -> None:
     """Property 12, for every row of table 6.2 with the corrections of conventions 7."""
-    optimizer = {"adamw-amsgrad": "adamw", "sgd-decoupled": "sgd"}.get(name, name)
+    optimizer = FAMILY.get(name, name)
     # The eigenbasis of a matrix without full rank is stable only if nothing is rounded.
     cs = (1.0, 0.25, 0.25, 2.0) if name == "soap" else (1.0, 8 / 9, 8 / 9, 0.37)
     lr = {"sgd": 0.1, "hyperball": 0.02, "lars": 0.02}.get(optimizer, 4e-3)

@@ -1,21 +1,22 @@
-"""From a rule's table and two shapes to values per role: the arithmetic behind :func:`mue.plan.transfer.transfer`."""
+"""One block of a plan: every role's value by the rule's table, and the two multipliers of its feed-forward branch."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from mue.plan.base import Base
 from mue.plan.ratios import base_block, ratios
 from mue.plan.values import NOTHING, BlockPlan, RolePlan, Values
-from mue.rules.roles import ROLES
-from mue.rules.table import FIELDS, ZERO_INIT, Row, Rule
+from mue.rules.roles import ROLES, Role
+from mue.rules.table import FIELDS, NORMAL, ZERO_INIT, Row, Rule
 from mue.shapes import Block, Training, Transformer
 
 
 @dataclass(frozen=True)
 class Change:
-    """One transfer without its tuned values: from which shape and run to which."""
+    """From which shape and run to which: all that a rule's factors follow from."""
 
     base: Transformer
     target: Transformer
@@ -23,76 +24,92 @@ class Change:
     training: Training | None
 
     def ratios(self, block: Block, kind: str = "") -> dict[str, float]:
+        """Every ratio for one block of the target; see :func:`mue.plan.ratios.ratios`."""
         return ratios(self.base, self.target, block, self.base_training, self.training, kind)
 
 
-def block_plan(
-    rule: Rule,
-    change: Change,
-    block: Block,
-    base_output: float,
-    star: Callable[[str], Values],
-    said: Callable[[str], str],
-) -> BlockPlan:
-    """One block's plan; ``star`` gives the base's values of a role, ``said`` its own in words, ``base_output`` is A*."""
+def block_plan(rule: Rule, change: Change, base: Base, block: Block, third: str) -> BlockPlan:
+    """The plan of one kind of block.
+
+    Args:
+        block: of the target. third: the part of the depth that it lies in where that has tuned values of its own, or ``""``.
+
+    Raises:
+        ValueError: a base plan that has no layer in that third.
+    """
     counts = change.target.counts()
-    here = {kind: change.ratios(block, kind) for kind in ("", "shared")}
+    ratio, of_shared = change.ratios(block), change.ratios(block, "shared")  # they differ in whose fan-in ρ_H speaks of
     roles = {
-        role: _role_plan(
+        name: _role_plan(
             role,
             rule,
-            star(role),
-            here["shared" if ROLES[role].kind == "shared" else ""],
-            counts.get(role, 0) if ROLES[role].present(block) else 0,
-            said(role),
+            base.values(name, third),
+            of_shared if role.kind == "shared" else ratio,
+            counts.get(name, 0) if role.present(block) else 0,
+            base.own_values(name, third),
         )
-        for role in ROLES
+        for name, role in ROLES.items()
     }
-    common = here[""]
-    # σ0 moves with 1/√(tokens seen): all of them, or a routed expert's share of them (conventions 6).
+    return BlockPlan(
+        block.layers,
+        block.notation,
+        block.active_width,
+        # A = A*/ρ_e: a branch of more active width adds up more terms, each of which moves as before (transfer-rules 1.2, 1.3).
+        output_multiplier=base.output_multiplier * rule.output_multiplier(ratio),
+        # R = a: the gates sum to one, so the routed sum is an average over a experts, and R makes it a sum again.
+        route_scale=block.route_scale if rule.routed else 1.0,
+        drift=_drift(rule, change, block, ratio),
+        roles=roles,
+    )
+
+
+def _drift(rule: Rule, change: Change, block: Block, ratio: Mapping[str, float]) -> dict[str, float | None]:
+    """What moves with the change although every factor is applied; reported, not corrected (conventions 6)."""
+    # σ0, the noise of one step, falls with 1/√(tokens seen): all of them, or a routed expert's share a/N.
     share = block.share / base_block(change.base).share
-    drift = {
-        "sigma0_experts": (common["ρ_D"] * share) ** -0.5,
-        "sigma0_other": common["ρ_D"] ** -0.5,
-        "up_gate": None if rule.up_gate is None else rule.up_gate(common),
+    return {
+        "sigma0_experts": (ratio["ρ_D"] * share) ** -0.5,
+        "sigma0_other": ratio["ρ_D"] ** -0.5,
+        "up_gate": None if rule.up_gate is None else rule.up_gate(ratio),
     }
-    A = base_output * rule.output_multiplier(common)
-    R = block.route_scale if rule.routed else 1.0
-    return BlockPlan(block.layers, block.notation, block.active_width, A, R, drift, roles)
 
 
-def _role_plan(role: str, rule: Rule, star: Values, ratio: Mapping[str, float], count: int, said: str) -> RolePlan:
-    if role not in rule.rows:
-        values = star if not ROLES[role].trained else NOTHING
-        return RolePlan(
-            values, NOTHING, {}, count, rule.why_not(role), "no answer", _init(role, None), ROLES[role].start
-        )
-    row = rule.rows[role]
-    factor = _factors(row, ratio)
+def _role_plan(
+    role: Role, rule: Rule, base_values: Values, ratio: Mapping[str, float], count: int, own_values: str
+) -> RolePlan:
+    """One role: the base's values times the factors of its row; of a role without a row, that there is no answer."""
+    row = rule.rows.get(role.name)
+    if row is None:
+        values = NOTHING if role.trained else base_values
+        return RolePlan(values, NOTHING, {}, count, rule.why_not(role.name), "no answer", _init(role, None), role.start)
+    factor = Values(**{cell: getattr(row, cell)(ratio) for cell in FIELDS})
     values = Values(
-        *(
-            None if v is None or f is None else v * f
-            for (_, v), (_, f) in zip(star.items(), factor.items(), strict=True)
-        )
+        **{cell: None if value is None else value * getattr(factor, cell) for cell, value in base_values.items()}
     )
     formula = {
-        name: "?" if name in row.unknown else str(getattr(row, name))
-        for name, value in values.items()
-        if value is not None and ROLES[role].trained
+        cell: "?" if cell in row.unknown else str(getattr(row, cell))
+        for cell, value in values.items()
+        if value is not None and role.trained
     }
-    marks = {name: row.mark(name) for name in formula}
-    source = f"{row.source}; {said}" if said else row.source
-    return RolePlan(values, factor, formula, count, source, row.status, _init(role, row), ROLES[role].start, marks)
+    return RolePlan(
+        values,
+        factor,
+        formula,
+        count,
+        source=f"{row.source}; {own_values}" if own_values else row.source,
+        status=row.status,
+        init=_init(role, row),
+        constant=role.start,
+        marks={cell: row.mark(cell) for cell in formula},
+    )
 
 
-def _init(role: str, row: Row | None) -> str:
-    if ROLES[role].vector:
+def _init(role: Role, row: Row | None) -> str:
+    if role.vector:
         return "constant"
-    return ZERO_INIT if not ROLES[role].trained else "normal" if row is None else row.init
-
-
-def _factors(row: Row, ratio: Mapping[str, float]) -> Values:
-    return Values(row.init_std(ratio), row.lr(ratio), row.weight_decay(ratio), row.eps(ratio))
+    if not role.trained:
+        return ZERO_INIT
+    return NORMAL if row is None else row.init
 
 
 def merge(blocks: tuple[BlockPlan, ...]) -> dict[str, RolePlan]:
@@ -101,15 +118,20 @@ def merge(blocks: tuple[BlockPlan, ...]) -> dict[str, RolePlan]:
         return dict(blocks[0].roles)
     merged = {}
     for role in ROLES:
-        holders = [b.roles[role] for b in blocks if b.roles[role].count] or [b.roles[role] for b in blocks]
-        first = holders[0]
-
-        def same(of: str, holders: list[RolePlan] = holders) -> Values:
-            found = [{getattr(getattr(h, of), name) for h in holders} for name in FIELDS]
-            return Values(*(f.pop() if len(f) == 1 else None for f in found))
-
-        merged[role] = replace(first, values=same("values"), factor=same("factor"))
+        every = [block.roles[role] for block in blocks]
+        holders = [planned for planned in every if planned.count] or every
+        merged[role] = replace(
+            holders[0],
+            values=_agreed([planned.values for planned in holders]),
+            factor=_agreed([planned.factor for planned in holders]),
+        )
     return merged
+
+
+def _agreed(many: list[Values]) -> Values:
+    """The numbers in which all agree, None for the others."""
+    found = {cell: {getattr(values, cell) for values in many} for cell in FIELDS}
+    return Values(**{cell: alike.pop() if len(alike) == 1 else None for cell, alike in found.items()})
 
 
 def carried_betas(

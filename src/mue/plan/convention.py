@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from mue.shapes import DECOUPLED
 from mue.util.errors import positive
-
-if TYPE_CHECKING:
-    pass
 
 
 @dataclass(frozen=True)

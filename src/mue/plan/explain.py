@@ -76,7 +76,7 @@ def why_lines(name: str, steps: Sequence[Step]) -> str:
     return f"{name}\n\n{text_table(['number', 'step', 'value', 'source'], rows)}"
 
 
-def _band(plan: PlanData, index: int) -> tuple[Block, str]:
+def _block_behind(plan: PlanData, index: int) -> tuple[Block, str]:
     """The target's block behind a plan's, and the third of the depth it stands for."""
     return list(per_role.split_by_third(plan.target, plan.tuned))[index]
 
@@ -104,8 +104,8 @@ def _cell(plan: PlanData, role: str, index: int, field: str) -> Iterator[Step]:
     if ROLES[role].vector and field == "weight_decay":
         yield Step(name, "gains and biases are not decayed", 0.0, "CompleteP Table 1")
         return
-    block, third = _band(plan, index)
-    value = yield from _star(plan, role, field, third)
+    block, third = _block_behind(plan, index)
+    value = yield from _base_value(plan, role, field, third)
     if field in row.unknown:
         yield Step(name, f"{plan.rule.name} does not give it: left as tuned", value, row.source)
     sources = {ratio: plan.rule.source_of(role, field, ratio) for ratio in RATIOS}
@@ -118,7 +118,7 @@ def _cell(plan: PlanData, role: str, index: int, field: str) -> Iterator[Step]:
     _agree(f"{role}.{field}", value, final)
 
 
-def _star(plan: PlanData, role: str, field: str, third: str) -> Steps:
+def _base_value(plan: PlanData, role: str, field: str, third: str) -> Steps:
     """The base's value step by step, and returned."""
     base, name = plan.inputs.base, CELLS[field]
     if isinstance(base, PlanData):
@@ -144,7 +144,7 @@ def _star(plan: PlanData, role: str, field: str, third: str) -> Steps:
 
 
 def _whole(plan: PlanData, name: str, index: int) -> Iterator[Step]:
-    base, rule, block = plan.inputs.base, plan.rule, _band(plan, index)[0]
+    base, rule, block = plan.inputs.base, plan.rule, _block_behind(plan, index)[0]
     label = name.replace("_", " ")
     final: float = getattr(plan.blocks[index] if hasattr(plan.blocks[index], name) else plan, name)
     if name == "route_scale":

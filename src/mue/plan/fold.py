@@ -64,7 +64,7 @@ def unfold(plan: AnyPlan) -> AnyPlan:
 
 
 def _coefficients(plan: PlanData, block: BlockPlan, route: str) -> Mapping[str, float]:
-    """c of every role of one block that has one."""
+    """c of every role of one block that has one; the formula it is read from stands at :class:`Multipliers`."""
     branch = plan.residual_multiplier
     A, R = block.output_multiplier, block.route_scale
     found = {

@@ -4,7 +4,9 @@ The gradient of W' is 1/c of that of W, and one step must move W' by c times as 
 
     lr' = lr·c^a    weight decay' = wd·c^b    eps' = eps·c^e    state' = state·c^n
 
-This is how a multiplier moves into a weight. How lr and decay scale with width is another table (mue.rules.optimizers).
+This is how a multiplier moves into a weight. How lr and decay scale with width is another table (mue.rules.optimizers), and
+it has fewer optimizers: SignSGD, Shampoo, SOAP and LARS can be folded by hand (:func:`fold_numbers`), but no transfer to them is
+derived. Every row here is proved by training in both forms for 200 steps in float64 (tests/plan/test_fold.py).
 """
 
 from __future__ import annotations
@@ -85,6 +87,10 @@ def fold_of(optimizer: str) -> Fold:
 def fold_numbers(
     optimizer: str, c: float, lr: float, weight_decay: float = 0.0, eps: float = 0.0
 ) -> tuple[float, float, float]:
-    """(lr, weight decay, eps) of a weight after folding ``c`` into it; see :data:`FOLDS`."""
+    """(lr, weight decay, eps) of a weight after folding ``c`` into it; see :data:`FOLDS`.
+
+    Raises:
+        ValueError: an optimizer without a row.
+    """
     row = fold_of(optimizer)
     return lr * c**row.lr, weight_decay * c ** (row.weight_decay or 0), eps * c ** (row.eps or 0)

@@ -48,7 +48,9 @@ def check_roles(tuned: HParams, base: Transformer) -> None:
             if name == f"weight_decay{TIMES}" and overrides(tuned, role, "weight_decay", third)[0][1] == 0:
                 raise ValueError(f"tuned.roles.{where}.{name} multiplies a weight decay of 0; leave it out")
     for third in sorted(thirds_in(tuned) - {third_of(i, base.layers) for i in range(base.layers)}):
-        raise ValueError(f"tuned.roles.{third}: the base has {base.layers} layers, none of them in its {_words(third)}")
+        raise ValueError(
+            f"tuned.roles.{third}: the base has {base.layers} layers, none of them in its {third.replace('_', ' ')}"
+        )
 
 
 def overrides(tuned: HParams, role: str, field: str, third: str) -> list[tuple[str, float]]:
@@ -113,10 +115,6 @@ def planned_values(plan: PlanData, role: str, third: str) -> Values:
         if (here if here in own else "") == third:
             return plan.role(role, layer).values
     raise ValueError(f"the base plan has {layers} layers, all of them in thirds with values of their own: give it 3")
-
-
-def _words(third: str) -> str:
-    return third.replace("_", " ")
 
 
 # ---- for readers -----------------------------------------------------------------------------------------------------

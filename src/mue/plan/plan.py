@@ -179,12 +179,12 @@ class PlanData:
             "format": FORMAT,
             "rule": self.rule.name,
             "hash": self.hash,
-            **self.meaning(),
+            **self.content(),
             "notes": list(self.notes),
             "inputs": self.inputs.to_dict(),
         }
 
-    def meaning(self) -> dict[str, Any]:
+    def content(self) -> dict[str, Any]:
         """The part of :meth:`to_dict` that is hashed, compared and checked when a file is read back."""
         return {
             "active_width": self.active_width,
@@ -205,7 +205,7 @@ class PlanData:
     @cached_property
     def hash(self) -> str:
         """16 hex digits over the meaning: inputs and values, not texts, key order or the last bits of a float."""
-        return digest({"meaning": drop_texts(self.meaning()), "inputs": self.inputs.to_dict()})
+        return digest({"meaning": drop_texts(self.content()), "inputs": self.inputs.to_dict()})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PlanData) and self.hash == other.hash
@@ -215,7 +215,7 @@ class PlanData:
 
     def diff(self, other: PlanData) -> list[tuple[str, Any, Any]]:
         """Every value in which two plans differ: (path, mine, theirs), texts left out."""
-        mine, theirs = (flatten(drop_texts({**p.meaning(), "rule": p.rule.name})) for p in (self, other))
+        mine, theirs = (flatten(drop_texts({**p.content(), "rule": p.rule.name})) for p in (self, other))
         keys = list(dict.fromkeys([*mine, *theirs]))
         return [(k, mine.get(k), theirs.get(k)) for k in keys if rounded(mine.get(k)) != rounded(theirs.get(k))]
 

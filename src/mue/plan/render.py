@@ -6,24 +6,11 @@ from mue.plan import per_role
 from mue.plan.plan import PlanData
 from mue.rules.options import plain
 from mue.rules.roles import ROLES
-from mue.rules.table import FIELDS, MARKS
+from mue.rules.table import CELLS, FACTORS, FIELDS, MARKS
 from mue.shapes import Transformer
 from mue.util.text import number, text_table
 
-COLUMNS = [
-    "role",
-    "tensors",
-    "init std",
-    "lr",
-    "weight decay",
-    "eps",
-    "× std",
-    "× lr",
-    "× wd",
-    "× eps",
-    "marks",
-    "source",
-]
+COLUMNS = ["role", "tensors", *CELLS.values(), *FACTORS.values(), "marks", "source"]
 
 
 def header(plan: PlanData) -> list[tuple[str, str]]:
@@ -52,7 +39,7 @@ def header(plan: PlanData) -> list[tuple[str, str]]:
         ),
         ("unchanged", ", ".join(f"{k} {v}" for k, v in plan.unchanged.items())),
     ]
-    lines.append(("marks", f"of init std, lr, weight decay, eps: {', '.join(f'{v} {k}' for k, v in MARKS.items())}"))
+    lines.append(("marks", f"of {', '.join(CELLS.values())}: {', '.join(f'{v} {k}' for k, v in MARKS.items())}"))
     if plan.rule.options:
         lines.insert(1, ("options", ", ".join(f"{k} {v}" for k, v in plain(plan.rule.options).items())))
     if plan.tuned.roles:

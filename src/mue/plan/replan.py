@@ -48,8 +48,8 @@ def load(path: str | os.PathLike[str]) -> PlanData:
         raise ValueError(
             f"{path} is not a saved plan ({error}); write one with plan.save or mue plan --save"
         ) from error
-    stored = rounded(flatten({k: data.get(k) for k in plan.meaning()}))
-    ours = rounded(flatten(plan.meaning()))
+    stored = rounded(flatten({k: data.get(k) for k in plan.content()}))
+    ours = rounded(flatten(plan.content()))
     wrong = next((k for k in ours if ours[k] != stored.get(k)), None)
     if wrong or data.get("hash") != plan.hash:
         raise ValueError(

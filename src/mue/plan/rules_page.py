@@ -13,7 +13,7 @@ from mue.plan.transfer import plan_of
 from mue.rules import RULES, option_names
 from mue.rules.algebra import RATIOS
 from mue.rules.options import OPTIONS, plain
-from mue.rules.table import AXES, Rule
+from mue.rules.table import AXES, CELLS, Rule
 from mue.shapes import Dense, HParams, MoE, Training, Transformer
 
 INTRO = """\
@@ -148,7 +148,7 @@ def _rule(rule: Rule) -> str:
     if rule.optimizer == "hyperball":
         lines.append('Only for `optimizer = "hyperball"`.')
     lines += [f"Note: {note}." for note in rule.notes]
-    table = _table(["role", "init std", "lr", "weight decay", "eps", "mark", "source"], formulas(rule))
+    table = _table(["role", *CELLS.values(), "mark", "source"], formulas(rule))
     refuses = [f"* {axis}: {reason}" for axis, reason in rule.refuses.items()]
     return "\n\n".join([*lines, table.rstrip(), *(["Refuses:\n" + "\n".join(refuses)] if refuses else [])]) + "\n"
 

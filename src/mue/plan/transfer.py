@@ -2,26 +2,27 @@
 
     value of a role on the target = value tuned on the base × factor(ratios of target to base)
 
-The factors are a rule's table (:mod:`mue.rules`), the ratios follow from two shapes and two runs (:mod:`mue.plan.ratios`), and
-what the base's value of a role is, where it has its own or the base has habits, is :mod:`mue.plan.per_role`.
+:func:`plan_of` goes from one to the other, top to bottom. What each step needs lies beside it: the base (:mod:`mue.plan.base`),
+the rule's table (:mod:`mue.rules`), the ratios (:mod:`mue.plan.ratios`), one block (:mod:`mue.plan.blocks`). "Conventions" and
+"transfer-rules" are the project's notes on the papers' definitions and derivations.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 from fractions import Fraction
 
-from mue.plan import blocks as block_plans
-from mue.plan import per_role
+from mue.plan.base import base_of
+from mue.plan.blocks import Change, block_plan, carried_betas, check_output_multiplier, merge
 from mue.plan.convention import Convention
 from mue.plan.notes import notes
+from mue.plan.per_role import split_by_third
 from mue.plan.plan import Inputs, PlanData
 from mue.plan.ratios import refuse
-from mue.plan.values import BlockPlan, Values
 from mue.rules import get_rule
 from mue.rules.optimizers import for_optimizer
 from mue.rules.options import plain
-from mue.shapes import Block, HParams, Training, Transformer
+from mue.shapes import HParams, Training, Transformer
 
 
 def transfer(
@@ -84,116 +85,52 @@ def transfer(
 
 def plan_of(inputs: Inputs) -> PlanData:
     """The plan that follows from its inputs; see :func:`transfer`."""
-    target, convention = inputs.target, inputs.convention
+    target = inputs.target
 
-    # 1. Where the transfer starts: a shape with the values tuned on it, or a plan whose target is the base of this one.
-    start = _from_plan(inputs, inputs.base) if isinstance(inputs.base, PlanData) else _from_shape(inputs, inputs.base)
-    per_role.check_roles(start.tuned, start.shape)
-    convention.check_optimizer(start.tuned.optimizer)
+    # 1. Where the transfer starts: what was tuned, on which shape, in which run.
+    base = base_of(inputs)
 
-    # 2. The rule: a published table, with its options, read for the optimizer that the values were tuned with.
-    rule = for_optimizer(get_rule(inputs.rule, **inputs.options), start.tuned.optimizer)
+    # 2. The rule: a published table with its options (one file each in mue.rules), read for the optimizer that the values were
+    #    tuned with. The tables are written for Adam; what SGD, Muon and others make of them is derived in mue.rules.optimizers.
+    rule = for_optimizer(get_rule(inputs.rule, **inputs.options), base.tuned.optimizer)
 
-    # 3. What changes: the ratios that the table may read. All blocks share those of width, depth, batch and duration.
-    change = block_plans.Change(start.shape, target, start.training, inputs.training or start.training)
-    shared = change.ratios(target.blocks[0])
-    refuse(rule, start.shape, target, shared)  # rather no plan than one by a rule that has no answer
+    # 3. What changes, as ratios of target to base, which are all that a table may read (conventions 1):
+    #       r = ρ_d = d/d*    residual width: a matrix with more inputs starts smaller and moves less (µP, 2203.03466)
+    #       l = ρ_L = L/L*    depth: more branches add up in the residual stream (CompleteP, 2505.01618)
+    #       ρ_e = e/e*        active expansion: e = H_act/d, with H_act the hidden width that one token passes through
+    #                         (H in a dense feed-forward, a·h + n_s·h_s with experts): what MoE and dense have in common
+    #                         (Complete-muE, 2605.23893); N, the number of experts, enters nothing
+    #       ρ_B, ρ_D          tokens of a step and of the run; s = √(ρ_B/ρ_D) = √(T*/T) is the factor of the SDE rule on
+    #                         rates (2605.23893, Table 2; the rule's duration_exponent may say otherwise)
+    #    Of these only ρ_e depends on the block. Rather no plan than one by a rule that has no answer to a change:
+    change = Change(base.shape, target, base.training, inputs.training or base.training)
+    ratios = change.ratios(target.blocks[0])
+    refuse(rule, base.shape, target, ratios)
 
-    # 4. Every role of every kind of block: the base's value × the table's factor; A and R of its feed-forward branch
-    #    (transfer-rules 1.3: A·R is what an active expert's output is multiplied by; why down's init follows is there too).
-    def planned(block: Block, third: str) -> BlockPlan:
-        return block_plans.block_plan(
-            rule,
-            change,
-            block,
-            start.output,
-            lambda role: start.values(role, third, convention),
-            lambda role: per_role.describe(start.tuned, role, third),
-        )
+    # 4. Every role of every kind of block: the base's value × the table's factor; and A and R of its feed-forward branch.
+    #    A third of the depth that has tuned values of its own makes a kind of block of its own.
+    blocks = tuple(block_plan(rule, change, base, block, third) for block, third in split_by_third(target, base.tuned))
+    check_output_multiplier(target, blocks)
 
-    blocks = tuple(planned(block, third) for block, third in per_role.split_by_third(target, start.tuned))
-    block_plans.check_output_multiplier(target, blocks)
-
-    # 5. The rest of the forward pass and of Adam: residual branches × l^-α (CompleteP), logits × 1/r, the softmax's scale by
-    #    head size, and 1-β by the change of steps.
+    # 5. What holds for the whole model, in the forward pass and in Adam:
     return PlanData(
-        inputs=_with_resolved_options(inputs, plain(rule.options)),
+        inputs=replace(
+            inputs, options=plain(rule.options)
+        ),  # written out: a default that changes later changes no plan
         rule=rule,
-        tuned=start.tuned,
+        tuned=base.tuned,
         target=target,
         training=change.training,
         blocks=blocks,
-        roles=block_plans.merge(blocks),
-        residual_multiplier=start.residual * rule.residual_multiplier(shared),
-        head_multiplier=start.head * rule.head_multiplier(shared),
-        attention_scale=start.scale * (start.shape.head_dim / target.head_dim) ** float(rule.attention_exponent),
-        betas=block_plans.carried_betas(start.betas, rule, change, shared),
-        notes=notes(rule, start.shape, target, start.tuned, planned_base=start.plan is not None),
+        roles=merge(blocks),
+        # l^-α on both branches of every block, so that a sum of l times as many moves as before (CompleteP Table 1)
+        residual_multiplier=base.residual_multiplier * rule.residual_multiplier(ratios),
+        # 1/r on the logits: a sum over r times as many features, whose updates are aligned (CompleteP Table 1)
+        head_multiplier=base.head_multiplier * rule.head_multiplier(ratios),
+        # q·k is a sum over d_head: trained queries and keys are aligned, so the scale falls as 1/d_head (µP; conventions 8)
+        attention_scale=base.attention_scale
+        * (base.shape.head_dim / target.head_dim) ** float(rule.attention_exponent),
+        # averages that last the same part of a run: 1-β × T*/T (2605.23893, Table 2)
+        betas=carried_betas(base.betas, rule, change, ratios),
+        notes=notes(rule, base.shape, target, base.tuned, planned_base=base.plan is not None),
     )
-
-
-def _with_resolved_options(inputs: Inputs, options: dict[str, str | bool]) -> Inputs:
-    """The inputs with every option written out, so that a stored plan keeps its meaning when a default changes."""
-    return Inputs(**{**vars(inputs), "options": options})
-
-
-@dataclass(frozen=True)
-class _Start:
-    """What a transfer starts from, whether a shape or a plan.
-
-    ``scale``, ``output``, ``residual`` and ``head`` are the base's own forward multipliers (1 on a stock model), which
-    compose with the rule's like every other factor.
-    """
-
-    shape: Transformer
-    training: Training | None
-    tuned: HParams
-    plan: PlanData | None
-    scale: float
-    output: float
-    residual: float
-    head: float
-    betas: tuple[float, float]
-
-    def values(self, role: str, third: str, convention: Convention) -> Values:
-        """The base's values of a role, in a third of the depth that has its own (or "")."""
-        if self.plan is not None:
-            return per_role.planned_values(self.plan, role, third)
-        return per_role.base_values(role, self.shape, self.tuned, convention, third)
-
-
-def _from_plan(inputs: Inputs, base: PlanData) -> _Start:
-    if inputs.tuned is not None or inputs.convention != Convention() or inputs.base_training is not None:
-        raise ValueError("a base that is a plan brings its own tuned values, training and convention: leave them out")
-    if inputs.training is not None and base.training is None:
-        raise ValueError(
-            "training is given, but the base plan has none: plan the base with both trainings, or leave this one out"
-        )
-    if base.folding is not None:
-        raise ValueError("the base plan is folded: transfer from mue.fold.unfold(plan), and fold the result")
-    if base.output_multiplier is None:
-        raise ValueError("the base plan's blocks differ: there is no single e* to transfer from")
-    return _Start(
-        base.target,
-        base.training,
-        base.tuned,
-        base,
-        base.attention_scale,
-        base.output_multiplier,
-        base.residual_multiplier,
-        base.head_multiplier,
-        base.betas,
-    )
-
-
-def _from_shape(inputs: Inputs, base: Transformer) -> _Start:
-    tuned, before, training = inputs.tuned, inputs.base_training, inputs.training
-    if tuned is None:
-        raise ValueError("tuned is missing: give mue.HParams(lr, weight_decay, init_std) found on the base")
-    if (before is None) != (training is None):
-        given, lacking = ("training", "base_training") if before is None else ("base_training", "training")
-        raise ValueError(
-            f"{given} is given without {lacking}: give both, or neither for no change of batch or duration"
-        )
-    scale = inputs.convention.scale(base.head_dim)
-    return _Start(base, before, tuned, None, scale, base.output_multiplier, 1.0, 1.0, tuned.betas)

@@ -79,9 +79,25 @@ class BlockPlan:
 class Multipliers:
     """Forward multipliers of a model; the default is a stock model.
 
+    The feed-forward branch of a block adds to the residual stream (2605.23893; conventions 3)
+
+        y = l^-α · A · ( R · Σ π_i E_i(x) + Σ S_k(x) ),    Σ π_i = 1
+
+    with π_i the gates of the active experts E_i, and S_k the shared experts; a dense block has one S and no E. Its three
+    numbers come from three places and meet here:
+
+    * R, ``Block.route_scale``: a fact of the target's block, a for gates that sum to one, ā/m1 for measured ones. Absolute.
+    * A, ``BlockPlan.output_multiplier``: A* of the base times the rule's factor 1/ρ_e (:mod:`mue.plan.blocks`). One for all
+      experts of a block, routed and shared.
+    * l^-α, ``PlanData.residual_multiplier``: on this branch and on attention's, the same in every block.
+
+    A model in multiplier form multiplies by all three (``mue.moe.MoELayer`` by R and A). :func:`mue.plan.fold.fold` puts
+    l^-α·A·R into the routed down projections, l^-α·A into the dense and shared ones, l^-α into attention's o, and leaves 1
+    here; R can stay for an engine that has a routed scaling factor of its own.
+
     Attributes:
-        residual: l^-α on both branches of every block. head: on the logits. attention_scale: on q·k
-            (None: 1/√head_dim). output: A per layer. route: R per layer.
+        residual: l^-α. head: on the logits. attention_scale: on q·k (None: 1/√head_dim).
+        output: A of every layer. route: R of every layer. Empty: 1.
     """
 
     residual: float = 1.0

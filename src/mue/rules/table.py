@@ -22,8 +22,10 @@ ZERO_INIT = "zero"
 SHARED_INIT = "shared"
 ZERO = Monomial(coefficient=ONE.coefficient * 0)
 
-FIELDS = ("init_std", "lr", "weight_decay", "eps")
+# The four numbers of a role, as code and files name them → as tables print them, and how a column of factors calls them.
 CELLS = {"init_std": "init std", "lr": "lr", "weight_decay": "weight decay", "eps": "eps"}
+FACTORS = {"init_std": "× std", "lr": "× lr", "weight_decay": "× wd", "eps": "× eps"}
+FIELDS = tuple(CELLS)
 
 # What can change between a base and a target; a rule refuses those it has no answer for.
 AXES: dict[str, str] = {

@@ -152,7 +152,10 @@ class Block:
 
     @property
     def route_scale(self) -> float:
-        """R of the rule: a on the normalised routed sum (ā/m1 where the gates are measured); 1 without a router."""
+        """R of the rule: a on the normalised routed sum (ā/m1 where the gates are measured); 1 without a router.
+
+        Where it meets A and the residual multiplier is told at ``mue.plan.values.Multipliers``.
+        """
         if not self.experts:
             return 1.0
         return self.active / (self.gate_moments[0] if self.gate_moments else 1.0)

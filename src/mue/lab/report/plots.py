@@ -14,6 +14,7 @@ from matplotlib.transforms import Bbox
 from mue.lab.valley.fit import Valley
 from mue.plan import render
 from mue.plan.plan import PlanData
+from mue.rules.table import CELLS, FACTORS
 
 mpl.use("Agg")
 INK, GREY, GRID = "#1d2733", "#7b8794", "#e4e8ec"
@@ -228,9 +229,8 @@ def load_figure(rows: Sequence[Mapping[str, Any]], experts: int) -> Figure:
 def plan_figure(plan: PlanData) -> Figure:
     """The plan's table as a picture."""
     header, rows = render.table(plan)
-    keep = [
-        header.index(h) for h in ("role", "tensors", "init std", "lr", "weight decay", "eps", "× std", "× lr", "× wd")
-    ]
+    factors = [title for cell, title in FACTORS.items() if cell != "eps"]  # no room for the fourth
+    keep = [header.index(title) for title in ("role", "tensors", *CELLS.values(), *factors)]
     with mpl.rc_context(BARE):
         fig, (axes,) = figure(12, 0.6 + 0.29 * len(rows))
         axes.axis("off")
