@@ -31,7 +31,7 @@ import peers
 from mue.kernels import library
 from mue.lab.doctor.bench import Bench, Case, Step, draw_routing, measure, median_ratio, ratios, upper_bound
 from mue.lab.train.provenance import provenance
-from mue.moe import MoELayer, Routing
+from mue.moe import MoELayer, Router, Routing
 from mue.util.files import write_json
 
 # Small, middle and large, each in bf16 and float32, cheapest first.
@@ -69,8 +69,8 @@ def steps_of(bench: Bench, kind: str, skip: list[str]) -> tuple[dict[str, Step],
 def whole_layer(bench: Bench) -> Step:
     """Our MoELayer with its own router and statistics; the other rows get their routing from outside."""
     case = bench.case
-    layer = MoELayer(case.width, case.number, case.active, expert_width=case.inner, route_scale=case.active)
-    layer = layer.to(case.device)
+    router = Router(case.width, case.number, case.active, route_scale=case.active)
+    layer = MoELayer(case.width, router, case.inner).to(case.device)
     return bench.step(lambda _: layer(bench.x_TD)[0], layer.parameters())
 
 

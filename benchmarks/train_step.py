@@ -52,7 +52,7 @@ def stepper(model: nn.Module, loss: Callable[[Tensor], Tensor], dtype: torch.dty
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if isinstance(model, LanguageModel):
-            model.update_bias_(1e-3)
+            model.end_step_(1e-3)
 
     return step
 

@@ -118,7 +118,7 @@ def losses(shape: Transformer, corpus: Corpus, steps: int = 100, lr: float = 1.0
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        model.update_bias_(1e-3)
+        model.end_step_(1e-3)
         found.append(float(loss.detach()))
     return found
 

@@ -147,6 +147,10 @@ def test_the_attention_scale_goes_into_both_gains() -> None:
     ("stack", "blocks", "words"),
     [
         ("megatron", [{"experts": 4, "active": 1, "expert": 8}], "divides sigmoid scores by their sum"),
+        *(
+            (to, [{"ffn": 8}, {"experts": 4, "active": 2, "expert": 8, "router": "hash"}], f"{to} has no hash router")
+            for to in ("megatron", "torchtitan", "olmo-core")
+        ),
         ("megatron", [{"shared_experts": 1, "expert": 8}], "no layers with shared experts alone"),
         ("megatron", [{"ffn": 16}, {"ffn": 24}], "the dense layers of .* differ"),
         (

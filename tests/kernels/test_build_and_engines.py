@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from mue.kernels import build, library, norm
-from mue.moe import ExpertWeights, MoELayer, Routing, experts
+from mue.moe import ExpertWeights, MoELayer, Router, Routing, experts
 from mue.moe.backends import native
 from support.expert_cases import assert_close, make_routing, make_weights, run
 from support.precision import close
@@ -117,7 +117,7 @@ def test_without_a_library_portable_takes_over(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setenv("MUE_CACHE", str(tmp_path))
     library.forget()
     try:
-        layer, x = MoELayer(8, 4, 2, expert_width=8), torch.randn(5, 8)
+        layer, x = MoELayer(8, Router(8, 4, 2), 8), torch.randn(5, 8)
         y = layer(x)[0]
         assert norm.rms_norm(x, torch.ones(8), 1e-6) is None
         layer.backend = "native"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from mue.moe import ExpertWeights, MoELayer, Routing, experts
+from mue.moe import ExpertWeights, MoELayer, Router, Routing, experts
 from mue.moe import losses as moe_losses
 from mue.moe.backends import portable, portable_rows
 from support.expert_cases import assert_close, make_routing, make_weights, run
@@ -307,7 +307,7 @@ def test_shared_experts_are_added_with_coefficient_one(backend: str) -> None:
 
 
 def layer_like(shared_experts: int, shared_width: int) -> MoELayer:
-    return MoELayer(6, 4, 2, shared_experts=shared_experts, expert_width=5, shared_width=shared_width).double()
+    return MoELayer(6, Router(6, 4, 2), 5, shared_experts, shared_width).double()
 
 
 def test_n_shared_of_width_h_are_one_of_n_times_h() -> None:
@@ -323,7 +323,7 @@ def test_n_shared_of_width_h_are_one_of_n_times_h() -> None:
     for i in range(3):
         rows = slice(4 * i, 4 * i + 4)
         by_hand += (F.silu(x @ many.shared_gate[rows].T) * (x @ many.shared_up[rows].T)) @ many.shared_down[:, rows].T
-    alone = MoELayer(6, 0, 0, shared_experts=3, expert_width=5, shared_width=4).double()
+    alone = MoELayer(6, None, 5, 3, 4).double()
     alone.load_state_dict({k: v for k, v in many.state_dict().items() if k.startswith("shared_")})
     y, routing = alone(x)
     assert_close(y, by_hand, 1e-12)
@@ -335,20 +335,20 @@ def test_n_shared_of_width_h_are_one_of_n_times_h() -> None:
 @pytest.mark.parametrize("backend", EXACT)
 def test_one_expert_always_on_is_the_dense_ffn(backend: str) -> None:
     torch.manual_seed(8)
-    layer = MoELayer(6, 1, 1, expert_width=9, output_multiplier=0.25, backend=backend).double()
+    layer = MoELayer(6, Router(6, 1, 1), 9, output_multiplier=0.25, backend=backend).double()
     assert layer.experts_gate is not None and layer.experts_up is not None and layer.experts_down is not None
     x = torch.randn(3, 4, 6, dtype=torch.float64)
     gate, up, down = layer.experts_gate[0], layer.experts_up[0], layer.experts_down[0]
     dense = 0.25 * (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
     assert_close(layer(x)[0], dense, 1e-12)
-    doubled = MoELayer(6, 1, 1, expert_width=9, output_multiplier=0.25, route_scale=2.0, backend=backend).double()
+    doubled = MoELayer(6, Router(6, 1, 1, route_scale=2.0), 9, output_multiplier=0.25, backend=backend).double()
     doubled.load_state_dict(layer.state_dict())
     assert_close(doubled(x)[0], 2 * dense, 1e-12)  # negative control: R is seen
 
 
 def test_activation_checkpointing() -> None:
     torch.manual_seed(9)
-    layer = MoELayer(8, 6, 2, shared_experts=1, expert_width=5)
+    layer = MoELayer(8, Router(8, 6, 2), 5, shared_experts=1)
     x = torch.randn(30, 8, requires_grad=True)
     gradients = []
     for wrapped in (False, True, "scaled"):
@@ -369,7 +369,7 @@ def test_torch_compile_has_no_graph_break(backend: str, dtype: torch.dtype) -> N
     """aot_eager traces forward and backward without needing a C++ compiler; another token count is no new trace."""
     torch.manual_seed(10)
     torch._dynamo.reset()
-    layer = MoELayer(8, 6, 2, shared_experts=1, expert_width=5, backend=backend)
+    layer = MoELayer(8, Router(8, 6, 2), 5, shared_experts=1, backend=backend)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     rounding = 1e-6 if dtype == torch.float32 else 0.02
     for tokens in (30, 17):
@@ -385,7 +385,7 @@ def test_torch_compile_has_no_graph_break(backend: str, dtype: torch.dtype) -> N
             assert plain is not None and traced is not None
             assert_close(traced, plain, rounding)
     with pytest.raises(Exception, match=r"(?i)graph break|data.dependent"):  # negative control
-        torch.compile(MoELayer(8, 6, 2, expert_width=5, backend="reference"), backend="aot_eager", fullgraph=True)(x)
+        torch.compile(MoELayer(8, Router(8, 6, 2), 5, backend="reference"), backend="aot_eager", fullgraph=True)(x)
 
 
 @pytest.mark.parametrize("kind", ["topk", "ragged", "choice", "one"])
@@ -462,10 +462,10 @@ def test_refusals_name_the_numbers() -> None:
     with pytest.raises(ValueError, match=r"6 \* 3"):
         Routing(routing.token_P, routing.expert_P, routing.weight_P, 6, 3, 3)
     with pytest.raises(ValueError, match="at least one expert"):
-        MoELayer(8, 0, 0, expert_width=4)
+        MoELayer(8, None, expert_width=4)
     assert moe_losses.router_z_loss(torch.zeros(0, 3)).item() == 0
 
 
 def test_notation_is_shown() -> None:
-    assert "16e4a2g1s" in repr(MoELayer(8, 16, 4, 2, 1, expert_width=4))
-    assert MoELayer(8, 16, 4, expert_width=4).notation == "16e4a"
+    assert "16e4a2g1s" in repr(MoELayer(8, Router(8, 16, 4, 2), 4, shared_experts=1))
+    assert MoELayer(8, Router(8, 16, 4), 4).notation == "16e4a"

@@ -103,9 +103,10 @@ class Branch:
             reads = role.feed_forward and role.reads_residual
             if reads and p.given.dim() == 2 and p.given.shape[0] == self.out.shape[0] and not p.transposed:
                 return p.given
-            if reads and p.given.dim() == 3 and p.given.shape[0] == 1:
+            if reads and p.given.dim() == 3 and p.given.shape[:2] == (1, self.out.shape[0]):
                 return p.given[0]
-        return None
+        normed = self.added.normed  # no router and no shared expert reads all rows of it
+        return None if normed is None or normed.flatten(0, -2).shape != self.out.shape else normed.flatten(0, -2)
 
 
 def branches(record: Record) -> list[Branch]:

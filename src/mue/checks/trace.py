@@ -45,12 +45,17 @@ class Product:
 
 @dataclass
 class Added:
-    """One addition to the residual stream. ``before`` is the stream as it was left, ``carried`` what the branch joined."""
+    """One addition to the residual stream.
+
+    ``before`` is the stream as it was left, ``carried`` what the branch joined, ``normed`` the output of a norm that ran before
+    any of the branch's products.
+    """
 
     before: Tensor
     carried: Tensor
     branch: Tensor
     products: list[Product]
+    normed: Tensor | None = None
 
 
 @dataclass
@@ -94,6 +99,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._aliases: dict[int, Tensor] = {}
         self._alive: list[Tensor] = []
         self._since: list[Product] = []
+        self._normed: Tensor | None = None
         self._scores: Tensor | None = None  # the last product of two activations
         for p in placed:
             self._hold(p.parameter, p)
@@ -108,6 +114,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._add(*joined, out)
         elif isinstance(out, Tensor) and not self._carry(kernel, args, out):
             self._product(kernel, args, out)
+        if not self._since:
+            self._norm(args, out[0] if isinstance(out, tuple) else out)
         if kernel.startswith(("_scaled_dot_product", "_softmax")):
             self._attention(kernel, args, kwargs or {})
         return out
@@ -145,8 +153,8 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _add(self, carried: Tensor, branch: Tensor, out: Tensor) -> None:
         assert self.record.stream is not None
-        self.record.added.append(Added(self.record.stream, carried, branch, self._since))
-        self._since, self._scores = [], None
+        self.record.added.append(Added(self.record.stream, carried, branch, self._since, self._normed))
+        self._since, self._scores, self._normed = [], None, None
         self._move(out)
 
     def _move(self, stream: Tensor) -> None:
@@ -173,6 +181,12 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if kernel in _SCALED and scalar and self._on_stream(tensors[0]) and out.shape == tensors[0].shape:
             self._aliases[_key(out)] = out
         return False
+
+    def _norm(self, args: tuple[Any, ...], out: object) -> None:
+        """What a norm's gain was applied to last: the input of a branch whose experts see only some rows of it."""
+        gains = [p for t in args if (p := self._parameter(t)) is not None and p.role == "norm"]
+        if gains and isinstance(out, Tensor) and out.dim() > 1 and out.shape[-1] == self._width:
+            self._normed = out
 
     # ---- products and attention ---------------------------------------------------------------------------------
 

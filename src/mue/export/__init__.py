@@ -51,6 +51,7 @@ def export(plan: PlanData, to: str, model: nn.Module | Any = None) -> str:
     if to not in STACKS:
         raise ValueError(f"unknown stack {to!r}{nearest(to, STACKS)}")
     if to in NATIVE:
+        _refuse_routers(plan, to)
         folded = fold(unfold(plan), "weights" if to == "olmo-core" else "model")
         return _FILES[to](folded, _native(folded, to, model))
     folded = plan if plan.folding is not None else fold(plan)
@@ -59,6 +60,15 @@ def export(plan: PlanData, to: str, model: nn.Module | Any = None) -> str:
     if to == "automodel":
         return automodel_file(folded, found, name)
     return torch_file(folded, found, name, trainer=to == "transformers")
+
+
+def _refuse_routers(plan: PlanData, to: str) -> None:
+    for router in dict.fromkeys(block.router for block in plan.target.blocks if block.experts):
+        if router not in NATIVE[to].routers:
+            raise ValueError(
+                f"{to} has no {router} router, only {' and '.join(NATIVE[to].routers)}: plan with one of those, or"
+                ' export("torch") for a model of your own'
+            )
 
 
 def _native(plan: PlanData, to: str, model: Any) -> Skeleton:

@@ -38,10 +38,17 @@ class StackModel:
 
 @dataclass(frozen=True)
 class Stack:
-    """A training stack: its models by name, the default first; rows that a model built by it may have besides."""
+    """A training stack.
+
+    Attributes:
+        models: by name, the default first.
+        others: rows that a model built by it may have besides.
+        routers: those of mue.shapes.routers that its code has.
+    """
 
     models: Mapping[str, StackModel]
     others: tuple[Layout, ...] = ()
+    routers: tuple[str, ...] = ("sigmoid", "softmax")
 
     @property
     def every(self) -> list[Layout]:

@@ -1,4 +1,4 @@
-"""The MoE block: y = A * (routed + shared), built from explicit numbers.
+"""The MoE block: y = A · (routed + shared).
 
 Shape suffixes: T tokens, N experts, D width, H expert width, S width of all shared experts together.
 """
@@ -6,133 +6,157 @@ Shape suffixes: T tokens, N experts, D width, H expert width, S width of all sha
 from __future__ import annotations
 
 import math
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from mue.moe.expert_weights import ExpertWeights
 from mue.moe.experts import experts
-from mue.moe.routers.top_k import Gates, Router, Score
+from mue.moe.routers.base import BaseRouter, RouterInput, RouterOptions, build
 from mue.moe.routing import Routing
-
-Balance = Literal["bias", "loss", "none"]
+from mue.shapes.block import Block
 
 
 class MoELayer(nn.Module):
     """Router, routed experts and shared experts (Complete-muE block, transfer-rules.md 1.1).
 
-    Parameters: `router.weight` (N, D); `experts_gate`, `experts_up` (N, H, D) and `experts_down` (N, D, H);
-    `shared_gate`, `shared_up` (S, D) and `shared_down` (D, S), S = shared_experts * shared_width. What a layer does not
-    have (no routed experts, no shared ones, no gate) is not there as a parameter.
+    Parameters: the router's own; `experts_gate`, `experts_up` (N, H, D) and `experts_down` (N, D, H); `shared_gate`,
+    `shared_up` (S, D) and `shared_down` (D, S), S = shared_experts * shared_width. What a layer does not have (no routed
+    experts, no shared ones, no gate) is not there as a parameter.
 
     Args:
         width: D.
-        experts: N; 0 for shared experts only.
-        active: a, routed experts per token.
-        groups: g, see `Router`.
-        shared_experts: n_s, always on.
+        router: which experts each token goes to, with which weights (R included); None for shared experts only.
         expert_width: h.
+        shared_experts: n_s, always on.
         shared_width: h_s, of *one* shared expert; `expert_width` where not given.
-        score, normalize, gates: see `Router`.
-        route_scale: R; the rule wants `active`.
         output_multiplier: A, on routed and shared alike.
         gated: SwiGLU; else gelu(up x).
-        balance: "bias" moves the selection bias (`update_bias_`), "loss" puts `load_balance` into
-            `Routing.losses`, "none" does neither.
-        z_loss: put `router_z` into `Routing.losses`.
         backend: see `mue.moe.experts`.
 
     Raises:
-        ValueError: nothing to compute, widths below 1, A not finite, and what `Router` refuses.
+        ValueError: nothing to compute, widths below 1, A not finite.
     """
 
     def __init__(
         self,
         width: int,
-        experts: int,
-        active: int,
-        groups: int = 1,
-        shared_experts: int = 0,
-        *,
+        router: BaseRouter | None,
         expert_width: int,
+        shared_experts: int = 0,
         shared_width: int | None = None,
-        score: Score = "sigmoid",
-        normalize: bool = True,
-        gates: Gates = "normalised",
-        route_scale: float = 1.0,
+        *,
         output_multiplier: float = 1.0,
         gated: bool = True,
-        balance: Balance = "bias",
-        z_loss: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
+        if router is not None and not isinstance(router, BaseRouter):
+            raise ValueError(
+                f"router={router!r} is no router: give a mue.moe.Router(width, experts, active), or build the layer of a"
+                " block with MoELayer.from_block"
+            )
         shared_width = expert_width if shared_width is None else shared_width
-        if experts < 0 or shared_experts < 0 or experts + shared_experts == 0:
-            raise ValueError(f"experts={experts}, shared_experts={shared_experts}: at least one expert is needed")
+        number = router.experts if router is not None else 0
+        if shared_experts < 0 or number + shared_experts == 0:
+            raise ValueError(f"experts={number}, shared_experts={shared_experts}: at least one expert is needed")
         if min(width, expert_width, shared_width) < 1:
             raise ValueError(f"width={width}, expert_width={expert_width}, shared_width={shared_width} must be >= 1")
         if not math.isfinite(output_multiplier):
             raise ValueError(f"output_multiplier={output_multiplier} must be finite")
-        if balance not in ("bias", "loss", "none"):
-            raise ValueError(f'balance={balance!r} is unknown: use "bias", "loss" or "none"')
-        self.width, self.experts, self.active, self.groups = width, experts, active, groups
-        self.shared_experts, self.expert_width, self.shared_width = shared_experts, expert_width, shared_width
-        self.output_multiplier, self.gated = float(output_multiplier), gated
-        self.balance, self.backend = balance, backend
-        self.router: Router | None = None
-        if experts:
-            self.router = Router(
-                width, experts, active, groups, score=score, normalize=normalize, gates=gates,
-                route_scale=route_scale, balance_loss=balance == "loss", z_loss=z_loss,
-            )  # fmt: skip
-        routed, inner = experts > 0, shared_experts * shared_width
-        self.experts_gate = _weight(routed and gated, experts, expert_width, width)
-        self.experts_up = _weight(routed, experts, expert_width, width)
-        self.experts_down = _weight(routed, experts, width, expert_width)
+        self.router = router
+        self.width, self.expert_width = width, expert_width
+        self.shared_experts, self.shared_width = shared_experts, shared_width
+        self.output_multiplier, self.gated, self.backend = float(output_multiplier), gated, backend
+        routed, inner = number > 0, shared_experts * shared_width
+        self.experts_gate = _weight(routed and gated, number, expert_width, width)
+        self.experts_up = _weight(routed, number, expert_width, width)
+        self.experts_down = _weight(routed, number, width, expert_width)
         self.shared_gate = _weight(inner > 0 and gated, inner, width)
         self.shared_up = _weight(inner > 0, inner, width)
         self.shared_down = _weight(inner > 0, width, inner)
 
+    @classmethod
+    def from_block(
+        cls,
+        block: Block,
+        width: int,
+        options: RouterOptions | None = None,
+        *,
+        output_multiplier: float = 1.0,
+        gated: bool = True,
+        backend: str = "auto",
+    ) -> MoELayer:
+        """The layer of a block in numbers, with the router that it names.
+
+        Args:
+            width: D.
+            options: what the plan (R) and the run say to the router.
+            output_multiplier: A of the plan. gated, backend: as above.
+
+        Raises:
+            ValueError: an unknown router, with the nearest name; what the router or the layer refuses.
+        """
+        return cls(
+            width,
+            build(block, width, options or RouterOptions()) if block.experts else None,
+            block.expert or 0,
+            block.shared_experts,
+            block.shared,
+            output_multiplier=output_multiplier,
+            gated=gated,
+            backend=backend,
+        )
+
     @property
     def notation(self) -> str:
         """`16e4a2g1s`: experts, active, groups and shared experts where there are any."""
-        routed = f"{self.experts}e{self.active}a" if self.experts else "0e"
-        groups = f"{self.groups}g" if self.experts and self.groups > 1 else ""
-        return routed + groups + (f"{self.shared_experts}s" if self.shared_experts else "")
+        own = self.router
+        routed = "0e" if own is None else f"{own.experts}e{own.active}a" + (f"{own.groups}g" if own.groups > 1 else "")
+        return routed + (f"{self.shared_experts}s" if self.shared_experts else "")
 
     def extra_repr(self) -> str:
         """The notation, the widths and the multipliers."""
         shared = f", shared_width={self.shared_width}" if self.shared_experts else ""
         return (
             f"{self.notation}, width={self.width}, expert_width={self.expert_width}{shared}, "
-            f"output_multiplier={self.output_multiplier:g}, gated={self.gated}, balance={self.balance}"
+            f"output_multiplier={self.output_multiplier:g}, gated={self.gated}"
         )
 
-    def forward(self, x: Tensor, scale: float = 1.0) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, scale: float = 1.0, given: RouterInput | None = None) -> tuple[Tensor, Routing]:
         """Routes and computes.
 
         Args:
             x: (..., width).
             scale: of the result, beside A.
+            given: what the router may read beside x.
 
         Returns:
-            y: (..., width), scale * A * (routed + shared); the routing of all tokens, flattened (no pairs if experts=0).
+            y: (..., width), scale * A * (routed + shared); the routing of all tokens, flattened (no pairs without a router).
         """
         x_TD = x.reshape(-1, self.width)
-        routing = self.router(x_TD) if self.router is not None else Routing.empty(x_TD.shape[0], device=x.device)
-        weights = ExpertWeights(
-            self.experts_gate, self.experts_up, self.experts_down, self.shared_gate, self.shared_up, self.shared_down
-        )
-        y_TD = experts(x_TD, routing, weights, self.backend, self.output_multiplier * scale)
+        routing = self.route(x_TD, given)
+        y_TD = experts(x_TD, routing, self.weights, self.backend, self.output_multiplier * scale)
         return y_TD.view(x.shape), routing
 
-    @torch.no_grad()
-    def update_bias_(self, speed: float) -> None:
-        """One step of aux-loss-free balancing if `balance` is "bias", else nothing. Once per optimizer step."""
-        if self.router is not None and self.balance == "bias":
-            self.router.update_bias_(speed)
+    def route(self, x_TD: Tensor, given: RouterInput | None = None) -> Routing:
+        """Which experts each token goes to. ``given`` is left out for a router that has nobody to read it."""
+        if self.router is None:
+            return Routing.empty(x_TD.shape[0], device=x_TD.device)
+        routing: Routing = self.router(x_TD) if given is None else self.router(x_TD, given.flat())
+        return routing
+
+    @property
+    def weights(self) -> ExpertWeights:
+        """The matrices, as the expert compute takes them."""
+        return ExpertWeights(
+            self.experts_gate, self.experts_up, self.experts_down, self.shared_gate, self.shared_up, self.shared_down
+        )
+
+    def end_step_(self, bias_speed: float) -> None:
+        """After every optimizer step: what the router changes by itself (a balance bias, by `bias_speed`)."""
+        if self.router is not None:
+            self.router.end_step_(bias_speed)
 
 
 def _weight(present: bool, *shape: int) -> nn.Parameter | None:

@@ -1,11 +1,12 @@
 """Auxiliary losses and the loss-free balance step of a router, as pure functions.
 
-All are returned without a coefficient. Shape suffixes: T tokens, N experts.
+All are returned without a coefficient. Shape suffixes: B sequences, T tokens, N experts, V vocabulary.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -58,3 +59,18 @@ def balance_bias_step(load_N: Tensor, speed: float) -> Tensor:
     """
     load_N = load_N.double()  # counts stay exact; a float32 mean would move experts that are exactly at it
     return speed * torch.sign(load_N.mean() - load_N).float()
+
+
+def consistency_loss(logit_BTV: Tensor, other_BTV: Tensor) -> Tensor:
+    """Mean over tokens of (KL(p‖q) + KL(q‖p)) / 2: how far two passes over one batch disagree (THOR, arXiv 2110.04260).
+
+    Args:
+        logit_BTV, other_BTV: (..., B, T, V) logits of p and of q. Both get gradients: each pass teaches the other.
+
+    Returns:
+        A scalar ≥ 0 in nats, in float32 or better, 0 where the two are equal; of stacked variants one each.
+    """
+    dtype = torch.promote_types(logit_BTV.dtype, torch.float32)
+    log_p, log_q = (F.log_softmax(x.to(dtype), dim=-1) for x in (logit_BTV, other_BTV))
+    # KL(p‖q) + KL(q‖p) = Σ (p - q)(log p - log q): the two entropies cancel.
+    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).flatten(-2).mean(-1)

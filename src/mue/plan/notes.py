@@ -28,7 +28,7 @@ def notes(rule: Rule, base: Transformer, target: Transformer, tuned: HParams, *,
             "gated and plain feed-forwards differ between base and target: no rule covers the change of activation"
         )
     for block in target.blocks:
-        if block.active == 1 and block.normalize and block.experts > 1:
+        if block.active == 1 and block.experts > 1 and block.normalize and block.router_kind.matrix:
             found.append(
                 "a = 1 with normalised gates: the one weight is always 1, so the router gets no gradient from the task"
             )

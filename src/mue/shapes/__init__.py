@@ -4,8 +4,9 @@ Here: the shape of a block and of a transformer, batch and steps, tuned values; 
 Not here: how a value scales (``mue.rules``), and anything that needs torch.
 """
 
-from mue.shapes.block import MEASURED, NORMALISED, ROUTERS, Block, parse_notation
+from mue.shapes.block import MEASURED, NORMALISED, Block, parse_notation
 from mue.shapes.hparams import DECOUPLED, OPTIMIZERS, HParams, Training
+from mue.shapes.routers import ROUTERS, RouterKind
 from mue.shapes.transformer import DEFAULT_HEAD_DIM, Dense, Mixed, MoE, Transformer, shape_from_dict
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
     "HParams",
     "Mixed",
     "MoE",
+    "RouterKind",
     "Training",
     "Transformer",
     "parse_notation",

@@ -5,11 +5,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, fields
 
-from mue.util.errors import nearest, positive, positive_int
+from mue.shapes.routers import ROUTERS, RouterKind
+from mue.util.errors import positive, positive_int
 
+# The two values of ``gates``: weights that sum to one over the active experts, or whatever gate_moments says of them.
 NORMALISED = "unit-sum"
 MEASURED = "measured"
-ROUTERS = ("sigmoid", "softmax")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,7 +23,8 @@ class Block:
         expert: hidden width h of one routed expert.
         experts, active, groups: N routed experts, a of them per token, a/g from each of g groups.
         shared_experts, shared: number and width of the always-on experts (width: ``expert`` unless given).
-        router: ``"sigmoid"`` or ``"softmax"`` scores.
+        router: a name in :data:`mue.shapes.routers.ROUTERS`: ``"sigmoid"`` or ``"softmax"`` scores, ``"hash"``, ``"random"``,
+            ``"thor"``, or one of yours.
         normalize: the weights sum to one over the active experts. The rule needs it, or ``gates="measured"``.
         gates: ``"unit-sum"`` or ``"measured"``; the latter with ``gate_moments`` = (E[Σw], E[Σw²]) over tokens at
             init, coefficient scale included.
@@ -75,20 +77,14 @@ class Block:
     def _check_gates(self) -> None:
         if not isinstance(self.normalize, bool):
             raise ValueError(f"normalize must be true or false, got {self.normalize!r}")
-        if self.router not in ROUTERS:
-            raise ValueError(
-                f"router must be one of {', '.join(ROUTERS)}, got {self.router!r}{nearest(self.router, ROUTERS)}"
-            )
+        kind = self.router_kind
+        if self.experts:
+            kind.check(self.active, self.groups, self.normalize)
         if self.gates not in (NORMALISED, MEASURED):
             raise ValueError(f"gates must be {NORMALISED!r} or {MEASURED!r}, got {self.gates!r}")
         if self.gates == NORMALISED:
-            if not self.normalize and self.router == "softmax":
-                raise ValueError(
-                    "a softmax over all experts that is not renormalised over the active ones sums to about a/N, not 1, and"
-                    ' breaks the rule: set normalize = true, or gates = "measured" with gate_moments'
-                )
-            if not self.normalize:
-                raise ValueError('gates that do not sum to one need gates = "measured" with gate_moments')
+            if not kind.sums_to_one(self.normalize):
+                raise ValueError(kind.unnormalised)
             if self.gate_moments is not None:
                 raise ValueError('gate_moments are read only with gates = "measured"')
             return
@@ -104,6 +100,11 @@ class Block:
             raise ValueError(
                 f"gate_moments ({m1:g}, {m2:g}): E[Σw²] cannot be below E[Σw]²/a = {m1 * m1 / self.active:g}"
             )
+
+    @property
+    def router_kind(self) -> RouterKind:
+        """The facts of its router; ``ValueError`` with the nearest name for an unknown one."""
+        return ROUTERS.lookup(self.router)
 
     @property
     def is_moe(self) -> bool:

@@ -133,8 +133,11 @@ class Transformer:
                 yield from self._feed_forward("ffn", n, d * block.ffn, n)
             if block.experts:
                 yield from self._feed_forward("expert", n * block.experts, d * (block.expert or 0), n * block.active)
-                yield "router", n, d * block.experts, n
-                yield "router_bias", n, block.experts, n
+                kind = block.router_kind
+                if kind.matrix:
+                    yield "router", n, d * block.experts, n
+                if kind.balance_bias:
+                    yield "router_bias", n, block.experts, n
             if block.shared_experts:
                 many = n * block.shared_experts
                 yield from self._feed_forward("shared", many, d * block.shared_width // block.shared_experts, many)

@@ -93,4 +93,6 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
 
 
 def _origin(entry: object) -> str:
+    if where := getattr(entry, "defined_in", None):  # data, which no module or name belongs to by itself
+        return str(where)
     return f"{getattr(entry, '__module__', '?')}.{getattr(entry, '__qualname__', entry)}"

@@ -256,7 +256,7 @@ def test_checkpoint_holds_tied_weights_and_buffers_once(tmp_path: Path) -> None:
         optimizer = torch.optim.AdamW(plan.param_groups(model), fused=True)
         model(torch.arange(16)[None], torch.arange(16)[None]).loss.backward()
         optimizer.step()
-        model.update_bias_(0.01)
+        model.end_step_(0.01)
         optimizers.append(optimizer)
     checkpoint.save(tmp_path / "c", models[0], optimizers[0], {"run": "r", "plan": "p"})
     with torch.no_grad():

@@ -1,3 +1,4 @@
+# ruff: noqa: N815 (shape suffixes in field names)
 """Do the gates keep the rule's promise: a experts per token, weights that sum to one before R, F near 1?
 
 Statically (shapes only, also on the meta device) the routers themselves are run at full size on random tokens; with a
@@ -8,8 +9,8 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -18,14 +19,26 @@ from mue.checks.branches import Branch, Coefficients
 from mue.checks.context import Context, evaluating
 from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
 from mue.checks.subjects.multipliers import expected_routed
-from mue.layouts.layout import HasLayout, ParamInfo, canonical, unwrap
-from mue.moe.routing import Routing
+from mue.layouts.layout import HasLayout, canonical, unwrap
 from mue.shapes.block import MEASURED, Block
+from mue.shapes.routers import RouterKind
 from mue.util.text import number
 
 NAME = "gates"
 VARIANCE = 1.25  # F above which the branch's init scale is off by more than a tenth
 TOKENS = 128
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softmax": lambda logits: logits.softmax(-1)}
+
+
+@runtime_checkable
+class Routed(Protocol):
+    """What a router returns, as far as it is read here: mue.moe's Routing, or anything with the same fields."""
+
+    token_P: Tensor
+    expert_P: Tensor
+    weight_P: Tensor
+    num_tokens: int
+    num_experts: int
 
 
 # ---- from the outputs -------------------------------------------------------------------------------------------------------
@@ -105,26 +118,40 @@ def _not_constant(where: str, mean: float, spread: float, expected: float) -> Fi
 
 
 def _against_scores(ctx: Context, b: Branch, c: Coefficients, block: Block, where: str) -> Iterator[Finding]:
-    """The relative weights must be the planned scores of the router's own logits."""
-    product = b.last("router")
-    if product is None or block.gates == MEASURED or block.active < 2:
+    """The relative weights must be the planned scores of the router's own logits, or all equal for a router without scores."""
+    kind = block.router_kind
+    if block.gates == MEASURED or block.active < 2:
         return
-    logits = product.out.reshape(-1, product.out.shape[-1])
-    if logits.shape[1] != block.experts or logits.shape[0] != b.out.shape[0]:
+    mine = c.routed / c.routed.sum(1, keepdim=True)
+    bound = max(5e-3, 2 * ctx.tolerance)
+    if kind.score is None:
+        off = _distance(mine, c.active / block.active)
+        if kind.unit_sum and off > bound:
+            yield Finding(
+                NAME,
+                FAIL,
+                where,
+                f"equal weights, 1/{block.active} each, of the {kind.name} router",
+                f"weights that differ from them by up to {100 * off:.2g} %",
+                ("the model's router has scores",),
+                "build the planned router, or plan with the model's own",
+            )
+        return
+    product = b.last("router")
+    logits = None if product is None else product.out.reshape(-1, product.out.shape[-1])
+    if logits is None or logits.shape[1] != block.experts or logits.shape[0] != b.out.shape[0]:
         return
     logits = logits[: c.routed.shape[0]].double()
-    mine = c.routed / c.routed.sum(1, keepdim=True)
-    off = {kind: _distance(mine, _weights(kind, logits, c.active, block)) for kind in ("sigmoid", "softmax")}
-    bound = max(5e-3, 2 * ctx.tolerance)
-    if off[block.router] <= bound:
+    distance = {score: _distance(mine, _weights(score, logits, c.active)) for score in SCORES}
+    if distance[kind.score] <= bound:
         return
-    other = next((k for k, d in off.items() if d <= bound), None)
+    other = next((score for score, d in distance.items() if d <= bound), None)
     yield Finding(
         NAME,
         FAIL,
         where,
-        f"weights in proportion to the {block.router} scores of this router",
-        f"weights of {other} scores" if other else f"weights that differ by up to {100 * off[block.router]:.2g} %",
+        f"weights in proportion to the {kind.score} scores of this router",
+        f"weights of {other} scores" if other else f"weights that differ by up to {100 * distance[kind.score]:.2g} %",
         (
             f"the router scores with {other}" if other else "normalised per group instead of over all active experts",
             "the balance bias is in the weights, not only in the selection",
@@ -136,9 +163,8 @@ def _against_scores(ctx: Context, b: Branch, c: Coefficients, block: Block, wher
     )
 
 
-def _weights(kind: str, logits: Tensor, active: Tensor, block: Block) -> Tensor:
-    score = logits.sigmoid() if kind == "sigmoid" else logits.softmax(1)
-    picked = score * active
+def _weights(score: str, logits: Tensor, active: Tensor) -> Tensor:
+    picked = SCORES[score](logits) * active
     return picked / picked.sum(1, keepdim=True).clamp(min=1e-300)
 
 
@@ -161,49 +187,80 @@ def static_gates(ctx: Context) -> Iterator[Finding]:
 
 
 def _own_routers(ctx: Context) -> Iterator[Finding]:
-    modules = dict(unwrap(ctx.model).named_modules())
     blocks, read, found = ctx.plan.target.per_layer, 0, []
-    for p in ctx.placed:
-        if p.role != "router" or p.layer is None or p.fan_out != blocks[p.layer].experts:
+    for layer, name, module in _routers(ctx, blocks):
+        kind = getattr(module, "kind", None)
+        if isinstance(kind, RouterKind) and kind.name != blocks[layer].router:
+            found.append(_other_router(name, kind.name, blocks[layer].router))
             continue
-        routing = _run(modules[canonical(p.name).rpartition(".")[0]], p)
+        routing = _run(module, ctx.plan.target.width)
         if routing is not None:
             read += 1
-            found += list(_routing(ctx, p, routing, blocks[p.layer]))
+            found += list(_routing(ctx, name, layer, routing, blocks[layer]))
     yield from found
-    if not read:
+    if not read and not found:
         yield Finding(NAME, SKIP, measured="no router module could be run alone: give a batch")
     elif not found:
         yield Finding(NAME, PASS, measured=f"{read} routers, each run alone on {TOKENS} random tokens")
 
 
+def _routers(ctx: Context, blocks: Sequence[Block]) -> Iterator[tuple[int, str, nn.Module]]:
+    """(layer, name of its matrix or else of itself, module) of every router, those without parameters included."""
+    modules = dict(unwrap(ctx.model).named_modules())
+    seen = set()
+    for p in ctx.placed:
+        if p.role == "router" and p.layer is not None and p.fan_out == blocks[p.layer].experts:
+            seen.add(module := modules[canonical(p.name).rpartition(".")[0]])
+            yield p.layer, p.name, module
+    layers = iter([i for i, block in enumerate(blocks) if block.experts])
+    for name, module in modules.items():
+        if isinstance(getattr(module, "kind", None), RouterKind):
+            layer = next(layers, None)
+            if layer is not None and module not in seen:
+                yield layer, name, module
+
+
+def _other_router(name: str, found: str, planned: str) -> Finding:
+    return Finding(
+        NAME,
+        FAIL,
+        name,
+        f"the planned router, {planned}",
+        f"router {found}",
+        ("the model was built from another shape",),
+        f'router = "{found}" in the target, or build the model from plan.target',
+    )
+
+
 @torch.no_grad()
-def _run(module: nn.Module, p: ParamInfo) -> Routing | None:
-    """A router alone, on the CPU, with small random weights in place of its own."""
+def _run(module: nn.Module, width: int) -> Routed | None:
+    """A router alone, on the CPU, with small random weights in place of its own; None where it wants more than hidden states."""
+    if getattr(getattr(module, "kind", None), "needs_tokens", False):
+        return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         alone: Any = copy.deepcopy(module).to_empty(device="cpu").float()
     generator = torch.Generator().manual_seed(0)
     for parameter in alone.parameters():
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 / p.fan_in**0.5)
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 / width**0.5)
     for buffer in alone.buffers():
         buffer.zero_()
     with evaluating(alone):
-        out = alone(torch.randn(TOKENS, p.fan_in, generator=generator))
-    return out if isinstance(out, Routing) else None
+        out = alone(torch.randn(TOKENS, width, generator=generator))
+    return out if isinstance(out, Routed) else None
 
 
-def _routing(ctx: Context, p: ParamInfo, routing: Routing, block: Block) -> Iterator[Finding]:
+def _routing(ctx: Context, name: str, layer: int, routing: Routed, block: Block) -> Iterator[Finding]:
     weight_TN = torch.zeros(routing.num_tokens, routing.num_experts + 1)
     weight_TN.index_put_((routing.token_P, routing.expert_P), routing.weight_P.float(), accumulate=True)
     total, active = weight_TN.sum(1), (weight_TN[:, :-1] != 0).sum(1).float()
     m = block.gate_moments[0] if block.gate_moments else 1.0
-    wanted = ctx.plan.multipliers.route[p.layer or 0] * m
+    wanted = ctx.plan.multipliers.route[layer] * m
     if float(active.mean()) != block.active:
         yield Finding(
             NAME,
             FAIL,
-            p.name,
+            name,
             f"{block.active} experts per token",
             number(float(active.mean())),
             ("the model's top-k is not the planned one",),
@@ -211,19 +268,19 @@ def _routing(ctx: Context, p: ParamInfo, routing: Routing, block: Block) -> Iter
         )
     spread = float(total.std())
     if block.gates != MEASURED and spread > 1e-3 * float(total.mean()):
-        yield _not_constant(p.name, float(total.mean()), spread, wanted)
+        yield _not_constant(name, float(total.mean()), spread, wanted)
     elif block.gates != MEASURED and abs(float(total.mean()) - wanted) > 1e-3 * wanted:
         yield Finding(
             NAME,
             FAIL,
-            p.name,
+            name,
             f"weights that sum to R = {number(wanted)}",
             number(float(total.mean())),
             (
                 "the route scale is missing, doubled, or outside the router as well",
                 "normalised per group instead of over all active experts",
             ),
-            "Router(route_scale=plan.route_scale)",
+            "give the router the plan's R (route_scale) once",
         )
 
 

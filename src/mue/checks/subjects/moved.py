@@ -178,12 +178,16 @@ def _still(ctx: Context, steps: list[Step]) -> tuple[list[str], list[Finding], i
     warned: list[Finding] = []
     idle: set[tuple[int | None, int]] = set()
     blocks = ctx.plan.target.per_layer
+    moved = {(s.placed.layer, expert) for s in steps for expert, _, live in _live(s) if live}
     for s in steps:
         p = s.placed
+        # A router that draws took other experts in this step than in the pass that was looked at.
+        drawn = p.layer is not None and blocks[p.layer].experts > 0 and blocks[p.layer].router_kind.stochastic
         for expert, name, live in _live(s):
             if live:
                 continue
-            if expert is not None and not _has_tokens(ctx, p.layer, expert):
+            used = (p.layer, expert) in moved if drawn else expert is None or _has_tokens(ctx, p.layer, expert)
+            if expert is not None and not used:
                 idle.add((p.layer, expert))
             elif (
                 p.role == "router" and p.layer is not None and blocks[p.layer].active == 1 and p.parameter.requires_grad

@@ -12,7 +12,7 @@ Shape suffixes: B sequences, T tokens of a sequence, D width, H heads, K key/val
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,20 +30,27 @@ from mue.lab.models.ops import (
 )
 from mue.layouts.layout import Layout
 from mue.moe import MoELayer, Routing
-from mue.moe.layer import Balance
+from mue.moe.losses import consistency_loss
+from mue.moe.routers.base import Balance, RouterInput, RouterOptions
 from mue.plan.values import Multipliers
 from mue.shapes import Block, Transformer
 
 
 @dataclass
 class Output:
-    """Logits (B, T, V); the mean loss where targets were given; the routing of each block with experts.
+    """What a forward pass gives. Of stacked variants, logits and losses have one entry for each.
 
-    Of stacked variants, logits and loss have one entry for each."""
+    Attributes:
+        logits: (B, T, V).
+        loss: mean cross-entropy in nats, where targets were given.
+        routings: of each block with routed experts.
+        losses: auxiliary ones by name, without their coefficients: the routers' own, summed over blocks, and ``consistency``.
+    """
 
     logits: Tensor
     loss: Tensor | None = None
     routings: list[Routing] = field(default_factory=list)
+    losses: dict[str, Tensor] = field(default_factory=dict)
 
 
 EPS = 1e-6  # of every norm
@@ -175,7 +182,7 @@ class TransformerBlock(nn.Module):
     """
 
     def __init__(
-        self, shape: Transformer, block: Block, multipliers: Multipliers, layer: int, balance: Balance, z_loss: bool
+        self, shape: Transformer, block: Block, multipliers: Multipliers, layer: int, options: RouterOptions
     ) -> None:
         super().__init__()
         A = multipliers.output[layer] if multipliers.output else 1.0
@@ -189,32 +196,18 @@ class TransformerBlock(nn.Module):
         if block.ffn is not None:
             self.ffn = FeedForward(shape.width, block.ffn, shape.gated, A)
         else:
-            self.moe = MoELayer(
-                shape.width,
-                block.experts,
-                block.active,
-                block.groups,
-                block.shared_experts,
-                expert_width=block.expert or 0,
-                shared_width=block.shared,
-                score="sigmoid" if block.router == "sigmoid" else "softmax",
-                normalize=block.normalize,
-                gates="measured" if block.gates == "measured" else "normalised",
-                route_scale=R,
-                output_multiplier=A,
-                gated=shape.gated,
-                balance=balance,
-                z_loss=z_loss,
-            )
+            options = replace(options, route_scale=R, layer=layer)
+            self.moe = MoELayer.from_block(block, shape.width, options, output_multiplier=A, gated=shape.gated)
 
-    def forward(self, x_BTD: Tensor) -> tuple[Tensor, Routing | None]:
+    def forward(self, x_BTD: Tensor, given: RouterInput | None = None) -> tuple[Tensor, Routing | None]:
         x_BTD = self._attend(x_BTD)
         if self.moe is None:
             return self._feed_forward(x_BTD), None
+        also = {} if given is None else {"given": given}
         if untouched(self.moe) and one_multiplier(x_BTD):
-            y, routing = self.moe(self.ffn_norm(x_BTD), self.residual)
+            y, routing = self.moe(self.ffn_norm(x_BTD), self.residual, **also)
             return x_BTD + y, routing
-        y, routing = self.moe(self.ffn_norm(x_BTD))
+        y, routing = self.moe(self.ffn_norm(x_BTD), **also)
         return torch.add(x_BTD, y, alpha=self.residual), routing
 
     def _attend(self, x_BTD: Tensor) -> Tensor:
@@ -243,9 +236,11 @@ class LanguageModel(nn.Module):
         multipliers: ``plan.multipliers``.
         balance: how experts are balanced: ``"bias"`` (aux-loss-free), ``"loss"`` or ``"none"``.
         z_loss: also compute the router z-loss.
+        consistency: train with two passes over every batch and their :func:`mue.moe.losses.consistency_loss` (THOR).
+        seed: of routers that draw, or that are drawn once.
 
     Raises:
-        ValueError: an odd head size; multipliers for another number of layers.
+        ValueError: an odd head size; multipliers for another number of layers; consistency without a router that draws.
     """
 
     def __init__(
@@ -255,6 +250,8 @@ class LanguageModel(nn.Module):
         *,
         balance: Balance = "bias",
         z_loss: bool = False,
+        consistency: bool = False,
+        seed: int = 0,
     ) -> None:
         super().__init__()
         ones = (1.0,) * shape.layers
@@ -263,11 +260,15 @@ class LanguageModel(nn.Module):
             given = getattr(multipliers, name)
             if len(given) != shape.layers:
                 raise ValueError(f"multipliers.{name} has {len(given)} entries, the shape {shape.layers} layers")
-        self.shape, self.multipliers = shape, multipliers
+        routers = [block.router_kind for block in shape.blocks if block.experts]
+        if consistency and not any(kind.stochastic for kind in routers):
+            raise ValueError(f"consistency compares two draws of the experts, and no router of {shape.name} draws any")
+        self.shape, self.multipliers, self.consistency = shape, multipliers, consistency
+        self.reads_input = consistency or any(kind.needs_tokens for kind in routers)
+        options = RouterOptions(balance=balance, z_loss=z_loss, seed=seed)
         self.embedding = Embedding(shape.vocab, shape.width)
         self.blocks = nn.ModuleList(
-            TransformerBlock(shape, block, multipliers, layer, balance, z_loss)
-            for layer, block in enumerate(shape.per_layer)
+            TransformerBlock(shape, block, multipliers, layer, options) for layer, block in enumerate(shape.per_layer)
         )
         self.final_norm = RMSNorm(shape.width)
         self.head = Linear(shape.width, shape.vocab)
@@ -282,25 +283,36 @@ class LanguageModel(nn.Module):
         """
         if tokens_BT.shape[-1] > self.shape.sequence:
             raise ValueError(f"sequence of {tokens_BT.shape[-1]} tokens, the model was built for {self.shape.sequence}")
+        first = self._pass(tokens_BT, targets_BT, 0)
+        if not (self.consistency and self.training and targets_BT is not None):
+            return first
+        second = self._pass(tokens_BT, targets_BT, 1)
+        assert first.loss is not None and second.loss is not None
+        # Half the objective of 2110.04260, CE1 + CE2 + α·consistency, so that the loss is still one batch's.
+        losses = {name: (loss + second.losses[name]) / 2 for name, loss in first.losses.items()}
+        losses["consistency"] = consistency_loss(first.logits, second.logits) / 2
+        return Output(first.logits, (first.loss + second.loss) / 2, first.routings, losses)
+
+    def _pass(self, tokens_BT: Tensor, targets_BT: Tensor | None, draw: int) -> Output:
+        given = RouterInput(tokens_BT, draw) if self.reads_input else None
         x_BTD = self.embedding(tokens_BT)
         routings = []
         for block in self.blocks:
-            x_BTD, routing = block(x_BTD)
+            x_BTD, routing = block(x_BTD) if given is None else block(x_BTD, given)
             if routing is not None and routing.num_experts:
                 routings.append(routing)
         # On the hidden state rather than on the logits: the same product, V/D times fewer elements.
         logits_BTV = self.head(scaled(self.final_norm(x_BTD), self.multipliers.head))
-        loss = None
-        if targets_BT is not None:
-            loss = mean_loss(logits_BTV, targets_BT)
-        return Output(logits_BTV, loss, routings)
+        loss = None if targets_BT is None else mean_loss(logits_BTV, targets_BT)
+        names = dict.fromkeys(name for routing in routings for name in routing.losses)
+        losses = {n: torch.stack([r.losses[n] for r in routings if n in r.losses]).sum(0) for n in names}
+        return Output(logits_BTV, loss, routings, losses)
 
-    @torch.no_grad()
-    def update_bias_(self, speed: float) -> None:
-        """One step of aux-loss-free balancing in every block, after the optimizer's step."""
+    def end_step_(self, bias_speed: float) -> None:
+        """After every optimizer step: what routers change by themselves (a balance bias by ``bias_speed``, what is drawn next)."""
         for block in self.blocks:
             if isinstance(block, TransformerBlock) and block.moe is not None:
-                block.moe.update_bias_(speed)
+                block.moe.end_step_(bias_speed)
 
     def layout(self) -> Sequence[Layout]:
         """Role and axes of every parameter (``mue.layouts.layout``)."""
@@ -312,8 +324,9 @@ class LanguageModel(nn.Module):
         rows += [Layout(f"blocks.*.{x}_norm.weight", "norm", ("vector",)) for x in ("attention", "ffn")]
         if any(not block.is_moe for block in blocks):
             rows += [Layout(f"blocks.*.ffn.{part}.weight", f"ffn_{part}", ("out", "in")) for part in parts]
-        if any(block.experts for block in blocks):
+        if any(block.experts and block.router_kind.matrix for block in blocks):
             rows += [Layout("blocks.*.moe.router.weight", "router", ("out", "in"))]
+        if any(block.experts for block in blocks):
             rows += [Layout(f"blocks.*.moe.experts_{p}", f"expert_{p}", ("expert", "out", "in")) for p in parts]
         if any(block.shared_experts for block in blocks):
             rows += [Layout(f"blocks.*.moe.shared_{p}", f"shared_{p}", ("out", "in")) for p in parts]

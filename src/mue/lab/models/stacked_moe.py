@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from mue.lab.models.ops import project
 from mue.moe import ExpertWeights, MoELayer, Routing, experts
+from mue.moe.routers.base import RouterInput
 
 
 class StackedMoE(nn.Module):
@@ -35,10 +36,10 @@ class StackedMoE(nn.Module):
         self.output_multiplier, self.backend = template.output_multiplier, template.backend
         self.layers = [template] * variants
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Routing]:
+    def forward(self, x: Tensor, given: RouterInput | None = None) -> tuple[Tensor, Routing]:
         """(V, ..., D) → the same shape, and one routing whose losses (V,) and load (V, N) are the variants' own."""
         x_VTD = x.flatten(1, -2)
-        routing = self._route(x_VTD)
+        routing = self._route(x_VTD, given)
         y_VTD = None
         if self.experts_up is not None and self.experts_down is not None:
             gate = None if self.experts_gate is None else self.experts_gate.flatten(0, 1)
@@ -52,7 +53,7 @@ class StackedMoE(nn.Module):
         assert y_VTD is not None
         return (y_VTD * self.output_multiplier).view(x.shape), routing
 
-    def _route(self, x_VTD: Tensor) -> Routing:
+    def _route(self, x_VTD: Tensor, given: RouterInput | None) -> Routing:
         """Every variant's own routing as one: token t of variant v is token v·T + t, expert e is v·N + e."""
         variants, tokens, _ = x_VTD.shape
         if self.router is None:
@@ -62,7 +63,8 @@ class StackedMoE(nn.Module):
         for v, (layer, x_TD) in enumerate(zip(self.layers, x_VTD.unbind(0), strict=True)):
             assert layer.router is not None
             own = {name: parameters[v] for name, parameters in stacked.items()}
-            each.append(functional_call(layer.router, own, (x_TD,)))
+            also = () if given is None else (given.variant(v),)
+            each.append(functional_call(layer.router, own, (x_TD, *also)))
         number, first = each[0].num_experts, each[0]
         expert_P = [
             torch.where(r.expert_P == number, variants * number, r.expert_P + v * number) for v, r in enumerate(each)

@@ -35,6 +35,7 @@ class Settings:
         schedule: ``"wsd"`` (warmup, stable, linear decay over the last ``decay`` of the steps) or ``"cosine"``.
         precision: ``"fp32"``, or ``"bf16"`` autocast.
         balance: of experts: ``"bias"`` (aux-loss-free), ``"loss"`` (with the plan's coefficients) or ``"none"``.
+        consistency: coefficient α of the consistency loss between two passes over every batch (THOR, 2110.04260; the paper: 5).
         eval_every: steps between validations (0: only at the end). eval_sequences: how many each validation reads.
         log_every: steps between rows of metrics.
     """
@@ -47,6 +48,7 @@ class Settings:
     eval_every: int = 0
     eval_sequences: int = 128
     log_every: int = 10
+    consistency: float = 0.0
 
     def __post_init__(self) -> None:
         for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("balance", BALANCES)):
@@ -55,6 +57,7 @@ class Settings:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}")
         positive("decay", self.decay, zero=True, below=1)
+        positive("consistency", self.consistency, zero=True)
         for name in ("eval_sequences", "log_every"):
             positive_int(name, getattr(self, name))
         if self.eval_every:
@@ -83,6 +86,12 @@ class Run:
             )
         if self.settings.balance == "loss" and not tuned.balance:
             raise ValueError('[run] balance = "loss" needs its coefficient: [tuned] balance = 0.01, say')
+        stochastic = any(b.experts and b.router_kind.stochastic for b in self.plan.target.blocks)
+        if self.settings.consistency and not stochastic:
+            raise ValueError(
+                f"consistency = {self.settings.consistency:g} compares two draws of the experts, and no router of"
+                f' {self.plan.target.name} draws any: leave it out, or plan router = "thor" or "random"'
+            )
         sequence, batch = self.plan.target.sequence, self.plan.training.batch
         if batch % sequence:
             raise ValueError(f"batch = {batch} tokens per step is not a whole number of sequences of {sequence} tokens")
@@ -107,6 +116,8 @@ class Run:
         settings = asdict(self.settings)
         if not moe:
             settings.pop("balance")
+        if not settings["consistency"]:  # came later: runs without it keep the keys that they had
+            settings.pop("consistency")
         return {
             "shape": shape,
             "multipliers": asdict(plan.multipliers),

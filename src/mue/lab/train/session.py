@@ -103,8 +103,14 @@ class TrainingSession:
         self.key, self.steps, self.tuned = run.key, run.plan.training.steps, run.plan.tuned
         self.batches, held = batches_of(run, corpus)
         self.validation = held.fixed(max(1, self.settings.eval_sequences // held.batch_sequences))
-        balance, z = self.settings.balance, self.tuned.z > 0
-        self.model = LanguageModel(run.plan.target, run.plan.multipliers, balance=balance, z_loss=z)  # type: ignore[arg-type]
+        self.model = LanguageModel(
+            run.plan.target,
+            run.plan.multipliers,
+            balance=self.settings.balance,  # type: ignore[arg-type]
+            z_loss=self.tuned.z > 0,
+            consistency=self.settings.consistency > 0,
+            seed=self.settings.seed,
+        )
         init_(run.plan, self.model, self.settings.seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
@@ -141,6 +147,13 @@ class TrainingSession:
         every = self.settings.eval_every
         return self.status is not None or bool(every and self.step % every == 0)
 
+    @property
+    def coefficients(self) -> dict[str, float]:
+        """Of the auxiliary losses, by name."""
+        return {
+            "load_balance": self.tuned.balance, "router_z": self.tuned.z, "consistency": self.settings.consistency
+        }  # fmt: skip
+
     def train_step(self) -> None:
         """One step of this run alone."""
         started = time.monotonic()
@@ -149,14 +162,13 @@ class TrainingSession:
         tokens_BT, targets_BT = (x.to(self.device) for x in self.batches.at(self.step))
         with autocast(self.device, self.settings):
             output = self.model(tokens_BT, targets_BT)
-        objective(output, self.tuned.balance, self.tuned.z).backward()  # type: ignore[no-untyped-call]
+        objective(output, self.coefficients).backward()  # type: ignore[no-untyped-call]
         norm = None
         if self.tuned.clip is not None:
             norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.tuned.clip))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        if self.settings.balance == "bias":
-            self.model.update_bias_(self.tuned.bias_speed)
+        self.model.end_step_(self.tuned.bias_speed)
         self.advance(float(output.loss.detach()))
         self.record(norm, [r.stats["load"] for r in output.routings], self.validate() if self.eval_due else None)
         self.seconds += time.monotonic() - started

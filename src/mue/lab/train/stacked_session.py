@@ -33,7 +33,9 @@ from mue.util.files import digest
 def stack_kind(run: Run) -> str:
     """Runs of one kind can share a stack: what is left out here may differ from variant to variant."""
     said = run.effective
-    settings = {k: v for k, v in said["settings"].items() if k in ("precision", "balance", "eval_sequences")}
+    settings = {
+        k: v for k, v in said["settings"].items() if k in ("precision", "balance", "consistency", "eval_sequences")
+    }
     batch = said["training"]["batch"]
     return digest([said["shape"], said["multipliers"], said["data"], batch, settings, run.plan.tuned.z > 0])
 
@@ -128,15 +130,14 @@ class StackedSession:
             bank.grad_NVS.zero_()
         with autocast(self.device, self.settings):
             output = self.model(tokens_VBT, targets_VBT)
-        tuned = [session.tuned if session else None for session in self.sessions]
-        balance, z = (self._each([getattr(t, name) if t else 0.0 for t in tuned]) for name in ("balance", "z"))
-        objective(output, balance, z).sum().backward()  # type: ignore[no-untyped-call]
+        own = [session.coefficients if session else {} for session in self.sessions]
+        each = {name: self._each([one.get(name, 0.0) for one in own]) for name in output.losses}
+        objective(output, each).sum().backward()  # type: ignore[no-untyped-call]
         norms = self._clip_()
         self._update_()
         losses, loads = output.loss.tolist(), [r.stats["load"] for r in output.routings]
         for place, session in self.occupied:
-            if self.settings.balance == "bias":
-                session.model.update_bias_(session.tuned.bias_speed)
+            session.model.end_step_(session.tuned.bias_speed)
             session.advance(losses[place])
         held = self._validate()
         for place, session in self.occupied:

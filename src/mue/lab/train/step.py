@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,14 +25,13 @@ def uncompiled(compiled: bool) -> Any:
     )  # the name alone costs seconds of imports
 
 
-def objective(output: Output, balance: float | Tensor, z: float | Tensor) -> Tensor:
-    """What is minimised: the loss and the routers' own losses with their coefficients (of variants: one each)."""
+def objective(output: Output, coefficients: Mapping[str, float | Tensor]) -> Tensor:
+    """What is minimised: the loss and the auxiliary ones with their coefficients (of variants: one each)."""
     assert output.loss is not None
     total = output.loss
-    for name, coefficient in (("load_balance", balance), ("router_z", z)):
-        terms = [r.losses[name] for r in output.routings if name in r.losses]
-        if terms:
-            total = total + coefficient * torch.stack(terms).sum(0)
+    for name, coefficient in coefficients.items():
+        if name in output.losses:
+            total = total + coefficient * output.losses[name]
     return total
 
 

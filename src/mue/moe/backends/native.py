@@ -27,7 +27,7 @@ _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _ENGINES = {"plain": 0, "matrix unit": 1, "emulated": 2}
 # A matrix larger than this is packed per expert into too much memory, and large products are fast everywhere.
 _LARGEST_MATRIX = 1 << 22
-TRIAL = "mue.moe.backends.native_trial"  # what a built library is tried with before it is used
+TRIAL = "mue.moe.kernel_trial"  # what a built library is tried with before it is used
 _WORK_PER_THREAD = 1 << 18  # multiplications of one matrix below which another thread does not pay
 
 

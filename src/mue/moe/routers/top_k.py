@@ -1,13 +1,12 @@
-"""The standard router: sigmoid or softmax scores, top-a, weights normalised over the active experts.
+"""The standard routers: sigmoid or softmax scores, top-a, weights normalised over the active experts.
 
 Shape suffixes: T tokens, D width, N experts, G groups, K active experts per token, P = T*K pairs.
 """
 
 from __future__ import annotations
 
-import math
 import warnings
-from typing import Literal
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,24 +14,12 @@ from torch import Tensor, nn
 
 from mue.moe.backends import native_route as route
 from mue.moe.losses import balance_bias_step, load_balance_loss, router_z_loss
-from mue.moe.routing import Routing, routing_stats
+from mue.moe.routers.base import CLASSES, Balance, BaseRouter, RouterInput, RouterOptions
+from mue.moe.routing import Routing
+from mue.shapes.block import MEASURED, NORMALISED, Block
+from mue.shapes.routers import ROUTERS
 
 Score = Literal["sigmoid", "softmax"]
-Gates = Literal["normalised", "measured"]
-
-
-def check_counts(experts: int, active: int, groups: int) -> None:
-    """Raises ValueError, naming the numbers and the fix, unless `active` of `experts` in `groups` can be selected."""
-    if experts < 1 or active < 1 or groups < 1:
-        raise ValueError(f"experts={experts}, active={active}, groups={groups} must all be at least 1")
-    if active > experts:
-        raise ValueError(f"active={active} exceeds experts={experts}: use at most {experts} active, or more experts")
-    for name, number in (("experts", experts), ("active", active)):
-        if number % groups:
-            raise ValueError(
-                f"groups={groups} does not divide {name}={number}: each group selects active/groups of its "
-                f"experts/groups; use a divisor of {math.gcd(experts, active)}"
-            )
 
 
 def select_top(score_TN: Tensor, active: int, groups: int = 1) -> Tensor:
@@ -62,15 +49,17 @@ def select_top(score_TN: Tensor, active: int, groups: int = 1) -> Tensor:
     return best.reshape(tokens, active)
 
 
-class Router(nn.Module):
-    """Scores every expert for every token and keeps the best.
+@CLASSES.register("sigmoid", place=0)
+@CLASSES.register("softmax", place=1)
+class Router(BaseRouter):
+    """Scores every expert for every token and keeps the best (Switch, 2101.03961; sigmoid scores: DeepSeek-V3, 2412.19437).
 
     `weight` (N, D) is the only parameter, its fan-in is D. `balance_bias` (N,) float32 is a buffer that is added to
     the scores for the selection only and moves by `update_bias_` (aux-loss-free balancing, arXiv 2408.15664); `load`
     (N,) int64 counts pairs per expert in training mode since its last move. Both are in the state dict, so that a
     resumed run is exact.
 
-    Everything runs in float32 (float64 for float64 input), also under autocast.
+    Everything runs in float32 (float64 for float64 input), also under autocast: rounded logits would move the selection.
 
     Args:
         width: D.
@@ -80,14 +69,14 @@ class Router(nn.Module):
             (conventions.md 9: globally; per group they would sum to g).
         score: "sigmoid" or "softmax".
         normalize: divide the weights by their sum over the active experts, so that they sum to the route scale.
-        gates: "normalised" (the rule's assumption) or "measured" (the plan corrects for measured moments).
-        route_scale: R, multiplied into the weights.
-        balance_loss, z_loss: put the named loss, without coefficient, into `Routing.losses`.
+        gates: "unit-sum" (the rule's assumption) or "measured" (the plan corrects for measured moments).
+        route_scale, balance, z_loss: see `RouterOptions`.
 
     Raises:
-        ValueError: a > N; g divides not N or not a; R not positive and finite; weights that are not normalised
-            without gates="measured".
+        ValueError: what `BaseRouter` refuses; weights that are not normalised without gates="measured".
     """
+
+    kind = ROUTERS["sigmoid"]  # of an instance: that of its score
 
     balance_bias: Tensor
     load: Tensor
@@ -101,20 +90,20 @@ class Router(nn.Module):
         *,
         score: Score = "sigmoid",
         normalize: bool = True,
-        gates: Gates = "normalised",
+        gates: str = NORMALISED,
         route_scale: float = 1.0,
-        balance_loss: bool = False,
+        balance: Balance = "bias",
         z_loss: bool = False,
     ) -> None:
-        super().__init__()
-        check_counts(experts, active, groups)
+        super().__init__(
+            width, experts, active, groups, RouterOptions(route_scale=route_scale, balance=balance, z_loss=z_loss)
+        )
         if score not in ("sigmoid", "softmax"):
             raise ValueError(f'score={score!r} is unknown: use "sigmoid" or "softmax"')
-        if gates not in ("normalised", "measured"):
-            raise ValueError(f'gates={gates!r} is unknown: use "normalised" or "measured"')
-        if not (math.isfinite(route_scale) and route_scale > 0):
-            raise ValueError(f"route_scale={route_scale} must be positive and finite; the rule's value is {active}")
-        if not normalize and gates != "measured":
+        if gates not in (NORMALISED, MEASURED):
+            raise ValueError(f"gates={gates!r} is unknown: use {NORMALISED!r} or {MEASURED!r}")
+        self.kind = ROUTERS.lookup(score)
+        if not self.kind.sums_to_one(normalize) and gates != MEASURED:
             raise ValueError(
                 f"{score} gates without normalisation do not sum to one over the active experts, which breaks the "
                 f'rule silently: use normalize=True, or gates="measured" and a plan made from gate_moments'
@@ -125,13 +114,27 @@ class Router(nn.Module):
                 "gradient. Use at least 2 active experts, or normalize=False with gates='measured'",
                 stacklevel=2,
             )
-        self.width, self.experts, self.active, self.groups = width, experts, active, groups
-        self.score, self.normalize, self.gates, self.route_scale = score, normalize, gates, float(route_scale)
-        self.balance_loss, self.z_loss = balance_loss, z_loss
+        self.score, self.normalize, self.gates = score, normalize, gates
         self.weight = nn.Parameter(torch.empty(experts, width))
         self.register_buffer("balance_bias", torch.zeros(experts))
         self.register_buffer("load", torch.zeros(experts, dtype=torch.int64))
         self.reset_parameters()
+
+    @classmethod
+    def from_block(cls, block: Block, width: int, options: RouterOptions) -> Router:
+        """The router of a block, whose `router` is the score."""
+        return cls(
+            width,
+            block.experts,
+            block.active,
+            block.groups,
+            score=cast(Score, block.router),
+            normalize=block.normalize,
+            gates=block.gates,
+            route_scale=options.route_scale,
+            balance=options.balance,
+            z_loss=options.z_loss,
+        )
 
     def reset_parameters(self) -> None:
         """A plain start; the plan draws the real one."""
@@ -139,20 +142,10 @@ class Router(nn.Module):
 
     def extra_repr(self) -> str:
         """The numbers, in the order of the signature."""
-        return (
-            f"width={self.width}, experts={self.experts}, active={self.active}, groups={self.groups}, "
-            f"score={self.score}, normalize={self.normalize}, gates={self.gates}, route_scale={self.route_scale:g}"
-        )
+        return f"{super().extra_repr()}, score={self.score}, normalize={self.normalize}, gates={self.gates}"
 
-    def forward(self, x_TD: Tensor) -> Routing:
-        """Routes tokens.
-
-        Args:
-            x_TD: (T, width), any float dtype.
-
-        Returns:
-            P = T*active pairs, token-major; weights in float32 and scaled by R.
-        """
+    def forward(self, x_TD: Tensor, given: RouterInput | None = None) -> Routing:
+        """Routes tokens by their hidden states alone: P = T*active pairs, token-major."""
         with torch.autocast(x_TD.device.type, enabled=False):
             dtype = torch.promote_types(x_TD.dtype, torch.float32)
             logit_TN = F.linear(x_TD.to(dtype), self.weight.to(dtype))
@@ -162,16 +155,15 @@ class Router(nn.Module):
         score_TN = torch.sigmoid(logit_TN) if self.score == "sigmoid" else torch.softmax(logit_TN, dim=1)
         expert_TK = select_top(score_TN.detach() + self.balance_bias, self.active, self.groups)
         weight_TK = self._weights(logit_TN, score_TN, expert_TK)
-        routing = Routing.from_topk(expert_TK, weight_TK, self.experts, route_scale=self.route_scale, stats=False)
-        routing.stats = route.routing_stats(routing) or routing_stats(routing)
+        routing = self.routing(expert_TK, weight_TK)
         load_N = routing.stats["load"]
         if self.training:
             with torch.no_grad():
                 self.load += load_N
-        if self.balance_loss:
+        if self.options.balance == "loss":
             prob_TN = score_TN if self.score == "softmax" else torch.softmax(F.logsigmoid(logit_TN), dim=1)
             routing.losses["load_balance"] = load_balance_loss(prob_TN, load_N)
-        if self.z_loss:
+        if self.options.z_loss:
             routing.losses["router_z"] = router_z_loss(logit_TN)
         return routing
 
@@ -194,3 +186,8 @@ class Router(nn.Module):
         """
         self.balance_bias += balance_bias_step(self.load, speed)
         self.load.zero_()
+
+    def end_step_(self, bias_speed: float) -> None:
+        """Moves the balance bias, where that is how this router is balanced."""
+        if self.options.balance == "bias":
+            self.update_bias_(bias_speed)

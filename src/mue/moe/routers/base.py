@@ -1,0 +1,191 @@
+"""What a router is given, what it promises, and how its name finds it.
+
+    @router("first", unit_sum=True)            # the facts: mue.shapes.routers.RouterKind
+    class FirstExperts(BaseRouter):
+        def forward(self, x_TD, given=None):
+            return self.even(torch.arange(self.active).expand(len(x_TD), -1))
+
+Shape suffixes: T tokens, D width, N experts, K active experts per token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from mue.moe.backends import native_route as route
+from mue.moe.routing import Routing, routing_stats
+from mue.shapes.block import Block
+from mue.shapes.routers import ROUTERS, RouterKind
+from mue.util.registry import Registry
+
+Balance = Literal["bias", "loss", "none"]
+_Router = TypeVar("_Router", bound="type[BaseRouter]")
+
+
+@dataclass(frozen=True)
+class RouterInput:
+    """What a router may read beside the hidden states. Nobody makes one where no router of the model reads it.
+
+    Attributes:
+        tokens: ids of the tokens, in the leading shape of the hidden states; (T,) by the time the router sees them.
+        draw: which of several forward passes over one batch this is. A router that draws does so anew in each.
+    """
+
+    tokens: Tensor | None = None
+    draw: int = 0
+
+    def flat(self) -> RouterInput:
+        """With the ids as (T,)."""
+        return self if self.tokens is None else replace(self, tokens=self.tokens.reshape(-1))
+
+    def variant(self, index: int) -> RouterInput:
+        """What one of stacked variants is given, flat."""
+        return self if self.tokens is None else replace(self, tokens=self.tokens[index].reshape(-1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class RouterOptions:
+    """What a model says to its routers beyond the numbers of a block; each takes what concerns it.
+
+    Attributes:
+        route_scale: R, multiplied into the weights; the rule wants a.
+        balance: "bias" moves the selection bias (:meth:`BaseRouter.end_step_`), "loss" puts ``load_balance`` into
+            ``Routing.losses``, "none" does neither. A router without scores has nothing to balance.
+        z_loss: put ``router_z`` into ``Routing.losses``, where there are logits.
+        seed, layer: of what is drawn, so that runs and layers draw differently.
+    """
+
+    route_scale: float = 1.0
+    balance: Balance = "bias"
+    z_loss: bool = False
+    seed: int = 0
+    layer: int = 0
+
+
+class BaseRouter(nn.Module):
+    """What every router has; a router is a subclass with :meth:`forward`, under :func:`router`.
+
+    A router without parameters gets by with this constructor. One with an (N, D) matrix calls it ``weight``.
+
+    Args:
+        width: D.
+        experts: N.
+        active: a, experts per token.
+        groups: g; a/g experts are chosen inside each group of N/g consecutive ones.
+        options: see :class:`RouterOptions`.
+
+    Raises:
+        ValueError: a > N; g divides not N or not a; R not positive and finite; an unknown balance; what the router's kind
+            refuses.
+    """
+
+    kind: RouterKind  # of the class, set by ``router``
+
+    def __init__(
+        self, width: int, experts: int, active: int, groups: int = 1, options: RouterOptions | None = None
+    ) -> None:
+        super().__init__()
+        options = options or RouterOptions()
+        _check_counts(experts, active, groups)
+        if not (math.isfinite(options.route_scale) and options.route_scale > 0):
+            raise ValueError(
+                f"route_scale={options.route_scale} must be positive and finite; the rule's value is {active}"
+            )
+        if options.balance not in ("bias", "loss", "none"):
+            raise ValueError(f'balance={options.balance!r} is unknown: use "bias", "loss" or "none"')
+        self.kind.check(active, groups, True)
+        self.width, self.experts, self.active, self.groups = width, experts, active, groups
+        self.options, self.route_scale = options, float(options.route_scale)
+
+    @classmethod
+    def from_block(cls, block: Block, width: int, options: RouterOptions) -> BaseRouter:
+        """The router of a block in numbers. A router with options of its own in a block overrides this."""
+        return cls(width, block.experts, block.active, block.groups, options)
+
+    def forward(self, x_TD: Tensor, given: RouterInput | None = None) -> Routing:
+        """Routes tokens.
+
+        Args:
+            x_TD: (T, width), any float dtype.
+            given: what else there is to read; None where no router of the model reads it.
+
+        Returns:
+            The pairs, weights in float32 (float64 for float64 input) and scaled by R.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def end_step_(self, bias_speed: float) -> None:
+        """Called once after every optimizer step. What a router changes by itself, it changes here and keeps in buffers:
+        forward may run twice (activation checkpointing), and a resumed run has to go on exactly."""
+
+    def even(self, expert_TK: Tensor, dtype: torch.dtype = torch.float32) -> Routing:
+        """The routing to these experts with weights R/a each."""
+        weight_TK = expert_TK.new_full(
+            expert_TK.shape, self.route_scale / self.active, dtype=torch.promote_types(dtype, torch.float32)
+        )
+        return self.routing(expert_TK, weight_TK)
+
+    def routing(self, expert_TK: Tensor, weight_TK: Tensor) -> Routing:
+        """The routing to (T, K) experts with these weights (R included), with its statistics."""
+        routing = Routing.from_topk(expert_TK, weight_TK, self.experts, route_scale=self.route_scale, stats=False)
+        routing.stats = route.routing_stats(routing) or routing_stats(routing)
+        return routing
+
+    def extra_repr(self) -> str:
+        """The numbers, in the order of the signature."""
+        return (
+            f"width={self.width}, experts={self.experts}, active={self.active}, groups={self.groups},"
+            f" route_scale={self.route_scale:g}"
+        )
+
+
+def _check_counts(experts: int, active: int, groups: int) -> None:
+    if experts < 1 or active < 1 or groups < 1:
+        raise ValueError(f"experts={experts}, active={active}, groups={groups} must all be at least 1")
+    if active > experts:
+        raise ValueError(f"active={active} exceeds experts={experts}: use at most {experts} active, or more experts")
+    for name, number in (("experts", experts), ("active", active)):
+        if number % groups:
+            raise ValueError(
+                f"groups={groups} does not divide {name}={number}: each group selects active/groups of its "
+                f"experts/groups; use a divisor of {math.gcd(experts, active)}"
+            )
+
+
+CLASSES: Registry[type[BaseRouter]] = Registry("router", home="mue.moe.routers")
+
+
+def router(name: str, place: float = 100.0, **facts: Any) -> Callable[[_Router], _Router]:
+    """A decorator that makes a class the router ``name``: shapes may then name it, and the lab trains it.
+
+    Args:
+        place: where tables list it.
+        facts: fields of :class:`mue.shapes.routers.RouterKind`.
+
+    Raises:
+        ValueError: the name is another router's.
+    """
+
+    def add(cls: _Router) -> _Router:
+        CLASSES.register(name, place)(cls)
+        cls.kind = RouterKind(name=name, defined_in=f"{cls.__module__}.{cls.__qualname__}", **facts)
+        ROUTERS.register(name, place)(cls.kind)
+        return cls
+
+    return add
+
+
+def build(block: Block, width: int, options: RouterOptions) -> BaseRouter:
+    """The router that a block names.
+
+    Raises:
+        ValueError: an unknown name, with the nearest known one; what the router refuses.
+    """
+    return CLASSES.lookup(block.router).from_block(block, width, options)

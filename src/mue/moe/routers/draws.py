@@ -1,0 +1,50 @@
+"""Random numbers as a pure function of what they are for: the same bits on every device, in any order, after any interruption.
+
+A generator's state would have to be kept for each layer, put back for a recomputed forward pass and shared out to stacked
+variants. A counter-based draw (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) needs none of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+Key = int | Tensor  # int64
+
+_WEYL = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number: its multiples are far apart
+_FACTORS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB, signed
+
+
+def bits(*keys: Key, device: torch.device | None = None) -> Tensor:
+    """63 random bits for each combination of keys.
+
+    Args:
+        keys: whole numbers or int64 tensors that broadcast; their order counts.
+
+    Returns:
+        int64 in [0, 2^63), of the keys' joint shape.
+    """
+    state = torch.zeros((), dtype=torch.int64, device=device)
+    for key in keys:
+        state = _mixed((state ^ (key if isinstance(key, Tensor) else key % (1 << 63))) + _WEYL)
+    return state & 0x7FFF_FFFF_FFFF_FFFF
+
+
+def uniform(*keys: Key, device: torch.device | None = None) -> Tensor:
+    """Like :func:`bits`, as float32 in [0, 1): the 24 highest bits, which a float32 holds exactly."""
+    return (bits(*keys, device=device) >> 39).float() * 2.0**-24
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): a bijection in which every bit depends on every other.
+
+    int64 products wrap around in torch, as unsigned ones do.
+    """
+    x = (x ^ _shifted(x, 30)) * _FACTORS[0]
+    x = (x ^ _shifted(x, 27)) * _FACTORS[1]
+    return x ^ _shifted(x, 31)
+
+
+def _shifted(x: Tensor, count: int) -> Tensor:
+    """x >> count without the sign: torch's shift copies it."""
+    return (x >> count) & ((1 << (64 - count)) - 1)
