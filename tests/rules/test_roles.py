@@ -7,7 +7,7 @@ import pytest
 import mue
 from mue.lab.models.language import LanguageModel
 from mue.layouts.of_model import placed
-from mue.rules.roles import ROLES, of_kind
+from mue.rules.roles import ROLES, of_kind, of_part
 
 # No two sizes alike, so that a fan-in says what it is.
 NUMBERS = {"width": 64, "layers": 2, "head_dim": 16, "heads": 6, "vocab": 80}
@@ -64,7 +64,8 @@ def test_a_dense_base_speaks_for_the_experts() -> None:
     assert all(role.tuned_as == (name,) for name, role in ROLES.items() if role.kind not in ("expert", "shared"))
 
 
-def test_kinds_are_in_order_and_an_unknown_one_has_no_roles() -> None:
+def test_kinds_and_parts_are_in_order_and_an_unknown_one_has_no_roles() -> None:
     assert of_kind("attention") == ("attention_q", "attention_k", "attention_v", "attention_o")
     assert of_kind("ffn", "embedding") == ("embedding", "ffn_up", "ffn_gate", "ffn_down")
-    assert of_kind("feed-forward") == ()
+    assert of_part("down", "o") == ("attention_o", "ffn_down", "expert_down", "shared_down")
+    assert of_kind("feed-forward") == of_part("feed-forward") == ()

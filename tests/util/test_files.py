@@ -1,4 +1,4 @@
-"""A lock on a file: one holder at a time over processes, gone with the process that held it."""
+"""A lock on a file: one holder at a time over processes, gone with the process that held it. Writes that are whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from mue.util.files import FileLock
+from mue.util.files import FileLock, cache_folder, digest, rounded, write_atomic, write_json, write_text
 
 HOLD = "import sys, pathlib\nfrom mue.util.files import FileLock\nwith FileLock(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
 
@@ -62,3 +62,40 @@ def test_a_lock_is_released_on_an_error_and_only_made_where_it_may_be(tmp_path: 
         _ = 1 / 0
     with FileLock(path, busy=KeyError("taken"), make=False):
         pass
+
+
+# ---- writes and hashes -----------------------------------------------------------------------------------------------
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "plan.json"
+
+    def broken(temporary: Path) -> None:
+        temporary.write_text("half", encoding="utf-8")
+        raise KeyError("power")
+
+    with pytest.raises(KeyError):
+        write_atomic(path, broken)
+    assert not path.parent.exists()  # the folder was made for this file
+    write_text(path, "whole")
+    with pytest.raises(KeyError):
+        write_atomic(path, broken)
+    assert path.read_text(encoding="utf-8") == "whole" and list(path.parent.iterdir()) == [path]
+    write_json(path, {"ρ": 1})
+    assert path.read_text(encoding="utf-8") == '{\n "ρ": 1\n}\n' and path.stat().st_mode & 0o777 == 0o644
+
+
+def test_a_digest_is_of_what_data_means() -> None:
+    data = {"lr": 0.1 + 0.2, "betas": (0.9, 1), "tied": True, "clip": None}
+    assert digest(data) == digest({"clip": None, "tied": True, "betas": [0.9, 1], "lr": 0.3})
+    assert len(digest(data)) == 16 and rounded(data)["lr"] == "0.3"
+    for change in ({"lr": 0.3 + 1e-9}, {"tied": False}, {"clip": 1.0}, {"betas": (1, 0.9)}):
+        assert digest({**data, **change}) != digest(data), change
+
+
+def test_the_cache_lies_where_it_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MUE_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
+    assert cache_folder() == tmp_path / "user" / "mue"
+    monkeypatch.setenv("MUE_CACHE", str(tmp_path / "own"))
+    assert cache_folder() == tmp_path / "own"

@@ -132,3 +132,8 @@ ROLES: Mapping[str, Role] = MappingProxyType(
 def of_kind(*kinds: str) -> tuple[str, ...]:
     """Names of the roles of some kinds, in order."""
     return tuple(name for name, role in ROLES.items() if role.kind in kinds)
+
+
+def of_part(*parts: str) -> tuple[str, ...]:
+    """Names of the roles that are some part of their kind, in order."""
+    return tuple(name for name, role in ROLES.items() if role.part in parts)

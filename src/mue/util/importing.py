@@ -12,7 +12,10 @@ from mue.util.errors import nearest
 
 
 def imported(name: str) -> Any:
-    """What a name stands for.
+    """What a name stands for. The file or module runs, so a user's own code has to be meant.
+
+    Args:
+        name: ``file.py:name``, ``module:name`` or ``package.module.Name``.
 
     Raises:
         ValueError: no such file, module or attribute, with the nearest one.
@@ -27,7 +30,8 @@ def imported(name: str) -> Any:
         sys.modules[spec.name] = module  # where its dataclasses look for themselves
         spec.loader.exec_module(module)
     else:
-        sys.path.insert(0, "")
+        if "" not in sys.path:
+            sys.path.insert(0, "")  # a module in the folder that the command was given in
         try:
             module = importlib.import_module(where)
         except ModuleNotFoundError as error:

@@ -73,10 +73,15 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         return len(list(iter(self)))
 
     def _load_home(self) -> None:
-        if not self._loaded_home:
-            self._loaded_home = True  # before the imports: one of them may ask for what is registered so far
+        if self._loaded_home:
+            return
+        self._loaded_home = True  # before the imports: one of them may ask for what is registered so far
+        try:
             for module in iter_modules(import_module(self.home).__path__):
                 import_module(f"{self.home}.{module.name}")
+        except BaseException:
+            self._loaded_home = False  # or the next to ask would find a part of it, and no error
+            raise
 
     def _load_plugins(self) -> None:
         if self._loaded_plugins:
@@ -86,6 +91,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
             try:
                 plugin.load()
             except Exception as error:
+                self._loaded_plugins = False
                 raise ValueError(
                     f"the plugin {plugin.name} ({plugin.value}) cannot be imported: {type(error).__name__}: {error};"
                     " mend or uninstall the package that names it"

@@ -1,0 +1,53 @@
+"""Numbers from users: accepted as they are meant, or refused by name."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from mue.util.errors import nearest, positive, positive_int
+
+
+@pytest.mark.parametrize("value", [1, 7, 10**18])
+def test_a_whole_number_passes(value: int) -> None:
+    assert positive_int("width", value) is value
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.0, True, "7", None])
+def test_no_whole_number_is_refused_by_name(value: object) -> None:
+    with pytest.raises(ValueError, match=rf"width must be a whole number of at least 1, got {value!r}"):
+        positive_int("width", value)
+
+
+def test_a_positive_number_is_a_float_afterwards() -> None:
+    assert positive("lr", 2) == 2.0 and isinstance(positive("lr", 2), float)
+    assert positive("decay", 0, zero=True) == 0 and positive("beta", 0.5, below=1) == 0.5
+
+
+@pytest.mark.parametrize(
+    ("value", "limits", "message"),
+    [
+        (0, {}, "lr must be greater than 0, got 0"),
+        (-1, {"zero": True}, "lr must be at least 0, got -1"),
+        (1, {"below": 1}, "lr must be greater than 0 and below 1, got 1"),
+        (math.nan, {}, "lr must be a finite number, got nan"),
+        (math.inf, {}, "lr must be a finite number, got inf"),
+        (True, {}, "lr must be a finite number, got True"),
+        ("1e-3", {}, "lr must be a finite number, got '1e-3'"),
+        (10**400, {}, r"lr must be at most 10\^18, got a number of 401 digits"),
+    ],
+)
+def test_what_is_no_such_number_is_refused_by_name(value: object, limits: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        positive("lr", value, **limits)  # type: ignore[arg-type]
+
+
+def test_a_number_beyond_any_shape_is_not_printed() -> None:
+    with pytest.raises(ValueError, match=r"width must be at most 10\^18, got a number of 30 digits"):
+        positive_int("width", 10**29)
+
+
+def test_the_nearest_word_or_all_of_them() -> None:
+    assert nearest("widht", ["width", "layers"]) == "; did you mean 'width'?"
+    assert nearest("zzz", iter(["width", "layers"])) == "; known: width, layers"

@@ -1,0 +1,25 @@
+"""Numbers and tables as people read them."""
+
+from __future__ import annotations
+
+import pytest
+
+from mue.util.text import number, text_table
+
+
+@pytest.mark.parametrize(
+    ("value", "printed"), [(None, "–"), (0.0, "0"), (1 / 3, "0.3333"), (1e-12, "1e-12"), (123456, "1.235e+05")]
+)
+def test_four_significant_digits(value: float | None, printed: str) -> None:
+    assert number(value) == printed
+
+
+def test_columns_are_as_wide_as_their_widest_cell_and_lines_end_without_spaces() -> None:
+    made = text_table(["role", "lr"], [["embedding", "1"], ["head", ""]])
+    assert made.split("\n") == ["role       lr", "─────────  ──", "embedding  1", "head"]
+    assert text_table(["role"], []).split("\n") == ["role", "────"]
+
+
+def test_a_row_of_another_length_is_our_mistake() -> None:
+    with pytest.raises((ValueError, IndexError)):
+        text_table(["role", "lr"], [["head"]])
