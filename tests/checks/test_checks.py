@@ -108,6 +108,7 @@ def test_multipliers_are_measured_to_many_digits() -> None:
     c = case("mue hybrid")
     parts = Context(c.model, c.plan, c.batch).parts
     A, R, residual = c.plan.output_multiplier, c.plan.route_scale, c.plan.residual_multiplier
+    assert len(parts) == c.plan.target.layers
     for found in parts.values():
         assert found is not None and found.activation == "silu" and not found.swapped
         assert found.routed.sum(1).tolist() == pytest.approx([A * R * residual] * found.routed.shape[0], rel=1e-4)

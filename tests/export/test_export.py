@@ -64,6 +64,7 @@ def test_the_written_groups_are_ours() -> None:
 def test_the_written_init_has_our_standard_deviations() -> None:
     net = model()
     written("torch")["init_"](net, seed=3)
+    assert len(placed(net)) == len(list(net.parameters()))
     for p in placed(net):
         std = fold(PLAN).role(p.role, p.layer).values.init_std
         if std is None:
@@ -90,6 +91,7 @@ def test_the_written_code_sees_through_wrappers() -> None:
 def test_a_trainer_gets_an_optimizer_and_a_relative_schedule() -> None:
     net = model()
     optimizer, schedule = written("transformers")["trainer_arguments"](net, lambda step: 0.5)["optimizers"]
+    assert len(optimizer.param_groups) > 3
     assert all(g["lr"] == pytest.approx(0.5 * g["initial_lr"]) for g in optimizer.param_groups)
     assert isinstance(schedule, torch.optim.lr_scheduler.LambdaLR)
 

@@ -114,7 +114,9 @@ def test_folded_training_on_stock_code_is_multiplier_training(case: str, tmp_pat
     with torch.no_grad():  # what is computed from them is not: read through a mapping, they lie elsewhere in memory
         logits = mine.eval()(input_ids=tokens).logits
         assert close(loaded(input_ids=tokens).logits, logits, operations=OPERATIONS)
-        for place_of, parameter in ((p.name, p.parameter) for p in placed(loaded) if p.role in ("attention_v", "head")):
+        control = [(p.name, p.parameter) for p in placed(loaded) if p.role in ("attention_o", "head")]
+        assert len(control) >= 3
+        for place_of, parameter in control:
             parameter.mul_(1.01)  # negative control: one multiplier off by 1 %
             assert not close(loaded(input_ids=tokens).logits, logits, operations=OPERATIONS), place_of
             parameter.div_(1.01)

@@ -34,6 +34,8 @@ def test_every_tensor_and_every_expert_has_its_planned_std() -> None:
     plan = planned()
     model = built(plan)
     init_(plan, model, seed=3)
+    drawn = [p for p in placed(model) if p.role not in ("norm", "qk_norm", "final_norm")]
+    assert sum(len(list(expert_slices(p))) for p in drawn) == 2 * (4 + 1 + 3 * 8 + 3) + 2  # layers, embedding and head
     for p in placed(model):
         if p.role in ("norm", "qk_norm", "final_norm"):
             assert torch.equal(p.parameter, torch.ones_like(p.parameter))
@@ -170,5 +172,7 @@ def test_a_stock_model_is_refused_until_its_multipliers_are_planned() -> None:
 
 def test_a_dense_base_run_on_its_own_plan_is_the_tuned_values() -> None:
     plan = mue.transfer(BASE, BASE, TUNED)
-    for group in param_groups(plan, LanguageModel(BASE)):
+    groups = param_groups(plan, LanguageModel(BASE))
+    assert sorted(group["weight_decay"] for group in groups) == [0.0, TUNED.weight_decay]
+    for group in groups:
         assert group["lr"] == TUNED.lr and group["weight_decay"] in (0.0, TUNED.weight_decay)

@@ -215,6 +215,7 @@ def test_the_fold_commutes_with_them(roles: dict[str, Any], tied: bool, route: s
     target = replace(TARGET, tied=tied)
     plain, own = (fold(make(r, target=target), route) for r in (None, roles))
     before, unfolded = make(target=target), make(roles, target=target)
+    compared = list[tuple[str, int]]()
     powers = {
         "init_std": 1,
         "lr": FOLDS["adamw"].lr,
@@ -225,6 +226,7 @@ def test_the_fold_commutes_with_them(roles: dict[str, Any], tied: bool, route: s
         for role in ROLES:
             if not ROLES[role].trained or not own.role(role, layer).count:
                 continue
+            compared.append((role, layer))
             for field, power in powers.items():
                 here, there = (getattr(p.role(role, layer).values, field) for p in (own, plain))
                 mine, theirs = (getattr(p.role(role, layer).values, field) for p in (unfolded, before))
@@ -232,6 +234,7 @@ def test_the_fold_commutes_with_them(roles: dict[str, Any], tied: bool, route: s
                 if here:
                     assert here / there == pytest.approx(mine / theirs, rel=1e-12), (role, field)
             assert own.role(role, layer).constant == plain.role(role, layer).constant
+    assert len(compared) >= 8 * TARGET.layers
 
 
 def test_a_tied_head_follows_the_embedding_and_says_so() -> None:

@@ -1,10 +1,20 @@
-"""The command line, run in this process."""
+"""The command line: as a process of its own, and, for the many error cases, in this one."""
 
 from __future__ import annotations
 
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+
+def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """``mue`` with these arguments, on one thread and a wide terminal without colours."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+    command = [sys.executable, "-m", "mue", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=240, check=False)
 
 
 def in_process(
@@ -21,6 +31,7 @@ def in_process(
 
 
 def refused(found: tuple[int, str, str], *words: str) -> None:
+    """A mistake's end: exit code 2 and one line that holds these words."""
     code, _, err = found
     assert code == 2, err
     assert len(err.strip().splitlines()) == 1, err

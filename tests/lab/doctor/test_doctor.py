@@ -30,8 +30,11 @@ def test_report_names_every_backend_and_measures_it(
     assert set(report["backends"]) == set(BACKENDS)
     assert report["machine"]["torch"] == torch.__version__
     measured = set(BACKENDS) if build.compiler() else set(BACKENDS) - {"native"}
+    assert len(report["ratio"]) >= 2
     for found in report["ratio"].values():
-        assert set(found) == measured and all(ratio > 0 for ratio in found.values())
+        assert set(found) == measured
+        # Times of a dense feed-forward layer of equal active width: nobody is that much faster or slower.
+        assert all(0.01 < ratio < 1000 for ratio in found.values()), found
     text = "\n".join(doctor.lines(report))
     assert all(name in text for name in BACKENDS) and "bfloat16" in text
 

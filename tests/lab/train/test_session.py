@@ -264,5 +264,6 @@ def test_checkpoint_holds_tied_weights_and_buffers_once(tmp_path: Path) -> None:
     for (name, a), b in zip(models[0].state_dict().items(), models[1].state_dict().values(), strict=True):
         assert torch.equal(a, b), name
     for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert set(optimizers[0].state[p]) == {"step", "exp_avg", "exp_avg_sq"}
         for key, value in optimizers[0].state[p].items():
             assert torch.equal(value, optimizers[1].state[q][key])

@@ -1,0 +1,60 @@
+"""The command line as a whole: its commands, and that the help of each teaches it."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from typing import Any
+
+import pytest
+from typer.main import get_command
+
+from mue.cli import COMMANDS, app
+from support.command_line import in_process
+from support.paths import ROOT
+
+COMMANDS_BY_NAME: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
+WITH_A_FILE = {
+    "plan": {"tuned", "target"},
+    "sweep": {"data", "sweep"},
+    "train": {"tuned", "data"},
+    "tune-roles": {"tuned", "data", "roles"},
+}
+"""Commands that read a TOML file, and the tables of it that their help shows besides [base]."""
+
+
+def test_one_file_holds_one_command() -> None:
+    files = {path.stem for path in (ROOT / "src" / "mue" / "cli").glob("*.py")} - {"__init__", "app", "user_model"}
+    assert files == set(COMMANDS) and len(COMMANDS_BY_NAME) == len(COMMANDS) >= 12
+    assert {name.partition("-")[0] for name in COMMANDS_BY_NAME} == files
+
+
+@pytest.mark.parametrize("name", COMMANDS_BY_NAME)
+def test_help_teaches(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says what the command does, and of every argument and option what it is for."""
+    monkeypatch.setenv("COLUMNS", "200")
+    code, out, _ = in_process(capsys, monkeypatch, name, "--help")
+    command = COMMANDS_BY_NAME[name]
+    words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
+    assert code == 0
+    assert len(command.help) > 20 and " ".join(command.help.split())[:20] in words
+    assert command.params, name
+    for parameter in command.params:
+        assert parameter.help, f"{name}: {parameter.name} says nothing"
+        assert " ".join(parameter.help.split())[:30] in words, parameter.name
+        assert all(option in out for option in parameter.opts if option.startswith("--")), parameter.name
+
+
+@pytest.mark.parametrize("name", WITH_A_FILE)
+def test_the_help_holds_an_example_of_the_file(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which is TOML as it is printed, so that it can be copied."""
+    monkeypatch.setenv("COLUMNS", "200")
+    _, out, _ = in_process(capsys, monkeypatch, name, "--help")
+    lines = [line.strip() for line in out.splitlines()]
+    start = next(i for i, line in enumerate(lines) if line.startswith("Example")) + 1
+    example = "\n".join(lines[start : lines.index("", start)])
+    tables = tomllib.loads(example)
+    assert set(tables) >= {"base", *WITH_A_FILE[name]}
+    assert tables["base"]["width"] > 0 and all(tables[table] for table in WITH_A_FILE[name])
