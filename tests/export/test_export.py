@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,50 @@ def test_without_a_model_a_transformers_family_of_the_planned_shape(target: mue.
     assert "hidden_size=64" in text
 
 
+LAB = {
+    "dense": mue.Dense(64, 128, 2, head_dim=16, vocab=64),
+    "tied, ungated": mue.Dense(64, 128, 2, head_dim=16, vocab=64, tied=True, gated=False),
+    "few kv heads": mue.Dense(64, 128, 2, head_dim=16, kv_heads=2, vocab=64),
+    "mixed": TARGET,
+    "softmax, shared": mue.MoE.parse("8e2a1s", width=64, expert=32, layers=2, head_dim=16, vocab=64, router="softmax"),
+    "shared alone": mue.MoE.parse("2s", width=64, expert=32, layers=2, head_dim=16, vocab=64),
+}
+
+
+@pytest.mark.parametrize("shape", LAB)
+def test_without_a_model_torch_is_written_for_the_labs(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shape has one in the lab, with nothing more installed: the command and ``plan.export`` say the same."""
+    target = LAB[shape]
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    base = mue.Dense(32, 32, 2, head_dim=16, vocab=64, tied=target.tied, gated=target.gated)
+    plan = mue.transfer(base, target, mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.02))
+    text = plan.export("torch")
+    made = LanguageModel(target, fold(plan).multipliers)
+    assert sorted(text.splitlines()) == sorted(export(plan, "torch", made).splitlines())  # ROWS in another order
+    code: dict[str, Any] = {}
+    exec(text, code)
+    assert sum(len(group["params"]) for group in code["param_groups"](made)) == len(list(made.parameters()))
+    other = mue.Dense(64, 128, 3, head_dim=16, vocab=64, gated=not target.gated)
+    with pytest.raises(ValueError, match=r"this plan|rows match nothing"):
+        code["param_groups"](LanguageModel(other))
+
+
+def test_a_stack_from_outside_is_one_function() -> None:
+    @STACKS.register("one-line")
+    def one_line(plan: Any, given: Any) -> str:
+        """lr of every kind of parameter."""
+        return " ".join(f"{row.roles}={row.lr:g}" for row in rows(fold(plan), given))
+
+    try:
+        assert list(STACKS)[-1] == "one-line"
+        text = PLAN.export("one-line", model())
+        assert f"embedding={PLAN.role('embedding').values.lr:g}" in text.split()
+    finally:
+        STACKS._entries.pop("one-line")
+    with pytest.raises(ValueError, match="unknown stack 'one-line'"):
+        PLAN.export("one-line", model())
+
+
 def test_a_shape_that_no_default_family_has_is_refused() -> None:
     pytest.importorskip("transformers", reason="needs the hf extra")
     target = mue.MoE.parse("8e2a1s", width=64, expert=32, layers=2, head_dim=16, vocab=64, router="softmax")
@@ -177,7 +222,7 @@ def test_the_command_prints_or_writes(
     assert code == 0 and out.startswith(str(out_file))
     assert out_file.read_text() == export(PLAN, "torchtitan")
     code, out, _ = in_process(capsys, monkeypatch, "export", plan_file, "--to", "torch")
-    assert code == 0 and out == export(PLAN, "torch", model())  # the lab's model
+    assert code == 0 and out == export(PLAN, "torch") == PLAN.export("torch")
 
 
 def test_the_command_explains_mistakes(

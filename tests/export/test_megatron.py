@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mue.export import export
-from mue.export.skeleton import skeleton
+from mue.export.megatron import MEGATRON
 from mue.fold import fold
 from support.stack_models import megatron, megatron_model
 from support.stack_values import ALL, TARGETS, assert_drawn, built, plan, planned, run, same_parameters, starts
@@ -64,10 +64,10 @@ def test_transformer_engines_names_are_those_megatron_translates_to() -> None:
 
     translated = get_gpt_layer_local_spec(qk_layernorm=True).submodules.sharded_state_dict_keys_map
     target = TARGETS["dense"]
-    names = {name for name, _ in skeleton("megatron", target, "local").named_parameters()}
+    names = {name for name, _ in MEGATRON.named(target, "local").named_parameters()}
     for old, new in translated.items():
         names = {re.sub(rf"(?<=\d\.){re.escape(old)}", new, name) for name in names}
-    assert names == {name for name, _ in skeleton("megatron", target, "te").named_parameters()}
+    assert names == {name for name, _ in MEGATRON.named(target, "te").named_parameters()}
 
 
 @ALL
@@ -75,7 +75,7 @@ def test_megatron_builds_our_groups(kind: str) -> None:
     megatron()
     code = run(export(plan(kind), "megatron", "local"))
     made = megatron_model(TARGETS[kind], code["TRANSFORMER"])
-    table = skeleton("megatron", TARGETS[kind], "local")
+    table = MEGATRON.named(TARGETS[kind], "local")
     same_parameters(made, table)
     folded = fold(plan(kind), "model")
     optimizer = megatron_optimizer(code, made)
@@ -92,7 +92,7 @@ def test_megatron_draws_our_starts(kind: str) -> None:
     megatron()
     code = run(export(plan(kind), "megatron", "local"))
     made = megatron_model(TARGETS[kind], code["TRANSFORMER"])
-    wanted = starts(fold(plan(kind), "model"), skeleton("megatron", TARGETS[kind], "local"))
+    wanted = starts(fold(plan(kind), "model"), MEGATRON.named(TARGETS[kind], "local"))
     with pytest.raises(AssertionError):
         assert_drawn(made, wanted)  # the three init methods alone cannot
     code["init_"](made)
@@ -144,7 +144,7 @@ def test_megatron_takes_its_standard_overrides_beside_ours() -> None:
     folded, ours = fold(plan("dense"), "model"), code["config_overrides"]
     code["config_overrides"] = lambda: ours() | get_standard_config_overrides(OptimizerConfig(**code["OPTIMIZER"]))
     groups = scheduled(code, megatron_optimizer(code, made))
-    assert built(made, groups, folded.betas) == planned(folded, skeleton("megatron", TARGETS["dense"], "local"))
+    assert built(made, groups, folded.betas) == planned(folded, MEGATRON.named(TARGETS["dense"], "local"))
 
 
 def test_megatron_sees_what_is_wrong() -> None:
@@ -155,7 +155,7 @@ def test_megatron_sees_what_is_wrong() -> None:
     code = run(text.replace(repr(eps), repr(1.001 * eps)))
     made = megatron_model(TARGETS[kind], code["TRANSFORMER"])
     groups = scheduled(code, megatron_optimizer(code, made))
-    table = skeleton("megatron", TARGETS[kind], "local")
+    table = MEGATRON.named(TARGETS[kind], "local")
     assert built(made, groups, plan(kind).betas) != planned(fold(plan(kind), "model"), table)
     with pytest.raises(ValueError, match="matches 0 rows of this plan"):
         run(export(plan(kind), "megatron", "te"))["init_"](made)

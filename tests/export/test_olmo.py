@@ -10,8 +10,7 @@ import torch
 
 import mue
 from mue.export import export
-from mue.export.scale import averaged_shared
-from mue.export.skeleton import read, skeleton
+from mue.export.olmo import OLMO, averaged_shared
 from mue.fold import fold
 from support.stack_models import megatron, need, olmo_fused_model, olmo_model
 from support.stack_values import ALL, SIZES, TARGETS, assert_drawn, built, plan, planned, run, same_parameters, starts
@@ -26,7 +25,7 @@ MOES = pytest.mark.parametrize(("moe", "name"), [("default", "moe"), ("dropless"
 @MOES
 def test_olmo_builds_our_groups_and_starts(kind: str, moe: str, name: str) -> None:
     made = olmo_model(TARGETS[kind], moe=moe)
-    table = skeleton("olmo-core", TARGETS[kind], name)
+    table = OLMO.named(TARGETS[kind], name)
     same_parameters(made, table)
     folded = fold(plan(kind))
     extra, _ = averaged_shared(folded, table)
@@ -57,7 +56,7 @@ def test_olmo_blocks_with_norms_last() -> None:
     target = TARGETS["experts"]
     made = olmo_model(target, moe="dropless", post_norm=True)
     folded = fold(plan("experts"))
-    table = read("olmo-core", target, made)
+    table = OLMO.read(target, made)
     code = run(export(plan("experts"), "olmo-core", made))
     assert built(made, code["optim"]().build(made).param_groups, folded.betas) == planned(folded, table)
     code["init_"](made)
@@ -72,7 +71,7 @@ def test_olmo_fused_builds_our_groups_and_starts(pre_norm: bool) -> None:
     base = mue.Dense(32, 48, 6, head_dim=16, vocab=80)
     made_plan = mue.transfer(base, target, mue.HParams(lr=2e-3, weight_decay=0.1, init_std=0.02, eps=1e-9))
     made = olmo_fused_model(target, pre_norm=pre_norm)
-    table = skeleton("olmo-core", target, "moe_fused_v2")
+    table = OLMO.named(target, "moe_fused_v2")
     same_parameters(made, table)
     megatron()  # one process group for all
     from torch.distributed.device_mesh import init_device_mesh
@@ -88,7 +87,7 @@ def test_olmo_fused_builds_our_groups_and_starts(pre_norm: bool) -> None:
     optimizer = code["optim"]().build([made], trainer, strict=False)
     groups = [{**g, "params": list(g["named_params"].values())} for g in optimizer.param_groups]
     folded = fold(made_plan)
-    table = read("olmo-core", target, made)
+    table = OLMO.read(target, made)
     assert built(made, groups, folded.betas) == planned(folded, table)
     code["init_"](made)
     assert_drawn(made, starts(folded, table))
@@ -108,7 +107,7 @@ def test_olmo_sees_what_is_wrong() -> None:
     wd = fold(plan(kind)).role("expert_down", 0).values.weight_decay
     made = olmo_model(TARGETS[kind])
     optimizer = run(text.replace(repr(wd), repr(1.001 * wd)))["optim"]().build(made)
-    table = skeleton("olmo-core", TARGETS[kind])
+    table = OLMO.named(TARGETS[kind])
     assert built(made, optimizer.param_groups, plan(kind).betas) != planned(fold(plan(kind)), table)
     with pytest.raises(OLMoConfigurationError, match="does not match any parameters"):
         run(text)["optim"]().build(olmo_model(TARGETS["dense"]))

@@ -12,14 +12,16 @@ from torch import nn
 
 import mue
 from mue.export import export, rows
-from mue.export.skeleton import read, skeleton
-from mue.export.stacks import STACKS
+from mue.export.megatron import MEGATRON
+from mue.export.olmo import OLMO
+from mue.export.torchtitan import TORCHTITAN
 from mue.fold import fold
 from mue.layouts.layout import ParamInfo
 from mue.layouts.of_model import placed
 from mue.rules.roles import ROLES
 
-MODELS = [(stack, model) for stack, known in STACKS.items() for model in known.models]
+NATIVE = (TORCHTITAN, MEGATRON, OLMO)
+MODELS = [(stack, model) for stack in NATIVE for model in stack.models]
 HPARAMS = mue.HParams(lr=2e-3, weight_decay=0.1, init_std=0.02)
 
 
@@ -68,7 +70,7 @@ def test_every_shape_in_every_stacks_names(
     for stack, name in MODELS:
         if name == "moe_fused_v2" and dense:
             continue  # has no dense layers
-        made = skeleton(stack, target, name)
+        made = stack.named(target, name)
         for p in placed(made):
             if not ROLES[p.role].vector:
                 assert p.parameter.is_meta
@@ -79,7 +81,7 @@ def test_every_shape_in_every_stacks_names(
                 if ROLES[p.role].kind == "expert" and p.layout.pattern.count("*") == 1:
                     assert p.experts == experts
         if name != "llama3" or head_dim == 8:  # a fused projection and no norms: nowhere to put another attention scale
-            text = export(plan, stack, name)
+            text = export(plan, stack.name, name)
             assert plan.target.name in text
 
 
@@ -87,8 +89,8 @@ def test_rows_are_right_for_the_module_that_has_them() -> None:
     """A name that two rows fit takes the one whose planned shape it has: here experts stored either way."""
     target = mue.MoE.parse("8e2a", width=32, expert=16, layers=2, head_dim=8, vocab=48)
     for name in ("moe", "moe_dropless"):
-        made = skeleton("olmo-core", target, name)
-        axes = {row.pattern: row.axes for row in read("olmo-core", target, made).layout()}
+        made = OLMO.named(target, name)
+        axes = {row.pattern: row.axes for row in OLMO.read(target, made).layout()}
         assert axes == {row.pattern: row.axes for row in made.layout()}
 
 
@@ -97,7 +99,7 @@ class Bare(nn.Module):
 
     def __init__(self, target: mue.Transformer) -> None:
         super().__init__()
-        for name, module in skeleton("torchtitan", target).named_children():
+        for name, module in TORCHTITAN.named(target).named_children():
             self.add_module(name, module)
         self.extra = nn.Parameter(torch.empty(3, 3, device="meta"))
 
@@ -110,7 +112,7 @@ def test_an_unknown_parameter_is_an_error_that_names_it() -> None:
 
     class Described(Bare):
         def layout(self) -> list[mue.Layout]:
-            return [*skeleton("torchtitan", target).layout(), mue.Layout("extra", "attention_o", ("out", "in"))]
+            return [*TORCHTITAN.named(target).layout(), mue.Layout("extra", "attention_o", ("out", "in"))]
 
     with pytest.raises(ValueError, match="fan-in 3, planned 32"):
         export(plan, "torchtitan", Described(target))
@@ -118,7 +120,7 @@ def test_an_unknown_parameter_is_an_error_that_names_it() -> None:
 
 def test_another_model_is_refused() -> None:
     target = mue.Dense(32, 48, 2, head_dim=8, vocab=48)
-    other = skeleton("torchtitan", mue.Dense(32, 56, 2, head_dim=8, vocab=48))
+    other = TORCHTITAN.named(mue.Dense(32, 56, 2, head_dim=8, vocab=48))
     with pytest.raises(ValueError, match="hidden width 56, planned 48"):
         export(transfer(target), "torchtitan", other)
     with pytest.raises(ValueError, match="megatron trains models of its own"):
@@ -184,4 +186,4 @@ def test_values_are_those_of_any_other_model_of_the_shape() -> None:
 
     for stack, name in MODELS:
         wanted = values(LanguageModel(target, plan.multipliers))
-        assert values(skeleton(stack, target, name)) == {v for v in wanted if v[0] != "qk_norm" or name != "llama3"}
+        assert values(stack.named(target, name)) == {v for v in wanted if v[0] != "qk_norm" or name != "llama3"}

@@ -10,7 +10,7 @@ from torch import nn
 
 import mue
 from mue.export import export
-from mue.export.skeleton import read, skeleton
+from mue.export.torchtitan import TORCHTITAN
 from mue.fold import fold
 from support.stack_models import need, titan_config, titan_latent_config
 from support.stack_values import ALL, TARGETS, assert_drawn, built, plan, planned, run, same_parameters, starts
@@ -32,7 +32,7 @@ def titan(kind: str, text: str | None = None, **model: Any) -> tuple[nn.Module, 
 @ALL
 def test_torchtitan_builds_our_groups(kind: str) -> None:
     made, optimizer = titan(kind)
-    table = skeleton("torchtitan", TARGETS[kind])
+    table = TORCHTITAN.named(TARGETS[kind])
     same_parameters(made, table)
     folded = fold(plan(kind), "model")
     groups = [g for one in optimizer for g in one.param_groups]
@@ -44,7 +44,7 @@ def test_torchtitan_builds_our_groups(kind: str) -> None:
 def test_torchtitan_draws_our_starts(kind: str) -> None:
     made, _ = titan(kind)
     made.init_states()
-    assert_drawn(made, starts(fold(plan(kind), "model"), skeleton("torchtitan", TARGETS[kind])))
+    assert_drawn(made, starts(fold(plan(kind), "model"), TORCHTITAN.named(TARGETS[kind])))
 
 
 def test_torchtitan_scales_its_routers() -> None:
@@ -65,7 +65,7 @@ def test_torchtitan_under_checkpointing_and_unfused() -> None:
     run(export(plan(kind), "torchtitan", made))["apply"](config)
     made = config.model_spec.model.build()
     folded = fold(plan(kind), "model")
-    wanted = planned(folded, read("torchtitan", TARGETS[kind], made))
+    wanted = planned(folded, TORCHTITAN.read(TARGETS[kind], made))
     assert any(".wq." in name for name in wanted) and not any("q_norm" in name for name in wanted)
     FullAC.Config().build().apply(made)
     assert any("_checkpoint_wrapped_module" in name for name, _ in made.named_parameters())
@@ -73,7 +73,7 @@ def test_torchtitan_under_checkpointing_and_unfused() -> None:
     groups = [g for one in config.optimizer.build(model_parts=[made]) for g in one.param_groups]
     assert built(made, groups, folded.betas) == wanted
     made.init_states()
-    assert_drawn(made, starts(folded, read("torchtitan", TARGETS[kind], made)))
+    assert_drawn(made, starts(folded, TORCHTITAN.read(TARGETS[kind], made)))
 
 
 def test_torchtitan_latent_attention_has_fan_ins_of_its_own() -> None:
@@ -85,7 +85,7 @@ def test_torchtitan_latent_attention_has_fan_ins_of_its_own() -> None:
     code = run(export(made_plan, "torchtitan", config.model_spec.model.build()))
     made = code["apply"](config).model_spec.model.build()
     config.optimizer.implementation = "for-loop"
-    folded, table = fold(made_plan, "model"), read("torchtitan", target, made)
+    folded, table = fold(made_plan, "model"), TORCHTITAN.read(target, made)
     groups = [g for one in config.optimizer.build(model_parts=[made]) for g in one.param_groups]
     assert built(made, groups, folded.betas) == planned(folded, table)
     wanted = starts(folded, table)
@@ -101,9 +101,7 @@ def test_torchtitan_sees_what_is_wrong() -> None:
     lr = fold(plan(kind), "model").role("expert_down", 0).values.lr
     made, optimizer = titan(kind, text.replace(repr(lr), repr(1.001 * lr)))
     groups = [g for one in optimizer for g in one.param_groups]
-    assert built(made, groups, plan(kind).betas) != planned(
-        fold(plan(kind), "model"), skeleton("torchtitan", TARGETS[kind])
-    )
+    assert built(made, groups, plan(kind).betas) != planned(fold(plan(kind), "model"), TORCHTITAN.named(TARGETS[kind]))
     with pytest.raises(ValueError, match="matched no parameters"):
         titan(kind, text, qk_norm=False)
     with pytest.raises(ValueError, match="this plan is for"):

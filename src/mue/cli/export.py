@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -45,31 +45,15 @@ def export(
       mue export plan.json --to transformers --model config.json
       mue export plan.toml --to olmo-core --model train.py:build   # your own model of that stack
     """
-    from mue.cli.user_model import read_plan
+    from mue.cli.user_model import arguments, read_plan
     from mue.export import export as written
     from mue.util.files import write_text
 
     made = read_plan(plan)
-    text = written(made, to, _model(made, to, model))
+    built = arguments(model, made)["model"] if model is not None and ":" in model else model
+    text = written(made, to, built)
     if out is None:
         print(text, end="")
     else:
         write_text(out, text)
         print(f"{out}: plan {made.hash} for {to}")
-
-
-def _model(plan: Any, to: str, model: str | None) -> Any:
-    """A module where one is named or the lab's is meant; else the name itself."""
-    if model is not None and ":" in model:
-        from mue.cli.user_model import arguments
-
-        return arguments(model, plan)["model"]
-    if model is None and to == "torch":
-        import torch
-
-        from mue.fold import fold
-        from mue.lab.models.language import LanguageModel
-
-        with torch.device("meta"):
-            return LanguageModel(plan.target, (plan if plan.folding else fold(plan)).multipliers)
-    return model

@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
-from mue.export.python import clipping, commonest
-from mue.export.rows import ExportRow
+from mue.export.file_text import clipping, commonest
+from mue.export.hf_model import stock_model
+from mue.export.registry import STACKS
+from mue.export.rows import folded, rows
 from mue.plan.plan import PlanData
 
 
-def automodel_file(plan: PlanData, rows: Sequence[ExportRow], model: str) -> str:
+@STACKS.register("automodel", place=3)
+def automodel(plan: PlanData, model: Any) -> str:
     """The YAML text. The base values are those of most rows; eps has no place per pattern and is the smallest one."""
-    lr, wd, _ = commonest(rows).setting
-    eps = min(row.eps for row in rows)
+    plan = folded(plan)
+    module, name = stock_model(plan.target, model)
+    found = rows(plan, module)
+    lr, wd, _ = commonest(found).setting
+    eps = min(row.eps for row in found)
     overrides = "\n".join(
         f"    - pattern: '^{row.regex}$'  # {row.roles}\n      lr_mult: {row.lr / lr!r}\n"
         f"      wd_mult: {row.weight_decay / wd if wd else 0.0!r}"
-        for row in rows
+        for row in found
         if row.lr != lr or row.weight_decay != wd
     )
-    std = "\n".join(f"#   {row.regex}: {row.std!r}" for row in rows if row.std is not None)
+    std = "\n".join(f"#   {row.regex}: {row.std!r}" for row in found if row.std is not None)
     return f"""# {plan.target.name}: hyperparameters of plan {plan.hash} ({plan.rule.name}), written by mue export. Do not edit.
-# For {model}. What this stack cannot express:
+# For {name}. What this stack cannot express:
 #  - eps per pattern: the smallest of the plan is used for all;
 #  - {clipping(plan)};
 #  - init: draw these standard deviations before training (mue export --to torch writes a file that does)

@@ -5,12 +5,82 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from mue.export.python import clipping, commonest, head, matching, table
+from mue.export.file_text import clipping, commonest, head, matching, table
+from mue.export.registry import STACKS
 from mue.export.rows import ExportRow, rows
-from mue.export.skeleton import Skeleton
+from mue.export.skeleton import NativeStack
+from mue.export.stack_model import (
+    IN_OUT,
+    KV,
+    QKV,
+    VECTOR,
+    StackModel,
+    bias_params,
+    norm_params,
+    param,
+)
+from mue.plan.fold import fold, unfold
 from mue.plan.plan import PlanData
 from mue.shapes.block import Block
+
+_M = "decoder.layers.*"
+_EXPERT_UP = ("expert_gate", "expert_up")
+_MEGATRON = (
+    param("embedding.word_embeddings.weight", "embedding", IN_OUT),
+    param(f"{_M}.self_attention.linear_qkv.weight", QKV),
+    *norm_params(f"{_M}.self_attention", ("q_layernorm", "k_layernorm"), "qk_norm"),
+    param(f"{_M}.self_attention.linear_proj.weight", "attention_o"),
+    param(f"{_M}.mlp.linear_fc1.weight", ("ffn_gate", "ffn_up")),
+    param(f"{_M}.mlp.linear_fc2.weight", "ffn_down"),
+    param(f"{_M}.mlp.router.weight", "router"),
+    param(f"{_M}.mlp.shared_experts.linear_fc1.weight", ("shared_gate", "shared_up")),
+    param(f"{_M}.mlp.shared_experts.linear_fc2.weight", "shared_down"),
+    param("decoder.final_layernorm.weight", "final_norm", VECTOR),
+    param("output_layer.weight", "head"),
+)
+_LINEARS = ("self_attention.linear_qkv", "self_attention.linear_proj", "mlp.linear_fc1", "mlp.linear_fc2")
+_LAYERNORMS = ("input_layernorm", "pre_mlp_layernorm", "self_attention.q_layernorm", "self_attention.k_layernorm")
+MEGATRON = NativeStack(
+    "megatron",
+    {
+        "te": StackModel(
+            "Transformer Engine's layers: norms inside the linear layers after them, grouped experts",
+            (*_MEGATRON, param(f"{_M}.self_attention.linear_qkv.layer_norm_weight", "norm", VECTOR)),
+            dense=(param(f"{_M}.mlp.linear_fc1.layer_norm_weight", "norm", VECTOR),),
+            moe=(
+                *norm_params(_M, ("pre_mlp_layernorm",)),
+                param(f"{_M}.mlp.experts.linear_fc1.weight*", _EXPERT_UP),
+                param(f"{_M}.mlp.experts.linear_fc2.weight*", "expert_down"),
+            ),
+        ),
+        "local": StackModel(
+            "Megatron's own layers (get_gpt_layer_local_spec), experts one by one",
+            (*_MEGATRON, *norm_params(_M, ("input_layernorm", "pre_mlp_layernorm"))),
+            moe=(
+                param(f"{_M}.mlp.experts.local_experts.*.linear_fc1.weight", _EXPERT_UP),
+                param(f"{_M}.mlp.experts.local_experts.*.linear_fc2.weight", "expert_down"),
+            ),
+        ),
+    },
+    others=(
+        param("embedding.position_embeddings.weight", "embedding", IN_OUT),
+        param(f"{_M}.mlp.shared_experts.gate_weight", "router"),
+        *bias_params(_M, (*_LINEARS, *_LAYERNORMS)),
+        *(param(f"{_M}.{x}.layer_norm_bias", "bias", VECTOR) for x in ("self_attention.linear_qkv", "mlp.linear_fc1")),
+        *bias_params(_M, (f"mlp.experts.local_experts.*.linear_fc{i}" for i in (1, 2))),
+        param("decoder.final_layernorm.bias", "bias", VECTOR),
+        # GroupedMLP: viewed as (experts, in, out) and as (experts, in, out)
+        param(f"{_M}.mlp.experts.weight1", _EXPERT_UP, ("in", "expert*out")),
+        param(f"{_M}.mlp.experts.weight2", "expert_down", ("expert*in", "out")),
+        # latent attention
+        *(param(f"{_M}.self_attention.linear_q_{w}.weight", "attention_q") for w in ("proj", "down_proj", "up_proj")),
+        *(param(f"{_M}.self_attention.linear_kv_{w}.weight", KV) for w in ("down_proj", "up_proj")),
+        *norm_params(f"{_M}.self_attention", ("q_layernorm", "kv_layernorm")),
+        *(param(f"{_M}.self_attention.linear_{x}_up_proj.layer_norm_weight", "norm", VECTOR) for x in ("q", "kv")),
+    ),
+)
 
 _CODE = '''
 
@@ -74,13 +144,16 @@ _IMPORTS = (
 )
 
 
-def megatron_file(plan: PlanData, model: Skeleton) -> str:
-    """The file's text.
+@STACKS.register("megatron", place=5)
+def megatron(plan: PlanData, model: Any) -> str:
+    """The file's text. R stays in the model: TransformerConfig has a scaling factor for it.
 
     Raises:
         ValueError: routers that Megatron-Core does not have; layers that differ in more than dense or with experts.
     """
-    found = rows(plan, model)
+    plan = fold(unfold(plan), "model")
+    made = MEGATRON.model(plan.target, model)
+    found = rows(plan, made)
     stds = {
         method: _std(found, method) for method in ("init_method", "output_layer_init_method", "embedding_init_method")
     }
@@ -98,7 +171,7 @@ def megatron_file(plan: PlanData, model: Skeleton) -> str:
         *_pipeline_line(found),
         clipping(plan, "clip_grad"),
     ]
-    text = head(plan, f"megatron-core 0.16, model {model.what}", _USE, cannot, _IMPORTS)
+    text = head(plan, f"megatron-core 0.16, model {made.what}", _USE, cannot, _IMPORTS)
     return (
         text
         + table(plan, [*kept, *_last_stage(plan, found)])

@@ -2,12 +2,134 @@
 
 from __future__ import annotations
 
-from mue.export.python import INIT, clipping, commonest, head, matching, table
+import re
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from mue.export.file_text import INIT, clipping, commonest, head, matching, table
+from mue.export.registry import STACKS
 from mue.export.rows import rows
-from mue.export.scale import averaged_shared, query_scale
-from mue.export.skeleton import Skeleton
+from mue.export.scale import Extra, query_scale
+from mue.export.skeleton import NativeStack, Skeleton
+from mue.export.stack_model import (
+    EXPERT_OUT_IN,
+    IN_OUT,
+    VECTOR,
+    StackModel,
+    bias_params,
+    gated_params,
+    norm_params,
+    param,
+)
+from mue.layouts.layout import Layout
+from mue.plan.fold import fold, unfold
 from mue.plan.plan import PlanData
+from mue.rules.roles import ROLES
 from mue.shapes.block import Block
+from mue.util.text import number
+
+_O = "blocks.*"
+_OLMO_NORMS = tuple(norm_params(_O, ("attention_norm", "feed_forward_norm")))
+_OLMO = (
+    param("embeddings.weight", "embedding", IN_OUT),
+    *(param(f"{_O}.attention.w_{x}.weight", f"attention_{x}") for x in "qkv"),
+    param(f"{_O}.attention.w_out.weight", "attention_o"),
+    *norm_params(f"{_O}.attention", ("q_norm", "k_norm"), "qk_norm"),
+    *_OLMO_NORMS,
+    param("lm_head.norm.weight", "final_norm", VECTOR),
+    param("lm_head.w_out.weight", "head"),
+)
+_OLMO_MOE = (
+    *gated_params(f"{_O}.feed_forward", "ffn"),
+    *gated_params(f"{_O}.feed_forward_moe.shared_mlp", "shared"),
+    param(f"{_O}.feed_forward_moe.router.weight", "router", ("expert*in",)),
+)
+
+
+def _olmo_experts(inwards: tuple[str, ...]) -> tuple[Layout, ...]:
+    mlp = f"{_O}.feed_forward_moe.experts.mlp"
+    return (
+        param(f"{mlp}.w1", "expert_gate", inwards),
+        param(f"{mlp}.w3", "expert_up", inwards),
+        param(f"{mlp}.w2", "expert_down", ("expert*in", "out")),
+    )
+
+
+def norms_last(model: nn.Module) -> bool:
+    """Whether OLMo-core's blocks norm the end of each branch, not its beginning.
+
+    Raises:
+        ValueError: blocks that do something else.
+    """
+    blocks = [m for m in model.modules() if type(m).__name__.endswith("TransformerBlock")]
+    for block in blocks:
+        name = type(block).__name__
+        if re.search("PeriNorm|Normalized|Scaled|Hybrid", name) or getattr(block, "use_peri_norm", False):
+            raise ValueError(f"{name} scales its branches in a way that no fold is known for: use the default block")
+    return any("Reordered" in type(b).__name__ or not getattr(b, "use_pre_norm", True) for b in blocks)
+
+
+def post_normed(rows: Iterable[Layout]) -> list[Layout]:
+    """OLMo-core's rows where attention_norm and feed_forward_norm come last in their branch."""
+    rows = list(rows)
+    ends = {"attention_norm": "o", "feed_forward_norm": "down"}
+    return [
+        replace(
+            row,
+            after=tuple(
+                dict.fromkeys(r.pattern for r in rows if ROLES[r.role].part == ends[row.pattern.split(".")[2]])
+            ),
+        )
+        if row in _OLMO_NORMS
+        else row
+        for row in rows
+    ]
+
+
+class _OlmoCore(NativeStack):
+    def rows_for(self, model: nn.Module) -> list[Layout]:
+        rows = super().rows_for(model)
+        return post_normed(rows) if norms_last(model) else rows
+
+
+OLMO = _OlmoCore(
+    "olmo-core",
+    {
+        "moe": StackModel(
+            "MoEConfig(name=default), queries and keys normed by head",
+            _OLMO + _OLMO_MOE + _olmo_experts(("expert*in", "out")),
+        ),
+        "moe_dropless": StackModel(
+            "MoEConfig(name=dropless), queries and keys normed by head",
+            _OLMO + _OLMO_MOE + _olmo_experts(("expert*out", "in")),
+        ),
+        "moe_fused_v2": StackModel(
+            "OLMoDDPModelConfig with use_pre_norm, queries and keys normed by head",
+            (
+                *_OLMO,
+                param(f"{_O}.routed_experts_router.weight", "router", ("expert*in",)),
+                param(f"{_O}.routed_experts.w_up_gate", ("expert_up", "expert_gate"), EXPERT_OUT_IN),
+                param(f"{_O}.routed_experts.w_down", "expert_down", ("expert", "in", "out")),
+                param(f"{_O}.shared_experts.w_up_gate", ("shared_up", "shared_gate"), IN_OUT),
+                param(f"{_O}.shared_experts.w_down", "shared_down", ("expert", "in", "out")),
+            ),
+        ),
+    },
+    others=(
+        *norm_params(f"{_O}.attention", ("q_norm", "k_norm")),  # over all heads together: a gain like any other
+        *bias_params(
+            _O, (*(f"attention.w_{x}" for x in ("q", "k", "v", "out")), "attention_norm", "feed_forward_norm")
+        ),
+        *bias_params(f"{_O}.feed_forward", ("w1", "w2", "w3")),
+        *bias_params(f"{_O}.feed_forward_moe.shared_mlp", ("w1", "w2", "w3")),
+        *bias_params("lm_head", ("norm", "w_out")),
+        param(f"{_O}.shared_experts_router.weight", "router", ("in",)),  # the gate of a shared expert
+    ),
+)
+
 
 _CODE = '''
 
@@ -51,17 +173,44 @@ _USE_V2 = """    config.optim = optim()                   # OLMoDDPTrainModuleCo
     train_module.optim._copy_model_params_to_main_params()  # its master copies were made before"""
 
 
-def olmo_file(plan: PlanData, model: Skeleton) -> str:
-    """The file's text.
+def averaged_shared(plan: PlanData, model: Skeleton) -> tuple[Extra, list[str]]:
+    """OLMo-core's MoEConfig with a shared_mlp adds k/(k+1) of the routed sum to 1/(k+1) of the shared output.
+
+    Raises:
+        ValueError: layers with another number of active experts, where one row stands for all of them.
+    """
+    moe = "blocks.*.feed_forward_moe."
+    if not any(row.pattern.startswith(f"{moe}shared_mlp.") for row in model.layout()):
+        return {}, []
+    counts = {block.active for block in plan.target.blocks if block.shared_experts}
+    if len(counts) != 1:
+        raise ValueError(
+            "OLMo-core weighs shared_mlp by 1/(top_k + 1), and the plan's layers differ in active experts: plan with one"
+            " number of them, or without shared experts"
+        )
+    k = counts.pop()
+    routed, shared = (k + 1) / k, float(k + 1)
+    extra = {f"{moe}experts.mlp.w2": routed, f"{moe}shared_mlp.w2.weight": shared, f"{moe}shared_mlp.w2.bias": shared}
+    return extra, [
+        f"OLMo-core weighs the routed sum by {k}/{k + 1} and shared_mlp by 1/{k + 1}, which the rule does not: both are made"
+        f" good in the down projections ({number(routed)} and {number(shared)} times as large)"
+    ]
+
+
+@STACKS.register("olmo-core", place=6)
+def olmo_core(plan: PlanData, model: Any) -> str:
+    """The file's text. R is in the weights: OLMo-core's routers have no scale of their own.
 
     Raises:
         ValueError: what OLMo-core has no setting for and cannot be folded.
     """
-    v2 = any(row.pattern.startswith("blocks.*.routed_experts.") for row in model.layout())
-    query, said = query_scale(plan, model)
-    shared, averaged = averaged_shared(plan, model)
-    found = rows(plan, model, query | shared)
-    roles = {row.role: shared[row.pattern] for row in model.layout() if row.pattern in shared}
+    plan = fold(unfold(plan), "weights")
+    made = OLMO.model(plan.target, model)
+    v2 = any(row.pattern.startswith("blocks.*.routed_experts.") for row in made.layout())
+    query, said = query_scale(plan, made)
+    shared, averaged = averaged_shared(plan, made)
+    found = rows(plan, made, query | shared)
+    roles = {row.role: shared[row.pattern] for row in made.layout() if row.pattern in shared}
     cannot = [
         "init by role (InitMethod knows one std for all inner matrices, cut at three of it): init_ draws every tensor anew",
         *said,
@@ -78,9 +227,9 @@ def olmo_file(plan: PlanData, model: Skeleton) -> str:
         "torch",
         f"from olmo_core.optim import {config}, OptimGroupOverride",
     )
-    text = head(plan, f"ai2-olmo-core 3.0, model {model.what}", _USE_V2 if v2 else _USE, cannot, imports)
+    text = head(plan, f"ai2-olmo-core 3.0, model {made.what}", _USE_V2 if v2 else _USE, cannot, imports)
     text += table(plan, found, lambda row: [("*" if v2 else "") + glob for glob in row.globs])  # behind DDP's "module."
-    text += f"DEFAULT = {commonest(found).setting!r}\n{_blocks(model)}{_routers(plan)}"
+    text += f"DEFAULT = {commonest(found).setting!r}\n{_blocks(made)}{_routers(plan)}"
     init = INIT.replace("torch.manual_seed(seed)", "torch.manual_seed(seed)\n    check(model)")
     return (
         text + matching("fnmatchcase(_name(name), row[0])", every_row=False) + _CODE.replace("{CONFIG}", config) + init

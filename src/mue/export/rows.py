@@ -10,7 +10,7 @@ from torch import nn
 
 from mue.layouts.layout import ParamInfo
 from mue.model.tensor_plan import TensorPlan, tensor_plans
-from mue.plan.fold import folded_values
+from mue.plan.fold import fold, folded_values
 from mue.plan.plan import PlanData
 from mue.rules.roles import ROLES
 
@@ -55,6 +55,11 @@ class ExportRow:
         if self.layers is None:
             return [self.pattern]
         return [self.pattern.replace("*", str(layer), 1) for layer in self.layers]
+
+
+def folded(plan: PlanData) -> PlanData:
+    """The plan without forward multipliers; one that is folded already stays as it is, whoever carries R in it."""
+    return plan if plan.folding is not None else fold(plan)
 
 
 def rows(plan: PlanData, model: nn.Module, extra: Mapping[str, float] | None = None) -> list[ExportRow]:

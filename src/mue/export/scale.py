@@ -43,27 +43,3 @@ def query_scale(plan: PlanData, model: Skeleton) -> tuple[Extra, list[str]]:
 
 def _scale_said(plan: PlanData, what: str) -> str:
     return f"the attention scale {number(plan.attention_scale)} (there is no setting for it): {what}"
-
-
-def averaged_shared(plan: PlanData, model: Skeleton) -> tuple[Extra, list[str]]:
-    """OLMo-core's MoEConfig with a shared_mlp adds k/(k+1) of the routed sum to 1/(k+1) of the shared output.
-
-    Raises:
-        ValueError: layers with another number of active experts, where one row stands for all of them.
-    """
-    moe = "blocks.*.feed_forward_moe."
-    if not any(row.pattern.startswith(f"{moe}shared_mlp.") for row in model.layout()):
-        return {}, []
-    counts = {block.active for block in plan.target.blocks if block.shared_experts}
-    if len(counts) != 1:
-        raise ValueError(
-            "OLMo-core weighs shared_mlp by 1/(top_k + 1), and the plan's layers differ in active experts: plan with one"
-            " number of them, or without shared experts"
-        )
-    k = counts.pop()
-    routed, shared = (k + 1) / k, float(k + 1)
-    extra = {f"{moe}experts.mlp.w2": routed, f"{moe}shared_mlp.w2.weight": shared, f"{moe}shared_mlp.w2.bias": shared}
-    return extra, [
-        f"OLMo-core weighs the routed sum by {k}/{k + 1} and shared_mlp by 1/{k + 1}, which the rule does not: both are made"
-        f" good in the down projections ({number(routed)} and {number(shared)} times as large)"
-    ]

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import nn
 
-from mue.export.stacks import STACKS, StackModel, norms_last, post_normed
+from mue.export.stack_model import StackModel
 from mue.layouts.layout import HasLayout, Layout, canonical
 from mue.rules.roles import ROLES
 from mue.shapes import Block, Transformer
@@ -34,60 +35,82 @@ class Skeleton(nn.Module):
         return self.rows
 
 
-def skeleton(stack: str, target: Transformer, model: str | None = None) -> Skeleton:
-    """The planned shape in a stack's own names; no stack has to be installed.
+@dataclass(frozen=True)
+class NativeStack:
+    """A training stack with models of its own.
 
-    Args:
-        stack: of :data:`mue.export.stacks.STACKS`. model: one of its models, by default the first.
-
-    Raises:
-        ValueError: an unknown model; a shape that the stack's tensors cannot have.
+    Attributes:
+        name: as users call the stack. models: its models by name, the default first.
+        others: rows of parameters that a model built by the stack may have besides.
+        routers: those of :data:`mue.shapes.routers.ROUTERS` that its code has.
     """
-    models = STACKS[stack].models
-    name = next(iter(models)) if model is None else model
-    if name not in models:
-        raise ValueError(
-            f"{stack} has no model {name!r}{nearest(name, models)}; or give file.py:function, which builds yours"
-        )
-    kind = models[name]
-    experts = _experts(target)
-    shapes: dict[str, tuple[int, ...]] = {}
-    used: dict[str, Layout] = {}
-    for row, block, layer in _placed(kind, target):
-        shape = shape_of(row, target, block)
-        used[row.pattern] = _stacked(row, target, experts)
-        shapes |= dict.fromkeys(_names(row.pattern, layer, block), shape)
-    return Skeleton(shapes, list(used.values()), f"{name} ({kind.what})")
 
+    name: str
+    models: Mapping[str, StackModel]
+    others: tuple[Layout, ...] = ()
+    routers: tuple[str, ...] = ("sigmoid", "softmax")
 
-def read(stack: str, target: Transformer, model: nn.Module) -> Skeleton:
-    """A model that the stack built, reduced to names and shapes; any device, any parallelism of one rank.
+    def model(self, target: Transformer, given: Any) -> Skeleton:
+        """What a plan is written for: a module that the stack built or that describes itself, or one of :attr:`models` by name.
 
-    A name that two rows fit is the one whose planned shape it has.
+        Raises:
+            ValueError: anything else; a router that the stack does not have; what :meth:`named` raises.
+        """
+        for router in dict.fromkeys(block.router for block in target.blocks if block.experts):
+            if router not in self.routers:
+                raise ValueError(
+                    f"{self.name} has no {router} router, only {' and '.join(self.routers)}: plan with one of those, or"
+                    ' export("torch") for a model of your own'
+                )
+        if isinstance(given, nn.Module):
+            return with_rows(given) if isinstance(given, HasLayout) else self.read(target, given)
+        if given is not None and not isinstance(given, str):
+            raise ValueError(
+                f"{self.name} trains models of its own: give a module that it built, or one of {', '.join(self.models)}"
+            )
+        return self.named(target, given)
 
-    Raises:
-        ValueError: blocks in which the order of norms is none that the fold knows.
-    """
-    rows = list(dict.fromkeys(STACKS[stack].every))
-    if stack == "olmo-core" and norms_last(model):
-        rows = post_normed(rows)
-    blocks = target.per_layer
-    experts = _experts(target)
-    shapes: dict[str, tuple[int, ...]] = {}
-    used: dict[str, Layout] = {}
-    for raw, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        name = canonical(raw)
-        shapes[name] = tuple(parameter.shape)
-        fits = [(row, m) for row in rows if (m := row.regex.fullmatch(name))]
-        for i, (row, match) in enumerate(fits):
-            layer = int(match[1]) if match.lastindex else 0
-            block = blocks[min(layer, len(blocks) - 1)]
-            if i == len(fits) - 1 or shape_of(row, target, block) == shapes[name]:
-                used.setdefault(row.pattern, _stacked(row, target, experts))
-                break
-    return Skeleton(shapes, _ends(list(used.values())), type(model).__name__)
+    def named(self, target: Transformer, model: str | None = None) -> Skeleton:
+        """The planned shape in the names of one of :attr:`models`, by default the first; no stack has to be installed.
+
+        Raises:
+            ValueError: an unknown model; a shape that the stack's tensors cannot have.
+        """
+        name = next(iter(self.models)) if model is None else model
+        if name not in self.models:
+            raise ValueError(
+                f"{self.name} has no model {name!r}{nearest(name, self.models)}; or give file.py:function, which builds yours"
+            )
+        return shaped(self.models[name], target, f"{name} ({self.models[name].what})")
+
+    def read(self, target: Transformer, model: nn.Module) -> Skeleton:
+        """A model that the stack built, reduced to names and shapes; any device, any parallelism of one rank.
+
+        A name that two rows fit is the one whose planned shape it has.
+        """
+        rows = self.rows_for(model)
+        blocks = target.per_layer
+        experts = _experts(target)
+        shapes: dict[str, tuple[int, ...]] = {}
+        used: dict[str, Layout] = {}
+        for raw, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            name = canonical(raw)
+            shapes[name] = tuple(parameter.shape)
+            fits = [(row, m) for row in rows if (m := row.regex.fullmatch(name))]
+            for i, (row, match) in enumerate(fits):
+                layer = int(match[1]) if match.lastindex else 0
+                block = blocks[min(layer, len(blocks) - 1)]
+                if i == len(fits) - 1 or shape_of(row, target, block) == shapes[name]:
+                    used.setdefault(row.pattern, _stacked(row, target, experts))
+                    break
+        return Skeleton(shapes, _ends(list(used.values())), type(model).__name__)
+
+    def rows_for(self, model: nn.Module) -> list[Layout]:
+        """All rows that a module of this stack may have, in the order in which a name is looked up."""
+        tables = [row for m in self.models.values() for row in (*m.rows, *m.dense, *m.moe)]
+        return list(dict.fromkeys([*tables, *self.others]))
 
 
 def with_rows(model: HasLayout) -> Skeleton:
@@ -95,6 +118,22 @@ def with_rows(model: HasLayout) -> Skeleton:
     assert isinstance(model, nn.Module)
     shapes = {canonical(n): tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
     return Skeleton(shapes, model.layout(), type(model).__name__)
+
+
+def shaped(kind: StackModel, target: Transformer, what: str) -> Skeleton:
+    """The planned shape in the names of a table; ``what`` is what the model is for people.
+
+    Raises:
+        ValueError: a shape that the table's tensors cannot have.
+    """
+    experts = _experts(target)
+    shapes: dict[str, tuple[int, ...]] = {}
+    used: dict[str, Layout] = {}
+    for row, block, layer in _tensors(kind, target):
+        shape = shape_of(row, target, block)
+        used[row.pattern] = _stacked(row, target, experts)
+        shapes |= dict.fromkeys(_names(row.pattern, layer, block), shape)
+    return Skeleton(shapes, list(used.values()), what)
 
 
 def _ends(rows: list[Layout]) -> list[Layout]:
@@ -120,15 +159,20 @@ def _stacked(row: Layout, target: Transformer, experts: int) -> Layout:
     return replace(row, stacked=experts)
 
 
-def _placed(kind: StackModel, target: Transformer) -> Iterator[tuple[Layout, Block, int]]:
+def _tensors(kind: StackModel, target: Transformer) -> Iterator[tuple[Layout, Block, int]]:
     """(row, its block, its layer) of every tensor but for the experts' index."""
     for layer, block in enumerate(target.per_layer):
         for row in (*kind.rows, *(kind.moe if block.is_moe else kind.dense)):
-            if "*" in row.pattern and all(ROLES[role].present(block) for role in (row.role, *row.parts)):
+            if "*" in row.pattern and all(_present(role, block) for role in (row.role, *row.parts)):
                 yield _ungated(row, target), block, layer
     for row in kind.rows:
         if "*" not in row.pattern and not (row.role == "head" and target.tied):
             yield row, target.blocks[0], 0
+
+
+def _present(role: str, block: Block) -> bool:
+    """Whether a block has this parameter; some routers have no matrix."""
+    return ROLES[role].present(block) and (role != "router" or block.router_kind.matrix)
 
 
 def _ungated(row: Layout, target: Transformer) -> Layout:

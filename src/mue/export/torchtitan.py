@@ -4,14 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import groupby
+from typing import Any
 
-from mue.export.python import clipping, head, table
+from mue.export.file_text import clipping, head, table
+from mue.export.registry import STACKS
 from mue.export.rows import rows
 from mue.export.scale import query_scale
-from mue.export.skeleton import Skeleton
+from mue.export.skeleton import NativeStack
+from mue.export.stack_model import (
+    EXPERT_OUT_IN,
+    IN_OUT,
+    KV,
+    QKV,
+    VECTOR,
+    StackModel,
+    bias_params,
+    gated_params,
+    norm_params,
+    param,
+)
+from mue.plan.fold import fold, unfold
 from mue.plan.plan import PlanData
 from mue.shapes.block import Block
 from mue.util.text import number
+
+_T = "layers.*"
+_TITAN = (
+    param("tok_embeddings.weight", "embedding", IN_OUT),
+    param(f"{_T}.attention.qkv_linear.wqkv.weight", QKV),
+    param(f"{_T}.attention.wo.weight", "attention_o"),
+    *norm_params(_T, ("attention_norm", "ffn_norm")),
+    *gated_params(f"{_T}.feed_forward", "ffn"),
+    param(f"{_T}.moe.router.gate.weight", "router"),
+    param(f"{_T}.moe.routed_experts.inner_experts.w1_EFD", "expert_gate", EXPERT_OUT_IN),
+    param(f"{_T}.moe.routed_experts.inner_experts.w3_EFD", "expert_up", EXPERT_OUT_IN),
+    param(f"{_T}.moe.routed_experts.inner_experts.w2_EDF", "expert_down", EXPERT_OUT_IN),
+    *gated_params(f"{_T}.moe.shared_experts", "shared"),
+    param("norm.weight", "final_norm", VECTOR),
+    param("lm_head.weight", "head"),
+)
+_TITAN_QK = tuple(norm_params(f"{_T}.attention", ("q_norm", "k_norm"), "qk_norm"))
+TORCHTITAN = NativeStack(
+    "torchtitan",
+    {
+        "qwen3": StackModel("fused q, k and v, norms of queries and keys", _TITAN + _TITAN_QK),
+        "llama3": StackModel("fused q, k and v, no norms of queries and keys", _TITAN),
+    },
+    others=(
+        *(param(f"{_T}.attention.qkv_linear.w{x}.weight", f"attention_{x}") for x in "qkv"),
+        *bias_params(f"{_T}.attention.qkv_linear", ("wqkv", "wq", "wk", "wv")),
+        # latent attention
+        *(param(f"{_T}.attention.{w}.weight", "attention_q") for w in ("wq", "wq_a", "wq_b")),
+        *(param(f"{_T}.attention.{w}.weight", KV) for w in ("wkv_a", "wkv_b")),
+        *norm_params(f"{_T}.attention", ("q_norm", "kv_norm")),
+    ),
+)
 
 _CODE = '''
 
@@ -79,14 +126,17 @@ _USE = """    config = apply(qwen3_30b_a3b())    # in a config function of your 
 apply() sets optimizer.param_groups, param_init of every sub-config, and route_scale of every router."""
 
 
-def torchtitan_file(plan: PlanData, model: Skeleton) -> str:
-    """The recipe's text.
+@STACKS.register("torchtitan", place=4)
+def torchtitan(plan: PlanData, model: Any) -> str:
+    """The recipe's text. R stays in the model: torchtitan's routers have a scale of their own.
 
     Raises:
-        ValueError: a plan that is not folded with R in the model; what torchtitan has no setting for and cannot be folded.
+        ValueError: what torchtitan has no setting for and cannot be folded.
     """
-    extra, said = query_scale(plan, model)
-    found = rows(plan, model, extra)
+    plan = fold(unfold(plan), "model")
+    made = TORCHTITAN.model(plan.target, model)
+    extra, said = query_scale(plan, made)
+    found = rows(plan, made, extra)
     cannot = [
         *said,
         "pipeline parallelism: OptimizersContainer demands that every pattern finds a parameter in every stage, and a stage "
@@ -95,7 +145,7 @@ def torchtitan_file(plan: PlanData, model: Skeleton) -> str:
         *_group_line(plan),
     ]
     return (
-        head(plan, f"torchtitan 0.3, model {model.what}", _USE, cannot, _IMPORTS)
+        head(plan, f"torchtitan 0.3, model {made.what}", _USE, cannot, _IMPORTS)
         + table(plan, found)
         + _shape(plan)
         + _CODE

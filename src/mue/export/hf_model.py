@@ -1,20 +1,39 @@
-"""A transformers config of a planned shape, where the user has none: dense, softmax or sigmoid gates with shared experts."""
+"""The module that an export for a stock model is written for: the user's, one of a transformers config, or of the plan's shape."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from mue.layouts.transformers.families import default_config
+import torch
+from torch import nn
+
+from mue.layouts.transformers.families import build, default_config, read_config
 from mue.shapes import Transformer
 from mue.shapes.block import Block
 
 
-def stock_config(target: Transformer) -> tuple[Any, str]:
-    """(config, its own numbers in words) of ``qwen3``, ``qwen3_moe`` or ``glm4_moe`` in the plan's shape.
+def stock_model(target: Transformer, given: Any) -> tuple[nn.Module, str]:
+    """A module on the meta device, and what it is for people.
+
+    Args:
+        target: the planned shape. given: a module, a transformers config, or the path or family of one; None: ``qwen3``,
+            ``qwen3_moe`` or ``glm4_moe`` in the planned shape, where one of them has it.
 
     Raises:
-        ValueError: a shape that none of the three has.
+        ValueError: no such config; a shape that none of the three has.
     """
+    if isinstance(given, nn.Module):
+        return given, type(given).__name__
+    config, said = _config_of(target) if given is None else (given, "")
+    config = read_config(config) if isinstance(config, str | Path) else config
+    with torch.device("meta"):
+        module = build(config)
+    return module, f"{type(module).__name__}{said}"
+
+
+def _config_of(target: Transformer) -> tuple[Any, str]:
+    """(config, its own numbers in words) of the family that has the planned shape."""
     family, sizes = _family(target)
     sizes |= {
         "vocab_size": target.vocab,

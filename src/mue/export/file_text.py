@@ -65,28 +65,17 @@ def param_groups(model):
         groups.setdefault(ROWS[i][1:4], new)["params"].append(parameter)
     return list(groups.values())
 '''
-_TRAINER = '''
 
-def trainer_arguments(model, schedule):
-    """``Trainer(..., **trainer_arguments(model, schedule))``; schedule(step) is a factor on every group's own lr.
 
-    Trainer's own optimizer knows two groups (decayed or not) and one lr: it must not build one itself.
+def loop_file(plan: PlanData, rows: Sequence[ExportRow], model: str, use: str, code: str = "") -> str:
+    """A file with ``init_`` and ``param_groups`` for a training loop of one's own.
+
+    Args:
+        plan: folded. model: for whom, in words. use: lines that show how to call it. code: what the file has besides.
     """
-    optimizer = torch.optim.AdamW(param_groups(model))
-    return {"optimizers": (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule))}
-'''
-
-
-def torch_file(plan: PlanData, rows: Sequence[ExportRow], model: str, trainer: bool = False) -> str:
-    """For an own loop and Accelerate, or for Hugging Face Trainer."""
-    use = (
-        "    init_(model)\n    trainer = Trainer(model=model, args=args, **trainer_arguments(model, schedule))"
-        if trainer
-        else "    init_(model)\n    optimizer = torch.optim.AdamW(param_groups(model))"
-    )
     cannot = ["a learning-rate schedule must multiply every group's own lr, never set one lr for all", clipping(plan)]
-    code = INIT + _GROUPS + (_TRAINER if trainer else "")
-    return head(plan, model, use, cannot, ("re", "", "torch")) + table(plan, rows) + matching() + code
+    start = head(plan, model, use, cannot, ("re", "", "torch")) + table(plan, rows)
+    return start + matching() + INIT + _GROUPS + code
 
 
 def head(plan: PlanData, what: str, use: str, cannot: Sequence[str], imports: Sequence[str]) -> str:
