@@ -142,6 +142,7 @@ LAB = {
     "few kv heads": mue.Dense(64, 128, 2, head_dim=16, kv_heads=2, vocab=64),
     "mixed": TARGET,
     "softmax, shared": mue.MoE.parse("8e2a1s", width=64, expert=32, layers=2, head_dim=16, vocab=64, router="softmax"),
+    "hash": mue.MoE.parse("8e2a1s", width=64, expert=32, layers=2, head_dim=16, vocab=64, router="hash"),
     "shared alone": mue.MoE.parse("2s", width=64, expert=32, layers=2, head_dim=16, vocab=64),
 }
 
