@@ -116,7 +116,7 @@ def test_a_trainers_folder_goes_there_and_back_and_trains_on(family: str, tmp_pa
         assert close(inside[p.name], expected, operations=4), p.name
         assert not close(inside[p.name], 1.01 * expected, operations=4), p.name  # the control: not both zero
     groups = torch.load(b / "optimizer.pt", weights_only=True)["param_groups"]
-    rates = {e.values.lr / owners[e.placed.parameter] for e in tensor_plans(folded, model) if e.values.lr}
+    rates = {e.values.lr / owners[e.info.parameter] for e in tensor_plans(folded, model) if e.values.lr}
     assert len(groups) > 3 and all(min(abs(g["initial_lr"] / r - 1) for r in rates) < 1e-12 for g in groups)
     assert (c / "training_args.bin").read_bytes() == (a / "training_args.bin").read_bytes()
 

@@ -34,7 +34,7 @@ class RouterMLP(LanguageModel):
 def test_a_router_that_is_an_mlp_has_its_own_fan_ins() -> None:
     """Conventions 8: f/f* in place of r for every role that reads the residual width, the router among them."""
     plan = mue.transfer(BASE, TARGET, TUNED)
-    found = {s.placed.name: s.values for s in tensor_plans(plan, RouterMLP(plan, latent=16, read=16, scores=8))}
+    found = {s.info.name: s.values for s in tensor_plans(plan, RouterMLP(plan, latent=16, read=16, scores=8))}
     planned = plan.roles["router"].values
     assert found["blocks.0.moe.router.inner.weight"] == planned
     last, ratio = found["blocks.0.moe.router.weight"], 16 / 64

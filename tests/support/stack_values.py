@@ -48,9 +48,9 @@ def planned(folded: Plan, model: Skeleton, extra: dict[str, float] | None = None
     """(lr, weight decay, eps) by name, straight from the plan's settings."""
     found = {}
     for s in tensor_plans(folded, model):
-        v = folded_values(folded, s.placed.role, s.values, (extra or {}).get(s.placed.layout.pattern, 1.0))
+        v = folded_values(folded, s.info.role, s.values, (extra or {}).get(s.info.layout.pattern, 1.0))
         assert v.lr is not None and v.weight_decay is not None and v.eps is not None
-        found[s.placed.name] = (v.lr, v.weight_decay, v.eps)
+        found[s.info.name] = (v.lr, v.weight_decay, v.eps)
     return found
 
 
@@ -70,8 +70,8 @@ def starts(
     """(std, constant) by name."""
     scale = extra or {}
     return {
-        s.placed.name: (
-            None if s.values.init_std is None else s.values.init_std * scale.get(s.placed.layout.pattern, 1.0),
+        s.info.name: (
+            None if s.values.init_std is None else s.values.init_std * scale.get(s.info.layout.pattern, 1.0),
             s.constant,
         )
         for s in tensor_plans(folded, model)

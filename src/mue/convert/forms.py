@@ -154,7 +154,7 @@ def conversion(plan: PlanData, form: str, model: nn.Module, route: str = "weight
     target, there = sides.pop(form)
     ((source, here),) = sides.values()
     changes = {
-        a.placed.name: Change(b.c / a.c, a.placed.gain_offset, state_powers(target, a.placed.role))
+        a.info.name: Change(b.c / a.c, a.info.gain_offset, state_powers(target, a.info.role))
         for a, b in zip(here, there, strict=True)
     }
     first = {id(p): canonical(n) for n, p in model.named_parameters()}

@@ -40,15 +40,15 @@ def convert(
         raise ValueError(
             f"plans {source_plan.hash} and {target_plan.hash} are not two forms of one plan: convert only what fold or unfold gave"
         )
-    here = {f.placed.name: f for f in tensor_folds(source_plan, source)}
+    here = {f.info.name: f for f in tensor_folds(source_plan, source)}
     states = _by_parameter(source_optimizer)
     goals = _by_parameter(target_optimizer)
     with torch.no_grad():
         for f in tensor_folds(target_plan, target):
-            p = f.placed
+            p = f.info
             if p.name not in here:
                 raise ValueError(f"{p.name} is in the target model only: both must name their parameters alike")
-            q, ratio = here[p.name].placed.parameter, f.c / here[p.name].c
+            q, ratio = here[p.name].info.parameter, f.c / here[p.name].c
             offset = p.gain_offset or (gain_offset if p.role == "final_norm" else 0.0)
             p.parameter.copy_(scaled(q, ratio, offset))
             if states and goals:

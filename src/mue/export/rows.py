@@ -79,14 +79,14 @@ def rows(plan: PlanData, model: nn.Module, extra: Mapping[str, float] | None = N
         )
     kinds: dict[str, dict[ExportRow, list[ParamInfo]]] = {}
     for s in tensor_plans(plan, model):
-        if not ROLES[s.placed.role].trained:
+        if not ROLES[s.info.role].trained:
             continue
-        if plan.role(s.placed.role, s.placed.layer).init == "shared":
+        if plan.role(s.info.role, s.info.layer).init == "shared":
             raise ValueError(
-                f"{s.placed.name}: experts that start from one draw cannot be exported; call plan.init_ instead"
+                f"{s.info.name}: experts that start from one draw cannot be exported; call plan.init_ instead"
             )
-        row = _row(plan, s, (extra or {}).get(s.placed.layout.pattern, 1.0))
-        kinds.setdefault(s.placed.layout.pattern, {}).setdefault(row, []).append(s.placed)
+        row = _row(plan, s, (extra or {}).get(s.info.layout.pattern, 1.0))
+        kinds.setdefault(s.info.layout.pattern, {}).setdefault(row, []).append(s.info)
     return [
         replace(row, layers=None if len(settled) == 1 else _layers(placed))
         for settled in kinds.values()
@@ -95,9 +95,9 @@ def rows(plan: PlanData, model: nn.Module, extra: Mapping[str, float] | None = N
 
 
 def _row(plan: PlanData, s: TensorPlan, c: float) -> ExportRow:
-    v = s.values if c == 1 else folded_values(plan, s.placed.role, s.values, c)
+    v = s.values if c == 1 else folded_values(plan, s.info.role, s.values, c)
     assert v.lr is not None and v.weight_decay is not None and v.eps is not None
-    layout = s.placed.layout
+    layout = s.info.layout
     constant = None if s.constant is None else s.constant * c
     return ExportRow(
         layout.pattern,

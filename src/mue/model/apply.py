@@ -1,4 +1,4 @@
-"""A Plan on a torch model: init and optimizer groups; :mod:`mue.model.match` refuses a model that is not the planned one."""
+"""What a plan does to a torch model: the draw of every parameter, and the optimizer's groups."""
 
 from __future__ import annotations
 
@@ -22,12 +22,15 @@ ADAFACTOR_FLOOR = 1e-3  # eps2 of torch.optim.Adafactor
 
 @torch.no_grad()
 def init_(plan: PlanData, model: nn.Module, seed: int = 0) -> None:
-    """Draw every parameter with its planned std, in place.
+    """Draw every parameter with its planned std, in place; gains and biases start at their constant.
 
     Draws are fp32 on the CPU from a generator seeded by (seed, canonical name, expert index), so that sharding,
     device and order of parameters change nothing, and two plans with one seed share their noise. Experts of a role
     planned as ``"shared"`` all start from one draw. What the layout marks ``"own"`` keeps the values it has (decay rates of
     a state space, short filters), so build the model with its own initialisation first.
+
+    Args:
+        plan: folded or not, as the model's forward pass is. seed: of every draw.
 
     Raises:
         ValueError: a parameter without a role, or a model of other shapes or multipliers than planned.
@@ -40,7 +43,7 @@ def init_(plan: PlanData, model: nn.Module, seed: int = 0) -> None:
         std = values.init_std
         assert std is not None
         shared = plan.role(p.role, p.layer).init == SHARED_INIT
-        name = _name_of_all(p) if shared else p.name
+        name = _name_without_expert(p) if shared else p.name
         sharded = hasattr(p.parameter, "placements")  # a DTensor: every rank draws the whole and keeps its own shard
         whole = (
             replace(p, parameter=nn.Parameter(torch.empty(p.parameter.shape, dtype=p.parameter.dtype)))
@@ -58,7 +61,7 @@ def init_(plan: PlanData, model: nn.Module, seed: int = 0) -> None:
             p.parameter.copy_(distribute_tensor(values_here, mesh, placements))
 
 
-def _name_of_all(p: ParamInfo) -> str:
+def _name_without_expert(p: ParamInfo) -> str:
     """One name for the same tensor of every expert of a layer, where experts are modules of their own."""
     parts, layer = [], str(p.layer)
     for i, part in enumerate(re.split(r"(\*)", p.layout.pattern)):
@@ -84,10 +87,10 @@ def param_groups(plan: PlanData, model: nn.Module) -> list[dict[str, Any]]:
     return [{**g, "params": [p.parameter for p in g["params"]]} for g in grouped(plan, tensor_plans(plan, model))]
 
 
-def grouped(plan: PlanData, settled: Iterable[TensorPlan]) -> list[dict[str, Any]]:
-    """:func:`param_groups` with placed parameters under ``params``."""
+def grouped(plan: PlanData, tensors: Iterable[TensorPlan]) -> list[dict[str, Any]]:
+    """:func:`param_groups` with each parameter and its role (a ``ParamInfo``) under ``params``."""
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
-    for p, values, _, floor in settled:
+    for p, values, _, scale in tensors:
         if not ROLES[p.role].trained:
             continue  # moved by load statistics, never by the optimizer
         assert values.lr is not None and values.weight_decay is not None and values.eps is not None
@@ -98,7 +101,7 @@ def grouped(plan: PlanData, settled: Iterable[TensorPlan]) -> list[dict[str, Any
             "weight_decay": values.weight_decay,
             "eps": values.eps,
             "betas": plan.betas,
-            **_own_words(plan, p.role, values.eps, floor),
+            **_torch_names(plan, p.role, values.eps, scale),
         }
         key = tuple(v for k, v in group.items() if k != "params")
         group = groups.setdefault(key, {**group, "roles": []})
@@ -108,8 +111,8 @@ def grouped(plan: PlanData, settled: Iterable[TensorPlan]) -> list[dict[str, Any
     return list(groups.values())
 
 
-def _own_words(plan: PlanData, role: str, eps: float, scale: float) -> dict[str, Any]:
-    """A group's settings under the names torch's optimizers give them."""
+def _torch_names(plan: PlanData, role: str, eps: float, scale: float) -> dict[str, Any]:
+    """What torch's other optimizers call a group's settings, and those that only they have."""
     optimizer = plan.tuned.optimizer
     if optimizer == "sgd":
         return {"momentum": plan.betas[0]}

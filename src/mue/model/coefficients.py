@@ -1,4 +1,4 @@
-"""Folding on a model: the coefficient of every parameter, and a run carried from one form to the other."""
+"""The coefficient c of every parameter in a folded plan: a weight that was used as ``c·W`` is stored as ``W' = c·W``."""
 
 from __future__ import annotations
 
@@ -14,15 +14,21 @@ from mue.plan.plan import PlanData
 
 
 class TensorFold(NamedTuple):
-    """One tensor's c: what the plan's values for its role have in them, and what this tensor has beyond that."""
+    """One tensor's c, in two factors.
 
-    placed: ParamInfo
-    planned: float
+    Attributes:
+        info: the parameter with its role. of_role: the factor that the folded plan's values for its role have in them.
+        own: what this tensor has beyond that, so that its values are not the role's (a bias beside a folded weight, a norm
+            that ends a branch, a query that carries the attention scale).
+    """
+
+    info: ParamInfo
+    of_role: float
     own: float = 1.0
 
     @property
     def c(self) -> float:
-        return self.planned * self.own
+        return self.of_role * self.own
 
 
 def coefficients(plan: PlanData, model: nn.Module) -> dict[Tensor, float]:
@@ -35,32 +41,46 @@ def coefficients(plan: PlanData, model: nn.Module) -> dict[Tensor, float]:
     Raises:
         ValueError: a model that is not the planned one, or a bias whose weight cannot be told.
     """
-    return {f.placed.parameter: f.c for f in tensor_folds(plan, model)}
+    return {fold.info.parameter: fold.c for fold in tensor_folds(plan, model)}
 
 
 def tensor_folds(plan: PlanData, model: nn.Module) -> list[TensorFold]:
-    """Every parameter of a planned model with its c; see :func:`coefficients`."""
-    from mue.model.stock import query_coefficients
+    """Every parameter of a planned model with its c, in the model's order; see :func:`coefficients`.
 
-    placed = match_model(plan, model)
-    queries = {} if isinstance(unwrap(model), HasLayout) else query_coefficients(plan, model, placed)
-    return tensor_folds_of(plan, placed, queries)
+    Raises:
+        ValueError: as :func:`coefficients`.
+    """
+    params = match_model(plan, model)
+    queries: Mapping[str, float] = {}
+    if not isinstance(unwrap(model), HasLayout):
+        from mue.model.stock import query_coefficients  # on use: what observes stock models takes a moment to import
+
+        queries = query_coefficients(plan, model, params)
+    return tensor_folds_of(plan, params, queries)
 
 
-def tensor_folds_of(plan: PlanData, placed: Sequence[ParamInfo], queries: Mapping[str, float]) -> list[TensorFold]:
-    """:func:`tensor_folds` for parameters that already have their roles; ``queries``: name → what the query carries."""
-    branch = 1.0 if plan.folding is None else unfold(plan).residual_multiplier
-    ended = {pattern for p in placed for pattern in p.layout.after}
-    weights = {}
-    for p in placed:
+def tensor_folds_of(plan: PlanData, params: Sequence[ParamInfo], queries: Mapping[str, float]) -> list[TensorFold]:
+    """:func:`tensor_folds` for parameters that already have their roles.
+
+    Args:
+        queries: by name, what is folded into queries or the gain of their norm for the sake of the attention scale.
+
+    Raises:
+        ValueError: a bias whose weight cannot be told.
+    """
+    residual = 1.0 if plan.folding is None else unfold(plan).residual_multiplier
+    ended_by_norm = {pattern for p in params for pattern in p.layout.after}
+    weights: dict[str, TensorFold] = {}
+    for p in params:
         if p.role != "bias":
-            moved = 1 / branch if p.layout.pattern in ended else branch if p.layout.after else 1.0
-            weights[p.name] = TensorFold(p, _planned(plan, p), moved * queries.get(p.name, 1.0))
+            # A norm at the end of a branch cancels what is folded before it: its gain takes l^-α, the projection gives it back.
+            moved = 1 / residual if p.layout.pattern in ended_by_norm else residual if p.layout.after else 1.0
+            weights[p.name] = TensorFold(p, _of_role(plan, p), moved * queries.get(p.name, 1.0))
     folds = plan.folding is not None or bool(queries)
-    return [weights[p.name] if p.role != "bias" else _of_bias(p, weights, folds) for p in placed]
+    return [weights[p.name] if p.role != "bias" else _of_bias(p, weights, folds) for p in params]
 
 
-def _planned(plan: PlanData, p: ParamInfo) -> float:
+def _of_role(plan: PlanData, p: ParamInfo) -> float:
     if plan.folding is None:
         return 1.0
     index = 0 if p.layer is None else plan.block_of(p.layer)  # outside the blocks, every block says the same
@@ -68,7 +88,7 @@ def _planned(plan: PlanData, p: ParamInfo) -> float:
 
 
 def _of_bias(bias: ParamInfo, weights: Mapping[str, TensorFold], folds: bool) -> TensorFold:
-    """A bias is scaled with the weight it is added to."""
+    """A bias is scaled with the weight it is added to. ``folds``: something is folded, so that its weight must be known."""
     for name in weights_beside(bias.name):
         if name in weights:
             return TensorFold(bias, 1.0, weights[name].c)

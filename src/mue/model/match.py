@@ -16,10 +16,13 @@ from mue.shapes import Block
 
 
 def match_model(plan: PlanData, model: nn.Module) -> list[ParamInfo]:
-    """The model's parameters with their roles, after checking that it is the model that was planned.
+    """The model's parameters with their roles, in its order, after checking that it is the model that was planned.
 
     Fan-in and number of experts of every tensor must be the target's, every role the plan counts must be there, and
     the model's own forward multipliers, where it has any, must be the plan's.
+
+    Args:
+        model: one that declares its layout, or a stock model of ``transformers``; on any device, wrapped or not.
 
     Raises:
         ValueError: a parameter without a role; a model of other shapes or multipliers than planned, all faults at once.
@@ -29,34 +32,38 @@ def match_model(plan: PlanData, model: nn.Module) -> list[ParamInfo]:
     if isinstance(unwrap(model), HasLayout):
         faults += _multiplier_faults(plan, model)
     else:
-        from mue.model.stock import stock_faults
+        from mue.model.stock import stock_faults  # on use: what observes stock models takes a moment to import
 
         faults += stock_faults(plan, model)
     return _or_refused(plan, params, faults)
 
 
 def match_sizes(plan: PlanData, model: nn.Module) -> list[ParamInfo]:
-    """:func:`match_model` without a look at multipliers: for weights whose form is known otherwise."""
+    """:func:`match_model` without a look at multipliers: for weights whose form is known otherwise (a checkpoint's).
+
+    Raises:
+        ValueError: a parameter without a role; a model of other shapes than planned, all faults at once.
+    """
     params = placed(model)
     return _or_refused(plan, params, _shape_faults(plan, params))
 
 
-def _or_refused(plan: PlanData, placed: list[ParamInfo], faults: list[str]) -> list[ParamInfo]:
+def _or_refused(plan: PlanData, params: list[ParamInfo], faults: list[str]) -> list[ParamInfo]:
     if faults:
         raise ValueError(
             f"this model is not the planned {plan.target.name} (plan {plan.hash}):\n  " + "\n  ".join(faults)
         )
-    return placed
+    return params
 
 
-def _shape_faults(plan: PlanData, placed: list[ParamInfo]) -> list[str]:
+def _shape_faults(plan: PlanData, params: list[ParamInfo]) -> list[str]:
     layers = plan.target.per_layer
     routers: dict[int | None, list[ParamInfo]] = {}
-    for p in placed:
+    for p in params:
         if p.role == "router":
             routers.setdefault(p.layer, []).append(p)
-    faults = [fault for p in placed if (fault := _misfit(plan, layers, p, routers.get(p.layer, [])))]
-    here = {role for p in placed for role in (p.role, *p.layout.parts)}
+    faults = [fault for p in params if (fault := _misfit(plan, layers, p, routers.get(p.layer, [])))]
+    here = {role for p in params for role in (p.role, *p.layout.parts)}
     tied = plan.target.tied
     for role, planned in plan.roles.items():
         if planned.count and role not in here and ROLES[role].drawn:
@@ -65,7 +72,7 @@ def _shape_faults(plan: PlanData, placed: list[ParamInfo]) -> list[str]:
         faults.append(
             f"the plan's target has tied = {str(tied).lower()}, the model's head is {'its embedding' if 'head' not in here else 'a tensor of its own'}"
         )
-    return faults + _latent_faults(plan, placed)
+    return faults + _latent_faults(plan, params)
 
 
 def _misfit(plan: PlanData, layers: Sequence[Block], p: ParamInfo, routers: list[ParamInfo]) -> str | None:
@@ -121,11 +128,11 @@ def _latents(width: int, outs: tuple[int, ...], routers: list[ParamInfo]) -> set
     return (read & written) - {width} if width in read and written & set(outs) else set()
 
 
-def _latent_faults(plan: PlanData, placed: Iterable[ParamInfo]) -> list[str]:
+def _latent_faults(plan: PlanData, params: Iterable[ParamInfo]) -> list[str]:
     """q, k and v read the residual stream, or a latent that another of them read from it (latent attention)."""
     width = plan.target.width
     fan_ins: dict[int | None, list[ParamInfo]] = {}
-    for p in placed:
+    for p in params:
         role = ROLES[p.role]
         if role.reads_residual and role.kind == "attention":
             fan_ins.setdefault(p.layer, []).append(p)

@@ -1,4 +1,4 @@
-"""A plan on a stock model: its layout by observation, and what has to hold because its forward code stays as it is."""
+"""What a plan means on a stock model, whose forward code stays as it is: what it refuses, and what its queries must carry."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def _norm_faults(plan: PlanData, description: Description) -> list[str]:
     ]
 
 
-def query_coefficients(plan: PlanData, model: nn.Module, placed: Iterable[ParamInfo]) -> Mapping[str, float]:
+def query_coefficients(plan: PlanData, model: nn.Module, params: Iterable[ParamInfo]) -> Mapping[str, float]:
     """By name, what the queries are multiplied by so that the stock attention scale becomes the planned one.
 
     It goes into the gain of the query norm where there is one, else into the query projection.
@@ -82,10 +82,10 @@ def query_coefficients(plan: PlanData, model: nn.Module, placed: Iterable[ParamI
     if len(found) > 1:
         raise ValueError(f"this model's layers scale attention differently ({', '.join(map(number, sorted(found)))})")
     c = wanted / found.pop()
-    norms = {p.name: c for p in placed if p.role == "qk_norm" and p.name.rsplit(".", 2)[-2].startswith("q")}
+    norms = {p.name: c for p in params if p.role == "qk_norm" and p.name.rsplit(".", 2)[-2].startswith("q")}
     if norms:
         return norms
-    queries = [p for p in placed if p.role == "attention_q" and "q_a_proj" not in p.name]
+    queries = [p for p in params if p.role == "attention_q" and "q_a_proj" not in p.name]
     fused = [p.name for p in queries if p.layout.parts]
     if fused:
         raise ValueError(

@@ -4,64 +4,61 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from mue.layouts.layout import ParamInfo
+from mue.model.coefficients import TensorFold, tensor_folds
+from mue.plan.fold import folded_values
 from mue.plan.plan import PlanData
 from mue.plan.values import Values
 from mue.rules.roles import ROLES
 from mue.rules.table import FIELDS
 
-if TYPE_CHECKING:
-    from mue.model.coefficients import TensorFold
-
 
 class TensorPlan(NamedTuple):
     """One tensor's values.
 
-    ``constant`` is what a vector starts at (None: as the model's code started it), ``scale`` its size at the start
-    against the base's, which floors of relative optimizers follow.
+    Attributes:
+        info: the parameter with its role. values: absolute, as :meth:`PlanData.to_dict` has them.
+        constant: what a gain or a bias starts at; None for a matrix, and where the model's code keeps its own start.
+        scale: its size at the start against the base's, which the floor of a relative optimizer follows.
     """
 
-    placed: ParamInfo
+    info: ParamInfo
     values: Values
     constant: float | None
     scale: float
 
 
 def tensor_plans(plan: PlanData, model: nn.Module) -> list[TensorPlan]:
-    """Every parameter of the planned model with its values.
+    """Every parameter of the planned model with its values, in the model's order.
 
     Raises:
         ValueError: a model that is not the planned one; a fused tensor whose parts are planned differently.
     """
-    from mue.model.coefficients import tensor_folds
-
     return tensor_plans_of(plan, tensor_folds(plan, model))
 
 
-def tensor_plans_of(plan: PlanData, folded: Iterable[TensorFold]) -> list[TensorPlan]:
-    """:func:`settings` of parameters whose c is known."""
-    return [_setting(plan, f.placed, f.own) for f in folded]
+def tensor_plans_of(plan: PlanData, folds: Iterable[TensorFold]) -> list[TensorPlan]:
+    """:func:`tensor_plans` of parameters whose coefficients are known."""
+    return [_tensor_plan(plan, fold.info, fold.own) for fold in folds]
 
 
-def _setting(plan: PlanData, p: ParamInfo, own: float) -> TensorPlan:
+def _tensor_plan(plan: PlanData, p: ParamInfo, own: float) -> TensorPlan:
     """``own`` is what is folded into this tensor beyond what its role's values have in them already."""
-    from mue.plan.fold import folded_values
-
     planned = plan.role(p.role, p.layer)
-    values = _own_fan_in(plan, p, _of_parts(plan, p))
+    values = _for_own_fan_in(plan, p, _of_all_parts(plan, p))
     if own != 1:
         values = folded_values(plan, p.role, values, own)
-    if not ROLES[p.role].drawn:
-        return TensorPlan(p, values, _constant(p, planned.constant, own), own * (planned.constant or 1.0))
-    return TensorPlan(p, values, None, own * (planned.factor.init_std or 1.0))
+    if ROLES[p.role].drawn:
+        return TensorPlan(p, values, None, own * (planned.factor.init_std or 1.0))
+    return TensorPlan(p, values, _constant(p, planned.constant, own), own * (planned.constant or 1.0))
 
 
-def _of_parts(plan: PlanData, p: ParamInfo) -> Values:
-    """The role's values; those of every part of a fused tensor must be the same."""
+def _of_all_parts(plan: PlanData, p: ParamInfo) -> Values:
+    """The role's values; those of every part of a fused tensor must be the same, for it is drawn and moved as one."""
     values = plan.role(p.role, p.layer).values
     for part in p.layout.parts:
         other = plan.role(part, p.layer).values
@@ -74,8 +71,11 @@ def _of_parts(plan: PlanData, p: ParamInfo) -> Values:
     return values
 
 
-def _own_fan_in(plan: PlanData, p: ParamInfo, values: Values) -> Values:
-    """f/f* in place of the width's ratio for a matrix whose fan-in f is not the width (conventions 8; f* = d*)."""
+def _for_own_fan_in(plan: PlanData, p: ParamInfo, values: Values) -> Values:
+    """f/f* in place of the width's ratio for a matrix whose fan-in f is not the width (conventions 8; f* = d*).
+
+    The role's values have (d/d*)^n in them, n the power of ρ_d in the rule's cell; with (f/d)^n beside it that is (f/d*)^n.
+    """
     if not ROLES[p.role].reads_residual or p.fan_in == plan.target.width:
         return values
     row, ratio = plan.rule.rows[p.role], p.fan_in / plan.target.width

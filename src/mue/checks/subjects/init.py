@@ -27,7 +27,7 @@ def init(ctx: Context) -> Iterator[Finding]:
     for s in ctx.tensor_plans:
         counted += 1
         for where, expected, measured in _wrong(ctx, s):
-            found.setdefault((s.placed.role, expected, measured), []).append(where)
+            found.setdefault((s.info.role, expected, measured), []).append(where)
     for (role, expected, measured), names in found.items():
         yield Finding(
             NAME,
@@ -45,7 +45,7 @@ def init(ctx: Context) -> Iterator[Finding]:
 
 
 def _wrong(ctx: Context, s: TensorPlan) -> Iterator[tuple[str, str, str]]:
-    p = s.placed
+    p = s.info
     if not ROLES[p.role].drawn:
         value = p.parameter.detach().double()
         tolerance = 1e-6 if p.parameter.dtype in (torch.float32, torch.float64) else 1e-2
@@ -113,7 +113,7 @@ def _twins(ctx: Context) -> Iterator[Finding]:
     seen: dict[tuple[float, ...], str] = {}
     same: list[tuple[str, str]] = []
     for s in ctx.tensor_plans:
-        p = s.placed
+        p = s.info
         if not ROLES[p.role].drawn or ctx.plan.role(p.role, p.layer).init != NORMAL:
             continue
         for expert, tensor in expert_slices(p):

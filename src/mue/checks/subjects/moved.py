@@ -113,7 +113,7 @@ def _steps(ctx: Context, optimizers: list[Optimizer]) -> list[Step]:
 
 def _zero_start(ctx: Context) -> bool:
     """Whether the plan starts a matrix at zero: the first gradient of what lies before it is then zero."""
-    return any(s.values.init_std == 0 for s in ctx.tensor_plans if ROLES[s.placed.role].drawn)
+    return any(s.values.init_std == 0 for s in ctx.tensor_plans if ROLES[s.info.role].drawn)
 
 
 @contextmanager
