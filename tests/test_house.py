@@ -1,0 +1,190 @@
+"""The house rules that a reader cannot see at one place: what is public, what is named twice, how long, and what goes in circles."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import grimp
+import pytest
+
+from support.paths import ROOT
+
+SOURCE = ROOT / "src" / "mue"
+MOST_LINES = 400
+LEAST_DOC = 3
+
+PUBLIC = {
+    "mue": "Block Convention Dense HParams Layout Mixed MoE Multipliers Plan RULES Training check coordinate_check get_rule"
+    " transfer",
+    "mue.fold": "FOLDS Fold agc clip_grad_norm_ coefficients convert fold fold_numbers unfold",
+    "mue.moe": "ExpertWeights MoELayer Router Routing balance_bias_step experts gate_moments load_balance_loss router_z_loss"
+    " routing_stats",
+}
+"""Names that users' code stands on: more may come, none may go."""
+
+# Hooks of a seam may have one name in every file that adds to it: name them here, with the seam.
+HOOKS: set[str] = set()
+# What is not yet as it should be. These lists only become shorter.
+DOUBLED = {"FeedForward", "Report", "Step", "Change", "Found", "Watch", "Cell", "Stored", "Row", "Inputs"}
+LONG = {"lab/sweep/sweep.py", "lab/sweep/trials.py"}
+UNDESCRIBED = {
+    "checks/subjects",
+    "cli",
+    "convert",
+    "export",
+    "kernels",
+    "lab",
+    "lab/demo",
+    "lab/doctor",
+    "lab/models",
+    "lab/per_role",
+    "lab/report",
+    "lab/runners",
+    "lab/sweep",
+    "lab/train",
+    "lab/valley",
+    "layouts",
+    "layouts/observe",
+    "layouts/transformers",
+    "model",
+    "moe",
+    "moe/backends",
+    "plan",
+    "util",
+}
+CIRCULAR = {"mue.checks.overlay", "mue.checks.picture"}
+
+
+def files(root: Path) -> list[Path]:
+    return sorted(root.rglob("*.py"))
+
+
+def doubled(root: Path) -> dict[str, list[str]]:
+    """Public classes that are defined in more than one file, with those files."""
+    found: dict[str, list[str]] = {}
+    for path in files(root):
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                found.setdefault(node.name, []).append(path.relative_to(root).as_posix())
+    return {name: where for name, where in found.items() if len(where) > 1}
+
+
+def too_long(root: Path) -> dict[str, int]:
+    """Files of more than MOST_LINES lines."""
+    lengths = {p.relative_to(root).as_posix(): len(p.read_text(encoding="utf-8").splitlines()) for p in files(root)}
+    return {name: lines for name, lines in lengths.items() if lines > MOST_LINES}
+
+
+def undescribed(root: Path) -> list[str]:
+    """Folders with Python in them whose ``__init__.py`` does not say in a few lines what belongs there."""
+    found = []
+    for folder in sorted({path.parent for path in files(root)}):
+        face = folder / "__init__.py"
+        doc = ast.get_docstring(ast.parse(face.read_text(encoding="utf-8"))) if face.exists() else None
+        if doc is None or len([line for line in doc.splitlines() if line.strip()]) < LEAST_DOC:
+            found.append(folder.relative_to(root).as_posix())
+    return found
+
+
+def imports(package: str) -> dict[str, set[str]]:
+    """What each file of a package imports of it: inside functions and under TYPE_CHECKING as well."""
+    graph = grimp.build_graph(package, cache_dir=None, exclude_type_checking_imports=False)
+    return {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+
+
+def circles(graph: Mapping[str, Iterable[str]]) -> list[set[str]]:
+    """Sets of files each of which reaches every other (Tarjan, SIAM J. Comput. 1, 1972)."""
+    order: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    stack: list[str] = []
+    found: list[set[str]] = []
+
+    def visit(node: str) -> None:
+        order[node] = lowest[node] = len(order)
+        stack.append(node)
+        for other in graph.get(node, ()):
+            if other not in order:
+                visit(other)
+                lowest[node] = min(lowest[node], lowest[other])
+            elif other in stack:
+                lowest[node] = min(lowest[node], order[other])
+        if lowest[node] == order[node]:
+            component = set(stack[stack.index(node) :])
+            del stack[stack.index(node) :]
+            if len(component) > 1:
+                found.append(component)
+
+    for node in graph:
+        if node not in order:
+            visit(node)
+    return found
+
+
+def written(root: Path, texts: Mapping[str, str]) -> Path:
+    """A folder with these files."""
+    for name, text in texts.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+def test_there_is_a_house_to_look_at() -> None:
+    assert len(files(SOURCE)) > 150 and SOURCE / "api.py" in files(SOURCE)
+    assert len(imports("mue")) == len(files(SOURCE))
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_public_names_stay(module: str) -> None:
+    face = importlib.import_module(module)
+    assert set(PUBLIC[module].split()) <= set(face.__all__)
+    assert len(face.__all__) == len(set(face.__all__)) and all(hasattr(face, name) for name in face.__all__)
+
+
+def test_no_public_class_has_the_name_of_another(tmp_path: Path) -> None:
+    assert set(doubled(SOURCE)) <= DOUBLED | HOOKS, doubled(SOURCE)
+    one = "class Found: ...\nclass _Own: ...\ndef f():\n    class Inner: ..."
+    wrong = written(tmp_path, {"a.py": one, "b.py": "class _Own: ...\nclass Other: ...", "folder/c.py": one})
+    assert doubled(wrong) == {"Found": ["a.py", "folder/c.py"]}  # negative control
+
+
+def test_no_file_is_longer_than_a_few_screens(tmp_path: Path) -> None:
+    assert set(too_long(SOURCE)) <= LONG, too_long(SOURCE)
+    wrong = written(tmp_path, {"a.py": "x = 1\n" * MOST_LINES, "b.py": "x = 1\n" * (MOST_LINES + 1)})
+    assert too_long(wrong) == {"b.py": MOST_LINES + 1}  # negative control
+
+
+def test_every_folder_says_what_belongs_there(tmp_path: Path) -> None:
+    assert set(undescribed(SOURCE)) <= UNDESCRIBED, undescribed(SOURCE)
+    said = '"""What.\n\nWhy.\nWhat not.\n"""'
+    texts = {"__init__.py": said, "a/__init__.py": '"""One line."""', "b/c.py": "x = 1", "d/__init__.py": said}
+    wrong = written(tmp_path, texts)
+    assert undescribed(wrong) == ["a", "b"]  # negative control
+
+
+def test_no_files_go_in_circles() -> None:
+    assert set().union(*circles(imports("mue"))) <= CIRCULAR, circles(imports("mue"))
+
+
+def test_control_circles_are_found_wherever_an_import_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {
+        "__init__.py": "",
+        "top.py": "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from rounds.typed import x",
+        "typed.py": "from rounds import top\nx = top",
+        "late.py": "def f():\n    from rounds.folder import later",
+        "folder/__init__.py": "",
+        "folder/later.py": "import rounds.late",
+        "straight.py": "from rounds import top, late",
+    }
+    written(tmp_path / "rounds", texts)
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        found = circles(imports("rounds"))
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "rounds"]:
+            del sys.modules[name]
+    assert sorted(map(sorted, found)) == [["rounds.folder.later", "rounds.late"], ["rounds.top", "rounds.typed"]]
