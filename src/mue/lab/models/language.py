@@ -12,7 +12,7 @@ Shape suffixes: B sequences, T tokens of a sequence, D width, H heads, K key/val
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -28,30 +28,13 @@ from mue.lab.models.ops import (
     one_multiplier,
     project,
 )
+from mue.lab.models.output import Output
 from mue.layouts.layout import Layout
 from mue.moe import MoELayer, Routing
 from mue.moe.losses import consistency_loss
 from mue.moe.routers.base import Balance, RouterInput, RouterOptions
 from mue.plan.values import Multipliers
 from mue.shapes import Block, Transformer
-
-
-@dataclass
-class Output:
-    """What a forward pass gives. Of stacked variants, logits and losses have one entry for each.
-
-    Attributes:
-        logits: (B, T, V).
-        loss: mean cross-entropy in nats, where targets were given.
-        routings: of each block with routed experts.
-        losses: auxiliary ones by name, without their coefficients: the routers' own, summed over blocks, and ``consistency``.
-    """
-
-    logits: Tensor
-    loss: Tensor | None = None
-    routings: list[Routing] = field(default_factory=list)
-    losses: dict[str, Tensor] = field(default_factory=dict)
-
 
 EPS = 1e-6  # of every norm
 

@@ -18,7 +18,8 @@ from mue.lab.runners.run_all import run_all
 from mue.lab.sweep.spec import base_plan
 from mue.lab.train.provenance import provenance
 from mue.lab.train.run import Run, Settings, Store
-from mue.lab.train.spec import PLAN_TABLES, batches_of, settings_from
+from mue.lab.train.spec import PLAN_TABLES, settings_from
+from mue.lab.train.task import task_of
 from mue.plan.toml import check_keys, shape_from, table_of, training_from, tuned_from
 from mue.shapes import HParams, Training, Transformer
 from mue.shapes.hparams import THIRDS
@@ -38,7 +39,7 @@ class RolesSpec:
 
     def identity(self, data_hash: str) -> dict[str, Any]:
         """What must not change under a search's folder."""
-        settings = {k: v for k, v in asdict(self.settings).items() if k != "seed"}
+        settings = {k: v for k, v in self.settings.to_dict().items() if k != "seed"}
         return {
             "base": self.base.to_dict(),
             "training": asdict(self.training),
@@ -113,7 +114,7 @@ def tune_roles(
     data, count = describe_data(spec.source, corpus), set[str]()
     space = coordinates(spec.base, spec.search.numbers, thirds=spec.search.thirds)
     plan = base_plan(spec.base, spec.training, spec.tuned)
-    batches_of(Run(plan, spec.settings, data), corpus)  # before the folder is made
+    task_of(spec.settings).batches(Run(plan, spec.settings, data), corpus)  # before the folder is made
     store = _own_folder(out, spec.identity(corpus.hash))
 
     def train(title: str, jobs: Sequence[Job]) -> list[float]:

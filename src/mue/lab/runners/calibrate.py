@@ -27,6 +27,8 @@ from mue.kernels import build
 from mue.lab.runners.pool import Pool, WorkerLayout
 from mue.lab.runners.runner import Done, FailedError, Progress
 from mue.lab.train.run import Run, Store
+from mue.lab.train.stacked_session import check_stackable
+from mue.lab.train.task import task_of
 from mue.plan.replan import inputs_from_dict
 from mue.plan.transfer import plan_of
 from mue.util.files import FileLock, cache_folder, digest, write_json
@@ -75,8 +77,10 @@ def choose_layout(kind: str, workers: int | None, example: Run | None, runs: int
     """The layout for ``runs`` runs like ``example``, and a sentence that says what it is and why.
 
     Raises:
-        ValueError: something has to be measured and there is no example.
+        ValueError: something has to be measured and there is no example; the example's task cannot be stacked and ``kind`` is "stacked".
     """
+    if kind == "stacked" and example is not None:
+        check_stackable(example)
     devices = gpus()
     places, processes = max(1, len(devices)), workers or len(devices) or cores()
     if kind == "processes":
@@ -104,6 +108,7 @@ class Calibration:
         self.about = {
             "model": [effective["shape"], effective["multipliers"], effective["training"]["batch"]],
             "settings": [example.settings.precision, example.settings.balance],
+            **{key: effective["settings"][key] for key in ("task", "consistency") if key in effective["settings"]},
             "machine": [torch.cuda.get_device_name(i) for i in range(len(devices))]
             or f"{platform.machine()}, {cores()} cores",
             "processes": processes,
@@ -140,7 +145,8 @@ class Calibration:
         found = (
             [] if kind == "stacked" else [m for layout in (self.apart, self.together) if (m := self.measured(layout))]
         )
-        found += self._stacks(max(2, runs))
+        stackable = task_of(self.example.settings).stackable
+        found += self._stacks(max(2, runs)) if stackable else []
         if not found:
             raise ValueError(f"runner = {kind!r}: the run cannot be trained here: {'; '.join(self.failed.values())}")
         eager = min(found, key=lambda m: m.seconds(steps))
@@ -149,6 +155,7 @@ class Calibration:
         best = min(found, key=lambda m: m.seconds(steps))
         others = [f"{m.layout} {m.rate:.3g}" for m in found if m is not best]
         others += [f"{layout} failed: {error}" for layout, error in self.failed.items()]
+        others += [] if stackable else [f"the task {self.example.settings.task!r} has no stacks"]
         others += [f"measured in {time.monotonic() - started:.0f} s" if self.fresh else "measured before"]
         return best.layout, f"{best.layout}: {best.rate:.3g} steps/s ({'; '.join(others)})"
 

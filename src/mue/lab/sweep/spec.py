@@ -64,7 +64,7 @@ class SweepSpec:
             "training": asdict(self.training),
             "defaults": self.defaults.to_dict(),
             "grid": asdict(self.grid),
-            "settings": asdict(self.settings),
+            "settings": self.settings.to_dict(),
             "source": self.source,
         }
 

@@ -25,7 +25,7 @@ from mue.lab.sweep.storage import Database, MissingError, Trouble, without_passw
 from mue.lab.sweep.trials import OPEN, Trial, Trials, name_of
 from mue.lab.sweep.worker import Watch, Worker
 from mue.lab.train.run import Run, Store
-from mue.lab.train.spec import batches_of
+from mue.lab.train.task import task_of
 from mue.lab.valley.fit import Point, Valley, fit_valley
 from mue.shapes import HParams, Training, Transformer, shape_from_dict
 from mue.util.files import digest, write_json
@@ -110,7 +110,7 @@ def sweep_run(spec: SweepSpec, point: Mapping[str, float], data: dict[str, Any])
 def identity(spec: SweepSpec, data_hash: str) -> dict[str, Any]:
     """What must not change under a sweep's folder: all but the grid and the seeds."""
     fixed = {k: v for k, v in spec.defaults.to_dict().items() if k not in AXES}
-    settings = {k: v for k, v in asdict(spec.settings).items() if k != "seed"}
+    settings = {k: v for k, v in spec.settings.to_dict().items() if k != "seed"}
     training = {"batch": spec.training.batch, "steps": spec.training.steps}
     return {"base": spec.base.to_dict(), "training": training, "tuned": fixed, "settings": settings, "data": data_hash}
 
@@ -179,7 +179,8 @@ def check_folder(out: Path, spec: SweepSpec, corpus: Corpus, storage: str | None
     path, own = out / "sweep.json", identity(spec, corpus.hash)
     if not path.exists():
         point = {**{axis: getattr(spec.grid, axis)[0] for axis in AXES}, "seed": spec.grid.seeds[0]}
-        batches_of(sweep_run(spec, point, describe_data(spec.source, corpus)), corpus)  # before the folder is made
+        run = sweep_run(spec, point, describe_data(spec.source, corpus))
+        task_of(spec.settings).batches(run, corpus)  # before the folder is made
         return storage
     try:
         stored = json.loads(path.read_text(encoding="utf-8"))

@@ -24,6 +24,7 @@ from mue.util.files import FileLock, digest
 SCHEDULES = ("wsd", "cosine")
 PRECISIONS = ("fp32", "bf16")
 BALANCES = ("bias", "loss", "none")
+_ADDED_LATER = {"consistency": 0.0, "task": "language"}  # what runs do that were keyed before these settings existed
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Settings:
     """What a run needs beyond its plan and its data.
 
     Attributes:
+        task: what is trained on, by its name in ``mue.lab.train.task``.
         seed: of the init and of the order of the batches.
         schedule: ``"wsd"`` (warmup, stable, linear decay over the last ``decay`` of the steps) or ``"cosine"``.
         precision: ``"fp32"``, or ``"bf16"`` autocast.
@@ -49,6 +51,7 @@ class Settings:
     eval_sequences: int = 128
     log_every: int = 10
     consistency: float = 0.0
+    task: str = "language"
 
     def __post_init__(self) -> None:
         for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("balance", BALANCES)):
@@ -62,6 +65,10 @@ class Settings:
             positive_int(name, getattr(self, name))
         if self.eval_every:
             positive_int("eval_every", self.eval_every)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings for keys and files. Those that came later are left out at their defaults: older runs keep keys and files."""
+        return {k: v for k, v in asdict(self).items() if k not in _ADDED_LATER or v != _ADDED_LATER[k]}
 
 
 @dataclass(frozen=True)
@@ -113,11 +120,9 @@ class Run:
             unchanged = {k: v for k, v in unchanged.items() if k not in ("balance", "z", "bias_speed")}
         shape = plan.target.to_dict()
         shape.pop("output_multiplier")
-        settings = asdict(self.settings)
+        settings = self.settings.to_dict()
         if not moe:
             settings.pop("balance")
-        if not settings["consistency"]:  # came later: runs without it keep the keys that they had
-            settings.pop("consistency")
         return {
             "shape": shape,
             "multipliers": asdict(plan.multipliers),
@@ -135,7 +140,7 @@ class Run:
         return digest(self.effective)
 
     def to_dict(self) -> dict[str, Any]:
-        return {"plan": self.plan.inputs.to_dict(), "settings": asdict(self.settings), "data": self.data}
+        return {"plan": self.plan.inputs.to_dict(), "settings": self.settings.to_dict(), "data": self.data}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Run:

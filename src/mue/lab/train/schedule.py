@@ -11,14 +11,21 @@ from mue.shapes import HParams
 def lr_factor(step: int, steps: int, tuned: HParams, settings: Settings) -> float:
     """The schedule as a factor on every group's peak lr; ratios between groups never change.
 
-    Warmup is linear over ``tuned.warmup`` of the steps (a fraction, so that it scales with the duration: SDE time).
+    Args:
+        step: the step about to be taken, from 0. steps: of the whole run. tuned: its warmup and floor. settings: its schedule and decay.
+
+    Returns:
+        A factor of at most 1; ``tuned.floor`` is what both schedules fall to.
     """
+    # Linear warmup over a fraction of the steps, not a number of them: runs of other durations then agree in the time of the
+    # limiting SDE, which is what the duration's rules scale by (2205.10287, 2605.23893).
     warmup = max(1, round(tuned.warmup * steps))
     if step < warmup:
         return (step + 1) / warmup
-    if settings.schedule == "cosine":
+    if settings.schedule == "cosine":  # 1608.03983, eq. 5, without restarts
         done = (step + 1 - warmup) / max(1, steps - warmup)
         return tuned.floor + (1 - tuned.floor) * 0.5 * (1 + math.cos(math.pi * done))
+    # Warmup, stable, decay (2404.06395), with a linear decay (2405.18392 compares its forms).
     decay = max(1, round(settings.decay * steps))
     left = steps - 1 - step
     return 1.0 if left >= decay else tuned.floor + (1 - tuned.floor) * (left + 1) / (decay + 1)

@@ -1,4 +1,8 @@
-"""The training loop: AdamW from a plan's groups, warmup and decay, divergence as a result, exact resume."""
+"""The training loop: AdamW from a plan's groups, a schedule, divergence as a result, exact resume.
+
+:func:`train` is the loop and :meth:`TrainingSession.train_step` its step; all else here is a run's files and its bookkeeping. What is
+trained, on what and by which loss, is the run's task (``mue.lab.train.task``).
+"""
 
 from __future__ import annotations
 
@@ -15,20 +19,19 @@ import torch
 from torch import Tensor, nn
 
 from mue.lab.data import Corpus
-from mue.lab.models.language import LanguageModel
 from mue.lab.train import checkpoint
 from mue.lab.train.provenance import provenance
 from mue.lab.train.run import Run, Store
 from mue.lab.train.schedule import lr_factor
-from mue.lab.train.spec import batches_of
-from mue.lab.train.step import autocast, compile_blocks, objective, uncompiled
+from mue.lab.train.step import autocast, compile_blocks, moe_layers, objective, uncompiled
+from mue.lab.train.task import Batch, task_of
 from mue.model.apply import init_, param_groups
 from mue.util.files import write_json
 
-# A run has diverged when its loss is not finite, or stays this many nats above its start for this many steps.
+# A run has diverged when its loss is not finite, or stays this far above its first for this many steps. A spike that heals is no divergence.
 DIVERGED_NATS, DIVERGED_STEPS = 1.0, 20
 
-Progress = Callable[[int, float], None]
+OnStep = Callable[[int, float], None]
 
 
 def train(
@@ -36,7 +39,7 @@ def train(
     store: Store,
     corpus: Corpus,
     *,
-    progress: Progress | None = None,
+    progress: OnStep | None = None,
     checkpoint_seconds: float = 10.0,
     keep_weights: bool = False,
     stop: Callable[[], bool] = lambda: False,
@@ -51,9 +54,12 @@ def train(
             and is not stored.
         compiled: compile the blocks first (seconds to a minute), which pays for long runs; the numbers differ in rounding.
 
+    Returns:
+        What ``result.json`` holds: status, losses, counts, seconds, provenance.
+
     Raises:
-        mue.lab.train.run.BusyError: another process trains it. ValueError: the folder holds a checkpoint of something else.
-        OSError: the disk is full; the last good checkpoint stays.
+        mue.lab.train.run.BusyError: another process trains it. ValueError: the folder holds a checkpoint of something else, or the data
+            do not suit the run. OSError: the disk is full; the last good checkpoint stays.
     """
     with ExitStack() as opened:
         session = open_session(run, store, corpus, opened)
@@ -71,7 +77,13 @@ def train(
 
 
 def open_session(run: Run, store: Store, corpus: Corpus, opened: ExitStack) -> TrainingSession | dict[str, Any]:
-    """Begin a run or go on with it: its session, held in ``opened`` with the lock of its folder. Or its result, where it has one.
+    """Begin a run or go on with it.
+
+    Args:
+        opened: holds the session's files and the lock of its folder until it is closed.
+
+    Returns:
+        The run's session, or its result where it has one.
 
     Raises:
         BusyError, ValueError: as :func:`train`.
@@ -79,7 +91,7 @@ def open_session(run: Run, store: Store, corpus: Corpus, opened: ExitStack) -> T
     done = store.result(run.key)
     if done is not None:
         return done
-    batches_of(run, corpus)  # before the folder is made
+    task_of(run.settings).batches(run, corpus)  # what does not suit the run is said before its folder is made
     folder = opened.enter_context(store.locked(run.key))
     done = store.result(run.key)  # another process may have finished it while we waited
     return done if done is not None else opened.enter_context(TrainingSession(run, folder, corpus))
@@ -88,12 +100,13 @@ def open_session(run: Run, store: Store, corpus: Corpus, opened: ExitStack) -> T
 class TrainingSession:
     """One run on its way: its model, optimizer and data, its files, and where it stands. Use it as a context.
 
-    :meth:`train_step` computes its steps alone. Where several are computed at once (``mue.lab.train.stacked_session``), each has its own session, told of
-    every step by :meth:`advance` and :meth:`record`.
+    :meth:`train_step` computes its steps alone. Where several are computed at once (``mue.lab.train.stacked_session``), each has its own
+    session, told of every step by :meth:`advance` and :meth:`record`.
 
     Attributes:
-        step: steps done. loss: of the last one. status: None under way, else "finished", "diverged" or "stopped".
-        seconds: training time over all sessions; of stacked runs, this one's share.
+        step: steps done. loss: of the last one. val_loss: the last validation's.
+        status: None under way, else "finished", "diverged" or "stopped".
+        seconds: training time over all sittings; of stacked runs, this one's share.
         stacked, compiled: how it is trained, for the result.
     """
 
@@ -101,31 +114,27 @@ class TrainingSession:
         assert run.plan.training is not None
         self.run, self.folder, self.settings, self.plan = run, folder, run.settings, run.plan
         self.key, self.steps, self.tuned = run.key, run.plan.training.steps, run.plan.tuned
-        self.batches, held = batches_of(run, corpus)
-        self.validation = held.fixed(max(1, self.settings.eval_sequences // held.batch_sequences))
-        self.model = LanguageModel(
-            run.plan.target,
-            run.plan.multipliers,
-            balance=self.settings.balance,  # type: ignore[arg-type]
-            z_loss=self.tuned.z > 0,
-            consistency=self.settings.consistency > 0,
-            seed=self.settings.seed,
-        )
+        self.task = task_of(run.settings)
+        self.batches = self.task.batches(run, corpus)
+        self.validation = self.batches.validation()
+        self.model = self.task.build(run.plan, run.settings)
+        self.moe_layers = moe_layers(self.model)
         init_(run.plan, self.model, self.settings.seed)
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
+        # AdamW (1711.05101) with the plan's lr, weight decay and eps for each group of roles.
         self.optimizer = torch.optim.AdamW(param_groups(run.plan, self.model), fused=True)
         self.step, self.loss, self.val_loss, self.seconds = 0, math.nan, math.nan, 0.0
         self.status: str | None = None
         self.stacked, self.compiled = 1, False
-        self.first: float | None = None
-        self.above = 0
+        self.first_loss: float | None = None
+        self.steps_above = 0  # in a row, with a loss DIVERGED_NATS above the first
 
     def __enter__(self) -> TrainingSession:
         self._resume()
         write_json(self.folder / "config.json", {"key": self.key, "plan": self.plan.hash, **self.run.to_dict()})
         self.metrics = (self.folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")  # read while it grows
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -149,7 +158,7 @@ class TrainingSession:
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """Of the auxiliary losses, by name."""
+        """Of the auxiliary losses, by name: load balance (2101.03961), router z (2202.08906), consistency (2110.04260)."""
         return {
             "load_balance": self.tuned.balance, "router_z": self.tuned.z, "consistency": self.settings.consistency
         }  # fmt: skip
@@ -157,28 +166,42 @@ class TrainingSession:
     def train_step(self) -> None:
         """One step of this run alone."""
         started = time.monotonic()
-        for group in self.optimizer.param_groups:
+        for (
+            group
+        ) in self.optimizer.param_groups:  # one factor for all: the plan's ratios between groups hold at every step
             group["lr"] = group["initial_lr"] * self.lr_factor
-        tokens_BT, targets_BT = (x.to(self.device) for x in self.batches.at(self.step))
+        batch = self.to_device(self.batches.at(self.step))
         with autocast(self.device, self.settings):
-            output = self.model(tokens_BT, targets_BT)
+            output = self.task.loss(self.model, batch)
         objective(output, self.coefficients).backward()  # type: ignore[no-untyped-call]
         norm = None
-        if self.tuned.clip is not None:
+        if (
+            self.tuned.clip is not None
+        ):  # by the norm over all parameters (1211.5063); the metrics have the norm before it
             norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.tuned.clip))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.model.end_step_(self.tuned.bias_speed)
+        self.end_moe_step_()
+        assert output.loss is not None
         self.advance(float(output.loss.detach()))
         self.record(norm, [r.stats["load"] for r in output.routings], self.validate() if self.eval_due else None)
         self.seconds += time.monotonic() - started
 
+    def to_device(self, batch: Batch) -> Batch:
+        """A batch where the model is."""
+        return tuple(part.to(self.device) for part in batch)
+
+    def end_moe_step_(self) -> None:
+        """What blocks with experts change by themselves after a step: balance biases (2408.15664), the next random draw."""
+        for layer in self.moe_layers:
+            layer.end_step_(self.tuned.bias_speed)
+
     def advance(self, loss: float) -> None:
-        """A step was taken, and this was its loss."""
+        """A step was taken, and this was its loss: count it, and see whether the run has ended."""
         self.step, self.loss = self.step + 1, loss
-        self.first = loss if self.first is None else self.first
-        self.above = self.above + 1 if loss > self.first + DIVERGED_NATS else 0
-        if not math.isfinite(loss) or self.above >= DIVERGED_STEPS:
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        self.steps_above = self.steps_above + 1 if loss > self.first_loss + DIVERGED_NATS else 0
+        if not math.isfinite(loss) or self.steps_above >= DIVERGED_STEPS:
             self.status = "diverged"
         elif self.step == self.steps:
             self.status = "finished"
@@ -187,30 +210,34 @@ class TrainingSession:
     def validate(self) -> float:
         """Mean loss on the validation batches."""
         self.model.eval()
+        losses = []
         with autocast(self.device, self.settings), uncompiled(self.compiled):
-            losses = [float(self.model(x.to(self.device), y.to(self.device)).loss) for x, y in self.validation]
+            for batch in self.validation:
+                loss = self.task.loss(self.model, self.to_device(batch)).loss
+                assert loss is not None
+                losses.append(float(loss))
         self.model.train()
         return math.fsum(losses) / len(losses)
 
-    def record(self, norm: float | None, loads: Sequence[Tensor], held: float | None) -> None:
+    def record(self, norm: float | None, loads: Sequence[Tensor], val_loss: float | None) -> None:
         """A row of metrics for the step just taken, where one is due.
 
         Args:
-            norm: of the gradients before clipping, where the run clips. loads: pairs per expert of each MoE block.
-            held: the validation loss, where one was :attr:`due`. One that is not finite ends the run as diverged.
+            norm: of the gradients before clipping, where the run clips. loads: pairs per expert of each block with experts.
+            val_loss: the validation loss, where one was :attr:`eval_due`. One that is not finite ends the run as diverged.
         """
-        if held is not None:
-            self.val_loss = held
-            self.status = self.status if math.isfinite(held) else "diverged"
-        if held is None and self.step % self.settings.log_every and self.step != 1:
+        if val_loss is not None:
+            self.val_loss = val_loss
+            self.status = self.status if math.isfinite(val_loss) else "diverged"
+        if val_loss is None and self.step % self.settings.log_every and self.step != 1:
             return
         # Nothing in a row depends on the clock, so that a resumed run writes the same bytes.
-        row: dict[str, Any] = {"step": self.step, "tokens": self.step * self.batch, "loss": self.loss}
+        row: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "loss": self.loss}
         row["lr_factor"] = lr_factor(self.step - 1, self.steps, self.tuned, self.settings)
         if norm is not None:
             row["grad_norm"] = norm
-        if held is not None:
-            row["val_loss"] = held
+        if val_loss is not None:
+            row["val_loss"] = val_loss
         if loads:
             shares = [(load.float() / max(1, int(load.sum()))).tolist() for load in loads]
             row["load"] = [[round(share, 5) for share in layer] for layer in shares]
@@ -218,7 +245,7 @@ class TrainingSession:
 
     def maybe_checkpoint(self, checkpoint_seconds: float, stop: bool) -> None:
         """Write a checkpoint if one is due; ``stop``: write it now and give the run up."""
-        if self.status is not None or not (stop or time.monotonic() - self.saved > checkpoint_seconds):
+        if self.status is not None or not (stop or time.monotonic() - self.saved_at > checkpoint_seconds):
             return
         self._flush()
         state = {
@@ -227,11 +254,11 @@ class TrainingSession:
             "step": self.step,
             "seconds": self.seconds,
             "metrics_bytes": self.metrics.tell(),
-            "first": self.first,
-            "above": self.above,
+            "first": self.first_loss,
+            "above": self.steps_above,
         }
         checkpoint.save(self.folder / "checkpoint.safetensors", self.model, self.optimizer, state)
-        self.saved = time.monotonic()
+        self.saved_at = time.monotonic()
         self.status = "stopped" if stop else None
 
     def end(self, keep_weights: bool = False) -> dict[str, Any]:
@@ -248,11 +275,12 @@ class TrainingSession:
         return result
 
     @property
-    def batch(self) -> int:
-        """Tokens of a step."""
-        return self.batches.tokens_per_step
+    def tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.step * self.batches.tokens_per_step
 
     def _flush(self) -> None:
+        """Metrics are on disk before the checkpoint or the result that counts on them."""
         self.metrics.flush()
         os.fsync(self.metrics.fileno())
 
@@ -264,7 +292,7 @@ class TrainingSession:
             return
         with torch.no_grad():
             state = checkpoint.load(path, self.model, self.optimizer, run=self.key, plan=self.plan.hash)
-        self.first, self.above = state["first"], state["above"]
+        self.first_loss, self.steps_above = state["first"], state["above"]
         os.truncate(rows, state["metrics_bytes"])
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
 
@@ -279,7 +307,7 @@ class TrainingSession:
             "loss": self.loss if math.isfinite(self.loss) else None,
             "val_loss": self.val_loss if self.status == "finished" else None,
             "step": self.step,
-            "tokens": self.step * self.batch,
+            "tokens": self.tokens,
             "seconds": round(self.seconds, 3),
             "parameters": shape.parameters,
             "active_parameters": shape.active_parameters,

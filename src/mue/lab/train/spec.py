@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
-from mue.lab.data import Batches, Corpus
-from mue.lab.train.run import Run, Settings
+from mue.lab.train.run import Settings
+from mue.lab.train.task import task_of
 from mue.plan.plan import PlanData
 from mue.plan.toml import check_keys, plan_inputs, table_of, training_from
 from mue.plan.transfer import plan_of
@@ -21,26 +21,31 @@ _SETTINGS = tuple(f.name for f in fields(Settings))
 PLAN_TABLES = ("rule", "base", "tuned", "target", "options")
 
 
-def batches_of(run: Run, corpus: Corpus) -> tuple[Batches, Batches]:
-    """(training, validation) batches of a run; ``ValueError`` where the text does not suit it. Nothing is written."""
-    shape, settings = run.plan.target, run.settings
-    assert run.plan.training is not None
-    if corpus.vocab > shape.vocab:
-        raise ValueError(f"the data has {corpus.vocab} tokens, the model a vocabulary of {shape.vocab}: raise vocab")
-    sequences = run.plan.training.batch // shape.sequence
-    train = Batches(corpus, "train", shape.sequence, sequences, settings.seed)
-    return train, Batches(corpus, "validation", shape.sequence, min(sequences, settings.eval_sequences), 0)
-
-
 def settings_from(data: Mapping[str, Any]) -> Settings:
-    """``[run]``, with defaults for what it leaves out."""
+    """``[run]``, with defaults for what it leaves out.
+
+    Args:
+        data: the tables of the file.
+
+    Raises:
+        ValueError: an unknown key or task, or a value out of its range.
+    """
     table = table_of(data, "run")
     check_keys(table, _SETTINGS, "[run]")
-    return Settings(**table)
+    settings = Settings(**table)
+    task_of(settings)
+    return settings
 
 
 def train_plan(data: Mapping[str, Any], tuned: HParams | None) -> PlanData:
-    """The plan a training file asks for: of its target, or of the base itself where it has no target."""
+    """The plan a training file asks for: of its target, or of the base itself where it has no target.
+
+    Args:
+        data: the tables of the file. tuned: the base's values from a finished sweep; None: the file's ``[tuned]``.
+
+    Raises:
+        ValueError: no ``[base.training]`` where the base is to be trained, or whatever the plan's tables lack.
+    """
     tables = {k: v for k, v in data.items() if k in PLAN_TABLES}
     if "target" in data:
         return plan_of(plan_inputs(tables, tuned))

@@ -22,22 +22,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mue.lab.models.language import LanguageModel, TransformerBlock
 from mue.lab.models.stacked_moe import StackedMoE
 from mue.lab.train.run import Run
 from mue.lab.train.session import TrainingSession
-from mue.lab.train.step import autocast, compile_blocks, objective, uncompiled
+from mue.lab.train.step import autocast, compile_blocks, moe_layers, objective, uncompiled
+from mue.lab.train.task import Batch, task_of
+from mue.moe import MoELayer
 from mue.util.files import digest
+
+# Settings that a stack computes with; in all others its runs may differ.
+_SHARED = ("precision", "balance", "consistency", "eval_sequences", "task")
+
+
+def check_stackable(run: Run) -> None:
+    """Refuse a run whose task builds a model that has no leading axis of variants.
+
+    Raises:
+        ValueError: it is one.
+    """
+    if not task_of(run.settings).stackable:
+        raise ValueError(
+            f"runs of the task {run.settings.task!r} cannot be stacked: its model has no axis of variants (Task.stackable);"
+            ' use runner = "processes"'
+        )
 
 
 def stack_kind(run: Run) -> str:
-    """Runs of one kind can share a stack: what is left out here may differ from variant to variant."""
-    said = run.effective
-    settings = {
-        k: v for k, v in said["settings"].items() if k in ("precision", "balance", "consistency", "eval_sequences")
-    }
-    batch = said["training"]["batch"]
-    return digest([said["shape"], said["multipliers"], said["data"], batch, settings, run.plan.tuned.z > 0])
+    """What runs that can share a stack have in common, as a hash: shape, multipliers, data, batch size and a few settings.
+
+    Raises:
+        ValueError: the run cannot be stacked at all.
+    """
+    check_stackable(run)
+    effective = run.effective
+    settings = {k: v for k, v in effective["settings"].items() if k in _SHARED}
+    batch = effective["training"]["batch"]
+    return digest(
+        [effective["shape"], effective["multipliers"], effective["data"], batch, settings, run.plan.tuned.z > 0]
+    )
 
 
 class ParameterBank:
@@ -82,15 +104,16 @@ class StackedSession:
     """
 
     def __init__(self, example: TrainingSession, size: int, *, compiled: bool = False) -> None:
+        check_stackable(example.run)
         model = example.model
-        self.settings, self.device, self.compiled = example.settings, example.device, compiled
+        self.task, self.settings, self.device, self.compiled = example.task, example.settings, example.device, compiled
         self.sessions: list[TrainingSession | None] = [None] * size
         self.idle = copy.deepcopy(model)  # what the empty places route with
         self.model = copy.deepcopy(model)
         self.banks = _stack_parameters(self.model, size)
-        self.moes = [moe for moe in _moes(self.model) if isinstance(moe, StackedMoE)]
+        self.moe_blocks = [module for module in self.model.modules() if isinstance(module, StackedMoE)]
         for place in range(size):
-            self._route(place, self.idle)
+            self._route(place, moe_layers(self.idle))
         if compiled:
             compile_blocks(self.model)
         self.adamw_ = torch.compile(adamw_, dynamic=True) if compiled else adamw_
@@ -109,7 +132,7 @@ class StackedSession:
             bank.step_NV[:, place] = session.step
             for i, name in enumerate(bank.names):
                 bank.put(i, place, named[name], groups[named[name]], session.optimizer.state[named[name]])
-        self._route(place, session.model)
+        self._route(place, session.moe_layers)
         self.sessions[place] = session
         session.stacked, session.compiled = max(session.stacked, len(self.sessions)), self.compiled
 
@@ -120,16 +143,17 @@ class StackedSession:
             for values in (bank.weight_NVS, bank.mean_NVS, bank.square_NVS):
                 values[:, place] = 0
             bank.setting_3NV1[:, :, place] = 1
-        self._route(place, self.idle)
+        self._route(place, moe_layers(self.idle))
         self.sessions[place] = None
 
     def step(self) -> None:
         """One step of every run inside, its bookkeeping included; a run that ends stays until it is dropped."""
-        tokens_VBT, targets_VBT = self._batches()
+        batch = self._batch()
         for bank in self.banks:
             bank.grad_NVS.zero_()
         with autocast(self.device, self.settings):
-            output = self.model(tokens_VBT, targets_VBT)
+            output = self.task.loss(self.model, batch)
+        assert output.loss is not None
         own = [session.coefficients if session else {} for session in self.sessions]
         each = {name: self._each([one.get(name, 0.0) for one in own]) for name in output.losses}
         objective(output, each).sum().backward()  # type: ignore[no-untyped-call]
@@ -137,24 +161,23 @@ class StackedSession:
         self._update_()
         losses, loads = output.loss.tolist(), [r.stats["load"] for r in output.routings]
         for place, session in self.occupied:
-            session.model.end_step_(session.tuned.bias_speed)
+            session.end_moe_step_()
             session.advance(losses[place])
-        held = self._validate()
+        val_losses = self._validate()
         for place, session in self.occupied:
             norm = None if session.tuned.clip is None else norms[place]
-            session.record(norm, [load_VN[place] for load_VN in loads], held.get(place))
+            session.record(norm, [load_VN[place] for load_VN in loads], val_losses.get(place))
 
-    def _batches(self) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (V, B, T): every run's own, drawn once where runs share seed and step."""
-        drawn: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+    def _batch(self) -> Batch:
+        """Every run's own batch as one with a leading axis of variants, drawn once where runs share seed and step."""
+        drawn: dict[tuple[int, int], Batch] = {}
         for _, session in self.occupied:
             order = session.settings.seed, session.step
             if order not in drawn:
                 drawn[order] = session.batches.at(session.step)
         idle = next(iter(drawn.values()))  # an empty place computes on anything
-        pairs = [drawn.get((c.settings.seed, c.step), idle) if c else idle for c in self.sessions]
-        tokens, targets = (torch.stack(part).to(self.device) for part in zip(*pairs, strict=True))
-        return tokens, targets
+        batches = [drawn.get((c.settings.seed, c.step), idle) if c else idle for c in self.sessions]
+        return tuple(torch.stack(part).to(self.device) for part in zip(*batches, strict=True))
 
     def _each(self, values: list[float]) -> Tensor:
         """(V,) of the weights' type."""
@@ -202,17 +225,19 @@ class StackedSession:
         for model in models:
             model.eval()
         columns = []
-        for x, y in next(iter(due.values())).validation:
-            both = (t.to(self.device).expand(len(self.sessions), *t.shape) for t in (x, y))
+        for batch in next(iter(due.values())).validation:
+            each = tuple(part.to(self.device).expand(len(self.sessions), *part.shape) for part in batch)
             with autocast(self.device, self.settings), uncompiled(self.compiled):
-                columns.append(self.model(*both).loss.tolist())
+                loss_V = self.task.loss(self.model, each).loss
+            assert loss_V is not None
+            columns.append(loss_V.tolist())
         for model in models:
             model.train()
         return {place: math.fsum(column[place] for column in columns) / len(columns) for place in due}
 
-    def _route(self, place: int, model: LanguageModel) -> None:
-        """The place routes with the routers of ``model``."""
-        for moe, layer in zip(self.moes, _moes(model), strict=True):
+    def _route(self, place: int, layers: list[MoELayer]) -> None:
+        """The place routes with the routers of ``layers``."""
+        for moe, layer in zip(self.moe_blocks, layers, strict=True):
             moe.layers[place] = layer
 
 
@@ -231,12 +256,12 @@ def adamw_(
     weight.sub_(lr / correction1 * mean / ((square / correction2).sqrt() + eps))
 
 
-def _stack_parameters(model: LanguageModel, variants: int) -> list[ParameterBank]:
+def _stack_parameters(model: nn.Module, variants: int) -> list[ParameterBank]:
     """Give every parameter of ``model`` a leading axis of variants, as views of banks with their gradients."""
-    for block in model.blocks:
-        assert isinstance(block, TransformerBlock)
-        if block.moe is not None:
-            block.moe = StackedMoE(block.moe, variants)  # type: ignore[assignment]
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, MoELayer):
+                setattr(module, name, StackedMoE(child, variants))
     sizes: dict[int, dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         sizes.setdefault(parameter.numel(), {})[name] = parameter
@@ -248,7 +273,3 @@ def _stack_parameters(model: LanguageModel, variants: int) -> list[ParameterBank
             for module in model.modules():  # a tied tensor has two places
                 module._parameters.update({k: stacked for k, p in module._parameters.items() if p is old})
     return banks
-
-
-def _moes(model: LanguageModel) -> list[Any]:
-    return [block.moe for block in model.blocks if block.moe is not None]

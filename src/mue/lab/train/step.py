@@ -7,10 +7,12 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mue.lab.models.language import LanguageModel, Output, TransformerBlock
+from mue.lab.models.output import Output
+from mue.lab.models.stacked_moe import StackedMoE
 from mue.lab.train.run import Settings
+from mue.moe import MoELayer
 
 
 def autocast(device: torch.device, settings: Settings) -> Any:
@@ -20,13 +22,19 @@ def autocast(device: torch.device, settings: Settings) -> Any:
 
 def uncompiled(compiled: bool) -> Any:
     """Validation, as a context: compiled blocks run as they are written, since nothing is gained from compiling them once more for it."""
-    return (
-        torch.compiler.set_stance("force_eager") if compiled else nullcontext()
-    )  # the name alone costs seconds of imports
+    # Not for models that are not compiled: naming torch.compiler's stance alone costs seconds of imports.
+    return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
 
 def objective(output: Output, coefficients: Mapping[str, float | Tensor]) -> Tensor:
-    """What is minimised: the loss and the auxiliary ones with their coefficients (of variants: one each)."""
+    """What is minimised: the loss, plus each auxiliary loss times its coefficient.
+
+    Args:
+        output: of the forward pass. coefficients: by the names of ``output.losses``; of V stacked variants (V,) each.
+
+    Returns:
+        A scalar; of stacked variants (V,).
+    """
     assert output.loss is not None
     total = output.loss
     for name, coefficient in coefficients.items():
@@ -35,12 +43,18 @@ def objective(output: Output, coefficients: Mapping[str, float | Tensor]) -> Ten
     return total
 
 
-def compile_blocks(model: LanguageModel) -> None:
-    """Compile each dense block in place.
+def moe_layers(model: nn.Module) -> list[MoELayer]:
+    """The blocks with experts of a model, in the order of its forward pass."""
+    return [module for module in model.modules() if isinstance(module, MoELayer)]
+
+
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each block without experts in place: whatever stands in a ``ModuleList``.
 
     Equal blocks share their code, so that this takes a fraction of the time of compiling the whole model, and gives the same speed
     (measured at d64–d128, L8: 15 s instead of 50–90). Blocks with experts stay: routing depends on the data.
     """
-    for block in model.blocks:
-        if isinstance(block, TransformerBlock) and block.moe is None:
-            block.compile()
+    for blocks in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+        for block in blocks:
+            if not any(isinstance(module, MoELayer | StackedMoE) for module in block.modules()):
+                block.compile()

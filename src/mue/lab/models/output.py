@@ -1,0 +1,26 @@
+"""What a forward pass of a model gives to whoever trains it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from mue.moe import Routing
+
+
+@dataclass
+class Output:
+    """What a forward pass gives. Of stacked variants, logits and losses have one entry for each.
+
+    Attributes:
+        logits: (B, T, V).
+        loss: mean cross-entropy in nats, where targets were given.
+        routings: of each block with routed experts.
+        losses: auxiliary ones by name, without their coefficients: the routers' own, summed over blocks, and ``consistency``.
+    """
+
+    logits: Tensor
+    loss: Tensor | None = None
+    routings: list[Routing] = field(default_factory=list)
+    losses: dict[str, Tensor] = field(default_factory=dict)

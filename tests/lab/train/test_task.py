@@ -1,0 +1,129 @@
+"""The seam for a problem: a task from outside the package trains, resumes, is keyed by its name, and is refused what it cannot do."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch.nn.functional as F
+from torch import nn
+
+import mue
+from mue.lab.data import Corpus, load_corpus
+from mue.lab.data.spec import describe_data
+from mue.lab.models.language import LanguageModel
+from mue.lab.models.output import Output
+from mue.lab.runners.open import open_runner
+from mue.lab.sweep.spec import base_plan
+from mue.lab.tasks.language import WindowBatches, text_windows
+from mue.lab.train.run import Run, Settings, Store
+from mue.lab.train.session import TrainingSession, train
+from mue.lab.train.spec import settings_from
+from mue.lab.train.stacked_session import StackedSession, stack_kind
+from mue.lab.train.task import TASKS, Batch, Task, task_of
+from mue.plan.plan import PlanData
+from mue.shapes import Transformer
+
+BASE = mue.Dense(32, 32, 2, head_dim=16, sequence=32)
+TUNED = mue.HParams(lr=0.02, weight_decay=0.1, init_std=0.1)
+SETTINGS = Settings(eval_sequences=8, log_every=1, task="copy")
+
+
+@TASKS.register("copy")
+class Copy(Task):
+    """Say each token again: learnt in a few steps, and nothing of it is language modelling but the decoder."""
+
+    unit = "nats per token"
+
+    def build(self, plan: PlanData, settings: Settings) -> nn.Module:
+        return LanguageModel(plan.target, plan.multipliers, balance="none")
+
+    def batches(self, run: Run, corpus: Corpus) -> WindowBatches:
+        return text_windows(run, corpus)
+
+    def loss(self, model: nn.Module, batch: Batch) -> Output:
+        tokens_BT, _ = batch
+        output = model(tokens_BT)
+        output.loss = F.cross_entropy(output.logits.flatten(0, 1), tokens_BT.flatten())
+        return output
+
+    def baseline_loss(self, shape: Transformer) -> float:
+        return math.log(shape.vocab)
+
+
+@pytest.fixture
+def corpus(tmp_path: Path) -> Corpus:
+    (tmp_path / "text.txt").write_text("to be, or not to be, that is the question. " * 100)
+    return load_corpus(tmp_path / "text.txt", cache=tmp_path / "cache")
+
+
+def run_of(corpus: Corpus, settings: Settings = SETTINGS, steps: int = 30) -> Run:
+    return Run(base_plan(BASE, mue.Training(128, steps), TUNED), settings, describe_data({}, corpus))
+
+
+def test_a_task_from_outside_is_trained_on_its_own_loss(tmp_path: Path, corpus: Corpus) -> None:
+    result = train(run_of(corpus), Store(tmp_path), corpus)
+    language = train(run_of(corpus, replace(SETTINGS, task="language")), Store(tmp_path), corpus)
+    assert result["status"] == language["status"] == "finished"
+    assert result["val_loss"] < 0.1 * math.log(256)
+    # The control: what the same decoder learns of language in as many steps is far from that, so it was the task's loss that fell.
+    assert language["val_loss"] > 5 * result["val_loss"]
+
+
+def test_an_interrupted_run_of_it_goes_on_bit_for_bit(tmp_path: Path, corpus: Corpus) -> None:
+    run, whole, broken = run_of(corpus), Store(tmp_path / "whole"), Store(tmp_path / "broken")
+    result = train(run, whole, corpus)
+    stopped = train(run, broken, corpus, stop=lambda: True)
+    assert stopped["status"] == "stopped" and stopped["step"] == 1
+    assert train(run, broken, corpus)["val_loss"] == result["val_loss"]
+    assert broken.metrics(run.key) == whole.metrics(run.key)
+    config = json.loads((broken.folder(run.key) / "config.json").read_text())
+    assert config["settings"]["task"] == "copy"
+    assert Run.from_dict({k: config[k] for k in ("plan", "settings", "data")}).key == run.key
+
+
+def test_the_task_is_in_the_key_and_language_is_not(corpus: Corpus) -> None:
+    copy, language = run_of(corpus), run_of(corpus, replace(SETTINGS, task="language"))
+    assert copy.key != language.key
+    assert copy.effective["settings"].pop("task") == "copy"
+    assert "task" not in language.effective["settings"] and "task" not in language.to_dict()["settings"]
+
+
+def test_what_it_cannot_do_is_refused(tmp_path: Path, corpus: Corpus) -> None:
+    run, language = run_of(corpus), run_of(corpus, replace(SETTINGS, task="language"))
+    sentence = "runs of the task 'copy' cannot be stacked: .*Task.stackable.*processes"
+    with pytest.raises(ValueError, match=sentence):
+        stack_kind(run)
+    with pytest.raises(ValueError, match=sentence):
+        open_runner("stacked", Store(tmp_path), workers=2, example=run)
+    with TrainingSession(run, _made(tmp_path / "a"), corpus) as session, pytest.raises(ValueError, match=sentence):
+        StackedSession(session, 2)
+    # The control: the same with a task that can.
+    assert stack_kind(language)
+    open_runner("stacked", Store(tmp_path), workers=2, example=language).close()
+    with TrainingSession(language, _made(tmp_path / "b"), corpus) as session:
+        StackedSession(session, 2)
+
+
+def test_an_unknown_task_is_named_with_the_nearest(tmp_path: Path, corpus: Corpus) -> None:
+    for make in (
+        lambda: settings_from({"run": {"task": "langauge"}}),
+        lambda: train(run_of(corpus, replace(SETTINGS, task="langauge")), Store(tmp_path / "out"), corpus),
+    ):
+        with pytest.raises(ValueError, match=r"unknown task 'langauge'.*language"):
+            make()
+    assert not (tmp_path / "out").exists()
+    assert settings_from({"run": {"task": "copy"}}).task == "copy"
+
+
+def test_tasks_say_what_guessing_costs() -> None:
+    assert task_of(Settings()).baseline_loss(BASE) == math.log(BASE.vocab)
+    assert {task_of(Settings(task=name)).unit.partition(" ")[0] for name in TASKS} == {"nats"}
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
