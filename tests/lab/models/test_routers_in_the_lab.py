@@ -1,0 +1,206 @@
+"""Routers without a matrix in whole runs: exact resume, recomputed blocks, stacked variants, every backend, the checks."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import mue
+from mue.lab.data import Corpus, load_corpus
+from mue.lab.data.spec import describe_data
+from mue.lab.models.language import LanguageModel
+from mue.lab.train.run import Run, Settings, Store
+from mue.lab.train.session import TrainingSession, train
+from mue.lab.train.stacked_session import StackedSession, stack_kind
+from mue.moe import MoELayer
+from mue.moe.routers.base import RouterInput, RouterOptions
+
+BASE = mue.Dense(32, 32, 2, head_dim=16, sequence=32)
+EXPERTS = {"hash": "8e2a1s", "random": "8e4a2g", "thor": "4e1a"}
+STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def corpus(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
+    return load_corpus(texts, cache=tmp_path_factory.mktemp("cache"))
+
+
+def shape(router: str) -> mue.MoE:
+    return mue.MoE.parse(EXPERTS[router], width=32, expert=16, layers=2, head_dim=16, sequence=32, router=router)
+
+
+def run(corpus: Corpus, router: str, **settings: object) -> Run:
+    tuned = mue.HParams(lr=0.01, weight_decay=0.1, init_std=0.1, z=1e-3)
+    training = mue.Training(128, STEPS)
+    plan = mue.transfer(BASE, shape(router), tuned, base_training=training, training=training)
+    given = Settings(**{"eval_every": 6, "eval_sequences": 8, "log_every": 1, **settings})  # type: ignore[arg-type]
+    return Run(plan, given, describe_data({"source": []}, corpus))
+
+
+class Stop(Exception):  # noqa: N818
+    pass
+
+
+def stop(step: int, loss: float) -> None:
+    if step >= 5:
+        raise Stop
+
+
+@pytest.mark.parametrize("router", [*EXPERTS, "thor, consistent"])
+def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, corpus: Corpus, router: str) -> None:
+    router, consistent = router.partition(",")[::2]
+    asked = run(corpus, router, consistency=5.0 if consistent else 0.0)
+    whole, broken = Store(tmp_path / "whole"), Store(tmp_path / "broken")
+    result = train(asked, whole, corpus, keep_weights=True)
+    with pytest.raises(Stop):
+        train(asked, broken, corpus, progress=stop, checkpoint_seconds=0)
+    train(asked, broken, corpus, keep_weights=True)
+    for name in ("metrics.jsonl", "model.safetensors"):
+        assert (whole.folder(asked.key) / name).read_bytes() == (broken.folder(asked.key) / name).read_bytes(), name
+    assert result["status"] == "finished"
+    rows = [json.loads(line) for line in (whole.folder(asked.key) / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    used = {tuple(row["load"][0]) for row in rows}
+    assert (1 in {share for load in used for share in load}) == (router == "thor")
+    other = train(replace(asked, settings=replace(asked.settings, seed=1)), whole, corpus)
+    assert other["val_loss"] != result["val_loss"]  # the control
+
+
+def test_without_its_step_a_resumed_run_draws_otherwise(tmp_path: Path, corpus: Corpus) -> None:
+    """Negative control of the test above: what the checkpoint holds is what makes it exact."""
+    with TrainingSession(run(corpus, "random"), tmp_path, corpus) as session:
+        for _ in range(5):
+            session.train_step()
+        steps = [value for name, value in session.model.state_dict().items() if name.endswith("router.step")]
+        assert [int(step) for step in steps] == [5, 5]
+        tokens = torch.randint(256, (2, 32))
+        before = session.model(tokens, tokens).routings[0].expert_P
+        steps[0].zero_()
+        assert not torch.equal(before, session.model(tokens, tokens).routings[0].expert_P)
+
+
+@pytest.mark.parametrize("router", [*EXPERTS, "thor, consistent"])
+def test_stacked_runs_are_themselves(tmp_path: Path, corpus: Corpus, router: str) -> None:
+    """float64, to 1e-10, of two seeds, one of which joins later: its step is its own."""
+    router, consistent = router.partition(",")[::2]
+    runs = [run(corpus, router, seed=s, consistency=5.0 if consistent else 0.0) for s in (0, 1)]
+    assert stack_kind(runs[0]) == stack_kind(runs[1])
+    rows: dict[str, list[list[dict[str, object]]]] = {}
+    for way in ("alone", "stacked"):
+        with ExitStack() as opened:
+            sessions = []
+            for i, each in enumerate(runs):
+                folder = tmp_path / way / str(i)
+                folder.mkdir(parents=True)
+                session = TrainingSession(each, folder, corpus)
+                session.model.double()
+                sessions.append(opened.enter_context(session))
+            if way == "alone":
+                for session in sessions:
+                    for _ in range(4):
+                        session.train_step()
+            else:
+                stack = StackedSession(sessions[0], 2)
+                stack.put(0, sessions[0])
+                stack.step()
+                stack.put(1, sessions[1])
+                for step in range(4):
+                    stack.step()
+                    if step == 2:
+                        stack.drop(0)
+        rows[way] = [
+            [json.loads(line) for line in (s.folder / "metrics.jsonl").read_text().splitlines()] for s in sessions
+        ]
+    for alone, stacked in zip(rows["alone"], rows["stacked"], strict=True):
+        assert len(alone) == len(stacked) == 4
+        for a, b in zip(alone, stacked, strict=True):
+            assert a.pop("load") == b.pop("load")
+            assert b == pytest.approx(a, rel=1e-10)
+    assert rows["alone"][0][0]["loss"] != rows["alone"][1][0]["loss"]  # the control: the seeds differ
+
+
+def test_consistency_is_refused_without_a_draw_and_keeps_old_keys(corpus: Corpus) -> None:
+    with pytest.raises(ValueError, match=r'no router of 8e2a1s d32 L2 draws any: .* router = "thor"'):
+        run(corpus, "hash", consistency=1.0)
+    plain, consistent = run(corpus, "thor"), run(corpus, "thor", consistency=1.0)
+    assert "consistency" not in plain.effective["settings"] and plain.key != consistent.key
+    assert stack_kind(plain) != stack_kind(consistent)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("router", EXPERTS)
+def test_every_backend_computes_the_same(router: str) -> None:
+    torch.manual_seed(0)
+    x, tokens = torch.randn(2, 32, 32, requires_grad=True), torch.randint(256, (2, 32))
+    found = []
+    for backend in ("native", "portable", "reference"):
+        torch.manual_seed(1)
+        layer = MoELayer.from_block(shape(router).blocks[0], 32, RouterOptions(route_scale=2.0), backend=backend)
+        y, _ = layer(x, given=RouterInput(tokens))
+        found.append([y, *torch.autograd.grad(y.square().sum(), [x, *layer.parameters()])])
+    for ours, exact in zip(*found[::2], strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+    for ours, exact in zip(*found[1:], strict=True):
+        torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", EXPERTS)
+def test_a_recomputed_block_draws_what_it_drew(router: str) -> None:
+    torch.manual_seed(2)
+    model = LanguageModel(shape(router), seed=4)
+    given, x = RouterInput(torch.randint(256, (2, 32))), torch.randn(2, 32, 32, requires_grad=True)
+    block = model.blocks[0]
+    straight, again = (
+        torch.autograd.grad(forward()[0].square().sum(), [x, *block.moe.parameters()])
+        for forward in (lambda: block(x, given), lambda: checkpoint(block, x, given, use_reentrant=False))
+    )
+    assert all(torch.equal(a, b) for a, b in zip(straight, again, strict=True))
+
+
+@pytest.mark.parametrize("router", EXPERTS)
+def test_the_checks_pass_and_see_what_is_wrong(router: str) -> None:
+    tuned = mue.HParams(lr=0.01, weight_decay=0.1, init_std=0.1)
+    plan = mue.transfer(BASE, shape(router), tuned)
+    model = LanguageModel(plan.target, plan.multipliers, seed=5)
+    plan.init_(model)
+    tokens = torch.randint(256, (2, 32))
+    groups = plan.param_groups(model)
+    report = mue.check(model, plan, (tokens, tokens), torch.optim.AdamW(groups))
+    assert {f.check for f in report.findings if f.status == "pass"} >= {
+        "coverage",
+        "init",
+        "groups",
+        "multipliers",
+        "gates",
+        "moved",
+    }
+    assert sum(p.numel() for g in groups for p in g["params"]) == plan.target.parameters
+    static = {f.status for f in mue.check(model, plan, only=("gates",)).findings}
+    assert static == ({"not measured"} if router == "hash" else {"pass"})
+
+    one = model.blocks[1].moe.router
+    one.route_scale *= 1.5  # R wrong in one layer
+    failed = {f.check for f in mue.check(model, plan, (tokens, tokens), raises=False).findings if f.status == "fail"}
+    assert "multipliers" in failed
+    one.route_scale /= 1.5
+    if router != "thor":  # the planned experts with other weights: their sum is right, they are not even
+        even = one.even
+
+        def uneven(expert_TK: torch.Tensor, dtype: torch.dtype) -> object:
+            routing = even(expert_TK, dtype)
+            tilt = torch.linspace(0.9, 1.1, one.active).repeat(routing.num_tokens)
+            return replace(routing, weight_P=routing.weight_P * tilt)
+
+        one.even = uneven
+        findings = mue.check(model, plan, (tokens, tokens), only=("gates",), raises=False).findings
+        assert any(f.status == "fail" and "equal weights" in f.expected for f in findings)
+        del one.even
+    planned = mue.transfer(BASE, replace(plan.target, router="random" if router == "hash" else "hash"), tuned)
+    told = mue.check(model, planned, only=("gates",), raises=False).findings
+    assert any(f.status == "fail" and f"router {router}" in f.measured for f in told)
