@@ -212,6 +212,13 @@ def test_roles_are_looked_up_by_layer() -> None:
         p.role("expert_don")
 
 
+def test_a_block_whose_router_has_no_matrix_has_none_in_its_plan() -> None:
+    hashed, scored = (mue.Block(layers=1, expert=64, experts=8, active=2, router=r) for r in ("hash", "softmax"))
+    p = mue.transfer(BASE, mue.Mixed(256, (hashed, scored)), TUNED)
+    assert [p.role("router", layer).count for layer in (0, 1)] == [0, 1]
+    assert [p.role("router_bias", layer).count for layer in (0, 1)] == [0, 1]
+
+
 def test_printed_plans_show_everything() -> None:
     text = str(make())
     for role, plan in make().roles.items():

@@ -16,6 +16,7 @@ SHAPES = [
     mue.Dense(ffn=72, **{**NUMBERS, "tied": True, "gated": False}),
     mue.MoE.parse("8e2a1s", expert=40, shared=56, **NUMBERS),
     mue.MoE.parse("2s", expert=40, **NUMBERS),
+    mue.MoE.parse("4e2a", expert=40, router="hash", **NUMBERS),
     mue.Mixed(
         64,
         (mue.Block(layers=1, ffn=72), mue.Block(layers=2, experts=4, active=2, expert=40)),
@@ -38,6 +39,12 @@ def test_a_roles_fans_are_those_of_a_model(shape: mue.Transformer) -> None:
             assert (role.writes_residual or p.role == "embedding") == (p.fan_out == shape.width), p.name
     seen = {p.role for p in params}
     assert seen == {r for r, n in shape.counts().items() if n and ROLES[r].trained}
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
+def test_a_shape_counts_what_a_role_says(shape: mue.Transformer) -> None:
+    for t in shape.tensors():
+        assert (t.matrix, t.trained) == (ROLES[t.role].drawn, ROLES[t.role].trained), t.role
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)

@@ -163,16 +163,11 @@ def _tensors(kind: StackModel, target: Transformer) -> Iterator[tuple[Layout, Bl
     """(row, its block, its layer) of every tensor but for the experts' index."""
     for layer, block in enumerate(target.per_layer):
         for row in (*kind.rows, *(kind.moe if block.is_moe else kind.dense)):
-            if "*" in row.pattern and all(_present(role, block) for role in (row.role, *row.parts)):
+            if "*" in row.pattern and all(ROLES[role].present(block) for role in (row.role, *row.parts)):
                 yield _ungated(row, target), block, layer
     for row in kind.rows:
         if "*" not in row.pattern and not (row.role == "head" and target.tied):
             yield row, target.blocks[0], 0
-
-
-def _present(role: str, block: Block) -> bool:
-    """Whether a block has this parameter; some routers have no matrix."""
-    return ROLES[role].present(block) and (role != "router" or block.router_kind.matrix)
 
 
 def _ungated(row: Layout, target: Transformer) -> Layout:

@@ -80,8 +80,11 @@ class Role:
         """Whether a block holds this role; those outside the feed-forward branch are in every block."""
         if self.kind == "ffn":
             return not block.is_moe
-        if self.kind in ("expert", "router"):
+        if self.kind == "expert":
             return block.experts > 0
+        if self.kind == "router":  # not every router has a matrix, or a bias that balances
+            kind = block.router_kind
+            return block.experts > 0 and (kind.balance_bias if self.part == "bias" else kind.matrix)
         return self.kind != "shared" or block.shared_experts > 0
 
 

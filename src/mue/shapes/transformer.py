@@ -9,30 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from mue.shapes.block import NORMALISED, Block, parse_notation
-from mue.shapes.hparams import DECOUPLED, OPTIMIZERS, HParams, Training
 from mue.util.errors import positive, positive_int
 
-__all__ = [
-    "DECOUPLED",
-    "OPTIMIZERS",
-    "Block",
-    "Dense",
-    "HParams",
-    "Mixed",
-    "MoE",
-    "Training",
-    "Transformer",
-    "parse_notation",
-    "positive",
-    "positive_int",
-    "shape_from_dict",
-]
-
-
 DEFAULT_HEAD_DIM = 64
+
+
+class Tensors(NamedTuple):
+    """The tensors of one role in a shape, or in one kind of its blocks.
+
+    Attributes:
+        role: its name (:mod:`mue.rules.roles`). many: how many there are. size: elements of one.
+        used: how many of them one token is multiplied by.
+        matrix: they are multiplied with vectors, not met element by element. trained: the optimizer moves them.
+    """
+
+    role: str
+    many: int
+    size: int
+    used: int
+    matrix: bool = True
+    trained: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,56 +116,55 @@ class Transformer:
         """e = H_act/d; None where blocks differ."""
         return None if self.active_width is None else self.active_width / self.width
 
-    def matrices(self) -> Iterator[tuple[str, int, int, int]]:
-        """Every weight by role: (role, how many, elements of one, how many of them one token uses).
+    def tensors(self) -> Iterator[Tensors]:
+        """Every parameter by role, in the order of the forward pass.
 
         Experts count one by one, whatever a model stores them in; a tied head is counted at the embedding.
         """
         d, L = self.width, self.layers
-        yield "embedding", 1, self.vocab * d, 0 if not self.tied else 1
+        yield Tensors("embedding", 1, self.vocab * d, 0 if not self.tied else 1)
         kv = self.num_kv_heads * self.head_dim
-        for role, out in (("q", self.attention_width), ("k", kv), ("v", kv), ("o", self.attention_width)):
-            yield f"attention_{role}", L, d * out, L
+        for part, out in (("q", self.attention_width), ("k", kv), ("v", kv), ("o", self.attention_width)):
+            yield Tensors(f"attention_{part}", L, d * out, L)
         for block in self.blocks:
             n = block.layers
             if block.ffn is not None:
                 yield from self._feed_forward("ffn", n, d * block.ffn, n)
             if block.experts:
                 yield from self._feed_forward("expert", n * block.experts, d * (block.expert or 0), n * block.active)
-                kind = block.router_kind
-                if kind.matrix:
-                    yield "router", n, d * block.experts, n
-                if kind.balance_bias:
-                    yield "router_bias", n, block.experts, n
+                if block.router_kind.matrix:
+                    yield Tensors("router", n, d * block.experts, n)
+                if block.router_kind.balance_bias:
+                    yield Tensors("router_bias", n, block.experts, n, matrix=False, trained=False)
             if block.shared_experts:
                 many = n * block.shared_experts
                 yield from self._feed_forward("shared", many, d * block.shared_width // block.shared_experts, many)
-        yield "norm", 2 * L, d, 2 * L
-        yield "qk_norm", 2 * L, self.head_dim, 2 * L
-        yield "final_norm", 1, d, 1
+        yield Tensors("norm", 2 * L, d, 2 * L, matrix=False)
+        yield Tensors("qk_norm", 2 * L, self.head_dim, 2 * L, matrix=False)
+        yield Tensors("final_norm", 1, d, 1, matrix=False)
         if not self.tied:
-            yield "head", 1, self.vocab * d, 1
+            yield Tensors("head", 1, self.vocab * d, 1)
 
-    def _feed_forward(self, kind: str, many: int, size: int, used: int) -> Iterator[tuple[str, int, int, int]]:
+    def _feed_forward(self, kind: str, many: int, size: int, used: int) -> Iterator[Tensors]:
         for part in ("up", "gate", "down") if self.gated else ("up", "down"):
-            yield f"{kind}_{part}", many, size, used
+            yield Tensors(f"{kind}_{part}", many, size, used)
 
     def counts(self) -> dict[str, int]:
         """Tensors of the model by role (experts one by one); absent roles are left out."""
         found: dict[str, int] = {}
-        for role, many, _, _ in self.matrices():
-            found[role] = found.get(role, 0) + many
+        for t in self.tensors():
+            found[t.role] = found.get(t.role, 0) + t.many
         return found
 
     @property
     def parameters(self) -> int:
         """Trainable parameters (the balance bias is a buffer)."""
-        return sum(many * size for role, many, size, _ in self.matrices() if role != "router_bias")
+        return sum(t.many * t.size for t in self.tensors() if t.trained)
 
     @property
     def active_parameters(self) -> int:
         """Parameters that one token is multiplied by (an untied embedding is a look-up and not counted)."""
-        return sum(used * size for role, _, size, used in self.matrices() if role != "router_bias")
+        return sum(t.used * t.size for t in self.tensors() if t.trained)
 
     @property
     def flops_per_token(self) -> float:
@@ -174,8 +172,7 @@ class Transformer:
 
         Source: PaLM (2204.02311) appendix B, with active parameters in place of all; causal masking not discounted.
         """
-        vectors = {"norm", "qk_norm", "final_norm", "router_bias"}
-        matrices = sum(used * size for role, _, size, used in self.matrices() if role not in vectors)
+        matrices = sum(t.used * t.size for t in self.tensors() if t.matrix)
         return 6.0 * matrices + 12.0 * self.layers * self.attention_width * self.sequence
 
     @property
