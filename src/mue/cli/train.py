@@ -15,7 +15,7 @@ def train(file: File, out: Out = Path("runs/train"), tuned: Tuned = None) -> Non
     """Train the file's target (or its base, if it has no target) with the planned values.
 
     The file is a plan file with a [bold]\\[data][/] table (see mue sweep --help) and optionally
-    [bold]\\[run][/]: seed, schedule = "wsd" | "cosine", decay, precision = "fp32" | "bf16", balance = "bias" | "loss",
+    [bold]\\[run][/]: task = "language" | "order", seed, schedule = "wsd" | "cosine", decay, precision = "fp32" | "bf16", balance = "bias" | "loss",
     eval_every, eval_sequences, log_every. Weights, metrics and a report land in OUT/runs/HASH; a run that was
     interrupted goes on exactly where its last checkpoint stands.
 

@@ -261,6 +261,9 @@ class LanguageModel(nn.Module):
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Output:
         """Logits, and the mean cross-entropy in nats where targets are given.
 
+        Args:
+            targets_BT: of the last positions: of all T, or of fewer; logits are then computed for those alone.
+
         Raises:
             ValueError: sequences longer than the shape's.
         """
@@ -284,6 +287,8 @@ class LanguageModel(nn.Module):
             x_BTD, routing = block(x_BTD) if given is None else block(x_BTD, given)
             if routing is not None and routing.num_experts:
                 routings.append(routing)
+        if targets_BT is not None:
+            x_BTD = x_BTD[..., -targets_BT.shape[-1] :, :]
         # On the hidden state rather than on the logits: the same product, V/D times fewer elements.
         logits_BTV = self.head(scaled(self.final_norm(x_BTD), self.multipliers.head))
         loss = None if targets_BT is None else mean_loss(logits_BTV, targets_BT)

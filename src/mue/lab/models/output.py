@@ -14,7 +14,7 @@ class Output:
     """What a forward pass gives. Of stacked variants, logits and losses have one entry for each.
 
     Attributes:
-        logits: (B, T, V).
+        logits: (B, T, V), or of the last positions alone where only they have targets.
         loss: mean cross-entropy in nats, where targets were given.
         routings: of each block with routed experts.
         losses: auxiliary ones by name, without their coefficients: the routers' own, summed over blocks, and ``consistency``.

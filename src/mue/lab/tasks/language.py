@@ -53,7 +53,7 @@ class WindowBatches:
     """Windows of a corpus: for training in an order drawn by the run's seed, for validation spread over the whole split.
 
     Attributes:
-        train, held_out: of the two splits. validations: batches that a validation reads.
+        train, held_out: of the two splits. validations: how many batches a validation reads, at most.
     """
 
     train: Batches
