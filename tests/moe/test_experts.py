@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
-from mue.moe import ExpertWeights, MoELayer, Router, Routing, experts
+from mue.moe import ExpertWeights, MoELayer, Routing, experts
 from mue.moe import losses as moe_losses
-from mue.moe.backends import portable, portable_rows
-from support.expert_cases import assert_close, make_routing, make_weights, run
-from support.precision import close
+from support.expert_cases import EXACT, FAST, assert_close, make_routing, make_weights, run
 
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
-FAST = ["portable", "native"]
-EXACT = ["reference", *FAST]  # grouped_mm has no float64
-
-
-@pytest.fixture(autouse=True)
-def _kernel(request: pytest.FixtureRequest) -> None:
-    """Tests of the native backend need its kernel."""
-    if getattr(request.node, "callspec", None) and "native" in request.node.callspec.params.values():
-        request.getfixturevalue("kernel")
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -152,129 +138,6 @@ def test_bf16_autocast_is_as_good_as_a_bf16_loop(backend: str, kind: str) -> Non
         assert error <= 1.2 * allowed
 
 
-def test_bf16_rows_come_in_buckets() -> None:
-    """Every row count of a bf16 product is a multiple of 32 (each new row count costs a millisecond of set-up); one thread's float32 rows
-    are not padded."""
-    counts = torch.bincount(make_routing("topk", 100, 7, 2).expert_P).tolist()
-    chunks, rows = portable_rows.layout(counts, 32, 1, 1, 100)
-    assert [batch.rows for chunk in chunks for batch in chunk.batches] == rows
-    assert all(row % 32 == 0 for row in rows)
-    assert portable_rows.layout(counts, 1, 1, 1, 100)[1] == counts
-    assert any(count % 32 for count in counts)
-
-
-@settings(max_examples=200, deadline=None, derandomize=True)
-@given(
-    counts=st.lists(st.one_of(st.integers(0, 5), st.integers(200, 230), st.integers(0, 3000)), min_size=1, max_size=70),
-    parts=st.integers(1, 16),
-    cost=st.sampled_from([1, 16384, 131072]),
-)
-def test_batches_hold_every_expert_once_and_waste_little(counts: list[int], parts: int, cost: int) -> None:
-    chunks, rows = portable_rows.layout(counts, parts, parts, cost, 2048)
-    batches = [batch for chunk in chunks for batch in chunk.batches]
-    held = [expert for batch in batches for expert in range(batch.first, batch.first + batch.experts)]
-    assert held == [expert for expert, count in enumerate(counts) if count]
-    assert [row == 0 for row in rows] == [count == 0 for count in counts]
-    stop = 0
-    for chunk in chunks:
-        assert chunk.start == stop
-        for batch in chunk.batches:
-            assert chunk.start + batch.start == stop
-            assert batch.parts == (parts if batch.experts == 1 else 1)
-            assert batch.experts == 1 or batch.experts % parts == 0  # every thread has whole products
-            real = sum(counts[batch.first : batch.first + batch.experts])
-            size = batch.experts * batch.parts * batch.rows
-            assert real <= size <= real + max(size // portable_rows.MOST_WASTE, parts - 1)
-            stop += size
-        assert chunk.stop == stop
-        assert stop - chunk.start <= 2048 or len(chunk.batches) == 1
-    assert stop == sum(rows)
-
-
-def test_nearly_equal_experts_share_a_batch() -> None:
-    """Balanced loads do, skewed ones do not, and neither where the alignment rows cost more than a call."""
-
-    def sizes(counts: list[int], cost: int) -> list[int]:
-        chunks, _ = portable_rows.layout(counts, 2, 2, cost, 1 << 20)
-        return [batch.experts for chunk in chunks for batch in chunk.batches]
-
-    balanced = [500, 510, 505, 490, 520, 495, 515, 500]
-    assert sizes(balanced, 128 * 128) == [8]
-    assert sizes([1600, 1100, 800, 600], 128 * 128) == [1, 1, 1, 1]
-    assert sizes(balanced, 4096 * 4096) == [1] * 8
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_many_small_chunks_and_sums_agree_with_the_reference(monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
-    """The same numerics whatever the limits and the number of threads are, also the way that large problems take."""
-    torch.manual_seed(15)
-    before = torch.get_num_threads()
-    for large, elements in ((0, 1), (0, 300), (1 << 25, 300)):
-        monkeypatch.setattr(portable, "_LARGE", large)
-        monkeypatch.setattr(portable_rows, "_CHUNK_ELEMENTS", elements)
-        for kind in ("topk", "ragged", "choice", "one"):
-            routing, weights = make_routing(kind, 90, 12, 3), make_weights(12, 8, 10, torch.float64)
-            x_TD, dy_TD = torch.randn(90, 8, dtype=torch.float64, requires_grad=True), torch.randn(90, 8).double()
-            y_reference, reference = run("reference", x_TD, routing, weights, dy_TD)
-            torch.set_num_threads(threads)
-            try:
-                results = [run("portable", x_TD, routing, weights, dy_TD) for _ in range(2)]
-            finally:
-                torch.set_num_threads(before)
-            y, gradients = results[0]
-            for ours, theirs in zip([y, *gradients], [y_reference, *reference], strict=True):
-                assert_close(ours, theirs, 1e-10)
-            for once, again in zip([y, *gradients], [results[1][0], *results[1][1]], strict=True):
-                assert torch.equal(once, again)
-
-
-def test_the_compiled_backward_has_the_forwards_layout() -> None:
-    """Also where it finds another number of threads: rows saved for two parts an expert are not read as rows of five."""
-    torch.manual_seed(16)
-    torch._dynamo.reset()
-    routing, weights = make_routing("topk", 50, 6, 2), make_weights(6, 8, 10, torch.float64)
-    x_TD = torch.randn(50, 8, dtype=torch.float64, requires_grad=True)
-    leaves = [x_TD, routing.weight_P, *(weight for weight in weights if weight is not None)]
-    before = torch.get_num_threads()
-
-    def forward(x: Tensor) -> Tensor:
-        return experts(x, routing, ExpertWeights(*weights), backend="portable").square().sum()
-
-    expected = torch.autograd.grad(forward(x_TD), leaves)
-    try:
-        torch.set_num_threads(2)
-        loss = torch.compile(forward, backend="aot_eager", fullgraph=True)(x_TD)
-        torch.set_num_threads(5)
-        found = torch.autograd.grad(loss, leaves)
-    finally:
-        torch.set_num_threads(before)
-    for ours, theirs in zip(found, expected, strict=True):
-        assert_close(ours, theirs, 1e-10)
-
-
-@pytest.mark.parametrize(("number", "pairs"), [(7, 100), (7, 5000), (300, 5000), (1 << 15, 5000), (255, 40_000)])
-def test_sorting_is_stable(number: int, pairs: int) -> None:
-    """Also where small integers are sorted in place of large ones, padding pairs last."""
-    expert_P = torch.randint(0, number + 1, (pairs,))
-    order_P = portable_rows.sorted_pairs(expert_P, number)
-    assert torch.equal(order_P, torch.argsort(expert_P, stable=True))
-    assert not torch.equal(order_P, torch.argsort(expert_P.flip(0), stable=True))  # negative control
-
-
-def test_bucket_rows_do_not_spread_a_nan() -> None:
-    """An alignment row repeats a token of its own expert, so a NaN stays with the experts that saw it."""
-    routing = Routing.from_topk(torch.tensor([[0], [1], [1]]), torch.ones(3, 1), 2, stats=False)
-    weights = make_weights(2, 8, 8, torch.float32)
-    x_TD = torch.randn(3, 8)
-    x_TD[0] = float("nan")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        y_TD = experts(x_TD, routing, ExpertWeights(*weights), backend="portable")
-    torch.autograd.backward(y_TD[1:].sum())
-    assert y_TD[0].isnan().all() and y_TD[1:].isfinite().all()
-    up = weights[1]
-    assert up is not None and up.grad is not None and up.grad[1].isfinite().all()
-
-
 @pytest.mark.parametrize("backend", FAST)
 def test_frozen_weights_and_input(backend: str) -> None:
     """Gradients that nobody needs are not computed, and the others do not change."""
@@ -304,104 +167,6 @@ def test_shared_experts_are_added_with_coefficient_one(backend: str) -> None:
     assert_close(both - alone, (F.silu(x_TD @ gate.T) * (x_TD @ up.T)) @ down.T, 1e-12)
     none = experts(x_TD, Routing.empty(11), ExpertWeights(None, None, None, gate, up, down), backend=backend)
     assert_close(none, both - alone, 1e-12)
-
-
-def layer_like(shared_experts: int, shared_width: int) -> MoELayer:
-    return MoELayer(6, Router(6, 4, 2), 5, shared_experts, shared_width).double()
-
-
-def test_n_shared_of_width_h_are_one_of_n_times_h() -> None:
-    """Property of conventions.md 12, and what the two layers hold is the same tensors' shapes."""
-    torch.manual_seed(7)
-    many, one = layer_like(3, 4), layer_like(1, 12)
-    one.load_state_dict(many.state_dict())
-    x = torch.randn(2, 5, 6, dtype=torch.float64)
-    assert close(many(x)[0], one(x)[0], operations=3 * 12)
-    assert not close(1.01 * many(x)[0], one(x)[0], operations=3 * 12)  # negative control
-    assert many.shared_up is not None and many.shared_gate is not None and many.shared_down is not None
-    by_hand = torch.zeros_like(x)  # the three experts one by one
-    for i in range(3):
-        rows = slice(4 * i, 4 * i + 4)
-        by_hand += (F.silu(x @ many.shared_gate[rows].T) * (x @ many.shared_up[rows].T)) @ many.shared_down[:, rows].T
-    alone = MoELayer(6, None, 5, 3, 4).double()
-    alone.load_state_dict({k: v for k, v in many.state_dict().items() if k.startswith("shared_")})
-    y, routing = alone(x)
-    assert_close(y, by_hand, 1e-12)
-    assert routing.num_pairs == 0 and routing.num_experts == 0 and alone.router is None
-    with pytest.raises(RuntimeError):  # negative control: another total width is another layer
-        layer_like(2, 4).load_state_dict(many.state_dict())
-
-
-@pytest.mark.parametrize("backend", EXACT)
-def test_one_expert_always_on_is_the_dense_ffn(backend: str) -> None:
-    torch.manual_seed(8)
-    layer = MoELayer(6, Router(6, 1, 1), 9, output_multiplier=0.25, backend=backend).double()
-    assert layer.experts_gate is not None and layer.experts_up is not None and layer.experts_down is not None
-    x = torch.randn(3, 4, 6, dtype=torch.float64)
-    gate, up, down = layer.experts_gate[0], layer.experts_up[0], layer.experts_down[0]
-    dense = 0.25 * (F.silu(x @ gate.T) * (x @ up.T)) @ down.T
-    assert_close(layer(x)[0], dense, 1e-12)
-    doubled = MoELayer(6, Router(6, 1, 1, route_scale=2.0), 9, output_multiplier=0.25, backend=backend).double()
-    doubled.load_state_dict(layer.state_dict())
-    assert_close(doubled(x)[0], 2 * dense, 1e-12)  # negative control: R is seen
-
-
-def test_activation_checkpointing() -> None:
-    torch.manual_seed(9)
-    layer = MoELayer(8, Router(8, 6, 2), 5, shared_experts=1)
-    x = torch.randn(30, 8, requires_grad=True)
-    gradients = []
-    for wrapped in (False, True, "scaled"):
-        layer.zero_grad()
-        x.grad = None
-        y = checkpoint(lambda x: layer(x)[0], x, use_reentrant=False) if wrapped else layer(x)[0]
-        torch.autograd.backward((1.01 if wrapped == "scaled" else 1) * y.square().sum())
-        gradients.append([x.grad, *(p.grad for p in layer.parameters())])
-    operations = 2 * (3 * 8 + 30)  # three products forward and back, and the sum over tokens
-    for plain, again, scaled in zip(*gradients, strict=True):
-        assert plain is not None and again is not None and scaled is not None and plain.any()
-        assert close(again, plain, operations=operations)
-        assert not close(scaled, plain, operations=operations)  # negative control
-
-
-@pytest.mark.parametrize(("backend", "dtype"), [("native", torch.float32), ("portable", torch.bfloat16)])
-def test_torch_compile_has_no_graph_break(backend: str, dtype: torch.dtype) -> None:
-    """aot_eager traces forward and backward without needing a C++ compiler; another token count is no new trace."""
-    torch.manual_seed(10)
-    torch._dynamo.reset()
-    layer = MoELayer(8, Router(8, 6, 2), 5, shared_experts=1, backend=backend)
-    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
-    rounding = 1e-6 if dtype == torch.float32 else 0.02
-    for tokens in (30, 17):
-        x = torch.randn(tokens, 8)
-        results = []
-        for module in (layer, compiled):
-            layer.zero_grad()
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
-                y = module(x)[0]
-            torch.autograd.backward(y.float().square().sum())
-            results.append([y.detach(), *(p.grad for p in layer.parameters())])
-        for plain, traced in itertools.zip_longest(*results):
-            assert plain is not None and traced is not None
-            assert_close(traced, plain, rounding)
-    with pytest.raises(Exception, match=r"(?i)graph break|data.dependent"):  # negative control
-        torch.compile(MoELayer(8, Router(8, 6, 2), 5, backend="reference"), backend="aot_eager", fullgraph=True)(x)
-
-
-@pytest.mark.parametrize("kind", ["topk", "ragged", "choice", "one"])
-@pytest.mark.parametrize("gated", [True, False])
-def test_grouped_mm_on_the_cpu(kind: str, gated: bool) -> None:
-    """The CUDA backend's own steps (order, offsets, padding, spread and combine), on torch's CPU version of the product."""
-    torch.manual_seed(12)
-    routing, weights = make_routing(kind, 60, 7, 3, torch.float32), make_weights(7, 16, 24, torch.float32, gated)
-    x_TD, dy_TD = torch.randn(60, 16, requires_grad=True), torch.randn(60, 16)
-    y, gradients = run("grouped_mm", x_TD, routing, weights, dy_TD)
-    y_reference, reference = run("reference", x_TD, routing, weights, dy_TD)
-    for ours, theirs in zip([y, *gradients], [y_reference, *reference], strict=True):
-        assert_close(ours, theirs, 1e-5)
-    doubles = [None if weight is None else weight.double() for weight in weights]
-    with pytest.raises(ValueError, match="float64"):
-        experts(x_TD.double(), routing, ExpertWeights(*doubles), backend="grouped_mm")
 
 
 @pytest.mark.parametrize("backend", FAST)
@@ -464,8 +229,3 @@ def test_refusals_name_the_numbers() -> None:
     with pytest.raises(ValueError, match="at least one expert"):
         MoELayer(8, None, expert_width=4)
     assert moe_losses.router_z_loss(torch.zeros(0, 3)).item() == 0
-
-
-def test_notation_is_shown() -> None:
-    assert "16e4a2g1s" in repr(MoELayer(8, Router(8, 16, 4, 2), 4, shared_experts=1))
-    assert MoELayer(8, Router(8, 16, 4), 4).notation == "16e4a"

@@ -7,6 +7,9 @@ from torch import Tensor
 
 from mue.moe import ExpertWeights, Routing, experts
 
+FAST = ["portable", "native"]
+EXACT = ["reference", *FAST]  # grouped_mm has no float64
+
 
 def make_weights(number: int, width: int, inner: int, dtype: torch.dtype, gated: bool = True) -> list[Tensor | None]:
     def matrix(*shape: int) -> Tensor:

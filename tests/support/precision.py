@@ -39,6 +39,11 @@ def off(found: Tensor, expected: Tensor) -> float:
     return float((found.detach().double() - exact).abs().max()) / size if size else math.inf
 
 
+def norm_off(found: Tensor, exact: Tensor) -> float:
+    """The norm of the difference relative to that of what is exact: the error of all entries together."""
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
 def close(found: Tensor, expected: Tensor, *, operations: int) -> bool:
     """Whether two tensors are equal but for the order of ``operations`` roundings.
 

@@ -1,29 +1,17 @@
-"""mue.moe.routers.top_k, routing and losses."""
+"""The top-k router: scores, groups, ties, the balance bias, what it refuses."""
 
 from __future__ import annotations
 
 import math
 import warnings
-from typing import Literal
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from mue.moe import (
-    MoELayer,
-    Router,
-    Routing,
-    balance_bias_step,
-    gate_moments,
-    load_balance_loss,
-    router_z_loss,
-    routing_stats,
-)
-from mue.moe.backends import native_route as route
+from mue.moe import Router, Routing, balance_bias_step, gate_moments
 from mue.moe.routers.top_k import select_top
 from support.precision import close
 
@@ -118,55 +106,6 @@ def test_selection_is_a_stable_descending_sort(scores: list[float], data: st.Dat
     assert torch.equal(select_top(score_TN, active), expected)
 
 
-@pytest.mark.usefixtures("kernel")
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(st.integers(0, 9), st.integers(1, 90), st.integers(1, 3), st.integers(1, 3), st.integers(0, 5))
-def test_the_kernel_selects_and_counts_as_torch_does(
-    tokens: int, size: int, each: int, groups: int, values: int
-) -> None:
-    """To the index, with ties, infinities and NaNs; few experts and many; the statistics as well."""
-    active, experts = min(each, size) * groups, size * groups
-    generator = torch.Generator().manual_seed(size)
-    table = torch.tensor([0.0, -0.0, math.nan, -math.inf, 0.5, -0.5])
-    score_TN = torch.randn(tokens, experts, generator=generator)
-    if values:
-        score_TN = table[torch.randint(values + 1, (tokens, experts), generator=generator)]
-    weight_TK = torch.rand(tokens, active, generator=generator).round(decimals=1)
-    with FlopCounterMode(display=False):  # watched, torch computes
-        assert route.select_top(score_TN, active, groups) is None
-        expected = select_top(score_TN, active, groups)
-    found = route.select_top(score_TN, active, groups)
-    assert found is not None and torch.equal(found, expected)
-    routing = Routing.from_topk(expected, weight_TK, experts)
-    stats = route.routing_stats(routing)
-    assert stats is not None and stats.keys() == routing.stats.keys()
-    for name, value in routing.stats.items():
-        assert stats[name].dtype == value.dtype
-        torch.testing.assert_close(stats[name], value, rtol=1e-5, atol=1e-7)
-    if tokens and size > 1 and not values:  # negative control: no value is the largest and the smallest
-        assert not torch.equal(route.select_top(-score_TN, active, groups), found)
-
-
-@pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
-def test_the_kernels_weights_are_torchs(score: Literal["sigmoid", "softmax"]) -> None:
-    """And their gradients, also where every sigmoid underflows; against float64."""
-    torch.manual_seed(0)
-    router = Router(8, 12, 3, score=score, route_scale=3.0)
-    logit_TN = torch.randn(50, 12) * 4 - torch.tensor([0.0] * 40 + [200.0] * 10)[:, None]
-    dweight_TK, found = torch.randn(50, 3), []
-    expert_TK = select_top(logit_TN, 3)
-    for kind in (torch.float32, torch.float64):
-        leaf = logit_TN.to(kind).requires_grad_()
-        weight_TK = router._weights(leaf, torch.sigmoid(leaf), expert_TK)
-        assert ("NativeGates" in weight_TK.grad_fn.name()) == (kind == torch.float32)
-        found.append([weight_TK, *torch.autograd.grad(weight_TK, leaf, dweight_TK.to(kind))])
-    for ours, exact in zip(*found, strict=True):
-        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-6)
-    other = route.gates(logit_TN, expert_TK, score != "sigmoid", 3.0)
-    assert other is not None and (other - found[0][0]).abs().max() > 0.01  # negative control: the score is seen
-
-
 def test_refusals_name_the_numbers_and_the_fix() -> None:
     for arguments, message in (
         ((8, 4, 5), r"active=5 exceeds experts=4"),
@@ -254,21 +193,6 @@ def test_bias_step_is_the_sign_against_the_mean() -> None:
     assert router.load.sum() == 0 and router.balance_bias.abs().max() == pytest.approx(1e-3)
 
 
-def test_layer_balance_modes() -> None:
-    x = torch.randn(2, 20, 8)
-    for mode, names, moves in (
-        ("bias", set(), True),
-        ("loss", {"load_balance"}, False),
-        ("none", set(), False),
-    ):
-        router = Router(8, 6, 2, balance=mode)  # type: ignore[arg-type]
-        layer = MoELayer(8, router, expert_width=4)
-        _, routing = layer(x)
-        assert set(routing.losses) == names
-        layer.end_step_(0.1)
-        assert bool(router.balance_bias.abs().max() > 0) == moves
-
-
 def test_routing_is_float32_under_autocast_and_for_bf16_input() -> None:
     torch.manual_seed(5)
     router = Router(64, 16, 4, balance="loss", z_loss=True)
@@ -294,55 +218,6 @@ def test_extreme_logits_give_finite_weights_and_gradients() -> None:
     torch.testing.assert_close(routing.weight_P, torch.tensor([-300.0, -301.0]).softmax(0))
     (gradient,) = torch.autograd.grad(routing.weight_P[0], router.weight)
     assert gradient.isfinite().all()
-
-
-def test_variance_factor_of_uniform_and_one_hot_weights() -> None:
-    """Property 19: F = 1 and F = a; between them for anything else."""
-    tokens, active, number = 50, 4, 8
-    expert_TK = torch.rand(tokens, number).argsort(1)[:, :active]
-    uniform = Routing.from_topk(expert_TK, torch.full((tokens, active), 1.0), number, route_scale=4.0)
-    one_hot = Routing.from_topk(expert_TK, torch.tensor([4.0, 0, 0, 0]).expand(tokens, active), number, route_scale=4.0)
-    skewed = Routing.from_topk(expert_TK, torch.tensor([2.0, 1, 0.5, 0.5]).expand(tokens, active), number)
-    assert uniform.stats["variance_factor"].item() == pytest.approx(1)
-    assert one_hot.stats["variance_factor"].item() == pytest.approx(active)
-    assert 1.1 < skewed.stats["variance_factor"].item() < active - 0.1
-    assert gate_moments(uniform) == pytest.approx((1.0, 1 / active))
-    assert gate_moments(one_hot) == pytest.approx((1.0, 1.0))
-    m1, m2 = gate_moments(skewed)  # F = a m2 / m1^2 where the sum is the same for every token
-    assert skewed.stats["variance_factor"].item() == pytest.approx(active * m2 / m1**2)
-
-
-def test_stats_leave_padding_out() -> None:
-    expert_TK = torch.tensor([[0, 1, 3], [1, 3, 3]])  # 3 is padding
-    routing = Routing.from_topk(expert_TK, torch.tensor([[0.5, 0.5, 0], [1.0, 0, 0]]), 3)
-    assert routing.stats["load"].tolist() == [1, 2, 0]
-    assert routing.stats["load_max"].item() == pytest.approx(2 / 3) and routing.stats["load_min"].item() == 0
-    assert routing.stats["gate_sum"].item() == 1
-    assert routing.stats["variance_factor"].item() == pytest.approx(1.5 * 0.75)
-    flat = Routing(routing.token_P, routing.expert_P, routing.weight_P, 2, 3, slots=0)
-    for name, value in routing_stats(flat).items():
-        torch.testing.assert_close(value, routing.stats[name])
-
-
-def test_balance_loss_is_one_when_balanced_and_n_when_collapsed() -> None:
-    uniform = torch.full((6, 4), 0.25)
-    assert load_balance_loss(uniform, torch.tensor([3, 3, 3, 3])).item() == pytest.approx(1)
-    collapsed = torch.tensor([[1.0, 0, 0, 0]]).expand(6, 4)
-    assert load_balance_loss(collapsed, torch.tensor([12, 0, 0, 0])).item() == pytest.approx(4)
-
-
-def test_balance_loss_pushes_the_crowded_expert_down() -> None:
-    logit_TN = torch.zeros(6, 4, requires_grad=True)
-    loss = load_balance_loss(logit_TN.softmax(1), torch.tensor([9, 1, 1, 1]))
-    (gradient,) = torch.autograd.grad(loss, logit_TN)
-    assert (gradient[:, 0] > 0).all() and (gradient[:, 1:] < 0).all()
-
-
-def test_z_loss_is_mean_square_of_logsumexp() -> None:
-    logit_TN = torch.tensor([[0.0, 0.0], [1.0, 1.0]])
-    expected = (math.log(2) ** 2 + (1 + math.log(2)) ** 2) / 2
-    assert router_z_loss(logit_TN).item() == pytest.approx(expected)
-    assert router_z_loss(logit_TN + 1).item() > expected + 0.1  # softmax would not see this shift
 
 
 def test_state_dict_resumes_the_balance() -> None:

@@ -1,0 +1,144 @@
+"""The kernels of whole sublayers, attention and feed-forward, against torch's operators in double precision and in bf16."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mue.kernels import sublayer
+from mue.lab.models.language import rotary_table, rotate
+from support.precision import close, norm_off
+
+Leaves = list[Tensor | None]
+
+
+def both(ours: Callable[..., Tensor], exact: Callable[..., Tensor], leaves: Leaves) -> list[float]:
+    """How far the result and each gradient are from those in float64."""
+    found = []
+    for function, kind in ((ours, torch.float32), (exact, torch.float64)):
+        given = [None if x is None else x.detach().to(kind).requires_grad_() for x in leaves]
+        y = function(*given)
+        dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(5)).to(kind)
+        found.append([y.detach(), *torch.autograd.grad(y, [x for x in given if x is not None], dy)])
+    return [norm_off(o, e) for o, e in zip(*found, strict=True)]
+
+
+def normed(x: Tensor, gain: Tensor) -> Tensor:
+    return F.rms_norm(x, gain.shape, gain, 1e-3)
+
+
+def attention_leaves(B: int, T: int, D: int, H: int, K: int, E: int) -> Leaves:
+    torch.manual_seed(6)
+    q, k, v = (torch.randn(heads * E, D) / D**0.5 for heads in (H, K, K))
+    return [torch.randn(B, T, D), torch.rand(D) + 0.5, q, k, v, torch.rand(E) + 0.5, torch.rand(E) + 0.5, torch.randn(D, H * E) / D**0.5]  # fmt: skip
+
+
+def plain_attention(x: Tensor, gain: Tensor, q: Tensor, k: Tensor, v: Tensor, q_gain: Tensor, k_gain: Tensor, o: Tensor) -> Tensor:  # fmt: skip
+    n, E = normed(x, gain), q_gain.shape[0]
+    turn = rotary_table(x.shape[1], E).to(x.dtype)
+    heads = [(n @ m.mT).view(*x.shape[:2], -1, E) for m in (q, k, v)]
+    heads[:2] = rotate(normed(heads[0], q_gain), turn), rotate(normed(heads[1], k_gain), turn)
+    q_BHTE, k_BKTE, v_BKTE = (t.transpose(1, 2) for t in heads)
+    y = F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, scale=0.3, enable_gqa=True)
+    return x + 0.7 * (y.transpose(1, 2).flatten(-2) @ o.mT)
+
+
+def kernels_attention(
+    x: Tensor, *weights: Tensor, scale: float = 0.3, back: bool = False, residual: float = 0.7, half: bool = False
+) -> Tensor:
+    turn = rotary_table(x.shape[1], weights[4].shape[0])
+    turn = turn.flip(0).contiguous() if back else turn
+    return sublayer.attention(x, weights, turn, scale=scale, residual=residual, eps=1e-3, half=half)
+
+
+@pytest.fixture(params=[1, 3])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    """More threads than one sum gradients apart."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("kernel", "threads")
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 3, 10, 2, 1, 6), (3, 40, 32, 4, 2, 32), (1, 70, 24, 1, 1, 40), (5, 1, 8, 2, 2, 4), (4, 128, 64, 2, 2, 32)],
+)
+def test_the_kernels_attention_is_torchs(shape: tuple[int, int, int, int, int, int]) -> None:
+    """From norm to sum, with grouped heads, lengths and widths that fill no block; it sees all that it is given."""
+    leaves = attention_leaves(*shape)
+    bound = 4e-6
+    if shape[1] == 1:  # one token attends to itself: the gradients of q and k are zero
+        assert all(
+            e < bound for i, e in enumerate(both(kernels_attention, plain_attention, leaves)) if i not in (3, 4, 6, 7)
+        )
+        return
+    assert max(both(kernels_attention, plain_attention, leaves)) < bound
+    for wrong in ({"scale": 0.31}, {"back": True}, {"residual": 0.71}):  # negative controls
+        assert both(functools.partial(kernels_attention, **wrong), plain_attention, leaves)[1] > 10 * bound
+    x, *weights = (leaf for leaf in leaves if leaf is not None)
+    later = x.clone()
+    later[:, -1] += 1
+    first, second = (kernels_attention(t, *weights) for t in (x, later))
+    operations = 3 * shape[2] + 2 * shape[1] + 3 * shape[5]  # products over the width, tokens and a head
+    assert close(second[:, :-1], first[:, :-1], operations=operations)  # causal
+    assert not close(second[:, -1:], first[:, -1:], operations=operations)
+
+
+@pytest.mark.usefixtures("kernel", "threads")
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize("shape", [(5, 7, 9), (200, 32, 96), (333, 72, 40), (1, 32, 33)])
+def test_the_kernels_feed_forward_is_torchs(shape: tuple[int, int, int], gated: bool) -> None:
+    torch.manual_seed(7)
+    M, D, H = shape
+    gate = torch.randn(H, D) / D**0.5 if gated else None
+    leaves = [torch.randn(M, D), torch.rand(D) + 0.5, gate, torch.randn(H, D) / D**0.5, torch.randn(D, H) / H**0.5]
+
+    def exact(x: Tensor, gain: Tensor, gate: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
+        n = normed(x, gain)
+        hidden = F.gelu(n @ up.mT) if gate is None else F.silu(n @ gate.mT) * (n @ up.mT)
+        return x + 0.7 * (hidden @ down.mT)
+
+    def ours(x: Tensor, *weights: Tensor | None, residual: float = 0.7, half: bool = False) -> Tensor:
+        return sublayer.feed_forward(x, weights, residual=residual, eps=1e-3, half=half)
+
+    assert max(both(ours, exact, leaves)) < 4e-6
+    assert max(both(functools.partial(ours, residual=0.71), exact, leaves)) > 1e-4  # negative control
+    rounded = both(functools.partial(ours, half=True), exact, leaves)
+    assert 5e-4 < max(rounded) < 2e-2
+
+
+@pytest.mark.usefixtures("kernel", "threads")
+@pytest.mark.parametrize("name", ["attention", "feed forward", "no gate"])
+@pytest.mark.parametrize("variants", [1, 2, 3, 6, 7])
+def test_the_kernels_variants_are_themselves(name: str, variants: int) -> None:
+    """Stacked, each has the result and the gradients that it has alone: whether threads share it or it has one to itself."""
+    torch.manual_seed(11)
+    B, T, D, E = 4, 17, 24, 8
+    rows = [(D,), (D, D), (E, D), (E, D), (E,), (E,), (D, D)]
+    if name != "attention":
+        rows = [(D,), (40, D), (40, D), (D, 40)]
+    weights: list[Tensor] = [torch.randn(variants, *row, requires_grad=True) for row in rows]
+    x = torch.randn(variants, B, T, D, requires_grad=True)
+    turn = rotary_table(T, E)
+
+    def run(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+        if name == "attention":
+            y = sublayer.attention(x, weights, turn, scale=0.3, residual=0.7, eps=1e-3)
+        else:
+            given = [weights[0], None if name == "no gate" else weights[1], *weights[2:]]
+            y = sublayer.feed_forward(x, given, residual=0.7, eps=1e-3)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *weights], allow_unused=True)]
+
+    together = run(x, weights)
+    for v in range(variants):
+        for ours, alone in zip(together, run(x[v], [w[v] for w in weights]), strict=True):
+            assert (ours is alone is None) or norm_off(ours[v], alone.double()) < 2e-6
+    if variants > 1:  # negative control: another variant's is another
+        assert norm_off(together[1][0], together[1][1].double()) > 0.1
