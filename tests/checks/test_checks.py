@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 import mue
-from mue.checks import CheckError
+from mue.checks import CHECKS, CheckError, Finding
+from mue.checks.context import Context
+from mue.checks.registry import check_of
 from mue.checks.subjects.checkpoint import stored_hash
 from mue.lab.models.language import LanguageModel
 from support.wiring_cases import BASE, OURS, TUNED, case
@@ -245,3 +248,34 @@ def test_the_command_prints_json_and_fails_with_code_1(tmp_path: Path, monkeypat
 def test_public_names() -> None:
     assert mue.check is mue.checks.check and mue.coordinate_check is mue.checks.coordinate_check
     assert len(mue.__all__) < 20
+
+
+def test_a_check_from_outside_is_one_function() -> None:
+    """Registered, it runs in its turn, can be asked for alone, and is left out with the reason where something is lacking."""
+
+    def narrow(limit: int) -> Callable[[Context], Iterator[Finding]]:
+        def run(ctx: Context) -> Iterator[Finding]:
+            wide = [p.name for p in ctx.placed if p.role == "embedding" and p.fan_out > limit]
+            yield Finding("narrow", "fail" if wide else "pass", *wide, measured=f"limit {limit}")
+
+        return run
+
+    c = case("mue hybrid")
+    try:
+        for limit, ok in ((10_000, True), (1, False)):
+            CHECKS._entries.pop("narrow", None)
+            check_of("narrow", needs=("roles",))(narrow(limit))
+            assert list(CHECKS)[-1] == "narrow"
+            report = mue.check(c.model, c.plan, only=["narrow"], raises=False)
+            assert report.ok is ok and [f.check for f in report.findings] == ["narrow"]
+            assert "narrow" in {f.check for f in mue.check(c.model, c.plan, raises=False).findings}
+        CHECKS._entries.pop("narrow")
+        check_of("narrow", needs=("roles", "batch"))(narrow(1))
+        (left_out,) = mue.check(c.model, c.plan, only=["narrow"]).findings
+        assert (left_out.status, left_out.measured) == ("not measured", "no batch was given")
+    finally:
+        CHECKS._entries.pop("narrow", None)
+    with pytest.raises(ValueError, match="unknown check 'narrow'"):
+        mue.check(c.model, c.plan, only=["narrow"])
+    with pytest.raises(ValueError, match="unknown need 'roels'; did you mean 'roles'"):
+        check_of("narrow", needs=("roels",))

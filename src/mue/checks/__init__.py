@@ -1,5 +1,8 @@
 """Prove the wiring: is the plan really what this model, this optimizer and this scheduler do?
 
+Here: :func:`mue.check` and what its checks share (one forward pass seen kernel by kernel, branches taken apart), one check a file
+in ``subjects``; the long checks that train (coordinates, overlay). Not here: what a plan means for a tensor (``mue.model``).
+
 >>> import mue, torch
 >>> from mue.lab.models.language import LanguageModel
 >>> shape = mue.MoE.parse("8e2a", width=64, expert=32, layers=2, head_dim=32, sequence=32, vocab=64)
@@ -10,17 +13,18 @@
 >>> mue.check(model, plan, (tokens, tokens), torch.optim.AdamW(plan.param_groups(model))).ok
 True
 
-One subject per file; :mod:`mue.checks.run` has their order. In a test suite the call above is the whole test: it raises with
+In a test suite the call above is the whole test: it raises with
 the name of what is wrong.
 """
 
 from mue.checks.coordinates import Coordinates, coordinate_check
 from mue.checks.overlay import Overlay, first_losses, overlay
+from mue.checks.registry import CHECKS
 from mue.checks.report import CheckError, Finding, Report
-from mue.checks.run import NAMES, check
+from mue.checks.run import check
 
 __all__ = [
-    "NAMES",
+    "CHECKS",
     "CheckError",
     "Coordinates",
     "Finding",

@@ -32,7 +32,7 @@ FIT = 2e-2  # largest relative residual at which a branch counts as understood
 
 
 @dataclass(frozen=True)
-class FeedForward:
+class FeedForwardWeights:
     """The matrices of one feed-forward as (out, in); ``gate`` None where it has none."""
 
     up: Tensor
@@ -136,7 +136,7 @@ def matrices(p: ParamInfo, tensor: Tensor, experts: bool) -> Iterator[tuple[str,
     yield from zip(parts, whole.chunk(len(parts), 0), strict=True)
 
 
-def dense_parts(placed: Iterable[ParamInfo], layer: int, kind: str, dtype: torch.dtype) -> FeedForward | None:
+def dense_parts(placed: Iterable[ParamInfo], layer: int, kind: str, dtype: torch.dtype) -> FeedForwardWeights | None:
     """The dense or shared feed-forward of a layer; several shared experts side by side are one of their joint width."""
     found: dict[str, list[Tensor]] = {}
     for p in placed:
@@ -147,7 +147,7 @@ def dense_parts(placed: Iterable[ParamInfo], layer: int, kind: str, dtype: torch
     return _assembled(found)
 
 
-def expert_parts(placed: Iterable[ParamInfo], layer: int, dtype: torch.dtype) -> Iterator[FeedForward]:
+def expert_parts(placed: Iterable[ParamInfo], layer: int, dtype: torch.dtype) -> Iterator[FeedForwardWeights]:
     """Every routed expert of a layer, one after another (their copies are freed as they go)."""
     own = [p for p in placed if p.layer == layer and ROLES[p.role].kind == "expert"]
     stacked = [p for p in own if "expert" in p.layout.axes or p.layout.stacked > 1]
@@ -165,7 +165,7 @@ def expert_parts(placed: Iterable[ParamInfo], layer: int, dtype: torch.dtype) ->
         yield _expert(apart[expert], "", dtype)
 
 
-def _expert(pairs: Iterable[tuple[ParamInfo, Tensor]], gone: str, dtype: torch.dtype) -> FeedForward:
+def _expert(pairs: Iterable[tuple[ParamInfo, Tensor]], gone: str, dtype: torch.dtype) -> FeedForwardWeights:
     found: dict[str, list[Tensor]] = {}
     for p, tensor in pairs:
         for role, m in matrices(p, tensor, bool(gone)):
@@ -175,17 +175,17 @@ def _expert(pairs: Iterable[tuple[ParamInfo, Tensor]], gone: str, dtype: torch.d
     return whole
 
 
-def _assembled(found: dict[str, list[Tensor]]) -> FeedForward | None:
+def _assembled(found: dict[str, list[Tensor]]) -> FeedForwardWeights | None:
     if "up" not in found or "down" not in found:
         return None
     joined = {part: torch.cat(many, 1 if part == "down" else 0) for part, many in found.items()}
-    return FeedForward(joined["up"], joined.get("gate"), joined["down"])
+    return FeedForwardWeights(joined["up"], joined.get("gate"), joined["down"])
 
 
 # ---- taking a branch apart -----------------------------------------------------------------------------------------------
 
 
-def coefficients(
+def solve_coefficients(
     branch: Branch, placed: Sequence[ParamInfo], tokens: int = 64, likely: Coefficients | None = None
 ) -> Coefficients | None:
     """Solve for what a feed-forward branch is made of, on its first ``tokens`` tokens; None where its input was not seen.
@@ -250,7 +250,7 @@ def _solved(
     return Coefficients(c_TC[:, :experts], None if single is None else c_TC[:, experts], residual, activation, swapped)
 
 
-def ratio(out: Tensor, reference: Tensor) -> tuple[float, float]:
+def fit_ratio(out: Tensor, reference: Tensor) -> tuple[float, float]:
     """(c, relative residual) of out = c · reference by least squares."""
     a, b = out.double().flatten(), reference.double().flatten()
     square = float(b @ b)

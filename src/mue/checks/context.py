@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mue.checks.branches import Branch, Coefficients, branches, coefficients
+from mue.checks.branches import Branch, Coefficients, branches, solve_coefficients
 from mue.checks.trace import Record, traced
 from mue.layouts.layout import ParamInfo, unwrap
 from mue.layouts.of_model import placed
@@ -85,7 +85,7 @@ class Context:
         likely: Coefficients | None = None
         for b in self.branches:
             if b.kind == "feed-forward":
-                likely = found[b.layer] = coefficients(b, self.placed, self.tokens, likely)
+                likely = found[b.layer] = solve_coefficients(b, self.placed, self.tokens, likely)
         return found
 
     @cached_property

@@ -16,7 +16,8 @@ from typing import Any
 from torch import nn
 
 from mue.checks.context import Loss
-from mue.checks.measure import MakeOptimizer, Values, adamw, measure
+from mue.checks.measure import MakeOptimizer, ModuleValues, adamw, measure
+from mue.checks.picture import coordinates_picture
 from mue.checks.report import FAIL as FAILED
 from mue.checks.report import CheckError, Finding, Report
 from mue.checks.slopes import FAIL, Slope, fitted
@@ -66,8 +67,6 @@ class Coordinates:
 
     def plot(self, path: str | Path) -> None:
         """Write the picture: a panel per axis, a line per module. Needs matplotlib (the lab extra)."""
-        from mue.checks.picture import coordinates_picture
-
         coordinates_picture(self.slopes, path)
 
     def __str__(self) -> str:
@@ -128,7 +127,7 @@ def coordinate_check(
     Source: C8 of anchors B6; transfer-rules 1.9 and 9, property 16.
     """
     slopes: list[Slope] = []
-    done: dict[str, list[Values]] = {}
+    done: dict[str, list[ModuleValues]] = {}
     for axis, shapes in axes.items():
         if axis not in AXES:
             raise ValueError(f"unknown axis {axis!r}{nearest(axis, AXES)}")
@@ -158,14 +157,18 @@ def _run(
     steps: int,
     optimizer: MakeOptimizer,
     loss: Loss | None,
-) -> Values:
+) -> ModuleValues:
     model = build(shape)
     init_(plan, model, seed)
     return measure(model, plan, batches, batches(-1), steps, optimizer, loss)
 
 
 def _slopes(
-    axis: str, sizes: Sequence[float], plans: Sequence[PlanData], runs: Sequence[Sequence[Values]], tolerance: float
+    axis: str,
+    sizes: Sequence[float],
+    plans: Sequence[PlanData],
+    runs: Sequence[Sequence[ModuleValues]],
+    tolerance: float,
 ) -> list[Slope]:
     keys = [k for k in runs[0][0] if all(k in values for many in runs for values in many)]
     found = []

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mue.checks.branches import Branch, Coefficients, branches, coefficients, columns
+from mue.checks.branches import Branch, Coefficients, branches, columns, solve_coefficients
 from mue.checks.context import Loss, evaluating, forward, logits_of, loss_of
 from mue.checks.trace import Record, traced
 from mue.layouts.layout import ParamInfo, unwrap
@@ -28,7 +28,7 @@ from mue.rules.roles import ROLES
 # the routing, and what o and down are given is a product of products.
 _ALIGNED = frozenset(r for r, role in ROLES.items() if role.reads_residual and role.inside and role.kind != "expert")
 MakeOptimizer = Callable[[PlanData, nn.Module], Optimizer]
-Values = dict[tuple[str, str], float]
+ModuleValues = dict[tuple[str, str], float]  # (module, quantity) → root mean square
 
 
 def adamw(plan: PlanData, model: nn.Module) -> Optimizer:
@@ -44,7 +44,7 @@ def measure(
     steps: int,
     make_optimizer: MakeOptimizer = adamw,
     loss: Loss | None = None,
-) -> Values:
+) -> ModuleValues:
     """{(module, quantity): rms} after ``steps`` of training; ``size`` is taken before, ``update`` is the change."""
     params, inner = placed(model), unwrap(model)
     unfolded = unfold(plan)
@@ -84,8 +84,8 @@ def _activations(record: Record, out: Any, plan: PlanData) -> dict[str, list[Ten
     return found
 
 
-def _compared(before: Mapping[str, list[Tensor]], after: Mapping[str, list[Tensor]]) -> Values:
-    found: Values = {}
+def _compared(before: Mapping[str, list[Tensor]], after: Mapping[str, list[Tensor]]) -> ModuleValues:
+    found: ModuleValues = {}
     for module, many in before.items():
         pairs = [
             (a.float(), b.float()) for a, b in zip(many, after.get(module, ()), strict=False) if a.shape == b.shape
@@ -108,7 +108,7 @@ def _parts(record: Record, placed: list[ParamInfo], tokens: int = 32) -> list[tu
     found: list[tuple[Branch, Coefficients]] = []
     for b in branches(record):
         if b.kind == "feed-forward":
-            c = coefficients(b, placed, tokens, found[-1][1] if found else None)
+            c = solve_coefficients(b, placed, tokens, found[-1][1] if found else None)
             if c is not None and c.fits:
                 found.append((b, c))
     return found
@@ -117,7 +117,7 @@ def _parts(record: Record, placed: list[ParamInfo], tokens: int = 32) -> list[tu
 @torch.no_grad()
 def _by_weights(
     placed: list[ParamInfo], old: Mapping[str, Tensor], parts: list[tuple[Branch, Coefficients]], residual: float
-) -> Values:
+) -> ModuleValues:
     """Change of the feed-forward's output, at the first inputs and gates, by its new down weights and by its new up and gate."""
     new = {p.name: p.parameter.detach().clone() for p in placed}
     made: dict[str, list[Tensor]] = {}

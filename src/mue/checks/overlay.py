@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -181,10 +180,3 @@ def _finding(g: Gap, reference: str) -> Finding:
         ),
         "mue.check(model, plan, batch, optimizer) names the group",
     )
-
-
-def save_picture(losses: Mapping[str, Sequence[float]], made: Overlay, path: str | Path) -> None:
-    """The curves and gaps as a picture; needs matplotlib (the lab extra)."""
-    from mue.checks.picture import overlay_picture
-
-    overlay_picture(losses, made, path)

@@ -1,15 +1,11 @@
-"""Pictures of the long checks. matplotlib is imported here and nowhere else in this folder."""
+"""The picture of a coordinate check. matplotlib is imported here and nowhere else in this folder."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from mue.checks.slopes import FAIL, Slope
-
-if TYPE_CHECKING:
-    from mue.checks.overlay import Overlay
 
 
 def coordinates_picture(slopes: Sequence[Slope], path: str | Path) -> None:
@@ -30,22 +26,6 @@ def coordinates_picture(slopes: Sequence[Slope], path: str | Path) -> None:
         panel.set_xticks(sizes, [f"{x:g}" for x in sizes])
         panel.minorticks_off()
         panel.legend(fontsize=5.5)
-    figure.savefig(path, dpi=140)
-
-
-def overlay_picture(losses: Mapping[str, Sequence[float]], overlay: Overlay, path: str | Path) -> None:
-    """Loss curves over each other, and their differences to the reference."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    left, right = figure.add_subplot(1, 2, 1), figure.add_subplot(1, 2, 2)
-    reference = losses[overlay.reference]
-    for name, curve in losses.items():
-        left.plot(curve, lw=1, label=name)
-        right.plot([a - b for a, b in zip(curve, reference, strict=False)], lw=1, label=name)
-    left.set(xlabel="step", ylabel="loss", title="first steps")
-    right.set(xlabel="step", ylabel=f"loss − {overlay.reference}", title="gap")
-    left.legend(fontsize=7)
     figure.savefig(path, dpi=140)
 
 

@@ -3,53 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 from torch.optim import Optimizer
 
 from mue.checks.context import Context, Loss
+from mue.checks.registry import CHECKS, Check
 from mue.checks.report import FAIL, SKIP, CheckError, Finding, Report
-from mue.checks.subjects.attention import attention
-from mue.checks.subjects.checkpoint import checkpoint as checkpoint_check
-from mue.checks.subjects.clipping import clipping
-from mue.checks.subjects.coverage import coverage
-from mue.checks.subjects.gates import gates, static_gates
-from mue.checks.subjects.groups import groups
-from mue.checks.subjects.init import init
-from mue.checks.subjects.moved import moved
-from mue.checks.subjects.multipliers import multipliers
-from mue.checks.subjects.scheduler import scheduler as scheduler_check
-from mue.checks.subjects.tied import tied
 from mue.plan.plan import PlanData
-from mue.util.errors import nearest
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One check. ``needs``: ``roles``, ``plan`` (the model is the planned one), ``values`` (not on meta), ``batch``."""
-
-    name: str
-    run: Callable[[Context], Iterator[Finding]]
-    needs: tuple[str, ...] = ()
-
-
-SUBJECTS: tuple[Subject, ...] = (
-    Subject("coverage", coverage),
-    Subject("tied weights", tied, ("roles",)),
-    Subject("init", init, ("roles", "plan", "values")),
-    Subject("groups", groups, ("roles", "plan")),
-    Subject("scheduler", scheduler_check, ("roles", "plan")),
-    Subject("plan hash", checkpoint_check),
-    Subject("multipliers", multipliers, ("roles", "values", "batch")),
-    Subject("attention scale", attention, ("roles", "values", "batch")),
-    Subject("gates", gates, ("roles", "values", "batch")),
-    Subject("moved", moved, ("roles", "plan", "values", "batch")),
-    Subject("clipping", clipping, ("roles", "plan", "values")),
-)
-NAMES = tuple(s.name for s in SUBJECTS)
 
 
 def check(
@@ -80,7 +43,7 @@ def check(
         checkpoint: a path or mapping that has to carry the plan's hash.
         clip: the call that clips, e.g. ``lambda: clip_grad_norm_(model.parameters(), 1.0)``.
         loss: ``(model, batch) -> scalar``; by default what the model returns as ``loss``.
-        only, skip: names of checks (:data:`NAMES`); skip ``"init"`` for a model that was trained already.
+        only, skip: names of checks (:data:`mue.checks.CHECKS`); skip ``"init"`` for a model that was trained already.
         tokens: how many tokens the branches are taken apart on.
         raises: raise where something fails; else return the report.
 
@@ -92,18 +55,17 @@ def check(
     Source: C1–C12 of anchors B6; what each check measures stands in its own file.
     """
     for name in (*only, *skip):
-        if name not in NAMES:
-            raise ValueError(f"unknown check {name!r}{nearest(name, NAMES)}")
+        CHECKS.lookup(name)
     optimizers = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
     ctx = Context(model, plan, batch, optimizers, scheduler, checkpoint, clip, loss, tokens)
-    wanted = [s for s in SUBJECTS if s.name not in skip and (not only or s.name in only)]
+    wanted = [c for c in CHECKS.values() if c.name not in skip and (not only or c.name in only)]
     findings: list[Finding] = []
     seconds: dict[str, float] = {}
     lacking = _lacking(ctx)
-    for subject in wanted:
+    for one in wanted:
         start = time.perf_counter()
-        findings += _run(subject, ctx, lacking)
-        seconds[subject.name] = time.perf_counter() - start
+        findings += _run(one, ctx, lacking)
+        seconds[one.name] = time.perf_counter() - start
     report = Report(tuple(findings), plan.hash, seconds)
     if raises and not report.ok:
         raise CheckError(report)
@@ -128,22 +90,22 @@ def _lacking(ctx: Context) -> dict[str, str]:
     return lacking
 
 
-def _run(subject: Subject, ctx: Context, lacking: dict[str, str]) -> list[Finding]:
-    run = subject.run
-    missing = [lacking[need] for need in subject.needs if need in lacking]
-    if subject.name == "gates" and missing and "roles" not in lacking:
-        run, missing = static_gates, []
+def _run(one: Check, ctx: Context, lacking: dict[str, str]) -> list[Finding]:
+    run = one.run
+    missing = [lacking[need] for need in one.needs if need in lacking]
+    if missing and one.otherwise is not None and "roles" not in lacking:
+        run, missing = one.otherwise, []
     if missing:
-        return [Finding(subject.name, SKIP, measured=missing[0])]
+        return [Finding(one.name, SKIP, measured=missing[0])]
     try:
         return list(run(ctx))
     except Exception as error:  # the user's forward, loss, clip or scheduler failed: that is a finding, not a crash
-        if "batch" in subject.needs:
-            lacking["batch"] = f"the model could not be run: see {subject.name}"
+        if "batch" in one.needs:
+            lacking["batch"] = f"the model could not be run: see {one.name}"
         first = (str(error) or "no message").splitlines()[0]
         return [
             Finding(
-                subject.name,
+                one.name,
                 FAIL,
                 f"{type(ctx.model).__name__}",
                 "the check can run",

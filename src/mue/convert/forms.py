@@ -18,11 +18,10 @@ from mue.model.coefficients import TensorFold, tensor_folds_of
 from mue.model.match import match_sizes
 from mue.model.tensor_plan import tensor_plans_of
 from mue.plan.fold import fold, state_powers, unfold
-from mue.plan.plan import PlanData
+from mue.plan.plan import HASH_KEYS, PlanData
 from mue.rules.roles import ROLES
 
 FORMS = ("folded", "multipliers")
-PLAN_KEYS = ("plan", "plan_hash", "mue_plan")  # under which checkpoints keep their plan's hash
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ class Conversion:
             new: Any = json.dumps({**json.loads(own or "{}"), **mark})
         else:
             new = {**own, **mark}
-        moved = {k: self.target.hash for k in PLAN_KEYS if data.get(k) == self.source.hash}
+        moved = {k: self.target.hash for k in HASH_KEYS if data.get(k) == self.source.hash}
         return {**data, **moved, "mue": new}
 
 
@@ -189,5 +188,5 @@ def _hashes(data: Mapping[str, Any]) -> list[str]:
         except json.JSONDecodeError:
             own = None
     inside = own if isinstance(own, Mapping) else {}
-    found = [d.get(k) for d in (data, inside) for k in PLAN_KEYS]
+    found = [d.get(k) for d in (data, inside) for k in HASH_KEYS]
     return [f for f in found if isinstance(f, str) and re.fullmatch("[0-9a-f]{16}", f)]

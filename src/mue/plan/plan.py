@@ -22,6 +22,7 @@ from mue.util.errors import nearest
 from mue.util.files import digest, rounded, write_json
 
 FORMAT = 1
+HASH_KEYS = ("plan", "plan_hash", "mue_plan")  # under any of these a checkpoint keeps the hash of its plan
 UNCHANGED = ("optimizer", "clip", "warmup", "floor", "balance", "z", "bias_speed")
 TEXTS = frozenset(
     {"source", "status", "marks", "formula", "notes"}

@@ -7,16 +7,21 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from mue.checks.branches import ratio
+from mue.checks.branches import fit_ratio
 from mue.checks.context import Context
+from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, SKIP, Finding, several
 from mue.checks.trace import Product, Softmax
 from mue.layouts.layout import HasLayout, unwrap
+from mue.layouts.observe.config import integers, text_config
+from mue.layouts.transformers.stock import is_stock
+from mue.model.stock import query_coefficients
 from mue.util.text import number
 
 NAME = "attention scale"
 
 
+@check_of(NAME, place=8, needs=("roles", "values", "batch"))
 def attention(ctx: Context) -> Iterator[Finding]:
     """Measured scale on q·k against plan.attention_scale, from the weights where they can be followed (C11)."""
     found: dict[tuple[float, str], list[str]] = {}
@@ -64,10 +69,6 @@ def _expected(ctx: Context, products: Iterable[Product]) -> float:
     inner = unwrap(ctx.model)
     if isinstance(inner, HasLayout):
         return plan.attention_scale
-    from mue.layouts.observe.config import integers, text_config
-    from mue.layouts.transformers.stock import is_stock
-    from mue.model.stock import query_coefficients
-
     if not is_stock(ctx.model):
         return plan.attention_scale
     size = integers(text_config(inner.config)).get("qk_head_dim", plan.target.head_dim)
@@ -82,7 +83,7 @@ def _measured(ctx: Context, s: Softmax) -> float | None:
     diagonal = _diagonal(s)
     own = None if diagonal is None else _products(ctx, s, diagonal)
     if diagonal is not None and own is not None:
-        c, residue = ratio(diagonal, own)
+        c, residue = fit_ratio(diagonal, own)
         if residue < 0.02:
             return c
     if s.scale is not None:
@@ -91,7 +92,7 @@ def _measured(ctx: Context, s: Softmax) -> float | None:
         return None
     keys = s.logits.shape[-2]
     product = s.scores.reshape(*s.logits.shape[:-1], -1)[..., :keys]
-    c, residue = ratio(diagonal, product.diagonal(dim1=-2, dim2=-1))
+    c, residue = fit_ratio(diagonal, product.diagonal(dim1=-2, dim2=-1))
     return c if residue < 0.02 else None
 
 

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from mue.checks.context import Context
+from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, SKIP, Finding
+from mue.plan.plan import HASH_KEYS
+from mue.util.safetensors import read_header
 
 NAME = "plan hash"
-KEYS = ("plan", "plan_hash", "mue_plan")
 
 
+@check_of(NAME, place=6)
 def checkpoint(ctx: Context) -> Iterator[Finding]:
     """``checkpoint`` is a path (safetensors, torch, JSON, or a folder with one) or a mapping with the key ``plan`` (C10)."""
     given = ctx.checkpoint
@@ -68,7 +70,7 @@ def stored_hash(given: Any) -> str | None:
         found = (stored_hash(p) for p in sorted(inside, key=lambda p: p.name != "plan.json"))
         return next((h for h in found if h), None)
     if path.suffix == ".safetensors":
-        return _search(_safetensors_metadata(path))
+        return _search(read_header(path).metadata)
     if path.suffix == ".json":
         data = json.loads(path.read_text(encoding="utf-8"))
         own = data.get("hash") if "inputs" in data else None  # a saved plan
@@ -79,23 +81,9 @@ def stored_hash(given: Any) -> str | None:
     return _search(loaded) if isinstance(loaded, Mapping) else None
 
 
-def _safetensors_metadata(path: Path) -> Mapping[str, Any]:
-    """The header's ``__metadata__``: eight bytes of length, then JSON."""
-    with path.open("rb") as file:
-        start = file.read(8)
-        if len(start) < 8:
-            raise ValueError("shorter than a safetensors header")
-        (size,) = struct.unpack("<Q", start)
-        if size > 100_000_000:
-            raise ValueError("not a safetensors file")
-        header: dict[str, Any] = json.loads(file.read(size))
-    found: Mapping[str, Any] = header.get("__metadata__", {})
-    return found
-
-
 def _search(data: Mapping[str, Any]) -> str | None:
-    """The first of :data:`KEYS` with text in it, also inside texts of JSON (ours) and mappings one level down."""
-    for key in KEYS:
+    """The first of :data:`mue.plan.plan.HASH_KEYS` with text in it, also inside texts of JSON (ours) and mappings one level down."""
+    for key in HASH_KEYS:
         if isinstance(data.get(key), str):
             return str(data[key])
     for value in data.values():
@@ -104,6 +92,6 @@ def _search(data: Mapping[str, Any]) -> str | None:
                 value = json.loads(value)
             except json.JSONDecodeError:
                 continue
-        if isinstance(value, Mapping) and any(isinstance(value.get(k), str) for k in KEYS):
-            return next(str(value[k]) for k in KEYS if isinstance(value.get(k), str))
+        if isinstance(value, Mapping) and any(isinstance(value.get(k), str) for k in HASH_KEYS):
+            return next(str(value[k]) for k in HASH_KEYS if isinstance(value.get(k), str))
     return None

@@ -9,13 +9,16 @@ import torch
 from torch import Tensor
 
 from mue.checks.context import Context
+from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
+from mue.model.coefficients import coefficients
 
 NAME = "clipping"
 MEND = "mue.fold.clip_grad_norm_(model.parameters(), plan.tuned.clip, coefficients=mue.fold.coefficients(plan, model))"
 FORCE = 10.0  # gradients are blown up to this many thresholds, so that the clip must act
 
 
+@check_of(NAME, place=11, needs=("roles", "plan", "values"))
 def clipping(ctx: Context) -> Iterator[Finding]:
     """One factor for all gradients, from the norm before the fold (C9, transfer-rules 6.3). ``clip`` is the user's call."""
     threshold = ctx.plan.tuned.clip
@@ -28,8 +31,6 @@ def clipping(ctx: Context) -> Iterator[Finding]:
     if ctx.batch is None:
         yield Finding(NAME, SKIP, measured="no batch was given")
         return
-    from mue.model.coefficients import coefficients
-
     yield _measured(ctx, threshold, coefficients(ctx.plan, ctx.model))
 
 

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 
 from mue.checks.context import Context
+from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, WARN, Finding, several
 from mue.layouts.layout import canonical
 
@@ -13,6 +14,7 @@ NAME = "coverage"
 _OTHER = ("the model was built from another shape or plan (a stale plan)", "its layout table is out of date")
 
 
+@check_of(NAME, place=1)
 def coverage(ctx: Context) -> Iterator[Finding]:
     """Every trainable tensor has exactly one role, sizes and declared multipliers are the plan's, nothing is frozen (C1–C4)."""
     try:

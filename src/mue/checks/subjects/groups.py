@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from mue.checks.context import Context
+from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, SKIP, Finding, several
 from mue.rules.roles import ROLES
 from mue.shapes.hparams import DECOUPLED
@@ -17,6 +18,7 @@ READ = ("lr", "weight_decay", "eps", "betas", "momentum")
 MEND = "optimizer = torch.optim.AdamW(plan.param_groups(model))"
 
 
+@check_of(NAME, place=4, needs=("roles", "plan"))
 def groups(ctx: Context) -> Iterator[Finding]:
     """lr, weight decay, eps and betas of every parameter, every parameter once, and the right kind of decay (C6)."""
     if not ctx.optimizers:

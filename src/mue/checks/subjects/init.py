@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mue.checks.context import Context
+from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, Finding, several
 from mue.layouts.layout import ParamInfo, expert_slices
 from mue.model.tensor_plan import TensorPlan
@@ -20,6 +21,7 @@ TOLERANCE = 0.02  # a normal cut at three sigma has 1.3 % less std, and is right
 SIGMAS = 6.0
 
 
+@check_of(NAME, place=3, needs=("roles", "plan", "values"))
 def init(ctx: Context) -> Iterator[Finding]:
     """Every tensor's std against the plan, within 2 % or six standard errors of its size; constants exactly (C5)."""
     found: dict[tuple[str, str, str], list[str]] = {}

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mue.checks.context import Context
+from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
 from mue.layouts.layout import ParamInfo, expert_slices
 from mue.model.apply import param_groups
@@ -23,7 +24,7 @@ LOST = 0.5  # share of elements whose step may vanish in rounding
 
 
 @dataclass
-class Step:
+class TensorStep:
     """What one step did to one tensor: weights before, gradient, change."""
 
     placed: ParamInfo
@@ -32,6 +33,7 @@ class Step:
     change: Tensor
 
 
+@check_of(NAME, place=10, needs=("roles", "plan", "values", "batch"))
 def moved(ctx: Context) -> Iterator[Finding]:
     """Every parameter has a gradient and moves; experts without tokens are told apart; the step has its planned size (C7)."""
     optimizers = list(ctx.optimizers) or _planned_optimizer(ctx)
@@ -47,7 +49,7 @@ def _planned_optimizer(ctx: Context) -> list[Optimizer]:
     return [torch.optim.AdamW(param_groups(ctx.plan, ctx.model))] if ctx.plan.tuned.optimizer == "adamw" else []
 
 
-def _findings(ctx: Context, steps: list[Step], optimizers: list[Optimizer], fresh: bool) -> Iterator[Finding]:
+def _findings(ctx: Context, steps: list[TensorStep], optimizers: list[Optimizer], fresh: bool) -> Iterator[Finding]:
     still, warned, idle = _still(ctx, steps)
     lost = [(s, share) for s in steps if (share := _lost(s)) > LOST]
     exact = (
@@ -85,7 +87,7 @@ def _findings(ctx: Context, steps: list[Step], optimizers: list[Optimizer], fres
 # ---- the step ------------------------------------------------------------------------------------------------------------
 
 
-def _steps(ctx: Context, optimizers: list[Optimizer]) -> list[Step]:
+def _steps(ctx: Context, optimizers: list[Optimizer]) -> list[TensorStep]:
     with _undone(ctx, optimizers):
         before = {id(p.parameter): p.parameter.detach().clone() for p in ctx.placed}
         zero_start = _zero_start(ctx)
@@ -100,7 +102,7 @@ def _steps(ctx: Context, optimizers: list[Optimizer]) -> list[Step]:
             for optimizer in optimizers:
                 optimizer.step()
         return [
-            Step(
+            TensorStep(
                 p,
                 before[id(p.parameter)],
                 gradients.get(id(p.parameter)),
@@ -151,7 +153,7 @@ def _undone(ctx: Context, optimizers: list[Optimizer]) -> Iterator[None]:
 # ---- what it shows ---------------------------------------------------------------------------------------------------------
 
 
-def _not_finite(steps: list[Step]) -> list[Finding]:
+def _not_finite(steps: list[TensorStep]) -> list[Finding]:
     bad = [
         s.placed.name
         for s in steps
@@ -172,7 +174,7 @@ def _not_finite(steps: list[Step]) -> list[Finding]:
     ]
 
 
-def _still(ctx: Context, steps: list[Step]) -> tuple[list[str], list[Finding], int]:
+def _still(ctx: Context, steps: list[TensorStep]) -> tuple[list[str], list[Finding], int]:
     """Names without a gradient that should have one, warnings for those that cannot, and how many experts were idle."""
     still: list[str] = []
     warned: list[Finding] = []
@@ -208,7 +210,7 @@ def _still(ctx: Context, steps: list[Step]) -> tuple[list[str], list[Finding], i
     return still, warned, len(idle)
 
 
-def _live(s: Step) -> Iterator[tuple[int | None, str, bool]]:
+def _live(s: TensorStep) -> Iterator[tuple[int | None, str, bool]]:
     """(expert, name, has a gradient) of a tensor or of each expert in it."""
     p = s.placed
     if s.gradient is not None and (p.layout.stacked > 1 or "expert" in p.layout.axes):
@@ -236,7 +238,7 @@ def _has_tokens(ctx: Context, layer: int | None, expert: int) -> bool:
     return bool(c.active[:, expert].any())
 
 
-def _lost(s: Step) -> float:
+def _lost(s: TensorStep) -> float:
     """Share of the elements with a gradient whose value did not change at all."""
     if s.gradient is None or not s.placed.parameter.requires_grad:
         return 0.0
@@ -245,7 +247,7 @@ def _lost(s: Step) -> float:
     return float(((s.change == 0) & pushed).sum()) / count if count else 0.0
 
 
-def _lost_finding(lost: list[tuple[Step, float]]) -> Finding:
+def _lost_finding(lost: list[tuple[TensorStep, float]]) -> Finding:
     low = lost[0][0].before.dtype
     rounding = low in (torch.bfloat16, torch.float16)
     return Finding(
@@ -264,7 +266,7 @@ def _lost_finding(lost: list[tuple[Step, float]]) -> Finding:
     )
 
 
-def _size(ctx: Context, s: Step) -> tuple[str, str, str] | None:
+def _size(ctx: Context, s: TensorStep) -> tuple[str, str, str] | None:
     """(name, expected, measured) where the step is not AdamW's first one with the planned values."""
     planned = ctx.expected.get(id(s.placed.parameter))
     if planned is None or s.gradient is None:

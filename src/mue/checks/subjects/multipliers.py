@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mue.checks.branches import Branch, Coefficients, ratio
+from mue.checks.branches import Branch, Coefficients, fit_ratio
 from mue.checks.context import Context, logits_of
+from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
 from mue.layouts.layout import HasLayout, unwrap
 from mue.plan.fold import unfold
@@ -31,6 +32,7 @@ class Reading:
     factors: Mapping[str, float]
 
 
+@check_of(NAME, place=7, needs=("roles", "values", "batch"))
 def multipliers(ctx: Context) -> Iterator[Finding]:
     """A, R and the residual multiplier of every block, the head's, and a stream and an embedding that carry none (C11, C12)."""
     readings: list[Reading] = []
@@ -121,7 +123,7 @@ def _attention(b: Branch, residual: float) -> Reading | Finding:
     product = b.last("attention_o")
     assert product is not None
     out = product.out.reshape(-1, product.out.shape[-1])
-    c, residue = ratio(b.out, out if out.shape == b.out.shape else out.T)
+    c, residue = fit_ratio(b.out, out if out.shape == b.out.shape else out.T)
     if residue > 0.05:
         return _not_a_multiple(product.placed.name, residue)
     return Reading(product.placed.name, "attention branch", residual, c, {"residual multiplier": residual})
@@ -216,7 +218,7 @@ def _stream(ctx: Context) -> Iterator[Reading | Finding]:
         return
     table = next((p.name for p in ctx.placed if p.role == "embedding"), "embedding")
     start = added[0].before if added[0].before.shape == record.lookup.shape else record.lookup
-    c, residue = ratio(added[0].carried, start)
+    c, residue = fit_ratio(added[0].carried, start)
     own = ctx.plan.target.width**0.5
     if residue < 0.05 and abs(c / own - 1) < 1e-2 and not isinstance(unwrap(ctx.model), HasLayout):
         yield Finding(
@@ -233,7 +235,7 @@ def _stream(ctx: Context) -> Iterator[Reading | Finding]:
             table, "embedding on its way into the stream", 1.0, c, {"head multiplier": ctx.plan.multipliers.head}
         )
     for b, a in zip(ctx.branches[1:], (x.added for x in ctx.branches[1:]), strict=True):
-        c, residue = ratio(a.carried, a.before)
+        c, residue = fit_ratio(a.carried, a.before)
         if residue < 0.05:
             yield Reading(
                 f"blocks {b.layer} ({b.kind})",
@@ -257,7 +259,11 @@ def _head(ctx: Context) -> Iterator[Reading | Finding]:
     matrix = weight.parameter.detach().double()
     if weight.role == "head" and weight.layout.axes[0] == "in":
         matrix = matrix.T
-    fits = [ratio(given, normed @ matrix.T) for normed in _normed(ctx, last)] if given.shape[0] == last.shape[0] else []
+    fits = (
+        [fit_ratio(given, normed @ matrix.T) for normed in _normed(ctx, last)]
+        if given.shape[0] == last.shape[0]
+        else []
+    )
     c, residue = min(fits, key=lambda f: f[1], default=(float("nan"), 1.0))
     if residue > 0.02:
         yield Finding(

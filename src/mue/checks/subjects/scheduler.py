@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from mue.checks.context import Context
+from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, SKIP, Finding, several
 from mue.layouts.layout import canonical
 
@@ -16,6 +17,7 @@ STEPS = 2000
 _LENGTH = ("T_max", "total_steps", "total_iters")
 
 
+@check_of(NAME, place=5, needs=("roles", "plan"))
 def scheduler(ctx: Context) -> Iterator[Finding]:
     """After every step all rates are one and the same multiple of their planned peaks, and nothing else changed (C6)."""
     if ctx.scheduler is None or not ctx.optimizers:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from mue.checks.context import Context
+from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, WARN, Finding, several
 from mue.layouts.layout import canonical
 
@@ -14,6 +15,7 @@ NAME = "tied weights"
 _MAY = ("embedding", "head")
 
 
+@check_of(NAME, place=2, needs=("roles",))
 def tied(ctx: Context) -> Iterator[Finding]:
     """Head and embedding are one tensor if and only if the plan says so; nothing else shares memory (C4)."""
     found = [*_head(ctx), *_shared(ctx)]
