@@ -16,7 +16,7 @@ from mue.lab.data.spec import describe_data
 from mue.lab.runners.stacked_runs import StackedRuns
 from mue.lab.sweep.spec import base_plan
 from mue.lab.tasks import order
-from mue.lab.tasks.order import CLASSES, Order, reordered
+from mue.lab.tasks.order import CLASSES, OrderTask, reordered
 from mue.lab.train.run import Run, Settings, Store
 from mue.lab.train.session import train
 from support.command_line import in_process
@@ -40,7 +40,7 @@ def run_of(corpus: Corpus, name: str = "dense", steps: int = 300, seed: int = 0)
 
 
 def test_a_batch_holds_windows_of_the_text_in_the_order_of_their_class(corpus: Corpus) -> None:
-    batches = Order().batches(run_of(corpus), corpus)
+    batches = OrderTask().batches(run_of(corpus), corpus)
     seen = set()
     for step in range(5):
         text_BT, (window_BT, class_B1) = batches.windows.at(step)[0], batches.at(step)
@@ -60,8 +60,8 @@ def test_a_batch_holds_windows_of_the_text_in_the_order_of_their_class(corpus: C
 
 
 def test_batches_are_a_function_of_seed_and_step(corpus: Corpus) -> None:
-    one, again = (Order().batches(run_of(corpus), corpus) for _ in range(2))
-    other = Order().batches(run_of(corpus, seed=1), corpus)
+    one, again = (OrderTask().batches(run_of(corpus), corpus) for _ in range(2))
+    other = OrderTask().batches(run_of(corpus, seed=1), corpus)
     same = [
         [torch.equal(a, b) for a, b in zip(one.at(7), batch, strict=True)]
         for batch in (again.at(7), other.at(7), one.at(8))
@@ -114,7 +114,7 @@ def test_what_it_cannot_read_is_refused(corpus: Corpus) -> None:
     run = run_of(corpus)
     run = replace(run, plan=base_plan(short, mue.Training(2048, 10), run.plan.tuned))
     with pytest.raises(ValueError, match="the task order needs sequence of at least 8, got 4: raise it"):
-        Order().batches(run, corpus)
+        OrderTask().batches(run, corpus)
 
 
 def test_it_is_swept_trained_and_reported_from_a_file(

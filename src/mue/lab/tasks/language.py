@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 @TASKS.register("language")
-class Language(Task):
+class LanguageTask(Task):
     """Next-token prediction on a corpus, with the lab's decoder. A batch is (tokens (B, T), the tokens that follow (B, T))."""
 
     unit: ClassVar[str] = "nats per token"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from mue.lab.data import Corpus
-from mue.lab.tasks.language import Language, WindowBatches, text_windows
+from mue.lab.tasks.language import LanguageTask, WindowBatches, text_windows
 from mue.lab.train.run import Run
 from mue.lab.train.task import TASKS, Batch
 from mue.shapes import Transformer
@@ -24,7 +24,7 @@ SHORTEST = 8  # tokens: below, too many windows look the same whatever was done 
 
 
 @TASKS.register("order")
-class Order(Language):
+class OrderTask(LanguageTask):
     """Which of :data:`CLASSES` a window is, read off the last position, where a causal decoder has seen all of it.
 
     A batch is (windows (B, T), classes (B, 1)). A class is said as the token of its number, so that the decoder of the language task serves
