@@ -243,6 +243,9 @@ def test_notes_warn() -> None:
     assert any("gated" in n for n in make(target=replace(TARGET, gated=False)).notes)
     tied = make(rule="complete-mue-paper", target=replace(TARGET, tied=True))
     assert any("the embedding row wins" in n for n in tied.notes)
+    for other, noted in (({"rule": "complete-mue"}, False), ({"rule": "complete-mue", "head": "paper"}, True)):
+        same = mue.transfer(BASE, replace(TARGET, tied=True), TUNED, **other)
+        assert any("the embedding row wins" in n for n in same.notes) == noted
     with pytest.raises(ValueError, match="leave it out"):
         make(target=replace(TARGET, output_multiplier=0.3))
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from mue.plan import per_role
 from mue.plan.ratios import base_block
+from mue.rules.algebra import Monomial
 from mue.rules.roles import ROLES
-from mue.rules.table import CELLS, Rule
+from mue.rules.table import CELLS, FIELDS, Rule
 from mue.shapes import HParams, Transformer
 
 
 def notes(rule: Rule, base: Transformer, target: Transformer, tuned: HParams, *, planned_base: bool) -> tuple[str, ...]:
-    """What a reader of this plan must know beyond its numbers."""
+    """What a reader of this plan must know beyond its numbers, each thing once.
+
+    Args:
+        planned_base: the base is a plan, so its R is known to be right.
+    """
     found = [*rule.notes, *per_role.notes(tuned, rule, base, target)]
     R = base_block(base).route_scale
     if rule.routed and R != 1 and not planned_base:
@@ -18,7 +23,7 @@ def notes(rule: Rule, base: Transformer, target: Transformer, tuned: HParams, *,
             f"the base is a MoE, so this takes it as tuned with R = {R:g} on its normalised routed sum; if it was tuned with"
             f" R = 1, give output_multiplier = {base.output_multiplier / R:g} (routed experts only), or tune it again"
         )
-    if target.tied and rule.name == "complete-mue-paper":
+    if target.tied and _factors(rule, "head") != _factors(rule, "embedding"):
         found.append("tied embeddings: the embedding row wins, and the head multiplier stays on the logits")
     found += _unknown_cells(rule, target)
     if base.num_heads * target.num_kv_heads != target.num_heads * base.num_kv_heads:
@@ -37,6 +42,10 @@ def notes(rule: Rule, base: Transformer, target: Transformer, tuned: HParams, *,
                 f"measured gates: F = {block.gate_variance:.4g}, R = ā/m1 = {block.route_scale:.4g}, down init × κ^-1/2 = {block.kappa**-0.5:.4g}"
             )
     return tuple(dict.fromkeys(found))
+
+
+def _factors(rule: Rule, role: str) -> list[Monomial]:
+    return [getattr(rule.rows[role], cell) for cell in FIELDS]
 
 
 def _unknown_cells(rule: Rule, target: Transformer) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from mue.plan.convention import Convention
 from mue.plan.values import BlockPlan, Folding, Multipliers, RolePlan
-from mue.rules.options import plain
+from mue.rules.options import as_json
 from mue.rules.roles import ROLES
 from mue.rules.table import Rule
 from mue.shapes import HParams, Training, Transformer
@@ -199,7 +199,7 @@ class PlanData:
             "roles": {role: plan.to_dict() for role, plan in self.roles.items()},
             "blocks": [block.to_dict() for block in self.blocks],
             "unchanged": self.unchanged,
-            "options": plain(self.rule.options),
+            "options": as_json(self.rule.options),
             "folded": None if self.folding is None else self.folding.to_dict(),
         }
 

@@ -17,13 +17,17 @@ _READ = {
 
 
 def base_block(base: Transformer) -> Block:
-    """The block that stands for a base; ``ValueError`` where its blocks differ in what a rule reads."""
+    """The block that stands for a base.
+
+    Raises:
+        ValueError: its blocks differ in something that a rule reads, so that there is no single number to compare with.
+    """
     first = base.blocks[0]
     for block in base.blocks[1:]:
-        for what, name in _READ.items():
+        for quantity, name in _READ.items():
             if getattr(block, name) != getattr(first, name):
                 raise ValueError(
-                    f"the blocks of the base {base.name} differ in their {what} ({getattr(first, name)} and"
+                    f"the blocks of the base {base.name} differ in their {quantity} ({getattr(first, name)} and"
                     f" {getattr(block, name)}): there is no single e* to transfer from; tune on a base whose blocks are alike"
                 )
     return first
@@ -42,9 +46,15 @@ def ratios(
     training: Training | None,
     kind: str = "",
 ) -> dict[str, float]:
-    """Every ratio of :data:`mue.rules.algebra.RATIOS` for one block of the target.
+    """Every ratio of :data:`mue.rules.algebra.RATIOS` for one block of the target, 1 where nothing changes.
 
-    ``kind`` ("shared" or anything else) picks whose down projection ρ_H speaks of. A dense block counts as one expert.
+    A dense block counts as one expert, of which one is active.
+
+    Args:
+        block: of the target. kind: ``"shared"`` where ρ_H is to speak of a shared expert's down projection.
+
+    Raises:
+        ValueError: a base whose blocks differ in something that a rule reads.
     """
     source = base_block(base)
     same = base_training is None or training is None
@@ -87,7 +97,14 @@ def changes(base: Transformer, target: Transformer, block: Block, ratio: dict[st
 
 
 def refuse(rule: Rule, base: Transformer, target: Transformer, ratio: dict[str, float]) -> None:
-    """``ValueError`` when the change from base to target uses an axis, or has a role, the rule has no answer for."""
+    """Refuse a change that the rule has no answer for.
+
+    Args:
+        ratio: of any block of the target; only batch and duration are read from it.
+
+    Raises:
+        ValueError: an axis that the rule refuses, with its reason, or a role of the target that it has no row for.
+    """
     where = f"rule {rule.name!r} cannot plan {base.name} → {target.name}"
     for block in target.blocks:
         changed = changes(base, target, block, ratio)

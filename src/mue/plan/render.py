@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mue.plan import per_role
 from mue.plan.plan import PlanData
-from mue.rules.options import plain
+from mue.rules.options import as_json
 from mue.rules.roles import ROLES
 from mue.rules.table import CELLS, FACTORS, FIELDS, MARKS
 from mue.shapes import Transformer
@@ -41,7 +41,7 @@ def header(plan: PlanData) -> list[tuple[str, str]]:
     ]
     lines.append(("marks", f"of {', '.join(CELLS.values())}: {', '.join(f'{v} {k}' for k, v in MARKS.items())}"))
     if plan.rule.options:
-        lines.insert(1, ("options", ", ".join(f"{k} {v}" for k, v in plain(plan.rule.options).items())))
+        lines.insert(1, ("options", ", ".join(f"{k} {v}" for k, v in as_json(plan.rule.options).items())))
     if plan.tuned.roles:
         lines.insert(2, ("per role", per_role.summary(plan.tuned)))
     if plan.folding is not None:

@@ -35,6 +35,8 @@ def inputs_from_dict(data: Mapping[str, Any]) -> Inputs:
 def load(path: str | os.PathLike[str]) -> PlanData:
     """A saved plan, read back.
 
+    It is planned anew from the inputs in it, so that the numbers are those of the rule and not what somebody wrote there.
+
     Raises:
         ValueError: the file is no plan, or its numbers are not those that follow from its inputs.
     """
@@ -76,4 +78,5 @@ def scaled(plan: PlanData, multiplier: float) -> PlanData:
 
 
 def _folded(plan: PlanData, route: str | None) -> PlanData:
+    """The plan, folded where there is a route."""
     return plan if route is None else fold(plan, route)

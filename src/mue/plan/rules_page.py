@@ -12,7 +12,7 @@ from mue.plan.plan import Inputs
 from mue.plan.transfer import plan_of
 from mue.rules import RULES, option_names
 from mue.rules.algebra import RATIOS
-from mue.rules.options import OPTIONS, plain
+from mue.rules.options import OPTIONS, as_json
 from mue.rules.table import AXES, CELLS, Rule
 from mue.shapes import Dense, HParams, MoE, Training, Transformer
 
@@ -66,8 +66,8 @@ def _options() -> str:
     rows = []
     for name, option in OPTIONS.items():
         has = [rule for rule, builder in RULES.items() if name in option_names(builder)]
-        default = {str(plain(r.options)[name]) for r in all_rules() if name in r.options}
-        choices = ", ".join(option.words) or (f"[{option.low}, {option.high}]" if option.low else "true, false")
+        default = {str(as_json(r.options)[name]) for r in all_rules() if name in r.options}
+        choices = ", ".join(option.choices) or (f"[{option.low}, {option.high}]" if option.low else "true, false")
         rows.append([f"`{name}`", option.meaning, choices, " / ".join(sorted(default)), ", ".join(has)])
     return "## Options\n\n" + _table(["option", "meaning", "choices", "default", "rules that have it"], rows)
 

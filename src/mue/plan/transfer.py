@@ -21,7 +21,7 @@ from mue.plan.plan import Inputs, PlanData
 from mue.plan.ratios import refuse
 from mue.rules import get_rule
 from mue.rules.optimizers import for_optimizer
-from mue.rules.options import plain
+from mue.rules.options import as_json
 from mue.shapes import HParams, Training, Transformer
 
 
@@ -115,7 +115,7 @@ def plan_of(inputs: Inputs) -> PlanData:
     # 5. What holds for the whole model, in the forward pass and in Adam:
     return PlanData(
         inputs=replace(
-            inputs, options=plain(rule.options)
+            inputs, options=as_json(rule.options)
         ),  # written out: a default that changes later changes no plan
         rule=rule,
         tuned=base.tuned,

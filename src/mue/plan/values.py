@@ -11,7 +11,7 @@ from mue.rules.table import FIELDS, NORMAL
 
 @dataclass(frozen=True)
 class Values:
-    """One role's numbers. None: the role has no such thing (a gain has no init std), or blocks differ in it."""
+    """One role's numbers, or the factors on them. None: it has no such thing (a gain has no init std), or blocks differ in it."""
 
     init_std: float | None
     lr: float | None
@@ -27,11 +27,15 @@ NOTHING = Values(None, None, None, None)
 
 @dataclass(frozen=True)
 class RolePlan:
-    """One role of a plan: its values, the factors on the base's values, the formulas behind them and their source.
+    """One role of a plan.
 
-    ``init`` is ``"normal"``, ``"zero"``, ``"shared"`` (all experts start from one draw) or ``"constant"``; the last
-    starts at ``constant`` (a gain at 1, a bias at 0, a folded final norm at its coefficient). ``status`` is the mark of the
-    weakest number, ``marks`` that of each.
+    Attributes:
+        values: absolute, as the target is trained with them. factor: on the base's values. formula: number → the monomial
+            that the factor is, as text.
+        count: tensors of this role in the whole model, experts one by one; 0 where it has none.
+        source: paper, table or equation. status: the mark of the weakest number. marks: number → its own mark.
+        init: ``"normal"``, ``"zero"``, ``"shared"`` (all experts start from one draw) or ``"constant"``.
+        constant: what the last starts at: a gain at 1, a bias at 0, a folded final norm at its coefficient.
     """
 
     values: Values
@@ -60,7 +64,13 @@ class RolePlan:
 
 @dataclass(frozen=True)
 class BlockPlan:
-    """What holds in ``layers`` equal blocks."""
+    """What holds in ``layers`` equal blocks.
+
+    Attributes:
+        notation: ``"dense"`` or e.g. ``"128e8a1s"``. active_width: H_act. output_multiplier: A. route_scale: R.
+        drift: what the change moves and nothing corrects (conventions 6), None where nobody derived it.
+        roles: all of them by name; those that the block does not hold have count 0.
+    """
 
     layers: int
     notation: str

@@ -15,18 +15,26 @@ OptionValue = Fraction | str | bool
 
 @dataclass(frozen=True)
 class Option:
-    """One choice: what it means, with its source, and either a range of numbers, a list of words, or yes/no."""
+    """One option of a rule: a number from a range, one of some choices, or, where it has neither, yes or no.
+
+    Attributes:
+        meaning: what it changes in the table, with its source. low, high: the range. choices: all allowed values.
+    """
 
     meaning: str
     low: Fraction | None = None
     high: Fraction | None = None
-    words: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
 
     def parse(self, name: str, value: object) -> OptionValue:
-        """``value`` as the rule reads it; ``ValueError`` with the range otherwise."""
-        if self.words:
-            if value not in self.words:
-                raise ValueError(f"{name} must be one of {', '.join(self.words)}, got {value!r}")
+        """``value`` as the rule reads it, numbers as exact fractions.
+
+        Raises:
+            ValueError: a value outside the range or the choices, with those.
+        """
+        if self.choices:
+            if value not in self.choices:
+                raise ValueError(f"{name} must be one of {', '.join(self.choices)}, got {value!r}")
             return str(value)
         if self.low is None or self.high is None:
             if not isinstance(value, bool):
@@ -54,14 +62,14 @@ OPTIONS: dict[str, Option] = {
     ),
     "weight_decay_width": Option(
         "weight decay of hidden matrices × ρ_d (CompleteP), × √ρ_d (2510.15262), or unscaled (the authors' table)",
-        words=("constant-product", "sqrt-width", "none"),
+        choices=("constant-product", "sqrt-width", "none"),
     ),
     "head": Option(
         "output head: multiplier only (CompleteP), or with both width factors as well (the authors' table, W1)",
-        words=("completep", "paper"),
+        choices=("completep", "paper"),
     ),
     "betas": Option(
-        "1-β × ρ_B/ρ_D, or β^(ρ_B/ρ_D), equal to first order and never outside (0, 1)", words=("linear", "power")
+        "1-β × ρ_B/ρ_D, or β^(ρ_B/ρ_D), equal to first order and never outside (0, 1)", choices=("linear", "power")
     ),
     "up_gate_correction": Option(
         "experimental: rates of up and gate × (ρ_e/ρ_κ)^-1/2, which removes the drift of their update (1.9)"
@@ -75,7 +83,14 @@ def option_names(builder: Callable[..., Any]) -> tuple[str, ...]:
 
 
 def resolve(name: str, builder: Callable[..., Any], given: Mapping[str, object]) -> dict[str, OptionValue]:
-    """Every option of a rule, given or default; ``ValueError`` for one the rule does not have."""
+    """Every option of a rule, as given or by default.
+
+    Args:
+        name: the rule's, for messages. builder: the function that makes its table. given: by name; None stands for the default.
+
+    Raises:
+        ValueError: an option that does not exist, that this rule does not have, or of a value it cannot take.
+    """
     signature = inspect.signature(builder).parameters
     for key, value in given.items():
         if key not in OPTIONS:
@@ -90,6 +105,6 @@ def resolve(name: str, builder: Callable[..., Any], given: Mapping[str, object])
     return resolved
 
 
-def plain(options: Mapping[str, OptionValue]) -> dict[str, str | bool]:
+def as_json(options: Mapping[str, OptionValue]) -> dict[str, str | bool]:
     """Options as JSON holds them: exponents as exact fractions in text."""
     return {k: v if isinstance(v, bool) else str(v) for k, v in options.items()}

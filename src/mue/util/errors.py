@@ -1,4 +1,4 @@
-"""Numbers from users: what they must be, said in one line."""
+"""What a user gave, checked: a number within its bounds, or an error of one line that names it and the nearest that is known."""
 
 from __future__ import annotations
 

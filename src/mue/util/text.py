@@ -1,4 +1,4 @@
-"""Words for people: error hints and plain-text tables."""
+"""Numbers and tables as people read them."""
 
 from __future__ import annotations
 
