@@ -13,8 +13,7 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from mue.lab.per_role.search import Search
 from mue.lab.per_role.space import at
 from mue.lab.per_role.stats import paired
 from mue.lab.per_role.tune import RolesSpec, tune_roles
+from mue.lab.runners.listener import RunListener
 from mue.lab.runners.run_all import run_all
 from mue.lab.sweep.spec import base_plan
 from mue.lab.train.provenance import provenance
@@ -42,24 +42,18 @@ SETTINGS = Settings(eval_sequences=192)
 LONGER = (1.25, 1.5, 2.0)  # of the base's steps, to say how much faster
 
 
-class Quiet:
+class Quiet(RunListener):
     """Counts the runs of a batch."""
 
     def __init__(self, title: str, runs: Sequence[Run]) -> None:
-        self.title, self.total, self.ended = title, len(runs), 0
+        self.title, self.total, self.done = title, len(runs), 0
 
-    def event(self, key: str, step: int, loss: float) -> None:
-        pass
+    def ended(self, run: Run, result: dict[str, Any], *, fresh: bool) -> None:
+        self.done += 1
+        print(f"\r{self.title}: {self.done} of {self.total}", end="", flush=True)
 
-    def done(self, run: Run, result: dict[str, Any]) -> None:
-        self.ended += 1
-        print(f"\r{self.title}: {self.ended} of {self.total}", end="", flush=True)
-
-
-@contextmanager
-def watching(title: str, runs: Sequence[Run]) -> Iterator[Quiet]:
-    yield Quiet(title, runs)
-    print(flush=True)
+    def __exit__(self, *_: object) -> None:
+        print(flush=True)
 
 
 def main() -> None:
@@ -74,7 +68,7 @@ def main() -> None:
     corpus = open_corpus(source)
     data = describe_data(source, corpus)
     spec = RolesSpec(BASE, BASE_RUN, TUNED, Search(rounds=args.rounds), SETTINGS, source)
-    found = tune_roles(spec, args.out, corpus, watching, workers=args.workers)
+    found = tune_roles(spec, args.out, corpus, Quiet, workers=args.workers)
     roles_report(args.out)
     print(found.verdict)
     # Carried over even where it was not confirmed, for a negative result is one too.
@@ -83,8 +77,8 @@ def main() -> None:
 
     def losses(name: str, plan: Plan) -> list[float]:
         runs = [Run(plan, replace(SETTINGS, seed=seed), data) for seed in seeds]
-        with watching(name, runs) as watch:
-            results = run_all(runs, Store(args.out), workers=args.workers, on_done=watch.done)
+        with Quiet(name, runs) as listener:
+            results = run_all(runs, Store(args.out), workers=args.workers, listener=listener)
         return [math.inf if (y := results[run.key]["val_loss"]) is None else y for run in runs]
 
     arms: dict[str, list[float]] = {}

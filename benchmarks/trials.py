@@ -24,10 +24,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mue.lab.data.spec import open_corpus
-from mue.lab.sweep.points import grid_points
+from mue.lab.sweep.sampler import sampler_of
 from mue.lab.sweep.spec import sweep_from
+from mue.lab.sweep.state import SweepState
 from mue.lab.sweep.storage import Execute
-from mue.lab.sweep.sweep import identity, open_trials
 from mue.lab.sweep.trials import Trials
 from mue.plan.toml import read_toml
 from mue.util.files import write_json
@@ -71,8 +71,8 @@ def made_up(folder: Path, trials: int, storage: str | None) -> Path:
     file = folder / "sweep.toml"
     file.write_text(FILE.format(**axes))
     spec = sweep_from(read_toml(file), folder)
-    found = open_trials(folder / "out", identity(spec, open_corpus(spec.source).hash), storage)
-    found.add(grid_points(spec.grid)[:trials])
+    found = SweepState(folder / "out", spec, spec.identity(open_corpus(spec.source).hash), storage).open_trials()
+    found.add(sampler_of(spec.grid).points()[:trials])
     end_all(found)
     return file
 

@@ -21,7 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mue.lab.valley.fit import Point, fit_valley, study
+from mue.lab.valley import LossPoint, fit_valley
+from mue.lab.valley.fit import fit_with_posterior
 
 KINDS = ("smooth", "mixed", "rough")
 Array = npt.NDArray[np.float64]
@@ -45,10 +46,10 @@ class Recorded:
     steps: int
 
     @property
-    def points(self) -> list[Point]:
+    def points(self) -> list[LossPoint]:
         """The runs as the valley fit takes them."""
         rows, places = np.nonzero(np.isfinite(self.loss))
-        return [Point(float(self.x[j]), float(self.loss[i, j]), int(i)) for i, j in zip(rows, places, strict=True)]
+        return [LossPoint(float(self.x[j]), float(self.loss[i, j]), int(i)) for i, j in zip(rows, places, strict=True)]
 
     @property
     def whole(self) -> Array:
@@ -246,10 +247,10 @@ class Material:
 
 def _rough(sweep: Recorded, rng: np.random.Generator, draws: int) -> tuple[Shape, ...]:
     """Curves that the fit leaves possible, with a minimum well inside the recorded range."""
-    _, belief, _ = study(sweep.points)
-    assert belief is not None
-    inside = [i for i, at in enumerate(belief.minima) if sweep.x[0] + 0.5 < at < sweep.x[-1] - 0.5]
-    return tuple(Shape.of(belief.mesh, belief.curves[i]) for i in rng.choice(inside, draws))
+    _, posterior, _ = fit_with_posterior(sweep.points)
+    assert posterior is not None
+    inside = [i for i, at in enumerate(posterior.minima) if sweep.x[0] + 0.5 < at < sweep.x[-1] - 0.5]
+    return tuple(Shape.of(posterior.mesh, posterior.curves[i]) for i in rng.choice(inside, draws))
 
 
 @dataclass(frozen=True)
@@ -263,11 +264,11 @@ class Synthetic:
     shape: Shape
     material: Material
 
-    def run(self, log2_lr: float, seed: int) -> Point:
+    def run(self, log2_lr: float, seed: int) -> LossPoint:
         """A run's loss."""
         d = np.array([log2_lr - self.at])
         noise = self._resampled(d, seed) if self.kind == "mixed" else self._gaussian(d, seed)
-        return Point(log2_lr, float(3 + self.shape.at(d)[0] + noise), seed)
+        return LossPoint(log2_lr, float(3 + self.shape.at(d)[0] + noise), seed)
 
     def curve(self, log2_lr: float, seed: int) -> Curve:
         """The training curve of the recorded run nearest to this one, lifted to where this one ends.

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from mue.lab.train.provenance import provenance
-from mue.lab.valley.fit import Point, fit_valley
+from mue.lab.valley import LossPoint, fit_valley
 from mue.lab.valley.pruning import Seen
 from mue.util.files import write_json
 from valley_population import Recorded, load
@@ -28,14 +28,14 @@ from valley_search import CHOSEN, CHOSEN_WIDE, ROOT, share, trained
 _ORDERS = 12
 
 
-def pruned(sweep: Recorded, order: Sequence[tuple[int, int]]) -> tuple[list[Point], float]:
+def pruned(sweep: Recorded, order: Sequence[tuple[int, int]]) -> tuple[list[LossPoint], float]:
     """The runs of a recorded sweep, made in this order with early stopping, and what share of the training it took."""
     ended, cost = list[Seen](), 0.0
     for row, place in order:
         whole = Seen(float(sweep.x[place]), row, sweep.curves[row, place], float(sweep.loss[row, place]))
         ended.append(trained(whole, ended, sweep.steps))
         cost += ended[-1].curve[-1][0] / sweep.steps if ended[-1].loss is None else 1
-    points = [Point(s.log2_lr, math.inf if s.loss is None else s.loss, s.seed) for s in ended]
+    points = [LossPoint(s.log2_lr, math.inf if s.loss is None else s.loss, s.seed) for s in ended]
     return points, cost / len(order)
 
 
@@ -46,7 +46,7 @@ def pruning(sweeps: Sequence[Recorded], orders: int) -> dict[str, Any]:
         rows = np.flatnonzero(np.isfinite(sweep.loss).all(axis=1))[:3]
         outwards = sorted(range(len(sweep.x)), key=lambda place: abs(place - (len(sweep.x) - 1) / 2))
         runs = [(int(row), place) for place in outwards for row in rows]
-        whole = fit_valley([Point(float(sweep.x[j]), float(sweep.loss[i, j]), i) for i, j in runs])
+        whole = fit_valley([LossPoint(float(sweep.x[j]), float(sweep.loss[i, j]), i) for i, j in runs])
         for k in range(orders):
             order = np.random.default_rng([15, number, k]).permutation(len(runs)) if k else np.arange(len(runs))
             points, cost = pruned(sweep, [runs[i] for i in order])

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from mue.lab.train.provenance import provenance
-from mue.lab.valley.fit import Point, Valley, fit_valley
+from mue.lab.valley import LossPoint, Valley, fit_valley
 from mue.lab.valley.pruning import Seen, hopeless, rung
 from mue.lab.valley.search import Asked, Observation, Space, Verdict, next_points, verdict
 from mue.util.files import write_json
@@ -199,11 +199,11 @@ class Twice(Synthetic):
     away: float = 4.5
     higher: float = 0.05
 
-    def run(self, log2_lr: float, seed: int) -> Point:
+    def run(self, log2_lr: float, seed: int) -> LossPoint:
         here = super().run(log2_lr, seed)
         d = np.array([log2_lr - self.at])
         lift = float(np.minimum(self.shape.at(d - self.away)[0] + self.higher - self.shape.at(d)[0], 0.0))
-        return Point(log2_lr, here.loss + lift, seed)
+        return LossPoint(log2_lr, here.loss + lift, seed)
 
     def curve(self, log2_lr: float, seed: int) -> Curve:
         d = log2_lr - self.at

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 import mue
-from mue.lab.demo.demo import findings
+from mue.lab.demo.report import findings
 from mue.layouts.of_model import placed
 from mue.plan.replan import inputs_from_dict
 from mue.plan.toml import plan_inputs

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mue.lab.sweep.sweep import tuned_of
+from mue.lab.sweep.tuned import tuned_of
 from support.command_line import in_process, refused, run
 
 

@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mue.lab.sweep.sweep import stored_sweep
-from mue.lab.sweep.trials import Trial
+from mue.lab.sweep.state import SweepState
+from mue.lab.sweep.trial import Trial
 from support.dice import dice
 
 WORKER = '''
@@ -32,25 +32,25 @@ from mue.lab.sweep import sweep
 from mue.lab.data.spec import open_corpus
 from mue.lab.sweep.spec import sweep_from
 from mue.lab.runners.runner import Done, Progress
-from mue.lab.sweep.worker import Watch
+from mue.lab.sweep.listener import SweepListener
 
 file, out, storage, lease, trained, log, core = sys.argv[1:]
 os.sched_setaffinity(0, {int(core)})  # one core: one thread of training, so the same bits on every start
 
 
-class Log(Watch):
+class Log(SweepListener):
     working = False
 
-    def ended(self, trial, run, *, fresh):
-        self.line(f"ended {trial.number}")
+    def ended(self, run, result, *, fresh):
+        self.line(f"ended {run.key}")
 
-    def moved(self, run):
+    def moved(self, run, step, loss):
         if not self.working:
             self.working = True
             self.line(f"working {os.getpid()}")
 
-    def say(self, words):
-        self.line(f"said {words}")
+    def say(self, text):
+        self.line(f"said {text}")
 
     def line(self, words):
         with open(log, "a") as lines:
@@ -94,7 +94,7 @@ spec = sweep_from(read_toml(Path(file)), Path(file).parent)
 corpus = open_corpus(spec.source)
 print("ready", flush=True)
 sweep.run_sweep(
-    spec, Path(out), corpus, storage=storage or None, lease=float(lease), workers=1, watch=Log(), checkpoint_seconds=0.3
+    spec, Path(out), corpus, storage=storage or None, lease=float(lease), workers=1, listener=Log(), checkpoint_seconds=0.3
 )
 '''
 
@@ -194,7 +194,7 @@ class Drill:
         return self.trials()
 
     def trials(self) -> list[Trial]:
-        return stored_sweep(self.folders[0]).trials(self.folders[0]).all()
+        return SweepState.load(self.folders[0]).read_trials().all()
 
     def stop(self) -> None:
         for worker in self.workers.values():
@@ -207,7 +207,7 @@ class Drill:
         if len(trials) != count or len({tuple(t.point.items()) for t in trials}) != count:
             out.append(f"{len(trials)} trials instead of {count}")
         told = Counter(self.lines("ended"))
-        out += [f"trial {number} was counted {n} times" for number, n in told.items() if n > 1]
+        out += [f"run {key} was counted {n} times" for key, n in told.items() if n > 1]
         if sum(told.values()) < count - self.did["kills"]:
             out.append("ended trials that nobody reported")  # a kill may fall between the storage's word and the log's
         return out

@@ -1,4 +1,4 @@
-"""A runner that does as it is told, in place of one that trains, and a watch that notes what it hears."""
+"""A runner that does as it is told, in place of one that trains, and a listener that notes what it hears."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mue.lab.runners.runner import Done, Message, Progress
-from mue.lab.sweep.worker import Watch
+from mue.lab.sweep.listener import SweepListener
 from mue.lab.train.run import Run
 
 
@@ -47,13 +47,13 @@ def done(run: Run, status: str = "finished") -> Done:
     return Done(run, {"key": run.key, "status": status, "val_loss": loss, "loss": loss, "step": 1, "seconds": 1.0})
 
 
-class Heard(Watch):
+class Heard(SweepListener):
     def __init__(self) -> None:
         self.words: list[str] = []
-        self.counted: list[tuple[int, str]] = []
+        self.counted: list[tuple[str, str]] = []
 
-    def say(self, words: str) -> None:
-        self.words.append(words)
+    def say(self, text: str) -> None:
+        self.words.append(text)
 
-    def ended(self, trial: Any, run: Run, *, fresh: bool) -> None:
-        self.counted.append((trial.number, trial.state))
+    def ended(self, run: Run, result: dict[str, Any], *, fresh: bool) -> None:
+        self.counted.append((run.key, result["status"]))

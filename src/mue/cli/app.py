@@ -37,7 +37,7 @@ def with_sweep(data: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any
         return data, None
     from dataclasses import fields, replace
 
-    from mue.lab.sweep.sweep import tuned_of
+    from mue.lab.sweep.tuned import tuned_of
     from mue.plan.toml import shape_from, table_of, training_from
 
     if "tuned" in data:

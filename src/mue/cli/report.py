@@ -40,21 +40,21 @@ def report(
     atexit.register(gc.freeze)  # ... and another at its end
     console = Console()
     if storage:
-        from mue.lab.sweep.sweep import adopt
+        from mue.lab.sweep.state import join
 
-        adopt(folder, storage, study)
+        join(folder, storage, study)
     swept = (folder / "sweep.json").exists()
     if (csv or listed) and not swept:
         raise ValueError(f"--csv and --list are of a sweep's trials, and {folder} holds no sweep")
     if listed:
-        from mue.lab.sweep.display import board_of
-        from mue.lab.sweep.sweep import stored_sweep
+        from mue.lab.sweep.display import sweep_table
+        from mue.lab.sweep.state import SweepState
 
-        stored = stored_sweep(folder)
-        console.print(board_of(stored.trials(folder).all(), str(folder), stored.spec.training.steps))
+        state = SweepState.load(folder)
+        console.print(sweep_table(state.read_trials().all(), str(folder), state.spec.training.steps))
         return
     if swept and (folder / "demo.json").exists():
-        from mue.lab.demo.demo import report_again
+        from mue.lab.demo.report import report_again
 
         path = report_again(folder)
     elif swept:

@@ -80,12 +80,15 @@ def sweep(
       mue sweep sweep.toml -o runs/s --storage postgresql://me@db/sweeps     # on each of them, at any time
     """
     from mue.lab.data.spec import open_corpus
-    from mue.lab.sweep.display import Board
-    from mue.lab.sweep.metric_sinks import open_mirrors
-    from mue.lab.sweep.points import why_done
+    from mue.lab.sweep.display import SweepDisplay
+    from mue.lab.sweep.listener import Broadcast
+    from mue.lab.sweep.metric_sinks import open_sinks
     from mue.lab.sweep.report import sweep_report
+    from mue.lab.sweep.result import tuned_words
+    from mue.lab.sweep.sampler import sampler_of
     from mue.lab.sweep.spec import sweep_from
-    from mue.lab.sweep.sweep import run_sweep, stored_sweep, tuned_words
+    from mue.lab.sweep.state import SweepState
+    from mue.lab.sweep.sweep import run_sweep
 
     if (file is None) == (resume is None):
         raise ValueError("mue sweep needs a FILE, or --resume FOLDER to go on with one; not both")
@@ -93,20 +96,29 @@ def sweep(
         raise ValueError(f"--resume {resume} goes on in that folder: leave --out out")
     console = Console()
     folder = resume or out or Path("runs/sweep")
-    spec = sweep_from(read_toml(file), file.parent) if file else stored_sweep(folder).spec
-    mirrors = open_mirrors(log or [], folder)
+    spec = sweep_from(read_toml(file), file.parent) if file else SweepState.load(folder).spec
+    sinks = open_sinks(log or [], folder)
     corpus = open_corpus(spec.source)
     say_data(console, corpus)
-    with Board(console, "sweep", spec.training.steps, mirrors) as board:
-        swept = run_sweep(
-            spec, folder, corpus, storage=storage, lease=lease, workers=workers, watch=board, resume=resume is not None
+    with Broadcast(*sinks, SweepDisplay(console, "sweep", spec.training.steps)) as listener:
+        result = run_sweep(
+            spec,
+            folder,
+            corpus,
+            storage=storage,
+            lease=lease,
+            workers=workers,
+            listener=listener,
+            resume=resume is not None,
         )
     gc.freeze()  # what is left is short, and looking for garbage among thousands of trials a tenth of it
-    console.print(f"[bold]{swept.verdict}[/]\n{tuned_words(swept.tuned)}", highlight=False, soft_wrap=True)
-    for warning in swept.warnings:
+    console.print(f"[bold]{result.verdict}[/]\n{tuned_words(result.tuned)}", highlight=False, soft_wrap=True)
+    for warning in result.warnings:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
-    if why := why_done(swept.spec.grid, swept.trials):
+    if why := sampler_of(result.spec.grid).why_done(result.trials):
         console.print(f"the search ended: {why.partition(': ')[0]}", highlight=False)
     say_paths(
-        console, f"report: {sweep_report(folder, csv=csv, swept=swept)}", f"use it: mue plan FILE.toml --tuned {folder}"
+        console,
+        f"report: {sweep_report(folder, csv=csv, result=result)}",
+        f"use it: mue plan FILE.toml --tuned {folder}",
     )

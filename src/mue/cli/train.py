@@ -59,8 +59,8 @@ def train(file: File, out: Out = Path("runs/train"), tuned: Tuned = None) -> Non
     console.print(f"run {run.key}, plan {made.hash}: {made.target.name}, {made.target.parameters:,} parameters")
     with RunProgress(console, "train", [run], lambda r: r.plan.target.name) as progress:
         result = run_training(
-            run, store, corpus, progress=lambda step, loss: progress.event(run.key, step, loss), keep_weights=True
+            run, store, corpus, progress=lambda step, loss: progress.moved(run, step, loss), keep_weights=True
         )
-        progress.done(run, result)
+        progress.ended(run, result, fresh=run.key in progress.seen)
     made.save(store.folder(run.key) / "plan.json")
     console.print(f"report: {run_report(store.folder(run.key))}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -13,7 +13,7 @@ from mue.cli.app import File, Out, Tuned, Workers, app, say_data, say_paths, wit
 from mue.plan.toml import read_toml
 
 if TYPE_CHECKING:
-    from mue.lab.per_role.tune import Watch
+    from mue.lab.runners.listener import RunListener
     from mue.lab.train.run import Run
 
 
@@ -64,18 +64,12 @@ def tune_roles(file: File, out: Out = Path("runs/roles"), tuned: Tuned = None, w
     corpus = open_corpus(spec.source)
     say_data(console, corpus)
 
-    class Quiet(RunProgress):
-        """Hundreds of runs: the bar moves, and no run has a line of its own."""
-
-        def done(self, run: Run, result: dict[str, Any]) -> None:
-            self.event(run.key, self.steps[run.key], result["loss"] or float("nan"))
-
     @contextmanager
-    def watching(title: str, runs: Sequence[Run]) -> Iterator[Watch]:
+    def listener_of(title: str, runs: Sequence[Run]) -> Iterator[RunListener]:
         console.print(title, highlight=False)
-        with Quiet(console, "training", runs, lambda run: run.key) as progress:
+        with RunProgress(console, "training", runs, label=None) as progress:
             yield progress
 
-    found = run(spec, out, corpus, watching, workers=workers)
+    found = run(spec, out, corpus, listener_of, workers=workers)
     console.print(f"[bold]{found.verdict}[/]", highlight=False)
     say_paths(console, f"report: {roles_report(out)}", f"use it: mue plan FILE.toml --tuned {out}, or {out}/tuned.toml")

@@ -31,6 +31,13 @@ def positive(name: str, value: object, *, zero: bool = False, below: float = mat
     return float(value)
 
 
+def true_or_false(name: str, value: object) -> bool:
+    """``value`` as it is, or a ``ValueError`` that names it where it is no truth value."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    return value
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """``"; did you mean 'width'?"`` with the closest known word, or the list of all of them."""
     known = list(known)

@@ -14,7 +14,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import mue
-from mue.lab.per_role.search import Found, Job, Search, multipliers, search
+from mue.lab.per_role.search import Job, RolesResult, Search, multipliers, search
 from mue.lab.per_role.space import Coordinate, at, coordinates, factor, mirrored_design, moved, roles_of
 from mue.lab.per_role.stats import noise_of, paired, shares, shrunk, slopes
 from mue.lab.per_role.tune import tuned_toml
@@ -55,7 +55,7 @@ class Landscape:
         return NormalDist().inv_cdf((int.from_bytes(digest[:6], "little") + 0.5) / 2**48)
 
 
-def found(landscape: Landscape, **options: Any) -> Found:
+def found(landscape: Landscape, **options: Any) -> RolesResult:
     return search(TUNED, SPACE, Search(**{"numbers": ("lr",), **options}), landscape)
 
 

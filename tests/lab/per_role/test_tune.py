@@ -23,7 +23,8 @@ from mue.lab.data import Corpus
 from mue.lab.data.spec import open_corpus
 from mue.lab.per_role.report import roles_report
 from mue.lab.per_role.tune import RolesSpec, roles_from, tune_roles
-from mue.lab.sweep.sweep import tuned_of
+from mue.lab.runners.listener import RunListener
+from mue.lab.sweep.tuned import tuned_of
 from mue.lab.train.run import Run, Store
 from mue.lab.train.session import train
 from mue.plan.toml import read_toml, tuned_from
@@ -46,7 +47,7 @@ confirm = 3
 )
 
 
-class Counted:
+class Counted(RunListener):
     """What a search trains, batch by batch."""
 
     def __init__(self) -> None:
@@ -58,11 +59,8 @@ class Counted:
         self.titles.append(title)
         yield self
 
-    def event(self, key: str, step: int, loss: float) -> None:
-        self.fresh.add(key)
-
-    def done(self, run: Run, result: dict[str, Any]) -> None:
-        pass
+    def moved(self, run: Run, step: int, loss: float) -> None:
+        self.fresh.add(run.key)
 
 
 @cache
@@ -82,12 +80,12 @@ def spec_in(folder: Path) -> RolesSpec:
 def trained_here() -> Iterator[None]:
     """Runs of a second in this process: starting workers costs more. (The killed search below has real ones.)"""
 
-    def run_all(runs: Sequence[Run], store: Store, *, on_event: Any, on_done: Any, **_: Any) -> dict[str, Any]:
+    def run_all(runs: Sequence[Run], store: Store, *, listener: RunListener, **_: Any) -> dict[str, Any]:
         results = {}
         for run in runs:
-            progress = partial(on_event, run.key)
+            progress = partial(listener.moved, run)
             results[run.key] = train(run, store, _corpus(run), progress=progress)
-            on_done(run, results[run.key])
+            listener.ended(run, results[run.key], fresh=True)
         return results
 
     with pytest.MonkeyPatch.context() as patch:

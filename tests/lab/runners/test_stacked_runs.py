@@ -8,6 +8,7 @@ import os
 import signal
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,6 +17,7 @@ from mue.kernels import build
 from mue.lab.data import Corpus
 from mue.lab.data.spec import describe_data, open_corpus
 from mue.lab.runners.calibrate import Calibration
+from mue.lab.runners.listener import RunListener
 from mue.lab.runners.open import open_runner
 from mue.lab.runners.pool import DEATHS, Pool, WorkerLayout
 from mue.lab.runners.run_all import run_all
@@ -210,10 +212,18 @@ def test_a_measurement_is_of_the_kernel_it_was_made_with(
     assert paths[:3] == paths[3:] and len(set(paths)) == 3
 
 
+class Ended(RunListener):
+    def __init__(self) -> None:
+        self.runs: list[tuple[str, bool]] = []
+
+    def ended(self, run: Run, result: dict[str, Any], *, fresh: bool) -> None:
+        self.runs.append((run.key, fresh))
+
+
 def test_run_all_stacked(tmp_path: Path, source: dict[str, object], corpus: Corpus) -> None:
     runs = [dense_run(source, corpus, seed=seed, steps=4) for seed in (0, 1, 0)]
-    store, order = Store(tmp_path), []
+    store, heard = Store(tmp_path), Ended()
     train(runs[1], store, corpus)
-    results = run_all(runs, store, workers=2, kind="stacked", on_done=lambda run, result: order.append(run.key))
-    assert order == [runs[1].key, runs[0].key]
-    assert {key: result["status"] for key, result in results.items()} == dict.fromkeys(order, "finished")
+    results = run_all(runs, store, workers=2, kind="stacked", listener=heard)
+    assert heard.runs == [(runs[1].key, False), (runs[0].key, True)]
+    assert {key: result["status"] for key, result in results.items()} == dict.fromkeys(dict(heard.runs), "finished")

@@ -14,12 +14,15 @@ from mue.cli import main
 from mue.lab.data.spec import open_corpus
 from mue.lab.runners.runner import Done, Message
 from mue.lab.sweep import sweep as sweep_module
-from mue.lab.sweep.points import grid_points
 from mue.lab.sweep.report import sweep_report
+from mue.lab.sweep.result import SweepResult
+from mue.lab.sweep.sampler import sampler_of
 from mue.lab.sweep.spec import SweepSpec, sweep_from
+from mue.lab.sweep.state import SweepState
 from mue.lab.sweep.storage import Database
-from mue.lab.sweep.sweep import Swept, identity, open_trials, run_sweep, stored_sweep, tuned_of
-from mue.lab.sweep.trials import Trial
+from mue.lab.sweep.sweep import run_sweep
+from mue.lab.sweep.trial import Trial
+from mue.lab.sweep.tuned import tuned_of
 from mue.lab.sweep.worker import Worker
 from mue.lab.train.run import Run
 from mue.plan.toml import read_toml
@@ -69,14 +72,14 @@ class Interrupting(Heard):
         super().__init__()
         self.after = after
 
-    def ended(self, trial: object, run: Run, *, fresh: bool) -> None:
-        super().ended(trial, run, fresh=fresh)
+    def ended(self, run: Run, result: dict[str, Any], *, fresh: bool) -> None:
+        super().ended(run, result, fresh=fresh)
         if len(self.counted) == self.after:
             raise KeyboardInterrupt
 
 
-def run(spec: SweepSpec, out: Path, watch: Heard | None = None, *, resume: bool = False) -> Swept:
-    return run_sweep(spec, out, open_corpus(spec.source), watch=watch, resume=resume)
+def run(spec: SweepSpec, out: Path, listener: Heard | None = None, *, resume: bool = False) -> SweepResult:
+    return run_sweep(spec, out, open_corpus(spec.source), listener=listener, resume=resume)
 
 
 def test_points_that_are_no_longer_asked_for_are_not_trained(
@@ -90,7 +93,7 @@ def test_points_that_are_no_longer_asked_for_are_not_trained(
     assert set(trained) == began | set(lrs(3))
     assert any("not in the file any more" in words for words in heard.words)
     assert len(swept.best.points) == 3
-    assert {t.point["lr"] for t in stored_sweep(tmp_path).trials(tmp_path).all()} == set(trained)
+    assert {t.point["lr"] for t in SweepState.load(tmp_path).read_trials().all()} == set(trained)
     swept = run(spec, tmp_path)
     assert sorted(trained) == sorted(lrs(5)) and len(swept.best.points) == 5  # each of them once
 
@@ -100,12 +103,12 @@ def test_a_grid_widened_beside_a_worker_is_what_counts(spec: SweepSpec, tmp_path
     narrow = asking(spec, 3)
 
     class Widening(Heard):
-        def ended(self, trial: object, run: Run, *, fresh: bool) -> None:
+        def ended(self, run: Run, result: dict[str, Any], *, fresh: bool) -> None:
             if not self.counted:  # as another worker does at its start
-                trials = open_trials(tmp_path, identity(spec, corpus.hash), None)
-                about = {"identity": identity(spec, corpus.hash), "spec": spec.to_dict()}
-                trials.ask(about, grid_points(spec.grid), only=True)
-            super().ended(trial, run, fresh=fresh)
+                trials = SweepState(tmp_path, spec, spec.identity(corpus.hash), None).open_trials()
+                about = {"identity": spec.identity(corpus.hash), "spec": spec.to_dict()}
+                trials.ask(about, sampler_of(spec.grid).points(), only=True)
+            super().ended(run, result, fresh=fresh)
 
     corpus = open_corpus(spec.source)
     swept = run(narrow, tmp_path, Widening())
@@ -114,7 +117,7 @@ def test_a_grid_widened_beside_a_worker_is_what_counts(spec: SweepSpec, tmp_path
     told = json.loads((tmp_path / "result.json").read_text())
     assert len(told["cells"][0]["points"]) == 5
     assert "so far" not in sweep_report(tmp_path).read_text()
-    assert stored_sweep(tmp_path).spec == spec and tuned_of(tmp_path).notes == ()
+    assert SweepState.load(tmp_path).spec == spec and tuned_of(tmp_path).notes == ()
     own = replace(narrow, grid=replace(narrow.grid, runner="stacked"))
     about = json.loads((tmp_path / "sweep.json").read_text())
     write_json(tmp_path / "sweep.json", {**about, "spec": own.to_dict()})  # a machine that was not told
@@ -132,8 +135,8 @@ def test_a_grid_widened_as_a_worker_ends_is_worked_on(
         def work(self) -> list[Trial]:
             ended = super().work()
             while asked:
-                about = {"identity": identity(spec, corpus.hash), "spec": asked.pop().to_dict()}
-                self.trials.ask(about, grid_points(spec.grid), only=True)
+                about = {"identity": spec.identity(corpus.hash), "spec": asked.pop().to_dict()}
+                self.trials.ask(about, sampler_of(spec.grid).points(), only=True)
             return ended
 
     monkeypatch.setattr(sweep_module, "Worker", Late)
@@ -144,8 +147,8 @@ def test_a_grid_widened_as_a_worker_ends_is_worked_on(
 def test_a_report_of_a_new_grid_without_a_result(spec: SweepSpec, tmp_path: Path, trained: list[float]) -> None:
     run(asking(spec, 3), tmp_path)
     other = replace(spec, grid=replace(spec.grid, lr=(0.5, 1.0)))
-    trials = stored_sweep(tmp_path).trials(tmp_path)
-    trials.ask({"identity": {}, "spec": other.to_dict()}, grid_points(other.grid), only=True)
+    trials = SweepState.load(tmp_path).read_trials()
+    trials.ask({"identity": {}, "spec": other.to_dict()}, sampler_of(other.grid).points(), only=True)
     assert "no run has a loss yet" in sweep_report(tmp_path).read_text()
     trials.ask({"identity": {}, "spec": {**other.to_dict(), "grid": {"new": 1}}}, [], only=False)
     with pytest.raises(ValueError, match="another version of mue"):

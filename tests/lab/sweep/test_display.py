@@ -13,14 +13,14 @@ import pytest
 from rich.console import Console
 
 from mue.lab.data.spec import describe_data, open_corpus
-from mue.lab.sweep.display import Board, board_of, sparkline
-from mue.lab.sweep.metric_sinks import open_mirrors, scalars
-from mue.lab.sweep.points import grid_points, proposed
+from mue.lab.sweep.display import SweepDisplay, sparkline, sweep_table
+from mue.lab.sweep.metric_sinks import open_sinks, scalars
 from mue.lab.sweep.report import COLUMNS, sweep_report
+from mue.lab.sweep.sampler import sampler_of
 from mue.lab.sweep.spec import SweepSpec, sweep_from
+from mue.lab.sweep.state import SweepState, join
 from mue.lab.sweep.storage import Database
-from mue.lab.sweep.sweep import adopt, identity, open_trials, stored_sweep, sweep_run
-from mue.lab.sweep.trials import State, Trial
+from mue.lab.sweep.trial import State, Trial
 from mue.lab.train.run import Run, Store
 from mue.plan.toml import read_toml
 from mue.util.files import digest, write_json
@@ -60,7 +60,7 @@ def test_the_valley_in_blocks() -> None:
 def test_the_table_says_how_far_it_is() -> None:
     trials = [trial(0, 0.002, loss=2.5), trial(1, 0.004), trial(2, 0.008, "PRUNED"), trial(3, 0.016, "WAITING")]
     running = trial(4, 0.032, "RUNNING", owner="node7:12:abcd", progress={"step": 40, "loss": 2.75}, quiet=33.0)
-    text = printed(board_of([*trials, running], "sweep", 150, 65))
+    text = printed(sweep_table([*trials, running], "sweep", 150, 65))
     for words in (
         "3 of 5 trials",
         "1 diverged",
@@ -74,17 +74,21 @@ def test_the_table_says_how_far_it_is() -> None:
         assert words in text
     for words in ("40/150", "2.750", "node7:12", "33 s ago"):
         assert words in text
-    assert "running" not in printed(board_of(trials, "sweep", 150))
+    assert "running" not in printed(sweep_table(trials, "sweep", 150))
 
 
-def test_plain_lines_where_there_is_no_terminal() -> None:
+def test_plain_lines_where_there_is_no_terminal(spec: SweepSpec) -> None:
     console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    with Board(console, "sweep", 150) as board:
-        board.look([trial(0, 0.002, loss=2.5), trial(1, 0.004, "WAITING")])
-        board.ended(trial(1, 0.004, loss=2.25), SimpleNamespace(key="feed" * 4), fresh=True)  # type: ignore[arg-type]
+    run, result = a_run(spec), {"status": "finished", "val_loss": 2.25}
+    with SweepDisplay(console, "sweep", 150) as display:
+        display.look([trial(0, 0.002, loss=2.5), trial(1, 0.004, "WAITING")])
+        display.ended(run, result, fresh=True)
+        display.ended(run, {**result, "status": "stopped", "val_loss": None, "step": 7}, fresh=False)
+        display.ended(run, {**result, "val_loss": None}, fresh=False)
     text = console.export_text()
-    assert "1 of 2 trials were done before" in text and "lr 0.004" in text and "loss 2.2500" in text
-    assert board.fresh == 1
+    assert "1 of 2 trials were done before" in text and "lr 0.008" in text and "loss 2.2500" in text
+    assert "stopped at step 7, hopeless" in text and "diverged" in text
+    assert display.fresh == 1
 
 
 @pytest.fixture
@@ -94,10 +98,10 @@ def spec(experiment: Path) -> SweepSpec:
 
 def half_done(spec: SweepSpec, folder: Path) -> None:
     """A sweep's folder with two trials ended, one under way, three waiting: nothing was trained."""
-    own = identity(spec, open_corpus(spec.source).hash)
+    own = spec.identity(open_corpus(spec.source).hash)
     write_json(folder / "sweep.json", {"identity": own, "spec": spec.to_dict(), "storage": None})
-    trials = open_trials(folder, own, None)
-    trials.add(grid_points(spec.grid))
+    trials = SweepState(folder, spec, own, None).open_trials()
+    trials.add(sampler_of(spec.grid).points())
     for loss in (2.5, None):
         claimed = trials.claim("node:1:a")
         assert claimed is not None
@@ -107,7 +111,7 @@ def half_done(spec: SweepSpec, folder: Path) -> None:
 
 def test_a_sweep_is_read_back_as_it_was_written(spec: SweepSpec, tmp_path: Path) -> None:
     half_done(spec, tmp_path / "out")
-    assert stored_sweep(tmp_path / "out").spec == spec
+    assert SweepState.load(tmp_path / "out").spec == spec
 
 
 def test_report_and_csv_while_it_runs(spec: SweepSpec, tmp_path: Path) -> None:
@@ -131,7 +135,7 @@ def test_searches_ask_for_new_points_within_their_ranges(spec: SweepSpec, sample
 
     grid = replace(spec.grid, sampler=sampler, trials=12, seeds=(0, 1))
     trials: list[Trial] = []
-    while points := proposed(grid, trials, 3):
+    while points := sampler_of(grid).propose(trials, 3):
         for point in points:
             loss = 2 + (point["lr"] - 0.008) ** 2 * 100
             trials.append(Trial(len(trials) + 1, len(trials), "COMPLETE", point, {"val_loss": loss}))
@@ -150,7 +154,7 @@ ROWS = [{"step": s, "loss": 5.0 - s / 10, "load": [[0.5, 0.25, 0.25]]} for s in 
 
 
 def a_run(spec: SweepSpec) -> Run:
-    return sweep_run(spec, grid_points(spec.grid)[0], describe_data(spec.source, open_corpus(spec.source)))
+    return spec.run_at(sampler_of(spec.grid).points()[0], describe_data(spec.source, open_corpus(spec.source)))
 
 
 def test_tensorboard_gets_each_row_once(spec: SweepSpec, tmp_path: Path) -> None:
@@ -158,12 +162,12 @@ def test_tensorboard_gets_each_row_once(spec: SweepSpec, tmp_path: Path) -> None
 
     run = a_run(spec)
     for _ in range(2):  # the second session writes the run from its first row again, in the place of the first's
-        (mirror,) = open_mirrors(["tensorboard"], tmp_path)
+        (sink,) = open_sinks(["tensorboard"], tmp_path)
         rows_of(run, Store(tmp_path), ROWS[:2], tail='{"step": 10, "lo')
-        mirror.follow(run)
+        sink.follow(run)
         rows_of(run, Store(tmp_path), ROWS)
-        mirror.follow(run)
-        mirror.close()
+        sink.follow(run)
+        sink.__exit__(None, None, None)
     events = EventAccumulator(str(tmp_path / "tensorboard" / run.key))
     events.Reload()
     assert [(e.step, round(e.value, 5)) for e in events.Scalars("loss")] == [(1, 4.9), (5, 4.5), (10, 4.0)]
@@ -176,11 +180,11 @@ def test_wandb_gets_each_row_once(spec: SweepSpec, tmp_path: Path, monkeypatch: 
     fake = SimpleNamespace(init=lambda **how: asked.update(how) or made)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     run = a_run(spec)
-    (mirror,) = open_mirrors(["wandb"], tmp_path)
+    (sink,) = open_sinks(["wandb"], tmp_path)
     for end in (2, 3):
         rows_of(run, Store(tmp_path), ROWS[:end])
-        mirror.follow(run)
-    mirror.close()
+        sink.follow(run)
+    sink.__exit__(None, None, None)
     assert logged == [*((row["step"], scalars(row)) for row in ROWS), "finished"]
     assert asked["id"] == run.key and asked["config"]["lr"] == run.plan.tuned.lr
 
@@ -188,29 +192,29 @@ def test_wandb_gets_each_row_once(spec: SweepSpec, tmp_path: Path, monkeypatch: 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ValueError, match="pip install wandb"):
-        open_mirrors(["wandb"], tmp_path)
+        open_sinks(["wandb"], tmp_path)
     with pytest.raises(ValueError, match="tensorboard or wandb, not 'mlflow'"):
-        open_mirrors(["mlflow"], tmp_path)
+        open_sinks(["mlflow"], tmp_path)
     assert scalars(ROWS[0]) == {"loss": 4.9, "load/layer 0": 1.5}
 
 
 def test_a_machine_that_had_no_part_in_it_reports_from_the_shared_storage(spec: SweepSpec, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path / 'shared.db'}"
     with pytest.raises(ValueError, match="there is no storage"):
-        adopt(tmp_path / "here", url, None)
+        join(tmp_path / "here", url, None)
     assert not (tmp_path / "shared.db").exists()
     Database(url)
     with pytest.raises(ValueError, match="holds no sweep"):
-        adopt(tmp_path / "here", url, None)
-    trials = open_trials(tmp_path / "there", identity(spec, "0" * 64), url)
-    trials.ask({"identity": identity(spec, "0" * 64), "spec": spec.to_dict()}, grid_points(spec.grid), only=True)
-    adopt(tmp_path / "here", url, None)
+        join(tmp_path / "here", url, None)
+    trials = SweepState(tmp_path / "there", spec, spec.identity("0" * 64), url).open_trials()
+    trials.ask({"identity": spec.identity("0" * 64), "spec": spec.to_dict()}, sampler_of(spec.grid).points(), only=True)
+    join(tmp_path / "here", url, None)
     assert "6 trials" in sweep_report(tmp_path / "here").read_text()
     with pytest.raises(ValueError, match="holds a sweep, which knows its storage"):
-        adopt(tmp_path / "here", url, None)
-    second = open_trials(tmp_path / "there", identity(spec, "1" * 64), url)
-    second.ask({"identity": identity(spec, "1" * 64), "spec": spec.to_dict()}, [], only=False)
+        join(tmp_path / "here", url, None)
+    second = SweepState(tmp_path / "there", spec, spec.identity("1" * 64), url).open_trials()
+    second.ask({"identity": spec.identity("1" * 64), "spec": spec.to_dict()}, [], only=False)
     with pytest.raises(ValueError, match=r"--study:\n  [0-9a-f]{16} .*40 steps of 128 tokens"):
-        adopt(tmp_path / "other", url, None)
-    adopt(tmp_path / "other", url, digest(identity(spec, "1" * 64)))
-    assert stored_sweep(tmp_path / "other").identity["data"] == "1" * 64
+        join(tmp_path / "other", url, None)
+    join(tmp_path / "other", url, digest(spec.identity("1" * 64)))
+    assert SweepState.load(tmp_path / "other").identity["data"] == "1" * 64

@@ -19,8 +19,7 @@ import pytest
 from mue.lab.data.spec import describe_data, open_corpus
 from mue.lab.runners.run_all import run_all
 from mue.lab.sweep.spec import sweep_from
-from mue.lab.sweep.sweep import sweep_run
-from mue.lab.sweep.trials import Trial
+from mue.lab.sweep.trial import Trial
 from mue.lab.train.run import Store
 from mue.plan.toml import read_toml
 from mue.util.files import write_json
@@ -104,9 +103,10 @@ def test_control_a_drill_sees_a_trial_counted_twice_and_one_that_is_lost(experim
     drill.start(0)
     trials = drill.finish(300)
     assert drill.faults(trials, 16) == []
+    again = drill.lines("ended")[3]
     with drill.log.open("a") as log:
-        log.write(f"ended {trials[3].number}\n")
-    assert drill.faults(trials, 16) == [f"trial {trials[3].number} was counted 2 times"]
+        log.write(f"ended {again}\n")
+    assert drill.faults(trials, 16) == [f"run {again} was counted 2 times"]
     assert drill.faults(trials[1:], 16)[0] == "15 trials instead of 16"
 
 
@@ -143,7 +143,7 @@ def alone(file: Path, trials: list[Trial], out: Path) -> int:
     """How many trials give the very same loss when they are run again by themselves."""
     spec = sweep_from(read_toml(file), file.parent)
     corpus = open_corpus(spec.source)
-    runs = [sweep_run(spec, t.point, describe_data(spec.source, corpus)) for t in trials]
+    runs = [spec.run_at(t.point, describe_data(spec.source, corpus)) for t in trials]
     again = run_all(runs, Store(out), workers=len(os.sched_getaffinity(0)))
     return sum(again[run.key]["val_loss"] == t.loss for run, t in zip(runs, trials, strict=True))
 

@@ -60,4 +60,4 @@ def test_the_documented_search_is_a_sweep_file() -> None:
     page = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
     table = tomllib.loads(page.partition("```toml\n")[2].partition("```")[0])
     grid = spec(**table["sweep"]).grid
-    assert grid.sampler == "valley" and grid.extend and grid.stop_early and grid.trials == 40
+    assert grid.sampler == "valley" and grid.options["extend"] and grid.stop_early and grid.trials == 40

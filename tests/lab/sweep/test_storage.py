@@ -14,7 +14,8 @@ import pytest
 
 from mue.lab.sweep import storage
 from mue.lab.sweep.storage import Database, StorageError, for_optuna
-from mue.lab.sweep.trials import Trial, Trials, name_of
+from mue.lab.sweep.trial import Trial, name_of
+from mue.lab.sweep.trials import Trials
 from support.postgres import Wire, postgres
 
 POINTS = [{"lr": 2.0**-e, "weight_decay": 0.1, "init_std": 0.05, "seed": s} for e in range(5, 9) for s in (0, 1)]

@@ -11,9 +11,10 @@ import pytest
 
 from mue.lab.data.spec import describe_data, open_corpus
 from mue.lab.runners.runner import Busy, Done, Message, Progress
-from mue.lab.sweep.points import grid_points
+from mue.lab.sweep.result import summarise
+from mue.lab.sweep.sampler import sampler_of
 from mue.lab.sweep.spec import SweepSpec, sweep_from
-from mue.lab.sweep.sweep import identity, open_trials, summarise, sweep_run
+from mue.lab.sweep.state import SweepState
 from mue.lab.sweep.trials import Trials
 from mue.lab.sweep.worker import Worker
 from mue.lab.train.run import Run, Store
@@ -28,10 +29,10 @@ def spec(experiment: Path) -> SweepSpec:
 
 def working(spec: SweepSpec, out: Path, runner: Scripted, count: int) -> tuple[Worker, Trials, Heard]:
     corpus = open_corpus(spec.source)
-    trials = open_trials(out, identity(spec, corpus.hash), None)
-    trials.add(grid_points(spec.grid)[:count])
+    trials = SweepState(out, spec, spec.identity(corpus.hash), None).open_trials()
+    trials.add(sampler_of(spec.grid).points()[:count])
     data, heard = describe_data(spec.source, corpus), Heard()
-    worker = Worker(spec.grid, trials, Store(out), lambda p: sweep_run(spec, p, data), lambda _: runner, heard)
+    worker = Worker(spec.grid, trials, Store(out), lambda p: spec.run_at(p, data), lambda _: runner, heard)
     return worker, trials, heard
 
 
@@ -44,7 +45,7 @@ def test_a_run_that_is_lost_and_claimed_again_before_it_stopped(spec: SweepSpec,
             trials.release(worker.name)
             assert trials.claim("another") is not None
             trials.release("another")
-            worker.pulse._lost |= {t.id for t in trials.all()}  # as the next sign of life would find out
+            worker.heartbeat._lost |= {t.id for t in trials.all()}  # as the next sign of life would find out
         if runner.turns in (1, 2):
             return [Progress(run.key, runner.turns, 3.0)]
         return [done(run, "stopped" if len(runner.submitted) == 1 else "finished")]
@@ -53,7 +54,7 @@ def test_a_run_that_is_lost_and_claimed_again_before_it_stopped(spec: SweepSpec,
     worker, trials, heard = working(spec, tmp_path, runner, 1)
     (ended,) = worker.work()
     assert ended.state == "COMPLETE" and ended.loss == 2.5 and ended.owner == worker.name
-    assert heard.counted == [(0, "COMPLETE")]
+    assert heard.counted == [(runner.submitted[0], "finished")]
     assert runner.stopped == runner.submitted[:1] and len(runner.submitted) == 2
 
 

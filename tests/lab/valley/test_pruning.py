@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mue.lab.valley.fit import Point, fit_valley
+from mue.lab.valley import LossPoint, fit_valley
 from mue.lab.valley.pruning import RUNGS, Seen, hopeless, rung
 from support.paths import ROOT
 from valley_population import load
@@ -99,6 +99,6 @@ def test_control_giving_up_what_is_far_behind_moves_it() -> None:
     moved = []
     for sweep in load(RECORDED / "sweeps.json"):
         best = float(np.nanmin(sweep.loss))
-        kept = [p if p.loss < best + 0.2 else Point(p.log2_lr, math.inf, p.seed) for p in sweep.points]
+        kept = [p if p.loss < best + 0.2 else LossPoint(p.log2_lr, math.inf, p.seed) for p in sweep.points]
         moved.append(abs(fit_valley(kept).minimum - fit_valley(sweep.points).minimum))
     assert max(moved) > 0.05

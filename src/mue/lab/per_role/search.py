@@ -22,7 +22,7 @@ import numpy.typing as npt
 from mue.lab.per_role.space import NUMBERS, Coordinate, Point, at, factor, mirrored_design, moved
 from mue.lab.per_role.stats import Gain, noise_of, paired, shares, shrunk, slopes
 from mue.shapes import HParams
-from mue.util.errors import nearest, positive, positive_int
+from mue.util.errors import nearest, positive, positive_int, true_or_false
 
 Job = tuple[HParams, int]
 """Tuned values and a seed."""
@@ -60,8 +60,7 @@ class Search:
             if name not in NUMBERS:
                 raise ValueError(f"[roles] numbers: unknown {name!r}{nearest(name, NUMBERS)}")
         object.__setattr__(self, "numbers", tuple(n for n in NUMBERS if n in self.numbers))
-        if not isinstance(self.thirds, bool):
-            raise ValueError(f"[roles] thirds must be true or false, got {self.thirds!r}")
+        true_or_false("[roles] thirds", self.thirds)
         positive("[roles] step", self.step, below=4)
         positive("[roles] error", self.error, below=1)
         for name in ("rounds", "seeds"):
@@ -109,7 +108,7 @@ class Confirmed:
 
 
 @dataclass(frozen=True)
-class Found:
+class RolesResult:
     """What a search found. ``reached``: the point of the last step taken. ``bought``: each of its multipliers' share.
     ``kept``: the point without those that bought nothing. ``confirmed``: None where no step was taken."""
 
@@ -138,7 +137,7 @@ class Found:
         return f"{what} together confirmed on fresh seeds, against the base as it was: {self.confirmed.gain}; {against}"
 
 
-def search(tuned: HParams, space: tuple[Coordinate, ...], settings: Search, train: Train) -> Found:
+def search(tuned: HParams, space: tuple[Coordinate, ...], settings: Search, train: Train) -> RolesResult:
     """Run the whole search.
 
     Raises:
@@ -157,9 +156,9 @@ def search(tuned: HParams, space: tuple[Coordinate, ...], settings: Search, trai
         point = point if made.taken is None else made.taken
         step = step if longest else step / 2
     if not any(point):
-        return Found(space, tuple(rounds), point, {}, point, None)
+        return RolesResult(space, tuple(rounds), point, {}, point, None)
     bought, kept = _attribute(point, tuned, space, settings, train)
-    return Found(space, tuple(rounds), point, bought, kept, _confirm(kept, tuned, space, settings, train))
+    return RolesResult(space, tuple(rounds), point, bought, kept, _confirm(kept, tuned, space, settings, train))
 
 
 def _seeds(stage: int, count: int) -> list[int]:
@@ -263,7 +262,7 @@ def _confirm(point: Point, tuned: HParams, space: Sequence[Coordinate], settings
     return Confirmed(losses, best, gain, on_best)
 
 
-def multipliers(found: Found) -> list[dict[str, Any]]:
+def multipliers(found: RolesResult) -> list[dict[str, Any]]:
     """Every multiplier of the point reached, with what it bought, for JSON and reports."""
     rows = []
     for coordinate, reached, kept in zip(found.space, found.reached, found.kept, strict=True):

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mue.lab.data import Corpus
 from mue.lab.data.spec import data_source, describe_data
-from mue.lab.per_role.search import Found, Job, Search, multipliers, search
+from mue.lab.per_role.search import Job, RolesResult, Search, multipliers, search
 from mue.lab.per_role.space import at, coordinates
+from mue.lab.runners.listener import ListenerOf
 from mue.lab.runners.run_all import run_all
 from mue.lab.sweep.spec import base_plan
 from mue.lab.train.provenance import provenance
@@ -48,18 +48,6 @@ class RolesSpec:
             "settings": settings,
             "data": data_hash,
         }
-
-
-class Watch(Protocol):
-    """What follows the runs of one batch (``mue.lab.report.progress``)."""
-
-    def event(self, key: str, step: int, loss: float) -> None: ...
-
-    def done(self, run: Run, result: dict[str, Any]) -> None: ...
-
-
-Watching = Callable[[str, Sequence[Run]], AbstractContextManager[Watch]]
-"""Called with a title and the runs of each batch."""
 
 
 def roles_from(data: Mapping[str, Any], folder: Path, tuned: HParams | None = None) -> RolesSpec:
@@ -101,11 +89,11 @@ def tune_roles(
     spec: RolesSpec,
     out: Path,
     corpus: Corpus,
-    watching: Watching,
+    listener_of: ListenerOf,
     *,
     workers: int | None = None,
     checkpoint_seconds: float = 10.0,
-) -> Found:
+) -> RolesResult:
     """Search, and write ``out/result.json`` (which ``--tuned`` reads) and ``out/tuned.toml``. Finished runs are not run again.
 
     Raises:
@@ -124,14 +112,13 @@ def tune_roles(
         ]
         keys = [run.key for run in runs]
         count.update(keys)
-        with watching(title, runs) as watch:
+        with listener_of(title, runs) as listener:
             results = run_all(
                 runs,
                 store,
                 workers=workers,
                 checkpoint_seconds=checkpoint_seconds,
-                on_event=watch.event,
-                on_done=watch.done,
+                listener=listener,
             )
         losses = (results[key]["val_loss"] for key in keys)
         return [math.inf if loss is None else loss for loss in losses]
@@ -160,7 +147,7 @@ def _own_folder(out: Path, own: dict[str, Any]) -> Store:
     return Store(out)
 
 
-def result_of(found: Found, spec: RolesSpec, tuned: HParams, data_hash: str, runs: int) -> dict[str, Any]:
+def result_of(found: RolesResult, spec: RolesSpec, tuned: HParams, data_hash: str, runs: int) -> dict[str, Any]:
     """What ``result.json`` of a search holds; ``tuned`` and ``identity`` as in a sweep's, so that ``--tuned`` reads it."""
     confirmed = found.confirmed
     return {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -15,9 +14,7 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 
 from mue.lab.report import plots
-from mue.lab.sweep.sweep import valley_dict
 from mue.lab.train.run import Run, Store
-from mue.lab.valley.fit import Point, Valley, fit_valley
 from mue.plan import render
 from mue.plan.plan import PlanData
 from mue.util.files import write_atomic, write_text
@@ -104,14 +101,6 @@ def _img(png: Path) -> str:
 # ---- sections -------------------------------------------------------------------------------------------------------
 
 
-def valley_of(points: Sequence[tuple[float, float | None]]) -> Valley | None:
-    """The fit of a curve with one run at each place; None where every run diverged."""
-    try:
-        return fit_valley([Point(x, math.inf if y is None else y) for x, y in points])
-    except ValueError:
-        return None
-
-
 def plan_section(plan: PlanData) -> Section:
     """The plan: header, picture and the full table with sources."""
     header, rows = render.table(plan)
@@ -194,18 +183,3 @@ def load_sections(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[Sectio
             caption="White: a fair share of the tokens; orange: more; purple: less. The balance bias moves only the selection.",
         )
     ]
-
-
-def check_entry(points: Sequence[tuple[float, float | None]]) -> dict[str, Any]:
-    """A valley check for JSON: losses by multiplier, the fit, and what transferring (multiplier 1) gives away."""
-    valley = valley_of(points)
-    finite = {x: y for x, y in points if y is not None}
-    at_one = finite.get(0.0)
-    lowest = min(finite.values()) if finite else None
-    return {
-        "losses": {f"{2.0**x:g}": y for x, y in points},
-        "valley": valley_dict(valley),
-        "loss_at_1": at_one,
-        "best_multiplier": None if lowest is None else 2.0 ** next(x for x, y in finite.items() if y == lowest),
-        "regret_vs_best_run": None if at_one is None or lowest is None else at_one - lowest,
-    }

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.transforms import Bbox
 
-from mue.lab.valley.fit import Valley
+from mue.lab.valley import Valley
 from mue.plan import render
 from mue.plan.plan import PlanData
 from mue.rules.table import CELLS, FACTORS

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from mue.lab.runners.calibrate import cores
+from mue.lab.runners.listener import RunListener
 from mue.lab.runners.open import open_runner
 from mue.lab.runners.runner import Done, Progress
 from mue.lab.train.run import BusyError, Run, Store
-
-Event = Callable[[str, int, float], None]
-"""Called with (run key, step, loss) as runs advance."""
 
 
 def run_all(
@@ -20,30 +18,32 @@ def run_all(
     *,
     workers: int | None = None,
     checkpoint_seconds: float = 10.0,
-    on_event: Event | None = None,
-    on_done: Callable[[Run, dict[str, Any]], None] | None = None,
+    listener: RunListener | None = None,
     kind: str = "processes",
 ) -> dict[str, dict[str, Any]]:
-    """Train every run that has no result yet; returns key → result of all of them.
+    """Train every run that has no result yet.
 
-    Runs with the same key are trained once. Results appear in ``on_done`` as they come, known ones first.
+    Args:
+        workers, checkpoint_seconds, kind: as :func:`mue.lab.runners.runner.open_runner` takes them.
+        listener: told of each run as it goes, and of those that were trained before first.
+
+    Returns:
+        Key → result of all runs. Those with the same key are trained once.
 
     Raises:
         ValueError, OSError: what a run said of its input or of the disk. mue.lab.runners.runner.FailedError: an error of ours,
         with its text. mue.lab.train.run.BusyError: another process trains one of them.
     """
+    listener = listener or RunListener()
     distinct = {run.key: run for run in reversed(runs)}
     results: dict[str, dict[str, Any]] = {}
-
-    def done(run: Run, result: dict[str, Any]) -> None:
-        results[run.key] = result
-        if on_done:
-            on_done(run, result)
+    moving: set[str] = set()
 
     for key, run in reversed(distinct.items()):
         known = store.result(key)
         if known is not None:
-            done(run, known)
+            results[key] = known
+            listener.ended(run, known, fresh=False)
     todo = [run for key, run in reversed(distinct.items()) if key not in results]
     if not todo:
         return results
@@ -57,10 +57,11 @@ def run_all(
         while len(results) < len(distinct):
             for message in runner.wait():
                 if isinstance(message, Done):
-                    done(message.run, message.result)
+                    results[message.run.key] = message.result
+                    listener.ended(message.run, message.result, fresh=message.run.key in moving)
                 elif isinstance(message, Progress):
-                    if on_event:
-                        on_event(message.key, message.step, message.loss)
+                    moving.add(message.key)
+                    listener.moved(distinct[message.key], message.step, message.loss)
                 else:
                     raise BusyError(f"run {message.run.key} is being trained by another process")
     finally:

@@ -1,6 +1,6 @@
 """A sweep in the terminal: one line of blocks for each cell's valley, the runs in progress, and a line for each that ends.
 
-``board_of`` is a pure function of the trials: the live table, the table at the end and ``mue report --list`` are one.
+``sweep_table`` is a pure function of the trials: the live table, the table at the end and ``mue report --list`` are one.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from mue.lab.sweep.trials import Trial
-from mue.lab.sweep.worker import Watch
+from mue.lab.sweep.listener import SweepListener
+from mue.lab.sweep.trial import Point, Trial
 from mue.lab.train.run import Run
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -26,30 +26,21 @@ _COLUMNS = 32  # of a valley: more learning rates than that share columns
 _CELLS, _RUNS = 8, 8  # shown; the rest is counted
 
 
-class Mirror(Protocol):
-    """Where metrics also go (``mue.lab.sweep.metric_sinks``)."""
-
-    def follow(self, run: Run) -> None:
-        """Pass on the rows that the run has written since."""
-
-    def close(self) -> None: ...
-
-
-class Board(Watch):
-    """``with Board(console, "sweep", steps) as board: run_sweep(..., watch=board)``.
+class SweepDisplay(SweepListener):
+    """``with SweepDisplay(console, "sweep", steps) as display: run_sweep(..., listener=display)``.
 
     A terminal shows a live table; anything else gets plain lines. ``steps``: of a whole run.
     """
 
-    def __init__(self, console: Console, title: str, steps: int, mirrors: Sequence[Mirror] = ()) -> None:
-        self.console, self.title, self.steps, self.mirrors = console, title, steps, mirrors
+    def __init__(self, console: Console, title: str, steps: int) -> None:
+        self.console, self.title, self.steps = console, title, steps
         self.started = time.monotonic()
         self.trials: Sequence[Trial] = ()
         self.fresh = 0
         """Runs trained in this session."""
         self.live = Live(console=console, get_renderable=self._table, transient=True, refresh_per_second=2)
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> Self:
         if self.console.is_terminal:
             self.live.start()
         return self
@@ -58,8 +49,6 @@ class Board(Watch):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.live.stop()
-        for mirror in self.mirrors:
-            mirror.close()
         if kind is None and self.trials:
             self.console.print(self._table())
 
@@ -68,40 +57,37 @@ class Board(Watch):
             self.say(f"{before} of {len(trials)} trials were done before")
         self.trials = trials
 
-    def moved(self, run: Run) -> None:
-        for mirror in self.mirrors:
-            mirror.follow(run)
-
-    def ended(self, trial: Trial, run: Run, *, fresh: bool) -> None:
-        assert trial.result is not None
+    def ended(self, run: Run, result: dict[str, Any], *, fresh: bool) -> None:
         self.fresh += fresh
-        when = f"{trial.result.get('seconds', 0):.0f} s" if fresh else "done before"
-        line = f"  {point_words(trial):<44}  {loss_words(trial)}  [dim]{when}, {run.key[:8]}[/]"
+        when = f"{result.get('seconds', 0):.0f} s" if fresh else "done before"
+        tuned = run.plan.tuned
+        point = {"lr": tuned.lr, "weight_decay": tuned.weight_decay, "init_std": tuned.init_std}
+        words = point_words({**point, "seed": run.settings.seed})
+        line = f"  {words:<44}  {loss_words(result)}  [dim]{when}, {run.key[:8]}[/]"
         self.console.print(line, highlight=False, soft_wrap=True)
 
-    def say(self, words: str) -> None:
-        self.console.print(f"  [dim]{words}[/]", highlight=False, soft_wrap=True)
+    def say(self, text: str) -> None:
+        self.console.print(f"  [dim]{text}[/]", highlight=False, soft_wrap=True)
 
     def _table(self) -> RenderableType:
-        return board_of(self.trials, self.title, self.steps, time.monotonic() - self.started)
+        return sweep_table(self.trials, self.title, self.steps, time.monotonic() - self.started)
 
 
-def point_words(trial: Trial) -> str:
+def point_words(point: Point) -> str:
     """A trial's point in short words."""
     short = {"weight_decay": "wd", "init_std": "std"}
-    return " ".join(f"{short.get(k, k)} {v:.4g}" for k, v in trial.point.items())
+    return " ".join(f"{short.get(k, k)} {v:.4g}" for k, v in point.items())
 
 
-def loss_words(trial: Trial) -> str:
-    """How a trial ended, as rich markup."""
-    result = trial.result or {}
-    if trial.state == "PRUNED":
+def loss_words(result: Mapping[str, Any]) -> str:
+    """How a run ended, as rich markup."""
+    if result["status"] == "stopped":
         return f"[yellow]stopped[/] at step {result.get('step', 0)}, hopeless"
-    loss = result.get("val_loss")
+    loss = result["val_loss"]
     return "[red]diverged[/]" if loss is None else f"loss {loss:.4f}"
 
 
-def board_of(trials: Sequence[Trial], title: str, steps: int, seconds: float | None = None) -> RenderableType:
+def sweep_table(trials: Sequence[Trial], title: str, steps: int, seconds: float | None = None) -> RenderableType:
     """The table of a sweep: how far it is, the best cells with their valleys, the runs in progress.
 
     ``steps``: of a whole run. ``seconds``: since this worker started.
@@ -188,7 +174,7 @@ def _running(trials: Sequence[Trial], steps: int) -> Table:
         reached = trial.progress or {}
         quiet = f", {trial.quiet:.0f} s ago" if trial.quiet is not None and trial.quiet > 20 else ""
         table.add_row(
-            f"  {point_words(trial)}",
+            f"  {point_words(trial.point)}",
             f"{reached.get('step', 0)}/{steps}",
             f"{reached['loss']:.3f}" if "loss" in reached else "",
             Text(f"{(trial.owner or '').rpartition(':')[0]}{quiet}", style="dim"),

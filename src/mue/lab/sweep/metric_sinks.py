@@ -1,24 +1,26 @@
 """Metrics for other viewers: the rows of ``metrics.jsonl``, which stay the record, copied to TensorBoard or W&B.
 
-mirrors = open_mirrors(["tensorboard"], folder)     # optional packages, imported here
-for mirror in mirrors: mirror.follow(run)           # whenever the run has new rows
+sinks = open_sinks(["tensorboard"], folder)         # optional packages, imported here
+with Broadcast(*sinks, display) as listener: run_sweep(..., listener=listener)
 """
 
 from __future__ import annotations
 
 import json
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
-from mue.lab.sweep.display import Mirror
+from mue.lab.runners.listener import RunListener
 from mue.lab.train.run import Run, Store
 
 
-def open_mirrors(kinds: Sequence[str], folder: Path) -> list[Mirror]:
-    """One mirror for each kind. ``ValueError`` for an unknown kind, or naming what to install."""
-    known: dict[str, type[TensorBoard | WandB]] = {"tensorboard": TensorBoard, "wandb": WandB}
+def open_sinks(kinds: Sequence[str], folder: Path) -> list[MetricSink]:
+    """One sink for each kind. ``ValueError`` for an unknown kind, or naming what to install."""
+    known: dict[str, type[MetricSink]] = {"tensorboard": TensorBoard, "wandb": WandB}
     for kind in kinds:
         if kind not in known:
             raise ValueError(f"--log takes {' or '.join(known)}, not {kind!r}; metrics.jsonl is always written")
@@ -28,55 +30,72 @@ def open_mirrors(kinds: Sequence[str], folder: Path) -> list[Mirror]:
         raise ValueError(f"--log {error.name} needs its package: pip install {error.name}") from error
 
 
-class _Tail:
-    """New whole rows of a run's metrics; a resumed run rewrites the same bytes, so a place in the file stays true."""
+class MetricSink(RunListener, ABC):
+    """Passes on the whole rows that a run has written since; a resumed run rewrites the same bytes, so a place in the file
+    stays true."""
 
     def __init__(self, folder: Path) -> None:
-        self.store, self.read = Store(folder), dict[str, int]()
+        self.folder, self._store, self._read = folder, Store(folder), dict[str, int]()
+
+    def moved(self, run: Run, step: int, loss: float) -> None:
+        self.follow(run)
+
+    def ended(self, run: Run, result: dict[str, Any], *, fresh: bool) -> None:
+        self.follow(run)
+
+    @abstractmethod
+    def follow(self, run: Run) -> None:
+        """Pass on the run's new rows."""
 
     def rows(self, run: Run) -> Iterator[dict[str, Any]]:
-        path = self.store.folder(run.key) / "metrics.jsonl"
+        """The run's new rows."""
+        path = self._store.folder(run.key) / "metrics.jsonl"
         if not path.exists():
             return
         with path.open("rb") as file:
-            file.seek(self.read.get(run.key, 0))
+            file.seek(self._read.get(run.key, 0))
             for line in file:
                 if line.endswith(b"\n"):
-                    self.read[run.key] = self.read.get(run.key, 0) + len(line)
+                    self._read[run.key] = self._read.get(run.key, 0) + len(line)
                     yield json.loads(line)
 
 
-class TensorBoard:
+class TensorBoard(MetricSink):
     """``<folder>/tensorboard/<run key>``; a run that goes on in a new session is written from its first row again."""
 
     def __init__(self, folder: Path) -> None:
         import tensorboard  # noqa: F401 - named in the error where it is missing; torch's writer needs it
         from torch.utils.tensorboard import SummaryWriter
 
-        self.folder, self.open, self.tail = folder / "tensorboard", SummaryWriter, _Tail(folder)
+        super().__init__(folder)
+        self.open = SummaryWriter
         self.writers: dict[str, Any] = {}
 
     def follow(self, run: Run) -> None:
         if run.key not in self.writers:
-            shutil.rmtree(self.folder / run.key, ignore_errors=True)
-            self.writers[run.key] = self.open(str(self.folder / run.key))
+            folder = self.folder / "tensorboard" / run.key
+            shutil.rmtree(folder, ignore_errors=True)
+            self.writers[run.key] = self.open(str(folder))
             self.writers[run.key].add_text("tuned", json.dumps(run.plan.tuned.to_dict()))
-        for row in self.tail.rows(run):
+        for row in self.rows(run):
             for name, value in scalars(row).items():
                 self.writers[run.key].add_scalar(name, value, row["step"])
 
-    def close(self) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for writer in self.writers.values():
             writer.close()
 
 
-class WandB:
+class WandB(MetricSink):
     """One W&B run for each of ours, under its key; project and mode come from W&B's own settings (``WANDB_MODE=offline``)."""
 
     def __init__(self, folder: Path) -> None:
         import wandb
 
-        self.wandb, self.folder, self.tail = wandb, folder, _Tail(folder)
+        super().__init__(folder)
+        self.wandb = wandb
         self.runs: dict[str, Any] = {}
 
     def follow(self, run: Run) -> None:
@@ -85,10 +104,12 @@ class WandB:
             self.runs[run.key] = self.wandb.init(
                 id=run.key, dir=str(self.folder), config=config, resume="allow", reinit="create_new"
             )
-        for row in self.tail.rows(run):
+        for row in self.rows(run):
             self.runs[run.key].log(scalars(row), step=row["step"])
 
-    def close(self) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for run in self.runs.values():
             run.finish()
 

@@ -14,21 +14,10 @@ from typing import Any
 
 from mue.lab.report import plots
 from mue.lab.report.page import Section, text, write_report
-from mue.lab.sweep.points import why_done
-from mue.lab.sweep.spec import SweepSpec
-from mue.lab.sweep.sweep import (
-    Cell,
-    Stored,
-    Swept,
-    as_asked,
-    counted,
-    stored_sweep,
-    summarise,
-    swept_dict,
-    tuned_words,
-)
-from mue.lab.sweep.trials import OPEN, State, Trial
-from mue.lab.valley.fit import Point, Valley, fit_valley
+from mue.lab.sweep.result import Cell, SweepResult, counted, summarise, tuned_words
+from mue.lab.sweep.sampler import sampler_of
+from mue.lab.sweep.state import SweepState
+from mue.lab.sweep.trial import OPEN, State, Trial
 from mue.util.files import write_atomic
 
 _VALLEYS = 8  # drawn
@@ -51,37 +40,34 @@ COLUMNS = (
 )
 
 
-def sweep_report(folder: Path, *, csv: Path | None = None, swept: Swept | None = None) -> Path:
+def sweep_report(folder: Path, *, csv: Path | None = None, result: SweepResult | None = None) -> Path:
     """Write ``report.html``, its pictures and ``trials.csv`` (and ``csv``) of the sweep in ``folder``.
 
-    From its storage; or from ``swept``, where it has just ended.
+    From its storage; or from ``result``, where it has just ended.
 
     Raises:
         ValueError: the folder holds no sweep, or its storage cannot be opened.
     """
-    stored = stored_sweep(folder)
-    spec, trials = (swept.spec, swept.trials) if swept else _read(folder, stored)
+    state = SweepState.load(folder)
+    if result is None:
+        stored = state.read_trials()
+        spec, trials = state.with_current_grid(stored).spec, stored.all()
+    else:
+        spec, trials = result.spec, list(result.trials)
     for path in {folder / "trials.csv", csv or folder / "trials.csv"}:
         write_trials(path, trials)
     going = sum(t.state in OPEN for t in trials)
     sections = []
     lead = "no run has a loss yet"
     if any(math.isfinite(t.loss) for t in counted(spec, trials)):
-        swept = swept or summarise(spec, trials)
-        result = swept_dict(swept, stored.identity["data"])
-        lead = ("so far: " if going else "") + tuned_words(swept.tuned)
-        fits = {(c.weight_decay, c.init_std): c.valley for c in swept.cells}
-        sections += [sweep_section(result, fits), *cells_sections(swept.cells)]
-    if why := why_done(spec.grid, trials):
+        result = result or summarise(spec, trials)
+        lead = ("so far: " if going else "") + tuned_words(result.tuned)
+        sections += [sweep_section(result.to_dict(state.identity["data"]), result.cells), *cells_sections(result.cells)]
+    if why := sampler_of(spec.grid).why_done(trials):
         sections[:0] = [Section(id="search", title="The search", texts=[text(why + ".")])]
     sections += [work_section(trials), trials_section(trials)]
     title = "Sweep of the dense base" + (f", {len(trials) - going} of {len(trials)} trials" if going else "")
     return write_report(folder, title, lead, sections)
-
-
-def _read(folder: Path, stored: Stored) -> tuple[SweepSpec, Sequence[Trial]]:
-    trials = stored.trials(folder)
-    return as_asked(stored.spec, trials), trials.all()
 
 
 def write_trials(path: Path, trials: Sequence[Trial]) -> None:
@@ -103,23 +89,23 @@ def _row(trial: Trial) -> list[Any]:
     return [trial.number, state, *point, *measured, trial.owner, result.get("key")]
 
 
-def sweep_section(
-    result: Mapping[str, Any], fits: Mapping[tuple[float, float], Valley | None] | None = None
-) -> Section:
-    """The sweep's valleys, from its ``result.json``: the best cells'. ``fits``: of each cell, where they are at hand."""
+def sweep_section(result: Mapping[str, Any], cells: Sequence[Cell]) -> Section:
+    """The sweep's deepest valleys.
+
+    Args:
+        result: what ``result.json`` holds. cells: its cells, at hand or read back with :meth:`Cell.from_dict`.
+    """
     tuned, shape, training = result["tuned"], result["identity"]["base"], result["identity"]["training"]
-    ranked = sorted(result["cells"], key=_depth)
-    cells = []
-    for cell in ranked[:_VALLEYS]:
-        place = cell["weight_decay"], cell["init_std"]
-        points = [(math.log2(p["lr"]), p["loss"]) for p in cell["points"]]
-        valley = fits[place] if fits else _refitted(cell["points"])
-        cells.append({"label": f"wd {place[0]:.3g}, std {place[1]:.3g}", "points": points, "valley": valley})
-    best = next(
-        i
-        for i, c in enumerate(ranked)
-        if c["weight_decay"] == tuned["weight_decay"] and c["init_std"] == tuned["init_std"]
-    )
+    ranked = _ranked(cells)
+    drawn = [
+        {
+            "label": f"wd {cell.weight_decay:.3g}, std {cell.init_std:.3g}",
+            "points": [(p.log2_lr, p.loss) for p in cell.points],
+            "valley": cell.valley,
+        }
+        for cell in ranked[:_VALLEYS]
+    ]
+    best = [cell.place for cell in ranked].index((tuned["weight_decay"], tuned["init_std"]))
     stopped = f", {result['stopped']} stopped early" if result.get("stopped") else ""
     rest = f" The {_VALLEYS} deepest of {len(ranked)} cells are drawn." if len(ranked) > _VALLEYS else ""
     return Section(
@@ -133,38 +119,30 @@ def sweep_section(
             text(result["verdict"] + ".", warn=result["edge"] is not None),
             *(text(warning + ".", warn=True) for warning in result.get("warnings", ())),
         ],
-        figure=plots.sweep_figure(cells, best),
+        figure=plots.sweep_figure(drawn, best),
         in_page="svg" if result["runs"] <= _DRAWN else "png",
         caption="Points are runs, lines the fitted valleys, ▼ the fitted minima. ▲ marks runs above the picture, × those that diverged or were stopped.",
     )
 
 
-def _refitted(points: Sequence[Mapping[str, Any]]) -> Valley | None:
-    found = [Point(math.log2(p["lr"]), math.inf if p["loss"] is None else p["loss"], p["seed"]) for p in points]
-    return fit_valley(found) if any(math.isfinite(p.loss) for p in found) else None
-
-
-def _depth(cell: Mapping[str, Any]) -> tuple[bool, float]:
-    """The cell's place among the others: by fitted minimum, those without one behind, by their lowest run."""
-    if cell["valley"] is not None and cell["valley"]["loss"] is not None:
-        return False, cell["valley"]["loss"]
-    return True, min((p["loss"] for p in cell["points"] if p["loss"] is not None), default=math.inf)
+def _ranked(cells: Sequence[Cell]) -> list[Cell]:
+    """By fitted minimum; those without one behind, by their lowest run."""
+    return sorted(cells, key=lambda cell: (cell.depth, cell.lowest))
 
 
 def cells_sections(cells: Sequence[Cell]) -> list[Section]:
     """The cells beside each other, where there is more than one: as a map where both axes have values, and as a table."""
     if len(cells) < 2:
         return []
-    lowest = {(c.weight_decay, c.init_std): min(p.loss for p in c.points) for c in cells}
-    ranked = sorted(cells, key=lambda c: (c.depth, lowest[c.weight_decay, c.init_std]))
+    lowest = {cell.place: cell.lowest for cell in cells}
     rows = []
-    for cell in ranked[:_ROWS]:
+    for cell in _ranked(cells)[:_ROWS]:
         found, valley = ["–", "–", "–"], cell.valley
         if valley is not None and math.isfinite(valley.minimum):
             low, high = (f"{2.0**x:.3g}" if math.isfinite(x) else "open" for x in valley.interval)
             found = [f"{2.0**valley.minimum:.3g}", f"{low} to {high}", f"{valley.loss_at_minimum:.4f}"]
         place = [f"{cell.weight_decay:g}", f"{cell.init_std:g}", str(len(cell.points))]
-        rows.append([*place, *found, _loss_words(lowest[cell.weight_decay, cell.init_std])])
+        rows.append([*place, *found, _loss_words(cell.lowest)])
     fitted = sum(cell.valley is not None for cell in cells)
     words = f"Of {len(cells)} cells the {fitted} with the lowest runs are fitted." if fitted < len(cells) else ""
     columns = len({std for _, std in lowest})

@@ -9,41 +9,17 @@ from typing import Any
 
 from mue.lab.data.spec import data_source
 from mue.lab.runners.runner import KINDS
-from mue.lab.train.run import Settings
+from mue.lab.sweep.sampler import AXES, SAMPLERS, Grid, Sampler, sampler_of
+from mue.lab.sweep.trial import Point
+from mue.lab.train.run import Run, Settings
 from mue.lab.train.spec import PLAN_TABLES, settings_from
-from mue.lab.valley.search import Space
 from mue.plan.plan import PlanData
 from mue.plan.toml import check_keys, lr_grid, shape_from, table_of, training_from, tuned_from
 from mue.plan.transfer import transfer
 from mue.shapes import HParams, Training, Transformer, shape_from_dict
-from mue.util.errors import positive, positive_int
+from mue.util.errors import positive_int, true_or_false
 
-_SWEEP = ("lr", "weight_decay", "init_std", "seeds", "sampler", "trials", "precision", "extend", "stop_early", "runner")
-SAMPLERS = ("grid", "valley", "random", "tpe")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """What a sweep visits, and how it is run.
-
-    Attributes:
-        sampler: "grid": every combination; "valley": what ``mue.lab.valley.search`` asks for between the lowest and the highest lr;
-            "random" and "tpe": what Optuna draws from the ranges of the lists. trials: at most so many (None: a grid).
-        seeds: of a grid, one unless said otherwise; of a valley search three, since runs of one seed err together.
-        precision, extend: of the valley search. stop_early: give up runs that can no longer move the minimum.
-        runner: how runs are trained (``mue.lab.runners.runner``).
-    """
-
-    lr: tuple[float, ...]
-    weight_decay: tuple[float, ...]
-    init_std: tuple[float, ...]
-    seeds: tuple[int, ...] = (0,)
-    sampler: str = "grid"
-    trials: int | None = None
-    precision: float = Space.precision
-    extend: bool = False
-    stop_early: bool = False
-    runner: str = "auto"
+_KEYS = ("lr", "weight_decay", "init_std", "seeds", "sampler", "trials", "stop_early", "runner")
 
 
 @dataclass(frozen=True)
@@ -63,22 +39,40 @@ class SweepSpec:
             "base": self.base.to_dict(),
             "training": asdict(self.training),
             "defaults": self.defaults.to_dict(),
-            "grid": asdict(self.grid),
+            "grid": self.grid.to_dict(),
             "settings": self.settings.to_dict(),
             "source": self.source,
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SweepSpec:
-        grid: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["grid"].items()}
         return cls(
             base=shape_from_dict(data["base"]),
             training=Training(**data["training"]),
             defaults=HParams(**data["defaults"]),
-            grid=Grid(**grid),
+            grid=Grid.from_dict(data["grid"]),
             settings=Settings(**data["settings"]),
             source=dict(data["source"]),
         )
+
+    def identity(self, data_hash: str) -> dict[str, Any]:
+        """What must not change under a sweep's folder: all but the grid and the seeds."""
+        fixed = {k: v for k, v in self.defaults.to_dict().items() if k not in AXES}
+        settings = {k: v for k, v in self.settings.to_dict().items() if k != "seed"}
+        training = {"batch": self.training.batch, "steps": self.training.steps}
+        return {
+            "base": self.base.to_dict(),
+            "training": training,
+            "tuned": fixed,
+            "settings": settings,
+            "data": data_hash,
+        }
+
+    def run_at(self, point: Point, data: dict[str, Any]) -> Run:
+        """One run of the sweep: the base with a point's values and seed, every transfer factor 1. ``data``: as a run keeps it."""
+        tuned = self.defaults.replace(**{k: v for k, v in point.items() if k != "seed"})
+        plan = base_plan(self.base, self.training, tuned)
+        return Run(plan, replace(self.settings, seed=int(point["seed"])), data)
 
 
 def sweep_from(data: Mapping[str, Any], folder: Path) -> SweepSpec:
@@ -88,7 +82,7 @@ def sweep_from(data: Mapping[str, Any], folder: Path) -> SweepSpec:
     for name, found in (("base", base), ("sweep", table)):
         if not found:
             raise ValueError(f"a sweep file needs a [{name}] table")
-    check_keys(table, _SWEEP, "[sweep]")
+    check_keys(table, (*_KEYS, *dict.fromkeys(key for s in SAMPLERS.values() for key in s.keys)), "[sweep]")
     if "convention" in base:
         raise ValueError(
             "[base.convention] describes a base tuned elsewhere; a sweep trains the lab's own: leave it out"
@@ -116,39 +110,49 @@ def _grid(table: Mapping[str, Any]) -> Grid:
     for key, example in (("lr", "[0.001, 0.002, 0.004]"), ("weight_decay", "[0.1]"), ("init_std", "[0.05, 0.1]")):
         if key not in table:
             raise ValueError(f"[sweep] needs {key}: a list of values, e.g. {key} = {example}")
-    lr = tuple(lr_grid(table["lr"], "[sweep] lr"))
-    sampler = table.get("sampler", "grid")
-    seeds = table.get("seeds", list(Space.seeds if sampler == "valley" else Grid.seeds))
+    name = table.get("sampler", Grid.sampler)
+    if not isinstance(name, str) or name not in SAMPLERS:
+        raise ValueError(f"[sweep] sampler must be one of {', '.join(SAMPLERS)}, got {name!r}")
+    sampler = SAMPLERS[name]
+    seeds = table.get("seeds", list(sampler.seeds))
     if not isinstance(seeds, list) or not seeds or not all(isinstance(s, int) and s >= 0 for s in seeds):
         raise ValueError(f"[sweep] seeds must be a list of whole numbers, got {seeds!r}")
-    if sampler not in SAMPLERS:
-        raise ValueError(f"[sweep] sampler must be one of {', '.join(SAMPLERS)}, got {sampler!r}")
-    trials = table.get("trials", Space.budget if sampler == "valley" else None)
-    if (sampler == "grid") != (trials is None):
-        raise ValueError("[sweep] trials goes with sampler = valley, random or tpe; a grid visits every combination")
-    for key in ("precision", "extend"):
-        if key in table and sampler != "valley":
-            raise ValueError(f'[sweep] {key} goes with sampler = "valley": leave it out')
-    if sampler == "valley" and len(lr) < 2:
-        raise ValueError("[sweep] lr needs the two ends of the range that the valley search looks in")
-    for key in ("extend", "stop_early"):
-        if not isinstance(table.get(key, False), bool):
-            raise ValueError(f"[sweep] {key} must be true or false, got {table[key]!r}")
     runner = table.get("runner", Grid.runner)
     if runner not in KINDS:
         raise ValueError(f"[sweep] runner must be one of {', '.join(KINDS)}, got {runner!r}")
-    return Grid(
-        lr=lr,
+    grid = Grid(
+        lr=tuple(lr_grid(table["lr"], "[sweep] lr")),
         weight_decay=tuple(lr_grid(table["weight_decay"], "[sweep] weight_decay")),
         init_std=tuple(lr_grid(table["init_std"], "[sweep] init_std")),
         seeds=tuple(dict.fromkeys(seeds)),
-        sampler=sampler,
-        trials=None if trials is None else positive_int("[sweep] trials", trials),
-        precision=positive("[sweep] precision", table.get("precision", Space.precision)),
-        extend=table.get("extend", False),
-        stop_early=table.get("stop_early", False),
+        sampler=name,
+        trials=_trials(table, sampler),
+        options=_options(table, sampler),
+        stop_early=true_or_false("[sweep] stop_early", table.get("stop_early", False)),
         runner=runner,
     )
+    sampler_of(grid)  # says what it cannot sample
+    return grid
+
+
+def _trials(table: Mapping[str, Any], sampler: type[Sampler]) -> int | None:
+    """How many trials a sweep has at most; None where its sampler knows every point from the start."""
+    trials = table.get("trials", sampler.trials)
+    if sampler.exhaustive != (trials is None):
+        *some, last = (name for name, other in SAMPLERS.items() if not other.exhaustive)
+        raise ValueError(
+            f"[sweep] trials goes with sampler = {', '.join(some)} or {last}; a grid visits every combination"
+        )
+    return None if trials is None else positive_int("[sweep] trials", trials)
+
+
+def _options(table: Mapping[str, Any], sampler: type[Sampler]) -> dict[str, Any]:
+    """The sampler's own keys; ``ValueError`` for a key that only others have."""
+    for key in table:
+        owners = [f'"{name}"' for name, other in SAMPLERS.items() if key in other.keys]
+        if owners and key not in sampler.keys:
+            raise ValueError(f"[sweep] {key} goes with sampler = {' or '.join(owners)}: leave it out")
+    return sampler.read(table)
 
 
 def base_plan(base: Transformer, training: Training, tuned: HParams) -> PlanData:

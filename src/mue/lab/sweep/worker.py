@@ -9,43 +9,25 @@ from __future__ import annotations
 import math
 import os
 import platform
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 from mue.lab.runners.runner import Busy, Done, Progress, Runner
-from mue.lab.sweep.points import proposed
-from mue.lab.sweep.spec import Grid
+from mue.lab.sweep.heartbeat import Heartbeat, dead, present
+from mue.lab.sweep.listener import SweepListener
+from mue.lab.sweep.sampler import Grid, sampler_of
 from mue.lab.sweep.storage import StorageError
-from mue.lab.sweep.trials import OPEN, Curve, State, Trial, Trials
+from mue.lab.sweep.trial import OPEN, State, Trial
+from mue.lab.sweep.trials import Trials
 from mue.lab.train.run import Run, Store
-from mue.lab.valley.pruning import Seen, hopeless, rung
-from mue.util.files import FileLock
+from mue.lab.valley.pruning import Curve, Seen, hopeless, rung
 
 _LOOK = 2.0  # seconds between two looks at the other workers' trials
 _AGAIN = 1.0  # seconds until a run that another process holds is tried again
 _CURVE = 64  # points kept of a training curve
-
-
-class Watch:
-    """Who is told of a sweep as it goes; this one takes no notice."""
-
-    def look(self, trials: Sequence[Trial]) -> None:
-        """Every trial, now and then; running ones with what their workers last said."""
-
-    def ended(self, trial: Trial, run: Run, *, fresh: bool) -> None:
-        """A trial of this worker has ended and was counted; ``fresh``: trained now, not found in the folder."""
-
-    def moved(self, run: Run) -> None:
-        """This worker's run has new rows of metrics."""
-
-    def say(self, words: str) -> None:
-        """Something happened that people should know."""
 
 
 class Worker:
@@ -62,9 +44,10 @@ class Worker:
         store: Store,
         run_of: Callable[[dict[str, float]], Run],
         open_runner: Callable[[Run], Runner],
-        watch: Watch,
+        listener: SweepListener,
     ) -> None:
-        self.grid, self.trials, self.store, self.run_of, self.watch = grid, trials, store, run_of, watch
+        self.grid, self.trials, self.store, self.run_of, self.listener = grid, trials, store, run_of, listener
+        self.sampler = sampler_of(grid)
         self.open_runner = open_runner
         self.runner: Runner | None = None
         self.name = f"{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
@@ -77,7 +60,7 @@ class Worker:
 
     def work(self) -> list[Trial]:
         """All trials, once each has ended."""
-        with present(self.store.root, self.name), Pulse(self.trials, self.name) as self.pulse:
+        with present(self.store.root, self.name), Heartbeat(self.trials, self.name) as self.heartbeat:
             try:
                 while (ended := self._turn()) is None:
                     pass
@@ -114,7 +97,7 @@ class Worker:
             if trial is not None:
                 run = self.run_of(trial.point)
                 self.mine[run.key] = (trial, run)
-                self.pulse.hold(trial.id)
+                self.heartbeat.hold(trial.id)
                 self.runner = self.runner or self.open_runner(run)
                 self._begin(run)
         return True
@@ -127,8 +110,8 @@ class Worker:
             self.runner.submit(run)
 
     def _propose(self, trials: list[Trial]) -> bool:
-        """Add what a search asks for next; False where it asks for nothing (yet)."""
-        points = proposed(self.grid, trials, max(1, self._slots()))
+        """Add what the sampler asks for next; False where it asks for nothing (yet)."""
+        points = self.sampler.propose(trials, max(1, self._slots()))
         added = self.trials.add(points, limit=self.grid.trials) if points else 0
         return added > 0 or (bool(points) and len(self.trials.all()) > len(trials))  # or another worker was faster
 
@@ -138,7 +121,7 @@ class Worker:
             self.again.remove((when, run))
             if run.key in self.mine:
                 self._begin(run)
-        pause = min(_AGAIN, self.pulse.interval)
+        pause = min(_AGAIN, self.heartbeat.interval)
         messages = self.runner.wait(pause) if self.runner and (self.mine or self.leaving) else []
         for message in messages:
             if isinstance(message, Progress):
@@ -158,8 +141,8 @@ class Worker:
             return
         trial, run = held
         self.reached[message.key] = message
-        self.pulse.note(trial.id, {"step": message.step, "loss": message.loss})
-        self.watch.moved(run)
+        self.heartbeat.note(trial.id, {"step": message.step, "loss": message.loss})
+        self.listener.moved(run, message.step, message.loss)
         if self.grid.stop_early and self._hopeless(trial, run, message.step):
             assert self.runner is not None
             self.runner.stop(message.key)
@@ -181,33 +164,33 @@ class Worker:
         key = message.run.key
         trial, run = self.mine.pop(key)
         self.claims = -math.inf
-        self.watch.moved(run)
         curve = _thinned(self._curve(key)) if self.grid.stop_early else ()
         state: State = "PRUNED" if message.result["status"] == "stopped" else "COMPLETE"
         counted = self.trials.finish(self.name, trial.id, message.result, state, curve)
-        self.pulse.let_go(trial.id)
+        self.heartbeat.let_go(trial.id)
         fresh = self.reached.pop(key, None) is not None
         self.rungs.pop(key, None)
         if counted:
-            ended = replace(trial, state=state, result=message.result)
-            self.watch.ended(ended, run, fresh=fresh)
+            self.listener.ended(run, message.result, fresh=fresh)
         else:
-            self.watch.say(f"run {key[:8]} was too late: another worker had taken it over; this result is not counted")
+            self.listener.say(
+                f"run {key[:8]} was too late: another worker had taken it over; this result is not counted"
+            )
 
     def _curve(self, key: str) -> list[tuple[int, float]]:
         return [(row["step"], row["loss"]) for row in self.store.metrics(key)]
 
     def _drop_lost(self) -> None:
-        if self.pulse.error:
-            raise self.pulse.error
-        lost = self.pulse.take_lost()
+        if self.heartbeat.error:
+            raise self.heartbeat.error
+        lost = self.heartbeat.take_lost()
         for key, (trial, _) in list(self.mine.items()):
             if trial.id in lost:
                 del self.mine[key]
                 self.reached.pop(key, None)
                 self.rungs.pop(key, None)
                 self._leave(key)
-                self.watch.say(
+                self.listener.say(
                     f"run {key[:8]} was taken over by another worker: no word from here for {self.trials.lease:g} s"
                 )
 
@@ -226,91 +209,9 @@ class Worker:
             if dead(self.store.root, str(owner)):
                 self.trials.release(str(owner))
         own = {trial.id: self.reached.get(key) for key, (trial, _) in self.mine.items()}
-        self.watch.look([_with(t, own.get(t.id)) for t in found])
+        self.listener.look([_with(t, own.get(t.id)) for t in found])
         self.looked = time.monotonic()
         return found
-
-
-class Pulse:
-    """A thread that gives signs of life for the trials held, and hears which are lost."""
-
-    def __init__(self, trials: Trials, name: str) -> None:
-        self.trials, self.name = trials, name
-        self.interval = min(10.0, trials.lease / 4)
-        self.error: Exception | None = None
-        self._lock, self._over = threading.Lock(), threading.Event()
-        self._held: dict[int, dict[str, Any] | None] = {}
-        self._lost: set[int] = set()
-
-    def hold(self, trial: int) -> None:
-        """From now on give signs of life for this trial."""
-        with self._lock:
-            self._held[trial] = None
-            self._lost.discard(trial)
-
-    def note(self, trial: int, progress: dict[str, Any]) -> None:
-        """How far a trial is: goes with the next sign of life."""
-        with self._lock:
-            if trial in self._held:
-                self._held[trial] = progress
-
-    def let_go(self, trial: int) -> None:
-        with self._lock:
-            self._held.pop(trial, None)
-
-    def take_lost(self) -> set[int]:
-        """The trials that another worker has by now; each is told of once."""
-        with self._lock:
-            lost, self._lost = self._lost, set()
-            for trial in lost:
-                self._held.pop(trial, None)
-            return lost
-
-    def __enter__(self) -> Pulse:
-        self._thread = threading.Thread(target=self._beat, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._over.set()
-
-    def _beat(self) -> None:
-        while not self._over.wait(self.interval):
-            with self._lock:
-                held = dict(self._held)
-            if not held:
-                continue
-            try:
-                still = self.trials.renew(self.name, held)
-            except Exception as error:  # the main thread raises it
-                self.error = error
-                return
-            with self._lock:
-                self._lost |= (set(held) - still) & set(self._held)
-
-
-@contextmanager
-def present(folder: Path, name: str) -> Iterator[None]:
-    """A locked file in ``folder`` that tells neighbours on this machine that this worker lives: the lock dies with it."""
-    path = folder / "workers" / name
-    with FileLock(path):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def dead(folder: Path, name: str) -> bool:
-    """Whether a worker of this machine and folder has died; of any other its lease tells."""
-    if not name.startswith(f"{platform.node()}:"):
-        return False
-    path = folder / "workers" / name
-    try:
-        with FileLock(path, busy=BlockingIOError(f"{name} lives"), make=False):
-            path.unlink(missing_ok=True)
-            return True
-    except (FileNotFoundError, BlockingIOError):
-        return False
 
 
 def _cell(trial: Trial) -> tuple[float, float]:

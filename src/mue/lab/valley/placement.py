@@ -5,9 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from mue.lab.valley.posterior import Belief, basis, own_noise, shared_noise
-
-__all__ = ["most_telling"]
+from mue.lab.valley.posterior import Posterior, basis, own_noise, shared_noise
 
 Array = npt.NDArray[np.float64]
 
@@ -16,15 +14,15 @@ _STEP = 1e-3  # octaves, of a difference that stands for a slope
 _FLAT = 1e3  # prior standard deviation of level and slope, over the curvature
 
 
-def most_telling(belief: Belief, x_N: Array, seed_N: Array, x_C: Array, seed_C: Array) -> int:
+def most_informative(posterior: Posterior, x_N: Array, seed_N: Array, x_C: Array, seed_C: Array) -> int:
     """Which of the candidates (x, seed) to run, given the runs that are known or under way.
 
     The minimum is where the slope is zero, so a run is worth by how much it lowers the variance of the slope, averaged
     over where the minimum may be. In a Gaussian model that does not depend on the losses: runs under way count in full.
     """
-    setting, centre = belief.setting, belief.centre
+    noise_model, centre = posterior.noise_model, posterior.centre
     d_N, d_C = x_N - centre, x_C - centre
-    d_Q = np.quantile(belief.minima, (np.arange(_PLACES) + 0.5) / _PLACES) - centre
+    d_Q = np.quantile(posterior.minima, (np.arange(_PLACES) + 0.5) / _PLACES) - centre
     everything = np.concatenate([d_N, d_C, d_Q])
     low, high = float(everything.min()), float(everything.max())
 
@@ -33,10 +31,10 @@ def most_telling(belief: Belief, x_N: Array, seed_N: Array, x_C: Array, seed_C: 
         return parts * np.where(np.arange(parts.shape[1]) < 2, _FLAT, 1.0)
 
     def shared(a: Array, b: Array, seed_a: Array, seed_b: Array) -> Array:
-        return (setting.own * setting.shared) ** 2 * shared_noise(a, b, seed_a, seed_b)
+        return (noise_model.own * noise_model.shared) ** 2 * shared_noise(a, b, seed_a, seed_b)
 
     def own(d: Array) -> Array:
-        return setting.own**2 * own_noise(d, setting.growth)
+        return noise_model.own**2 * own_noise(d, noise_model.growth)
 
     curve_NK, curve_CK = curve(d_N), curve(d_C)
     slope_QK = (curve(d_Q + _STEP) - curve(d_Q - _STEP)) / (2 * _STEP)
@@ -44,7 +42,7 @@ def most_telling(belief: Belief, x_N: Array, seed_N: Array, x_C: Array, seed_C: 
     known_NC = curve_NK @ curve_CK.T + shared(d_N, d_C, seed_N, seed_C)
     known_NQ = curve_NK @ slope_QK.T
     explained_NC = np.linalg.solve(known_NN, known_NC)
-    variance_C = (curve_CK**2).sum(axis=1) + (setting.own * setting.shared) ** 2 + own(d_C)
+    variance_C = (curve_CK**2).sum(axis=1) + (noise_model.own * noise_model.shared) ** 2 + own(d_C)
     left_C = variance_C - (known_NC * explained_NC).sum(axis=0)
     covariance_QC = slope_QK @ curve_CK.T - known_NQ.T @ explained_NC
     return int(np.argmax((covariance_QC**2 / left_C).mean(axis=0)))

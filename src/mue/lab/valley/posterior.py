@@ -23,8 +23,6 @@ import numpy.typing as npt
 
 from mue.util.statistics import student_quantile
 
-__all__ = ["Belief", "Limits", "Setting", "basis", "believe", "own_noise", "shared_noise"]
-
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
@@ -58,7 +56,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class Setting:
+class NoiseModel:
     """One value for everything that the grid integrates over. own is relative to the curvature, shared to own."""
 
     growth: float
@@ -67,7 +65,7 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class Belief:
+class Posterior:
     """Curves of the loss on a mesh of log2(lr), each with its minimum."""
 
     mesh: Array  # M
@@ -75,7 +73,7 @@ class Belief:
     minima: Array  # D
     limits: Limits
     centre: float
-    setting: Setting
+    noise_model: NoiseModel
     noise: float
     """Standard deviation of one run's loss near the centre, all of its parts."""
 
@@ -94,7 +92,9 @@ class Belief:
         )
 
 
-def believe(x_N: Array, y_N: Array, seed_N: Array, centre: float, limits: Limits, noise: float | None) -> Belief:
+def fit_posterior(
+    x_N: Array, y_N: Array, seed_N: Array, centre: float, limits: Limits, noise: float | None
+) -> Posterior:
     """Curves that the losses ``y`` of runs at ``x`` = log2(lr) leave possible.
 
     centre: about where the minimum lies. noise: standard deviation of a loss between seeds near there, where it is known.
@@ -115,13 +115,13 @@ def believe(x_N: Array, y_N: Array, seed_N: Array, centre: float, limits: Limits
     if single_D.sum() >= _FEWEST:
         node_D, scale_D, curves_DM = node_D[single_D], scale_D[single_D], curves_DM[single_D]
     own_D, shared_D = grid.own[node_D], grid.shared[node_D]
-    return Belief(
+    return Posterior(
         mesh=mesh_M + centre,
         curves=level + spread * curves_DM,
         minima=_minima(mesh_M, curves_DM) + centre,
         limits=limits,
         centre=centre,
-        setting=Setting(
+        noise_model=NoiseModel(
             float(grid.growth[node_D].mean()),
             math.exp(float(np.log(own_D).mean())),
             float(shared_D.mean()),

@@ -16,11 +16,11 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from mue.lab.sweep.trials import Curve
-from mue.lab.valley.fit import REACH, Point, fit_valley
+from mue.lab.valley.fit import fit_valley
+from mue.lab.valley.window import REACH, LossPoint
 
-__all__ = ["RUNGS", "Seen", "hopeless", "rung"]
-
+Curve = Sequence[tuple[int, float]]
+"""A run's training loss so far: (step, nats), ascending."""
 RUNGS = (0.2, 0.25, 0.33, 0.4, 0.5, 0.6, 0.7)
 """Shares of the training at which a run is judged."""
 _SMOOTH = 0.15  # share of the training over which losses of single batches are averaged
@@ -57,7 +57,9 @@ def hopeless(run: Seen, others: Sequence[Seen], steps: int) -> bool:
         return False
     if not _at_best(run.curve, trained, steps) > min(o.loss or 0.0 for o in trained):
         return False
-    low, high = fit_valley(Point(o.log2_lr, math.inf if o.loss is None else o.loss, o.seed) for o in others).interval
+    low, high = fit_valley(
+        LossPoint(o.log2_lr, math.inf if o.loss is None else o.loss, o.seed) for o in others
+    ).interval
     return run.log2_lr < low - REACH or run.log2_lr > high + REACH
 
 

@@ -19,10 +19,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mue.lab.valley.fit import Point, Valley
-from mue.lab.valley.search_cell import Cell, Lattice
-
-__all__ = ["Asked", "CellFound", "Observation", "Space", "Verdict", "next_points", "verdict"]
+from mue.lab.valley.fit import Valley
+from mue.lab.valley.search_cell import Lattice, SearchCell
+from mue.lab.valley.window import LossPoint
 
 _LATTICE = 8  # learning rates per octave
 _SURVEY = (1 / 2, 1 / 6, 5 / 6)  # shares of the range that are always tried: a second valley must not be missed unseen
@@ -98,7 +97,7 @@ class Observation:
 
 
 @dataclass(frozen=True)
-class CellFound:
+class CellResult:
     """The valley of one weight decay and init std; None where no run has a loss yet."""
 
     weight_decay: float
@@ -117,8 +116,8 @@ class Verdict:
 
     done: bool
     why: str
-    cells: tuple[CellFound, ...]
-    best: CellFound | None
+    cells: tuple[CellResult, ...]
+    best: CellResult | None
     interval: tuple[float, float]
     reached: float
 
@@ -148,17 +147,19 @@ class _Search:
     running: tuple[Asked, ...]
 
     @cached_property
-    def cells(self) -> tuple[Cell, ...]:
-        def cell(wd: float, std: float) -> Cell:
+    def cells(self) -> tuple[SearchCell, ...]:
+        def cell(wd: float, std: float) -> SearchCell:
             ended = (r for r in self.results if (r.asked.weight_decay, r.asked.init_std) == (wd, std))
-            points = [Point(math.log2(r.asked.lr), r.loss, r.asked.seed) for r in ended]
+            points = [LossPoint(math.log2(r.asked.lr), r.loss, r.asked.seed) for r in ended]
             under_way = [(math.log2(a.lr), a.seed) for a in self.running if (a.weight_decay, a.init_std) == (wd, std)]
-            return Cell(wd, std, tuple(sorted(points, key=lambda p: (p.log2_lr, p.seed))), tuple(sorted(under_way)))
+            return SearchCell(
+                wd, std, tuple(sorted(points, key=lambda p: (p.log2_lr, p.seed))), tuple(sorted(under_way))
+            )
 
         return tuple(cell(wd, std) for wd, std in self.space.cells)
 
     @cached_property
-    def best(self) -> Cell | None:
+    def best(self) -> SearchCell | None:
         """The deepest cell; while none has a curve, the one with the lowest loss."""
         some = [(c, c.valley) for c in self.cells if c.valley]
         return min(some, key=lambda pair: (pair[0].depth[0], pair[1].loss_at_minimum))[0] if some else None
@@ -186,17 +187,19 @@ class _Search:
             if place:
                 return self._asked(cell, place)
         for cell in sorted(self._contenders, key=lambda c: c.depth[0] - _DOUBT * c.depth[1]):
-            place = cell.doubtful(self.lattice, self.space.seeds) or cell.telling(self.lattice, self.space.seeds)
+            place = cell.doubtful(self.lattice, self.space.seeds) or cell.most_informative(
+                self.lattice, self.space.seeds
+            )
             if place:
                 return self._asked(cell, place)
         return None
 
-    def _asked(self, cell: Cell, place: tuple[float, int]) -> Asked:
+    def _asked(self, cell: SearchCell, place: tuple[float, int]) -> Asked:
         return Asked(2.0 ** place[0], cell.weight_decay, cell.init_std, place[1])
 
-    def _coarse(self, cell: Cell) -> tuple[float, int] | None:
+    def _coarse(self, cell: SearchCell) -> tuple[float, int] | None:
         """The next learning rate to begin with: over the range, or near the minimum of another cell; the ends last."""
-        known = [c.valley.minimum for c in self.cells if c is not cell and c.belief and c.valley]
+        known = [c.valley.minimum for c in self.cells if c is not cell and c.posterior and c.valley]
         low, high = self.asked_for.low, self.asked_for.high
         ends = self.lattice.low, self.lattice.high
         if known:
@@ -205,15 +208,15 @@ class _Search:
         return cell.coarse(survey, [*near, *ends], self.lattice, self.space.seeds[0])
 
     @cached_property
-    def _contenders(self) -> list[Cell]:
+    def _contenders(self) -> list[SearchCell]:
         """The best cell, and those that may still be deeper by more than the noise of a run."""
-        if self.best is None or self.best.belief is None:
+        if self.best is None or self.best.posterior is None:
             return []
-        bar = self.best.depth[0] - self.best.belief.noise
-        return [c for c in self.cells if c.belief and (c is self.best or c.depth[0] - _DOUBT * c.depth[1] < bar)]
+        bar = self.best.depth[0] - self.best.posterior.noise
+        return [c for c in self.cells if c.posterior and (c is self.best or c.depth[0] - _DOUBT * c.depth[1] < bar)]
 
     def verdict(self) -> Verdict:
-        cells = tuple(CellFound(c.weight_decay, c.init_std, c.valley, len(c.points)) for c in self.cells)
+        cells = tuple(CellResult(c.weight_decay, c.init_std, c.valley, len(c.points)) for c in self.cells)
         spent = len(self.results) >= self.space.budget
         if self.best is None or self.best.valley is None:
             why = "every run diverged: search smaller learning rates" if self.results else "no run has ended yet"

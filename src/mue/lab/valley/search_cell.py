@@ -9,11 +9,10 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
-from mue.lab.valley.fit import Point, Second, Valley, study
-from mue.lab.valley.placement import most_telling
-from mue.lab.valley.posterior import Belief
-
-__all__ = ["Cell", "Lattice", "Place"]
+from mue.lab.valley.fit import Valley, fit_with_posterior
+from mue.lab.valley.placement import most_informative
+from mue.lab.valley.posterior import Posterior
+from mue.lab.valley.window import LossPoint, SecondValley
 
 Place = tuple[float, int]
 """log2 of a learning rate, and a seed."""
@@ -51,12 +50,12 @@ class Lattice:
 
 
 @dataclass(frozen=True)
-class Cell:
+class SearchCell:
     """The runs of one weight decay and init std: those that ended, and where those under way are."""
 
     weight_decay: float
     init_std: float
-    points: tuple[Point, ...]
+    points: tuple[LossPoint, ...]
     under_way: tuple[Place, ...]
 
     @property
@@ -65,12 +64,12 @@ class Cell:
         return self._studied[0]
 
     @property
-    def belief(self) -> Belief | None:
+    def posterior(self) -> Posterior | None:
         """None where there is no curve yet."""
         return self._studied[1]
 
     @cached_property
-    def _studied(self) -> tuple[Valley | None, Belief | None, Second | None]:
+    def _studied(self) -> tuple[Valley | None, Posterior | None, SecondValley | None]:
         return _study(self.points) if any(math.isfinite(p.loss) for p in self.points) else (None, None, None)
 
     @cached_property
@@ -81,9 +80,9 @@ class Cell:
     @cached_property
     def depth(self) -> tuple[float, float]:
         """Loss at the minimum and its standard deviation; inf where there is no curve yet."""
-        if self.belief is None:
+        if self.posterior is None:
             return math.inf, math.inf
-        lowest = self.belief.curves.min(axis=1)
+        lowest = self.posterior.curves.min(axis=1)
         ended = len(self.points) / len(self.taken)  # what is under way will lower the doubt, too
         return float(lowest.mean()), float(lowest.std()) * math.sqrt(ended)
 
@@ -100,11 +99,11 @@ class Cell:
 
     def beyond(self, low: float, high: float, chance: float) -> str | None:
         """The end of the range, "low" or "high", at or beyond which the minimum lies with at least this chance."""
-        if self.belief is None:
+        if self.posterior is None:
             return None
-        if float((self.belief.minima <= low).mean()) >= chance:
+        if float((self.posterior.minima <= low).mean()) >= chance:
             return "low"
-        return "high" if float((self.belief.minima >= high).mean()) >= chance else None
+        return "high" if float((self.posterior.minima >= high).mean()) >= chance else None
 
     @property
     def wall(self) -> float:
@@ -126,7 +125,7 @@ class Cell:
         for x in wanted:
             if lattice.nearest(x) in inside:
                 return lattice.nearest(x), seed
-        if self.belief is None and not self.under_way and inside:  # too few with a loss to go on otherwise
+        if self.posterior is None and not self.under_way and inside:  # too few with a loss to go on otherwise
             return inside[len(inside) // 2], seed
         return None
 
@@ -140,9 +139,9 @@ class Cell:
                 return x, fresh[0]
         return None
 
-    def telling(self, lattice: Lattice, seeds: Sequence[int]) -> Place | None:
+    def most_informative(self, lattice: Lattice, seeds: Sequence[int]) -> Place | None:
         """Where a run narrows the minimum most, with a seed of the cell's or one new to it."""
-        if self.belief is None:
+        if self.posterior is None:
             return None
         had = {(lattice.index(x), seed) for x, seed in self.taken}
         used = [seed for seed in seeds if any(seed == other for _, other in had)]
@@ -155,13 +154,13 @@ class Cell:
         known = [(p.log2_lr, p.seed) for p in self.valley.used] if self.valley else []
         x_N, seed_N = np.array(sorted([*known, *self.under_way])).T
         x_C, seed_C = np.array(candidates).T
-        return candidates[most_telling(self.belief, x_N, seed_N, x_C, seed_C)]
+        return candidates[most_informative(self.posterior, x_N, seed_N, x_C, seed_C)]
 
     @property
     def _of_use(self) -> tuple[float, float]:
         """Where a run will be part of the fit: half-way at most to a wall, which is no part of it."""
-        assert self.belief is not None and self.valley is not None
-        limits, used = self.belief.limits, self.valley.used
+        assert self.posterior is not None and self.valley is not None
+        limits, used = self.posterior.limits, self.valley.used
         return (
             limits.low if limits.low_open else (limits.low + used[0].log2_lr) / 2,
             limits.high if limits.high_open else (limits.high + used[-1].log2_lr) / 2,
@@ -169,5 +168,5 @@ class Cell:
 
 
 @lru_cache(maxsize=256)  # a search asks again and again about cells in which nothing happened
-def _study(points: tuple[Point, ...]) -> tuple[Valley, Belief | None, Second | None]:
-    return study(points)
+def _study(points: tuple[LossPoint, ...]) -> tuple[Valley, Posterior | None, SecondValley | None]:
+    return fit_with_posterior(points)

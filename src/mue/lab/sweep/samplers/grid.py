@@ -1,0 +1,27 @@
+"""``sampler = "grid"``: every combination of the listed values."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+from mue.lab.sweep.sampler import SAMPLERS, Sampler
+from mue.lab.sweep.trial import Point, Trial
+
+
+@SAMPLERS.register("grid", place=0)
+class GridSampler(Sampler):
+    """Every point is known from the start, so none is proposed later."""
+
+    exhaustive = True
+
+    def points(self) -> list[Point]:
+        """Learning rates from the middle outwards: the ends come when it shows whether they matter (``mue.lab.valley.pruning``)."""
+        grid = self.grid
+        middle = (len(grid.lr) - 1) / 2
+        outwards = sorted(grid.lr, key=lambda lr: abs(grid.lr.index(lr) - middle))
+        points = itertools.product(grid.init_std, grid.weight_decay, outwards, grid.seeds)
+        return [{"lr": lr, "weight_decay": wd, "init_std": std, "seed": seed} for std, wd, lr, seed in points]
+
+    def propose(self, trials: Sequence[Trial], n: int) -> list[Point]:
+        return []

@@ -1,0 +1,56 @@
+"""One trial of a sweep as data: a point, how far it is, and how it ended."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+Point = dict[str, float]
+
+
+State = Literal["WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL"]
+
+
+OPEN = ("WAITING", "RUNNING")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A trial as the storage has it.
+
+    Attributes:
+        point: the values and the seed. result: of an ended one, as ``mue.lab.train.run`` stores it, else None.
+        owner: the worker that has it or had it last. progress: step and loss as the owner last said.
+        quiet: seconds since the owner's last sign of life.
+    """
+
+    id: int
+    number: int
+    state: State
+    point: Point
+    result: dict[str, Any] | None = None
+    owner: str | None = None
+    progress: dict[str, Any] | None = None
+    quiet: float | None = None
+
+    @cached_property
+    def name(self) -> str:
+        return name_of(self.point)
+
+    @property
+    def seed(self) -> int:
+        return int(self.point["seed"])
+
+    @property
+    def loss(self) -> float:
+        """The validation loss of a completed trial; inf where it has none: it diverged, was stopped, has not ended."""
+        loss = (self.result or {}).get("val_loss") if self.state == "COMPLETE" else None
+        return math.inf if loss is None else float(loss)
+
+
+def name_of(point: Mapping[str, float]) -> str:
+    """What a point is told apart by: blind to the last bits, which differ between machines that compute a grid."""
+    return " ".join([f"{k}={value:.12g}" for k, value in sorted(point.items())])
