@@ -6,6 +6,7 @@ import contextlib
 import random
 import shutil
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,15 @@ def kernel() -> Path:
     if build.compiler() is None:
         pytest.skip("there is no C++ compiler")
     return native.build()
+
+
+@pytest.fixture
+def in_float64() -> Iterator[None]:
+    """Tensors are of float64 where nothing else is said."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,12 +39,7 @@ HALVES = (mue.Dense(width=4, ffn=4, layers=1, **SIZES), mue.MoE.parse("8e2a", wi
 K = 12
 
 
-@pytest.fixture(autouse=True)
-def _in_float64() -> Iterator[None]:
-    dtype = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(dtype)
+pytestmark = pytest.mark.usefixtures("in_float64")
 
 
 def planned(base: mue.Dense = BASE, target: mue.shapes.Transformer = MOE, **changes: Any) -> mue.Plan:
