@@ -29,7 +29,7 @@ import torch
 
 import peers
 from mue.kernels import library
-from mue.lab.doctor.bench import Bench, Case, Step, draw_routing, measure, median_ratio, ratios, upper_bound
+from mue.lab.doctor.timing import Bench, Case, Step, draw_routing, measure, median_ratio, ratios, upper_bound
 from mue.lab.train.provenance import provenance
 from mue.moe import MoELayer, Router, Routing
 from mue.util.files import write_json

@@ -1,4 +1,4 @@
-"""Other people's expert compute on the inputs of a `mue.lab.doctor.bench.Bench`: what our backends are compared with.
+"""Other people's expert compute on the inputs of a `mue.lab.doctor.timing.Bench`: what our backends are compared with.
 
 Each peer gets the weights in the layout it wants and the routing as (T, K) tables; routers are left out everywhere.
 """
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mue.lab.doctor.bench import Bench, Step
+from mue.lab.doctor.timing import Bench, Step
 from mue.moe import Routing
 
 

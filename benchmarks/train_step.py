@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 import mue
 from mue.kernels import library
-from mue.lab.doctor.bench import measure, median_ratio, ratios
+from mue.lab.doctor.timing import measure, median_ratio, ratios
 from mue.lab.models.language import LanguageModel
 from mue.lab.train.provenance import provenance
 from mue.moe import MoELayer

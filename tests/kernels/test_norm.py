@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mue.kernels import norm
-from mue.lab.models.language import RMSNorm, rotary_table, rotate
+from mue.lab.models.layers import RMSNorm, rotary_table
+from mue.lab.models.ops import rotate
 from support.precision import norm_off
 
 
@@ -25,7 +26,7 @@ def test_the_kernels_norm_is_torchs(shape: tuple[int, ...], turned: bool, dtype:
     """Output, gradients of input and gain, with and without RoPE; widths that fill no vector too."""
     torch.manual_seed(0)
     x, gain = torch.randn(shape).to(dtype), torch.randn(shape[-1])
-    turn = rotary_table(shape[1], shape[-1]) if turned else None
+    rope = rotary_table(shape[1], shape[-1]) if turned else None
     dy = torch.randn(shape)
 
     def run(function: Callable[[Tensor, Tensor], Tensor | None], kind: torch.dtype) -> list[Tensor]:
@@ -39,17 +40,17 @@ def test_the_kernels_norm_is_torchs(shape: tuple[int, ...], turned: bool, dtype:
 
     def exact(x: Tensor, gain: Tensor) -> Tensor:
         y = F.rms_norm(x, gain.shape, gain, 1e-3)
-        return y if turn is None else rotate(y, turn.double())
+        return y if rope is None else rotate(y, rope.double())
 
-    ours = run(functools.partial(norm.rms_norm, eps=1e-3, turn=turn), dtype)
+    ours = run(functools.partial(norm.rms_norm, eps=1e-3, rope=rope), dtype)
     oracle = run(exact, torch.float64)
     bound = 1e-6 if dtype == torch.float32 else 5e-3
     assert ours[0].dtype == torch.float32 and ours[1].dtype == dtype
     assert all(norm_off(o, e) < bound for o, e in zip(ours, oracle, strict=True))
-    other = run(functools.partial(norm.rms_norm, eps=1.0, turn=turn), dtype)
+    other = run(functools.partial(norm.rms_norm, eps=1.0, rope=rope), dtype)
     assert norm_off(other[0], oracle[0]) > 10 * bound  # negative control: eps is seen
-    if turn is not None and shape[-1] > 6:
-        wrong = run(functools.partial(norm.rms_norm, eps=1e-3, turn=turn.flip(0)), dtype)
+    if rope is not None and shape[-1] > 6:
+        wrong = run(functools.partial(norm.rms_norm, eps=1e-3, rope=rope.flip(0)), dtype)
         assert (
             norm_off(wrong[0], oracle[0]) > 0.1 and norm_off(wrong[1], oracle[1]) > 0.1
         )  # and so is which token a row is of

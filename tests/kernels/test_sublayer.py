@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mue.kernels import sublayer
-from mue.lab.models.language import rotary_table, rotate
+from mue.lab.models.layers import rotary_table
+from mue.lab.models.ops import rotate
 from support.precision import close, norm_off
 
 Leaves = list[Tensor | None]
@@ -40,9 +41,9 @@ def attention_leaves(B: int, T: int, D: int, H: int, K: int, E: int) -> Leaves:
 
 def plain_attention(x: Tensor, gain: Tensor, q: Tensor, k: Tensor, v: Tensor, q_gain: Tensor, k_gain: Tensor, o: Tensor) -> Tensor:  # fmt: skip
     n, E = normed(x, gain), q_gain.shape[0]
-    turn = rotary_table(x.shape[1], E).to(x.dtype)
+    rope = rotary_table(x.shape[1], E).to(x.dtype)
     heads = [(n @ m.mT).view(*x.shape[:2], -1, E) for m in (q, k, v)]
-    heads[:2] = rotate(normed(heads[0], q_gain), turn), rotate(normed(heads[1], k_gain), turn)
+    heads[:2] = rotate(normed(heads[0], q_gain), rope), rotate(normed(heads[1], k_gain), rope)
     q_BHTE, k_BKTE, v_BKTE = (t.transpose(1, 2) for t in heads)
     y = F.scaled_dot_product_attention(q_BHTE, k_BKTE, v_BKTE, is_causal=True, scale=0.3, enable_gqa=True)
     return x + 0.7 * (y.transpose(1, 2).flatten(-2) @ o.mT)
@@ -51,9 +52,9 @@ def plain_attention(x: Tensor, gain: Tensor, q: Tensor, k: Tensor, v: Tensor, q_
 def kernels_attention(
     x: Tensor, *weights: Tensor, scale: float = 0.3, back: bool = False, residual: float = 0.7, half: bool = False
 ) -> Tensor:
-    turn = rotary_table(x.shape[1], weights[4].shape[0])
-    turn = turn.flip(0).contiguous() if back else turn
-    return sublayer.attention(x, weights, turn, scale=scale, residual=residual, eps=1e-3, half=half)
+    rope = rotary_table(x.shape[1], weights[4].shape[0])
+    rope = rope.flip(0).contiguous() if back else rope
+    return sublayer.attention(x, weights, rope, scale=scale, residual=residual, eps=1e-3, half=half)
 
 
 @pytest.fixture(params=[1, 3])
@@ -126,11 +127,11 @@ def test_the_kernels_variants_are_themselves(name: str, variants: int) -> None:
         rows = [(D,), (40, D), (40, D), (D, 40)]
     weights: list[Tensor] = [torch.randn(variants, *row, requires_grad=True) for row in rows]
     x = torch.randn(variants, B, T, D, requires_grad=True)
-    turn = rotary_table(T, E)
+    rope = rotary_table(T, E)
 
     def run(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
         if name == "attention":
-            y = sublayer.attention(x, weights, turn, scale=0.3, residual=0.7, eps=1e-3)
+            y = sublayer.attention(x, weights, rope, scale=0.3, residual=0.7, eps=1e-3)
         else:
             given = [weights[0], None if name == "no gate" else weights[1], *weights[2:]]
             y = sublayer.feed_forward(x, given, residual=0.7, eps=1e-3)

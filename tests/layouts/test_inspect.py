@@ -159,7 +159,7 @@ def declared():
 
 
 def nothing():
-    return mue.lab.models.language.RMSNorm(8)
+    return mue.lab.models.layers.RMSNorm(8)
 
 
 def asks(width):

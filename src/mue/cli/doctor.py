@@ -30,7 +30,7 @@ def doctor(
     Example: mue doctor --build
     """
     from mue.kernels import library
-    from mue.lab.doctor import doctor as examiner
+    from mue.lab.doctor.report import make_report, render
     from mue.moe.backends.native import build as compile_kernel
 
     if build:
@@ -38,5 +38,5 @@ def doctor(
         library.forget()
         if not json_:
             print(f"native kernel: {path}\n")
-    report = examiner.examine(seconds)
-    print(json.dumps(report, ensure_ascii=False) if json_ else "\n".join(examiner.lines(report)))
+    report = make_report(seconds)
+    print(json.dumps(report, ensure_ascii=False) if json_ else render(report))

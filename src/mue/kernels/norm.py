@@ -26,15 +26,15 @@ class _Norm(ctypes.Structure):
     ]
 
 
-def rms_norm(x: Tensor, gain: Tensor, eps: float, turn: Tensor | None = None) -> Tensor | None:
+def rms_norm(x: Tensor, gain: Tensor, eps: float, rope: Tensor | None = None) -> Tensor | None:
     """x / rms(x) · gain over the last axis, in float32; None where torch has to do it.
 
     That is: under torch.compile (whose own fusion is as good), in other types, and see `library.serves_training`.
 
     Args:
-        x: (..., E) in float32 or bf16; with `turn` (B, T, H, E).
+        x: (..., E) in float32 or bf16; with `rope` (B, T, H, E).
         gain: (E,) in float32.
-        turn: (T, 1, E/2, 2), cos and sin of the angle by which neighbouring pairs are then turned.
+        rope: (T, 1, E/2, 2), cos and sin of the angle by which neighbouring pairs are then turned.
     """
     if (
         torch.compiler.is_compiling()
@@ -43,7 +43,7 @@ def rms_norm(x: Tensor, gain: Tensor, eps: float, turn: Tensor | None = None) ->
         or gain.dtype != torch.float32
     ):
         return None
-    y: Tensor = NativeRMSNorm.apply(x, gain, eps, turn)  # type: ignore[no-untyped-call]
+    y: Tensor = NativeRMSNorm.apply(x, gain, eps, rope)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -51,34 +51,34 @@ class NativeRMSNorm(torch.autograd.Function):
     """See `rms_norm`; the name is what a profile shows."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, turn: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, gain: Tensor, eps: float, rope: Tensor | None) -> Tensor:
         x, gain = x.contiguous(), gain.contiguous()
         y, inverse = torch.empty_like(x, dtype=torch.float32), torch.empty(x.shape[:-1])
-        _run("mue_norm_forward", x, eps, turn, gain=gain, y=y, inverse=inverse)
-        ctx.save_for_backward(x, gain, turn, inverse)
+        _run("mue_norm_forward", x, eps, rope, gain=gain, y=y, inverse=inverse)
+        ctx.save_for_backward(x, gain, rope, inverse)
         ctx.eps = eps
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        x, gain, turn, inverse = ctx.saved_tensors
+        x, gain, rope, inverse = ctx.saved_tensors
         dx, dgain = torch.empty_like(x) if ctx.needs_input_grad[0] else None, torch.empty_like(gain)
-        _run("mue_norm_backward", x, ctx.eps, turn, gain=gain, inverse=inverse, dy=dy.contiguous(), dx=dx, dgain=dgain)
+        _run("mue_norm_backward", x, ctx.eps, rope, gain=gain, inverse=inverse, dy=dy.contiguous(), dx=dx, dgain=dgain)
         return dx, dgain, None, None
 
 
-def _run(entry: str, x: Tensor, eps: float, turn: Tensor | None, **more: Tensor | None) -> None:
+def _run(entry: str, x: Tensor, eps: float, rope: Tensor | None, **more: Tensor | None) -> None:
     loaded = library.loaded()
     assert loaded is not None  # rms_norm
     width, threads = x.shape[-1], max(1, min(torch.get_num_threads(), x.numel() // _ELEMENTS_PER_THREAD))
     call = _Norm(
         rows=x.numel() // width, width=width, heads=1, period=1, x_type=_TYPES[x.dtype], threads=threads, eps=eps
     )
-    if turn is not None:
-        assert turn.dtype == torch.float32 and turn.shape == (x.shape[1], 1, width // 2, 2) and turn.is_contiguous()
+    if rope is not None:
+        assert rope.dtype == torch.float32 and rope.shape == (x.shape[1], 1, width // 2, 2) and rope.is_contiguous()
         call.heads, call.period = x.shape[2], x.shape[1]
-    for name, tensor in {"x": x, "turn": turn, **more}.items():
+    for name, tensor in {"x": x, "turn": rope, **more}.items():
         setattr(call, name, None if tensor is None else tensor.data_ptr())
     if status := getattr(loaded, entry)(ctypes.byref(call)):
         raise RuntimeError(f"{entry} found no threads (status {status})")

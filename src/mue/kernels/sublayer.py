@@ -93,7 +93,7 @@ class _Kernel:
         return tensors[0], list(tensors[1:count]), list(tensors[count:])
 
     def weights(self, given: Sequence[Tensor]) -> list[Tensor]:
-        """What has a gradient: all but the turn."""
+        """What has a gradient: all but the table of RoPE."""
         return [tensor for name, tensor in zip(self.given, given, strict=True) if name != "turn"]
 
     def gradients(self, given: Sequence[Tensor]) -> tuple[int, ...]:
@@ -216,7 +216,7 @@ _feed_forward = _operator(
 def attention(
     x_BTD: Tensor,
     weights: Sequence[Tensor],
-    turn: Tensor,
+    rope: Tensor,
     *,
     scale: float,
     residual: float,
@@ -228,11 +228,11 @@ def attention(
     Args:
         x_BTD: in float32 on the CPU, as everything else.
         weights: the norm's gain (D,), q (H·E, D), k and v (K·E, D), the gains of q and k (E,), o (D, H·E).
-        turn: (T, 1, E/2, 2), cos and sin of the angle by which neighbouring pairs are turned. (Of all variants.)
+        rope: (T, 1, E/2, 2), cos and sin of the angle by which neighbouring pairs are turned. (Of all variants.)
         scale: of the logits.
         half: round to bf16 what products in it would take and give.
     """
-    return _attention(x_BTD, [*weights, turn], [scale, residual, eps], half)
+    return _attention(x_BTD, [*weights, rope], [scale, residual, eps], half)
 
 
 def feed_forward(

@@ -1,4 +1,8 @@
-"""Mixture-of-Experts: routing, routers, grouped expert compute and the layer made of them."""
+"""Mixture-of-Experts: what a router returns, routers, grouped expert compute, and the layer made of them.
+
+Here: everything of a MoE block that is torch. Not here: what a plan or a check needs to know of a router
+(``mue.shapes.routers``), the model around the layer (``mue.lab.models``), and C++ (``mue.kernels``).
+"""
 
 from mue.moe.expert_weights import ExpertWeights
 from mue.moe.experts import experts

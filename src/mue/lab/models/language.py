@@ -1,12 +1,10 @@
 """The language model of the lab: a decoder with RMSNorm, RoPE, QK-norm and SwiGLU, each block dense or with experts.
 
 It is built from a shape (numbers) and the forward multipliers of a plan; with the default multipliers it is a stock
-model. No biases, no dropout.
+model. No biases, no dropout. Its layers are in ``mue.lab.models.layers``; which way each sublayer is computed is decided in
+``mue.lab.models.residual``.
 
-Every product broadcasts over a leading axis of variants: with weights (variants, out, in) and tokens (variants, B, T) one call
-computes as many models at once (``mue.lab.train.stacked_session``); without that axis it is an ordinary model.
-
-Shape suffixes: B sequences, T tokens of a sequence, D width, H heads, K key/value heads, E head size, V vocabulary.
+Shape suffixes: B sequences, T tokens of a sequence, D width, V vocabulary. Stacked variants are a leading axis of everything.
 """
 
 from __future__ import annotations
@@ -18,17 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mue.kernels import norm, sublayer
-from mue.lab.models.ops import (
-    attend,
-    attention_by_kernel,
-    feed_forward,
-    feed_forward_by_kernel,
-    is_half,
-    one_multiplier,
-    project,
-)
+from mue.lab.models.layers import Attention, Embedding, FeedForward, Linear, RMSNorm
+from mue.lab.models.ops import scaled
 from mue.lab.models.output import Output
+from mue.lab.models.residual import add_attention, add_experts, add_feed_forward
 from mue.layouts.layout import Layout
 from mue.moe import MoELayer, Routing
 from mue.moe.losses import consistency_loss
@@ -36,132 +27,14 @@ from mue.moe.routers.base import Balance, RouterInput, RouterOptions
 from mue.plan.values import Multipliers
 from mue.shapes import Block, Transformer
 
-EPS = 1e-6  # of every norm
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) · gain over the last axis; with a ``turn`` then RoPE."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor, turn: Tensor | None = None) -> Tensor:
-        gain, width = self.weight, self.weight.shape[-1:]
-        if gain.dim() == 1:
-            if (fused := norm.rms_norm(x, gain, EPS, turn)) is not None:
-                return fused
-            y = F.rms_norm(x.to(torch.promote_types(x.dtype, gain.dtype)), width, gain, EPS)
-        else:
-            y = (F.rms_norm(x, width, None, EPS) * gain.view(-1, *(1,) * (x.dim() - 2), *width)).to(x.dtype)
-        return y if turn is None else rotate(y, turn)
-
-
-class Linear(nn.Linear):
-    """x · weightᵀ without a bias."""
-
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(inputs, outputs, bias=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return project(input, self.weight)
-
-
-class Embedding(nn.Embedding):
-    """Rows of the table; of variants each from its own."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.weight.dim() == 2:
-            return F.embedding(input, self.weight)
-        variants, vocab, _ = self.weight.shape
-        first = torch.arange(0, variants * vocab, vocab, device=input.device)
-        return F.embedding(input + first.view(-1, *(1,) * (input.dim() - 1)), self.weight.flatten(0, 1))
-
-
-class Attention(nn.Module):
-    """Causal attention with QK-norm and RoPE; the logits are multiplied by ``scale`` (None: 1/√E)."""
-
-    turn: Tensor
-
-    def __init__(self, shape: Transformer, scale: float | None) -> None:
-        super().__init__()
-        E, D = shape.head_dim, shape.width
-        if E % 2:
-            raise ValueError(f"head_dim {E} is odd: rotary positions need pairs, choose an even head_dim")
-        self.head_dim, heads, kv_heads = E, shape.num_heads, shape.num_kv_heads
-        self.scale = E**-0.5 if scale is None else scale
-        self.q = Linear(D, heads * E)
-        self.k = Linear(D, kv_heads * E)
-        self.v = Linear(D, kv_heads * E)
-        self.o = Linear(heads * E, D)
-        self.q_norm, self.k_norm = RMSNorm(E), RMSNorm(E)
-        self.register_buffer("turn", rotary_table(shape.sequence, E), persistent=False)
-
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        turn = self.turn[: x_BTD.shape[-2]]
-        heads = *x_BTD.shape[:-1], -1, self.head_dim
-        q_BTHE, k_BTKE, v_BTKE = (p(x_BTD).view(heads) for p in (self.q, self.k, self.v))
-        q_BTHE, k_BTKE = self.q_norm(q_BTHE, turn), self.k_norm(k_BTKE, turn)
-        # Variants are more sequences here: attention has no weights.
-        q, k, v = (x.flatten(0, -4).transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
-        y = attend(q, k, v, self.scale)
-        return self.o(y.transpose(1, 2).reshape(*x_BTD.shape[:-1], -1))  # type: ignore[no-any-return]
-
-
-def rotary_table(length: int, head_dim: int, base: float = 10_000.0) -> Tensor:
-    """cos and sin of RoPE (2104.09864) as (length, 1, head_dim/2, 2)."""
-    frequency = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
-    return torch.stack((angle.cos(), angle.sin()), -1).float()[:, None]
-
-
-def rotate(x: Tensor, turn: Tensor) -> Tensor:
-    """RoPE on neighbouring pairs of the last axis of (B, T, H, E): one complex product; fp32 or better."""
-    dtype = torch.promote_types(torch.promote_types(x.dtype, turn.dtype), torch.float32)  # no complex bf16 in torch
-    if torch.compiler.is_compiling():  # the same in reals: the compiler makes no kernels for complex numbers
-        (a, b), (cos, sin) = x.to(dtype).view(*x.shape[:-1], -1, 2).unbind(-1), turn.to(dtype).unbind(-1)
-        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
-    pairs = torch.view_as_complex(x.to(dtype).reshape(*x.shape[:-1], -1, 2))
-    return torch.view_as_real(pairs * torch.view_as_complex(turn.to(dtype))).flatten(-2).to(x.dtype)
-
-
-class FeedForward(nn.Module):
-    """A · down(silu(gate x) · up x), or A · down(gelu(up x)) where not gated."""
-
-    def __init__(self, width: int, hidden: int, gated: bool, output_multiplier: float) -> None:
-        super().__init__()
-        self.up = Linear(width, hidden)
-        self.gate = Linear(width, hidden) if gated else None
-        self.down = Linear(hidden, width)
-        self.output_multiplier = output_multiplier
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate = None if self.gate is None else self.gate.weight
-        return scaled(feed_forward(x, gate, self.up.weight, self.down.weight), self.output_multiplier)
-
-
-_OWN = frozenset({RMSNorm, Linear, Attention, FeedForward, MoELayer})
-
-
-def untouched(*modules: nn.Module) -> bool:
-    """Whether modules are as they were made: none replaced or patched, none with a hook that wants to be called."""
-    for module in modules:
-        if (
-            type(module) not in _OWN
-            or "forward" in module.__dict__
-            or module._forward_hooks
-            or module._forward_pre_hooks
-        ):
-            return False
-        if module._backward_hooks or module._backward_pre_hooks:
-            return False
-    return True
-
 
 class TransformerBlock(nn.Module):
-    """x + l^-α·attention(norm x), then x + l^-α·feed-forward(norm x).
+    """x + l^-α · attention(norm x), then x + l^-α · feed-forward(norm x), which is dense or has experts (conventions.md 3).
 
-    In training each is one call of the native kernel where that is faster and the modules in it are untouched.
+    Args:
+        shape: of the whole model. block, layer: what this one is, and the how many-th.
+        multipliers: the plan's: l^-α, and of this layer A on the feed-forward and R on its routed sum.
+        options: what the run says to the router.
     """
 
     def __init__(
@@ -183,32 +56,11 @@ class TransformerBlock(nn.Module):
             self.moe = MoELayer.from_block(block, shape.width, options, output_multiplier=A, gated=shape.gated)
 
     def forward(self, x_BTD: Tensor, given: RouterInput | None = None) -> tuple[Tensor, Routing | None]:
-        x_BTD = self._attend(x_BTD)
-        if self.moe is None:
-            return self._feed_forward(x_BTD), None
-        also = {} if given is None else {"given": given}
-        if untouched(self.moe) and one_multiplier(x_BTD):
-            y, routing = self.moe(self.ffn_norm(x_BTD), self.residual, **also)
-            return x_BTD + y, routing
-        y, routing = self.moe(self.ffn_norm(x_BTD), **also)
-        return torch.add(x_BTD, y, alpha=self.residual), routing
-
-    def _attend(self, x_BTD: Tensor) -> Tensor:
-        own, turn = self.attention, self.attention.turn[: x_BTD.shape[-2]]
-        parts = self.attention_norm, own.q, own.k, own.v, own.q_norm, own.k_norm, own.o
-        if untouched(own, *parts) and attention_by_kernel(x_BTD, weights := [m.weight for m in parts]):
-            c, half = self.residual, is_half(x_BTD)
-            return sublayer.attention(x_BTD, weights, turn, scale=own.scale, residual=c, eps=EPS, half=half)
-        return torch.add(x_BTD, own(self.attention_norm(x_BTD)), alpha=self.residual)
-
-    def _feed_forward(self, x_BTD: Tensor) -> Tensor:
-        own = self.ffn
-        assert own is not None
-        weights = self.ffn_norm.weight, None if own.gate is None else own.gate.weight, own.up.weight, own.down.weight
-        if untouched(self.ffn_norm, own) and feed_forward_by_kernel(x_BTD, weights):
-            c = self.residual * own.output_multiplier
-            return sublayer.feed_forward(x_BTD, weights, residual=c, eps=EPS, half=is_half(x_BTD))
-        return torch.add(x_BTD, own(self.ffn_norm(x_BTD)), alpha=self.residual)
+        x_BTD = add_attention(x_BTD, self.attention_norm, self.attention, self.residual)
+        if self.moe is not None:
+            return add_experts(x_BTD, self.ffn_norm, self.moe, self.residual, given)
+        assert self.ffn is not None
+        return add_feed_forward(x_BTD, self.ffn_norm, self.ffn, self.residual), None
 
 
 class LanguageModel(nn.Module):
@@ -329,8 +181,3 @@ def mean_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
         logits.to(torch.promote_types(logits.dtype, torch.float32)), targets_BT.flatten(), reduction="none"
     )
     return each.view(*targets_BT.shape[:-2], -1).mean(-1)
-
-
-def scaled(x: Tensor, multiplier: float) -> Tensor:
-    """x · multiplier, free where it is 1."""
-    return x if multiplier == 1.0 else x * multiplier

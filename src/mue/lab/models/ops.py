@@ -1,6 +1,8 @@
-"""Products, attention and feed-forward by whichever way is fastest on the device; measured in docs/performance.md.
+"""Every operator of the lab's models by whichever way is fastest where it runs; measured in docs/performance.md.
 
-Cross-entropy has one path, torch's own: nothing tried was faster in both precisions.
+This is the one place that knows of the native kernel, of torch.compile, of processors without bf16 instructions, and that
+weights with a leading axis are stacked variants'. Cross-entropy has one way, torch's own: nothing tried was faster in both
+precisions.
 
 Shape suffixes: B sequences, T tokens, H heads, K key/value heads, E head size.
 """
@@ -16,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
-from mue.kernels import library
+from mue.kernels import library, norm
 from mue.kernels.operator import constant, thread_count
 from mue.moe.experts import compute_dtype
 
@@ -35,12 +37,57 @@ def bf16_instructions() -> bool:
     return any(facts.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def rms_norm(x: Tensor, gain: Tensor, eps: float, rope: Tensor | None = None) -> Tensor:
+    """x / rms(x) · gain over the last axis, in float32 or better, and RoPE after it where there is a table for it.
+
+    Args:
+        x: (..., E); with ``rope`` (..., B, T, H, E). gain: (E,), or of variants (V, E) for x (V, ...).
+        rope: see :func:`rotate`.
+    """
+    width = gain.shape[-1:]
+    if gain.dim() == 1:
+        if (fused := norm.rms_norm(x, gain, eps, rope)) is not None:
+            return fused
+        y = F.rms_norm(x.to(torch.promote_types(x.dtype, gain.dtype)), width, gain, eps)
+    else:
+        y = (F.rms_norm(x, width, None, eps) * gain.view(-1, *(1,) * (x.dim() - 2), *width)).to(x.dtype)
+    return y if rope is None else rotate(y, rope)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """RoPE (2104.09864) on neighbouring pairs of the last axis of (..., T, H, E): one complex product; in float32 or better.
+
+    Args:
+        rope: (T, 1, E/2, 2), cos and sin of the angles.
+    """
+    dtype = torch.promote_types(torch.promote_types(x.dtype, rope.dtype), torch.float32)  # no complex bf16 in torch
+    if torch.compiler.is_compiling():  # the same in reals: the compiler makes no kernels for complex numbers
+        (a, b), (cos, sin) = x.to(dtype).view(*x.shape[:-1], -1, 2).unbind(-1), rope.to(dtype).unbind(-1)
+        return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.to(dtype).reshape(*x.shape[:-1], -1, 2))
+    return torch.view_as_real(pairs * torch.view_as_complex(rope.to(dtype))).flatten(-2).to(x.dtype)
+
+
+def look_up(token: Tensor, table: Tensor) -> Tensor:
+    """Rows of the table (vocabulary, D); of variants (V, vocabulary, D) each from its own for tokens (V, ...)."""
+    if table.dim() == 2:
+        return F.embedding(token, table)
+    variants, vocab, _ = table.shape
+    first = torch.arange(0, variants * vocab, vocab, device=token.device)
+    return F.embedding(token + first.view(-1, *(1,) * (token.dim() - 1)), table.flatten(0, 1))
+
+
+def scaled(x: Tensor, multiplier: float) -> Tensor:
+    """x · multiplier, free where it is 1."""
+    return x if multiplier == 1.0 else x * multiplier
+
+
 def project(x: Tensor, weight: Tensor) -> Tensor:
     """x (..., in) · weightᵀ (out, in); of variants x (V, ..., in) and weight (V, out, in), one batched product.
 
     Where bf16 would be emulated: the product of the same rounded values in float32, rounded, which is what bf16 means.
     """
-    if x.device.type == "cpu" and is_half(x) and not bf16_instructions():
+    if x.device.type == "cpu" and in_bf16(x) and not bf16_instructions():
         emulated: Tensor = _EmulatedProduct.apply(x, weight)  # type: ignore[no-untyped-call]
         return emulated
     return _product(x, weight)
@@ -127,7 +174,7 @@ def feed_forward_by_kernel(x: Tensor, weights: Sequence[Tensor | None]) -> bool:
     present = [weight for weight in weights if weight is not None]
     if not _sublayer(x, present):
         return False
-    return is_half(x) or max(weight.shape[-2:].numel() for weight in present) <= _KERNEL_MATRIX
+    return in_bf16(x) or max(weight.shape[-2:].numel() for weight in present) <= _KERNEL_MATRIX
 
 
 def _sublayer(x: Tensor, weights: Sequence[Tensor]) -> bool:
@@ -143,7 +190,7 @@ def _sublayer(x: Tensor, weights: Sequence[Tensor]) -> bool:
         return False
     if any(tensor.dtype != torch.float32 for tensor in (x, *weights)):
         return False
-    return compute_dtype(x) == torch.float32 or (is_half(x) and not bf16_instructions())
+    return compute_dtype(x) == torch.float32 or (in_bf16(x) and not bf16_instructions())
 
 
 def one_multiplier(x: Tensor) -> bool:
@@ -151,6 +198,6 @@ def one_multiplier(x: Tensor) -> bool:
     return library.serves_training(x) and x.dim() == 3
 
 
-def is_half(x: Tensor) -> bool:
+def in_bf16(x: Tensor) -> bool:
     """Whether products with x are in bf16."""
     return compute_dtype(x) == torch.bfloat16

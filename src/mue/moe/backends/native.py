@@ -20,7 +20,7 @@ from torch import Tensor
 
 from mue.kernels import build as builder
 from mue.kernels import library
-from mue.moe.backends.operator import Inputs, Kernel, Problem, operator
+from mue.moe.backends.operator import Differentiable, Kernel, RoutedCall, operator
 from mue.moe.expert_weights import ExpertWeights
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
@@ -68,18 +68,18 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
 
-def _call(inputs: Inputs, problem: Problem, saved: Sequence[Tensor] | None, **more: Tensor | None) -> _Call:
+def _call(inputs: Differentiable, routed: RoutedCall, saved: Sequence[Tensor] | None, **more: Tensor | None) -> _Call:
     """The arguments that forward and backward share; `more` are pointers by field."""
     x_TD, up = inputs.x_TD, inputs.up if inputs.up is not None else inputs.shared_up
     assert up is not None
     call = _Call(
-        tokens=x_TD.shape[0], width=x_TD.shape[1], pairs=problem.token_P.shape[0], slots=problem.slots,
-        row_type=_TYPES[problem.dtype], x_type=_TYPES[x_TD.dtype], matrix_type=_TYPES[up.dtype],
+        tokens=x_TD.shape[0], width=x_TD.shape[1], pairs=routed.token_P.shape[0], slots=routed.slots,
+        row_type=_TYPES[routed.dtype], x_type=_TYPES[x_TD.dtype], matrix_type=_TYPES[up.dtype],
         weight_type=_TYPES[inputs.weight_P.dtype],
     )  # fmt: skip
     kept = [None] * 4 if saved is None else list(saved)
     for ffn, count, matrices, (gate, up_rows) in (
-        (call.routed, problem.number, inputs[2:5], kept[:2]),
+        (call.routed, routed.number, inputs[2:5], kept[:2]),
         (call.shared, 1, inputs[5:8], kept[2:]),
     ):
         if matrices[1] is None:
@@ -87,18 +87,18 @@ def _call(inputs: Inputs, problem: Problem, saved: Sequence[Tensor] | None, **mo
         ffn.count, ffn.inner = count, matrices[1].shape[-2]
         ffn.gate, ffn.up, ffn.down = map(_pointer, matrices)
         ffn.gate_MH, ffn.up_MH = _pointer(gate), _pointer(up_rows)
-    given = {"token_P": problem.token_P, "expert_P": problem.expert_P, "weight_P": inputs.weight_P, "x_TD": x_TD}
+    given = {"token_P": routed.token_P, "expert_P": routed.expert_P, "weight_P": inputs.weight_P, "x_TD": x_TD}
     for name, tensor in {**given, **more}.items():
         setattr(call, name, _pointer(tensor))
     inner = [ffn.inner for ffn in (call.routed, call.shared) if ffn.count]
     even = all(size % 32 == 0 for size in (call.width, *inner))
-    call.engine = _ENGINES[library.engine() if problem.dtype == torch.bfloat16 and even else "plain"]
+    call.engine = _ENGINES[library.engine() if routed.dtype == torch.bfloat16 and even else "plain"]
     work = call.width * (call.pairs * call.routed.inner + call.tokens * call.shared.inner)
     call.threads = max(1, min(torch.get_num_threads(), work // _WORK_PER_THREAD))
     return call
 
 
-def _run(entry: str, call: _Call, problem: Problem) -> None:
+def _run(entry: str, call: _Call, routed: RoutedCall) -> None:
     kernel = library.loaded()
     assert kernel is not None  # refusal
     assert kernel.mue_call_bytes() == ctypes.sizeof(_Call)  # api.h and the fields above say the same
@@ -109,40 +109,40 @@ def _run(entry: str, call: _Call, problem: Problem) -> None:
         raise ValueError("expert_P holds a negative index: padding is marked by num_experts")
     if status == 2:
         raise ValueError(
-            f"expert_P reaches {int(problem.expert_P.max())} but there are {problem.number} experts"
-            f" (padding is {problem.number})"
+            f"expert_P reaches {int(routed.expert_P.max())} but there are {routed.number} experts"
+            f" (padding is {routed.number})"
         )
     if status == 3:
         raise ValueError(f"token_P reaches outside the {call.tokens} tokens of x")
     if status == 4:
-        raise ValueError(f"slots={problem.slots} promises token_P = 0,0,..,1,1,..: give slots=0 for any other order")
+        raise ValueError(f"slots={routed.slots} promises token_P = 0,0,..,1,1,..: give slots=0 for any other order")
     raise MemoryError(f"the native kernel found no memory for {call.tokens} tokens (status {status})")
 
 
-def _forward(inputs: Inputs, problem: Problem, saved: list[Tensor] | None) -> tuple[Tensor, None]:
-    y_TD = inputs.x_TD.new_empty(inputs.x_TD.shape, dtype=problem.dtype)
-    _run("mue_forward", _call(inputs, problem, saved, y_TD=y_TD), problem)
+def _forward(inputs: Differentiable, routed: RoutedCall, saved: list[Tensor] | None) -> tuple[Tensor, None]:
+    y_TD = inputs.x_TD.new_empty(inputs.x_TD.shape, dtype=routed.dtype)
+    _run("mue_forward", _call(inputs, routed, saved, y_TD=y_TD), routed)
     return y_TD, None
 
 
 def _backward(
-    dy_TD: Tensor, inputs: Inputs, problem: Problem, saved: Sequence[Tensor], needs: Sequence[bool], _: None
+    dy_TD: Tensor, inputs: Differentiable, routed: RoutedCall, saved: Sequence[Tensor], needs: Sequence[bool], _: None
 ) -> list[Tensor | None]:
     gradients = [
         None if tensor is None or not need else torch.empty_like(tensor)
         for tensor, need in zip(inputs, needs, strict=True)
     ]
     dx_TD, dweight_P, *matrices = gradients
-    if dweight_P is not None and problem.token_P.shape[0]:
+    if dweight_P is not None and routed.token_P.shape[0]:
         dweight_P.zero_()  # padding pairs have no row
-    call = _call(inputs, problem, saved, dy_TD=dy_TD, dx_TD=dx_TD, dweight_P=dweight_P)
+    call = _call(inputs, routed, saved, dy_TD=dy_TD, dx_TD=dx_TD, dweight_P=dweight_P)
     for ffn, given in ((call.routed, matrices[:3]), (call.shared, matrices[3:])):
         ffn.dgate, ffn.dup, ffn.ddown = map(_pointer, given)
-    _run("mue_backward", call, problem)
+    _run("mue_backward", call, routed)
     return gradients
 
 
-run = operator("experts_native", Kernel(_forward, _backward, lambda problem: problem.token_P.shape[0]))
+run = operator("experts_native", Kernel(_forward, _backward, lambda routed: routed.token_P.shape[0]))
 
 
 def build() -> Path:

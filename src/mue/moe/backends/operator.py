@@ -21,10 +21,14 @@ from mue.moe.routing import Routing
 _WEIGHTS = (torch.float32, torch.float64)
 
 
-class Problem(NamedTuple):
-    """What gets no gradient, contiguous: where the pairs go, the type in which rows are computed, and for how many threads.
+class RoutedCall(NamedTuple):
+    """What gets no gradient: where the pairs go, and how rows are computed.
 
-    The threads are noted with the forward, since a layout made for them has to be the backward's as well.
+    Attributes:
+        token_P, expert_P: of each pair, contiguous. number: N.
+        slots: see :class:`mue.moe.routing.Routing`.
+        dtype: in which rows are computed.
+        threads: noted with the forward, since a layout made for them has to be the backward's as well.
     """
 
     token_P: Tensor
@@ -35,8 +39,9 @@ class Problem(NamedTuple):
     threads: int
 
 
-class Inputs(NamedTuple):
-    """What gets gradients, contiguous; weight_P in float32 or float64, the matrices as in ExpertWeights."""
+class Differentiable(NamedTuple):
+    """What gets gradients, contiguous: the tokens (T, D), the weights (P,) in float32 or float64, and the matrices in the
+    order and the shapes of :class:`mue.moe.expert_weights.ExpertWeights`."""
 
     x_TD: Tensor
     weight_P: Tensor
@@ -51,18 +56,18 @@ class Inputs(NamedTuple):
 class Kernel(NamedTuple):
     """A backend's own work.
 
-    forward(inputs, problem, saved) -> y_TD and anything the backward would otherwise compute again. `saved` holds four
+    forward(inputs, call, saved) -> y_TD and anything the backward would otherwise compute again. `saved` holds four
         buffers to fill for the backward: gate x and up x of the routed rows, then of the shared; empty where there is no
         such matrix; None where nobody will ask for gradients.
-    backward(dy_TD, inputs, problem, saved, needs, extra) -> a gradient for each input that needs one, else None. `extra`
+    backward(dy_TD, inputs, call, saved, needs, extra) -> a gradient for each input that needs one, else None. `extra`
         is what forward returned, or None.
-    rows(problem) -> how many routed rows `saved` has: at least the pairs.
+    rows(call) -> how many routed rows `saved` has: at least the pairs.
     outputs: for a kernel without shared experts; the third buffer then holds each routed row's output, and one row more.
     """
 
-    forward: Callable[[Inputs, Problem, list[Tensor] | None], tuple[Tensor, Any]]
-    backward: Callable[[Tensor, Inputs, Problem, Sequence[Tensor], Sequence[bool], Any], list[Tensor | None]]
-    rows: Callable[[Problem], int]
+    forward: Callable[[Differentiable, RoutedCall, list[Tensor] | None], tuple[Tensor, Any]]
+    backward: Callable[[Tensor, Differentiable, RoutedCall, Sequence[Tensor], Sequence[bool], Any], list[Tensor | None]]
+    rows: Callable[[RoutedCall], int]
     outputs: bool = False
 
 
@@ -74,13 +79,13 @@ def operator(name: str, kernel: Kernel) -> Run:
 
     class Eager(torch.autograd.Function):
         @staticmethod
-        def forward(ctx: Any, problem: Problem, keep: bool, *tensors: Any) -> Tensor:
-            inputs = Inputs(*tensors)
-            saved = _saved(inputs, problem, kernel) if keep else None
-            y_TD, ctx.extra = kernel.forward(inputs, problem, saved)
+        def forward(ctx: Any, call: RoutedCall, keep: bool, *tensors: Any) -> Tensor:
+            inputs = Differentiable(*tensors)
+            saved = _saved(inputs, call, kernel) if keep else None
+            y_TD, ctx.extra = kernel.forward(inputs, call, saved)
             if saved is not None:
-                ctx.problem = problem[2:]
-                ctx.save_for_backward(*inputs, *problem[:2], *saved)
+                ctx.call = call[2:]
+                ctx.save_for_backward(*inputs, *call[:2], *saved)
             return y_TD
 
         @staticmethod
@@ -88,31 +93,31 @@ def operator(name: str, kernel: Kernel) -> Run:
         def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
             inputs, pairs, saved = _split(ctx.saved_tensors)
             needs = ctx.needs_input_grad[2:]
-            problem = Problem(*pairs, *ctx.problem)
-            return None, None, *kernel.backward(dy_TD.contiguous(), inputs, problem, saved, needs, ctx.extra)
+            call = RoutedCall(*pairs, *ctx.call)
+            return None, None, *kernel.backward(dy_TD.contiguous(), inputs, call, saved, needs, ctx.extra)
 
     named: Any = type(name, (Eager,), {})  # what a profile shows
     compiled = _register(name, kernel)
 
     def run(x_TD: Tensor, routing: Routing, weights: ExpertWeights, dtype: torch.dtype) -> Tensor:
         weight_P = routing.weight_P if routing.weight_P.dtype in _WEIGHTS else routing.weight_P.float()
-        inputs = Inputs(x_TD.contiguous(), weight_P.contiguous(), *weights.map(Tensor.contiguous).matrices)
+        inputs = Differentiable(x_TD.contiguous(), weight_P.contiguous(), *weights.map(Tensor.contiguous).matrices)
         token_P, expert_P = routing.token_P.contiguous(), routing.expert_P.contiguous()
-        problem = Problem(token_P, expert_P, routing.num_experts, routing.slots, dtype, thread_count())
+        call = RoutedCall(token_P, expert_P, routing.num_experts, routing.slots, dtype, thread_count())
         if torch.compiler.is_compiling():
-            y_TD: Tensor = compiled(*inputs, *problem)[0]
+            y_TD: Tensor = compiled(*inputs, *call)[0]
         else:
             keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-            y_TD = named.apply(problem, keep, *inputs)
+            y_TD = named.apply(call, keep, *inputs)
         return y_TD
 
     return run
 
 
-def _saved(inputs: Inputs, problem: Problem, kernel: Kernel) -> list[Tensor]:
-    x_TD, rows = inputs.x_TD, kernel.rows(problem)
+def _saved(inputs: Differentiable, call: RoutedCall, kernel: Kernel) -> list[Tensor]:
+    x_TD, rows = inputs.x_TD, kernel.rows(call)
     saved = [
-        x_TD.new_empty(0 if matrix is None else (count, matrix.shape[-2]), dtype=problem.dtype)
+        x_TD.new_empty(0 if matrix is None else (count, matrix.shape[-2]), dtype=call.dtype)
         for matrix, count in (
             (inputs.gate, rows),
             (inputs.up, rows),
@@ -121,17 +126,17 @@ def _saved(inputs: Inputs, problem: Problem, kernel: Kernel) -> list[Tensor]:
         )
     ]
     if kernel.outputs:
-        saved[2] = x_TD.new_empty(rows + 1, x_TD.shape[1], dtype=problem.dtype)
+        saved[2] = x_TD.new_empty(rows + 1, x_TD.shape[1], dtype=call.dtype)
     return saved
 
 
-def _split(tensors: Sequence[Any]) -> tuple[Inputs, tuple[Tensor, Tensor], Sequence[Tensor]]:
-    """Inputs, (token_P, expert_P), saved: the order in which both forms save for the backward."""
-    return Inputs(*tensors[:8]), (tensors[8], tensors[9]), tensors[10:]
+def _split(tensors: Sequence[Any]) -> tuple[Differentiable, tuple[Tensor, Tensor], Sequence[Tensor]]:
+    """Differentiable, (token_P, expert_P), saved: the order in which both forms save for the backward."""
+    return Differentiable(*tensors[:8]), (tensors[8], tensors[9]), tensors[10:]
 
 
 def _register(name: str, kernel: Kernel) -> Callable[..., tuple[Tensor, ...]]:
-    """`torch.ops.mue.{name}(*inputs, *problem)` -> y_TD and the four saved buffers."""
+    """`torch.ops.mue.{name}(*inputs, *call)` -> y_TD and the four saved buffers."""
 
     @torch.library.custom_op(f"mue::{name}", mutates_args=())
     def forward(
@@ -139,16 +144,16 @@ def _register(name: str, kernel: Kernel) -> Callable[..., tuple[Tensor, ...]]:
         shared_gate: Tensor | None, shared_up: Tensor | None, shared_down: Tensor | None,
         token_P: Tensor, expert_P: Tensor, number: int, slots: int, dtype: torch.dtype, threads: int,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-        inputs = Inputs(x_TD, weight_P, gate, up, down, shared_gate, shared_up, shared_down)
-        problem = Problem(token_P, expert_P, number, slots, dtype, threads)
-        saved = _saved(inputs, problem, kernel)
-        return kernel.forward(inputs, problem, saved)[0], saved[0], saved[1], saved[2], saved[3]
+        inputs = Differentiable(x_TD, weight_P, gate, up, down, shared_gate, shared_up, shared_down)
+        call = RoutedCall(token_P, expert_P, number, slots, dtype, threads)
+        saved = _saved(inputs, call, kernel)
+        return kernel.forward(inputs, call, saved)[0], saved[0], saved[1], saved[2], saved[3]
 
     @forward.register_fake
     def _(*arguments: Any) -> tuple[Tensor, ...]:
-        inputs, problem = Inputs(*arguments[:8]), Problem(*arguments[8:])
-        y_TD = inputs.x_TD.new_empty(inputs.x_TD.shape, dtype=problem.dtype)
-        return y_TD, *_saved(inputs, problem, kernel)
+        inputs, call = Differentiable(*arguments[:8]), RoutedCall(*arguments[8:])
+        y_TD = inputs.x_TD.new_empty(inputs.x_TD.shape, dtype=call.dtype)
+        return y_TD, *_saved(inputs, call, kernel)
 
     @torch.library.custom_op(f"mue::{name}_backward", mutates_args=())
     def backward(
@@ -157,9 +162,9 @@ def _register(name: str, kernel: Kernel) -> Callable[..., tuple[Tensor, ...]]:
         token_P: Tensor, expert_P: Tensor, saved: list[Tensor], number: int, slots: int, dtype: torch.dtype,
         threads: int, needs: list[bool],
     ) -> list[Tensor]:  # fmt: skip
-        inputs = Inputs(x_TD, weight_P, gate, up, down, shared_gate, shared_up, shared_down)
-        problem = Problem(token_P, expert_P, number, slots, dtype, threads)
-        gradients = kernel.backward(dy_TD.contiguous(), inputs, problem, saved, needs, None)
+        inputs = Differentiable(x_TD, weight_P, gate, up, down, shared_gate, shared_up, shared_down)
+        call = RoutedCall(token_P, expert_P, number, slots, dtype, threads)
+        gradients = kernel.backward(dy_TD.contiguous(), inputs, call, saved, needs, None)
         return [dy_TD.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
     @backward.register_fake
@@ -169,7 +174,7 @@ def _register(name: str, kernel: Kernel) -> Callable[..., tuple[Tensor, ...]]:
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.set_materialize_grads(False)
-        ctx.problem = inputs[10:]
+        ctx.call = inputs[10:]
         ctx.save_for_backward(*inputs[:10], *output[1:])
 
     def differentiate(ctx: Any, dy_TD: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
@@ -177,7 +182,7 @@ def _register(name: str, kernel: Kernel) -> Callable[..., tuple[Tensor, ...]]:
         if dy_TD is None:
             return (None,) * 14
         inputs, pairs, saved = _split(ctx.saved_tensors)
-        found = backward(dy_TD, *inputs, *pairs, list(saved), *ctx.problem, needs)
+        found = backward(dy_TD, *inputs, *pairs, list(saved), *ctx.call, needs)
         return *(g if need else None for g, need in zip(found, needs, strict=True)), *([None] * 6)
 
     forward.register_autograd(differentiate, setup_context=keep)

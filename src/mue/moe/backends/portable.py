@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mue.moe.backends.operator import Inputs, Kernel, Problem, operator
+from mue.moe.backends.operator import Differentiable, Kernel, RoutedCall, operator
 from mue.moe.backends.portable_rows import MOST_WASTE, Chunk, Order, order_of, strided
 from mue.moe.routing import Routing
 
@@ -59,30 +59,28 @@ class _Scratch:
         return self.buffers[name][:rows]
 
 
-def _plan(inputs: Inputs, problem: Problem) -> Order:
+def _plan(inputs: Differentiable, call: RoutedCall) -> Order:
     x_TD, up_NHD = inputs.x_TD, inputs.up
     assert up_NHD is not None
-    routing = Routing(
-        problem.token_P, problem.expert_P, inputs.weight_P.detach(), x_TD.shape[0], problem.number, problem.slots
-    )
-    alignment, parts = _ROW_ALIGNMENT.get(problem.dtype), 1
+    routing = Routing(call.token_P, call.expert_P, inputs.weight_P.detach(), x_TD.shape[0], call.number, call.slots)
+    alignment, parts = _ROW_ALIGNMENT.get(call.dtype), 1
     if alignment is None:
-        alignment = parts = min(problem.threads, _MOST_PARTS)
-    return order_of(routing, x_TD.shape[1], up_NHD.shape[1], alignment, parts, problem.dtype)
+        alignment = parts = min(call.threads, _MOST_PARTS)
+    return order_of(routing, x_TD.shape[1], up_NHD.shape[1], alignment, parts, call.dtype)
 
 
-def _rows(problem: Problem) -> int:
+def _rows(call: RoutedCall) -> int:
     """Pairs, and the most that alignment can add."""
-    pairs = problem.token_P.shape[0]
-    alone = (_ROW_ALIGNMENT.get(problem.dtype, _MOST_PARTS) - 1) * min(pairs, problem.number)
+    pairs = call.token_P.shape[0]
+    alone = (_ROW_ALIGNMENT.get(call.dtype, _MOST_PARTS) - 1) * min(pairs, call.number)
     return pairs + max(alone, pairs // (MOST_WASTE - 1))
 
 
-def _forward(inputs: Inputs, problem: Problem, saved: list[Tensor] | None) -> tuple[Tensor, Order]:
+def _forward(inputs: Differentiable, call: RoutedCall, saved: list[Tensor] | None) -> tuple[Tensor, Order]:
     """(T, D), see `experts`."""
     x_TD, _, gate_NHD, up_NHD, down_NDH = inputs[:5]
     assert up_NHD is not None and down_NDH is not None
-    order = _plan(inputs, problem)
+    order = _plan(inputs, call)
     width, inner, total = x_TD.shape[1], up_NHD.shape[1], order.token_M.shape[0]
     if saved is None:
         gate_MH, up_MH = x_TD.new_empty(0 if gate_NHD is None else (total, inner)), x_TD.new_empty(total, inner)
@@ -109,8 +107,8 @@ def _forward(inputs: Inputs, problem: Problem, saved: list[Tensor] | None) -> tu
 
 def _backward(
     dy_TD: Tensor,
-    inputs: Inputs,
-    problem: Problem,
+    inputs: Differentiable,
+    call: RoutedCall,
     saved: Sequence[Tensor],
     needs: Sequence[bool],
     order: Order | None,
@@ -119,7 +117,7 @@ def _backward(
     x_TD, weight_P, gate_NHD, up_NHD, down_NDH = inputs[:5]
     assert up_NHD is not None and down_NDH is not None
     need_x, need_weight, need_gate, need_up, need_down = needs[:5]
-    order = _plan(inputs, problem) if order is None else order
+    order = _plan(inputs, call) if order is None else order
     gate_MH, up_MH, y_MD = saved[:3]
     width, inner, total = x_TD.shape[1], up_NHD.shape[1], order.token_M.shape[0]
     # rows of 16 bits are summed in float32, which only the bag does
@@ -169,7 +167,7 @@ def _backward(
         dx_TD = _combine(dx_MD, order, x_TD.shape[0])
     if need_weight:
         # The gradient of embedding_bag's own weights: each pair's row of y times its token's row of dy.
-        row_P, token_P = order.row_P, problem.token_P
+        row_P, token_P = order.row_P, call.token_P
         dot = torch.ops.aten._embedding_bag_per_sample_weights_backward
         dweight_P = dot(dy_TD, y_MD, row_P, row_P, token_P, 0).to(weight_P.dtype)
     return [dx_TD, dweight_P, dgate_NHD, dup_NHD, ddown_NDH, None, None, None]

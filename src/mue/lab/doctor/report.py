@@ -9,23 +9,32 @@ from typing import Any
 import torch
 
 from mue.kernels import build, library
-from mue.lab.doctor.bench import Bench, Case, draw_routing, measure, median_ratio
+from mue.lab.doctor.timing import Bench, Case, draw_routing, measure, median_ratio
 from mue.lab.models.ops import bf16_instructions
 from mue.moe import ExpertWeights
 from mue.moe.experts import BACKENDS, REFUSALS, choose
 
 
-def machine() -> dict[str, Any]:
+def make_report(seconds: float = 5.0) -> dict[str, Any]:
+    """The whole report as data: ``machine``, ``backends`` and ``ratio``, in the formats that ``mue doctor --json`` prints.
+
+    Args:
+        seconds: how long to measure.
+    """
+    return {"machine": machine_facts(), "backends": backend_states(), "ratio": backend_ratios(seconds)}
+
+
+def machine_facts() -> dict[str, Any]:
     """What there is: processor and its instructions, cores, torch, compiler, GPU."""
-    facts = torch.cpu.get_capabilities()
+    capabilities = torch.cpu.get_capabilities()
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
-        "processor": facts.get("cpu_name") or platform.machine(),
+        "processor": capabilities.get("cpu_name") or platform.machine(),
         "cores": os.cpu_count(),
-        "others at work": _busy(),
+        "others at work": _other_load(),
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "bf16 instructions": bf16_instructions(),
-        "matrix unit (AMX)": bool(facts.get("amx_bf16")),
+        "matrix unit (AMX)": bool(capabilities.get("amx_bf16")),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "compiler": build.compiler(),
@@ -33,15 +42,15 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _busy() -> str | None:
+def _other_load() -> str | None:
     """Where other programs take a quarter of the cores or more: what that does to the ratios."""
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     return None if load < cores / 4 else f"{load:.1f} on {cores} cores in the last minute: do not trust the ratios"
 
 
-def backends() -> dict[str, str]:
-    """Every backend with its state in words: active, or why not."""
-    words = {}
+def backend_states() -> dict[str, str]:
+    """Every backend of :func:`mue.moe.experts.experts`: active, ready, or why not, on a small input. Builds nothing."""
+    states = {}
     small = ExpertWeights(*(torch.zeros(1, 16, 16) for _ in range(3)))
     for name in BACKENDS:
         device = "cuda" if name == "grouped_mm" and torch.cuda.is_available() else "cpu"
@@ -49,27 +58,28 @@ def backends() -> dict[str, str]:
         dtype = torch.bfloat16 if name == "grouped_mm" else torch.float32
         reason = REFUSALS[name](x, small, dtype) if name in REFUSALS else None
         if reason is not None:
-            words[name] = f"not active: {reason}"
+            states[name] = f"not active: {reason}"
         elif choose(x, small, dtype) == name:
-            words[name] = f'active on {device}: "auto" takes it'
+            states[name] = f'active on {device}: "auto" takes it'
         else:
-            words[name] = _passive(name)
+            states[name] = _PASSIVE[name]
     if library.loaded() is not None:
         how = {"plain": "float32 inside the kernel", "matrix unit": "the matrix unit"}[library.engine()]
-        words["native"] += f"; bf16 products go through {how}; {build.find()}"
-    return words
+        states["native"] += f"; bf16 products go through {how}; {build.find()}"
+    return states
 
 
-def _passive(name: str) -> str:
-    if name == "grouped_mm":
-        return "not active: there is no CUDA device (on a CPU it runs, slowly, by name)"
-    if name == "portable":
-        return "ready: taken where no other backend can"
-    return "ready: the oracle of the tests"
+# Of the backends that could compute here, those that "auto" leaves alone.
+_PASSIVE = {
+    "grouped_mm": "not active: there is no CUDA device (on a CPU it runs, slowly, by name)",
+    "portable": "ready: taken where no other backend can",
+    "native": "ready: taken by name",
+    "reference": "ready: the oracle of the tests",
+}
 
 
-def ratios(seconds: float) -> dict[str, dict[str, float]]:
-    """dtype -> backend -> time over that of an eager dense FFN of equal active width, 2,048 tokens d128 h128 N16 a4."""
+def backend_ratios(seconds: float) -> dict[str, dict[str, float]]:
+    """dtype → backend → time over that of an eager dense FFN of equal active width, 2,048 tokens d128 h128 N16 a4."""
     found = {}
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
@@ -82,23 +92,23 @@ def ratios(seconds: float) -> dict[str, dict[str, float]]:
     return found
 
 
-def examine(seconds: float = 5.0) -> dict[str, Any]:
-    """The whole report as data."""
-    return {"machine": machine(), "backends": backends(), "ratio": ratios(seconds)}
-
-
-def lines(report: dict[str, Any]) -> list[str]:
+def render(report: dict[str, Any]) -> str:
     """The report as text."""
-    told = [f"{name:<20}{'none' if value is None else _word(value)}" for name, value in report["machine"].items()]
-    told += ["", "MoE backends"]
-    told += [f"  {name:<12}{words}" for name, words in report["backends"].items()]
+    lines = [f"{name:<20}{_as_text(value)}" for name, value in report["machine"].items()]
+    lines += ["", "MoE backends"]
+    lines += [f"  {name:<12}{state}" for name, state in report["backends"].items()]
     dtypes = list(report["ratio"])
-    told += ["", "forward + backward against an eager dense FFN of equal active width (2,048 tokens, d128 h128 N16 a4)"]
-    told += [f"  {'':<12}" + "".join(f"{dtype:>10}" for dtype in dtypes)]
+    lines += [
+        "",
+        "forward + backward against an eager dense FFN of equal active width (2,048 tokens, d128 h128 N16 a4)",
+    ]
+    lines += [f"  {'':<12}" + "".join(f"{dtype:>10}" for dtype in dtypes)]
     for name in report["ratio"][dtypes[0]]:
-        told.append(f"  {name:<12}" + "".join(f"{report['ratio'][dtype][name]:>10.2f}" for dtype in dtypes))
-    return told
+        lines.append(f"  {name:<12}" + "".join(f"{report['ratio'][dtype][name]:>10.2f}" for dtype in dtypes))
+    return "\n".join(lines)
 
 
-def _word(value: object) -> str:
-    return {True: "yes", False: "no"}[value] if isinstance(value, bool) else str(value)
+def _as_text(value: object) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value is None else str(value)

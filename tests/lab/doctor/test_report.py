@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from mue.kernels import build, library
-from mue.lab.doctor import doctor
-from mue.lab.doctor.bench import median_ratio, ratios, upper_bound
+from mue.lab.doctor.report import backend_states, render
 from mue.moe.experts import BACKENDS
 
 
@@ -35,7 +34,7 @@ def test_report_names_every_backend_and_measures_it(
         assert set(found) == measured
         # Times of a dense feed-forward layer of equal active width: nobody is that much faster or slower.
         assert all(0.01 < ratio < 1000 for ratio in found.values()), found
-    text = "\n".join(doctor.lines(report))
+    text = render(report)
     assert all(name in text for name in BACKENDS) and "bfloat16" in text
 
 
@@ -43,22 +42,8 @@ def test_a_missing_kernel_is_said_with_the_remedy(tmp_path: Path, monkeypatch: p
     monkeypatch.setenv("MUE_CACHE", str(tmp_path))
     library.forget()
     try:
-        words = doctor.backends()
+        words = backend_states()
     finally:
         library.forget()
     assert "mue doctor --build" in words["native"] and words["native"].startswith("not active")
     assert not list(tmp_path.iterdir())  # looking builds nothing
-
-
-def test_statistics_of_rounds() -> None:
-    """Ratios pair rounds of one index, also where one took part in fewer; the bound lies above the median."""
-    assert ratios([2.0, 9.0], [1.0, 3.0, 100.0]) == [2.0, 3.0]
-    assert median_ratio([2.0, 4.0, 60.0], [1.0, 2.0, 3.0]) == 2.0
-    sample = sorted(torch.randn(101, generator=torch.Generator().manual_seed(0)).tolist())
-    assert sample[50] < upper_bound(sample) < sample[-1]
-    assert upper_bound([1.0, 2.0, 3.0]) == 3.0
-    below = 0  # the bound covers the true median in 95 % of samples, and not always
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(2000):
-        below += upper_bound(sorted(torch.randn(40, generator=generator).tolist())) < 0
-    assert 0.01 < below / 2000 < 0.06

@@ -1,4 +1,4 @@
-"""The language model by the kernel is the model by torch's operators, watched, hooked, compiled and in bf16."""
+"""mue.lab.models.residual: the model by the kernel is the model by torch's operators, watched, hooked, compiled and in bf16."""
 
 from __future__ import annotations
 

@@ -1,0 +1,105 @@
+"""The layers of the lab's decoder as their formulas read. How each operator is computed is decided in ``mue.lab.models.ops``.
+
+Every layer broadcasts over a leading axis of variants: with weights (variants, out, in) and tokens (variants, B, T) one call
+computes as many models at once (``mue.lab.train.stacked_session``); without that axis it is an ordinary layer.
+
+Shape suffixes: B sequences, T tokens of a sequence, D width, F inner width, H heads, K key/value heads, E head size.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mue.lab.models import ops
+from mue.shapes import Transformer
+
+EPS = 1e-6  # of every norm
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) · gain over the last axis (1910.07467); with a ``rope`` table then RoPE."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        return ops.rms_norm(x, self.weight, EPS, rope)
+
+
+class Linear(nn.Linear):
+    """x · weightᵀ without a bias."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.project(input, self.weight)
+
+
+class Embedding(nn.Embedding):
+    """Rows of the table."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.look_up(input, self.weight)
+
+
+class Attention(nn.Module):
+    """o(softmax(scale · q kᵀ) v) over the past, with QK-norm (2302.05442) and RoPE (2104.09864).
+
+    Args:
+        shape: width, heads and head size; the longest sequence.
+        scale: of the logits; None: 1/√E.
+
+    Raises:
+        ValueError: an odd head size.
+    """
+
+    rope: Tensor
+
+    def __init__(self, shape: Transformer, scale: float | None) -> None:
+        super().__init__()
+        E, D = shape.head_dim, shape.width
+        if E % 2:
+            raise ValueError(f"head_dim {E} is odd: rotary positions need pairs, choose an even head_dim")
+        self.head_dim, heads, kv_heads = E, shape.num_heads, shape.num_kv_heads
+        self.scale = E**-0.5 if scale is None else scale
+        self.q = Linear(D, heads * E)
+        self.k = Linear(D, kv_heads * E)
+        self.v = Linear(D, kv_heads * E)
+        self.o = Linear(heads * E, D)
+        self.q_norm, self.k_norm = RMSNorm(E), RMSNorm(E)
+        self.register_buffer("rope", rotary_table(shape.sequence, E), persistent=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        rope = self.rope[: x_BTD.shape[-2]]
+        heads = *x_BTD.shape[:-1], -1, self.head_dim
+        q_BTHE, k_BTKE, v_BTKE = (p(x_BTD).view(heads) for p in (self.q, self.k, self.v))
+        q_BTHE, k_BTKE = self.q_norm(q_BTHE, rope), self.k_norm(k_BTKE, rope)
+        # Attention has no weights, so that variants are more sequences here.
+        q, k, v = (x.flatten(0, -4).transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
+        y = ops.attend(q, k, v, self.scale)
+        return self.o(y.transpose(1, 2).reshape(*x_BTD.shape[:-1], -1))  # type: ignore[no-any-return]
+
+
+class FeedForward(nn.Module):
+    """A · down(silu(gate x) · up x) (SwiGLU, 2002.05202), or A · down(gelu(up x)) where not gated."""
+
+    def __init__(self, width: int, hidden: int, gated: bool, output_multiplier: float) -> None:
+        super().__init__()
+        self.up = Linear(width, hidden)
+        self.gate = Linear(width, hidden) if gated else None
+        self.down = Linear(hidden, width)
+        self.output_multiplier = output_multiplier
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = None if self.gate is None else self.gate.weight
+        return ops.scaled(ops.feed_forward(x, gate, self.up.weight, self.down.weight), self.output_multiplier)
+
+
+def rotary_table(length: int, head_dim: int, base: float = 10_000.0) -> Tensor:
+    """cos and sin of RoPE's angles (2104.09864, eq. 15) as (length, 1, head_dim/2, 2)."""
+    frequency = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    return torch.stack((angle.cos(), angle.sin()), -1).float()[:, None]
