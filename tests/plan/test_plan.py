@@ -1,10 +1,8 @@
-"""Plans: chained, compared, hashed, saved, printed, and made without torch."""
+"""A plan as data: its dictionary, files and hash, what differs between two, roles by layer."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +11,7 @@ import pytest
 
 import mue
 from mue.rules.roles import ROLES
-
-BASE = mue.Dense(width=128, ffn=128, layers=8)
-TARGET = mue.MoE.parse("16e4a1s", width=256, expert=64, layers=8)
-TUNED = mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.01)
-RUNS: dict[str, Any] = {"base_training": mue.Training(1 << 16, 5000), "training": mue.Training(1 << 16, 20000)}
-
-
-def make(**changes: Any) -> mue.Plan:
-    numbers: dict[str, Any] = {"base": BASE, "target": TARGET, "tuned": TUNED, **RUNS, **changes}
-    return mue.transfer(numbers.pop("base"), numbers.pop("target"), numbers.pop("tuned"), **numbers)
+from support.plans import BASE, TARGET, TUNED, make
 
 
 def test_the_dictionary_has_what_conventions_5_says() -> None:
@@ -150,56 +139,6 @@ def test_diff_names_what_differs() -> None:
     assert p.diff(make()) == []
 
 
-def test_retuned_and_scaled_follow_through_a_chain() -> None:
-    chain = mue.transfer(make(tuned=TUNED.replace(roles={"head": {"lr": 5e-4}})), replace(TARGET, width=512))
-    double = chain.scaled(2)
-    for role in ROLES:
-        before, after = chain.roles[role].values, double.roles[role].values
-        assert after.lr == (None if before.lr is None else pytest.approx(2 * before.lr))
-        assert after.weight_decay == before.weight_decay and after.init_std == before.init_std
-    assert chain.retuned(weight_decay=0.2).roles["head"].values.weight_decay == pytest.approx(0.1)
-    assert chain.retuned(lr=2e-3).roles["head"].values.lr == chain.roles["head"].values.lr  # its own rate
-
-
-def test_a_plan_as_base_brings_its_own_values() -> None:
-    p = make()
-    for change in ({"tuned": TUNED}, {"base_training": RUNS["training"]}, {"convention": mue.Convention("1/d")}):
-        with pytest.raises(ValueError, match="leave them out"):
-            mue.transfer(p, TARGET, change.get("tuned"), **{k: v for k, v in change.items() if k != "tuned"})
-    alone = mue.transfer(BASE, TARGET, TUNED)
-    with pytest.raises(ValueError, match="the base plan has none"):
-        mue.transfer(alone, TARGET, training=RUNS["training"])
-    with pytest.raises(ValueError, match="tuned is missing"):
-        mue.transfer(BASE, TARGET)
-    mixed = mue.Mixed(256, (mue.Block(layers=1, ffn=64), mue.Block(layers=1, ffn=128)))
-    with pytest.raises(ValueError, match="blocks differ"):
-        mue.transfer(mue.transfer(BASE, mixed, TUNED), TARGET)
-    with pytest.raises(ValueError, match="no single e"):
-        mue.transfer(mixed, TARGET, TUNED)
-
-
-def test_conventions_of_the_base() -> None:
-    stock = make()
-    independent = make(tuned=TUNED.replace(weight_decay=1e-4), convention=mue.Convention(weight_decay="independent"))
-    assert independent.roles["head"].values.weight_decay == stock.roles["head"].values.weight_decay
-    scaled = make(convention=mue.Convention(depth_scaled_init=True))
-    for role in ("attention_o", "expert_down", "attention_q"):
-        ratio = scaled.roles[role].values.init_std / stock.roles[role].values.init_std  # type: ignore[operator]
-        assert ratio == pytest.approx(1 if role == "attention_q" else 0.25)
-    assert make(convention=mue.Convention(attention_scale=0.3)).attention_scale == 0.3
-    assert stock.attention_scale == 64**-0.5
-    other_heads = make(target=replace(TARGET, head_dim=32), convention=mue.Convention("1/d"))
-    assert other_heads.attention_scale == pytest.approx(1 / 32)  # (1/64)·(64/32)
-    assert make(target=replace(TARGET, head_dim=32)).attention_scale == pytest.approx(64**-0.5 * 2)
-
-
-def test_a_matrix_whose_fan_in_is_not_the_width_uses_its_own_ratio() -> None:
-    """Conventions 8: o_proj reads heads·head_dim."""
-    target = replace(TARGET, head_dim=32, heads=4)
-    p = mue.transfer(BASE, target, TUNED)
-    assert p.roles["attention_o"].factor.lr == 1 and p.roles["attention_q"].factor.lr == 0.5
-
-
 def test_roles_are_looked_up_by_layer() -> None:
     mixed = mue.Mixed(256, (mue.Block(layers=1, ffn=128), mue.Block(layers=2, expert=64, experts=8, active=4)))
     p = mue.transfer(BASE, mixed, TUNED)
@@ -217,78 +156,3 @@ def test_a_block_whose_router_has_no_matrix_has_none_in_its_plan() -> None:
     p = mue.transfer(BASE, mue.Mixed(256, (hashed, scored)), TUNED)
     assert [p.role("router", layer).count for layer in (0, 1)] == [0, 1]
     assert [p.role("router_bias", layer).count for layer in (0, 1)] == [0, 1]
-
-
-def test_printed_plans_show_everything() -> None:
-    text = str(make())
-    for role, plan in make().roles.items():
-        assert (f"\n{role} " in text) == (plan.count > 0), role
-    assert "(not derived)" not in text and "ρ_d^-1/2 · ρ_e^1/2" in text and "inferred" in text
-    header, rows = make().table()
-    assert len({len(row) for row in rows}) == 1 and len(rows[0]) == len(header)
-    assert header[-2:] == ["marks", "source"]
-    marks = {row[0]: row[-2] for row in rows}
-    assert marks["expert_down"] == marks["router"] == "P P I I" and marks["embedding"] == "I I I I"
-    assert marks["norm"] == "– I I I" and "P published" in text and "C authors' code" in text
-    literal = make(weight_decay_width="none", up_gate_correction=True).roles["expert_up"].marks
-    assert literal["weight_decay"] == "published" and literal["lr"] == "inferred"
-    assert make(tuned=TUNED.replace(optimizer="lion")).roles["expert_up"].marks["lr"] == "inferred"
-
-
-def test_notes_warn() -> None:
-    one = make(target=mue.MoE.parse("16e1a", width=256, expert=64, layers=8))
-    assert any("router gets no gradient" in note for note in one.notes)
-    assert not make().notes
-    assert any("kv heads" in n for n in make(target=replace(TARGET, kv_heads=2)).notes)
-    assert any("gated" in n for n in make(target=replace(TARGET, gated=False)).notes)
-    tied = make(rule="complete-mue-paper", target=replace(TARGET, tied=True))
-    assert any("the embedding row wins" in n for n in tied.notes)
-    for other, noted in (({"rule": "complete-mue"}, False), ({"rule": "complete-mue", "head": "paper"}, True)):
-        same = mue.transfer(BASE, replace(TARGET, tied=True), TUNED, **other)
-        assert any("the embedding row wins" in n for n in same.notes) == noted
-    with pytest.raises(ValueError, match="leave it out"):
-        make(target=replace(TARGET, output_multiplier=0.3))
-
-
-PLANNING = """
-import mue
-base = mue.Dense(width=128, ffn=128, layers=8)
-target = mue.MoE.parse("256e8a1s", width=4096, expert=2048, layers=128)
-plan = mue.transfer(base, target, mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.01))
-str(plan), plan.to_dict()
-"""
-
-
-def test_planning_imports_no_torch() -> None:
-    def imported(code: str) -> set[str]:
-        run = subprocess.run(
-            [sys.executable, "-X", "importtime", "-c", code], capture_output=True, text=True, check=True
-        )
-        return {line.rpartition("|")[2].strip() for line in run.stderr.splitlines() if "import time" in line}
-
-    found = imported(PLANNING)
-    assert "mue.plan.plan" in found and not {m for m in found if m.split(".")[0] in ("torch", "numpy")}
-    assert "torch" in imported("import mue\nmue.Layout")  # control: the layout of a model does need it
-
-
-def test_a_base_with_experts_says_which_route_scale_it_stands_for() -> None:
-    base = mue.MoE.parse("16e4a", width=128, expert=64, layers=8)
-    assert any("tuned with R = 4" in note for note in make(base=base).notes)
-    assert not make(base=base, rule="standard").notes
-    chain = mue.transfer(make(), TARGET)  # a plan says itself what it is
-    assert not any("R = 4" in note for note in chain.notes)
-
-
-@pytest.mark.parametrize(
-    ("other", "what"),
-    [
-        (mue.Block(layers=1, ffn=512), "active width"),
-        (mue.Block(layers=1, ffn=256), "width of one expert"),
-        (mue.Block(layers=1, expert=64, experts=16, active=4), "number of experts"),
-    ],
-)
-def test_a_base_whose_blocks_differ_is_refused(other: mue.Block, what: str) -> None:
-    first = mue.Block(layers=1, expert=64, experts=8, active=4)
-    mue.transfer(mue.Mixed(256, (first, first)), TARGET, TUNED)
-    with pytest.raises(ValueError, match=f"differ in their {what}.*no single e"):
-        mue.transfer(mue.Mixed(256, (first, other)), TARGET, TUNED)

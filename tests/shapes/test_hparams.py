@@ -1,0 +1,52 @@
+"""What was tuned and for how long: values that are refused, optimizers that are known."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+import mue
+from mue.shapes import OPTIMIZERS
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 0}, "lr must be greater than 0"),
+        ({"lr": float("nan")}, "lr must be a finite number"),
+        ({"lr": "1e-3"}, "lr must be a finite number"),
+        ({"weight_decay": -0.1}, "weight_decay must be at least 0"),
+        ({"init_std": 0}, "init_std must be greater than 0"),
+        ({"eps": 0}, "eps must be greater than 0"),
+        ({"betas": (0.9,)}, "betas must be two numbers"),
+        ({"betas": (0.9, 1.0)}, "beta2 must be at least 0 and below 1"),
+        ({"betas": (-0.1, 0.9)}, "beta1 must be at least 0"),
+        ({"clip": 0}, "clip must be greater than 0"),
+        ({"warmup": 1}, "warmup must be at least 0 and below 1"),
+        ({"floor": -1}, "floor must be at least 0"),
+        ({"balance": float("inf")}, "balance must be a finite number"),
+        ({"optimizer": "adam"}, "'adam' is not understood.*did you mean 'adamw'"),
+        ({"optimizer": "prodigy"}, "'prodigy' is not understood"),
+        ({"roles": {"embedding": {"rate": 1}}}, "unknown key 'rate' in tuned.roles.embedding"),
+        ({"roles": {"embedding": {"lr": 0}}}, "tuned.roles.embedding.lr must be greater than 0"),
+        ({"roles": {"embedding": 3}}, "must be a table"),
+    ],
+)
+def test_bad_tuned(change: dict[str, Any], message: str) -> None:
+    good: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.1, "init_std": 0.02}
+    mue.HParams(**good)
+    with pytest.raises(ValueError, match=message):
+        mue.HParams(**{**good, **change})
+
+
+def test_bad_training() -> None:
+    assert mue.Training(8, 100).tokens == 800
+    for bad in ((0, 1), (1, 0), (1.5, 10), (8, -1)):
+        with pytest.raises(ValueError, match="training"):
+            mue.Training(*bad)  # type: ignore[arg-type]
+
+
+def test_every_known_optimizer_is_accepted() -> None:
+    for optimizer in OPTIMIZERS:
+        assert mue.HParams(1e-3, 0.1, 0.02, optimizer=optimizer).optimizer == optimizer
