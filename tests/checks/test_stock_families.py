@@ -55,7 +55,7 @@ def test_every_fault_in_stock_code(name: str, family: str) -> None:
 
 def test_671_billion_parameters_on_the_meta_device() -> None:
     from mue.layouts.inspect import inspect
-    from mue.layouts.transformers.families import build, default_config
+    from mue.layouts.transformers.configs import build, default_config
 
     config = default_config("deepseek_v3")
     config.routed_scaling_factor = 8.0

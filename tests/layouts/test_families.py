@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cache
 
 import pytest
@@ -12,14 +13,14 @@ import torch
 
 from mue.layouts.layout import Layout, place
 from mue.layouts.observe.describe import Description
-from mue.layouts.transformers.families import (
-    build,
-    causal_families,
-    default_config,
-    describe_config,
-    families_with_experts,
-)
+from mue.layouts.of_model import placed
+from mue.layouts.transformers import stock
+from mue.layouts.transformers.configs import build, causal_families, default_config, families_with_experts
+from mue.layouts.transformers.describe import describe_config
+from mue.layouts.transformers.family import FAMILIES as FAMILY_TABLE
+from mue.layouts.transformers.family import Family, family_of
 from mue.rules.roles import ROLES
+from support.layout_models import UP, Config, Strange
 
 torch.set_num_threads(1)
 DENSE = ("llama", "qwen3", "gpt2", "gpt_neox", "mistral", "gemma3_text", "olmo2", "phi3")
@@ -159,3 +160,50 @@ def test_a_users_row_wins_and_one_that_matches_nothing_is_an_error() -> None:
 def test_an_unknown_family_names_the_nearest() -> None:
     with pytest.raises(ValueError, match="unknown model family 'mixtrall'; did you mean 'mixtral'"):
         default_config("mixtrall")
+
+
+@dataclass
+class PebbleConfig(Config):
+    """What a class needs to be a family: a ``model_type``, and ``to_dict`` to build it again."""
+
+    model_type: str = "pebble"
+
+    def to_dict(self) -> dict[str, object]:
+        return dict(vars(self))
+
+
+class Pebble(Strange):
+    """A user's class: its config says how to build it again, and one of its parameters cannot be decided."""
+
+    def __init__(self, config: PebbleConfig) -> None:
+        super().__init__(config)
+        self.config = config
+
+
+def test_a_family_from_outside_is_one_function() -> None:
+    model = Pebble(PebbleConfig())
+    with pytest.raises(ValueError, match=r"layers\.\*\.moe\.up_stack"):
+        placed(model)
+    stock._observed.cache_clear()
+
+    @FAMILY_TABLE.register("pebble")
+    def pebble() -> Family:
+        return Family(rows=(UP, Layout("not.of.this.variant", "bias", ("vector",))))
+
+    try:
+        (up,) = {p.layout for p in placed(model) if "up_stack" in p.name}
+        assert (up.role, up.axes) == (UP.role, UP.axes)
+        assert placed(model)[0].role == "embedding"
+        rows = [Layout(UP.pattern, "expert_gate", UP.axes)]  # the user's own win
+        described = describe_config(model.config, rows, Pebble)
+        assert {p.row.role for p in described.patterns if p.row and p.pattern == UP.pattern} == {"expert_gate"}
+        assert "known of this family" in {p.how for p in describe_config(model.config, (), Pebble).patterns}
+    finally:
+        FAMILY_TABLE._entries.pop("pebble")
+        stock._observed.cache_clear()
+    assert family_of("pebble") == Family()
+
+
+def test_a_family_that_leaves_its_experts_open_by_default_is_filled_in() -> None:
+    """Negative control: without its file the default config has none."""
+    assert default_config("doge").is_moe and not type(default_config("doge"))().is_moe

@@ -14,7 +14,8 @@ from mue.cli import app
 from mue.fold import fold
 from mue.layouts.inspect import inspect, measure_gates
 from mue.layouts.observe.gates import watch_gates
-from mue.layouts.transformers.families import build, default_config, describe_config
+from mue.layouts.transformers.configs import build, default_config
+from mue.layouts.transformers.describe import describe_config
 from mue.layouts.transformers.gate_moments import measure_gates as measured
 from mue.layouts.transformers.gate_moments import watched
 from support.stock_models import stock, tiny

@@ -15,7 +15,7 @@ import torch
 
 import mue
 from mue.layouts.inspect import inspect, lines, walk
-from mue.layouts.transformers.families import build, default_config, read_config
+from mue.layouts.transformers.configs import build, default_config, read_config
 
 torch.set_num_threads(1)
 
@@ -229,7 +229,7 @@ import json, resource, sys, torch
 torch.set_num_threads(1)
 import mue
 from mue.layouts.inspect import inspect
-from mue.layouts.transformers.families import default_config
+from mue.layouts.transformers.configs import default_config
 config = default_config(sys.argv[1])
 for key, value in json.loads(sys.argv[2]).items():
     setattr(config, key, value)

@@ -15,7 +15,8 @@ import mue
 from mue.fold import coefficients, fold
 from mue.layouts.layout import Layout
 from mue.layouts.of_model import placed
-from mue.layouts.transformers.families import default_config, describe_config
+from mue.layouts.transformers.configs import default_config
+from mue.layouts.transformers.describe import describe_config
 from mue.model.apply import init_, param_groups
 from support.stock_models import planned, stock, tiny, train
 

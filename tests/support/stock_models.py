@@ -10,7 +10,8 @@ from torch import nn
 
 import mue
 from mue.layouts.inspect import inspect
-from mue.layouts.transformers.families import NESTED, build, default_config
+from mue.layouts.transformers.configs import build, default_config
+from mue.layouts.transformers.family import family_of
 from mue.layouts.transformers.tiny import shrink
 
 TUNED = mue.HParams(lr=3e-3, weight_decay=0.1, init_std=0.05, eps=1e-8)
@@ -20,7 +21,7 @@ STEPS = 100
 
 
 def tiny(family: str, **settings: Any) -> Any:
-    config = shrink(default_config(family), 2, NESTED.get(family))
+    config = shrink(default_config(family), 2, family_of(family).tiny)
     if hasattr(config, "first_k_dense_replace"):
         config.first_k_dense_replace = 1  # one dense layer, one with experts
     for key, value in settings.items():

@@ -134,11 +134,12 @@ def stock(family: str, seed: int) -> tuple[mue.Plan, nn.Module]:
     """A tiny model of a transformers family with a folded plan: nothing of its forward code is changed."""
     from mue.fold import fold
     from mue.layouts.inspect import inspect
-    from mue.layouts.transformers.families import NESTED, build, default_config
+    from mue.layouts.transformers.configs import build, default_config
+    from mue.layouts.transformers.family import family_of
     from mue.layouts.transformers.tiny import shrink
 
     if family not in _known:
-        config = shrink(default_config(family), 2, NESTED.get(family))
+        config = shrink(default_config(family), 2, family_of(family).tiny)
         for key, value in STOCK[family].items():
             setattr(config, key, value)
         shape = inspect(config).shape

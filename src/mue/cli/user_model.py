@@ -36,7 +36,7 @@ def arguments(model: str, plan: Plan) -> dict[str, Any]:
             if key not in KEYS:
                 raise ValueError(f"{model} returned the unknown key {key!r}{nearest(str(key), KEYS)}")
         return dict(given)
-    from mue.layouts.transformers.families import build, read_config
+    from mue.layouts.transformers.configs import build, read_config
 
     config = read_config(model)
     with torch.device("meta"):

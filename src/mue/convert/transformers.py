@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from mue.convert.forms import Conversion, conversion
+from mue.layouts.transformers.configs import build, config_of
 from mue.layouts.transformers.disk import StoredNames, with_setting
-from mue.layouts.transformers.families import build, config_of
 from mue.layouts.transformers.scalings import scalings
 from mue.plan.fold import fold, unfold
 from mue.plan.plan import PlanData

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mue.layouts.transformers.families import build, default_config, read_config
+from mue.layouts.transformers.configs import build, default_config, read_config
 from mue.shapes import Transformer
 from mue.shapes.block import Block
 

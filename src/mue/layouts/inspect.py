@@ -14,8 +14,9 @@ from mue.layouts.layout import Layout, ParamInfo, pattern_of, place
 from mue.layouts.observe.describe import Description
 from mue.layouts.sources import Source, source_of
 from mue.layouts.transformers import gate_moments as measure
+from mue.layouts.transformers.configs import default_config, families_with_experts
+from mue.layouts.transformers.describe import describe_config
 from mue.layouts.transformers.disk import Stored, compared
-from mue.layouts.transformers.families import default_config, describe_config, families_with_experts
 from mue.layouts.transformers.gate_moments import Moments
 from mue.layouts.transformers.scalings import Scaling, scalings
 from mue.layouts.transformers.shape import Routers, routers, shape_of

@@ -16,8 +16,9 @@ from torch import nn
 from mue.layouts.layout import HasLayout, Layout, pattern_of, unwrap
 from mue.layouts.observe.axis_sizes import Build
 from mue.layouts.observe.describe import Description, ParamPattern
+from mue.layouts.transformers.configs import build, config_of, read_config
+from mue.layouts.transformers.describe import describe_config
 from mue.layouts.transformers.disk import has_weights
-from mue.layouts.transformers.families import build, config_of, describe_config, read_config
 from mue.util.importing import imported
 
 

@@ -80,6 +80,7 @@ def describe(
     tiny: Any,
     rows: Sequence[Layout] = (),
     forward: Callable[[nn.Module], object] | None = None,
+    known: Sequence[Layout] = (),
 ) -> Description:
     """Observe the family of ``tiny``, a small config, and give every pattern of parameters a role.
 
@@ -88,6 +89,7 @@ def describe(
         tiny: a config small enough to run.
         rows: the user's own rows; they win, and one that matches nothing is an error.
         forward: runs the model once; default: :func:`mue.layouts.observe.run.run_tokens` on random tokens.
+        known: rows that are known of the family, for what cannot be decided; those that match nothing here do nothing.
 
     Raises:
         ValueError: a user's row that matches no parameter or does not fit its axes; a config without a width.
@@ -111,7 +113,7 @@ def describe(
             Facts(pattern, shapes[n], uses[n], sizes.axes[n], sizes.is_width[n], constants[n], pattern == last_gain)
             for n in _distinct(names, shapes, uses)
         ]
-        patterns.append(_decided(pattern, facts, rows))
+        patterns.append(_given(pattern, facts[0].shape, rows, known) or _decided(pattern, facts))
     _check_rows(rows, shapes)
     after, cancelled = post_norms(model, run, {p.pattern: p.row for p in patterns if p.row is not None})
     patterns = [
@@ -151,15 +153,22 @@ def _last_gain(uses: Mapping[str, ParamUse], shapes: Mapping[str, tuple[int, ...
     return max(gains, key=lambda n: uses[n].order, default=None)
 
 
-def _decided(pattern: str, facts: list[Facts], rows: Sequence[Layout]) -> ParamPattern:
-    """The user's row for a pattern where there is one, else what the facts of its parameters agree on."""
-    shape = facts[0].shape
-    own = [row for row in rows if row.regex.fullmatch(pattern)]
-    if len(own) == 1:
-        return ParamPattern(pattern, shape, own[0], "given by the user")
-    if own:
+def _given(
+    pattern: str, shape: tuple[int, ...], rows: Sequence[Layout], known: Sequence[Layout]
+) -> ParamPattern | None:
+    """The row that the user, or else the family's file, has for a pattern; None where neither has one."""
+    own, theirs = ([row for row in table if row.regex.fullmatch(pattern)] for table in (rows, known))
+    if len(own) > 1:
         why = f"matched by {len(own)} of the user's rows ({', '.join(r.pattern for r in own)})"
         return ParamPattern(pattern, shape, None, why)
+    if own:
+        return ParamPattern(pattern, shape, own[0], "given by the user")
+    return ParamPattern(pattern, shape, theirs[0], "known of this family") if theirs else None
+
+
+def _decided(pattern: str, facts: list[Facts]) -> ParamPattern:
+    """What the facts of a pattern's parameters agree on."""
+    shape = facts[0].shape
     decisions = [decide(f) for f in facts]
     if len({(d.role, d.axes, d.parts) for d in decisions}) > 1:
         why = "layers differ: " + " / ".join(f"{d.role} {d.axes}" for d in decisions)

@@ -18,7 +18,7 @@ from mue.layouts.observe.describe import Description
 from mue.layouts.observe.gates import Gates, watch_gates
 from mue.layouts.observe.names import ACTIVE_EXPERTS, ACTIVE_GROUPS, EXPERT_GROUPS
 from mue.layouts.observe.run import run_tokens
-from mue.layouts.transformers.families import NESTED
+from mue.layouts.transformers.family import family_of
 from mue.layouts.transformers.tiny import shrunk_enough
 
 SMALL = {"expert width": 16, "shared width": 16, "ffn": 64}  # nothing that a router reads
@@ -127,8 +127,8 @@ def _small(config: Any, build: Build) -> Any:
     }
     unseen = {k: size for name, size in SMALL.items() for k in attributes(config, name)}
     vocabulary = {k: min(VOCABULARY, inner[k]) for k in attributes(config, "vocabulary")}
-    nested = NESTED.get(getattr(config, "model_type", ""), {})
-    changed: Mapping[str, Any] = {**nested, **unseen, **vocabulary, **kept}
+    tiny = family_of(getattr(config, "model_type", "")).tiny
+    changed: Mapping[str, Any] = {**tiny, **unseen, **vocabulary, **kept}
     return shrunk_enough(config, lambda c: {pattern_of(n) for n in parameter_shapes(build, c)}, dict(changed))
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from mue.layouts.layout import Layout, unwrap
 from mue.layouts.observe.describe import Description
-from mue.layouts.transformers.families import describe_config
+from mue.layouts.transformers.describe import describe_config
 from mue.layouts.transformers.shape import Routers, routers
 
 # What a config says of itself, and not of the model.

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mue.layouts.observe.config import integers, subconfigs
 from mue.layouts.observe.names import LAYERS, TINY_SIZES
 
 
-def shrink(config: Any, layers: int, overrides: dict[str, Any] | None = None) -> Any:
+def shrink(config: Any, layers: int, overrides: Mapping[str, Any] | None = None) -> Any:
     """A copy of ``config`` with ``layers`` layers and small sizes.
 
     Lists with one entry per layer (kinds of layers) keep one entry of each kind, in order.
@@ -24,7 +24,7 @@ def shrink(config: Any, layers: int, overrides: dict[str, Any] | None = None) ->
     return small
 
 
-def _shrink_one(config: Any, layers: int, overrides: dict[str, Any]) -> None:
+def _shrink_one(config: Any, layers: int, overrides: Mapping[str, Any]) -> None:
     deep = next((v for k, v in integers(config).items() if re.fullmatch(LAYERS, k)), None)
     kept = _kept_layers(config, deep, layers) if deep else []
     full = integers(config)
@@ -77,7 +77,7 @@ def _kept_layers(config: Any, deep: int, layers: int) -> list[int]:
     return sorted((chosen + fill)[: max(layers, len(chosen))])
 
 
-def shrunk_enough(config: Any, patterns: Callable[[Any], set[str]], overrides: dict[str, Any] | None = None) -> Any:
+def shrunk_enough(config: Any, patterns: Callable[[Any], set[str]], overrides: Mapping[str, Any] | None = None) -> Any:
     """The smallest of a few tiny configs whose parameters have the same name patterns as the full one's."""
     wanted = patterns(config)
     small = config

@@ -1,0 +1,98 @@
+"""Configs of the installed ``transformers``, read, made by default and built. Needs the ``hf`` extra."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mue.layouts.observe.config import attributes, subconfigs, text_config
+from mue.layouts.transformers.family import family_of
+from mue.util.errors import nearest
+
+
+def _transformers() -> Any:
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError:
+        raise ValueError("model families of transformers need the hf extra: pip install 'mue[hf]'") from None
+    transformers.logging.set_verbosity_error()
+    return transformers
+
+
+def default_config(family: str) -> Any:
+    """The default config of a causal-LM family such as ``"qwen3_moe"``; ``ValueError`` naming the nearest known one."""
+    known = _transformers().CONFIG_MAPPING
+    if family not in known:
+        raise ValueError(f"unknown model family {family!r}{nearest(family, list(known))}")
+    special = family_of(family)
+    config = known[family](**special.defaults)
+    for part in subconfigs(config):
+        for key, value in special.nested_defaults.items():
+            if part is not config:
+                setattr(part, key, value)
+    return config
+
+
+def read_config(source: str | Path) -> Any:
+    """A config from a ``config.json``, a folder that holds one, or a family's name.
+
+    Raises:
+        ValueError: neither; or a file that is no transformers config.
+    """
+    path = Path(source)
+    path = path / "config.json" if path.is_dir() else path
+    if not path.exists():
+        return default_config(str(source))
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not a transformers config: it needs JSON with a model_type ({error})") from None
+    return config_of(data, str(path))
+
+
+def config_of(data: Any, where: str) -> Any:
+    """A config from what its ``config.json`` holds; ``ValueError`` naming ``where`` for anything else."""
+    family = data.get("model_type") if isinstance(data, dict) else None
+    if not isinstance(family, str):
+        raise ValueError(f"{where} is not a transformers config: it needs JSON with a model_type")
+    known = _transformers().CONFIG_MAPPING
+    if family not in known:
+        raise ValueError(
+            f"{where}: this transformers does not know model_type {family!r}{nearest(family, list(known))}"
+        )
+    return known[family].from_dict(data)
+
+
+def build(config: Any) -> nn.Module:
+    """The causal language model of a config, on the current default device."""
+    transformers = _transformers()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # type: ignore[no-any-return]
+
+
+def causal_families() -> list[str]:
+    """Every causal-LM family of the installed transformers."""
+    _transformers()
+    auto = importlib.import_module("transformers.models.auto.modeling_auto")
+    return sorted(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+
+
+def families_with_experts() -> list[str]:
+    """Those whose config counts experts."""
+    found = []
+    for family in causal_families():
+        try:
+            config = default_config(family)
+        except Exception:  # a family without a default config: the walk reports it where it has experts by name
+            if "moe" in family:
+                found.append(family)
+            continue
+        if any(attributes(part, "experts") for part in subconfigs(text_config(config))):
+            found.append(family)
+    return found
