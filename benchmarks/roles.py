@@ -23,7 +23,7 @@ from mue.api import Plan
 from mue.lab.data.spec import STDLIB, describe_data, open_corpus
 from mue.lab.per_role.report import roles_report
 from mue.lab.per_role.search import Search
-from mue.lab.per_role.space import at
+from mue.lab.per_role.space import with_multipliers
 from mue.lab.per_role.stats import paired
 from mue.lab.per_role.tune import RolesSpec, tune_roles
 from mue.lab.runners.listener import RunListener
@@ -72,7 +72,7 @@ def main() -> None:
     roles_report(args.out)
     print(found.verdict)
     # Carried over even where it was not confirmed, for a negative result is one too.
-    tuned = at(TUNED, found.space, found.kept)
+    tuned = with_multipliers(TUNED, found.space, found.kept)
     seeds = range(90_000, 90_000 + args.seeds)
 
     def losses(name: str, plan: Plan) -> list[float]:

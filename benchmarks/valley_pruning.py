@@ -20,7 +20,7 @@ import numpy as np
 
 from mue.lab.train.provenance import provenance
 from mue.lab.valley import LossPoint, fit_valley
-from mue.lab.valley.pruning import Seen
+from mue.lab.valley.pruning import PartialRun
 from mue.util.files import write_json
 from valley_population import Recorded, load
 from valley_search import CHOSEN, CHOSEN_WIDE, ROOT, share, trained
@@ -30,9 +30,9 @@ _ORDERS = 12
 
 def pruned(sweep: Recorded, order: Sequence[tuple[int, int]]) -> tuple[list[LossPoint], float]:
     """The runs of a recorded sweep, made in this order with early stopping, and what share of the training it took."""
-    ended, cost = list[Seen](), 0.0
+    ended, cost = list[PartialRun](), 0.0
     for row, place in order:
-        whole = Seen(float(sweep.x[place]), row, sweep.curves[row, place], float(sweep.loss[row, place]))
+        whole = PartialRun(float(sweep.x[place]), row, sweep.curves[row, place], float(sweep.loss[row, place]))
         ended.append(trained(whole, ended, sweep.steps))
         cost += ended[-1].curve[-1][0] / sweep.steps if ended[-1].loss is None else 1
     points = [LossPoint(s.log2_lr, math.inf if s.loss is None else s.loss, s.seed) for s in ended]

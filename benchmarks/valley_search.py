@@ -25,8 +25,8 @@ import numpy as np
 
 from mue.lab.train.provenance import provenance
 from mue.lab.valley import LossPoint, Valley, fit_valley
-from mue.lab.valley.pruning import Seen, hopeless, rung
-from mue.lab.valley.search import Asked, Observation, Space, Verdict, next_points, verdict
+from mue.lab.valley.pruning import PartialRun, hopeless, rung
+from mue.lab.valley.search import Observation, Proposal, Space, Verdict, next_points, verdict
 from mue.util.files import write_json
 from valley_population import KINDS, Curve, Material, Synthetic, load, population
 
@@ -38,7 +38,7 @@ _INSIDE = 2.0  # octaves between a minimum and the ends of the range
 _SEEDS = tuple(range(12))
 
 
-def trained(whole: Seen, ended: Sequence[Seen], steps: int) -> Seen:
+def trained(whole: PartialRun, ended: Sequence[PartialRun], steps: int) -> PartialRun:
     """The run, or as far as it comes before it is stopped."""
     rungs = [rung(step, steps) for step, _ in whole.curve]
     for n in range(1, len(rungs)):
@@ -55,24 +55,26 @@ class Searched:
 
     space: Space
     results: list[Observation]
-    seen: list[Seen]
+    seen: list[PartialRun]
     cost: float = 0.0
     stopped: int = 0
 
-    def train(self, valley: Synthetic, asked: Asked, wall: float = math.inf) -> None:
+    def train(self, valley: Synthetic, proposal: Proposal, wall: float = math.inf) -> None:
         """One run, stopped where it is hopeless; beyond ``wall`` it diverges at the end."""
-        x = math.log2(asked.lr)
-        loss = valley.run(x, asked.seed).loss if x < wall else math.nan
+        x = math.log2(proposal.lr)
+        loss = valley.run(x, proposal.seed).loss if x < wall else math.nan
         cell = [
             s
             for s, r in zip(self.seen, self.results, strict=True)
-            if (r.asked.weight_decay, r.asked.init_std) == (asked.weight_decay, asked.init_std)
+            if (r.proposal.weight_decay, r.proposal.init_std) == (proposal.weight_decay, proposal.init_std)
         ]
-        self.seen.append(trained(Seen(x, asked.seed, valley.curve(x, asked.seed), loss), cell, valley.steps))
+        self.seen.append(
+            trained(PartialRun(x, proposal.seed, valley.curve(x, proposal.seed), loss), cell, valley.steps)
+        )
         stopped = self.seen[-1].loss is None
         self.cost += self.seen[-1].curve[-1][0] / valley.steps if stopped else 1
         self.stopped += stopped
-        self.results.append(Observation(asked, math.inf if stopped else loss))
+        self.results.append(Observation(proposal, math.inf if stopped else loss))
 
 
 def space_of(span: float, budget: int = 60, precision: float = 1e-3, *, extend: bool = False) -> Space:
@@ -84,7 +86,7 @@ def searched(
     valley: Synthetic, space: Space, costs: Sequence[float], workers: int = 1, wall: float = math.inf
 ) -> tuple[list[Verdict], Searched]:
     """What the search says when the next whole run would exceed each of the costs, or when it has ended."""
-    search, running = Searched(space, [], []), list[Asked]()
+    search, running = Searched(space, [], []), list[Proposal]()
     rng, out = np.random.default_rng(valley.number), list[Verdict]()
     for cost in costs:
         while True:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Annotated
 
@@ -111,7 +110,6 @@ def sweep(
             listener=listener,
             resume=resume is not None,
         )
-    gc.freeze()  # what is left is short, and looking for garbage among thousands of trials a tenth of it
     console.print(f"[bold]{result.verdict}[/]\n{tuned_words(result.tuned)}", highlight=False, soft_wrap=True)
     for warning in result.warnings:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)

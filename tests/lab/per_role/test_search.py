@@ -14,8 +14,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import mue
-from mue.lab.per_role.search import Job, RolesResult, Search, multipliers, search
-from mue.lab.per_role.space import Coordinate, at, coordinates, factor, mirrored_design, moved, roles_of
+from mue.lab.per_role.search import Candidate, RolesResult, Search, multipliers, search
+from mue.lab.per_role.space import Coordinate, coordinates, factor, mirrored_design, roles_of, stepped, with_multipliers
 from mue.lab.per_role.stats import noise_of, paired, shares, shrunk, slopes
 from mue.lab.per_role.tune import tuned_toml
 
@@ -43,7 +43,7 @@ class Landscape:
         away = [self.octaves(tuned, c) - self.best.get(c.label, 0.0) for c in SPACE]
         return 2.0 + self.curvature / 2 * sum(x * x for x in away)
 
-    def __call__(self, title: str, jobs: Sequence[Job]) -> list[float]:
+    def __call__(self, title: str, jobs: Sequence[Candidate]) -> list[float]:
         self.calls.append((title, len(jobs)))
         return [
             self.height(t, seed) + 0.05 * self._draw(seed) + self.noise * self._draw(seed, t.lr, t.roles)
@@ -78,7 +78,7 @@ def test_coordinates_follow_the_bases_own_parameters() -> None:
     moe = coordinates(mue.MoE.parse("8e2a1s", width=64, expert=32, layers=4, head_dim=32), ("init_std",), thirds=False)
     assert {"router", "expert_down", "shared_up"} <= {c.name for c in moe} and "ffn_up" not in {c.name for c in moe}
     mue.transfer(
-        BASE, BASE, at(TUNED, coordinates(BASE), (3,) * len(coordinates(BASE)))
+        BASE, BASE, with_multipliers(TUNED, coordinates(BASE), (3,) * len(coordinates(BASE)))
     )  # every table is one a plan takes
 
 
@@ -89,11 +89,11 @@ def test_a_point_is_a_table_and_its_file_is_the_same_numbers() -> None:
 
     space = coordinates(BASE)
     point = tuple((i % 9) - 4 for i in range(len(space)))
-    tuned = at(TUNED, space, point)
+    tuned = with_multipliers(TUNED, space, point)
     assert roles_of(space, (0,) * len(space)) == {} and factor(4) == 2 and factor(-8) == 0.25
     assert tuned.roles["norm"] == tuned.roles["qk_norm"] and tuned.roles["first_third.ffn_up"]["lr_times"] != 1
     assert tuned_from(tomllib.loads(tuned_toml(tuned, "a verdict"))["tuned"]) == tuned
-    assert moved((0, 0, 16), (0.24, -0.5, 3)) == (1, -2, 16)
+    assert stepped((0, 0, 16), (0.24, -0.5, 3)) == (1, -2, 16)
 
 
 @few
@@ -198,7 +198,7 @@ def test_a_planted_optimum_is_found_and_reported() -> None:
     result = found(landscape)
     possible = 0.01 * sum(x * x for x in best.values())
     assert result.confirmed is not None and result.confirmed.holds and "confirmed on fresh seeds" in result.verdict
-    reached = landscape.height(TUNED, 0) - landscape.height(at(TUNED, SPACE, result.result), 0)
+    reached = landscape.height(TUNED, 0) - landscape.height(with_multipliers(TUNED, SPACE, result.result), 0)
     assert reached > 0.8 * possible and result.confirmed.gain.mean == pytest.approx(reached, abs=0.01)
     rows = {row["name"]: row for row in multipliers(result)}
     assert rows["ffn_down lr"]["times"] > 2 and rows["embedding lr"]["times"] < 1

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mue.lab.valley import LossPoint, fit_valley
-from mue.lab.valley.pruning import RUNGS, Seen, hopeless, rung
+from mue.lab.valley.pruning import RUNGS, PartialRun, hopeless, rung
 from support.paths import ROOT
 from valley_population import load
 from valley_pruning import pruned
@@ -21,7 +21,7 @@ STEPS = 100
 RECORDED = ROOT / "benchmarks/recorded"
 
 
-def run(x: float, seed: int = 0, upto: int = STEPS, at: float = -7.0) -> Seen:
+def run(x: float, seed: int = 0, upto: int = STEPS, at: float = -7.0) -> PartialRun:
     """From 6 down to a valley that is steep beyond three octaves; small learning rates take their time."""
     d = x - at
     noise = 0.01 * float(np.random.default_rng([seed, round(8 * x) + 1000]).normal())
@@ -29,13 +29,13 @@ def run(x: float, seed: int = 0, upto: int = STEPS, at: float = -7.0) -> Seen:
     pace = 6.0 * 2.0 ** min(0.0, 0.3 * d)
     full = 1 - math.exp(-pace)
     curve = [(s, 6 - (6 - end) * (1 - math.exp(-pace * s / STEPS)) / full) for s in range(5, upto + 1, 5)]
-    return Seen(x, seed, curve, curve[-1][1] if upto == STEPS else None)
+    return PartialRun(x, seed, curve, curve[-1][1] if upto == STEPS else None)
 
 
 NEAR = [run(x, seed) for seed in range(3) for x in np.arange(-11.0, -3.0)]
 
 
-def stopped_at(x: float, others: Sequence[Seen]) -> int | None:
+def stopped_at(x: float, others: Sequence[PartialRun]) -> int | None:
     rungs = [math.ceil(share * STEPS / 5) * 5 for share in RUNGS]
     return next((step for step in rungs if hopeless(run(x, 5, step), others, STEPS)), None)
 
@@ -53,7 +53,7 @@ def test_control_a_run_that_matters_is_not(x: float) -> None:
 def test_nothing_is_stopped_before_there_is_a_valley() -> None:
     assert stopped_at(0.0, []) is None and stopped_at(0.0, NEAR[:2]) is None
     assert stopped_at(0.0, [replace(s, loss=math.nan) for s in NEAR]) is None
-    assert not hopeless(Seen(0.0, 0, []), NEAR, STEPS)
+    assert not hopeless(PartialRun(0.0, 0, []), NEAR, STEPS)
 
 
 @pytest.mark.parametrize("loss", [math.nan, math.inf])
@@ -66,7 +66,7 @@ def test_what_may_have_diverged_is_left_to_the_trainer(loss: float) -> None:
 @given(shift=st.floats(-5, 5), scale=st.floats(0.1, 10), x=st.sampled_from([-9.0, -7.0, -2.0, -1.0, 0.0]))
 @settings(max_examples=10)
 def test_the_unit_of_the_loss_does_not_matter(shift: float, scale: float, x: float) -> None:
-    def other(s: Seen) -> Seen:
+    def other(s: PartialRun) -> PartialRun:
         loss = None if s.loss is None else scale * (s.loss + shift)
         return replace(s, curve=[(step, scale * (y + shift)) for step, y in s.curve], loss=loss)
 

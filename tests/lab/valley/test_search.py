@@ -11,20 +11,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mue.lab.valley.search import Asked, Observation, Space, Verdict, next_points, verdict
+from mue.lab.valley.search import Observation, Proposal, Space, Verdict, next_points, verdict
 
-Loss = Callable[[Asked], float]
+Loss = Callable[[Proposal], float]
 SPACE = Space(lr=(2.0**-10, 1.0), weight_decay=(0.1,), init_std=(0.1,), seeds=(0, 1, 2, 3), precision=0.5, budget=14)
 
 
 def valley(at: float = -6.0, noise: float = 0.01, depth: float = 3.0, wall: float = 99) -> Loss:
     """A parabola in log2 lr; seeds err on their own and together; beyond ``wall`` runs diverge."""
 
-    def loss(asked: Asked) -> float:
-        x = math.log2(asked.lr)
+    def loss(proposal: Proposal) -> float:
+        x = math.log2(proposal.lr)
         if x > wall:
             return math.nan
-        own, shared = np.random.default_rng([asked.seed, round(100 * (x + 50))]), np.random.default_rng(asked.seed)
+        own, shared = (
+            np.random.default_rng([proposal.seed, round(100 * (x + 50))]),
+            np.random.default_rng(proposal.seed),
+        )
         return depth + 0.05 * (x - at) ** 2 + noise * (own.normal() + shared.normal())
 
     return loss
@@ -32,13 +35,13 @@ def valley(at: float = -6.0, noise: float = 0.01, depth: float = 3.0, wall: floa
 
 def search(space: Space, loss: Loss, workers: int = 1, order: int = 0) -> list[Observation]:
     """Every result, in the order in which ``workers`` at a time ended, which ``order`` draws."""
-    rng, results, running = np.random.default_rng(order), list[Observation](), list[Asked]()
+    rng, results, running = np.random.default_rng(order), list[Observation](), list[Proposal]()
     while True:
         running += next_points(space, results, running, workers - len(running))
         if not running:
             return results
-        asked = running.pop(int(rng.integers(len(running))))
-        results.append(Observation(asked, loss(asked)))
+        proposal = running.pop(int(rng.integers(len(running))))
+        results.append(Observation(proposal, loss(proposal)))
 
 
 def said(space: Space, loss: Loss, workers: int = 1) -> Verdict:
@@ -56,9 +59,9 @@ def test_a_search_ends_with_the_minimum_however_many_work_on_it(workers: int) ->
     end = verdict(SPACE, results)
     assert end.done and end.why.startswith("precise enough: minimum at lr = ") and end.reached <= SPACE.precision
     assert end.interval[0] <= -6 <= end.interval[1]
-    asked = [r.asked for r in results]
-    assert len(set(asked)) == len(asked) <= SPACE.budget
-    assert all(SPACE.lr[0] * 0.999 <= a.lr <= SPACE.lr[1] * 1.001 and a.seed in SPACE.seeds for a in asked)
+    proposals = [r.proposal for r in results]
+    assert len(set(proposals)) == len(proposals) <= SPACE.budget
+    assert all(SPACE.lr[0] * 0.999 <= a.lr <= SPACE.lr[1] * 1.001 and a.seed in SPACE.seeds for a in proposals)
     assert next_points(SPACE, results, [], 5) == []
 
 
@@ -70,7 +73,7 @@ def test_it_costs_a_fraction_of_a_grid() -> None:
 @given(seen=st.integers(1, 9), order=st.randoms(use_true_random=False), away=st.integers(0, 2))
 def test_only_the_results_matter_not_their_order(seen: int, order: object, away: int) -> None:
     results = list(found(1)[:seen])
-    running = [r.asked for r in found(1)[seen : seen + away]]
+    running = [r.proposal for r in found(1)[seen : seen + away]]
     mixed = results.copy()
     order.shuffle(mixed)  # type: ignore[attr-defined]
     assert next_points(SPACE, mixed, running[::-1], 2) == next_points(SPACE, results, running, 2)
@@ -110,14 +113,14 @@ def test_with_extend_it_follows_the_minimum() -> None:
     space = Space(SPACE.lr, (0.1,), (0.1,), SPACE.seeds, precision=0.6, budget=24, extend=True)
     results = search(space, valley(-12.0))
     end = verdict(space, results)
-    assert min(r.asked.lr for r in results) < space.lr[0]
+    assert min(r.proposal.lr for r in results) < space.lr[0]
     assert end.best and end.best.valley and end.best.valley.determined
     assert end.interval[0] <= -12 <= end.interval[1]
 
 
 def test_a_second_valley_is_warned_of() -> None:
-    def two(asked: Asked) -> float:
-        return min(valley(-8.5)(asked), valley(-1.5, depth=3.05)(asked))
+    def two(proposal: Proposal) -> float:
+        return min(valley(-8.5)(proposal), valley(-1.5, depth=3.05)(proposal))
 
     end = said(SPACE, two)
     assert end.best and end.best.valley and "second valley" in end.why
@@ -137,8 +140,10 @@ def test_divergence_is_a_wall_not_an_end() -> None:
 
 
 def test_control_noise_alone_is_not_precise() -> None:
-    def noise(asked: Asked) -> float:
-        return 3 + 0.05 * float(np.random.default_rng([asked.seed, round(100 * math.log2(asked.lr) + 5000)]).normal())
+    def noise(proposal: Proposal) -> float:
+        return 3 + 0.05 * float(
+            np.random.default_rng([proposal.seed, round(100 * math.log2(proposal.lr) + 5000)]).normal()
+        )
 
     space = Space(SPACE.lr, (0.1,), (0.1,), SPACE.seeds, precision=0.25, budget=14)
     end = said(space, noise)
@@ -149,9 +154,9 @@ def test_cells_that_cannot_be_best_get_few_runs() -> None:
     space = Space(SPACE.lr, (0.1, 1.0), (0.1, 0.3), SPACE.seeds, precision=0.5, budget=48)
     depth = {(0.1, 0.1): 3.0, (1.0, 0.1): 3.2, (0.1, 0.3): 3.3, (1.0, 0.3): 3.5}
 
-    def loss(asked: Asked) -> float:
-        cell = asked.weight_decay, asked.init_std
-        return valley(-6 + 0.5 * cell[0], depth=depth[cell])(asked)
+    def loss(proposal: Proposal) -> float:
+        cell = proposal.weight_decay, proposal.init_std
+        return valley(-6 + 0.5 * cell[0], depth=depth[cell])(proposal)
 
     end = said(space, loss, workers=2)
     assert end.best and (end.best.weight_decay, end.best.init_std) == (0.1, 0.1) and end.done
@@ -166,8 +171,8 @@ def test_a_stopped_run_is_not_a_loss() -> None:
     assert end.interval[0] <= -6 <= end.interval[1]
 
 
-def _asked(results: Sequence[Observation]) -> list[Asked]:
-    return [r.asked for r in results]
+def _asked(results: Sequence[Observation]) -> list[Proposal]:
+    return [r.proposal for r in results]
 
 
 @pytest.mark.parametrize(

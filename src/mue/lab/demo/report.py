@@ -13,6 +13,7 @@ from mue.lab.report.page import Section, load_sections, plan_section, runs_secti
 from mue.lab.sweep.report import sweep_section
 from mue.lab.sweep.result import Cell
 from mue.lab.train.run import Run, Store
+from mue.lab.train.task import task_of
 from mue.lab.valley.multiplier_check import MultiplierCheck
 
 COLORS = {"complete-mue": plots.MUE, "standard": plots.STANDARD}
@@ -102,7 +103,7 @@ def write_demo_report(
         named, results: every run after the sweep, and its result, by name. summary: what ``demo.json`` holds.
         cells: of the sweep. checks: of each rule.
     """
-    plan = named["MoE"].plan
+    plan, unit = named["MoE"].plan, task_of(named["MoE"].settings).unit
     curves = [
         {"label": label, "color": color, "metrics": store.metrics(named[name].key), "flops_per_token": results[name]["flops_per_token"]}
         for name, label, color in (
@@ -121,28 +122,19 @@ def write_demo_report(
         for rule, check in checks.items()
     ]
     sentences = findings(summary)
-    facts = [
-        ("command", f"{summary['command']}, {summary['seconds']:.0f} s"),
-        ("machine", f"{summary['machine']}, torch {summary['torch']}, Python {summary['python']}"),
-        ("code", f"mue {summary['mue']}, git {summary['git']}"),
-        (
-            "data",
-            f"{summary['data']['files']} files, {summary['data']['bytes']:,} bytes, sha256 {summary['data']['hash']}",
-        ),
-    ]
     sections = [
         sweep_section(summary["sweep"], cells),
         plan_section(plan),
-        Section(id="loss", title="Trained with those values, no retuning", texts=[text(sentences[0])], figure=plots.loss_figure(curves)),
+        Section(id="loss", title="Trained with those values, no retuning", texts=[text(sentences[0])], figure=plots.loss_figure(curves, unit)),
         Section(
             id="check",
             title="Where does the MoE's own valley lie?",
             texts=[text("Only the learning rate is multiplied, by 1/4 to 4; 1× is the transferred value. Standard parametrization uses the base's tuned numbers as they are."), *(text(s) for s in sentences[1:])],
-            figure=plots.check_figure(valleys),
+            figure=plots.check_figure(valleys, unit),
             caption="One seed, a short run: the picture shows the kind of evidence the rule asks for, not a proof of it.",
         ),
         *load_sections(named["MoE"], store.metrics(named["MoE"].key)),
-        runs_section([(name, run, results[name]) for name, run in named.items()], facts),
+        runs_section([(name, run, results[name]) for name, run in named.items()], _facts(summary)),
     ]  # fmt: skip
     gain = results["dense"]["val_loss"], results["MoE"]["val_loss"]
     cards = [
@@ -153,3 +145,16 @@ def write_demo_report(
     ]
     lead = f"Tuned on {results['base']['name']}, trained {results['MoE']['name']} with what follows from it, on {summary['data']['bytes'] / 1e6:.0f} MB of real text."
     return write_report(store.root, "Tune one dense model, train the MoE", lead, sections, cards)
+
+
+def _facts(summary: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Where the numbers come from: command, machine, code and data."""
+    return [
+        ("command", f"{summary['command']}, {summary['seconds']:.0f} s"),
+        ("machine", f"{summary['machine']}, torch {summary['torch']}, Python {summary['python']}"),
+        ("code", f"mue {summary['mue']}, git {summary['git']}"),
+        (
+            "data",
+            f"{summary['data']['files']} files, {summary['data']['bytes']:,} bytes, sha256 {summary['data']['hash']}",
+        ),
+    ]

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mue.lab.per_role.space import NUMBERS, Coordinate, Point, at, factor, mirrored_design, moved
+from mue.lab.per_role.space import NUMBERS, Coordinate, Position, factor, mirrored_design, stepped, with_multipliers
 from mue.lab.per_role.stats import Gain, noise_of, paired, shares, shrunk, slopes
 from mue.shapes import HParams
 from mue.util.errors import nearest, positive, positive_int, true_or_false
 
-Job = tuple[HParams, int]
+Candidate = tuple[HParams, int]
 """Tuned values and a seed."""
-Train = Callable[[str, Sequence[Job]], list[float]]
+Train = Callable[[str, Sequence[Candidate]], list[float]]
 """Trains a batch of jobs, named for people; the losses in order, inf where a run diverged."""
 
 LENGTHS = (0.5, 1.0, 2.0)  # of a joint step, in steps of its design
@@ -78,8 +78,8 @@ class Round:
     step: float
     slopes: tuple[float, ...]
     noise: float
-    tried: tuple[tuple[Point, Gain], ...]
-    taken: Point | None
+    tried: tuple[tuple[Position, Gain], ...]
+    taken: Position | None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -114,13 +114,13 @@ class RolesResult:
 
     space: tuple[Coordinate, ...]
     rounds: tuple[Round, ...]
-    reached: Point
+    reached: Position
     bought: dict[Coordinate, Gain]
-    kept: Point
+    kept: Position
     confirmed: Confirmed | None
 
     @property
-    def result(self) -> Point:
+    def result(self) -> Position:
         """The multipliers to use: none unless they were confirmed."""
         return self.kept if self.confirmed is not None and self.confirmed.holds else (0,) * len(self.space)
 
@@ -145,7 +145,7 @@ def search(tuned: HParams, space: tuple[Coordinate, ...], settings: Search, trai
     """
     if not space:
         raise ValueError("[roles] leaves no multiplier to search: give numbers, or thirds = true")
-    point: Point = (0,) * len(space)
+    point: Position = (0,) * len(space)
     step, rounds = settings.step, []
     for number in range(settings.rounds):
         made = _round(number, point, step, tuned, space, settings, train)
@@ -167,24 +167,30 @@ def _seeds(stage: int, count: int) -> list[int]:
 
 
 def _round(
-    number: int, point: Point, step: float, tuned: HParams, space: Sequence[Coordinate], settings: Search, train: Train
+    number: int,
+    point: Position,
+    step: float,
+    tuned: HParams,
+    space: Sequence[Coordinate],
+    settings: Search,
+    train: Train,
 ) -> Round:
     name = f"round {number + 1}"
     signs = mirrored_design(len(space))
     seeds = _seeds(2 * number, settings.seeds)
     jobs = [
-        (at(tuned, space, moved(point, side * step * row)), seeds[pair % len(seeds)])
+        (with_multipliers(tuned, space, stepped(point, side * step * row)), seeds[pair % len(seeds)])
         for side in (1, -1)
         for pair, row in enumerate(signs)
     ]
     losses = train(f"{name}: {len(jobs)} probes of {len(space)} multipliers, × {2**step:.3g} and / {2**step:.3g}", jobs)
     effects = slopes(signs, losses[: len(signs)], losses[len(signs) :])
     noise = noise_of(effects, [coordinate.number for coordinate in space])
-    tried: tuple[tuple[Point, Gain], ...] = ()
+    tried: tuple[tuple[Position, Gain], ...] = ()
     taken = None
     if (direction := -shrunk(effects, noise)).any():
         direction /= np.abs(direction).max()
-        steps = dict.fromkeys(moved(point, length * step * direction) for length in LENGTHS)
+        steps = dict.fromkeys(stepped(point, length * step * direction) for length in LENGTHS)
         steps.pop(point, None)
         error = settings.error / settings.rounds
         tried, taken = _test(name, point, list(steps), _seeds(2 * number + 1, LOOKS[-1]), error, tuned, space, train)
@@ -193,26 +199,26 @@ def _round(
 
 def _test(
     name: str,
-    point: Point,
-    steps: list[Point],
+    point: Position,
+    steps: list[Position],
     seeds: list[int],
     error: float,
     tuned: HParams,
     space: Sequence[Coordinate],
     train: Train,
-) -> tuple[tuple[tuple[Point, Gain], ...], Point | None]:
+) -> tuple[tuple[tuple[Position, Gain], ...], Position | None]:
     """Joint steps against the point, seed by seed; after the first look only the best goes on.
 
     The chance that a step which gains nothing is taken is at most ``error``: each look at each step has its share.
     """
     share = 2 * error / (max(1, len(steps)) * len(LOOKS))  # two-sided, of which one side takes a step
-    losses: dict[Point, list[float]] = {p: [] for p in (point, *steps)}
-    gains: dict[Point, Gain] = {}
+    losses: dict[Position, list[float]] = {p: [] for p in (point, *steps)}
+    gains: dict[Position, Gain] = {}
     racing = list(steps)
     for look in LOOKS if steps else ():
         new = seeds[len(losses[point]) : look]
         arms = [point, *racing]
-        jobs = [(at(tuned, space, arm), seed) for arm in arms for seed in new]
+        jobs = [(with_multipliers(tuned, space, arm), seed) for arm in arms for seed in new]
         found = iter(train(f"{name}: {len(racing)} joint steps on {look} seeds", jobs))
         for arm in arms:
             losses[arm] += [next(found) for _ in new]
@@ -228,19 +234,21 @@ def _test(
 
 
 def _attribute(
-    point: Point, tuned: HParams, space: Sequence[Coordinate], settings: Search, train: Train
-) -> tuple[dict[Coordinate, Gain], Point]:
+    point: Position, tuned: HParams, space: Sequence[Coordinate], settings: Search, train: Train
+) -> tuple[dict[Coordinate, Gain], Position]:
     """Each multiplier's share of the gain, and the point without those that bought nothing."""
     active = [i for i, k in enumerate(point) if k]
     signs = mirrored_design(len(active), SPARE)
     seeds = _seeds(2 * settings.rounds, len(signs))
 
-    def subset(on: npt.NDArray[np.bool_]) -> Point:
+    def subset(on: npt.NDArray[np.bool_]) -> Position:
         chosen = {i for i, here in zip(active, on, strict=True) if here}
         return tuple(k if i in chosen else 0 for i, k in enumerate(point))
 
     jobs = [
-        (at(tuned, space, subset(side * row > 0)), s) for side in (1, -1) for row, s in zip(signs, seeds, strict=True)
+        (with_multipliers(tuned, space, subset(side * row > 0)), s)
+        for side in (1, -1)
+        for row, s in zip(signs, seeds, strict=True)
     ]
     losses = train(f"what each of {len(active)} multipliers bought: {len(jobs)} runs with half of them", jobs)
     bought = shares(signs, losses[: len(signs)], losses[len(signs) :], settings.error)
@@ -249,11 +257,11 @@ def _attribute(
     return {space[i]: g for i, g in zip(active, bought, strict=True)}, kept
 
 
-def _confirm(point: Point, tuned: HParams, space: Sequence[Coordinate], settings: Search, train: Train) -> Confirmed:
+def _confirm(point: Position, tuned: HParams, space: Sequence[Coordinate], settings: Search, train: Train) -> Confirmed:
     """The set against one global value for every role, and against that one with a smaller and a larger learning rate."""
     alone = {"one global value": tuned}
     alone |= {f"one global value, lr × {rate:.3g}": tuned.replace(lr=tuned.lr * rate) for rate in RATES}
-    arms = {**alone, "per-role": at(tuned, space, point)}
+    arms = {**alone, "per-role": with_multipliers(tuned, space, point)}
     seeds = _seeds(2 * settings.rounds + 1, settings.confirm)
     found = train(f"confirmation on {len(seeds)} fresh seeds", [(arm, s) for arm in arms.values() for s in seeds])
     losses = {name: found[i * len(seeds) : (i + 1) * len(seeds)] for i, name in enumerate(arms)}

@@ -17,7 +17,7 @@ from mue.rules.roles import ROLES
 from mue.shapes import HParams, Transformer
 from mue.shapes.hparams import THIRDS, TIMES, Roles, third_of
 
-Point = tuple[int, ...]
+Position = tuple[int, ...]
 OCTAVE = 4  # steps of a point
 FARTHEST = 4 * OCTAVE  # no multiplier beyond 16 or below 1/16
 NUMBERS = ("lr", "init_std", "weight_decay")
@@ -60,7 +60,7 @@ def factor(steps: int) -> float:
     return float(f"{2 ** (steps / OCTAVE):.4g}")
 
 
-def roles_of(space: Sequence[Coordinate], point: Point) -> Roles:
+def roles_of(space: Sequence[Coordinate], point: Position) -> Roles:
     """A point as ``tuned.roles``."""
     found: Roles = {}
     for coordinate, steps in zip(space, point, strict=True):
@@ -69,12 +69,12 @@ def roles_of(space: Sequence[Coordinate], point: Point) -> Roles:
     return found
 
 
-def at(tuned: HParams, space: Sequence[Coordinate], point: Point) -> HParams:
+def with_multipliers(tuned: HParams, space: Sequence[Coordinate], point: Position) -> HParams:
     """The tuned values with a point's multipliers."""
     return tuned.replace(roles=roles_of(space, point))
 
 
-def moved(point: Point, octaves: Iterable[float]) -> Point:
+def stepped(point: Position, octaves: Iterable[float]) -> Position:
     """A point a step further, rounded to quarter-octaves and held within :data:`FARTHEST`."""
     steps = (p + round(OCTAVE * x) for p, x in zip(point, octaves, strict=True))
     return tuple(max(-FARTHEST, min(FARTHEST, s)) for s in steps)

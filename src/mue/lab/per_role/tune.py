@@ -11,8 +11,8 @@ from typing import Any
 
 from mue.lab.data import Corpus
 from mue.lab.data.spec import data_source, describe_data
-from mue.lab.per_role.search import Job, RolesResult, Search, multipliers, search
-from mue.lab.per_role.space import at, coordinates
+from mue.lab.per_role.search import Candidate, RolesResult, Search, multipliers, search
+from mue.lab.per_role.space import coordinates, with_multipliers
 from mue.lab.runners.listener import ListenerOf
 from mue.lab.runners.run_all import run_all
 from mue.lab.sweep.spec import base_plan
@@ -105,7 +105,7 @@ def tune_roles(
     task_of(spec.settings).batches(Run(plan, spec.settings, data), corpus)  # before the folder is made
     store = _own_folder(out, spec.identity(corpus.hash))
 
-    def train(title: str, jobs: Sequence[Job]) -> list[float]:
+    def train(title: str, jobs: Sequence[Candidate]) -> list[float]:
         runs = [
             Run(base_plan(spec.base, spec.training, tuned), replace(spec.settings, seed=seed), data)
             for tuned, seed in jobs
@@ -125,7 +125,7 @@ def tune_roles(
 
     with store.locked("roles"):
         found = search(spec.tuned, space, spec.search, train)
-        tuned = at(spec.tuned, space, found.result)
+        tuned = with_multipliers(spec.tuned, space, found.result)
         write_json(out / "result.json", result_of(found, spec, tuned, corpus.hash, len(count)))
         write_text(out / "tuned.toml", tuned_toml(tuned, found.verdict))
     return found

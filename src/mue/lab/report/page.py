@@ -15,6 +15,7 @@ from matplotlib.figure import Figure
 
 from mue.lab.report import plots
 from mue.lab.train.run import Run, Store
+from mue.lab.train.task import task_of
 from mue.plan import render
 from mue.plan.plan import PlanData
 from mue.util.files import write_atomic, write_text
@@ -56,7 +57,6 @@ def write_report(
     for section in sections:
         picture = ""
         if section.figure is not None:
-            _settle(section.figure)
             write_atomic(png := folder / f"{section.id}.png", partial(section.figure.savefig, dpi=160, format="png"))
             picture = _svg(section.figure) if section.in_page == "svg" else _img(png) if section.in_page else ""
         table = (
@@ -78,14 +78,6 @@ def write_report(
     path = folder / "report.html"
     write_text(path, html)
     return path
-
-
-def _settle(figure: Figure) -> None:
-    """Lay a figure out once: every picture of it would do so again, and draw it twice to that end."""
-    engine = figure.get_layout_engine()
-    if engine is not None:
-        engine.execute(figure)
-        figure.set_layout_engine(None)
 
 
 def _svg(figure: Figure) -> str:
@@ -153,7 +145,7 @@ def run_report(folder: Path) -> Path:
         "metrics": metrics,
         "flops_per_token": result["flops_per_token"],
     }
-    sections = [Section(id="loss", title="Loss", figure=plots.loss_figure([curve]))]
+    sections = [Section(id="loss", title="Loss", figure=plots.loss_figure([curve], task_of(run.settings).unit))]
     sections += load_sections(run, metrics)
     sections += [plan_section(run.plan), runs_section([("run", run, result)], [("data", run.data["hash"])])]
     held = result["val_loss"]

@@ -97,10 +97,12 @@ def _loss_limits(axes: Axes, curves: Sequence[tuple[Points, str]]) -> None:
         axes.plot(above, [0.985] * len(above), "^", color=color, ms=4.5, transform=axes.get_xaxis_transform())
 
 
-def sweep_figure(cells: Sequence[Mapping[str, Any]], best: int) -> Figure:
+def sweep_figure(cells: Sequence[Mapping[str, Any]], best: int, unit: str) -> Figure:
     """The sweep: one valley for each weight decay and init std, the winner filled and with its interval.
 
-    ``cells``: dictionaries with ``label``, ``points`` (:data:`Points`) and ``valley``.
+    Args:
+        cells: dictionaries with ``label``, ``points`` (:data:`Points`) and ``valley``. best: which of them won.
+        unit: of the loss (``Task.unit``).
     """
     with mpl.rc_context(STYLE):
         fig, (axes,) = figure(6.6, 4.1)
@@ -114,7 +116,7 @@ def sweep_figure(cells: Sequence[Mapping[str, Any]], best: int) -> Figure:
             draw_valley(axes, cells[i]["points"], cells[i]["valley"], colors[i], cells[i]["label"], interval=i == best)
         _loss_limits(axes, [(cells[i]["points"], colors[i]) for i in colors])
         axes.set_xlabel("learning rate of the dense base")
-        axes.set_ylabel("validation loss, nats per byte")
+        axes.set_ylabel(f"validation loss, {unit}")
         axes.set_title("Dense base: ▼ fitted minima, band the 95 % interval of the best")
         if len(cells) > 1:
             axes.legend(
@@ -129,10 +131,12 @@ def sweep_figure(cells: Sequence[Mapping[str, Any]], best: int) -> Figure:
         return fig
 
 
-def check_figure(curves: Sequence[Mapping[str, Any]]) -> Figure:
+def check_figure(curves: Sequence[Mapping[str, Any]], unit: str) -> Figure:
     """Where each rule's valley lies against the transferred value, multiplier 1.
 
-    ``curves``: dictionaries with ``label``, ``points`` over log2(multiplier), ``valley`` and ``color``.
+    Args:
+        curves: dictionaries with ``label``, ``points`` over log2(multiplier), ``valley`` and ``color``.
+        unit: of the loss (``Task.unit``).
     """
     with mpl.rc_context(STYLE):
         fig, (axes,) = figure(6.6, 4.1)
@@ -153,16 +157,18 @@ def check_figure(curves: Sequence[Mapping[str, Any]]) -> Figure:
             fontsize=8.5,
         )
         axes.set_xlabel("learning rate multiplier on the MoE")
-        axes.set_ylabel("validation loss, nats per byte")
+        axes.set_ylabel(f"validation loss, {unit}")
         axes.set_title("Valley check: ▼ fitted minimum, band 95 % interval")
         axes.legend(loc="upper center", framealpha=0.85, frameon=True, edgecolor="none")
         return fig
 
 
-def loss_figure(runs: Sequence[Mapping[str, Any]]) -> Figure:
+def loss_figure(runs: Sequence[Mapping[str, Any]], unit: str) -> Figure:
     """Training loss (smoothed) and validation loss over tokens and over active FLOPs.
 
-    ``runs``: dictionaries with ``label``, ``color``, ``metrics`` (rows) and ``flops_per_token``.
+    Args:
+        runs: dictionaries with ``label``, ``color``, ``metrics`` (rows) and ``flops_per_token``.
+        unit: of the loss (``Task.unit``).
     """
     with mpl.rc_context(STYLE):
         fig, (left, right) = figure(9.6, 3.9, 2, sharey=True)
@@ -188,7 +194,7 @@ def loss_figure(runs: Sequence[Mapping[str, Any]]) -> Figure:
         left.set_ylim((lowest or 0) - 0.08, (highest or 6) + 0.1)
         left.set_xlabel("training tokens, thousands")
         right.set_xlabel("training compute, active TFLOPs")
-        left.set_ylabel("loss, nats per byte")
+        left.set_ylabel(f"loss, {unit}")
         left.set_title("Same tokens")
         right.set_title("Same active compute")
         left.legend(title="dots: validation, line: training", title_fontsize=8)

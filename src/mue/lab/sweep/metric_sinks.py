@@ -11,7 +11,6 @@ import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from mue.lab.runners.listener import RunListener
@@ -81,9 +80,7 @@ class TensorBoard(MetricSink):
             for name, value in scalars(row).items():
                 self.writers[run.key].add_scalar(name, value, row["step"])
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for writer in self.writers.values():
             writer.close()
 
@@ -107,9 +104,7 @@ class WandB(MetricSink):
         for row in self.rows(run):
             self.runs[run.key].log(scalars(row), step=row["step"])
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for run in self.runs.values():
             run.finish()
 

@@ -18,6 +18,8 @@ from mue.lab.sweep.result import Cell, SweepResult, counted, summarise, tuned_wo
 from mue.lab.sweep.sampler import sampler_of
 from mue.lab.sweep.state import SweepState
 from mue.lab.sweep.trial import OPEN, State, Trial
+from mue.lab.train.run import Settings
+from mue.lab.train.task import task_of
 from mue.util.files import write_atomic
 
 _VALLEYS = 8  # drawn
@@ -119,7 +121,7 @@ def sweep_section(result: Mapping[str, Any], cells: Sequence[Cell]) -> Section:
             text(result["verdict"] + ".", warn=result["edge"] is not None),
             *(text(warning + ".", warn=True) for warning in result.get("warnings", ())),
         ],
-        figure=plots.sweep_figure(drawn, best),
+        figure=plots.sweep_figure(drawn, best, task_of(Settings(**result["identity"]["settings"])).unit),
         in_page="svg" if result["runs"] <= _DRAWN else "png",
         caption="Points are runs, lines the fitted valleys, ▼ the fitted minima. ▲ marks runs above the picture, × those that diverged or were stopped.",
     )

@@ -10,6 +10,7 @@ from typing import Any
 from mue.lab.sweep.sampler import sampler_of
 from mue.lab.sweep.spec import SweepSpec
 from mue.lab.sweep.trial import Trial, name_of
+from mue.lab.train.task import task_of
 from mue.lab.valley import LossPoint, Valley, fit_valley
 from mue.shapes import HParams
 
@@ -106,11 +107,12 @@ class SweepResult:
                 f"the fitted loss at the minimum, {valley.loss_at_minimum:.3g}, lies far below every run's (the lowest is"
                 f" {min(used):.3g}): train one there before you believe it"
             )
-        guessing = math.log(self.spec.base.vocab)
+        task = task_of(self.spec.settings)
+        guessing = task.baseline_loss(self.spec.base)
         if min(losses) >= guessing:
             found.append(
-                f"no run got below {guessing:.2f} nats, the loss of guessing among {self.spec.base.vocab} tokens:"
-                " the learning rates or the text are wrong, or the training is too short"
+                f"no run got below {guessing:.2f} {task.unit}, the loss of guessing: the learning rates or the data are wrong,"
+                " or the training is too short"
             )
         return found
 

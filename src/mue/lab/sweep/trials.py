@@ -9,10 +9,8 @@ A point (learning rate, weight decay, ..., seed) has one trial however many work
 
 from __future__ import annotations
 
-import gc
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mue.lab.sweep.storage import Database, Execute, MissingError, Rows
@@ -208,11 +206,10 @@ class Trials:
 
         heads, rows = self.database.run(work, write=False)
         said: dict[int, dict[str, Any]] = {}
-        with _nothing_to_collect():  # tens of thousands: for the same reason parsed at once, not one by one
-            values = json.loads(f"[{','.join([text for _, _, text in rows])}]")
-            for (trial, key, _), value in zip(rows, values, strict=True):
-                said.setdefault(trial, {})[key] = value
-            fresh = {row[0]: _trial(row, said[row[0]]) for row in heads if "point" in said.get(row[0], ())}
+        values = json.loads(f"[{','.join([text for _, _, text in rows])}]")  # tens of thousands: not one by one
+        for (trial, key, _), value in zip(rows, values, strict=True):
+            said.setdefault(trial, {})[key] = value
+        fresh = {row[0]: _trial(row, said[row[0]]) for row in heads if "point" in said.get(row[0], ())}
         self.ended.update((trial.id, trial) for trial in fresh.values() if trial.state not in OPEN)
         found = [self.ended.get(row[0]) or fresh.get(row[0]) for row in heads]
         return [trial for trial in found if trial]  # what others put into the study by other means is not ours
@@ -342,18 +339,6 @@ class Trials:
             " VALUES (:trial, :name, :value, :kind)",
             [{"trial": t, "name": k, "value": float(v), "kind": kinds[k]} for t, p in placed for k, v in p.items()],
         )
-
-
-@contextmanager
-def _nothing_to_collect() -> Iterator[None]:
-    """Without the garbage collector, which would look through everything made so far again and again."""
-    was = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was:
-            gc.enable()
 
 
 def _trial(head: tuple[Any, ...], said: dict[str, Any]) -> Trial:

@@ -23,7 +23,7 @@ from mue.lab.sweep.storage import StorageError
 from mue.lab.sweep.trial import OPEN, State, Trial
 from mue.lab.sweep.trials import Trials
 from mue.lab.train.run import Run, Store
-from mue.lab.valley.pruning import Curve, Seen, hopeless, rung
+from mue.lab.valley.pruning import Curve, PartialRun, hopeless, rung
 
 _LOOK = 2.0  # seconds between two looks at the other workers' trials
 _AGAIN = 1.0  # seconds until a run that another process holds is tried again
@@ -157,8 +157,8 @@ class Worker:
         self.rungs[run.key] = passed
         cell = [t for t in self.trials.all() if _cell(t) == _cell(trial)]
         curves = self.trials.curves(cell)
-        others = [_seen(t, curves[t.id]) for t in cell if t.id in curves]
-        return hopeless(_seen(trial, self._curve(run.key)), others, steps)
+        others = [_partial_run(t, curves[t.id]) for t in cell if t.id in curves]
+        return hopeless(_partial_run(trial, self._curve(run.key)), others, steps)
 
     def _done(self, message: Done) -> None:
         key = message.run.key
@@ -218,8 +218,10 @@ def _cell(trial: Trial) -> tuple[float, float]:
     return trial.point["weight_decay"], trial.point["init_std"]
 
 
-def _seen(trial: Trial, curve: Curve) -> Seen:
-    return Seen(math.log2(trial.point["lr"]), trial.seed, curve, trial.loss if trial.state == "COMPLETE" else None)
+def _partial_run(trial: Trial, curve: Curve) -> PartialRun:
+    return PartialRun(
+        math.log2(trial.point["lr"]), trial.seed, curve, trial.loss if trial.state == "COMPLETE" else None
+    )
 
 
 def _with(trial: Trial, reached: Progress | None) -> Trial:

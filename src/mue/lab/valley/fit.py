@@ -8,7 +8,7 @@ The fit is local and Bayesian (``mue.lab.valley.posterior``): curves with one mi
 the learning rate, and noise that runs of one seed share. The interval is the middle of the minima of the curves that the
 losses leave possible; where these reach beyond everything that was tried it is unbounded, and says so.
 
-Measured coverage and its limits: ``docs/results/valley_search.json`` and ``tests/lab/valley/test_valley.py``.
+Measured coverage and its limits: ``docs/results/valley_search.json`` and ``tests/lab/valley/test_fit.py``.
 """
 
 from __future__ import annotations

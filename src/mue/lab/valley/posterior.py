@@ -214,10 +214,7 @@ class _Grid:
         known: float | None,
     ) -> _Grid:
         n, low, high = len(d_N), limits.low - centre, limits.high - centre
-        growth_R, shared_R = (g.ravel() for g in np.meshgrid(_GROWTH, _SHARED, indexing="ij"))
-        own_RN = own_noise(d_N, growth_R[:, None]) * np.where(clear_N, 1.0, _ASIDE) / count_N
-        same_NN = shared_noise(d_N, d_N, seed_N, seed_N)
-        noise_RNN = own_RN[:, :, None] * np.eye(n) + shared_R[:, None, None] ** 2 * same_NN
+        growth_R, shared_R, noise_RNN = _noise_kinds(d_N, seed_N, count_N, clear_N)
         inverse_RNN: Array = np.linalg.inv(noise_RNN).astype(np.float64, copy=False)
 
         basis_NK = basis(d_N, low, high)
@@ -231,17 +228,10 @@ class _Grid:
         root_GKK = np.linalg.inv(np.linalg.cholesky(products_G[:, :k, :k] + np.diag(prior_K)))
         parabola_GK, losses_GK = (np.einsum("gkl,gl->gk", root_GKK, products_G[:, :k, k + c]) for c in (0, 1))
 
-        def misfit(a: int, b: int, left: Array, right: Array) -> Array:
-            return np.asarray(products_G[:, k + a, k + b] - (left * right).sum(axis=1))[:, None]
-
         scale_GA = np.broadcast_to(_SCALES, (len(own_G), len(_SCALES)))
         if known is not None:  # then A follows from the noise
             scale_GA = (known / (own_G * np.hypot(1, shared_R[r])))[:, None]
-        quadratic_GA = (
-            misfit(1, 1, losses_GK, losses_GK) / scale_GA**2
-            - 2 * misfit(0, 1, parabola_GK, losses_GK) / scale_GA
-            + misfit(0, 0, parabola_GK, parabola_GK)
-        )
+        quadratic_GA = _misfit(products_G[:, k:, k:], losses_GK, parabola_GK, scale_GA)
         constant_G = (
             np.log(np.diagonal(root_GKK, axis1=1, axis2=2)).sum(axis=1)
             - 0.5 * np.linalg.slogdet(noise_RNN)[1][r]
@@ -297,6 +287,30 @@ class _Grid:
         others_N = np.maximum((float(residual_N @ out_N) - out_N**2 / own_N) / freedom, 1e-12)
         t_N = np.abs(out_N) / np.sqrt(own_N * others_N)
         return np.asarray(t_N < student_quantile(1 - _OUTLIER / (2 * n), freedom))
+
+
+def _noise_kinds(d_N: Array, seed_N: Array, count_N: Array, clear_N: Mask) -> tuple[Array, Array, Array]:
+    """R, R, RNN: growth and shared part of each kind of noise, and its covariance, a run's own noise at the centre being 1."""
+    growth_R, shared_R = (g.ravel() for g in np.meshgrid(_GROWTH, _SHARED, indexing="ij"))
+    own_RN = own_noise(d_N, growth_R[:, None]) * np.where(clear_N, 1.0, _ASIDE) / count_N
+    same_NN = shared_noise(d_N, d_N, seed_N, seed_N)
+    return growth_R, shared_R, own_RN[:, :, None] * np.eye(len(d_N)) + shared_R[:, None, None] ** 2 * same_NN
+
+
+def _misfit(products_G22: Array, losses_GK: Array, parabola_GK: Array, scale_GA: Array) -> Array:
+    """GA: twice the negative log likelihood, up to a constant: losses / A minus the parabola, by what the weights leave of it.
+
+    products: of (parabola, losses) with each other, over the noise.
+    """
+
+    def left(a: int, b: int, one_GK: Array, other_GK: Array) -> Array:
+        return np.asarray(products_G22[:, a, b] - (one_GK * other_GK).sum(axis=1))[:, None]
+
+    return np.asarray(
+        left(1, 1, losses_GK, losses_GK) / scale_GA**2
+        - 2 * left(0, 1, parabola_GK, losses_GK) / scale_GA
+        + left(0, 0, parabola_GK, parabola_GK)
+    )
 
 
 @lru_cache(maxsize=64)

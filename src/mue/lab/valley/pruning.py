@@ -1,6 +1,6 @@
 """Stop a run early when it lies where the valley's fit does not look, and will not be what the sweep is looking for.
 
-    hopeless(Seen(-3.0, seed=1, curve=[(10, 5.1), ...]), others, steps=1000)
+    hopeless(PartialRun(-3.0, seed=1, curve=[(10, 5.1), ...]), others, steps=1000)
 
 Far behind is not enough: small learning rates look hopeless at a third of the training and are not at its end, and a run up
 a wall still tells the fit how steep the wall is, within the reach of the fit. So a run is given up only where it lies beyond
@@ -29,7 +29,7 @@ _FEWEST = 3  # learning rates with a loss, before which there is no valley to ju
 
 
 @dataclass(frozen=True)
-class Seen:
+class PartialRun:
     """One run of a sweep, as far as it went.
 
     curve: (step, training loss). loss: at its end; NaN or inf: it diverged; None: it was stopped early, or still trains.
@@ -46,7 +46,7 @@ def rung(step: int, steps: int) -> int:
     return bisect_right(RUNGS, step / steps)
 
 
-def hopeless(run: Seen, others: Sequence[Seen], steps: int) -> bool:
+def hopeless(run: PartialRun, others: Sequence[PartialRun], steps: int) -> bool:
     """Whether a run may be stopped now.
 
     others: those of the same valley (one weight decay, one init std) that have ended; the stopped ones have no loss.
@@ -63,7 +63,7 @@ def hopeless(run: Seen, others: Sequence[Seen], steps: int) -> bool:
     return run.log2_lr < low - REACH or run.log2_lr > high + REACH
 
 
-def _at_best(curve: Curve, trained: Sequence[Seen], steps: int) -> float:
+def _at_best(curve: Curve, trained: Sequence[PartialRun], steps: int) -> float:
     """The loss that a run ends at if it gains what finished runs still did and more, or what its own pace promises."""
     step, start = curve[-1][0], curve[0][1]
     here = _recent(curve, step, steps)

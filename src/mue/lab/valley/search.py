@@ -74,7 +74,7 @@ class Space:
 
 
 @dataclass(frozen=True)
-class Asked:
+class Proposal:
     """One run to make."""
 
     lr: float
@@ -92,7 +92,7 @@ class Asked:
 class Observation:
     """What became of a run. loss: NaN or inf where it has none: it diverged, or was stopped as hopeless."""
 
-    asked: Asked
+    proposal: Proposal
     loss: float
 
 
@@ -122,17 +122,19 @@ class Verdict:
     reached: float
 
 
-def next_points(space: Space, results: Sequence[Observation], running: Sequence[Asked], count: int) -> list[Asked]:
+def next_points(
+    space: Space, results: Sequence[Observation], running: Sequence[Proposal], count: int
+) -> list[Proposal]:
     """Up to ``count`` runs to start now; empty when the search is done, or must wait for what is running."""
-    asked: list[Asked] = []
+    proposals: list[Proposal] = []
     if verdict(space, results).done:
-        return asked
-    while len(asked) < min(count, space.budget - len(results) - len(running)):
-        more = _Search(space, tuple(results), (*running, *asked)).ask()
+        return proposals
+    while len(proposals) < min(count, space.budget - len(results) - len(running)):
+        more = _Search(space, tuple(results), (*running, *proposals)).ask()
         if more is None:
             break
-        asked.append(more)
-    return asked
+        proposals.append(more)
+    return proposals
 
 
 def verdict(space: Space, results: Sequence[Observation]) -> Verdict:
@@ -144,13 +146,13 @@ def verdict(space: Space, results: Sequence[Observation]) -> Verdict:
 class _Search:
     space: Space
     results: tuple[Observation, ...]
-    running: tuple[Asked, ...]
+    running: tuple[Proposal, ...]
 
     @cached_property
     def cells(self) -> tuple[SearchCell, ...]:
         def cell(wd: float, std: float) -> SearchCell:
-            ended = (r for r in self.results if (r.asked.weight_decay, r.asked.init_std) == (wd, std))
-            points = [LossPoint(math.log2(r.asked.lr), r.loss, r.asked.seed) for r in ended]
+            ended = (r for r in self.results if (r.proposal.weight_decay, r.proposal.init_std) == (wd, std))
+            points = [LossPoint(math.log2(r.proposal.lr), r.loss, r.proposal.seed) for r in ended]
             under_way = [(math.log2(a.lr), a.seed) for a in self.running if (a.weight_decay, a.init_std) == (wd, std)]
             return SearchCell(
                 wd, std, tuple(sorted(points, key=lambda p: (p.log2_lr, p.seed))), tuple(sorted(under_way))
@@ -180,7 +182,7 @@ class _Search:
             lattice = lattice.extended(_EXTENSION, end) if end else lattice
         return lattice
 
-    def ask(self) -> Asked | None:
+    def ask(self) -> Proposal | None:
         """The next run; None when nothing is left to ask for before more results are in."""
         for cell in self.cells:
             place = self._coarse(cell)
@@ -194,8 +196,8 @@ class _Search:
                 return self._asked(cell, place)
         return None
 
-    def _asked(self, cell: SearchCell, place: tuple[float, int]) -> Asked:
-        return Asked(2.0 ** place[0], cell.weight_decay, cell.init_std, place[1])
+    def _asked(self, cell: SearchCell, place: tuple[float, int]) -> Proposal:
+        return Proposal(2.0 ** place[0], cell.weight_decay, cell.init_std, place[1])
 
     def _coarse(self, cell: SearchCell) -> tuple[float, int] | None:
         """The next learning rate to begin with: over the range, or near the minimum of another cell; the ends last."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from mue.lab.sweep.sampler import SAMPLERS, Grid, Sampler
 from mue.lab.sweep.trial import OPEN, Point, Trial
-from mue.lab.valley.search import Asked, Observation, Space, next_points, verdict
+from mue.lab.valley.search import Observation, Proposal, Space, next_points, verdict
 from mue.util.errors import positive, true_or_false
 
 
@@ -52,5 +52,5 @@ def _observed(trials: Sequence[Trial]) -> list[Observation]:
     return [Observation(_asked(t.point), t.loss) for t in trials if t.state not in OPEN]
 
 
-def _asked(point: Point) -> Asked:
-    return Asked(point["lr"], point["weight_decay"], point["init_std"], int(point["seed"]))
+def _asked(point: Point) -> Proposal:
+    return Proposal(point["lr"], point["weight_decay"], point["init_std"], int(point["seed"]))

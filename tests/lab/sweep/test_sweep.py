@@ -208,6 +208,10 @@ def test_what_speaks_against_a_result_is_said(spec: SweepSpec, tmp_path: Path, m
         said = sweep_report(tmp_path / name).read_text()
         assert swept.best.valley is not None and not any("far below" in words for words in swept.warnings)
         assert ("the loss of guessing" in said) == ("the loss of guessing" in " ".join(swept.warnings)) == (least > 5.6)
+        other = replace(
+            spec, settings=replace(spec.settings, task="order")
+        )  # of four classes: the task says what guessing costs
+        assert "below 1.39 nats per window, the loss of guessing" in " ".join(replace(swept, spec=other).warnings)
     assert swept.best.valley is not None
     far = replace(swept.best.valley, loss_at_minimum=1.0)
     assert "far below every run" in replace(swept, best=replace(swept.best, valley=far)).warnings[0]

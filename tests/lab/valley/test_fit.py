@@ -12,7 +12,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mue.lab.valley import LossPoint, Valley, fit_valley
-from mue.lab.valley.multiplier_check import MultiplierCheck
 from support.paths import ROOT
 from valley_population import Material, load, population
 
@@ -233,14 +232,3 @@ def test_a_valley_is_read_back_as_it_was_written(losses: tuple[float, ...]) -> N
     stored["verdict"], stored["minimum_log2_lr"] = "another", -7.5
     told = Valley.from_dict(stored, points)  # what was stored is what is told, whatever a fit would say today
     assert told.verdict == "another" and told.minimum == -7.5 and told.curve == valley.curve
-
-
-def test_a_multiplier_check_is_read_back_and_names_its_best_run() -> None:
-    check = MultiplierCheck.of({0.25: 2.5, 0.5: 2.1, 1.0: 2.05, 2.0: 2.0, 4.0: None})
-    assert check.best == 2.0 and check.regret == pytest.approx(0.05)
-    stored = json.loads(json.dumps(check.to_dict()))
-    assert list(stored["losses"]) == ["0.25", "0.5", "1", "2", "4"] and stored["loss_at_1"] == 2.05
-    assert MultiplierCheck.from_dict(stored) == check
-    diverged = MultiplierCheck.of({1.0: None, 2.0: None})
-    assert (diverged.valley, diverged.best, diverged.regret) == (None, None, None)
-    assert MultiplierCheck.from_dict(diverged.to_dict()) == diverged
