@@ -1,11 +1,10 @@
-"""mue.check: right models pass untouched, seeded faults are caught and named, and every way of using it works."""
+"""``mue.check``: at least forty faults are caught and named, right models pass and stay what they were."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,6 @@ import mue
 from mue.checks import CHECKS, CheckError, Finding
 from mue.checks.context import Context
 from mue.checks.registry import check_of
-from mue.checks.subjects.checkpoint import stored_hash
 from mue.lab.models.language import LanguageModel
 from support.wiring_cases import BASE, OURS, TUNED, case
 from support.wiring_faults import broken, load
@@ -105,20 +103,6 @@ def test_it_raises_with_the_name_and_the_mend() -> None:
     assert caught.value.report.failures
 
 
-def test_multipliers_are_measured_to_many_digits() -> None:
-    from mue.checks.context import Context
-
-    c = case("mue hybrid")
-    parts = Context(c.model, c.plan, c.batch).parts
-    A, R, residual = c.plan.output_multiplier, c.plan.route_scale, c.plan.residual_multiplier
-    assert len(parts) == c.plan.target.layers
-    for found in parts.values():
-        assert found is not None and found.activation == "silu" and not found.swapped
-        assert found.routed.sum(1).tolist() == pytest.approx([A * R * residual] * found.routed.shape[0], rel=1e-4)
-        assert found.single.tolist() == pytest.approx([A * residual] * found.routed.shape[0], rel=1e-4)
-        assert found.active.sum(1).tolist() == [4] * found.routed.shape[0]
-
-
 def test_experts_without_tokens_are_no_failure() -> None:
     shape = mue.MoE.parse("32e2a", width=64, expert=16, layers=2, head_dim=32, sequence=8, vocab=64)
     plan = mue.transfer(BASE, shape, TUNED)
@@ -167,37 +151,6 @@ def test_wrapped_and_bf16_models_are_measured_too() -> None:
     assert mue.check(wrapper, c.plan, c.batch).ok
 
 
-def test_clipping_is_warned_of_where_it_cannot_be_measured(tmp_path: Path) -> None:
-    from mue.fold import fold
-
-    shape = OURS["mue hybrid"]
-    plan = fold(mue.transfer(BASE, shape, TUNED.replace(clip=1.0)))
-    model = LanguageModel(shape, plan.multipliers)
-    plan.init_(model)
-    tokens = torch.randint(64, (2, 16))
-    assert [f.check for f in mue.check(model, plan, (tokens, tokens)).warnings] == ["clipping"]
-    plain = lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # noqa: E731
-    with pytest.raises(CheckError, match="the norm is that of the folded gradients"):
-        mue.check(model, plan, (tokens, tokens), clip=plain)
-
-
-def test_plan_hashes_are_found_in_every_kind_of_checkpoint(tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
-    plan = case("mue hybrid").plan
-    save_file({"x": torch.zeros(1)}, tmp_path / "a.safetensors", {"mue": json.dumps({"run": "r", "plan": plan.hash})})
-    torch.save({"plan": plan.hash, "w": torch.zeros(2)}, tmp_path / "b.pt")
-    plan.save(tmp_path / "plan.json")
-    for name in ("a.safetensors", "b.pt", "plan.json", "."):
-        assert stored_hash(tmp_path / name) == plan.hash, name
-    save_file({"x": torch.zeros(1)}, tmp_path / "c.safetensors")
-    assert stored_hash(tmp_path / "c.safetensors") is None
-    (tmp_path / "d.safetensors").write_bytes(b"xx")
-    c = case("mue hybrid")
-    c.checkpoint = tmp_path / "d.safetensors"
-    assert any("cannot be read" in f.measured for f in c.check(only=["plan hash"]).failures)
-
-
 def test_what_cannot_run_is_a_finding_and_not_a_crash() -> None:
     c = case("mue hybrid")
     c.batch = (torch.zeros(2, 1000, dtype=torch.long),)
@@ -205,44 +158,6 @@ def test_what_cannot_run_is_a_finding_and_not_a_crash() -> None:
     assert [f.check for f in report.failures] == ["multipliers"] and "built for 32" in report.failures[0].measured
     with pytest.raises(ValueError, match="did you mean 'groups'"):
         c.check(only=["group"])
-
-
-BUILD = """
-import torch, mue
-from mue.lab.models.language import LanguageModel
-
-def build(plan):
-    model = LanguageModel(plan.target, plan.multipliers)
-    plan.init_(model)
-    tokens = torch.randint(64, (2, 16))
-    optimizer = torch.optim.AdamW(plan.param_groups(model))
-    return {"model": model, "batch": (tokens, tokens), "optimizer": optimizer}
-
-def wrong(plan):
-    made = build(plan)
-    made["model"].blocks[0].moe.router.route_scale = 1.0
-    return made
-"""
-
-
-def test_the_command_prints_json_and_fails_with_code_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from typer.testing import CliRunner
-
-    from mue.cli import app
-
-    monkeypatch.chdir(tmp_path)
-    Path("mine.py").write_text(BUILD)
-    case("mue hybrid").plan.save("plan.json")
-    right = CliRunner().invoke(app, ["check", "mine.py:build", "plan.json"])
-    assert right.exit_code == 0 and "multipliers" in right.stdout
-    wrong = CliRunner().invoke(app, ["check", "mine.py:wrong", "plan.json", "--json"])
-    found = json.loads(wrong.stdout)
-    assert wrong.exit_code == 1 and not found["ok"]
-    assert any(
-        "experts_down" in f["where"] and "route scale R = 4 is missing" in f["causes"] for f in found["findings"]
-    )
-    with pytest.raises(ValueError, match=r"mine\.py has no 'rong'; did you mean 'wrong'"):
-        CliRunner().invoke(app, ["check", "mine.py:rong", "plan.json"], catch_exceptions=False)
 
 
 def test_public_names() -> None:
