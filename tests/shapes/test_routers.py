@@ -33,6 +33,13 @@ def test_scores_need_no_torch_and_another_name_finds_its_file() -> None:
     assert said.split() == ["False", "True"]
 
 
+def test_facts_that_no_check_could_compare_are_refused() -> None:
+    with pytest.raises(ValueError, match="score must be one of"):
+        RouterKind(name="mine", score="tanh")
+    assert RouterKind(name="mine", even=True).sums_to_one(normalize=False)
+    assert not RouterKind(name="mine").sums_to_one(normalize=False)  # the control: without it ``normalize`` decides
+
+
 def test_an_unknown_router_is_refused_with_the_nearest_name() -> None:
     for wrong, right in (("sigmoyd", "sigmoid"), ("hsah", "hash"), ("softmaxx", "softmax")):
         with pytest.raises(ValueError, match=f"unknown router '{wrong}'; did you mean '{right}'"):

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 
 from mue.util.registry import Registry
 
+SCORES = ("sigmoid", "softmax", None)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RouterKind:
@@ -20,8 +22,9 @@ class RouterKind:
         name: as a shape's ``router`` has it.
         unit_sum: whether the weights sum to one over the active experts, which is what the rule's R = a assumes
             (conventions.md 9): True always, False never, None where the shape's ``normalize`` says so.
-        score: "sigmoid" or "softmax" where the weights are in proportion to that function of the router's logits; None where
-            there are no scores, and every active expert has the same weight.
+        even: every active expert has the weight 1/a, which sums to one.
+        score: "sigmoid" or "softmax" where the weights are in proportion to that function of the router's logits (what a check
+            can then compare); else None.
         matrix: has the (N, width) matrix of role ``router``, trained like any other.
         balance_bias: has the (N,) bias of role ``router_bias``, moved by load and not by the optimizer.
         needs_tokens: reads token ids, so that only a model of tokens can have it.
@@ -34,6 +37,7 @@ class RouterKind:
 
     name: str
     unit_sum: bool | None = None
+    even: bool = False
     score: str | None = None
     matrix: bool = False
     balance_bias: bool = False
@@ -43,6 +47,12 @@ class RouterKind:
     grouped: bool = True
     unnormalised: str = 'gates that do not sum to one need gates = "measured" with gate_moments'
     defined_in: str = field(default=__name__, compare=False)
+
+    def __post_init__(self) -> None:
+        if self.score not in SCORES:
+            raise ValueError(f"router {self.name}: score must be one of {SCORES}, got {self.score!r}")
+        if self.even:
+            object.__setattr__(self, "unit_sum", True)
 
     def sums_to_one(self, normalize: bool) -> bool:
         """Whether the weights sum to one, given the shape's ``normalize``."""

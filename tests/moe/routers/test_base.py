@@ -22,7 +22,7 @@ from mue.shapes.routers import ROUTERS
 def first() -> Iterator[type[BaseRouter]]:
     """A router of one's own, registered for one test."""
 
-    @router("first", unit_sum=True)
+    @router("first", even=True)
     class First(BaseRouter):
         def forward(self, x_TD: Tensor, given: RouterInput | None = None) -> Routing:
             return self.even(torch.arange(self.active).expand(x_TD.shape[0], -1))
@@ -60,7 +60,7 @@ def test_a_router_of_ones_own_is_planned_built_and_checked(first: type[BaseRoute
 
 def test_a_name_is_taken_once(first: type[BaseRouter]) -> None:
     with pytest.raises(ValueError, match=r"router 'first' is there already \(.*First\)"):
-        router("first", unit_sum=True)(type("Other", (BaseRouter,), {}))
+        router("first", even=True)(type("Other", (BaseRouter,), {}))
     with pytest.raises(ValueError, match="unknown router 'frist'; did you mean 'first'"):
         build(mue.Block(layers=1, experts=4, active=2, expert=8, router="frist"), 8, RouterOptions())
 

@@ -80,44 +80,48 @@ def _layer(ctx: Context, b: Branch, c: Coefficients, block: Block) -> Iterator[F
             ),
             'plan.init_(model), or plan with gates = "measured" and gate_moments',
         )
-    yield from _against_scores(ctx, b, c, block, where)
+    yield from _against_kind(ctx, b, c, block, where)
 
 
-def _against_scores(ctx: Context, b: Branch, c: Coefficients, block: Block, where: str) -> Iterator[Finding]:
-    """The relative weights must be the planned scores of the router's own logits, or all equal for a router without scores."""
-    kind = block.router_kind
+def _against_kind(ctx: Context, b: Branch, c: Coefficients, block: Block, where: str) -> Iterator[Finding]:
+    """The relative weights must be what the planned router makes of them: even, or in proportion to its scores."""
     if block.gates == MEASURED or block.active < 2:
         return
+    kind, bound = block.router_kind, max(5e-3, 2 * ctx.tolerance)
     mine = c.routed / c.routed.sum(1, keepdim=True)
-    bound = max(5e-3, 2 * ctx.tolerance)
-    if kind.score is None:
-        off = _distance(mine, c.active / block.active)
-        if kind.unit_sum and off > bound:
-            yield Finding(
-                NAME,
-                FAIL,
-                where,
-                f"equal weights, 1/{block.active} each, of the {kind.name} router",
-                f"weights that differ from them by up to {100 * off:.2g} %",
-                ("the model's router has scores",),
-                "build the planned router, or plan with the model's own",
-            )
-        return
+    if kind.even and (off := _distance(mine, c.active / block.active)) > bound:
+        yield Finding(
+            NAME,
+            FAIL,
+            where,
+            f"equal weights, 1/{block.active} each, of the {kind.name} router",
+            f"weights that differ from them by up to {100 * off:.2g} %",
+            ("the model's router has scores",),
+            "build the planned router, or plan with the model's own",
+        )
+    if kind.score is not None:
+        yield from _against_scores(b, c, kind.score, mine, bound, where)
+
+
+def _against_scores(
+    b: Branch, c: Coefficients, score: str, mine: Tensor, bound: float, where: str
+) -> Iterator[Finding]:
+    """Weights (T, N) against the planned score of the router's own logits."""
     product = b.last("router")
     logits = None if product is None else product.out.reshape(-1, product.out.shape[-1])
-    if logits is None or logits.shape[1] != block.experts or logits.shape[0] != b.out.shape[0]:
+    if logits is None or logits.shape[1] != c.routed.shape[1] or logits.shape[0] != b.out.shape[0]:
         return
     logits = logits[: c.routed.shape[0]].double()
-    distance = {score: _distance(mine, _weights(score, logits, c.active)) for score in SCORES}
-    if distance[kind.score] <= bound:
+    distance = {kind: _distance(mine, _weights(kind, logits, c.active)) for kind in SCORES}
+    if distance[score] <= bound:
         return
-    other = next((score for score, d in distance.items() if d <= bound), None)
+    other = next((kind for kind, d in distance.items() if d <= bound), None)
     yield Finding(
         NAME,
         FAIL,
         where,
-        f"weights in proportion to the {kind.score} scores of this router",
-        f"weights of {other} scores" if other else f"weights that differ by up to {100 * distance[kind.score]:.2g} %",
+        f"weights in proportion to the {score} scores of this router",
+        f"weights of {other} scores" if other else f"weights that differ by up to {100 * distance[score]:.2g} %",
         (
             f"the router scores with {other}" if other else "normalised per group instead of over all active experts",
             "the balance bias is in the weights, not only in the selection",

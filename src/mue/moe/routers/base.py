@@ -1,6 +1,6 @@
 """What a router is given, what it promises, and how its name finds it.
 
-    @router("first", unit_sum=True)            # the facts: mue.shapes.routers.RouterKind
+    @router("first", even=True)                # the facts: mue.shapes.routers.RouterKind
     class FirstExperts(BaseRouter):
         def forward(self, x_TD, given=None):
             return self.even(torch.arange(self.active).expand(len(x_TD), -1))

@@ -13,7 +13,7 @@ from mue.moe.routers.draws import bits
 from mue.moe.routing import Routing
 
 
-@router("hash", place=2, unit_sum=True, needs_tokens=True)
+@router("hash", place=2, even=True, needs_tokens=True)
 class HashRouter(BaseRouter):
     """The same a of N experts for every token of an id, each with weight R/a; other ones in every layer and for every seed.
 

@@ -47,7 +47,7 @@ class DrawingRouter(BaseRouter):
         return select_top(uniform(*keys, place_T1, expert_N, device=device), self.active, self.groups)
 
 
-@router("random", place=3, unit_sum=True, stochastic=True)
+@router("random", place=3, even=True, stochastic=True)
 class RandomRouter(DrawingRouter):
     """a of N experts for every token of every step, each with weight R/a.
 

@@ -17,7 +17,7 @@ from mue.moe.routers.random import DrawingRouter
 from mue.moe.routing import Routing
 
 
-@router("thor", place=4, unit_sum=True, stochastic=True, active=1, grouped=False)
+@router("thor", place=4, even=True, stochastic=True, active=1, grouped=False)
 class ThorRouter(DrawingRouter):
     """In training every token of a pass goes to the same expert, drawn anew for each layer, step and pass.
 
