@@ -13,8 +13,6 @@ from mue.lab.models.language import LanguageModel
 from mue.layouts.layout import expert_slices
 from mue.layouts.of_model import placed
 from mue.model.apply import init_, param_groups
-from mue.model.match import match_model
-from mue.plan.values import Multipliers
 from mue.shapes import Transformer
 
 BASE = mue.Dense(width=64, ffn=64, layers=2, head_dim=16, vocab=128)
@@ -116,58 +114,6 @@ def test_deepcopy_keeps_every_group() -> None:
     model = built(plan)
     sizes = [[p.numel() for p in g["params"]] for g in param_groups(plan, model)]
     assert [[p.numel() for p in g["params"]] for g in param_groups(plan, copy.deepcopy(model))] == sizes
-
-
-OTHER = {
-    "width": ({"width": 64}, "residual width|width"),
-    "expert width": ({"expert": 48, "shared": 96}, "hidden width 48, planned 96"),
-    "shared width": ({"shared": 48}, "hidden width 48, planned 96"),
-    "experts": ({"experts": 4}, "experts 4, planned 8"),
-    "layers": ({"layers": 3}, "is in layer 2, the plan has 2 layers"),
-    "vocabulary": ({"vocab": 64}, "vocabulary 64, planned 128"),
-    "heads": ({"heads": 4}, "fan-in 64, planned 128"),
-    "tied": ({"tied": True}, "tied = false, the model's head is its embedding"),
-    "no shared experts": ({"shared_experts": 0}, "the plan has .* tensors of role shared_up, the model none"),
-}
-
-
-@pytest.mark.parametrize("name", OTHER)
-def test_a_model_of_another_shape_is_refused(name: str) -> None:
-    # The granularity and forgotten-dimension cases that mup takes for a width, silently (anchors 1.2), are here.
-    changes, message = OTHER[name]
-    numbers = {
-        "experts": 8,
-        "active": 2,
-        "shared_experts": 1,
-        "width": 128,
-        "expert": 96,
-        "layers": 2,
-        "head_dim": 16,
-        "vocab": 128,
-    }
-    model = LanguageModel(mue.MoE(**{**numbers, **changes}))  # type: ignore[arg-type]
-    model.multipliers = planned().multipliers
-    with pytest.raises(ValueError, match=message):
-        match_model(planned(), model)
-
-
-def test_the_right_model_is_not_refused() -> None:
-    assert len(match_model(planned(), built(planned()))) == len(list(built(planned()).parameters()))
-
-
-@pytest.mark.parametrize("name", ["residual", "head", "attention_scale", "output", "route"])
-def test_other_multipliers_than_planned_are_refused(name: str) -> None:
-    plan = planned()
-    m = plan.multipliers
-    changed = tuple(x * 2 for x in getattr(m, name)) if name in ("output", "route") else getattr(m, name) * 2
-    wrong = Multipliers(**{**m.__dict__, name: changed})
-    with pytest.raises(ValueError, match=f"{name} multiplier is .*, planned"):
-        param_groups(plan, LanguageModel(plan.target, wrong))
-
-
-def test_a_stock_model_is_refused_until_its_multipliers_are_planned() -> None:
-    with pytest.raises(ValueError, match=r"build it with plan\.multipliers"):
-        init_(planned(), LanguageModel(TARGET))
 
 
 def test_a_dense_base_run_on_its_own_plan_is_the_tuned_values() -> None:

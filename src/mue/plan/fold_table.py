@@ -6,7 +6,7 @@ The gradient of W' is 1/c of that of W, and one step must move W' by c times as 
 
 This is how a multiplier moves into a weight. How lr and decay scale with width is another table (mue.rules.optimizers), and
 it has fewer optimizers: SignSGD, Shampoo, SOAP and LARS can be folded by hand (:func:`fold_numbers`), but no transfer to them is
-derived. Every row here is proved by training in both forms for 200 steps in float64 (tests/plan/test_fold.py).
+derived. Every row here is proved by training in both forms for 200 steps in float64 (tests/plan/test_fold_table.py).
 """
 
 from __future__ import annotations
