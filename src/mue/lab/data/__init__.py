@@ -6,6 +6,7 @@
 
 A corpus is tokenised once into ``cache/<hash>.bin``; the JSON beside it is written last and is what makes it valid.
 The cached file is itself a pre-tokenised source: ``load_corpus(cache / "<hash>.bin", ...)`` reads it.
+``spec`` reads the ``[data]`` table of an experiment file. Not here: what a task makes of the text (``mue.lab.tasks``).
 """
 
 from mue.lab.data.batches import Batches

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 import numpy.typing as npt
 
-from mue.lab.data.corpus import Corpus, Tokens
+from mue.lab.data.corpus import Corpus
+from mue.lab.data.encode import Tokens
 
 if TYPE_CHECKING:
     import torch

@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import numpy.typing as npt
 
 from mue.lab.data.documents import Piece, pieces
-from mue.lab.data.encode import Encoder, byte_encoder, padded, token_encoder, tokenizer_encoder
+from mue.lab.data.encode import Encoder, Tokens, byte_encoder, padded, token_encoder, tokenizer_encoder
 from mue.lab.data.sources import (
     CHUNK,
     EXCLUDED_FOLDERS,
@@ -28,11 +27,9 @@ from mue.lab.data.sources import (
     nothing_usable,
     read_json,
     split,
-    write_json,
+    write_compact_json,
 )
 from mue.util.files import write_atomic
-
-Tokens = npt.NDArray[Any]
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,19 +86,21 @@ def load_corpus(
 ) -> Corpus:
     """Read local text (or tokens) into a :class:`Corpus`, tokenising it only if ``cache`` does not hold it yet.
 
-    source: a text file, ``.jsonl`` (one object per line, the document under ``text_key``), ``.parquet`` (column
-        ``text_key``), ``.bin`` (tokens), a folder of these (recursive), or a list of files and folders. A file that
-        is named must be readable; inside a folder, what cannot be used is counted in ``Corpus.skipped``.
-    tokenizer: a ``tokenizers`` JSON; without it a token is a byte and documents are separated by byte 0. With it they
-        are separated by ``separator``, by default the tokenizer's end-of-text token.
-    validation_fraction: of files, chosen by a hash of the relative name, so that adding a file moves no other. From
-        a single file the tail is taken, cut between two documents where one ends close by. Files called ``train`` and
-        ``val`` (nothing else among them) are taken at their word.
-    dtype, vocab: for a ``.bin`` without its sidecar ``<name>.json`` = ``{"dtype", "vocab", "tokenizer"}`` (nanoGPT:
-        ``"uint16"``, 50257). For text, ``vocab`` may only enlarge the tokenizer's (padding).
-    suffixes, exclude: the text files taken, and folders skipped (by name or by relative path; so are hidden ones).
+    Args:
+        source: a text file, ``.jsonl`` (one object per line, the document under ``text_key``), ``.parquet`` (column
+            ``text_key``), ``.bin`` (tokens), a folder of these (recursive), or a list of files and folders. A file that
+            is named must be readable; inside a folder, what cannot be used is counted in ``Corpus.skipped``.
+        tokenizer: a ``tokenizers`` JSON; without it a token is a byte and documents are separated by byte 0. With it they
+            are separated by ``separator``, by default the tokenizer's end-of-text token.
+        validation_fraction: of files, chosen by a hash of the relative name, so that adding a file moves no other. From
+            a single file the tail is taken, cut between two documents where one ends close by. Files called ``train`` and
+            ``val`` (nothing else among them) are taken at their word.
+        dtype, vocab: for a ``.bin`` without its sidecar ``<name>.json`` = ``{"dtype", "vocab", "tokenizer"}`` (nanoGPT:
+            ``"uint16"``, 50257). For text, ``vocab`` may only enlarge the tokenizer's (padding).
+        suffixes, exclude: the text files taken, and folders skipped (by name or by relative path; so are hidden ones).
 
-    Raises ValueError with one line naming the thing and the fix. Nothing half-written is left behind.
+    Raises:
+        ValueError: with one line naming the thing and the fix. Nothing half-written is left behind.
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must lie between 0 and 1, not {validation_fraction}")
@@ -127,7 +126,7 @@ def load_corpus(
         "validation": [[f.name, f.kind, f.digest] for f in validation] or validation_fraction,
     }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-    stream, meta = cached(Path(cache), key, encoder.dtype) or build(
+    stream, meta = _cached(Path(cache), key, encoder.dtype) or _tokenise(
         Path(cache), key, train, validation, encoder, text_key, validation_fraction
     )
     index.save()
@@ -158,7 +157,7 @@ def stdlib_corpus(cache: Path, *, validation_fraction: float = 0.1) -> Corpus:
     )
 
 
-def build(
+def _tokenise(
     cache: Path,
     key: str,
     train: list[SourceFile],
@@ -200,13 +199,14 @@ def build(
         "train_tokens": cut,
         "skipped": dict(skipped),
     }
-    write_json(cache / f"{key}.json", meta)
-    built = cached(cache, key, encoder.dtype)
+    write_compact_json(cache / f"{key}.json", meta)
+    built = _cached(cache, key, encoder.dtype)
     assert built is not None, "the cache was written a moment ago"
     return built
 
 
-def cached(cache: Path, key: str, dtype: np.dtype[Any]) -> tuple[Tokens, dict[str, Any]] | None:
+def _cached(cache: Path, key: str, dtype: np.dtype[Any]) -> tuple[Tokens, dict[str, Any]] | None:
+    """The tokens and their description where ``cache`` holds both whole."""
     meta = read_json(cache / f"{key}.json")
     path = cache / f"{key}.bin"
     if not isinstance(meta, dict) or not path.is_file() or path.stat().st_size != meta["tokens"] * dtype.itemsize:
@@ -217,6 +217,7 @@ def cached(cache: Path, key: str, dtype: np.dtype[Any]) -> tuple[Tokens, dict[st
 def _write_tokens(
     handle: BinaryIO, files: list[SourceFile], encoder: Encoder, text_key: str, skipped: Counter[str]
 ) -> None:
+    """Append the tokens of files; the separator stands between documents, not before the first nor after the last."""
     between = b"" if encoder.separator is None else np.array([encoder.separator], encoder.dtype).tobytes()
     beginning = True
     if files and files[0].kind == "bin":
@@ -235,6 +236,7 @@ def _write_tokens(
 
 
 def _token_chunks(file: SourceFile, encoder: Encoder) -> Iterator[Tokens]:
+    """The tokens of a ``.bin``, piece by piece; ``ValueError`` for one outside the vocabulary."""
     position = 0
     with file.path.open("rb") as handle:
         while raw := handle.read(CHUNK):

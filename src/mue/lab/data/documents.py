@@ -10,10 +10,19 @@ from typing import Any
 
 from mue.lab.data.sources import SourceFile
 
-Piece = tuple[bool, str]  # does a document start here, and its text or the next stretch of it
+Piece = tuple[bool, str]
+"""Whether a document starts here, and its text or the next stretch of it."""
 
 
 def pieces(file: SourceFile, text_key: str, skipped: Counter[str]) -> Iterator[Piece]:
+    """The documents of a file, in order; a long one comes in stretches, so that memory stays flat.
+
+    Args:
+        text_key: where a JSONL object or a Parquet row has its text. skipped: counts what is left out, by its reason.
+
+    Raises:
+        ValueError: a line or row that is no text; the message names it and the fix.
+    """
     if file.kind == "text":
         yield from _text_pieces(file.path)
         return
@@ -40,6 +49,7 @@ def _has_surrogate(text: str) -> bool:
 
 
 def _text_pieces(path: Path) -> Iterator[Piece]:
+    """A text file is one document."""
     # A long text goes to the tokenizer in stretches of about a million characters, cut after a newline: one merge in
     # a million may be missed there, and memory stays flat.
     first = True

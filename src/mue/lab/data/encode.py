@@ -1,4 +1,4 @@
-"""Bytes, a ``tokenizers`` JSON, or tokens that exist already."""
+"""Text to tokens: by bytes, by a ``tokenizers`` JSON, or not at all where the tokens exist already."""
 
 from __future__ import annotations
 
@@ -28,6 +28,14 @@ END_OF_TEXT = (
 
 @dataclass(frozen=True)
 class Encoder:
+    """What turns texts into tokens.
+
+    Attributes:
+        name: what a corpus' description calls it (``Corpus.tokenizer``). vocab: tokens are below it.
+        dtype: the smallest unsigned one that holds them. separator: the token between documents, where it is known.
+        encode: the tokens of each text.
+    """
+
     name: str
     vocab: int
     dtype: np.dtype[Any]
@@ -40,6 +48,8 @@ def _smallest_dtype(vocab: int) -> np.dtype[Any]:
 
 
 def byte_encoder() -> Encoder:
+    """A token is a byte of UTF-8; byte 0 stands between documents, which no text holds: files and documents with a NUL are refused."""
+
     def encode(texts: list[str]) -> list[Tokens]:
         return [np.frombuffer(t.encode(), dtype=np.uint8) for t in texts]
 
@@ -47,6 +57,14 @@ def byte_encoder() -> Encoder:
 
 
 def tokenizer_encoder(path: Path, separator: str | None) -> Encoder:
+    """The tokenizer of a ``tokenizers`` JSON.
+
+    Args:
+        separator: the text of the token between documents; None: the end of text as the field's tokenizers call it.
+
+    Raises:
+        ValueError: no such file, not a tokenizer, no such token, or ``tokenizers`` is not installed.
+    """
     try:
         from tokenizers import Tokenizer
     except ImportError as error:
@@ -74,6 +92,7 @@ def tokenizer_encoder(path: Path, separator: str | None) -> Encoder:
 
 
 def padded(encoder: Encoder, vocab: int | None, tokenizer: Path | None) -> Encoder:
+    """The encoder with a larger vocabulary (models like theirs round); ``ValueError`` for a smaller one."""
     if vocab is None or vocab == encoder.vocab:
         return encoder
     if vocab < encoder.vocab:

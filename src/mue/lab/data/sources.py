@@ -29,14 +29,24 @@ _VALIDATION_NAMES = frozenset({"val", "valid", "validation"})
 
 @dataclass(frozen=True)
 class FoundFile:
-    name: str  # relative to the folder it was found in, "/" between parts; never depends on where the folder lies
+    """A file that may be part of a corpus.
+
+    Attributes:
+        name: relative to the folder it was found in, "/" between parts: it never depends on where the folder lies.
+        kind: "text", "jsonl", "parquet" or "bin".
+        named: the user named this very file, so a problem with it is an error.
+    """
+
+    name: str
     path: Path
-    kind: str  # "text", "jsonl", "parquet" or "bin"
-    named: bool  # the user named this very file, so a problem with it is an error
+    kind: str
+    named: bool
 
 
 @dataclass(frozen=True)
 class SourceFile(FoundFile):
+    """A file that is part of a corpus, with its bytes and the sha256 of its content."""
+
     size: int
     digest: str
 
@@ -44,6 +54,14 @@ class SourceFile(FoundFile):
 def find(
     sources: list[Path], suffixes: frozenset[str], exclude: frozenset[str], tokens_described: bool
 ) -> tuple[list[FoundFile], Counter[str]]:
+    """The files that sources name or hold, by name, and how many others were passed over, by reason.
+
+    Args:
+        suffixes: of text. exclude: folders, by name or path. tokens_described: the caller says what a ``.bin`` holds, so it needs no sidecar.
+
+    Raises:
+        ValueError: no sources, a missing one, or a named file of an unknown suffix.
+    """
     if not sources:
         raise ValueError("no source of text was given: name a file or a folder")
     found: list[FoundFile] = []
@@ -102,6 +120,7 @@ def _kind(path: Path, suffixes: frozenset[str]) -> str | None:
 
 
 def nothing_usable(sources: list[Path], skipped: Counter[str], suffixes: frozenset[str]) -> str:
+    """What to say where a corpus would be empty: what was passed over and why."""
     names = ", ".join(str(s) for s in sources)
     why = ", ".join(f"{n} x {reason}" for reason, n in sorted(skipped.items()) if n) or "it is empty"
     return f"{names}: no usable text ({why}); it needs files with one of {' '.join(sorted([*suffixes, *_KINDS]))}"
@@ -130,11 +149,13 @@ class Index:
         return known[0], known[2], known[3]
 
     def save(self) -> None:
+        """Write what was looked at, where it differs from what is stored."""
         if self.new != self.old:
-            write_json(self.path, self.new)
+            write_compact_json(self.path, self.new)
 
 
 def examine_all(found: list[FoundFile], index: Index, skipped: Counter[str]) -> list[SourceFile]:
+    """The files that can be read as what they are; others are counted in ``skipped``, or an error where the user named them."""
     files = []
     for f in found:
         try:
@@ -199,7 +220,7 @@ def beside(path: Path) -> Path | None:
     return next((p for p in (path.with_suffix(".json"), Path(f"{path}.json")) if p.is_file()), None)
 
 
-def write_json(path: Path, value: object) -> None:
+def write_compact_json(path: Path, value: object) -> None:
     """Compact JSON, written atomically."""
     write_text(path, json.dumps(value))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mue.lab.data import Corpus, load_corpus, stdlib_corpus
+from mue.lab.data.corpus import Corpus, load_corpus, stdlib_corpus
 from mue.plan.toml import check_keys, table_of
 
 STDLIB = "stdlib"
