@@ -138,18 +138,18 @@ def run_report(folder: Path) -> Path:
     result = store.result(run.key)
     if result is None:
         raise ValueError(f"{folder} has no result yet: train it to its end first")
-    metrics = store.metrics(run.key)
+    metrics, unit = store.metrics(run.key), task_of(run.settings).unit
     curve = {
         "label": result["name"],
         "color": plots.MUE,
         "metrics": metrics,
         "flops_per_token": result["flops_per_token"],
     }
-    sections = [Section(id="loss", title="Loss", figure=plots.loss_figure([curve], task_of(run.settings).unit))]
+    sections = [Section(id="loss", title="Loss", figure=plots.loss_figure([curve], unit))]
     sections += load_sections(run, metrics)
     sections += [plan_section(run.plan), runs_section([("run", run, result)], [("data", run.data["hash"])])]
     held = result["val_loss"]
-    lead = f"validation loss {number(held)} after {result['tokens']:,} tokens" if held is not None else "diverged"
+    lead = f"validation loss {number(held)} {unit} after {result['tokens']:,} tokens" if held is not None else "diverged"
     return write_report(folder, f"Training {result['name']}", lead, sections)
 
 

@@ -24,7 +24,7 @@ def run_all(
     """Train every run that has no result yet.
 
     Args:
-        workers, checkpoint_seconds, kind: as :func:`mue.lab.runners.runner.open_runner` takes them.
+        workers, checkpoint_seconds, kind: as :func:`mue.lab.runners.open.open_runner` takes them.
         listener: told of each run as it goes, and of those that were trained before first.
 
     Returns:
