@@ -81,7 +81,7 @@ def test_second_load_reads_no_text_and_a_changed_file_is_noticed(
     first = load_corpus(source, cache=tmp_path / "c")
     with monkeypatch.context() as patch:
         patch.setattr(sources, "_digest", lambda *_: pytest.fail("an unchanged file was read again"))
-        patch.setattr(corpus, "build", lambda *_: pytest.fail("an unchanged corpus was tokenised again"))
+        patch.setattr(corpus, "_tokenise", lambda *_: pytest.fail("an unchanged corpus was tokenised again"))
         assert load_corpus(source, cache=tmp_path / "c").hash == first.hash
     (source / "3.txt").write_text("text X")  # the same size
     second = load_corpus(source, cache=tmp_path / "c")
