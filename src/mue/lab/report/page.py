@@ -149,7 +149,9 @@ def run_report(folder: Path) -> Path:
     sections += load_sections(run, metrics)
     sections += [plan_section(run.plan), runs_section([("run", run, result)], [("data", run.data["hash"])])]
     held = result["val_loss"]
-    lead = f"validation loss {number(held)} {unit} after {result['tokens']:,} tokens" if held is not None else "diverged"
+    lead = (
+        f"validation loss {number(held)} {unit} after {result['tokens']:,} tokens" if held is not None else "diverged"
+    )
     return write_report(folder, f"Training {result['name']}", lead, sections)
 
 
