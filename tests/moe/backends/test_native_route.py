@@ -16,7 +16,7 @@ from mue.moe import (
     Routing,
 )
 from mue.moe.backends import native_route as route
-from mue.moe.routers.top_k import select_top
+from mue.moe.routers.ops import select_top
 
 
 @pytest.mark.usefixtures("kernel")

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mue.moe import Router, Routing, balance_bias_step, gate_moments
-from mue.moe.routers.top_k import select_top
 from support.precision import close
 
 
@@ -88,22 +87,6 @@ def test_selection_is_the_best_of_score_plus_bias() -> None:
     assert torch.equal(experts_TK(router(x_TD)), best)
     router.balance_bias.zero_()
     assert not torch.equal(experts_TK(router(x_TD)), best)  # negative control
-
-
-def test_ties_go_to_the_lower_index() -> None:
-    assert torch.equal(select_top(torch.zeros(3, 70), 4), torch.arange(4).expand(3, 4))
-    assert torch.equal(select_top(torch.zeros(2, 8), 4, groups=2), torch.tensor([[0, 1, 4, 5]] * 2))
-    mixed = torch.tensor([[0.0, -0.0, -1.0, 2.0, 2.0, -3.0]])
-    assert select_top(mixed, 6).tolist() == [[3, 4, 0, 1, 2, 5]]
-
-
-@settings(max_examples=50, deadline=None, derandomize=True)
-@given(st.lists(st.floats(width=32, allow_nan=False), min_size=2, max_size=12), st.data())
-def test_selection_is_a_stable_descending_sort(scores: list[float], data: st.DataObject) -> None:
-    active = data.draw(st.integers(1, len(scores)))
-    score_TN = torch.tensor([scores])
-    expected = torch.sort(score_TN, dim=1, descending=True, stable=True).indices[:, :active]
-    assert torch.equal(select_top(score_TN, active), expected)
 
 
 def test_refusals_name_the_numbers_and_the_fix() -> None:

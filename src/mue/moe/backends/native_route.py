@@ -49,7 +49,7 @@ def _kernel(x: Tensor) -> ctypes.CDLL | None:
 
 
 def select_top(score_TN: Tensor, active: int, groups: int) -> Tensor | None:
-    """The indices that `mue.moe.routers.top_k.select_top` gives, ties included."""
+    """The indices that `mue.moe.routers.ops.select_top` gives, ties included."""
     if _kernel(score_TN) is None:
         return None
     score_TN = score_TN.contiguous()

@@ -18,8 +18,8 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from mue.moe.backends import native_route as route
-from mue.moe.routing import Routing, routing_stats
+from mue.moe.routers.ops import with_stats
+from mue.moe.routing import Routing
 from mue.shapes.block import Block
 from mue.shapes.routers import ROUTERS, RouterKind
 from mue.util.registry import Registry
@@ -134,9 +134,9 @@ class BaseRouter(nn.Module):
 
     def routing(self, expert_TK: Tensor, weight_TK: Tensor) -> Routing:
         """The routing to (T, K) experts with these weights (R included), with its statistics."""
-        routing = Routing.from_topk(expert_TK, weight_TK, self.experts, route_scale=self.route_scale, stats=False)
-        routing.stats = route.routing_stats(routing) or routing_stats(routing)
-        return routing
+        return with_stats(
+            Routing.from_topk(expert_TK, weight_TK, self.experts, route_scale=self.route_scale, stats=False)
+        )
 
     def extra_repr(self) -> str:
         """The numbers, in the order of the signature."""

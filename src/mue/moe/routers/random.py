@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mue.moe.routers.base import BaseRouter, RouterInput, router
 from mue.moe.routers.draws import uniform
-from mue.moe.routers.top_k import select_top
+from mue.moe.routers.ops import select_top
 from mue.moe.routing import Routing
 
 EVALUATION = -1  # stands for the step in evaluation, where every pass over a batch draws the same

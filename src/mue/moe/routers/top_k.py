@@ -1,6 +1,6 @@
 """The standard routers: sigmoid or softmax scores, top-a, weights normalised over the active experts.
 
-Shape suffixes: T tokens, D width, N experts, G groups, K active experts per token, P = T*K pairs.
+Shape suffixes: T tokens, D width, N experts, K active experts per token, P = T*K pairs.
 """
 
 from __future__ import annotations
@@ -12,41 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mue.moe.backends import native_route as route
 from mue.moe.losses import balance_bias_step, load_balance_loss, router_z_loss
 from mue.moe.routers.base import CLASSES, Balance, BaseRouter, RouterInput, RouterOptions
+from mue.moe.routers.ops import normalised_gates, select_top
 from mue.moe.routing import Routing
 from mue.shapes.block import MEASURED, NORMALISED, Block
 from mue.shapes.routers import ROUTERS
 
 Score = Literal["sigmoid", "softmax"]
-
-
-def select_top(score_TN: Tensor, active: int, groups: int = 1) -> Tensor:
-    """The `active` best experts of each token, `active/groups` inside each group of consecutive experts.
-
-    Equal scores go to the lower expert index, on every device: torch.topk leaves ties open, so it is given integers
-    without ties. A float32 reads as an integer of the same order once the magnitude bits of negatives are flipped;
-    the index goes below it.
-
-    Args:
-        score_TN: (T, N); compared in float32.
-
-    Returns:
-        (T, active) int64, by group and then by falling score.
-    """
-    if (best_TK := route.select_top(score_TN.detach(), active, groups)) is not None:
-        return best_TK
-    tokens, experts = score_TN.shape
-    bits_TN = (score_TN.detach().float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 equal
-    bits_TN = bits_TN ^ ((bits_TN >> 31) & 0x7FFFFFFF)
-    rank_N = torch.arange(experts - 1, -1, -1, device=score_TN.device)
-    key_TN = bits_TN.long() * experts + rank_N
-    size = experts // groups
-    best = key_TN.view(tokens, groups, size).topk(active // groups, dim=2).indices
-    if groups > 1:
-        best = best + torch.arange(0, experts, size, device=best.device)[:, None]
-    return best.reshape(tokens, active)
 
 
 @CLASSES.register("sigmoid", place=0)
@@ -169,14 +142,9 @@ class Router(BaseRouter):
 
     def _weights(self, logit_TN: Tensor, score_TN: Tensor, expert_TK: Tensor) -> Tensor:
         """(T, K), scaled by R."""
-        if not self.normalize:
-            return score_TN.gather(1, expert_TK) * self.route_scale
-        sigmoid = self.score == "sigmoid"
-        if (weight_TK := route.gates(logit_TN, expert_TK, sigmoid, self.route_scale)) is not None:
-            return weight_TK
-        # s_i / sum s = softmax(log s): the same weights, and no 0/0 where every sigmoid underflows.
-        picked_TK = logit_TN.gather(1, expert_TK)
-        return torch.softmax(F.logsigmoid(picked_TK) if sigmoid else picked_TK, dim=1) * self.route_scale
+        if self.normalize:
+            return normalised_gates(logit_TN, expert_TK, self.score, self.route_scale)
+        return score_TN.gather(1, expert_TK) * self.route_scale
 
     @torch.no_grad()
     def update_bias_(self, speed: float) -> None:
