@@ -20,6 +20,7 @@ from mue.lab.train.session import TrainingSession, train
 from mue.lab.train.stacked_session import StackedSession, stack_kind
 from mue.moe import MoELayer
 from mue.moe.routers.base import RouterInput, RouterOptions
+from support.precision import close
 
 BASE = mue.Dense(32, 32, 2, head_dim=16, sequence=32)
 EXPERTS = {"hash": "8e2a1s", "random": "8e4a2g", "thor": "4e1a"}
@@ -160,7 +161,13 @@ def test_a_recomputed_block_draws_what_it_drew(router: str) -> None:
         torch.autograd.grad(forward()[0].square().sum(), [x, *block.moe.parameters()])
         for forward in (lambda: block(x, given), lambda: checkpoint(block, x, given, use_reentrant=False))
     )
-    assert all(torch.equal(a, b) for a, b in zip(straight, again, strict=True))
+    operations = 2 * (
+        7 * 32 + 2 * 32 + 64
+    )  # forwards and back: products over the width, attention, sums over the tokens
+    for once, anew in zip(straight, again, strict=True):
+        assert close(anew, once, operations=operations)
+        assert not once.any() or not close(1.01 * anew, once, operations=operations)  # negative control
+    assert sum(bool(once.any()) for once in straight) >= 4
 
 
 @pytest.mark.parametrize("router", EXPERTS)

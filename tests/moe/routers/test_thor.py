@@ -15,6 +15,7 @@ from mue.lab.train.step import objective
 from mue.moe.losses import consistency_loss
 from mue.moe.routers.base import RouterInput, RouterOptions
 from mue.moe.routers.thor import ThorRouter
+from support.precision import close
 
 SHAPE = mue.MoE.parse("4e1a", width=32, expert=16, layers=2, head_dim=16, sequence=16, router="thor")
 
@@ -77,7 +78,10 @@ def test_two_passes_give_the_papers_objective() -> None:
         weight = model.blocks[layer].moe.experts_up  # type: ignore[union-attr]
         assert {e for e in range(4) if weight.grad[e].abs().max() > 0} == used
     model.eval()
-    assert not model(tokens, tokens).losses and torch.equal(model(tokens).logits, model(tokens).logits)
+    once, again = model(tokens), model(tokens)
+    assert not model(tokens, tokens).losses
+    assert all(torch.equal(a.expert_P, b.expert_P) for a, b in zip(once.routings, again.routings, strict=True))
+    assert len(once.routings) == 2 and close(again.logits, once.logits, operations=2 * (7 * 32 + 2 * 16) + 32)
 
 
 def test_consistency_needs_a_router_that_draws() -> None:
