@@ -117,7 +117,7 @@ def test_reused_modules_are_seen_once_for_each_use() -> None:
     from mue.layouts.of_model import placed
 
     record, _ = traced(placed(model), 64, lambda: model(batches(-1)[0]))
-    uses = [p.placed.name for p in record.products if p.placed.role == "attention_q"]
+    uses = [p.info.name for p in record.products if p.info.role == "attention_q"]
     assert uses.count("blocks.0.attention.q.weight") == 2 and uses.count("blocks.1.attention.q.weight") == 1
     assert ("attention q", "update") in measure(model, plan, batches, batches(-1), 2)
 

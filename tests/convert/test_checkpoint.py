@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mue.checks.subjects.checkpoint import stored_hash
-from mue.convert.checkpoint import Report, convert_checkpoint
+from mue.convert.checkpoint import ConversionReport, convert_checkpoint
 from mue.fold import coefficients, fold
 from mue.lab.models.language import LanguageModel
 from mue.lab.train import checkpoint
@@ -145,6 +145,6 @@ def test_the_report_says_what_was_scaled(tmp_path: Path) -> None:
     save_file(weights(plan), tmp_path / "a.safetensors")
     report = convert_checkpoint(tmp_path / "a.safetensors", tmp_path / "b.safetensors", how(plan, "folded"))
     c = coefficients(fold(plan), LanguageModel(plan.target, fold(plan).multipliers))
-    assert isinstance(report, Report)
+    assert isinstance(report, ConversionReport)
     assert report.changed == sum(not math.isclose(v, 1) for v in c.values()) > 2
     assert report.met == {n for n, _ in LanguageModel(plan.target, plan.multipliers).named_parameters()}

@@ -93,13 +93,13 @@ class Branch:
 
     def last(self, *roles: str) -> Product | None:
         """The last product with a parameter of one of ``roles``."""
-        return next((p for p in reversed(self.added.products) if p.placed.role in roles), None)
+        return next((p for p in reversed(self.added.products) if p.info.role in roles), None)
 
     @property
     def given(self) -> Tensor | None:
         """(T, D): what the feed-forward reads."""
         for p in self.added.products:
-            role = ROLES[p.placed.role]
+            role = ROLES[p.info.role]
             reads = role.feed_forward and role.reads_residual
             if reads and p.given.dim() == 2 and p.given.shape[0] == self.out.shape[0] and not p.transposed:
                 return p.given
@@ -113,8 +113,8 @@ def branches(record: Record) -> list[Branch]:
     """The branches of every block in the order of the forward pass; additions that belong to no block are left out."""
     found = []
     for added in record.added:
-        layers = {p.placed.layer for p in added.products if p.placed.layer is not None}
-        roles = {p.placed.role for p in added.products}
+        layers = {p.info.layer for p in added.products if p.info.layer is not None}
+        roles = {p.info.role for p in added.products}
         if not layers:
             continue
         attention = "attention_o" in roles

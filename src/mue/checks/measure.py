@@ -72,8 +72,8 @@ def _activations(record: Record, out: Any, plan: PlanData) -> dict[str, list[Ten
     """Module → its values, one for each layer and use. Branches are freed of the planned residual multiplier."""
     found: dict[str, list[Tensor]] = {}
     for p in record.products:
-        if p.placed.role in _ALIGNED:
-            found.setdefault(p.placed.role.replace("_", " "), []).append(p.out)
+        if p.info.role in _ALIGNED:
+            found.setdefault(p.info.role.replace("_", " "), []).append(p.out)
     for b in branches(record):
         found.setdefault(f"{b.kind} branch", []).append(b.out / plan.residual_multiplier)
     if record.stream is not None:

@@ -15,7 +15,7 @@ from mue.util.errors import nearest
 from mue.util.registry import Registry
 
 NEEDS = ("roles", "plan", "values", "batch")
-Run = Callable[[Context], Iterator[Finding]]
+RunCheck = Callable[[Context], Iterator[Finding]]
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Check:
     """
 
     name: str
-    run: Run
+    run: RunCheck
     needs: tuple[str, ...] = ()
-    otherwise: Run | None = None
+    otherwise: RunCheck | None = None
     defined_in: str = field(default="", compare=False)
 
 
@@ -40,8 +40,8 @@ CHECKS: Registry[Check] = Registry("check", home="mue.checks.subjects")
 
 
 def check_of(
-    name: str, place: float = 100.0, needs: tuple[str, ...] = (), otherwise: Run | None = None
-) -> Callable[[Run], Run]:
+    name: str, place: float = 100.0, needs: tuple[str, ...] = (), otherwise: RunCheck | None = None
+) -> Callable[[RunCheck], RunCheck]:
     """A decorator that makes a function one of the checks; for the arguments see :class:`Check`.
 
     ``place`` is its turn: cheap ones come first, and one that cannot run the model tells those after it.
@@ -53,7 +53,7 @@ def check_of(
         if need not in NEEDS:
             raise ValueError(f"check {name!r} has the unknown need {need!r}{nearest(need, NEEDS)}")
 
-    def add(run: Run) -> Run:
+    def add(run: RunCheck) -> RunCheck:
         CHECKS.register(name, place)(Check(name, run, needs, otherwise, f"{run.__module__}.{run.__qualname__}"))
         return run
 

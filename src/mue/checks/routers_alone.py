@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from mue.checks.context import Context, evaluating
 from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
 from mue.layouts.layout import HasLayout, canonical, unwrap
-from mue.layouts.transformers.stock import is_stock, stock
+from mue.layouts.transformers.stock import is_stock, observe_stock
 from mue.shapes.block import MEASURED, Block
 from mue.shapes.routers import RouterKind
 from mue.util.text import number
@@ -147,7 +147,7 @@ def _routing(ctx: Context, name: str, layer: int, routing: Routed, block: Block)
 
 
 def _stock_routers(ctx: Context) -> Iterator[Finding]:
-    if not is_stock(ctx.model) or (known := stock(ctx.model).routing) is None:
+    if not is_stock(ctx.model) or (known := observe_stock(ctx.model).routing) is None:
         yield Finding(NAME, SKIP, measured="the routers could not be watched: give a batch")
         return
     names = several([p.name for p in ctx.placed if p.role == "router"], 1)

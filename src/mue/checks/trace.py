@@ -37,7 +37,7 @@ _SCALED = frozenset({"_to_copy", "clone", "mul", "div", "mul_", "div_"})  # the 
 class Product:
     """One product with a parameter: the other factor, as rows where it stands on the left, and the result."""
 
-    placed: ParamInfo
+    info: ParamInfo
     given: Tensor
     out: Tensor
     transposed: bool = False
@@ -208,7 +208,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _attention(self, kernel: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if kernel.startswith("_softmax"):
             scores = args[0]
-            if scores.dim() >= 3 and scores.shape[-2] > 1 and not any(p.placed.role == "router" for p in self._since):
+            if scores.dim() >= 3 and scores.shape[-2] > 1 and not any(p.info.role == "router" for p in self._since):
                 self.record.softmaxes.append(Softmax(self._since, self._scores, logits=scores))
             return
         if "math" in kernel:

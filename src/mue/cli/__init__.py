@@ -1,4 +1,8 @@
-"""The command line: parses, calls, prints. Every command's ``--help`` teaches it; one file each, listed in this order."""
+"""The command line: parses, calls, prints. Every command's ``--help`` teaches it.
+
+Here: one file a command, in the order of :data:`COMMANDS`, and what they share (``app``, ``user_model``). A command imports what
+it calls when it runs, so that ``--help`` and a user's mistake cost no import of torch. Not here: anything that computes.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ Names = Callable[[str], tuple[str, ...]]
 
 
 @dataclass
-class Report:
+class ConversionReport:
     """What was done: parameters met by name, how many tensors changed, and files by what became of them."""
 
     met: set[str] = field(default_factory=set)
@@ -49,7 +49,7 @@ def convert_checkpoint(
     how: Conversion,
     names: Names = _same,
     config: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-) -> Report:
+) -> ConversionReport:
     """Write ``source`` in the other form to ``out``: a file, or a folder with all it holds.
 
     Safetensors are streamed, so that memory does not grow with the model; files of torch are read with ``weights_only`` and
@@ -69,7 +69,7 @@ def convert_checkpoint(
         raise ValueError(f"{source} does not exist")
     if out.exists():
         raise ValueError(f"{out} exists already: give --out a name that is free")
-    report = Report()
+    report = ConversionReport()
     if source.is_dir():
         _folder(source, out, how, names, config, report)
     else:
@@ -88,7 +88,7 @@ def _folder(
     how: Conversion,
     names: Names,
     config: Callable[[dict[str, Any]], dict[str, Any]] | None,
-    report: Report,
+    report: ConversionReport,
 ) -> None:
     """Into a folder beside ``out``, which gets the name when all is done."""
     if (source / ".metadata").exists():
@@ -126,7 +126,7 @@ def _in_order(folder: Path) -> list[Path]:
     return sorted(files, key=lambda p: p.name.startswith(("scheduler", "lr_scheduler")))
 
 
-def _complete(source: Path, how: Conversion, report: Report) -> None:
+def _complete(source: Path, how: Conversion, report: ConversionReport) -> None:
     lacking = sorted(set(how.changes) - report.met)
     if report.met and lacking:
         raise ValueError(f"{source} lacks {len(lacking)} parameters of the planned model, {lacking[0]} among them")
@@ -134,7 +134,7 @@ def _complete(source: Path, how: Conversion, report: Report) -> None:
         raise ValueError(f"{source} holds neither weights nor optimizer state of the planned model")
 
 
-def _file(source: Path, target: Path, how: Conversion, names: Names, report: Report) -> None:
+def _file(source: Path, target: Path, how: Conversion, names: Names, report: ConversionReport) -> None:
     if source.suffix == ".safetensors":
         _safetensors(source, target, how, names, report)
         return
@@ -154,7 +154,7 @@ def _file(source: Path, target: Path, how: Conversion, names: Names, report: Rep
 # ---- safetensors -----------------------------------------------------------------------------------------------------
 
 
-def _safetensors(source: Path, target: Path, how: Conversion, names: Names, report: Report) -> None:
+def _safetensors(source: Path, target: Path, how: Conversion, names: Names, report: ConversionReport) -> None:
     header = read_header(source)
     how.check_mark(str(source), header.metadata)
     functions = {name: _through(name, how, names, report) for name in header.entries}
@@ -164,7 +164,7 @@ def _safetensors(source: Path, target: Path, how: Conversion, names: Names, repo
     rewrite(source, target, functions.__getitem__, metadata)
 
 
-def _through(key: str, how: Conversion, names: Names, report: Report) -> Through | None:
+def _through(key: str, how: Conversion, names: Names, report: ConversionReport) -> Through | None:
     """What becomes of one stored tensor: a weight, or the lab's ``model/NAME`` and ``optimizer/NAME/KEY``."""
     kind, _, rest = key.partition("/")
     if kind == "optimizer" and rest:
@@ -176,7 +176,7 @@ def _through(key: str, how: Conversion, names: Names, report: Report) -> Through
     return None if own is None or own.ratio == 1 else partial(own.weight, stored)
 
 
-def _one_change(stored: str, how: Conversion, names: Names, report: Report) -> Any:
+def _one_change(stored: str, how: Conversion, names: Names, report: ConversionReport) -> Any:
     """The change of a stored tensor; one that holds several parameters must change all of them alike."""
     own = names(stored)
     changes = [how.change(name) for name in own]
@@ -198,7 +198,7 @@ class _Walk:
 
     how: Conversion
     names: Names
-    report: Report
+    report: ConversionReport
     bare: bool = False
 
     def walk(self, data: Any, top: bool = True) -> Any:

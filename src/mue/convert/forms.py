@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mue.convert.live import converted, scaled
+from mue.convert.live import rescale_state, rescale_weight
 from mue.layouts.layout import HasLayout, canonical, unwrap
 from mue.model.apply import grouped
 from mue.model.coefficients import TensorFold, tensor_folds_of
 from mue.model.match import match_sizes
+from mue.model.stock import query_coefficients, stock_faults
 from mue.model.tensor_plan import tensor_plans_of
 from mue.plan.fold import fold, state_powers, unfold
 from mue.plan.plan import HASH_KEYS, PlanData
@@ -25,7 +26,7 @@ FORMS = ("folded", "multipliers")
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorChange:
     """What one parameter becomes: ``(w + offset)·ratio - offset``; its optimizer state s becomes ``s·ratio^powers[s]``."""
 
     ratio: float
@@ -44,14 +45,14 @@ class Change:
             raise ValueError(
                 f"{name} is {value.dtype}, and {self.ratio:g} cannot be folded into it: dequantise it first"
             )
-        new = scaled(value, self.ratio, self.offset)
+        new = rescale_weight(value, self.ratio, self.offset)
         if not bool(torch.isfinite(new).all()) and bool(torch.isfinite(value).all()):
             raise ValueError(f"{name} times {self.ratio:g} is more than {value.dtype} holds: convert it in float32")
         return new
 
     def state(self, name: str, key: str, value: Any) -> Any:
         """One entry of the parameter's optimizer state in the other form; ``ValueError`` for one that is not known."""
-        return value if self.ratio == 1 else converted(name, key, value, self.ratio, self.powers)
+        return value if self.ratio == 1 else rescale_state(name, key, value, self.ratio, self.powers)
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class Conversion:
     source: PlanData
     target: PlanData
     form: str
-    changes: Mapping[str, Change]
+    changes: Mapping[str, TensorChange]
     second: Mapping[str, str]
     buffers: frozenset[str]
     shapes: Mapping[str, tuple[int, ...]]
@@ -91,7 +92,7 @@ class Conversion:
     def knows(self, name: str) -> bool:
         return self.first(name) in self.changes
 
-    def change(self, name: str) -> Change | None:
+    def change(self, name: str) -> TensorChange | None:
         """What becomes of a name, None for a buffer; ``ValueError`` for one the model does not have."""
         name = self.first(name)
         if name in self.changes:
@@ -141,8 +142,6 @@ def conversion(plan: PlanData, form: str, model: nn.Module, route: str = "weight
     placed = match_sizes(multiplied, model)
     queries: Mapping[str, float] = {}
     if not isinstance(unwrap(model), HasLayout):
-        from mue.model.stock import query_coefficients, stock_faults
-
         if faults := stock_faults(folded, model):
             raise ValueError(f"this model cannot run plan {folded.hash} when folded:\n  " + "\n  ".join(faults))
         queries = query_coefficients(folded, model, placed)
@@ -153,7 +152,7 @@ def conversion(plan: PlanData, form: str, model: nn.Module, route: str = "weight
     target, there = sides.pop(form)
     ((source, here),) = sides.values()
     changes = {
-        a.info.name: Change(b.c / a.c, a.info.gain_offset, state_powers(target, a.info.role))
+        a.info.name: TensorChange(b.c / a.c, a.info.gain_offset, state_powers(target, a.info.role))
         for a, b in zip(here, there, strict=True)
     }
     first = {id(p): canonical(n) for n, p in model.named_parameters()}

@@ -50,13 +50,13 @@ def convert(
                 raise ValueError(f"{p.name} is in the target model only: both must name their parameters alike")
             q, ratio = here[p.name].info.parameter, f.c / here[p.name].c
             offset = p.gain_offset or (gain_offset if p.role == "final_norm" else 0.0)
-            p.parameter.copy_(scaled(q, ratio, offset))
+            p.parameter.copy_(rescale_weight(q, ratio, offset))
             if states and goals:
                 powers = state_powers(target_plan, p.role)
                 _carry(p.name, q, states, p.parameter, goals, ratio, powers)
 
 
-def scaled(weight: Tensor, ratio: float, offset: float = 0.0) -> Tensor:
+def rescale_weight(weight: Tensor, ratio: float, offset: float = 0.0) -> Tensor:
     """A weight in another form, rounded once; ``offset`` is 1 for a gain that the code adds one to."""
     return ((weight.double() + offset) * ratio - offset).to(weight.dtype) if ratio != 1 else weight
 
@@ -83,10 +83,10 @@ def _carry(
     new, new_group = goals[target]
     if old_group.get("initial_lr"):  # the schedule's phase
         new_group["lr"] = new_group.get("initial_lr", new_group["lr"]) * old_group["lr"] / old_group["initial_lr"]
-    new.state[target] = {k: converted(name, k, v, ratio, powers) for k, v in old.state.get(source, {}).items()}
+    new.state[target] = {k: rescale_state(name, k, v, ratio, powers) for k, v in old.state.get(source, {}).items()}
 
 
-def converted(name: str, key: str, value: Any, ratio: float, powers: Mapping[str, int]) -> Any:
+def rescale_state(name: str, key: str, value: Any, ratio: float, powers: Mapping[str, int]) -> Any:
     """One entry of a parameter's optimizer state where its c changes by ``ratio``; ``ValueError`` for an unknown one."""
     if not isinstance(value, Tensor) or key == "step":
         return value.clone() if isinstance(value, Tensor) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mue.export.file_text import clipping, commonest
-from mue.export.hf_model import stock_model
+from mue.export.hf_model import transformers_model
 from mue.export.registry import STACKS
 from mue.export.rows import folded, rows
 from mue.plan.plan import PlanData
@@ -15,7 +15,7 @@ from mue.plan.plan import PlanData
 def automodel(plan: PlanData, model: Any) -> str:
     """The YAML text. The base values are those of most rows; eps has no place per pattern and is the smallest one."""
     plan = folded(plan)
-    module, name = stock_model(plan.target, model)
+    module, name = transformers_model(plan.target, model)
     found = rows(plan, module)
     lr, wd, _ = commonest(found).setting
     eps = min(row.eps for row in found)

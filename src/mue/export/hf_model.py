@@ -13,7 +13,7 @@ from mue.shapes import Transformer
 from mue.shapes.block import Block
 
 
-def stock_model(target: Transformer, given: Any) -> tuple[nn.Module, str]:
+def transformers_model(target: Transformer, given: Any) -> tuple[nn.Module, str]:
     """A module on the meta device, and what it is for people.
 
     Args:

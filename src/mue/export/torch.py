@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from mue.export.file_text import loop_file
-from mue.export.hf_model import stock_model
+from mue.export.hf_model import transformers_model
 from mue.export.registry import STACKS
 from mue.export.rows import folded, rows
 from mue.export.skeleton import shaped
@@ -22,7 +22,7 @@ _USE = "    init_(model)\n    optimizer = torch.optim.AdamW(param_groups(model))
 def torch(plan: PlanData, model: Any) -> str:
     """The file's text. Without a model it is written for the lab's LanguageModel, which has every shape that can be planned."""
     plan = folded(plan)
-    module, name = _language_model(plan.target) if model is None else stock_model(plan.target, model)
+    module, name = _language_model(plan.target) if model is None else transformers_model(plan.target, model)
     return loop_file(plan, rows(plan, module), name, _USE)
 
 

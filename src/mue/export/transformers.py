@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mue.export.file_text import loop_file
-from mue.export.hf_model import stock_model
+from mue.export.hf_model import transformers_model
 from mue.export.registry import STACKS
 from mue.export.rows import folded, rows
 from mue.plan.plan import PlanData
@@ -27,5 +27,5 @@ def trainer_arguments(model, schedule):
 def transformers(plan: PlanData, model: Any) -> str:
     """The file's text."""
     plan = folded(plan)
-    module, name = stock_model(plan.target, model)
+    module, name = transformers_model(plan.target, model)
     return loop_file(plan, rows(plan, module), name, _USE, _CODE)

@@ -7,7 +7,8 @@
 >>> fold(plan).output_multiplier, unfold(fold(plan)) == plan
 (1.0, True)
 
-Plans fold without torch; what meets a model (``coefficients``, ``convert``, ``clip_grad_norm_``) imports it on use.
+A face: the public names of folding at one place, each from where its work is done (``mue.plan``, ``mue.model``, ``mue.convert``).
+Nothing else belongs here. Plans fold without torch; what meets a model imports it on use.
 """
 
 from __future__ import annotations

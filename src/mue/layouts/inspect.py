@@ -16,7 +16,7 @@ from mue.layouts.sources import Source, source_of
 from mue.layouts.transformers import gate_moments as measure
 from mue.layouts.transformers.configs import default_config, families_with_experts
 from mue.layouts.transformers.describe import describe_config
-from mue.layouts.transformers.disk import Stored, compared
+from mue.layouts.transformers.disk import StoredTensors, compare_stored
 from mue.layouts.transformers.gate_moments import Moments
 from mue.layouts.transformers.scalings import Scaling, scalings
 from mue.layouts.transformers.shape import Routers, routers, shape_of
@@ -25,7 +25,7 @@ from mue.util.text import text_table
 
 
 @dataclass(frozen=True)
-class Row:
+class InspectionRow:
     """One kind of parameter: its pattern, role (None: undecided), layout, fan-in, how many there are, and why.
 
     ``shape`` is one tensor's; ``tensors`` counts them, ``parameters`` all their elements.
@@ -55,13 +55,13 @@ class Inspection:
     """
 
     name: str
-    rows: tuple[Row, ...]
+    rows: tuple[InspectionRow, ...]
     routing: Routers | None
     scalings: tuple[Scaling, ...]
     shape: Transformer | None
     no_shape: str
     undecided: tuple[str, ...]
-    stored: Stored | None = None
+    stored: StoredTensors | None = None
 
     @property
     def parameters(self) -> int:
@@ -120,7 +120,7 @@ def inspect(
         shape,
         why,
         undecided,
-        compared(given.folder, model) if given.folder is not None else None,
+        compare_stored(given.folder, model) if given.folder is not None else None,
     )
 
 
@@ -135,7 +135,7 @@ def measure_gates(
     given = source_of(source, rows, config)
     if given.config is None:
         raise ValueError(
-            f"{given.name} has no config to build its routers from: use mue.layouts.transformers.gate_moments.watched"
+            f"{given.name} has no config to build its routers from: use mue.layouts.transformers.gate_moments.moments_of"
         )
     return measure.measure_gates(given.config, given.build, given.describe(), router_std=router_std)
 
@@ -157,7 +157,7 @@ def _shape(
         return None, str(error)
 
 
-def _rows(model: torch.nn.Module, description: Description) -> tuple[Row, ...]:
+def _rows(model: torch.nn.Module, description: Description) -> tuple[InspectionRow, ...]:
     shapes: dict[str, list[tuple[int, ...]]] = {}
     example: dict[str, torch.Tensor] = {}
     for name, p in model.named_parameters():
@@ -171,7 +171,7 @@ def _rows(model: torch.nn.Module, description: Description) -> tuple[Row, ...]:
         if f.row is not None and "vector" not in f.row.axes:
             fan_in = ParamInfo(pattern, example[pattern], f.row, None).fan_in
         role, parts, axes = (f.row.role, f.row.parts, f.row.axes) if f.row else (None, (), f.axes)
-        rows.append(Row(pattern, role, parts, axes, many[0], fan_in, len(many), sum(map(prod, many)), f.how))
+        rows.append(InspectionRow(pattern, role, parts, axes, many[0], fan_in, len(many), sum(map(prod, many)), f.how))
     return tuple(rows)
 
 

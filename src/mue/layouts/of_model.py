@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from mue.layouts.layout import HasLayout, Layout, ParamInfo, place, unwrap
-from mue.layouts.transformers.stock import stock
+from mue.layouts.transformers.stock import observe_stock
 
 
 def layout_of(model: nn.Module) -> Sequence[Layout]:
@@ -23,7 +23,7 @@ def layout_of(model: nn.Module) -> Sequence[Layout]:
     if isinstance(inner, HasLayout):
         return inner.layout()
     if hasattr(getattr(inner, "config", None), "model_type"):
-        return stock(inner).description.layout()
+        return observe_stock(inner).description.layout()
     raise ValueError(
         f"{type(inner).__name__} declares no parameter layout: give it a method layout() that returns mue.Layout rows"
         " (pattern, role, axes), one for each kind of parameter"

@@ -11,7 +11,7 @@ from mue.layouts.observe.config import integers, text_config
 from mue.layouts.observe.describe import Description
 from mue.layouts.transformers.scalings import scalings
 from mue.layouts.transformers.shape import Routers
-from mue.layouts.transformers.stock import is_stock, stock
+from mue.layouts.transformers.stock import is_stock, observe_stock
 from mue.plan.fold import unfold
 from mue.plan.plan import PlanData
 from mue.util.text import number
@@ -21,7 +21,7 @@ def stock_faults(plan: PlanData, model: nn.Module) -> list[str]:
     """Why a plan cannot be applied to a stock model as it stands, each with the way out."""
     if not is_stock(model):
         return []
-    config, known = unwrap(model).config, stock(model)
+    config, known = unwrap(model).config, observe_stock(model)
     faults = [
         f"{s.attribute} = {s.value:g} already scales the {s.what}, and the plan would scale it twice: set {s.attribute} = {s.neutral:g}"
         for s in scalings(config)

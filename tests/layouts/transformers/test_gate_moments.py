@@ -13,11 +13,11 @@ import mue
 from mue.cli import app
 from mue.fold import fold
 from mue.layouts.inspect import inspect, measure_gates
-from mue.layouts.observe.gates import watch_gates
+from mue.layouts.observe.gates import record_gates
 from mue.layouts.transformers.configs import build, default_config
 from mue.layouts.transformers.describe import describe_config
 from mue.layouts.transformers.gate_moments import measure_gates as measured
-from mue.layouts.transformers.gate_moments import watched
+from mue.layouts.transformers.gate_moments import moments_of
 from support.stock_models import stock, tiny
 
 torch.set_num_threads(1)
@@ -67,16 +67,16 @@ def test_gates_that_sum_to_one_need_no_measuring() -> None:
     with pytest.raises(ValueError, match="sum to 1 for every token"):
         measure_gates(tiny("mixtral"))
     with pytest.raises(ValueError, match="handed expert indices and weights"):
-        watched(stock(tiny("llama")), lambda m: m(input_ids=torch.arange(3, 9)[None]))
+        moments_of(stock(tiny("llama")), lambda m: m(input_ids=torch.arange(3, 9)[None]))
 
 
 def test_given_inputs_on_a_model_as_it_is() -> None:
     model = stock(tiny("olmoe"))
     x = torch.randint(3, 90, (2, 40), generator=torch.Generator().manual_seed(0))
     seen: dict[str, object] = {}
-    with torch.no_grad(), watch_gates(model, seen):  # type: ignore[arg-type]
+    with torch.no_grad(), record_gates(model, seen):  # type: ignore[arg-type]
         model(input_ids=x)
-    m1, m2 = watched(model, lambda m: m(input_ids=x))
+    m1, m2 = moments_of(model, lambda m: m(input_ids=x))
     assert len(seen) == 2
     assert (m1, m2) == pytest.approx(
         (sum(g.total for g in seen.values()) / 2, sum(g.square for g in seen.values()) / 2)  # type: ignore[attr-defined]
@@ -98,7 +98,7 @@ def test_a_plan_with_measured_moments_keeps_the_branch_at_its_size() -> None:
     for seed in range(8):
         model = stock(config)
         fold(plan).init_(model, seed)
-        sums.append(watched(model, lambda m: m(input_ids=torch.randint(3, 90, (4, 64))))[0])
+        sums.append(moments_of(model, lambda m: m(input_ids=torch.randint(3, 90, (4, 64))))[0])
     assert plan.route_scale is not None
     assert plan.route_scale * sum(sums) / len(sums) == pytest.approx(2, rel=0.05)  # a = 2
     wrong = inspect(config, gate_moments=(moments.m1 * 1.3, moments.m2 * 1.7)).shape  # control

@@ -27,7 +27,7 @@ def attention(ctx: Context) -> Iterator[Finding]:
     found: dict[tuple[float, str], list[str]] = {}
     read = 0
     for s in ctx.seen[0].softmaxes:
-        name = next((p.placed.name for p in s.products if p.placed.role == "attention_q"), None)
+        name = next((p.info.name for p in s.products if p.info.role == "attention_q"), None)
         measured = None if name is None else _measured(ctx, s)
         if name is None or measured is None:
             continue
@@ -73,7 +73,7 @@ def _expected(ctx: Context, products: Iterable[Product]) -> float:
         return plan.attention_scale
     size = integers(text_config(inner.config)).get("qk_head_dim", plan.target.head_dim)
     in_queries = query_coefficients(plan, ctx.model, ctx.placed)
-    layers = {p.placed.layer for p in products}
+    layers = {p.info.layer for p in products}
     c = next((in_queries[p.name] for p in ctx.placed if p.name in in_queries and p.layer in layers), 1.0)
     return plan.attention_scale * plan.target.head_dim / size / c
 
@@ -117,17 +117,17 @@ def _products(ctx: Context, s: Softmax, diagonal: Tensor) -> Tensor | None:
     E = q.numel() // (B * T * H)
     if k.numel() % (B * T * E) or H % (k.numel() // (B * T * E)):
         return None
-    layer = s.products[0].placed.layer
+    layer = s.products[0].info.layer
     gains = [next(iter(_gains(ctx, layer, part)), None) for part in ("q", "k")]
     a, b = (_normed(x.reshape(B, T, -1, E).double(), g).transpose(1, 2) for x, g in zip((q, k), gains, strict=True))
     return (a * b.repeat_interleave(H // b.shape[1], 1)).sum(-1)
 
 
 def _projected(ctx: Context, s: Softmax, part: str) -> Tensor | None:
-    own = [p for p in s.products if p.placed.role == f"attention_{part}" and not p.placed.layout.parts]
+    own = [p for p in s.products if p.info.role == f"attention_{part}" and not p.info.layout.parts]
     if len(own) == 1:
         return own[0].out
-    fused = [p for p in s.products if p.placed.layout.parts == ("attention_q", "attention_k", "attention_v")]
+    fused = [p for p in s.products if p.info.layout.parts == ("attention_q", "attention_k", "attention_v")]
     t = ctx.plan.target
     if len(fused) != 1 or own:
         return None

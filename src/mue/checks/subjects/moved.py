@@ -27,7 +27,7 @@ LOST = 0.5  # share of elements whose step may vanish in rounding
 class TensorStep:
     """What one step did to one tensor: weights before, gradient, change."""
 
-    placed: ParamInfo
+    info: ParamInfo
     before: Tensor
     gradient: Tensor | None
     change: Tensor
@@ -155,7 +155,7 @@ def _undone(ctx: Context, optimizers: list[Optimizer]) -> Iterator[None]:
 
 def _not_finite(steps: list[TensorStep]) -> list[Finding]:
     bad = [
-        s.placed.name
+        s.info.name
         for s in steps
         if not bool(s.change.isfinite().all()) or (s.gradient is not None and not bool(s.gradient.isfinite().all()))
     ]
@@ -180,9 +180,9 @@ def _still(ctx: Context, steps: list[TensorStep]) -> tuple[list[str], list[Findi
     warned: list[Finding] = []
     idle: set[tuple[int | None, int]] = set()
     blocks = ctx.plan.target.per_layer
-    moved = {(s.placed.layer, expert) for s in steps for expert, _, live in _live(s) if live}
+    moved = {(s.info.layer, expert) for s in steps for expert, _, live in _live(s) if live}
     for s in steps:
-        p = s.placed
+        p = s.info
         # A router that draws took other experts in this step than in the pass that was looked at.
         drawn = p.layer is not None and blocks[p.layer].experts > 0 and blocks[p.layer].router_kind.stochastic
         for expert, name, live in _live(s):
@@ -212,7 +212,7 @@ def _still(ctx: Context, steps: list[TensorStep]) -> tuple[list[str], list[Findi
 
 def _live(s: TensorStep) -> Iterator[tuple[int | None, str, bool]]:
     """(expert, name, has a gradient) of a tensor or of each expert in it."""
-    p = s.placed
+    p = s.info
     if s.gradient is not None and (p.layout.stacked > 1 or "expert" in p.layout.axes):
         like = ParamInfo(p.name, s.gradient, p.layout, p.layer)
         for expert, g in expert_slices(like):
@@ -240,7 +240,7 @@ def _has_tokens(ctx: Context, layer: int | None, expert: int) -> bool:
 
 def _lost(s: TensorStep) -> float:
     """Share of the elements with a gradient whose value did not change at all."""
-    if s.gradient is None or not s.placed.parameter.requires_grad:
+    if s.gradient is None or not s.info.parameter.requires_grad:
         return 0.0
     pushed = s.gradient != 0
     count = int(pushed.sum())
@@ -253,9 +253,9 @@ def _lost_finding(lost: list[tuple[TensorStep, float]]) -> Finding:
     return Finding(
         NAME,
         FAIL,
-        several([s.placed.name for s, _ in lost]),
+        several([s.info.name for s, _ in lost]),
         "a step that changes the stored value",
-        f"{100 * lost[0][1]:.0f} % of the elements of {lost[0][0].placed.name} ({low}) stay what they were",
+        f"{100 * lost[0][1]:.0f} % of the elements of {lost[0][0].info.name} ({low}) stay what they were",
         (
             f"{low} has too few digits for this lr: the step is rounded away" if rounding else "lr is 0 in this group",
             "the parameter is in no optimizer, or in one that does not step",
@@ -268,7 +268,7 @@ def _lost_finding(lost: list[tuple[TensorStep, float]]) -> Finding:
 
 def _size(ctx: Context, s: TensorStep) -> tuple[str, str, str] | None:
     """(name, expected, measured) where the step is not AdamW's first one with the planned values."""
-    planned = ctx.expected.get(id(s.placed.parameter))
+    planned = ctx.expected.get(id(s.info.parameter))
     if planned is None or s.gradient is None:
         return None
     wide = torch.promote_types(s.before.dtype, torch.float32)  # a hundredth is asked for
@@ -279,12 +279,12 @@ def _size(ctx: Context, s: TensorStep) -> tuple[str, str, str] | None:
     size, off = _rms(wanted), _rms(s.change.to(wide) - wanted)
     digits = torch.finfo(s.before.dtype).eps
     if off > 1e-2 * size + 2 * digits * _rms(w):
-        return s.placed.name, f"rms {size:.4g}", f"rms {_rms(s.change):.4g}, off by {off:.4g}"
+        return s.info.name, f"rms {size:.4g}", f"rms {_rms(s.change):.4g}, off by {off:.4g}"
     # The decay is a small part of the step, but the only part along the weights themselves.
     square = float((w * w).sum())
     shrunk = -float(((s.change.to(wide) + step) * w).sum()) / square if square else decay
     if abs(shrunk - decay) > 0.05 * decay + 1e-3 * planned["lr"] + 4 * digits:
-        return s.placed.name, f"shrunk by lr·wd = {decay:.4g}", f"shrunk by {shrunk:.4g}"
+        return s.info.name, f"shrunk by lr·wd = {decay:.4g}", f"shrunk by {shrunk:.4g}"
     return None
 
 

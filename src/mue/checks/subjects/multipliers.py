@@ -125,8 +125,8 @@ def _attention(b: Branch, residual: float) -> Reading | Finding:
     out = product.out.reshape(-1, product.out.shape[-1])
     c, residue = fit_ratio(b.out, out if out.shape == b.out.shape else out.T)
     if residue > 0.05:
-        return _not_a_multiple(product.placed.name, residue)
-    return Reading(product.placed.name, "attention branch", residual, c, {"residual multiplier": residual})
+        return _not_a_multiple(product.info.name, residue)
+    return Reading(product.info.name, "attention branch", residual, c, {"residual multiplier": residual})
 
 
 def _not_a_multiple(name: str, residue: float) -> Finding:
@@ -212,7 +212,7 @@ def _unfit(ctx: Context, b: Branch, c: Coefficients, names: list[str]) -> Findin
 
 def _stream(ctx: Context) -> Iterator[Reading | Finding]:
     record = ctx.seen[0]
-    added = [a for a in record.added if any(p.placed.layer is not None for p in a.products)]
+    added = [a for a in record.added if any(p.info.layer is not None for p in a.products)]
     if record.lookup is None or not added:
         yield Finding(NAME, SKIP, "residual stream", "", "no residual stream was recognised")
         return

@@ -13,7 +13,7 @@ from mue.layouts.layout import Layout, canonical, pattern_of
 from mue.layouts.observe.axis_sizes import Build, axis_sizes
 from mue.layouts.observe.config import size_of
 from mue.layouts.observe.decide import Facts, decide
-from mue.layouts.observe.gates import Gates, watch_gates
+from mue.layouts.observe.gates import Gates, record_gates
 from mue.layouts.observe.param_use import ParamUse, param_use
 from mue.layouts.observe.post_norms import post_norms
 from mue.layouts.observe.run import perturb, run_tokens
@@ -104,7 +104,7 @@ def describe(
     scores: set[tuple[str, int]] = set()
     top = min((size_of(tiny, "vocabulary") or 90, 90))
     run = forward or (lambda m: run_tokens(m, torch.randint(min(3, top - 1), top, TINY_BATCH)))
-    with watch_gates(model, gates):
+    with record_gates(model, gates):
         uses = {canonical(n): u for n, u in param_use(model, lambda: run(model), scores).items()}
     last_gain = _last_gain(uses, shapes)
     patterns = []

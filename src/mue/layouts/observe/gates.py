@@ -35,7 +35,7 @@ class _Enough(Exception):  # noqa: N818 - no error: the forward pass has shown w
 
 
 @contextmanager
-def watch_gates(model: nn.Module, into: MutableMapping[str, Gates], only_first: bool = False) -> Iterator[None]:
+def record_gates(model: nn.Module, into: MutableMapping[str, Gates], only_first: bool = False) -> Iterator[None]:
     """While active, fill ``into`` with the gates of every module that is handed expert indices and weights.
 
     ``only_first``: leave the block as soon as one router was seen.

@@ -87,18 +87,18 @@ def _ends(
     """Norm → the projections it ends the branch of. A norm after the sum of two normed parts takes the place of theirs."""
     found: dict[str, set[str]] = {}
     with _scaled(layer, here, LOUD):
-        before = _watch(model, run, layer)
+        before = _norm_inputs(model, run, layer)
         with _scaled(layer, here, 2.0):
-            doubled = _doubled(before, _watch(model, run, layer))
+            doubled = _doubled(before, _norm_inputs(model, run, layer))
         for pattern in here:
             with _scaled(layer, [pattern], 2.0):
-                alone = _watch(model, run, layer)
+                alone = _norm_inputs(model, run, layer)
             for norm in doubled:
                 if _apart(before[norm], alone[norm]) > TOLERANCE:
                     found.setdefault(norm, set()).add(pattern)
         if found:
             with _scaled(layer, list(found), 2.0):
-                last = _doubled(before, _watch(model, run, layer)) - set(found)
+                last = _doubled(before, _norm_inputs(model, run, layer)) - set(found)
             if last:
                 return {norm: set().union(*found.values()) for norm in last}
     return found
@@ -107,9 +107,9 @@ def _ends(
 def _idle(model: nn.Module, run: Callable[[nn.Module], object], layer: _Layer, here: Sequence[str]) -> bool:
     """Whether doubling all the projections leaves the layer's output as it is."""
     with _scaled(layer, here, LOUD):
-        before = _watch(model, run, layer)[""]
+        before = _norm_inputs(model, run, layer)[""]
         with _scaled(layer, here, 2.0):
-            return _apart(before, _watch(model, run, layer)[""]) < TOLERANCE
+            return _apart(before, _norm_inputs(model, run, layer)[""]) < TOLERANCE
 
 
 def _doubled(before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> set[str]:
@@ -134,7 +134,7 @@ def _scaled(layer: _Layer, patterns: Sequence[str], factor: float) -> Iterator[N
             p.copy_(old)
 
 
-def _watch(model: nn.Module, run: Callable[[nn.Module], object], layer: _Layer) -> dict[str, Tensor]:
+def _norm_inputs(model: nn.Module, run: Callable[[nn.Module], object], layer: _Layer) -> dict[str, Tensor]:
     """Input of each norm of the layer in one forward pass, and under ``""`` what the layer gives on."""
     seen: dict[str, Tensor] = {}
 

@@ -67,7 +67,7 @@ def stored_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensors:
     """A checkpoint's tensors against the model of its config.
 
     Attributes:
@@ -92,7 +92,7 @@ class Stored:
         return out
 
 
-def compared(folder: Path, model: nn.Module) -> Stored:
+def compare_stored(folder: Path, model: nn.Module) -> StoredTensors:
     """Compare names and sizes on disk with the model's; tied names, and buffers that are not saved, need not be there."""
     stored = stored_shapes(folder)
     names = StoredNames(model)
@@ -112,7 +112,7 @@ def compared(folder: Path, model: nn.Module) -> Stored:
                 wrong.append(f"{n} {own[n]} is stored in {len(sources)} tensors of {sizes:,} numbers, not {whole:,}")
         elif n in own and stored[sources[0]] != own[n]:
             wrong.append(f"{n} {own[n]} is stored as {stored[sources[0]]}")
-    return Stored(
+    return StoredTensors(
         len(stored),
         tuple(n for n in own if n not in parts and first.get(n) not in held),
         tuple(s for n, sources in parts.items() if n not in own for s in sources),

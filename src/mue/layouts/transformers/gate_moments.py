@@ -15,7 +15,7 @@ from mue.layouts.layout import canonical, pattern_of
 from mue.layouts.observe.axis_sizes import Build, parameter_shapes
 from mue.layouts.observe.config import attributes, integers, language_integers, subconfigs, text_config
 from mue.layouts.observe.describe import Description
-from mue.layouts.observe.gates import Gates, watch_gates
+from mue.layouts.observe.gates import Gates, record_gates
 from mue.layouts.observe.names import ACTIVE_EXPERTS, ACTIVE_GROUPS, EXPERT_GROUPS
 from mue.layouts.observe.run import run_tokens
 from mue.layouts.transformers.family import family_of
@@ -90,21 +90,21 @@ def measure_gates(
             for p in weights if router_std is not None else ():
                 p.normal_(0.0, router_std or 0.0)
         drawn += [float(p.detach().std()) for p in weights]
-        sums.append(watched(model, lambda m: run_tokens(m, _tokens(small, tokens)), only_first=True))
+        sums.append(moments_of(model, lambda m: run_tokens(m, _tokens(small, tokens)), only_first=True))
     means, errors = zip(*(_mean(list(column)) for column in zip(*sums, strict=True)), strict=True)
     std = router_std if router_std is not None else sum(drawn) / len(drawn)
     return Moments(means[0], means[1], errors[0], errors[1], draws, tokens, std)
 
 
 @torch.no_grad()
-def watched(model: nn.Module, run: Callable[[nn.Module], object], only_first: bool = False) -> tuple[float, float]:
+def moments_of(model: nn.Module, run: Callable[[nn.Module], object], only_first: bool = False) -> tuple[float, float]:
     """(m1, m2) of a model as it is, over the tokens of ``run`` and over its layers: for inputs of your own.
 
     Raises:
         ValueError: no router was seen, or its weights sum to one number.
     """
     gates: dict[str, Gates] = {}
-    with watch_gates(model, gates, only_first):
+    with record_gates(model, gates, only_first):
         run(model)
     if not gates:
         raise ValueError("no module was handed expert indices and weights, so there is nothing to measure")

@@ -20,7 +20,7 @@ _SAYINGS = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transform
 
 
 @dataclass(frozen=True)
-class Stock:
+class StockModel:
     """A stock family as observed: its description and how its routers weigh experts."""
 
     description: Description
@@ -33,7 +33,7 @@ def is_stock(model: nn.Module) -> bool:
     return hasattr(config, "model_type") and hasattr(config, "to_dict")
 
 
-def stock(model: nn.Module) -> Stock:
+def observe_stock(model: nn.Module) -> StockModel:
     """What is known of a stock model; observed once for each class and config.
 
     Rows of the user's own, for what cannot be decided, stand in ``model.layout_rows`` (of the class or the instance) and win.
@@ -63,7 +63,7 @@ class _Keyed:
 
 
 @lru_cache(maxsize=32)
-def _observed(kind: Any, keyed: _Keyed, rows: tuple[Layout, ...]) -> Stock:
+def _observed(kind: Any, keyed: _Keyed, rows: tuple[Layout, ...]) -> StockModel:
     def build(config: Any) -> nn.Module:
         config = copy.deepcopy(config)
         config._attn_implementation = "eager"
@@ -72,4 +72,4 @@ def _observed(kind: Any, keyed: _Keyed, rows: tuple[Layout, ...]) -> Stock:
 
     description = describe_config(keyed.config, rows, build)
     routing = routers(keyed.config, description, lambda other: describe_config(other, rows, build))
-    return Stock(description, routing)
+    return StockModel(description, routing)
