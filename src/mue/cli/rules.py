@@ -37,7 +37,7 @@ def rules(
       mue rules moe.toml --why output_multiplier   # or route_scale, residual_multiplier, head_multiplier, attention_scale
       mue rules --markdown > docs/rules.md
     """
-    from mue.plan.compare import compare, lines
+    from mue.plan.compare import compare, comparison_text
     from mue.plan.rules_page import markdown as page
 
     if layer is not None and why is None:
@@ -61,4 +61,4 @@ def rules(
         print(json.dumps([asdict(s) for s in steps], indent=1, ensure_ascii=False) if json_ else why_lines(why, steps))
         return
     made = compare(inputs)
-    print(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if json_ else lines(made))
+    print(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if json_ else comparison_text(made))

@@ -15,7 +15,7 @@ from mue.shapes import Block, Training, Transformer
 
 
 @dataclass(frozen=True)
-class Change:
+class Transition:
     """From which shape and run to which: all that a rule's factors follow from."""
 
     base: Transformer
@@ -28,7 +28,7 @@ class Change:
         return ratios(self.base, self.target, block, self.base_training, self.training, kind)
 
 
-def block_plan(rule: Rule, change: Change, base: Base, block: Block, third: str) -> BlockPlan:
+def block_plan(rule: Rule, transition: Transition, base: Base, block: Block, third: str) -> BlockPlan:
     """The plan of one kind of block.
 
     Args:
@@ -37,8 +37,11 @@ def block_plan(rule: Rule, change: Change, base: Base, block: Block, third: str)
     Raises:
         ValueError: a base plan that has no layer in that third.
     """
-    counts = change.target.counts()
-    ratio, of_shared = change.ratios(block), change.ratios(block, "shared")  # they differ in whose fan-in ρ_H speaks of
+    counts = transition.target.counts()
+    ratio, of_shared = (
+        transition.ratios(block),
+        transition.ratios(block, "shared"),
+    )  # they differ in whose fan-in ρ_H speaks of
     roles = {
         name: _role_plan(
             role,
@@ -58,15 +61,15 @@ def block_plan(rule: Rule, change: Change, base: Base, block: Block, third: str)
         output_multiplier=base.output_multiplier * rule.output_multiplier(ratio),
         # R = a: the gates sum to one, so the routed sum is an average over a experts, and R makes it a sum again.
         route_scale=block.route_scale if rule.routed else 1.0,
-        drift=_drift(rule, change, block, ratio),
+        drift=_drift(rule, transition, block, ratio),
         roles=roles,
     )
 
 
-def _drift(rule: Rule, change: Change, block: Block, ratio: Mapping[str, float]) -> dict[str, float | None]:
+def _drift(rule: Rule, transition: Transition, block: Block, ratio: Mapping[str, float]) -> dict[str, float | None]:
     """What moves with the change although every factor is applied; reported, not corrected (conventions 6)."""
     # σ0, the noise of one step, falls with 1/√(tokens seen): all of them, or a routed expert's share a/N.
-    share = block.share / base_block(change.base).share
+    share = block.share / base_block(transition.base).share
     return {
         "sigma0_experts": (ratio["ρ_D"] * share) ** -0.5,
         "sigma0_other": ratio["ρ_D"] ** -0.5,
@@ -135,7 +138,7 @@ def _agreed(many: list[Values]) -> Values:
 
 
 def carried_betas(
-    betas: tuple[float, float], rule: Rule, change: Change, ratio: Mapping[str, float]
+    betas: tuple[float, float], rule: Rule, transition: Transition, ratio: Mapping[str, float]
 ) -> tuple[float, float]:
     """1-β' = (1-β)·ρ_B/ρ_D = (1-β)·T*/T, or β' = β^(ρ_B/ρ_D); the domain error names the beta and the fewest steps."""
     factor = rule.one_minus_beta(ratio)
@@ -144,14 +147,14 @@ def carried_betas(
     if rule.betas == "power":
         return (betas[0] ** factor, betas[1] ** factor)
     i = 0 if betas[0] < betas[1] else 1  # the smaller beta leaves its domain first
-    if (1 - betas[i]) * factor >= 1 and change.base_training is not None and change.training is not None:
+    if (1 - betas[i]) * factor >= 1 and transition.base_training is not None and transition.training is not None:
         # (1-β)·ρ_B^(1-2q)·(T/T*)^-2q < 1, which for q = 1/2 is (1-β)·T*/T < 1: the batch cancels.
         q = -rule.one_minus_beta.exponent("ρ_D") / 2
         bound = ((1 - betas[i]) * ratio["ρ_B"] ** float(1 - 2 * q)) ** float(1 / (2 * q))
-        needed = math.floor(bound * change.base_training.steps * (1 + 1e-12)) + 1
+        needed = math.floor(bound * transition.base_training.steps * (1 + 1e-12)) + 1
         raise ValueError(
-            f"beta{i + 1} = {betas[i]:g} cannot be carried from {change.base_training.steps:,} to"
-            f" {change.training.steps:,} steps: (1-β)·T*/T = {(1 - betas[i]) * factor:g} is not below 1; at least"
+            f"beta{i + 1} = {betas[i]:g} cannot be carried from {transition.base_training.steps:,} to"
+            f" {transition.training.steps:,} steps: (1-β)·T*/T = {(1 - betas[i]) * factor:g} is not below 1; at least"
             f" {needed:,} steps work" + (', or betas = "power"' if "betas" in rule.options else "")
         )
     return (1 - (1 - betas[0]) * factor, 1 - (1 - betas[1]) * factor)

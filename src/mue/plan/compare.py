@@ -118,7 +118,7 @@ def compare(inputs: Inputs, rules: Sequence[str] | None = None) -> Comparison:
     return Comparison(inputs, plans, refused)
 
 
-def lines(made: Comparison) -> str:
+def comparison_text(made: Comparison) -> str:
     """A comparison as plain text: the table, then who refused and why."""
     header, rows = made.table()
     text = f"{made.inputs.target.name}, factors on the tuned values (multipliers, R and attention scale: as they are)\n\n{text_table(header, rows)}"

@@ -24,7 +24,7 @@ from mue.plan.values import Values
 from mue.rules.roles import ROLES
 from mue.rules.table import ZERO_INIT, Rule
 from mue.shapes import Block, HParams, Transformer
-from mue.shapes.hparams import THIRDS, TIMES, third_of
+from mue.shapes.hparams import THIRDS, TIMES, third_and_role, third_of
 from mue.util.errors import nearest
 from mue.util.text import number
 
@@ -33,7 +33,7 @@ def check_roles(tuned: HParams, base: Transformer) -> None:
     """``ValueError`` for a per-role value of a role, of a thing, or in a third of the base, that does not exist."""
     known = [r for r in ROLES if ROLES[r].trained]
     for where, values in tuned.roles.items():
-        third, _, role = where.rpartition(".")
+        third, role = third_and_role(where)
         if role not in known:
             raise ValueError(f"unknown role {role!r} in tuned.roles{nearest(role, known)}")
         if third and third not in THIRDS:
@@ -92,7 +92,7 @@ def base_values(role: str, base: Transformer, tuned: HParams, convention: Conven
 
 def thirds_in(tuned: HParams) -> set[str]:
     """The thirds that have values of their own."""
-    return {third for where in tuned.roles for third, dot, _ in [where.rpartition(".")] if dot}
+    return {third for third, _ in map(third_and_role, tuned.roles) if third}
 
 
 def split_by_third(shape: Transformer, tuned: HParams) -> Iterator[tuple[Block, str]]:
@@ -146,7 +146,7 @@ def notes(tuned: HParams, rule: Rule, base: Transformer, target: Transformer) ->
     counts, found = target.counts(), []
     followed: dict[str, list[str]] = {}
     for where, values in tuned.roles.items():
-        third, _, name = where.rpartition(".")
+        third, name = third_and_role(where)
         reached = [r for r in ROLES if counts.get(r) and name in ROLES[r].tuned_as]
         if not reached:
             found.append(f"tuned.roles.{where}: the target has no {name}, so it is used by nothing")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from fractions import Fraction
 
 from mue.plan.base import base_of
-from mue.plan.blocks import Change, block_plan, carried_betas, check_output_multiplier, merge
+from mue.plan.blocks import Transition, block_plan, carried_betas, check_output_multiplier, merge
 from mue.plan.convention import Convention
 from mue.plan.notes import notes
 from mue.plan.per_role import split_by_third
@@ -103,24 +103,26 @@ def plan_of(inputs: Inputs) -> PlanData:
     #       ρ_B, ρ_D          tokens of a step and of the run; s = √(ρ_B/ρ_D) = √(T*/T) is the factor of the SDE rule on
     #                         rates (2605.23893, Table 2; the rule's duration_exponent may say otherwise)
     #    Of these only ρ_e depends on the block. Rather no plan than one by a rule that has no answer to a change:
-    change = Change(base.shape, target, base.training, inputs.training or base.training)
-    ratios = change.ratios(target.blocks[0])
+    transition = Transition(base.shape, target, base.training, inputs.training or base.training)
+    ratios = transition.ratios(target.blocks[0])
     refuse(rule, base.shape, target, ratios)
 
-    # 4. Every role of every kind of block: the base's value × the table's factor; and A and R of its feed-forward branch.
+    # 4. Every role of every kind of block: the base's value × the table's factor; and A and R of its feed-forward branch. By
+    #    complete-mue at α = 1, a down projection is drawn with σ*·r^-½·ρ_e^½, moves with η·r^-1·s and decays with λ·r·s, an
+    #    expert's as a dense one's, and its branch is multiplied by A = A*/ρ_e and R = a (conventions 3).
     #    A third of the depth that has tuned values of its own makes a kind of block of its own.
-    blocks = tuple(block_plan(rule, change, base, block, third) for block, third in split_by_third(target, base.tuned))
+    blocks = tuple(
+        block_plan(rule, transition, base, block, third) for block, third in split_by_third(target, base.tuned)
+    )
     check_output_multiplier(target, blocks)
 
     # 5. What holds for the whole model, in the forward pass and in Adam:
     return PlanData(
-        inputs=replace(
-            inputs, options=as_json(rule.options)
-        ),  # written out: a default that changes later changes no plan
+        inputs=replace(inputs, options=as_json(rule.options)),  # all of them: a new default changes no stored plan
         rule=rule,
         tuned=base.tuned,
         target=target,
-        training=change.training,
+        training=transition.training,
         blocks=blocks,
         roles=merge(blocks),
         # l^-α on both branches of every block, so that a sum of l times as many moves as before (CompleteP Table 1)
@@ -131,6 +133,6 @@ def plan_of(inputs: Inputs) -> PlanData:
         attention_scale=base.attention_scale
         * (base.shape.head_dim / target.head_dim) ** float(rule.attention_exponent),
         # averages that last the same part of a run: 1-β × T*/T (2605.23893, Table 2)
-        betas=carried_betas(base.betas, rule, change, ratios),
+        betas=carried_betas(base.betas, rule, transition, ratios),
         notes=notes(rule, base.shape, target, base.tuned, planned_base=base.plan is not None),
     )

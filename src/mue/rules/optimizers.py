@@ -39,11 +39,19 @@ _BATCH = {
     "batch": "{0} under another batch is not derived: the √ rule is Adam's",
     "duration": "{0} over another number of tokens is not derived: the SDE rule is Adam's",
 }
+_NO_GRADIENT = "it needs the scale of every gradient, and this table's eps does not give it"
 _SHARE = "an expert's gradient falls with its share of the tokens, to a power between 1/2 and 1, and {0} does not normalise it"
 
 
 def for_optimizer(rule: Rule, optimizer: str) -> Rule:
-    """The rule as it reads for ``optimizer``; ``ValueError`` where that was not derived."""
+    """The rule as it reads for another optimizer.
+
+    Args:
+        optimizer: from :data:`mue.shapes.OPTIMIZERS`.
+
+    Raises:
+        ValueError: an unknown optimizer, or a rule that nobody has derived for it, with the reason.
+    """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer {optimizer!r} is not understood{nearest(optimizer, OPTIMIZERS)}")
     if rule.optimizer == "any" or (rule.optimizer, optimizer) in {("adam", "adamw"), ("hyperball", "hyperball")}:
@@ -72,6 +80,7 @@ def _derived(rule: Rule, optimizer: str, change: Callable[[str, Row], Row], **mo
 
 
 def _refuse(rule: Rule, optimizer: str, *axes: dict[str, str]) -> dict[str, str]:
+    """What the rule refuses, and what its reading for this optimizer refuses beyond that."""
     new = {axis: reason.format(optimizer) for table in axes for axis, reason in table.items()}
     return {**rule.refuses, **{axis: reason for axis, reason in new.items() if axis not in rule.refuses}}
 
@@ -83,9 +92,10 @@ def _at_one_run(cell: Monomial) -> Monomial:
     return cell
 
 
-def _need(rule: Rule, optimizer: str, what: str, has: bool) -> None:
-    if not has:
-        raise ValueError(f"rule {rule.name!r} under {optimizer!r} is not derived: {what}")
+def _require(rule: Rule, optimizer: str, holds: bool, reason: str) -> None:
+    """``ValueError`` with the reason where a derivation asks for what a table does not have."""
+    if not holds:
+        raise ValueError(f"rule {rule.name!r} under {optimizer!r} is not derived: {reason}")
 
 
 def _nadamw(rule: Rule) -> Rule:
@@ -105,7 +115,7 @@ def _adamw_independent(rule: Rule) -> Rule:
 
 def _adam_l2(rule: Rule) -> Rule:
     """wd·W/√v with √v ∝ γ is a shrink of lr·wd/γ: equal to torch's form for wd = λ·γ, batch and duration included."""
-    _need(rule, "adam-l2", "it needs the scale of every gradient, and this table's eps does not give it", rule.gradient)
+    _require(rule, "adam-l2", rule.gradient, _NO_GRADIENT)
     refuses = _refuse(rule, "adam-l2", {"sparsity": _SHARE})
     return _derived(
         rule, "adam-l2", lambda _, row: replace(row, weight_decay=row.weight_decay * row.eps), refuses=refuses
@@ -114,7 +124,7 @@ def _adam_l2(rule: Rule) -> Rule:
 
 def _sgd(rule: Rule) -> Rule:
     """lr·γ must be η, and lr·wd must be η·λ. Momentum 1-β and the rate of a longer run are not settled: refused."""
-    _need(rule, "sgd", "it needs the scale of every gradient, and this table's eps does not give it", rule.gradient)
+    _require(rule, "sgd", rule.gradient, _NO_GRADIENT)
 
     def change(_: str, row: Row) -> Row:
         γ = _at_one_run(row.eps)
@@ -124,13 +134,10 @@ def _sgd(rule: Rule) -> Rule:
 
 
 def _relative(rule: Rule, optimizer: str) -> None:
-    zero = any(row.init == ZERO_INIT or "init_std" in row.unknown for row in rule.rows.values())
-    _need(
-        rule,
-        optimizer,
-        "its step is relative to the weight, and this table has a weight without a known init",
-        not zero,
-    )
+    """The derivations for steps relative to a weight's size ask for the size it starts with."""
+    unknown = any(row.init == ZERO_INIT or "init_std" in row.unknown for row in rule.rows.values())
+    reason = "its step is relative to the weight, and this table has a weight without a known init"
+    _require(rule, optimizer, not unknown, reason)
 
 
 _RELATIVE_NOTE = (
@@ -169,7 +176,7 @@ def _muon(rule: Rule) -> Rule:
     (the normalised weights average the experts). Depth stays ρ_L^(α-1). With shared experts the average and the shared
     outputs add up, and nobody derived that sum. Weight decay keeps η·λ (2512.05620 wants that product ∝ 1/width).
     """
-    _need(rule, "muon", "only tables with CompleteP's widths and depth carry over", rule.spectral)
+    _require(rule, "muon", rule.spectral, "only tables with CompleteP's widths and depth carry over")
     A = rule.output_multiplier
 
     def change(role: str, row: Row) -> Row:

@@ -34,6 +34,12 @@ def third_of(layer: int, layers: int) -> str:
     return THIRDS[3 * (2 * layer + 1) // (2 * layers)]
 
 
+def third_and_role(table: str) -> tuple[str, str]:
+    """A table of ``tuned.roles`` as (third, role): ``"first_third.ffn_up"``, or ``("", role)`` for the whole depth."""
+    third, _, role = table.rpartition(".")
+    return third, role
+
+
 @dataclass(frozen=True)
 class Training:
     """A run: ``batch`` in tokens per step, ``steps``; ``tokens`` = D."""

@@ -22,7 +22,7 @@ from mue.lab.train.spec import PLAN_TABLES, settings_from
 from mue.lab.train.task import task_of
 from mue.plan.toml import check_keys, shape_from, table_of, training_from, tuned_from
 from mue.shapes import HParams, Training, Transformer
-from mue.shapes.hparams import THIRDS
+from mue.shapes.hparams import THIRDS, third_and_role
 from mue.util.files import digest, write_json, write_text
 
 
@@ -176,7 +176,7 @@ def tuned_toml(tuned: HParams, verdict: str) -> str:
     values = {k: v for k, v in tuned.to_dict().items() if k != "roles" and v is not None}
     lines = [f"# mue tune-roles: {verdict}", "[tuned]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
     for third in ("", *THIRDS):
-        rows = {w.rpartition(".")[2]: table for w, table in tuned.roles.items() if w.rpartition(".")[0] == third}
+        rows = {third_and_role(w)[1]: table for w, table in tuned.roles.items() if third_and_role(w)[0] == third}
         if rows:
             lines += ["", f"[tuned.roles{third and '.'}{third}]"]
         for role, table in rows.items():
