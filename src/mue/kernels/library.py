@@ -46,6 +46,7 @@ def forget() -> None:
 
 @constant
 def built() -> bool:
+    """Whether there is a library; a constant to torch.compile."""
     return loaded() is not None
 
 

@@ -107,10 +107,17 @@ class Bench:
 def measure(
     steps: Mapping[str, Callable[[Input], object]], inputs: Callable[[], Input], seconds: float, least: int = 3
 ) -> dict[str, list[float]]:
-    """Milliseconds by name, on a new input each time. In a round every step runs once, in random order; all get the same share of the time.
+    """Time steps against each other in rounds: in each, every step runs once on a new input, in random order.
 
-    A slow step so takes part in fewer rounds, at least `least` and the first ones: `times[a][i]` and `times[b][i]` are
-    of the same round, which is what `ratios` needs.
+    All get the same share of the time. A slow step so takes part in fewer rounds, the first ones: `times[a][i]` and
+    `times[b][i]` are of the same round, which is what `ratios` needs.
+
+    Args:
+        steps: by name, each a function of an input. inputs: makes one.
+        seconds: in all. least: rounds of the slowest step.
+
+    Returns:
+        Milliseconds of every round, by name.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():

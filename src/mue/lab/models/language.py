@@ -149,7 +149,11 @@ class LanguageModel(nn.Module):
         return Output(logits_BTV, loss, routings, losses)
 
     def end_step_(self, bias_speed: float) -> None:
-        """After every optimizer step: what routers change by themselves (a balance bias by ``bias_speed``, what is drawn next)."""
+        """After every optimizer step: what routers change by themselves.
+
+        Args:
+            bias_speed: one step of a balance bias, in units of the score.
+        """
         for block in self.blocks:
             if isinstance(block, TransformerBlock) and block.moe is not None:
                 block.moe.end_step_(bias_speed)

@@ -1,6 +1,7 @@
 """A MoE block of stacked variants: variants × experts are just more groups of one grouped product.
 
-Routing stays a loop over the variants, each with its own router: routers are what research changes, and whatever one does, it does here too.
+Routing stays a loop over the variants, each with its own router (its buffers, seed and step included): routers are what
+research changes, and whatever one does, it does here too.
 
 Shape suffixes: V variants, T tokens, D width, N experts.
 """

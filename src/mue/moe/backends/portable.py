@@ -136,17 +136,8 @@ def _backward(
         dhidden, up = scratch("dhidden", size, inner), up_MH[span]
         _products(dy, down_NDH, chunk, dhidden)
         act, dup = scratch("act", size, inner), scratch("dup", size, inner)
-        dgate = None
-        if gate_NHD is not None:
-            gate = gate_MH[span]
-            torch.ops.aten.silu.out(gate, out=act)
-            torch.mul(dhidden, act, out=dup)
-            act.mul_(up)
-            dgate = dhidden.mul_(up)
-            torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
-        else:
-            torch.ops.aten.gelu.out(up, out=act)
-            torch.ops.aten.gelu_backward.grad_input(dhidden, up, grad_input=dup)
+        gate = None if gate_NHD is None else gate_MH[span]
+        dgate = _activation_gradients(dhidden, gate, up, act, dup)
         if ddown_NDH is not None:
             _outer_products(dy, act, chunk, ddown_NDH)
         x = torch.index_select(x_TD, 0, order.token_M[span], out=scratch("dy", size, width))
@@ -171,6 +162,20 @@ def _backward(
         dot = torch.ops.aten._embedding_bag_per_sample_weights_backward
         dweight_P = dot(dy_TD, y_MD, row_P, row_P, token_P, 0).to(weight_P.dtype)
     return [dx_TD, dweight_P, dgate_NHD, dup_NHD, ddown_NDH, None, None, None]
+
+
+def _activation_gradients(dhidden: Tensor, gate: Tensor | None, up: Tensor, act: Tensor, dup: Tensor) -> Tensor | None:
+    """Of hidden = silu(gate) · up, or gelu(up): fills ``act`` with hidden and ``dup``; dgate takes the place of ``dhidden``."""
+    if gate is None:
+        torch.ops.aten.gelu.out(up, out=act)
+        torch.ops.aten.gelu_backward.grad_input(dhidden, up, grad_input=dup)
+        return None
+    torch.ops.aten.silu.out(gate, out=act)
+    torch.mul(dhidden, act, out=dup)
+    act.mul_(up)
+    dgate = dhidden.mul_(up)
+    torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
+    return dgate
 
 
 def _empty_gradient(weight: Tensor | None, empty: list[int]) -> Tensor | None:

@@ -1,4 +1,6 @@
-"""Random routing: a of N experts drawn anew for every token. What a learned router has to beat (2110.04260 finds ones that do not).
+"""Random routing: a of N experts drawn anew for every token.
+
+What a learned router has to beat; 2110.04260 finds ones that do not.
 
 Shape suffixes: T tokens, N experts, K active experts per token.
 """
