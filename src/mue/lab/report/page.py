@@ -50,7 +50,14 @@ def text(words: str, *, warn: bool = False) -> dict[str, Any]:
 def write_report(
     folder: Path, title: str, lead: str, sections: Sequence[Section], cards: Sequence[tuple[str, str]] = ()
 ) -> Path:
-    """Write ``folder/report.html`` and ``folder/<section>.png`` for each picture, each file atomically."""
+    """Write ``folder/report.html`` and ``folder/<section>.png`` for each picture, each file atomically.
+
+    Args:
+        lead: the sentence below the title. cards: (what, value) of the numbers to see first.
+
+    Returns:
+        The page's path.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     rendered = []
@@ -131,7 +138,7 @@ def runs_section(named: Sequence[tuple[str, Run, Mapping[str, Any]]], facts: Seq
 
 
 def run_report(folder: Path) -> Path:
-    """The report of one training run, from its folder."""
+    """Write the report of one training run into its folder. ``ValueError`` where it has not ended."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     run = Run.from_dict({k: config[k] for k in ("plan", "settings", "data")})
     store = Store(folder.parent.parent)

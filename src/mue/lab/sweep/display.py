@@ -90,7 +90,8 @@ def loss_words(result: Mapping[str, Any]) -> str:
 def sweep_table(trials: Sequence[Trial], title: str, steps: int, seconds: float | None = None) -> RenderableType:
     """The table of a sweep: how far it is, the best cells with their valleys, the runs in progress.
 
-    ``steps``: of a whole run. ``seconds``: since this worker started.
+    Args:
+        steps: of a whole run. seconds: since this worker started; None: of a look from outside.
     """
     count = Counter(t.state for t in trials)
     diverged = sum(t.state == "COMPLETE" and (t.result or {}).get("val_loss") is None for t in trials)

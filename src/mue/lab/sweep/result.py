@@ -25,7 +25,8 @@ _DIP = 0.5
 class Cell:
     """All runs with one weight decay and init std, and the valley fitted over their learning rates.
 
-    ``valley`` is None where no run has a loss, and in a sweep of many cells where others lie lower.
+    Attributes:
+        points: by learning rate, then seed. valley: None where no run has a loss, and in a sweep of many cells where others lie lower.
     """
 
     weight_decay: float
@@ -73,7 +74,14 @@ class Cell:
 
 @dataclass(frozen=True)
 class SweepResult:
-    """A finished sweep: what was asked for, its cells, the best of them, and the tuned values."""
+    """A finished sweep.
+
+    Attributes:
+        spec: what was asked for. cells: by weight decay, then init std. best: the deepest of them. tuned: the values it gives.
+        runs, diverged: how many ran to their end, and how many of these have no loss.
+        stopped: how many were given up early as hopeless: no loss, but known to be high where they are, as a diverged run is.
+        trials: what it was fitted from, and whatever else the storage holds.
+    """
 
     spec: SweepSpec
     cells: tuple[Cell, ...]
@@ -82,9 +90,7 @@ class SweepResult:
     runs: int
     diverged: int
     stopped: int
-    """Hopeless runs that were given up early: no loss, but known to be high where they are, as a diverged run is."""
     trials: tuple[Trial, ...]
-    """What it was fitted from, and whatever else the storage holds."""
 
     @property
     def verdict(self) -> str:

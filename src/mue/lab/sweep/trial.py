@@ -9,11 +9,9 @@ from functools import cached_property
 from typing import Any, Literal
 
 Point = dict[str, float]
-
-
+"""The values that a sweep looks for (lr, weight decay, init std), and the seed."""
 State = Literal["WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL"]
-
-
+"""Optuna's words: PRUNED was stopped early, FAIL was withdrawn."""
 OPEN = ("WAITING", "RUNNING")
 
 
@@ -35,6 +33,13 @@ class Trial:
     owner: str | None = None
     progress: dict[str, Any] | None = None
     quiet: float | None = None
+
+    @classmethod
+    def from_rows(cls, attributes: Mapping[str, Any], id: int, number: int, state: State, quiet: float | None) -> Trial:
+        """The trial of a row of the storage's table of trials, and of those of its attributes that are ours."""
+        get = attributes.get
+        silence = None if quiet is None else float(quiet)  # PostgreSQL says a decimal
+        return cls(id, number, state, attributes["point"], get("result"), get("owner"), get("progress"), silence)
 
     @cached_property
     def name(self) -> str:

@@ -46,8 +46,10 @@ _SET = (
 class Trials:
     """The trials of the study ``name`` in ``database``.
 
-    ``lease``: seconds without a sign of life after which a worker has lost its trial; the first worker of a sweep says it,
-    the others find it (None). ``make``: make the study where there is none; else nothing is written before it is asked for.
+    Args:
+        lease: seconds without a sign of life after which a worker has lost its trial; the first worker of a sweep says it, the
+            others find it (None).
+        make: make the study where there is none; else nothing is written before it is asked for.
 
     Raises:
         ValueError: a lease that differs; no such study to read.
@@ -205,11 +207,13 @@ class Trials:
             return heads, self._attributes(execute, new, "<> 'curve'")  # those are long
 
         heads, rows = self.database.run(work, write=False)
-        said: dict[int, dict[str, Any]] = {}
+        attributes: dict[int, dict[str, Any]] = {}
         values = json.loads(f"[{','.join([text for _, _, text in rows])}]")  # tens of thousands: not one by one
         for (trial, key, _), value in zip(rows, values, strict=True):
-            said.setdefault(trial, {})[key] = value
-        fresh = {row[0]: _trial(row, said[row[0]]) for row in heads if "point" in said.get(row[0], ())}
+            attributes.setdefault(trial, {})[key] = value
+        fresh = {
+            row[0]: Trial.from_rows(attributes[row[0]], *row) for row in heads if "point" in attributes.get(row[0], ())
+        }
         self.ended.update((trial.id, trial) for trial in fresh.values() if trial.state not in OPEN)
         found = [self.ended.get(row[0]) or fresh.get(row[0]) for row in heads]
         return [trial for trial in found if trial]  # what others put into the study by other means is not ours
@@ -339,11 +343,3 @@ class Trials:
             " VALUES (:trial, :name, :value, :kind)",
             [{"trial": t, "name": k, "value": float(v), "kind": kinds[k]} for t, p in placed for k, v in p.items()],
         )
-
-
-def _trial(head: tuple[Any, ...], said: dict[str, Any]) -> Trial:
-    trial, number, state, quiet = head
-    silence = None if quiet is None else float(quiet)
-    return Trial(
-        trial, number, state, said["point"], said.get("result"), said.get("owner"), said.get("progress"), silence
-    )

@@ -32,7 +32,8 @@ _FEWEST = 3  # learning rates with a loss, before which there is no valley to ju
 class PartialRun:
     """One run of a sweep, as far as it went.
 
-    curve: (step, training loss). loss: at its end; NaN or inf: it diverged; None: it was stopped early, or still trains.
+    Attributes:
+        curve: (step, training loss in nats). loss: at its end; NaN or inf: it diverged; None: it was stopped early, or still trains.
     """
 
     log2_lr: float
@@ -49,8 +50,10 @@ def rung(step: int, steps: int) -> int:
 def hopeless(run: PartialRun, others: Sequence[PartialRun], steps: int) -> bool:
     """Whether a run may be stopped now.
 
-    others: those of the same valley (one weight decay, one init std) that have ended; the stopped ones have no loss.
-    steps: length of a whole run. A run that may have diverged (a loss that is not finite) is not ours to judge.
+    Args:
+        run: as far as it is. One that may have diverged (a loss that is not finite) is not ours to judge.
+        others: those of the same valley (one weight decay, one init std) that have ended; the stopped ones have no loss.
+        steps: length of a whole run.
     """
     trained = [o for o in others if o.loss is not None and math.isfinite(o.loss)]
     if not run.curve or len({o.log2_lr for o in trained}) < _FEWEST:

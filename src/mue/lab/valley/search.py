@@ -41,10 +41,12 @@ _DOUBT = 2.0  # standard deviations that a cell's depth may be off
 class Space:
     """What a search may ask for, and what it is to reach.
 
-    lr: the ends of the range. weight_decay, init_std: the values to choose among. seeds: of the replicates; the more, the
-    better, since runs of one seed err together. precision: octaves; the search stops when the 95 % interval of the minimum
-    is no wider than twice this. budget: runs in all, diverged and stopped ones included. extend: go beyond an end of the
-    range at which the minimum lies, at most six octaves.
+    Attributes:
+        lr: the ends of the range. weight_decay, init_std: the values to choose among.
+        seeds: of the replicates; the more, the better, since runs of one seed err together.
+        precision: octaves; the search stops when the 95 % interval of the minimum is no wider than twice this.
+        budget: runs in all, diverged and stopped ones included.
+        extend: go beyond an end of the range at which the minimum lies, at most six octaves.
     """
 
     lr: tuple[float, float]
@@ -110,8 +112,9 @@ class CellResult:
 class Verdict:
     """What is known so far.
 
-    done: nothing more is asked for. why: in a sentence, with what would help. reached: half the width of the interval of
-    the minimum in octaves, inf where a side has no bound. interval: of log2 lr, of the best cell.
+    Attributes:
+        done: nothing more is asked for. why: in a sentence, with what would help.
+        interval: of the best cell's minimum, in log2 lr. reached: half its width in octaves, inf where a side has no bound.
     """
 
     done: bool
@@ -125,7 +128,15 @@ class Verdict:
 def next_points(
     space: Space, results: Sequence[Observation], running: Sequence[Proposal], count: int
 ) -> list[Proposal]:
-    """Up to ``count`` runs to start now; empty when the search is done, or must wait for what is running."""
+    """What to train next.
+
+    Args:
+        results: of every run that ended, in any order. running: those under way.
+        count: how many more can be trained at once.
+
+    Returns:
+        Up to ``count`` runs; none when the search is done, or must wait for what is running.
+    """
     proposals: list[Proposal] = []
     if verdict(space, results).done:
         return proposals
