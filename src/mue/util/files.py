@@ -98,7 +98,7 @@ class FileLock:
 
         if self.make:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = self.path.open("ab" if self.make else "rb+")  # to write: network file systems lock nothing else
+        file = self.path.open("ab" if self.make else "rb")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (fcntl.LOCK_NB if self.busy else 0))
         except BlockingIOError:

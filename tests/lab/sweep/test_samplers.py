@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -105,3 +106,17 @@ def test_a_grid_asks_for_everything_at_once_and_a_search_for_nothing() -> None:
     for name in ("valley", "random", "tpe"):
         sampler = sampler_of(Grid((0.1, 0.2, 0.4), (0.0, 0.1), (0.02,), sampler=name, trials=5))
         assert sampler.points() == [] and len(sampler.propose([], 2)) == 2
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe", "valley"])
+def test_searches_ask_for_new_points_within_their_ranges(experiment: Path, sampler: str) -> None:
+    listed = sweep_from(read_toml(experiment), experiment.parent).grid
+    grid = replace(listed, sampler=sampler, trials=12, seeds=(0, 1))
+    trials: list[Trial] = []
+    while points := sampler_of(grid).propose(trials, 3):
+        for point in points:
+            loss = 2 + (point["lr"] - 0.008) ** 2 * 100
+            trials.append(Trial(len(trials) + 1, len(trials), "COMPLETE", point, {"val_loss": loss}))
+    assert 1 <= len(trials) <= 12
+    assert len({tuple(t.point.items()) for t in trials}) == len(trials)
+    assert all(0.002 * 0.999 <= t.point["lr"] <= 0.032 * 1.001 and t.seed in (0, 1) for t in trials)
