@@ -130,28 +130,30 @@ def token_encoder(files: list[SourceFile], tokenizer: Path | None, dtype: str | 
 def _sidecar(file: SourceFile, dtype: str | None, vocab: int | None) -> tuple[str, int, str, int | None]:
     """dtype, vocab, tokenizer and separator of a .bin, from the JSON beside it or from the caller."""
     companion = beside(file.path)
-    said: dict[str, Any] = {}
+    sidecar: dict[str, Any] = {}
     if companion is not None:
         read = read_json(companion)
         if not isinstance(read, dict):
             raise ValueError(
                 f'{companion}: not a JSON object; it needs {{"dtype": "uint16", "vocab": ..., "tokenizer": ...}}'
             )
-        said = read
+        sidecar = read
     for key, value in (("dtype", dtype), ("vocab", vocab)):
-        if value is not None and said.setdefault(key, value) != value:
-            raise ValueError(f"{companion}: says {key} = {said[key]!r}, the caller {value!r}; leave out one of the two")
-    missing = [key for key in ("dtype", "vocab") if key not in said]
+        if value is not None and sidecar.setdefault(key, value) != value:
+            raise ValueError(
+                f"{companion}: says {key} = {sidecar[key]!r}, the caller {value!r}; leave out one of the two"
+            )
+    missing = [key for key in ("dtype", "vocab") if key not in sidecar]
     if missing:
         raise ValueError(
             f"{file.path}: {' and '.join(missing)} of its tokens unknown; pass them, or write"
             f' {{"dtype": "uint16", "vocab": 50257}} to {companion or file.path.with_suffix(".json")}'
         )
-    kind, size, separator = said["dtype"], said["vocab"], said.get("separator")
+    kind, size, separator = sidecar["dtype"], sidecar["vocab"], sidecar.get("separator")
     if kind not in ("uint8", "uint16", "uint32"):
         raise ValueError(f"{file.path}: dtype {kind!r} of tokens is not supported; use uint16 or uint32")
     if not isinstance(size, int) or isinstance(size, bool) or size < 2:
         raise ValueError(f"{file.path}: vocab must be a whole number of at least 2, not {size!r}")
     if file.size % np.dtype(kind).itemsize:
         raise ValueError(f"{file.path}: {file.size} bytes are no whole number of {kind} tokens; check the dtype")
-    return kind, size, str(said.get("tokenizer", "unknown")), separator if isinstance(separator, int) else None
+    return kind, size, str(sidecar.get("tokenizer", "unknown")), separator if isinstance(separator, int) else None

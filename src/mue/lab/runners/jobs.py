@@ -1,4 +1,4 @@
-"""The work of a worker process (``mue.lab.runners.worker``): jobs as they come, alone or in stacks, and what is said of them."""
+"""The work of a worker process (``mue.lab.runners.worker``): it takes jobs as they come, trains them alone or in stacks, and answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ Job = dict[str, Any]
 
 
 class Jobs:
-    """What is open in this process: corpora, and stacks under way by their kind."""
+    """What is open in this process: corpora, and stacks under way by their kind.
+
+    Args:
+        out: where messages go, a line of JSON each. stopped: keys of the runs to give up; another thread adds to it.
+    """
 
     def __init__(self, out: TextIO, stopped: Container[str]) -> None:
         self.out, self.stopped = out, stopped
@@ -55,6 +59,7 @@ class Jobs:
                 del self.stacks[kind]
 
     def _corpus(self, run: Run) -> Corpus:
+        """The run's corpus, opened once in this process; ``ValueError`` where its text is not that which the run was planned on."""
         source = json.dumps(run.data["source"], sort_keys=True)
         if source not in self.corpora:
             self.corpora[source] = open_corpus(run.data["source"])
@@ -66,6 +71,7 @@ class Jobs:
         return corpus
 
     def _train(self, job: Job, run: Run, store: Store, corpus: Corpus) -> dict[str, Any]:
+        """Train a run alone, to its end."""
         return train(
             run,
             store,
@@ -77,6 +83,7 @@ class Jobs:
         )
 
     def _join(self, job: Job, run: Run, store: Store, corpus: Corpus) -> dict[str, Any] | None:
+        """Put a run into the stack of its kind; its result where it has one already."""
         kind = stack_kind(run)
         stack = self.stacks.get(kind) or StackedRuns(
             compiled=job["compiled"], checkpoint_seconds=job["checkpoint_seconds"]

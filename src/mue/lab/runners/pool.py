@@ -1,4 +1,8 @@
-"""The runner: worker processes (``mue.lab.runners.worker``), each with one run or with a stack of them."""
+"""The runner: worker processes (``mue.lab.runners.worker``), each with one run or with a stack of them.
+
+One process submits, the others train; what they send as lines of JSON is read by a thread for each and put into one inbox, so that
+:meth:`Pool.wait` waits at a single place. A worker that dies costs its runs nothing but the time since their checkpoints.
+"""
 
 from __future__ import annotations
 
@@ -22,9 +26,12 @@ DEATHS = 3
 
 @dataclass(frozen=True)
 class WorkerLayout:
-    """How runs are laid out: ``processes`` × ``stack`` at once, each process with ``threads`` threads.
+    """How runs are laid out on a machine: ``processes`` × ``stack`` at once.
 
-    ``devices`` are the GPUs (as CUDA_VISIBLE_DEVICES has them) that the processes take in turn; none: whatever torch sees.
+    Attributes:
+        processes: worker processes. threads: of each. stack: runs that each computes as one program (1: one after the other).
+        compiled: their blocks are compiled. devices: the GPUs, as CUDA_VISIBLE_DEVICES names them, that the processes take in turn;
+            none: what torch sees.
     """
 
     processes: int
@@ -57,7 +64,12 @@ class _RunInFlight:
 
 
 class Pool:
-    """A :class:`mue.lab.runners.runner.Runner`; workers are started when they are first needed."""
+    """A :class:`mue.lab.runners.runner.Runner`; workers are started when they are first needed.
+
+    Args:
+        layout: how many processes, and what each does. store: where runs are kept. checkpoint_seconds: time between checkpoints.
+        why: the sentence that says why this layout.
+    """
 
     def __init__(self, layout: WorkerLayout, store: Store, checkpoint_seconds: float = 10.0, why: str = "") -> None:
         self.layout, self.store, self.checkpoint_seconds, self.why = layout, store, checkpoint_seconds, why
@@ -162,6 +174,7 @@ class Pool:
             self.send(index, job)
 
     def send(self, index: int, line: dict[str, Any]) -> None:
+        """A line to a worker's stdin."""
         pipe = self.workers[index].stdin
         assert pipe is not None
         try:
@@ -171,6 +184,7 @@ class Pool:
             pass  # it has died: wait() hears of that
 
     def _start(self, index: int) -> subprocess.Popen[str]:
+        """Start the worker of a place, with the thread that listens to it."""
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(self.layout.threads),
@@ -192,6 +206,7 @@ class Pool:
         return process
 
     def _listen(self, index: int, process: subprocess.Popen[str]) -> None:
+        """Put a worker's messages into the inbox, and None once it has ended."""
         assert process.stdout is not None
         for line in process.stdout:
             if line.endswith("\n"):  # else it was killed in the middle of a word
@@ -206,7 +221,7 @@ def _stopped_result(flight: _RunInFlight) -> Done:
 
 
 def _last_message(run: Run, message: dict[str, Any]) -> Message | Exception:
-    """A worker's last word on a run."""
+    """What becomes of a worker's last message on a run."""
     if "result" in message:
         return Done(run, message["result"])
     if message["kind"] == "busy":

@@ -31,7 +31,7 @@ def run_all(
         Key → result of all runs. Those with the same key are trained once.
 
     Raises:
-        ValueError, OSError: what a run said of its input or of the disk. mue.lab.runners.runner.FailedError: an error of ours,
+        ValueError, OSError: what was wrong with a run's input or the disk. mue.lab.runners.runner.FailedError: an error of ours,
         with its text. mue.lab.train.run.BusyError: another process trains one of them.
     """
     listener = listener or RunListener()

@@ -20,7 +20,7 @@ KINDS = ("auto", "processes", "stacked")
 
 @dataclass(frozen=True)
 class Progress:
-    """A run has reached ``step``; ``loss`` is that step's training loss in nats."""
+    """A run has reached ``step``; ``loss`` is that step's training loss, in its task's unit."""
 
     key: str
     step: int
@@ -68,7 +68,7 @@ class Runner(Protocol):
         and where nothing is in flight.
 
         Raises:
-            ValueError, OSError: what a run said of its input or of the disk; that run is no longer in flight.
+            ValueError, OSError: what was wrong with a run's input or the disk; that run is no longer in flight.
             FailedError: an error of ours, with its text; also where a run's process died again and again. That run is no longer
                 in flight either.
         """

@@ -20,6 +20,11 @@ class StackedRuns:
     """Runs of one kind (``stack_kind``), as many as join, trained together; compiled or not.
 
     Eagerly the stack always has the size of what is in it. A compiled one is made again only where that pays for compiling.
+
+    Attributes:
+        sessions: of the runs under way, by key. stack: the program that computes them; None before the first step.
+        interval: seconds between checkpoints; it grows, at most to ``longest``, where many runs have one to write.
+        made_seconds, step_seconds: what the last step took that made the stack anew, and the last that did not.
     """
 
     def __init__(self, *, compiled: bool = False, checkpoint_seconds: float = 10.0) -> None:
@@ -30,7 +35,14 @@ class StackedRuns:
         self.made_seconds = self.step_seconds = 0.0
 
     def join(self, run: Run, store: Store, corpus: Corpus) -> dict[str, Any] | None:
-        """Begin a run or go on with it; its result at once where it has one. Raises as ``mue.lab.train.session.train``."""
+        """Begin a run or go on with it.
+
+        Returns:
+            Its result, where it has one already.
+
+        Raises:
+            BusyError, ValueError: as ``mue.lab.train.session.train``.
+        """
         with ExitStack() as opened:
             session = open_session(run, store, corpus, opened)
             if not isinstance(session, TrainingSession):
@@ -39,10 +51,13 @@ class StackedRuns:
         return None
 
     def advance(self, stop: Container[str]) -> list[tuple[TrainingSession, dict[str, Any] | None]]:
-        """One step of all of them; those that have something to say, with the results of those that have ended.
+        """One step of all of them.
 
         Args:
             stop: keys to give up.
+
+        Returns:
+            The sessions with a logged step, each with its result where it has ended. Those are no longer in the stack.
         """
         started = time.monotonic()
         stack, new = self._fitting()

@@ -27,7 +27,7 @@ SHORTEST = 8  # tokens: below, too many windows look the same whatever was done 
 class OrderTask(LanguageTask):
     """Which of :data:`CLASSES` a window is, read off the last position, where a causal decoder has seen all of it.
 
-    A batch is (windows (B, T), classes (B, 1)). A class is said as the token of its number, so that the decoder of the language task serves
+    A batch is (windows (B, T), classes (B, 1)). A class is predicted as the token of its number, so that the decoder of the language task serves
     as it is, and with it its stacks. The kinds are not equally hard: a shuffled window shows in every pair of neighbours, a swapped one at
     a single seam.
     """

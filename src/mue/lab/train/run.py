@@ -140,10 +140,12 @@ class Run:
         return digest(self.effective)
 
     def to_dict(self) -> dict[str, Any]:
+        """The run for JSON; :meth:`from_dict` reads it back."""
         return {"plan": self.plan.inputs.to_dict(), "settings": self.settings.to_dict(), "data": self.data}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Run:
+        """The run that :meth:`to_dict` wrote, planned anew from its inputs."""
         return cls(plan_of(inputs_from_dict(data["plan"])), Settings(**data["settings"]), data["data"])
 
 
@@ -158,6 +160,7 @@ class Store:
         self.root = root
 
     def folder(self, key: str) -> Path:
+        """Where a run's files are, whether it exists yet or not."""
         return self.root / "runs" / key
 
     def result(self, key: str) -> dict[str, Any] | None:

@@ -297,6 +297,7 @@ class TrainingSession:
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
 
     def _result(self) -> dict[str, Any]:
+        """What is known of the run at its end; numbers that are not finite are None, since JSON has none."""
         shape = self.plan.target
         return {
             "key": self.key,

@@ -202,6 +202,7 @@ class StackedSession:
 
     @torch.no_grad()
     def _update_(self) -> None:
+        """The optimizer's step of all runs, each with its own schedule, betas and step count."""
         rows = []
         for session in self.sessions:
             step = session.step + 1 if session else 1
