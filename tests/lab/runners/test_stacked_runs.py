@@ -2,48 +2,21 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
 import signal
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 import mue
-from mue.kernels import build
 from mue.lab.data import Corpus
-from mue.lab.data.spec import describe_data, open_corpus
-from mue.lab.runners.calibrate import Calibration
-from mue.lab.runners.listener import RunListener
-from mue.lab.runners.open import open_runner
-from mue.lab.runners.pool import DEATHS, Pool, WorkerLayout
-from mue.lab.runners.run_all import run_all
-from mue.lab.runners.runner import Done, FailedError, Message, Progress
+from mue.lab.runners.pool import Pool, WorkerLayout
+from mue.lab.runners.runner import Done, Message, Progress
 from mue.lab.sweep.spec import base_plan
-from mue.lab.train.run import Run, Settings, Store
+from mue.lab.train.run import Run, Store
 from mue.lab.train.session import train
-
-BASE = mue.Dense(32, 32, 1, head_dim=16, sequence=32)
-SETTINGS = Settings(eval_every=10, eval_sequences=8, log_every=2)
-
-
-@pytest.fixture(scope="module")
-def source(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
-    return {"source": [str(texts)], "cache": str(tmp_path_factory.mktemp("cache"))}
-
-
-@pytest.fixture(scope="module")
-def corpus(source: dict[str, object]) -> Corpus:
-    return open_corpus(source)
-
-
-def dense_run(source: dict[str, object], corpus: Corpus, lr: float = 0.01, seed: int = 0, steps: int = 24) -> Run:
-    tuned = mue.HParams(lr=lr, weight_decay=0.1, init_std=0.1, clip=1.0)
-    plan = base_plan(BASE, mue.Training(128, steps), tuned)
-    return Run(plan, replace(SETTINGS, seed=seed), describe_data(dict(source), corpus))
+from support.dense_runs import BASE, SETTINGS, dense_run
 
 
 def to_the_end(pool: Pool, runs: int) -> tuple[dict[str, dict[str, object]], list[Message]]:
@@ -154,76 +127,3 @@ def test_a_killed_stack_goes_on_from_its_checkpoints(tmp_path: Path, source: dic
     for run in runs:
         assert results[run.key]["status"] == "finished"
         assert_same_files(whole, store, run.key)
-
-
-def test_a_run_that_kills_its_process_again_and_again_is_given_up(
-    tmp_path: Path, source: dict[str, object], corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    broken = tmp_path / "broken"
-    (broken / "numpy").mkdir(parents=True)
-    (broken / "numpy" / "__init__.py").write_text("import os; os._exit(7)")
-    monkeypatch.setenv("PYTHONPATH", str(broken))
-    run = dense_run(source, corpus)
-    pool = Pool(WorkerLayout(1, 1), Store(tmp_path))
-    try:
-        pool.submit(run)
-        with pytest.raises(FailedError, match=rf"{run.key} died {DEATHS} times at step 0 \(exit code 7\)"):
-            to_the_end(pool, 1)
-        assert pool.wait(1.0) == []
-    finally:
-        pool.close()
-
-
-def test_the_layout_is_measured_once_and_said(
-    tmp_path: Path, source: dict[str, object], corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("MUE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("mue.lab.runners.calibrate.MEASURED_SECONDS", 0.2)
-    run, store = dense_run(source, corpus), Store(tmp_path)
-    first = open_runner("auto", store, example=run, runs=8)
-    assert "measured in" in first.why
-    assert "stacks of 4" in first.why
-    assert "steps/s" in first.why
-    (kept,) = (tmp_path / "cache" / "runner").glob("*.json")
-    rows = json.loads(kept.read_text())["measured"]
-    assert all(math.isfinite(row["rate"]) and row["rate"] > 0 for row in rows)
-    assert not (tmp_path / "runs").exists()  # nothing of it in the user's folder
-    again = open_runner("auto", store, example=run, runs=8)
-    assert "measured before" in again.why
-    assert again.slots == first.slots
-    stacked = open_runner("stacked", store, example=run, runs=8)
-    assert stacked.slots == 4
-    assert open_runner("stacked", store, workers=6).slots == 6
-    assert open_runner("processes", store, workers=3).slots == 3
-    with pytest.raises(ValueError, match="give an example"):
-        open_runner("auto", store)
-    for runner in (first, again, stacked):
-        runner.close()
-
-
-def test_a_measurement_is_of_the_kernel_it_was_made_with(
-    source: dict[str, object], corpus: Corpus, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, kernels = dense_run(source, corpus), [None, Path("one.so"), Path("two.so")]
-    paths = []
-    for kernel in [*kernels, *kernels]:
-        monkeypatch.setattr(build, "find", lambda kernel=kernel: kernel)
-        paths.append(Calibration(run, 2, ()).path)
-    assert paths[:3] == paths[3:] and len(set(paths)) == 3
-
-
-class Ended(RunListener):
-    def __init__(self) -> None:
-        self.runs: list[tuple[str, bool]] = []
-
-    def ended(self, run: Run, result: dict[str, Any], *, fresh: bool) -> None:
-        self.runs.append((run.key, fresh))
-
-
-def test_run_all_stacked(tmp_path: Path, source: dict[str, object], corpus: Corpus) -> None:
-    runs = [dense_run(source, corpus, seed=seed, steps=4) for seed in (0, 1, 0)]
-    store, heard = Store(tmp_path), Ended()
-    train(runs[1], store, corpus)
-    results = run_all(runs, store, workers=2, kind="stacked", listener=heard)
-    assert heard.runs == [(runs[1].key, False), (runs[0].key, True)]
-    assert {key: result["status"] for key, result in results.items()} == dict.fromkeys(dict(heard.runs), "finished")

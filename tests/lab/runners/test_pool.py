@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-import mue
 from mue.lab.data import Corpus
-from mue.lab.data.spec import data_source, describe_data, open_corpus
 from mue.lab.runners.open import open_runner
-from mue.lab.runners.pool import Pool
-from mue.lab.runners.runner import Busy, Done, Runner
-from mue.lab.sweep.spec import base_plan
-from mue.lab.train.run import Run, Settings, Store
+from mue.lab.runners.pool import DEATHS, Pool, WorkerLayout
+from mue.lab.runners.runner import Busy, Done, FailedError, Runner
+from mue.lab.train.run import Run, Store
 from mue.lab.train.session import train
-from mue.plan.toml import read_toml
-
-BASE = mue.Dense(32, 32, 1, head_dim=16, sequence=32)
-SETTINGS = Settings(eval_every=10, eval_sequences=8, log_every=5)
-
-
-@pytest.fixture
-def source(experiment: Path) -> dict[str, object]:
-    return data_source(read_toml(experiment), experiment.parent)
-
-
-@pytest.fixture
-def corpus(source: dict[str, object]) -> Corpus:
-    return open_corpus(source)
-
-
-def dense_run(source: dict[str, object], corpus: Corpus, lr: float = 0.01, steps: int = 30) -> Run:
-    tuned = mue.HParams(lr=lr, weight_decay=0.1, init_std=0.1)
-    return Run(base_plan(BASE, mue.Training(128, steps), tuned), SETTINGS, describe_data(dict(source), corpus))
+from support.dense_runs import dense_run
 
 
 def until(runner: Runner, kind: type, patience: float = 240) -> list[object]:
@@ -125,27 +99,19 @@ def test_what_ends_a_run_before_it_begins(tmp_path: Path, source: dict[str, obje
         runner.close()
 
 
-def wait_for(true: Callable[[], bool], patience: float = 240) -> None:
-    deadline = time.monotonic() + patience
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a worker process ends when its stdin does")
-def test_a_worker_process_ends_with_its_parent_even_when_it_is_stopped() -> None:
-    start = "import subprocess as s, sys, time; print(s.Popen([sys.executable, '-m', 'mue.lab.runners.worker'], stdin=s.PIPE).pid)"
-    command = [sys.executable, "-u", "-c", f"{start}; time.sleep(600)"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as parent:
-        assert parent.stdout is not None
-        child = Path("/proc") / parent.stdout.readline().strip()
-        wait_for(lambda: "libtorch" in (child / "maps").read_text())  # it serves
-        os.kill(int(child.name), signal.SIGSTOP)
-        wait_for(lambda: (child / "stat").read_text().rpartition(")")[2].split()[0] == "T")
-        parent.kill()
-    wait_for(lambda: not child.exists() or (child / "stat").read_text().rpartition(")")[2].split()[0] == "Z")
-
-
-def test_an_unknown_runner_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="threads"):
-        open_runner("threads", Store(tmp_path))
+def test_a_run_that_kills_its_process_again_and_again_is_given_up(
+    tmp_path: Path, source: dict[str, object], corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = tmp_path / "broken"
+    (broken / "numpy").mkdir(parents=True)
+    (broken / "numpy" / "__init__.py").write_text("import os; os._exit(7)")
+    monkeypatch.setenv("PYTHONPATH", str(broken))
+    run = dense_run(source, corpus)
+    pool = Pool(WorkerLayout(1, 1), Store(tmp_path))
+    try:
+        pool.submit(run)
+        with pytest.raises(FailedError, match=rf"{run.key} died {DEATHS} times at step 0 \(exit code 7\)"):
+            until(pool, Done)
+        assert pool.wait(1.0) == []
+    finally:
+        pool.close()

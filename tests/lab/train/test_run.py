@@ -1,0 +1,61 @@
+"""Runs as data: their keys, their way to JSON and back, what they refuse."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import mue
+from mue.lab.data import Corpus
+from mue.lab.data.spec import describe_data
+from mue.lab.train.run import Run, Settings
+from support.small_run import BASE, SETTINGS, TARGET, TUNED, moe_run
+
+
+def test_runs_are_keyed_by_effective_values(corpus: Corpus) -> None:
+    """Rules that agree share runs; what changes a number changes the key; what does not, does not."""
+    data = describe_data({"source": []}, corpus)
+    training = mue.Training(128, 10)
+
+    def key(rule: str = "complete-mue", target: mue.Dense | mue.MoE = BASE, **changes: float) -> str:
+        plan = mue.transfer(
+            BASE, target, TUNED.replace(**changes), base_training=training, training=training, rule=rule
+        )
+        return Run(plan, SETTINGS, data).key
+
+    assert key("standard") == key("complete-mue") == key("complete-mue-paper")  # at the base every rule is the identity
+    assert key("standard", TARGET) != key("complete-mue", TARGET)
+    assert key(lr=0.02) != key()
+    assert key(bias_speed=0.5) == key()  # a dense model has no balance bias
+    assert key(target=TARGET, bias_speed=0.5) != key(target=TARGET)
+
+
+def test_run_round_trip(corpus: Corpus) -> None:
+    run = moe_run(corpus)
+    again = Run.from_dict(json.loads(json.dumps(run.to_dict())))
+    assert again.key == run.key
+    assert again.plan == run.plan
+
+
+def test_a_batch_must_hold_whole_sequences(corpus: Corpus) -> None:
+    training = mue.Training(100, 10)
+    plan = mue.transfer(BASE, TARGET, TUNED, base_training=training, training=training)
+    with pytest.raises(ValueError, match="whole number of sequences"):
+        Run(plan, SETTINGS, describe_data({"source": []}, corpus))
+
+
+def test_coefficients_that_nothing_reads_are_refused(corpus: Corpus) -> None:
+    """A balance coefficient without its loss, the loss without its coefficient, another optimizer than the lab's."""
+    data, training = describe_data({"source": []}, corpus), mue.Training(128, 10)
+
+    def run(settings: Settings, **changes: object) -> Run:
+        plan = mue.transfer(BASE, TARGET, TUNED.replace(**changes), base_training=training, training=training)
+        return Run(plan, settings, data)
+
+    with pytest.raises(ValueError, match="turns on"):
+        run(SETTINGS, balance=0.01)
+    with pytest.raises(ValueError, match="coefficient"):
+        run(Settings(balance="loss"))
+    with pytest.raises(ValueError, match="AdamW"):
+        run(SETTINGS, optimizer="lion")
