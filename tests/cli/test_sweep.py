@@ -32,7 +32,12 @@ def test_bad_data(
         assert not out.exists()
 
 
-def test_sweep_report_and_plan_from_it(experiment: Path, tmp_path: Path) -> None:
+def test_sweep_report_and_plan_from_it(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def here(*arguments: object) -> tuple[int, str, str]:
+        return in_process(capsys, monkeypatch, *arguments)
+
     out = tmp_path / "swept"
     done = run("sweep", experiment, "--out", out, "--workers", 2)
     assert done.returncode == 0, done.stderr
@@ -49,25 +54,22 @@ def test_sweep_report_and_plan_from_it(experiment: Path, tmp_path: Path) -> None
     plan_file.write_text(
         "[base]\nwidth = 32\nffn = 32\nlayers = 2\nhead_dim = 16\n[target]\nmoe = '8e2a'\nwidth = 64\nexpert = 32\nlayers = 2\nhead_dim = 16\n"
     )
-    planned = run("plan", plan_file, "--json", "--tuned", out)
-    assert json.loads(planned.stdout)["roles"]["embedding"]["lr"] == tuned.lr
+    _, planned, _ = here("plan", plan_file, "--json", "--tuned", out)
+    assert json.loads(planned)["roles"]["embedding"]["lr"] == tuned.lr
 
     (out / "optuna.db").unlink()  # the index is not the truth
     for old, new, word in (("width = 32", "width = 64", "width"), ("layers = 2", "layers = 3", "layers")):
         plan_file.write_text(plan_file.read_text().replace(old, new, 1))
-        other = run("plan", plan_file, "--tuned", out)
-        refused((other.returncode, other.stdout, other.stderr), "another base", word)
+        refused(here("plan", plan_file, "--tuned", out), "another base", word)
         plan_file.write_text(plan_file.read_text().replace(new, old, 1))
     plan_file.write_text(plan_file.read_text() + "[tuned]\nclip = 1.0\n")
-    other = run("plan", plan_file, "--tuned", out)
-    refused((other.returncode, other.stdout, other.stderr), "[tuned]")
+    refused(here("plan", plan_file, "--tuned", out), "[tuned]")
     rebuilt = run("sweep", experiment, "--out", out)
     assert rebuilt.returncode == 0, rebuilt.stderr
     assert {p: p.stat().st_mtime_ns for p in out.glob("runs/*/result.json")} == results
 
     experiment.write_text(experiment.read_text().replace("steps = 40", "steps = 50"))
-    other = run("sweep", experiment, "--out", out)
-    refused((other.returncode, other.stdout, other.stderr), "another experiment", "training")
+    refused(here("sweep", experiment, "--out", out), "another experiment", "training")
     experiment.write_text(experiment.read_text().replace("steps = 50", "steps = 40").replace("0.032]", "0.032, 0.064]"))
     wider = run("sweep", experiment, "--out", out)
     assert wider.returncode == 0, wider.stderr
