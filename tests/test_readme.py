@@ -113,6 +113,18 @@ def test_the_recorded_plan_is_the_one_that_follows() -> None:
     assert numbers(plan_of(inputs_from_dict(inputs)).to_dict()) != pytest.approx(numbers(stored), rel=1e-12)
 
 
+def test_files_that_the_documents_name_exist() -> None:
+    """All but what a command is told to write; the log speaks of its own day."""
+    named: dict[str, set[str]] = {}
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))):
+        if path.name != "LOG.md":
+            text = re.sub(r"(--json|--out|-o|>) \S+", "", path.read_text(encoding="utf-8"))
+            found = re.findall(r"\b(?:src|tests|benchmarks|docs)/[\w./-]+\.(?:py|md|json|toml|png|txt)", text)
+            named |= {name: named.get(name, set()) | {path.name} for name in found}
+    assert len(named) >= 15
+    assert {name: where for name, where in named.items() if not (ROOT / name).exists()} == {}
+
+
 def test_length_and_links() -> None:
     assert README.count("\n") < 300
     links = re.findall(r"\]\((?!https?://)([^)]+)\)", README)
