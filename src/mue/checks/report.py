@@ -86,8 +86,8 @@ class Report:
         order = list(dict.fromkeys(f.check for f in self.findings))
         rows = [self._row(name, [f for f in self.findings if f.check == name]) for name in order]
         parts = [text_table(["check", "result", "seconds", "what"], rows)]
-        told = [str(f) for f in self.findings if f.status in (FAIL, WARN)]
-        return "\n\n".join([*parts, *told])
+        shown = [str(f) for f in self.findings if f.status in (FAIL, WARN)]
+        return "\n\n".join([*parts, *shown])
 
     def _row(self, name: str, found: Sequence[Finding]) -> list[str]:
         status = next((s for s in (FAIL, WARN, PASS, SKIP) if any(f.status == s for f in found)), SKIP)

@@ -78,14 +78,14 @@ def loop_file(plan: PlanData, rows: Sequence[ExportRow], model: str, use: str, c
     return start + matching() + INIT + _GROUPS + code
 
 
-def head(plan: PlanData, what: str, use: str, cannot: Sequence[str], imports: Sequence[str]) -> str:
+def head(plan: PlanData, model: str, use: str, cannot: Sequence[str], imports: Sequence[str]) -> str:
     """The docstring and the imports: bare names of modules, or whole lines; ``""`` leaves a line free."""
     lines = "\n".join(textwrap.fill(line, 116, initial_indent=" - ", subsequent_indent="   ") for line in cannot)
     same = ", ".join(f"{name} {number(value) if value is not None else 'off'}" for name, value in _same(plan).items())
     needed = "\n".join(line if " " in line or not line else f"import {line}" for line in imports)
     return f'''"""{plan.target.name}: hyperparameters of plan {plan.hash} ({plan.rule.name}), written by mue export. Do not edit.
 
-For {what}.
+For {model}.
 
 {use}
 

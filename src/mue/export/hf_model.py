@@ -25,11 +25,11 @@ def transformers_model(target: Transformer, given: Any) -> tuple[nn.Module, str]
     """
     if isinstance(given, nn.Module):
         return given, type(given).__name__
-    config, said = _config_of(target) if given is None else (given, "")
+    config, sizes = _config_of(target) if given is None else (given, "")
     config = read_config(config) if isinstance(config, str | Path) else config
     with torch.device("meta"):
         module = build(config)
-    return module, f"{type(module).__name__}{said}"
+    return module, f"{type(module).__name__}{sizes}"
 
 
 def _config_of(target: Transformer) -> tuple[Any, str]:

@@ -171,7 +171,7 @@ def megatron(plan: PlanData, model: Any) -> str:
         *_pipeline_line(found),
         clipping(plan, "clip_grad"),
     ]
-    text = head(plan, f"megatron-core 0.16, model {made.what}", _USE, cannot, _IMPORTS)
+    text = head(plan, f"megatron-core 0.16, model {made.title}", _USE, cannot, _IMPORTS)
     return (
         text
         + table(plan, [*kept, *_last_stage(plan, found)])

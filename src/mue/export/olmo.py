@@ -207,13 +207,13 @@ def olmo_core(plan: PlanData, model: Any) -> str:
     plan = fold(unfold(plan), "weights")
     made = OLMO.model(plan.target, model)
     v2 = any(row.pattern.startswith("blocks.*.routed_experts.") for row in made.layout())
-    query, said = query_scale(plan, made)
+    query, notes = query_scale(plan, made)
     shared, averaged = averaged_shared(plan, made)
     found = rows(plan, made, query | shared)
     roles = {row.role: shared[row.pattern] for row in made.layout() if row.pattern in shared}
     cannot = [
         "init by role (InitMethod knows one std for all inner matrices, cut at three of it): init_ draws every tensor anew",
-        *said,
+        *notes,
         *averaged,
         "activation checkpointing of chosen modules renames their parameters: OLMo-core then stops at a pattern without match"
         + (" (or, in OLMoDDPOptimizer, only logs it)" if v2 else ""),
@@ -227,7 +227,7 @@ def olmo_core(plan: PlanData, model: Any) -> str:
         "torch",
         f"from olmo_core.optim import {config}, OptimGroupOverride",
     )
-    text = head(plan, f"ai2-olmo-core 3.0, model {made.what}", _USE_V2 if v2 else _USE, cannot, imports)
+    text = head(plan, f"ai2-olmo-core 3.0, model {made.title}", _USE_V2 if v2 else _USE, cannot, imports)
     text += table(plan, found, lambda row: [("*" if v2 else "") + glob for glob in row.globs])  # behind DDP's "module."
     text += f"DEFAULT = {commonest(found).setting!r}\n{_blocks(made)}{_routers(plan)}"
     init = INIT.replace("torch.manual_seed(seed)", "torch.manual_seed(seed)\n    check(model)")

@@ -1,6 +1,6 @@
-"""Factors beyond a plan's own fold: what a stack has no setting for, and what its code multiplies by unasked.
+"""The planned attention scale in a stack that has no setting for it: a factor beyond the plan's own fold.
 
-Each is a mapping ``pattern of a layout row → c``, for :func:`mue.export.rows.rows`, and what the file's head says of it.
+Such factors are a mapping ``pattern of a layout row → c`` for :func:`mue.export.rows.rows`, with a line for the file's head.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ def query_scale(plan: PlanData, model: Skeleton) -> tuple[Extra, list[str]]:
     gains = [row.pattern for row in model.layout() if row.pattern.endswith((".q_norm.weight", ".k_norm.weight"))]
     if len(gains) == 2:
         half = math.sqrt(c)
-        what = f"the gains of both the query and the key norm start at {number(half)}, with lr and eps to match"
-        return dict.fromkeys(gains, half), [_scale_said(plan, what)]
+        change = f"the gains of both the query and the key norm start at {number(half)}, with lr and eps to match"
+        return dict.fromkeys(gains, half), [_scale_note(plan, change)]
     queries = [row for row in model.layout() if row.role == "attention_q"]
     if len(queries) != 1 or queries[0].parts:
         raise ValueError(
@@ -38,8 +38,8 @@ def query_scale(plan: PlanData, model: Skeleton) -> tuple[Extra, list[str]]:
             f" and there are neither query and key norms nor a query projection of its own to fold it into: use a base of"
             f" head_dim {plan.target.head_dim}, or a model with norms of queries and keys"
         )
-    return {queries[0].pattern: c}, [_scale_said(plan, f"the query projection is {number(c)} times as large")]
+    return {queries[0].pattern: c}, [_scale_note(plan, f"the query projection is {number(c)} times as large")]
 
 
-def _scale_said(plan: PlanData, what: str) -> str:
-    return f"the attention scale {number(plan.attention_scale)} (there is no setting for it): {what}"
+def _scale_note(plan: PlanData, change: str) -> str:
+    return f"the attention scale {number(plan.attention_scale)} (there is no setting for it): {change}"

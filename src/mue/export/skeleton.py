@@ -19,9 +19,9 @@ from mue.util.errors import nearest
 class Skeleton(nn.Module):
     """Parameters of given shapes under given dotted names, on the meta device, and the rows that describe them."""
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], rows: Sequence[Layout], what: str) -> None:
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], rows: Sequence[Layout], title: str) -> None:
         super().__init__()
-        self.rows, self.what = tuple(rows), what
+        self.rows, self.title = tuple(rows), title
         for name, shape in shapes.items():
             *path, last = name.split(".")
             module: nn.Module = self
@@ -81,7 +81,7 @@ class NativeStack:
             raise ValueError(
                 f"{self.name} has no model {name!r}{nearest(name, self.models)}; or give file.py:function, which builds yours"
             )
-        return shaped(self.models[name], target, f"{name} ({self.models[name].what})")
+        return shaped(self.models[name], target, f"{name} ({self.models[name].summary})")
 
     def read(self, target: Transformer, model: nn.Module) -> Skeleton:
         """A model that the stack built, reduced to names and shapes; any device, any parallelism of one rank.
@@ -120,8 +120,8 @@ def with_rows(model: HasLayout) -> Skeleton:
     return Skeleton(shapes, model.layout(), type(model).__name__)
 
 
-def shaped(kind: StackModel, target: Transformer, what: str) -> Skeleton:
-    """The planned shape in the names of a table; ``what`` is what the model is for people.
+def shaped(kind: StackModel, target: Transformer, title: str) -> Skeleton:
+    """The planned shape in the names of a table; ``title`` is the model's name for people.
 
     Raises:
         ValueError: a shape that the table's tensors cannot have.
@@ -133,7 +133,7 @@ def shaped(kind: StackModel, target: Transformer, what: str) -> Skeleton:
         shape = shape_of(row, target, block)
         used[row.pattern] = _stacked(row, target, experts)
         shapes |= dict.fromkeys(_names(row.pattern, layer, block), shape)
-    return Skeleton(shapes, list(used.values()), what)
+    return Skeleton(shapes, list(used.values()), title)
 
 
 def _ends(rows: list[Layout]) -> list[Layout]:

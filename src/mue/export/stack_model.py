@@ -20,12 +20,12 @@ class StackModel:
     """One kind of model of a stack.
 
     Attributes:
-        what: its configuration in the stack's words.
+        summary: its configuration in the stack's words.
         rows: parameters of every layer whose role the layer has; outside the layers, of the model.
         dense, moe: parameters of dense layers only, and of those with experts only.
     """
 
-    what: str
+    summary: str
     rows: tuple[Layout, ...]
     dense: tuple[Layout, ...] = ()
     moe: tuple[Layout, ...] = ()

@@ -135,17 +135,17 @@ def torchtitan(plan: PlanData, model: Any) -> str:
     """
     plan = fold(unfold(plan), "model")
     made = TORCHTITAN.model(plan.target, model)
-    extra, said = query_scale(plan, made)
+    extra, notes = query_scale(plan, made)
     found = rows(plan, made, extra)
     cannot = [
-        *said,
+        *notes,
         "pipeline parallelism: OptimizersContainer demands that every pattern finds a parameter in every stage, and a stage "
         "without embedding or head has none of theirs",
         clipping(plan, "training.max_norm"),
         *_group_line(plan),
     ]
     return (
-        head(plan, f"torchtitan 0.3, model {made.what}", _USE, cannot, _IMPORTS)
+        head(plan, f"torchtitan 0.3, model {made.title}", _USE, cannot, _IMPORTS)
         + table(plan, found)
         + _shape(plan)
         + _CODE

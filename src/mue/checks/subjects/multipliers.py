@@ -26,7 +26,7 @@ class Reading:
     """One multiplier of one place: what was planned and what was found, and the factors that make it up."""
 
     where: str
-    what: str
+    quantity: str
     expected: float
     measured: float
     factors: Mapping[str, float]
@@ -43,12 +43,12 @@ def multipliers(ctx: Context) -> Iterator[Finding]:
     wrong: dict[tuple[str, str, str], list[Reading]] = {}
     for r in readings:
         if not abs(r.measured - r.expected) <= ctx.tolerance * abs(r.expected):
-            wrong.setdefault((r.what, number(r.expected), number(r.measured)), []).append(r)
-    for (what, expected, measured), many in wrong.items():
+            wrong.setdefault((r.quantity, number(r.expected), number(r.measured)), []).append(r)
+    for (quantity, expected, measured), many in wrong.items():
         yield Finding(
             NAME,
             FAIL,
-            f"{what} of {several([r.where for r in many])}",
+            f"{quantity} of {several([r.where for r in many])}",
             f"multiplier {expected}{_made_of(many[0])}",
             f"{measured}, {number(many[0].measured / many[0].expected)} of it",
             explain(many[0]),
@@ -175,8 +175,8 @@ def _feed_forward(ctx: Context, b: Branch, c: Coefficients | None) -> Iterator[R
         factors = {"output multiplier A": A, "residual multiplier": residual}
         if kind == "shared":
             factors["R (meant for the routed sum only)"] = ctx.plan.multipliers.route[b.layer]
-        what = "shared experts" if kind == "shared" else "feed-forward branch"
-        yield Reading(names[kind], what, A * residual, _median(c.single), factors)
+        quantity = "shared experts" if kind == "shared" else "feed-forward branch"
+        yield Reading(names[kind], quantity, A * residual, _median(c.single), factors)
     if c.routed.shape[1]:
         factors = {"output multiplier A": A, "route scale R": m.route[b.layer], "residual multiplier": residual}
         block = ctx.plan.target.per_layer[b.layer]
