@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -117,6 +119,17 @@ def test_an_unknown_task_is_named_with_the_nearest(tmp_path: Path, corpus: Corpu
             make()
     assert not (tmp_path / "out").exists()
     assert settings_from({"run": {"task": "copy"}}).task == "copy"
+
+
+def test_tasks_are_named_without_torch() -> None:
+    """A sweep that only reads what is stored starts in a fraction of the time that torch takes."""
+    read = "import sys; from mue.lab.train.spec import settings_from; settings_from({'run': {'task': 'order'}})"
+    loaded = "print('torch' in sys.modules)"
+    for more, seen in (("", "False"), ("import torch", "True")):
+        done = subprocess.run(
+            [sys.executable, "-c", "\n".join((read, more, loaded))], capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == seen
 
 
 def test_tasks_say_what_guessing_costs() -> None:

@@ -4,8 +4,8 @@ Candidates on a CPU: one run after the other with all cores, one run on each cor
 stacks that double until they gain less than a tenth or no longer fit. What wins is also tried compiled, where the work at hand is so long that
 compiling could pay.
 
-The measurement is kept in ``~/.cache/mue/runner/`` (or ``$MUE_CACHE/runner/``) by shape, batch, precision, device, torch's version and the native kernel's; remove a
-file to measure again.
+The measurement is kept in ``~/.cache/mue/runner/`` (or ``$MUE_CACHE/runner/``) by shape, batch, precision, task, device, torch's version and
+the native kernel's; remove a file to measure again.
 """
 
 from __future__ import annotations

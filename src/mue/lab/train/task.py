@@ -8,7 +8,8 @@
         def loss(self, model, batch): ...         # what a step minimises
         def baseline_loss(self, shape): ...       # what guessing would cost
 
-``[run] task = "mine"`` then trains it; ``mue.lab.tasks.order`` is a whole one. Sessions, stacks, sweeps and reports ask the task; none of them names a model.
+``[run] task = "mine"`` then trains it; ``mue.lab.tasks.order`` is a whole one. Sessions, stacks, sweeps and reports ask the task; none
+of them names a model.
 
 Neither this file nor those of ``mue.lab.tasks`` import torch before they need it: a sweep's own process names tasks and starts without.
 """
