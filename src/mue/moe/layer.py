@@ -30,7 +30,7 @@ class MoELayer(nn.Module):
         expert_width: h.
         shared_experts: n_s, always on.
         shared_width: h_s, of *one* shared expert; `expert_width` where not given.
-        output_multiplier: A, on routed and shared alike.
+        output_multiplier: A, on routed and shared alike; its place beside R and l^-α: ``mue.plan.values.Multipliers``.
         gated: SwiGLU; else gelu(up x).
         backend: see `mue.moe.experts`.
 

@@ -101,7 +101,8 @@ class Multipliers:
       experts of a block, routed and shared.
     * l^-α, ``PlanData.residual_multiplier``: on this branch and on attention's, the same in every block.
 
-    A model in multiplier form multiplies by all three (``mue.moe.MoELayer`` by R and A). :func:`mue.plan.fold.fold` puts
+    A model in multiplier form multiplies by all three: R in the router's weights, A in the branch (``mue.moe.MoELayer``), l^-α
+    where the branch meets the stream. :func:`mue.plan.fold.fold` puts
     l^-α·A·R into the routed down projections, l^-α·A into the dense and shared ones, l^-α into attention's o, and leaves 1
     here; R can stay for an engine that has a routed scaling factor of its own.
 

@@ -33,7 +33,8 @@ class TransformerBlock(nn.Module):
 
     Args:
         shape: of the whole model. block, layer: what this one is, and the how many-th.
-        multipliers: the plan's: l^-α, and of this layer A on the feed-forward and R on its routed sum.
+        multipliers: the plan's: l^-α, and of this layer A on the feed-forward and R on its routed sum
+            (:class:`mue.plan.values.Multipliers` has the formula).
         options: what the run says to the router.
     """
 
