@@ -12,6 +12,7 @@ Numbers need no torch: it is imported when a plan meets a model.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mue.api import Plan, transfer
@@ -44,13 +45,15 @@ __all__ = [
 __version__ = "0.1.0"
 
 
+# What needs torch, imported when it is first asked for. The folders are here because messages name what lies in them, and the
+# line that mends a model has to run where only ``mue`` was imported.
+_ON_USE = {"Layout": "mue.layouts.layout", "check": "mue.checks", "coordinate_check": "mue.checks"}
+_FOLDERS = ("fold", "moe", "layouts")
+
+
 def __getattr__(name: str) -> Any:
-    if name == "Layout":
-        from mue.layouts.layout import Layout
-
-        return Layout
-    if name in ("check", "coordinate_check"):
-        from mue import checks
-
-        return getattr(checks, name)
+    if name in _ON_USE:
+        return getattr(import_module(_ON_USE[name]), name)
+    if name in _FOLDERS:
+        return import_module(f"mue.{name}")
     raise AttributeError(f"module 'mue' has no attribute {name!r}")

@@ -1,0 +1,55 @@
+"""docs/architecture.md: every "how to add" is complete and short, runs as it stands, and its table has every folder."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from support.paths import ROOT
+
+PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+KINDS = ("rule", "router", "model family", "training stack", "check", "sampler", "task")
+EXAMPLES = dict(re.findall(r"^### An? ([\w ]+?)(?: of \w+)? \(`.*?^```python\n(.*?)^```", PAGE, flags=re.S | re.M))
+
+
+def test_there_is_an_example_of_everything_one_may_add() -> None:
+    assert set(EXAMPLES) == set(KINDS)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_example_is_short_and_runs_as_it_stands(kind: str, tmp_path: Path) -> None:
+    code = EXAMPLES[kind]
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert 10 <= len(lines) <= 25, f"{len(lines)} lines"
+    assert ".register(" in code or re.search(
+        r"^@(router|check_of|family)\(", code, flags=re.M
+    )  # it registers something
+    assert "steps = 10" in code or "steps=10" in code or "range(10)" in code  # and trains ten steps
+    (tmp_path / "text.txt").write_text("Nothing is imported upward; by name one thing is. " * 200)
+    (tmp_path / "example.py").write_text(code)
+    done = subprocess.run(
+        [sys.executable, "example.py"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_table_has_every_folder_and_no_other() -> None:
+    table = PAGE.split("## Folders")[1].split("**Imports point down.**")[0]
+    named = {
+        name.removesuffix(".py")
+        for row in table.splitlines()
+        for name in re.findall(r"`(\w+(?:\.py)?)`", row.split("|")[1] if row.startswith("| `") else "")
+    }
+    there = {p.parent.name for p in (ROOT / "src" / "mue").glob("*/__init__.py")} | {"api"}
+    assert named == there and len(there) > 10
