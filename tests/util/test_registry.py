@@ -58,10 +58,10 @@ def test_what_lies_in_the_home_folder_is_there_without_an_import(empty: Kinds, t
     assert "one" in empty and "third" not in empty
 
 
-def test_order_is_by_place_then_by_registration(empty: Kinds) -> None:
+def test_order_is_by_place_then_by_name(empty: Kinds) -> None:
     for name, place in (("last", None), ("second", 2), ("after the last", None), ("first", 1)):
         (empty.register(name) if place is None else empty.register(name, place=place))(lambda name=name: name)
-    assert list(empty) == ["first", "second", "last", "after the last"]
+    assert list(empty) == ["first", "second", "after the last", "last"]  # whatever was looked up, and so read, first
 
 
 def test_one_name_is_one_thing(empty: Kinds) -> None:
@@ -127,3 +127,11 @@ def test_a_home_file_that_cannot_be_imported_is_an_error_every_time(empty: Kinds
 
 def test_our_own_rules_are_in_such_a_registry() -> None:
     assert next(iter(RULES)) == "complete-mue" and mue.RULES is RULES
+
+
+def test_a_name_reads_the_file_that_bears_it_and_no_other(empty: Kinds, tmp_path: Path) -> None:
+    write(tmp_path, "home/one_kind.py", registers("one-kind"))
+    write(tmp_path, "home/broken.py", "raise RuntimeError('not to be read')")
+    assert empty["one-kind"]() == "one-kind"
+    with pytest.raises(RuntimeError, match="not to be read"):
+        list(empty)

@@ -12,8 +12,9 @@ find them too, your package names that module under the entry point group ``mue.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.util import find_spec
 from pkgutil import iter_modules
 from typing import Generic, TypeVar
 
@@ -24,7 +25,7 @@ Entry = TypeVar("Entry")
 
 
 class Registry(Mapping[str, Entry], Generic[Entry]):
-    """What is registered of one kind, in the order of ``place``, then of registration.
+    """What is registered of one kind, in the order of ``place``, then of their names.
 
     Attributes:
         kind: the word for one of them, as messages say it. home: the package whose files register ours.
@@ -58,7 +59,8 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         return self._entries[name][1]
 
     def __getitem__(self, name: str) -> Entry:
-        for load in (self._load_home, self._load_plugins):  # plugins last: looking for them takes milliseconds
+        # The cheapest first: its own file, all of ours, then the plugins, for which every installed package is looked at.
+        for load in (partial(self._load_file, name), self._load_home, self._load_plugins):
             if name in self._entries:
                 break
             load()
@@ -67,10 +69,16 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
     def __iter__(self) -> Iterator[str]:
         self._load_home()
         self._load_plugins()
-        return iter(sorted(self._entries, key=lambda name: self._entries[name][0]))
+        return iter(sorted(self._entries, key=lambda name: (self._entries[name][0], name)))
 
     def __len__(self) -> int:
         return len(list(iter(self)))
+
+    def _load_file(self, name: str) -> None:
+        """Import the file that bears the name, where there is one: planning by one rule then reads one."""
+        file = name.replace("-", "_")
+        if file.isidentifier() and find_spec(f"{self.home}.{file}"):
+            import_module(f"{self.home}.{file}")
 
     def _load_home(self) -> None:
         if self._loaded_home:
@@ -86,6 +94,8 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
     def _load_plugins(self) -> None:
         if self._loaded_plugins:
             return
+        from importlib.metadata import entry_points  # 25 ms, a third of the time that `import mue` takes
+
         self._loaded_plugins = True
         for plugin in entry_points(group=PLUGINS):
             try:
