@@ -16,7 +16,14 @@ from mue.util.text import number
 
 
 def roles_report(folder: Path) -> Path:
-    """Write ``folder/report.html`` and its picture. ``ValueError`` if the search has not ended."""
+    """Write ``folder/report.html`` and its picture.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ValueError: the search has not ended.
+    """
     path = folder / "result.json"
     if not path.exists():
         raise ValueError(f"{folder} holds no finished search: run mue tune-roles with --out {folder} first")

@@ -28,7 +28,12 @@ from mue.util.files import digest, write_json, write_text
 
 @dataclass(frozen=True)
 class RolesSpec:
-    """A per-role search: the base and its run, the values tuned for all roles together, settings, data."""
+    """A per-role search: the base and its run, the values tuned for all roles together, settings, data.
+
+    Attributes:
+        search: of ``[roles]``. settings: of every run, but for the seed. source: as
+            :func:`mue.lab.data.spec.open_corpus` takes it.
+    """
 
     base: Transformer
     training: Training
@@ -51,8 +56,15 @@ class RolesSpec:
 
 
 def roles_from(data: Mapping[str, Any], folder: Path, tuned: HParams | None = None) -> RolesSpec:
-    """A file with ``[base]``, ``[base.training]``, ``[tuned]`` (or ``tuned`` in its place), ``[data]``; ``[roles]`` and
-    ``[run]`` where wished."""
+    """Read a file with ``[base]``, ``[base.training]``, ``[tuned]``, ``[data]``; ``[roles]`` and ``[run]`` where
+    wished.
+
+    Args:
+        data: the file's tables. folder: the file's. tuned: values in place of ``[tuned]``, from a finished sweep.
+
+    Raises:
+        ValueError: a table or key is missing, unknown or out of its range.
+    """
     check_keys(data, (*PLAN_TABLES, "data", "run", "sweep", "roles"), "the file's top level")
     base = table_of(data, "base")
     if "convention" in base:
@@ -95,6 +107,10 @@ def tune_roles(
     checkpoint_seconds: float = 10.0,
 ) -> RolesResult:
     """Search, and write ``out/result.json`` (which ``--tuned`` reads) and ``out/tuned.toml``. Finished runs are not run again.
+
+    Args:
+        out: the search's folder. corpus: opened from ``spec.source``. listener_of: told of each batch of runs.
+        workers: processes (None: one for each core). checkpoint_seconds: time between a run's checkpoints.
 
     Raises:
         ValueError: the folder belongs to another search; the base diverges. mue.lab.train.run.BusyError: it is being searched.
