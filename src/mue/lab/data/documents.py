@@ -32,6 +32,7 @@ def pieces(file: SourceFile, text_key: str, skipped: Counter[str]) -> Iterator[P
             raise ValueError(
                 f"{where}: {text_key!r} is {type(document).__name__}, not text; name the text's key: text_key="
             )
+        # A NUL would be read as the separator of byte tokens; a lone surrogate has no UTF-8.
         if "\0" in document or _has_surrogate(document):
             raise ValueError(f"{where}: binary text (a NUL or a lone surrogate); remove the document or clean it")
         if document:

@@ -20,7 +20,11 @@ COLORS = {"complete-mue": plots.MUE, "standard": plots.STANDARD}
 
 
 def findings(summary: Mapping[str, Any]) -> list[str]:
-    """The results in sentences, whatever they say."""
+    """The results in sentences, whatever they say.
+
+    Args:
+        summary: what ``demo.json`` holds.
+    """
     runs, check = summary["runs"], summary["check"]
     out = []
     moe, dense, base = (runs[name]["val_loss"] for name in ("MoE", "dense", "base"))

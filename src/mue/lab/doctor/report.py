@@ -16,10 +16,14 @@ from mue.moe.experts import BACKENDS, REFUSALS, choose
 
 
 def make_report(seconds: float = 5.0) -> dict[str, Any]:
-    """The whole report as data: ``machine``, ``backends`` and ``ratio``, in the formats that ``mue doctor --json`` prints.
+    """The whole report as data, in the formats that ``mue doctor --json`` prints.
 
     Args:
-        seconds: how long to measure.
+        seconds: how long to measure, both dtypes together.
+
+    Returns:
+        ``machine`` (:func:`machine_facts`), ``backends`` (:func:`backend_states`) and ``ratio``
+        (:func:`backend_ratios`).
     """
     return {"machine": machine_facts(), "backends": backend_states(), "ratio": backend_ratios(seconds)}
 
@@ -83,7 +87,7 @@ def backend_ratios(seconds: float) -> dict[str, dict[str, float]]:
     found = {}
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
-        case = Case(128, 128, 16, 4, dtype)
+        case = Case(128, 128, 16, 4, dtype)  # the smallest cell of docs/performance.md, so that one can compare
         bench = Bench(case)
         names = [name for name in BACKENDS if name != "native" or library.loaded() is not None]
         steps = {"dense": bench.dense(), **{name: bench.backend(name) for name in names}}

@@ -263,8 +263,8 @@ def _attribute(
     ]
     losses = train(f"what each of {len(active)} multipliers bought: {len(jobs)} runs with half of them", jobs)
     bought = shares(signs, losses[: len(signs)], losses[len(signs) :], settings.error)
-    # All in favour stay: no single share may be beyond doubt (± 0.015 nats in docs/LOG.md), and it is the set that is
-    # confirmed.
+    # Whatever gained in the mean stays: no single share may be beyond doubt (± 0.015 nats each in docs/LOG.md,
+    # "Per-role tuning at the base"), and it is the set that is confirmed.
     good = [i for i, g in zip(active, bought, strict=True) if not g.mean <= 0]  # one without a number stays
     kept = tuple(k if i in good else 0 for i, k in enumerate(point))
     return {space[i]: g for i, g in zip(active, bought, strict=True)}, kept

@@ -16,8 +16,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Gain:
-    """How much lower a loss is, in nats: the mean over seeds and its interval. ``low > 0``: it is lower beyond
-    doubt."""
+    """How much lower a loss is, in nats: the mean over seeds and its interval. ``low > 0``: lower beyond doubt."""
 
     mean: float
     low: float
@@ -55,6 +54,12 @@ def paired(before: Sequence[float], after: Sequence[float], error: float) -> Gai
 def slopes(signs: npt.NDArray[np.int64], plus: Sequence[float], minus: Sequence[float]) -> Array:
     """Change of the loss from the centre to +1 of each coordinate, from a mirrored design.
 
+    Args:
+        signs: (pairs, coordinates). plus, minus: losses of each row and of its mirror image, in nats.
+
+    Returns:
+        (coordinates,), in nats.
+
     A run that diverged counts as the largest finite difference. A finite one is pulled in only where no slopes at all could
     have made it: with n orthogonal rows and k coordinates it is at most √(k(n-1)/(n-k)) times the others' root mean square.
     """
@@ -88,8 +93,8 @@ def noise_of(effects: Array, kinds: Sequence[str]) -> float:
         if of_kind.sum() > 4:  # of fewer the median is mostly those effects themselves
             rest[of_kind] -= np.median(rest[of_kind])
     size = np.abs(rest)
-    # Lenth's pseudo standard error: 1.5 medians are a normal's standard deviation, once more without what lies beyond
-    # 2.5.
+    # Lenth's pseudo standard error: 1.5 medians of |x| are a normal's standard deviation; once more without what is
+    # more than 2.5 of them away.
     first = 1.5 * float(np.median(size))
     kept = size[size < 2.5 * first]
     return 1.5 * float(np.median(kept)) if kept.size else first
@@ -107,12 +112,12 @@ def shrunk(effects: Array, noise: float) -> Array:
 def shares(signs: npt.NDArray[np.int64], plus: Sequence[float], minus: Sequence[float], error: float) -> list[Gain]:
     """What each multiplier of a set bought: mean over the others on and off, with simultaneous intervals.
 
-    Args:
-        signs: (pairs, multipliers). plus, minus: losses of each row's subset and of its complement. error: of all
-            intervals together.
-
     Runs pair a subset (+1: on) with its complement under one seed. The shares add up to the whole set's gain but for
     products of three. Spread is taken to be the same for all subsets, from what the shares leave unexplained.
+
+    Args:
+        signs: (pairs, multipliers). plus, minus: losses of each row's subset and of its complement, in nats.
+        error: chance that any of the intervals misses.
     """
     differences = np.asarray(minus, dtype=float) - np.asarray(plus, dtype=float)
     n, k = signs.shape

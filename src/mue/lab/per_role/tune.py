@@ -56,8 +56,7 @@ class RolesSpec:
 
 
 def roles_from(data: Mapping[str, Any], folder: Path, tuned: HParams | None = None) -> RolesSpec:
-    """Read a file with ``[base]``, ``[base.training]``, ``[tuned]``, ``[data]``; ``[roles]`` and ``[run]`` where
-    wished.
+    """Read a file: ``[base]`` with ``[base.training]``, ``[tuned]``, ``[data]``, optionally ``[roles]`` and ``[run]``.
 
     Args:
         data: the file's tables. folder: the file's. tuned: values in place of ``[tuned]``, from a finished sweep.

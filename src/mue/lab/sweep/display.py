@@ -38,6 +38,7 @@ class SweepDisplay(SweepListener):
         self.trials: Sequence[Trial] = ()
         self.fresh = 0
         """Runs trained in this session."""
+        # Transient: what stays on the screen is the line of each run and the table at the end.
         self.live = Live(console=console, get_renderable=self._table, transient=True, refresh_per_second=2)
 
     def __enter__(self) -> Self:
@@ -91,7 +92,8 @@ def sweep_table(trials: Sequence[Trial], title: str, steps: int, seconds: float 
     """The table of a sweep: how far it is, the best cells with their valleys, the runs in progress.
 
     Args:
-        steps: of a whole run. seconds: since this worker started; None: of a look from outside.
+        trials: all of them, ended or not. title: what stands before it. steps: of a whole run.
+        seconds: since this worker started; None: of a look from outside.
     """
     count = Counter(t.state for t in trials)
     diverged = sum(t.state == "COMPLETE" and (t.result or {}).get("val_loss") is None for t in trials)
@@ -154,6 +156,8 @@ def sparkline(trials: Sequence[Trial], floor: float) -> str:
     means = {x: sum(losses) / len(losses) for x, losses in ended.items() if losses}
     finite = sorted(loss for loss in means.values() if math.isfinite(loss))
     low = min(floor, finite[0]) if finite else floor
+    # Three times the median's height, so that the valley has most of the blocks; not less than the noise of single runs
+    # (0.01 to 0.05 nats in docs/LOG.md), or a flat valley would look rough.
     span = 3 * max(0.02, finite[len(finite) // 2] - low) if finite else 1.0
     return "".join(_mark(places[x], means.get(x), low, span) for x in sorted(places))
 
@@ -173,6 +177,7 @@ def _running(trials: Sequence[Trial], steps: int) -> Table:
         table.add_column(name, justify="right" if name in ("step", "loss") else "left")
     for trial in trials[:_RUNS]:
         reached = trial.progress or {}
+        # Two signs of life are missing (Heartbeat.interval is 10 s at most): its worker may be gone.
         quiet = f", {trial.quiet:.0f} s ago" if trial.quiet is not None and trial.quiet > 20 else ""
         table.add_row(
             f"  {point_words(trial.point)}",
