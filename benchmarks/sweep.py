@@ -64,7 +64,7 @@ class Layout:
 
     def turn(self, seconds: float) -> float:
         """Steps per second of all its runs, each from its first to its last step in this turn."""
-        self.pool.wait(0.01)  # what was said before the pause
+        self.pool.wait(0.01)  # what was said before the pause does not count
         self.signal(signal.SIGCONT)
         until = time.monotonic() + seconds
         seen: dict[str, list[float]] = {}

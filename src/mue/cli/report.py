@@ -41,7 +41,7 @@ def report(
     gc.disable()
     atexit.register(gc.freeze)
     console = Console()
-    if storage:
+    if storage:  # first: then this folder holds a sweep, like any other machine's
         from mue.lab.sweep.state import join
 
         join(folder, storage, study)

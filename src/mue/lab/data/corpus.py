@@ -151,7 +151,13 @@ def stdlib_corpus(cache: Path, *, validation_fraction: float = 0.1) -> Corpus:
     """The Python standard library's own source on this machine: real text, no download, about 12 MB, byte-level.
 
     Test suites are left out: Linux distributions strip them, so that with them the same Python would give another
-    corpus from machine to machine. Split by file. Raises ValueError where Python came without its source.
+    corpus from machine to machine. Split by file.
+
+    Args:
+        cache: a folder for its tokens. validation_fraction: of files.
+
+    Raises:
+        ValueError: Python came without its source.
     """
     exclude = EXCLUDED_FOLDERS | {"test", "tests", "idle_test"}
     source = Path(sysconfig.get_path("stdlib"))

@@ -55,12 +55,13 @@ def _text_pieces(path: Path) -> Iterator[Piece]:
     # a million may be missed there, and memory stays flat.
     first = True
     with path.open(encoding="utf-8", newline="") as handle:
-        while stretch := handle.read(1 << 20):
+        while stretch := handle.read(1 << 20):  # characters
             yield first, stretch + handle.readline()
             first = False
 
 
 def _jsonl_documents(path: Path, key: str, skipped: Counter[str]) -> Iterator[tuple[str, object]]:
+    """Where each document stands, for errors, and what is there under ``key``."""
     with path.open("rb") as handle:
         for number, line in enumerate(handle, 1):
             where = f"{path}, line {number}"
@@ -78,6 +79,7 @@ def _jsonl_documents(path: Path, key: str, skipped: Counter[str]) -> Iterator[tu
 
 
 def _parquet_documents(path: Path, key: str, skipped: Counter[str]) -> Iterator[tuple[str, object]]:
+    """As :func:`_jsonl_documents`, of the rows of a table; read in batches, so that memory stays flat."""
     try:
         import pyarrow.parquet  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError as error:

@@ -94,7 +94,14 @@ def tokenizer_encoder(path: Path, separator: str | None) -> Encoder:
 
 
 def padded(encoder: Encoder, vocab: int | None, tokenizer: Path | None) -> Encoder:
-    """The encoder with a larger vocabulary (models like theirs round); ``ValueError`` for a smaller one."""
+    """The encoder with a larger vocabulary, for models like theirs round.
+
+    Args:
+        vocab: the size that is wanted; None: the encoder's own. tokenizer: the file to name in an error.
+
+    Raises:
+        ValueError: smaller than what the encoder makes.
+    """
     if vocab is None or vocab == encoder.vocab:
         return encoder
     if vocab < encoder.vocab:

@@ -89,6 +89,8 @@ def find(
 def _walk(
     root: Path, suffixes: frozenset[str], exclude: frozenset[str], tokens_described: bool, skipped: Counter[str]
 ) -> Iterator[FoundFile]:
+    """The files of a folder that may be text; what is left out is counted by its reason."""
+
     def unreadable(error: OSError) -> None:
         skipped["unreadable folder"] += 1
 
@@ -205,7 +207,11 @@ def _digest(path: Path, kind: str) -> tuple[str, str | None]:
 
 
 def split(files: list[SourceFile], fraction: float) -> tuple[list[SourceFile], list[SourceFile]]:
-    """Train and validation files. One file alone is all train here; its tail is cut off once it is tokenised."""
+    """Train and validation files. One file alone is all train here; its tail is cut off once it is tokenised.
+
+    Args:
+        fraction: of files that validate. Both sides have at least one, however few there are.
+    """
     if len(files) == 1:
         return files, []
     stems = {Path(f.name).stem for f in files}

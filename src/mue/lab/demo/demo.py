@@ -123,7 +123,11 @@ def demo(out: Path, console: Console, *, workers: int | None = None) -> Path:
 
 
 def _total_seconds(path: Path, now: float, *, fresh: int) -> float:
-    """Time spent over all sessions: a start that only reads what is done adds nothing."""
+    """Seconds spent over all sessions: a start that only reads what is done adds nothing.
+
+    Args:
+        path: of the last session's summary. now: seconds of this one. fresh: runs that were trained in it.
+    """
     before = json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.exists() else 0.0
     return before + now if fresh or not before else before
 
@@ -141,6 +145,8 @@ def _runs(ours: Experiment, swept: SweepResult, plan: PlanData, data: dict[str, 
     shape = ours.target
     # What an MoE has to beat: a dense model that costs as much per token.
     dense = Dense(shape.width, plan.active_width, shape.layers, head_dim=shape.head_dim, sequence=shape.sequence)
+    # All validate on the same text, under the same settings; rules that agree at a multiplier share the run
+    # (conventions 10).
     named = {
         "base": Run(base_plan(ours.spec.base, ours.spec.training, swept.tuned), settings, data),
         "MoE": Run(plan, settings, data),

@@ -16,6 +16,7 @@ from mue.lab.train.run import Run, Store
 from mue.lab.train.task import task_of
 from mue.lab.valley.multiplier_check import MultiplierCheck
 
+# One colour for what a rule of ours made, grey for the plain one, on every picture.
 COLORS = {"complete-mue": plots.MUE, "standard": plots.STANDARD}
 
 

@@ -47,7 +47,11 @@ def machine_facts() -> dict[str, Any]:
 
 
 def _other_load() -> str | None:
-    """Where other programs take a quarter of the cores or more: what that does to the ratios."""
+    """What to think of the ratios where other programs take a quarter of the cores or more; else None.
+
+    Paired rounds cancel a slower machine, but not OpenMP threads that spin while they wait for a core: a product was 20
+    times slower once (docs/LOG.md, "Speed on two cores").
+    """
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     return None if load < cores / 4 else f"{load:.1f} on {cores} cores in the last minute: do not trust the ratios"
 
@@ -55,7 +59,7 @@ def _other_load() -> str | None:
 def backend_states() -> dict[str, str]:
     """Every backend of :func:`mue.moe.experts.experts`: active, ready, or why not, on a small input. Builds nothing."""
     states = {}
-    small = ExpertWeights(*(torch.zeros(1, 16, 16) for _ in range(3)))
+    small = ExpertWeights(*(torch.zeros(1, 16, 16) for _ in range(3)))  # widths that every backend's alignment allows
     for name in BACKENDS:
         device = "cuda" if name == "grouped_mm" and torch.cuda.is_available() else "cpu"
         x = torch.zeros(1, 16, device=device)

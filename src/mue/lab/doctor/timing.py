@@ -84,7 +84,11 @@ class Bench:
         return torch.randn(shape, device=self.case.device).div_(shape[-1] ** 0.5).requires_grad_()
 
     def step(self, forward: Callable[[Routing], Tensor], weights: Iterable[Tensor]) -> Step:
-        """One step of `forward`, under autocast where the case's dtype is not float32."""
+        """One step of `forward`, under autocast where the case's dtype is not float32.
+
+        Args:
+            forward: from a routing to y (T, D). weights: whose gradients it computes, beside x's and the routing's.
+        """
         leaves, dtype = [self.x_TD, *weights], self.case.dtype
 
         def run(routing: Routing) -> None:
@@ -142,7 +146,11 @@ def measure(
 
 
 def ratios(times: Sequence[float], base: Sequence[float]) -> list[float]:
-    """time / base round by round, sorted: a busy machine slows both of a round."""
+    """time / base round by round, sorted: a busy machine slows both of a round.
+
+    Args:
+        times, base: milliseconds of the same rounds, the longer one's last ones left out.
+    """
     return sorted(t / b for t, b in zip(times, base, strict=False))
 
 

@@ -66,6 +66,7 @@ def roles_sections(result: Mapping[str, Any]) -> list[Section]:
 
 
 def _confirmation(confirmed: Mapping[str, Any]) -> Section:
+    """Each set of tuned values with its losses, seed by seed, and the two gains that decide."""
     arms = {arm: [x for x in losses if x is not None] for arm, losses in confirmed["losses"].items()}
     rows = [
         [arm, f"{sum(xs) / len(xs):.4f}" if xs else "diverged", ", ".join(f"{x:.4f}" for x in xs)]

@@ -34,7 +34,9 @@ LENGTHS = (0.5, 1.0, 2.0)  # of a joint step, in steps of its design: slopes say
 # error.
 LOOKS = (4, 6, 9, 13)
 SPARE = 8  # degrees of freedom for the spread of the shares: with fewer Student's t makes every interval wide
-RATES = (2**-0.5, 2**0.5)  # the global learning rates that the result must beat as well
+# The global learning rates that the result must beat as well: a joint step that does no more than correct the sweep's rate is
+# no gain of roles.
+RATES = (2**-0.5, 2**0.5)
 
 
 @dataclass(frozen=True)
@@ -222,7 +224,8 @@ def _test(
 
     The chance that a step which gains nothing is taken is at most ``error``: each look at each step has its share.
     """
-    share = 2 * error / (max(1, len(steps)) * len(LOOKS))  # two-sided, of which one side takes a step
+    # Bonferroni over steps and looks; two-sided, of which one side takes a step.
+    share = 2 * error / (max(1, len(steps)) * len(LOOKS))
     losses: dict[Position, list[float]] = {p: [] for p in (point, *steps)}
     gains: dict[Position, Gain] = {}
     racing = list(steps)
@@ -238,7 +241,7 @@ def _test(
         gains |= {arm: paired(losses[point], losses[arm], share) for arm in racing}
         racing = [max(racing, key=lambda arm: gains[arm].mean)]
         best = gains[racing[0]]
-        if best.low > 0 or best.mean <= 0:
+        if best.low > 0 or best.mean <= 0:  # settled; one that gains nothing in the mean is not worth more seeds
             break
     taken = racing[0] if steps and gains[racing[0]].low > 0 else None
     return tuple((p, gains[p]) for p in steps), taken

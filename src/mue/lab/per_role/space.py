@@ -75,12 +75,20 @@ def roles_of(space: Sequence[Coordinate], point: Position) -> Roles:
 
 
 def with_multipliers(tuned: HParams, space: Sequence[Coordinate], point: Position) -> HParams:
-    """The tuned values with a point's multipliers."""
+    """The tuned values with a point's multipliers.
+
+    Args:
+        space: the coordinates. point: steps of a quarter-octave, one number for each of them.
+    """
     return tuned.replace(roles=roles_of(space, point))
 
 
 def stepped(point: Position, octaves: Iterable[float]) -> Position:
-    """A point a step further, rounded to quarter-octaves and held within :data:`FARTHEST`."""
+    """A point a step further, rounded to quarter-octaves and held within :data:`FARTHEST`.
+
+    Args:
+        octaves: how far along each coordinate.
+    """
     steps = (p + round(OCTAVE * x) for p, x in zip(point, octaves, strict=True))
     return tuple(max(-FARTHEST, min(FARTHEST, s)) for s in steps)
 
@@ -90,7 +98,10 @@ def mirrored_design(factors: int, spare: int = 1) -> npt.NDArray[np.int64]:
 
     Columns of Sylvester's Hadamard matrix, the constant one left out. Every column is balanced and orthogonal to every
     other, so each run serves every coordinate; run with its mirror image, main effects are clear of curvature and of
-    products of two coordinates (Box & Wilson, J. R. Stat. Soc. B 13, 1951). ``spare``: directions left over, at least.
+    products of two coordinates (Box & Wilson, J. R. Stat. Soc. B 13, 1951).
+
+    Args:
+        factors: coordinates. spare: directions left over, at least, by which the noise can be told.
     """
     pairs = 16  # at least: enough rows to tell the noise by
     while pairs < factors + spare:

@@ -187,7 +187,7 @@ def result_of(found: RolesResult, spec: RolesSpec, tuned: HParams, data_hash: st
 
 
 def tuned_toml(tuned: HParams, verdict: str) -> str:
-    """The tuned values as the ``[tuned]`` tables of a plan file."""
+    """The tuned values as the ``[tuned]`` tables of a plan file, under the verdict as a comment."""
     values = {k: v for k, v in tuned.to_dict().items() if k != "roles" and v is not None}
     lines = [f"# mue tune-roles: {verdict}", "[tuned]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
     for third in ("", *THIRDS):

@@ -64,7 +64,7 @@ def draw_valley(
         points: :data:`Points`. valley: through them; None: not fitted.
     """
     finite = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
-    many = len(finite) > 500
+    many = len(finite) > 500  # large points would hide the curve
     xs, ys = [x for x, _ in finite], [y for _, y in finite]
     axes.plot(xs, ys, "o", color=color, ms=2.5 if many else 4.5, label=label)
     if valley is not None and valley.curve:

@@ -153,7 +153,18 @@ class Calibration:
         self.opened.close()
 
     def best(self, kind: str, runs: int, steps: int) -> tuple[WorkerLayout, str]:
-        """The fastest layout for ``steps`` steps in all, spread over ``runs`` runs."""
+        """The fastest layout for the work at hand, measured where it is not known.
+
+        Args:
+            kind: "stacked" considers stacks only. runs: how many; a stack is not larger. steps: of all of them
+                together.
+
+        Returns:
+            The layout, and a sentence that says how fast it is and how fast the others are.
+
+        Raises:
+            ValueError: the run cannot be trained in any of them.
+        """
         started = time.monotonic()
         # First the one with the most processes: they all start at once, and serve the others.
         found = (
@@ -203,6 +214,10 @@ class Calibration:
         return found
 
     def _measure(self, layout: WorkerLayout) -> Measured:
+        """Train endless runs in this layout until they are warm, then time them together.
+
+        One pool serves all layouts: processes take seconds to start, and a job says how it is to be trained.
+        """
         if self.pool is None:
             self.pool = Pool(layout, self.store, checkpoint_seconds=math.inf)  # the runs are thrown away
         self.pool.layout = layout

@@ -181,7 +181,7 @@ class Pool:
             self.send(index, job)
 
     def send(self, index: int, line: dict[str, Any]) -> None:
-        """A line to a worker's stdin."""
+        """Send a line to a worker's stdin: a job, or the key of a run to give up."""
         pipe = self.workers[index].stdin
         assert pipe is not None
         try:

@@ -36,7 +36,7 @@ class StackedRuns:
         self.made_seconds = self.step_seconds = 0.0
 
     def join(self, run: Run, store: Store, corpus: Corpus) -> dict[str, Any] | None:
-        """Begin a run or go on with it.
+        """Begin a run or go on with it; the next step has it in the stack.
 
         Returns:
             Its result, where it has one already.

@@ -22,7 +22,7 @@ from mue.lab.sweep.trial import Point, Trial
 from mue.lab.train.run import Run
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_COLUMNS = 32  # of a valley: more learning rates than that share columns
+_COLUMNS = 32  # of a valley, so that a row fits into 80: more learning rates than that share columns
 _CELLS, _RUNS = 8, 8  # shown; the rest is counted
 
 
@@ -115,6 +115,7 @@ def sweep_table(trials: Sequence[Trial], title: str, steps: int, seconds: float 
 
 
 def _cells(cells: Mapping[tuple[float, float], Sequence[Trial]]) -> Table:
+    """The cells with the lowest runs, each with its valley. Nothing is fitted: the table is drawn twice a second."""
     best = {cell: min(found, key=lambda t: t.loss) for cell, found in cells.items()}
     shown = sorted(cells, key=lambda cell: (best[cell].loss, cell))
     floor = min(t.loss for t in best.values())
@@ -142,6 +143,9 @@ def sparkline(trials: Sequence[Trial], floor: float) -> str:
     """A cell's losses over log2 lr as blocks, lowest ▁, from ``floor`` up; the seeds of one place are averaged.
 
     × diverged, ╌ stopped early, ○ running, · waiting. What is far above the valley is cut at █.
+
+    Args:
+        trials: of one weight decay and init std. floor: the lowest loss of all cells, so that their lines compare.
     """
     places: dict[float, list[Trial]] = {}
     for trial in trials:
@@ -172,6 +176,7 @@ def _mark(trials: Sequence[Trial], mean: float | None, low: float, span: float) 
 
 
 def _running(trials: Sequence[Trial], steps: int) -> Table:
+    """Who trains what, and how far each run is."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("  running", "step", "loss", "worker"):
         table.add_column(name, justify="right" if name in ("step", "loss") else "left")

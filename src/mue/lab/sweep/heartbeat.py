@@ -40,7 +40,7 @@ class Heartbeat:
             self._lost.discard(trial)
 
     def note(self, trial: int, progress: dict[str, Any]) -> None:
-        """How far a trial is: goes with the next sign of life."""
+        """How far a trial is (step and loss): goes with the next sign of life, not in a transaction of its own."""
         with self._lock:
             if trial in self._held:
                 self._held[trial] = progress
@@ -67,6 +67,7 @@ class Heartbeat:
         self._over.set()
 
     def _beat(self) -> None:
+        """The thread: a sign of life for all that is held, every ``interval`` seconds until the end."""
         while not self._over.wait(self.interval):
             with self._lock:
                 held = dict(self._held)

@@ -38,6 +38,7 @@ class OptunaSampler(Sampler):
         out: list[Point] = []
         while len(out) < count and draws < count + _TIRED:
             number = len(trials) + draws
+            # Anew for each draw: what comes out depends on the trials and not on what this worker drew before.
             study.sampler = self.seeded(number)
             drawn: optuna.Trial = study.ask(ranges)
             point = {**{axis: float(drawn.params[axis]) for axis in AXES}, "seed": grid.seeds[number % len(grid.seeds)]}

@@ -130,6 +130,7 @@ def sweep_from(data: Mapping[str, Any], folder: Path) -> SweepSpec:
 
 
 def _grid(table: Mapping[str, Any]) -> Grid:
+    """The grid of a ``[sweep]`` table, with its sampler's defaults for what it leaves out."""
     for key, example in (("lr", "[0.001, 0.002, 0.004]"), ("weight_decay", "[0.1]"), ("init_std", "[0.05, 0.1]")):
         if key not in table:
             raise ValueError(f"[sweep] needs {key}: a list of values, e.g. {key} = {example}")

@@ -151,6 +151,7 @@ class Database:
         )
 
     def _patiently(self, attempt: Callable[[], T]) -> T:
+        """Try until it works, as long as what fails may pass by itself and our patience lasts."""
         failing, told, wait = None, -math.inf, 0.1
         while True:
             try:
@@ -184,6 +185,7 @@ class Database:
         return error
 
     def _transaction(self, work: Callable[[Execute], T], write: bool) -> T:
+        """One try on this thread's connection; whatever goes wrong, the next try has a new one."""
         connection = getattr(self._local, "connection", None) or self._connect()
         self._local.connection = connection
         execute = _sqlite_execute(connection) if self.sqlite else _postgres_execute(connection)
@@ -218,6 +220,7 @@ class Database:
         return self.run(work, write=False)
 
     def _make(self, name: str) -> None:
+        """Have Optuna make its tables and the study, so that its own tools read them."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -297,6 +300,7 @@ def _passing(error: Exception) -> bool:
 
 
 def _remedy(error: BaseException) -> str:
+    """What to do about an error that trying again does not mend; empty where there is nothing to say."""
     broken = getattr(error, "sqlite_errorcode", 0) & 0xFF in _SQLITE_BROKEN
     return (
         "; remove the file and start the sweep again: results in its folder are found and told anew" if broken else ""

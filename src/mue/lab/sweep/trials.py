@@ -286,6 +286,7 @@ class Trials:
         execute("SELECT study_id FROM studies WHERE study_id = :study" + self._lock(), study=self.study)
 
     def _add(self, execute: Execute, points: Sequence[Point], limit: int | None) -> int:
+        """:meth:`add` inside a transaction that holds the study. A withdrawn trial waits again: no point has two."""
         rows = execute(
             "SELECT a.value_json, t.trial_id, CAST(t.state AS TEXT) FROM trials t"
             " JOIN trial_user_attributes a ON a.trial_id = t.trial_id WHERE t.study_id = :study AND a.key = 'point'",

@@ -114,6 +114,7 @@ class Worker:
         return True
 
     def _begin(self, run: Run) -> None:
+        """Hand a run to the runner, where one key may be in flight only once."""
         assert self.runner is not None
         if run.key in self.leaving:  # lost and claimed again, faster than its process could stop
             self.again.append((time.monotonic() + _AGAIN, run))
@@ -127,6 +128,7 @@ class Worker:
         return added > 0 or (bool(points) and len(self.trials.all()) > len(trials))  # or another worker was faster
 
     def _listen(self) -> None:
+        """Begin what had to wait, then hear for a second at most what the runner has to say."""
         now = time.monotonic()
         for when, run in [entry for entry in self.again if entry[0] <= now]:
             self.again.remove((when, run))
@@ -147,6 +149,7 @@ class Worker:
             time.sleep(pause / 2)  # nothing of ours is being trained
 
     def _progress(self, message: Progress) -> None:
+        """Pass on how far a run is, and stop it where it is hopeless."""
         held = self.mine.get(message.key)
         if held is None:
             return

@@ -74,6 +74,9 @@ class WindowBatches:
 def text_windows(run: Run, corpus: Corpus) -> WindowBatches:
     """The windows of ``run.plan.target.sequence`` tokens that a run on text reads, as many in a step as its batch has tokens for.
 
+    Args:
+        run: its seed orders the windows. corpus: the text.
+
     Raises:
         ValueError: the text has more tokens than the model, or is shorter than a window.
     """

@@ -101,6 +101,8 @@ def _unique(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    """Replace a file by one with these tensors, and ``state`` in its header; an error leaves the old one."""
+
     def write(temporary: Path) -> None:
         try:
             save_file(tensors, temporary, {"mue": json.dumps(state)})

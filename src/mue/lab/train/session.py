@@ -252,7 +252,14 @@ class TrainingSession:
         self.metrics.write(json.dumps(row) + "\n")
 
     def maybe_checkpoint(self, checkpoint_seconds: float, stop: bool) -> None:
-        """Write a checkpoint if one is due; ``stop``: write it now and give the run up."""
+        """Write a checkpoint if one is due.
+
+        Args:
+            checkpoint_seconds: time between two. stop: write it now and give the run up.
+
+        Raises:
+            OSError: it cannot be written; the last good one stays.
+        """
         if self.status is not None or not (stop or time.monotonic() - self.saved_at > checkpoint_seconds):
             return
         self._flush()  # first: the checkpoint counts on so many bytes of metrics

@@ -88,7 +88,12 @@ class ParameterBank:
         self.setting_3NV1 = like.new_ones(3, len(named), variants, 1)
 
     def put(self, i: int, variant: int, parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> None:
-        """Take over parameter ``i`` of a variant; it and its optimizer's state become views."""
+        """Take over a parameter of a variant; it and its optimizer's state become views.
+
+        Args:
+            i: its place among the N. variant: among the V. parameter: of the variant's own model.
+            group, state: its optimizer's, of which peak lr, weight decay and eps, and the moments, are taken.
+        """
         views = []
         for bank, value in (
             (self.weight_NVS, parameter.data),

@@ -93,9 +93,12 @@ class Valley:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], points: Iterable[LossPoint]) -> Valley:
-        """The valley that :meth:`to_dict` wrote; ``points`` are the runs it was fitted to, which files keep beside it.
+        """The valley that :meth:`to_dict` wrote.
 
         Its numbers and words are those that were stored; only the curve is fitted again, to be drawn.
+
+        Args:
+            points: the runs it was fitted to, which files keep beside it.
         """
 
         def number(stored: float | None, missing: float = math.nan) -> float:
@@ -207,6 +210,7 @@ def _verdict(minimum: float, interval: tuple[float, float], confidence: float, e
 
 
 def _without_curve(runs: Runs, why: str) -> Valley:
+    """The lowest run in place of a minimum, and nothing that bounds it."""
     best = float(runs.x[runs.best])
     return Valley(
         minimum=best,

@@ -178,6 +178,9 @@ def basis(d_N: Array, low: float, high: float) -> Array:
     """N, K: 1, d, and the double integral from d = 0 of a random curvature of variance 1, a function for each of its parts.
 
     The curvature is linear between knots half an octave apart, and its values there have an exponential covariance.
+
+    Args:
+        d_N: octaves from the centre. low, high: where the knots begin and end.
     """
     knots_K = np.linspace(low, high, math.ceil((high - low) / _KNOTS) + 1)
     step = knots_K[1] - knots_K[0]
@@ -252,6 +255,13 @@ class _Grid:
         centre: float,
         known: float | None,
     ) -> _Grid:
+        """Compute everything that draws need.
+
+        Args:
+            d_N: octaves from the centre. z_N: losses over their spread, about zero. count_N: runs in each mean.
+            clear_N: false of runs that are set aside. centre: log2(lr). known: the noise over the spread, where it is
+                known.
+        """
         n, low, high = len(d_N), limits.low - centre, limits.high - centre
         growth_R, shared_R, noise_RNN = _noise_kinds(d_N, seed_N, count_N, clear_N)
         inverse_RNN: Array = np.linalg.inv(noise_RNN).astype(np.float64, copy=False)

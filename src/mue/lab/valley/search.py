@@ -238,6 +238,7 @@ class _Search:
         return [c for c in self.cells if c.posterior and (c is self.best or c.depth[0] - _DOUBT * c.depth[1] < bar)]
 
     def verdict(self) -> Verdict:
+        """What is known, and whether to go on: precise enough, at an edge, spent, or none of these."""
         cells = tuple(CellResult(c.weight_decay, c.init_std, c.valley, len(c.points)) for c in self.cells)
         spent = len(self.results) >= self.space.budget
         if self.best is None or self.best.valley is None:

@@ -101,7 +101,11 @@ class SearchCell:
         return max(lower, default=-math.inf), min(higher, default=math.inf)
 
     def beyond(self, low: float, high: float, chance: float) -> str | None:
-        """The end of the range, "low" or "high", at or beyond which the minimum lies with at least this chance."""
+        """The end of the range, "low" or "high", at or beyond which the minimum lies; None where it is at neither.
+
+        Args:
+            low, high: the range, in log2(lr). chance: at least this one.
+        """
         if self.posterior is None:
             return None
         if float((self.posterior.minima <= low).mean()) >= chance:
@@ -118,6 +122,10 @@ class SearchCell:
         """The first new learning rate of the survey that may train, or of the wanted ones inside the bracket.
 
         Where all are there and too few have a loss: a new half of the bracket.
+
+        Args:
+            survey, wanted: log2(lr), in the order they are asked for. seed: of such runs, the same for all: its share
+                of the noise moves the bracket's runs together.
         """
         left, right = self.bracket
         tried = {lattice.index(x) for x, _ in self.taken}
