@@ -34,8 +34,8 @@ LENGTHS = (0.5, 1.0, 2.0)  # of a joint step, in steps of its design: slopes say
 # error.
 LOOKS = (4, 6, 9, 13)
 SPARE = 8  # degrees of freedom for the spread of the shares: with fewer Student's t makes every interval wide
-# The global learning rates that the result must beat as well: a joint step that does no more than correct the sweep's rate is
-# no gain of roles.
+# The global learning rates that the result must beat as well: a joint step that does no more than correct the sweep's
+# rate is no gain of roles.
 RATES = (2**-0.5, 2**0.5)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from mue.lab.valley.posterior import Posterior, basis, own_noise, shared_noise
+from mue.lab.valley.posterior import Posterior
+from mue.lab.valley.prior import basis, own_noise, shared_noise
 
 Array = npt.NDArray[np.float64]
 

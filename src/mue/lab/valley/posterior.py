@@ -25,25 +25,19 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from mue.lab.valley.prior import basis, own_noise, shared_noise
 from mue.util.statistics import student_quantile
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
-# Half as much change within half an octave made a search's intervals narrower and covered 90.8 %, and made a grid's
-# wider (docs/LOG.md, "A sweep's layouts once more").
-_LENGTH = 1.0  # octaves over which the curvature changes ...
-_KNOTS = 0.5  # ... linearly between places so far apart
-_LOCAL = 0.9  # octaves over which the local part of a seed's noise changes
-_EVERYWHERE = 1 / 8  # of the variance that a seed shares between learning rates
 # Growth and sharing each off or as measured: two values integrate over whether there is any.
-_GROWTH = (0.0, 0.7)  # octaves of noise per octave of learning rate ...
-_GROWS = 2.0  # ... up to so many octaves from the centre
+_GROWTH = (0.0, 0.7)  # octaves of noise per octave of learning rate
 _SHARED = (0.0, 1.3)  # standard deviation of what a seed shares over that of a run's own noise
 _OWN = np.geomspace(3e-3, 2.0, 12)  # standard deviation of a run's own noise over A, twice the rise an octave off
 _TYPICAL, _SPREAD = math.log(0.27), 0.7  # of log own noise: mean and standard deviation of its prior
 _SCALES = np.geomspace(1e-3, 2.5, 40)  # A, as a share of the spread of losses per squared octave
-_DRAWS, _MESH = 1600, 97
+_DRAWS, _MESH = 1600, 97  # of a 95 % interval 20 draws are cut off at each end
 _FEWEST = 30  # curves with one minimum, else the data are not a valley's and all curves are kept
 _OUTLIER = 0.01  # chance that any clean run is called an outlier
 _ASIDE = 1e4  # times the variance of a run that is set aside
@@ -174,49 +168,6 @@ def _averaged(x_N: Array, y_N: Array, seed_N: Array) -> tuple[Array, Array, Arra
     return x_P, y_P, group_P, count_P.astype(np.float64)
 
 
-def basis(d_N: Array, low: float, high: float) -> Array:
-    """N, K: 1, d, and the double integral from d = 0 of a random curvature of variance 1, a function for each of its parts.
-
-    The curvature is linear between knots half an octave apart, and its values there have an exponential covariance.
-
-    Args:
-        d_N: octaves from the centre. low, high: where the knots begin and end.
-    """
-    knots_K = np.linspace(low, high, math.ceil((high - low) / _KNOTS) + 1)
-    step = knots_K[1] - knots_K[0]
-
-    def integral(x: Array, times: int) -> Array:  # of hats, one on each knot
-        power = 1 + times
-        ramps = [np.maximum(x[:, None] - knots_K + k * step, 0) ** power for k in (1, 0, -1)]
-        return np.asarray((ramps[0] - 2 * ramps[1] + ramps[2]) / (step * math.factorial(power)))
-
-    start = np.zeros(1)
-    hats_NK = integral(d_N, 2) - integral(start, 2) - d_N[:, None] * integral(start, 1)
-    covariance_KK = np.exp(-np.abs(knots_K[:, None] - knots_K) / _LENGTH)
-    # By its root, independent weights of variance 1 have that covariance.
-    parts_NK = hats_NK @ np.linalg.cholesky(covariance_KK)
-    return np.concatenate([np.ones((len(d_N), 1)), d_N[:, None], parts_NK], axis=1)
-
-
-def own_noise(d: Array, growth: Array | float) -> Array:
-    """Variance of a run's own noise, 1 at the centre.
-
-    Args:
-        d: octaves from the centre. growth: octaves of standard deviation per octave, hence the 4 for a variance.
-    """
-    return np.asarray(4.0 ** (growth * np.clip(d, -_GROWS, _GROWS)))
-
-
-def shared_noise(a_N: Array, b_M: Array, seed_N: Array, seed_M: Array) -> Array:
-    """N, M: covariance of what runs share by their seeds, of variance 1.
-
-    Args:
-        a_N, b_M: octaves from the centre. seed_N, seed_M: only runs of one seed share anything.
-    """
-    local = np.exp(-0.5 * ((a_N[:, None] - b_M) / _LOCAL) ** 2)
-    return np.asarray((seed_N[:, None] == seed_M) * (_EVERYWHERE + (1 - _EVERYWHERE) * local))
-
-
 @dataclass(frozen=True)
 class _Grid:
     """The posterior at each node of (own noise; growth and shared noise), the data in units of their spread.
@@ -255,13 +206,7 @@ class _Grid:
         centre: float,
         known: float | None,
     ) -> _Grid:
-        """Compute everything that draws need.
-
-        Args:
-            d_N: octaves from the centre. z_N: losses over their spread, about zero. count_N: runs in each mean.
-            clear_N: false of runs that are set aside. centre: log2(lr). known: the noise over the spread, where it is
-                known.
-        """
+        """Of losses z over their spread; clear: false where set aside; known: the noise over the spread, if it is."""
         n, low, high = len(d_N), limits.low - centre, limits.high - centre
         growth_R, shared_R, noise_RNN = _noise_kinds(d_N, seed_N, count_N, clear_N)
         inverse_RNN: Array = np.linalg.inv(noise_RNN).astype(np.float64, copy=False)

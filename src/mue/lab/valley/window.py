@@ -10,7 +10,8 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from mue.lab.valley.posterior import Limits, Posterior, fit_posterior, own_noise
+from mue.lab.valley.posterior import Limits, Posterior, fit_posterior
+from mue.lab.valley.prior import own_noise
 
 Array = npt.NDArray[np.float64]
 
