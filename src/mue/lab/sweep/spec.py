@@ -63,7 +63,7 @@ class SweepSpec:
         )
 
     def identity(self, data_hash: str) -> dict[str, Any]:
-        """What must not change under a sweep's folder: all but the grid and the seeds, and how its runs are laid out.
+        """What must not change under a sweep's folder: all but the grid, the seeds and how runs are laid out.
 
         Args:
             data_hash: of the corpus.

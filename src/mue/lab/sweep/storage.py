@@ -47,8 +47,7 @@ _TABLE = "trial_heartbeats"  # of those that Optuna makes, all of them before it
 _MAKING = 0x6D7565  # "mue": key of the advisory lock on PostgreSQL under which tables and studies are made
 # A peer that vanished without a word is noticed within seconds on both sides, and holds no lock for longer: 5 + 3 × 2 s
 # by keepalives where nothing is under way, 15 s by tcp_user_timeout where something is (Linux takes two hours and a
-# quarter of one), and the server ends a transaction in which nothing is said. Optuna's times are UTC without a zone,
-# hence the session's.
+# quarter of one), and the server ends a transaction in which nothing is said. Our times are UTC, hence the session's.
 _POSTGRES: dict[str, Any] = {
     "connect_timeout": 10,
     "keepalives_idle": 5,

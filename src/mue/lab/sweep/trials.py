@@ -19,9 +19,8 @@ from mue.lab.valley.pruning import Curve
 
 LEASE = 60.0  # seconds; a worker gives a sign of life at least four times in it (mue.lab.sweep.heartbeat)
 
-# Times are written as Optuna does, UTC to the microsecond without a zone. SQLite's %f has milliseconds, hence the
-# zeros. PostgreSQL's now() would be the transaction's begin: one that waited for a lock would write a time that is
-# past.
+# Times are UTC to the microsecond without a zone, as SQLAlchemy reads them back. SQLite's %f has milliseconds, hence the
+# zeros. PostgreSQL's now() would be the transaction's begin, which is past for one that waited for a lock.
 _NOW = {True: "strftime('%Y-%m-%d %H:%M:%f000', 'now')", False: "timezone('utc', clock_timestamp())"}
 _AGO = {
     True: "strftime('%Y-%m-%d %H:%M:%f000', 'now', '-' || :lease || ' seconds')",
