@@ -72,6 +72,7 @@ def _of_plan(inputs: Inputs, plan: PlanData) -> Base:
             "training is given, but the base plan has none: plan the base with both trainings, or leave this one out"
         )
     if plan.folding is not None:
+        # Folded values have c in them, which belongs to that plan's A and R: no factor of a table takes it out again.
         raise ValueError("the base plan is folded: transfer from mue.fold.unfold(plan), and fold the result")
     if plan.output_multiplier is None:
         raise ValueError("the base plan's blocks differ: there is no single e* to transfer from")
@@ -93,6 +94,7 @@ def _of_shape(inputs: Inputs, shape: Transformer) -> Base:
     tuned, before, after = inputs.tuned, inputs.base_training, inputs.training
     if tuned is None:
         raise ValueError("tuned is missing: give mue.HParams(lr, weight_decay, init_std) found on the base")
+    # Both runs or neither (conventions 2): a ratio of one number is a guess.
     if (before is None) != (after is None):
         given, lacking = ("training", "base_training") if before is None else ("base_training", "training")
         raise ValueError(

@@ -51,6 +51,7 @@ class Comparison:
             planned = plan.roles[role]
             cells: dict[str, Any] = dict(planned.factor.items())
             if ROLES[role].vector:
+                # a gain or bias starts at a constant and is not decayed, under every rule
                 del cells["init_std"], cells["weight_decay"]
             unknown = [f for f in cells if planned.formula.get(f) == "?"]
             out[role] = {**cells, "init": planned.init, "unknown": unknown, "status": planned.status}
@@ -114,6 +115,7 @@ def compare(inputs: Inputs, rules: Sequence[str] | None = None) -> Comparison:
         except ValueError as error:
             if name == inputs.rule:
                 raise
+            # The reason alone: "rule … cannot plan … → …" before it is what the table's row and title say.
             refused[name] = str(error).split(": ", 1)[-1] if "cannot plan" in str(error) else str(error)
     return Comparison(inputs, plans, refused)
 

@@ -135,6 +135,7 @@ def _base_value(plan: PlanData, role: str, field: str, third: str) -> Steps:
     if field == "weight_decay" and habit.weight_decay == "independent":
         text = "/ lr: the base decays independently, torch's form multiplies by lr"
         yield Step(name, text, final, "[base.convention]")
+    # Anything beyond rounding is the only habit left: the init that falls with depth.
     elif not math.isclose(final, value, rel_tol=1e-12):
         yield Step(name, f"/ √(2·{base.layers}): the base draws o and down so", final, "[base.convention]")
     return final
@@ -214,4 +215,5 @@ def _ratios(plan: PlanData, block: Block, kind: str = "") -> dict[str, float]:
 
 
 def _agree(name: str, derived: float, planned: float) -> None:
+    """The steps shown give the plan's number, or one of the two is wrong (1e-9: the same factors in another order)."""
     assert math.isclose(derived, planned, rel_tol=1e-9, abs_tol=1e-300), f"{name}: {derived} derived, {planned} planned"

@@ -50,6 +50,7 @@ def load(path: str | os.PathLike[str]) -> PlanData:
         raise ValueError(
             f"{path} is not a saved plan ({error}); write one with plan.save or mue plan --save"
         ) from error
+    # 12 digits: the last bits differ between libraries and machines, and mean nothing.
     stored = rounded(flatten({k: data.get(k) for k in plan.content()}))
     ours = rounded(flatten(plan.content()))
     wrong = next((k for k in ours if ours[k] != stored.get(k)), None)
@@ -72,7 +73,15 @@ def retuned(plan: PlanData, **changes: Any) -> PlanData:
 
 
 def scaled(plan: PlanData, multiplier: float) -> PlanData:
-    """The same transfer with every tuned learning rate times ``multiplier``."""
+    """The same transfer with every tuned learning rate times ``multiplier``: one point of a sweep around it.
+
+    Args:
+        plan: folded or not; the result is what it is. multiplier: a pure number, 1 for the plan itself.
+
+    Raises:
+        ValueError: a rate that is no positive number any more.
+    """
+    # ``lr_times`` is relative to the global rate, which moves already.
     roles = {r: {k: v * multiplier if k == "lr" else v for k, v in t.items()} for r, t in plan.tuned.roles.items()}
     return retuned(plan, lr=plan.tuned.lr * multiplier, roles=roles)
 

@@ -23,6 +23,7 @@ from mue.shapes import (
 )
 from mue.util.errors import nearest, positive
 
+# What [base] and [target] may hold, beside ffn; _MOE: with experts only. Anything else in them is an error.
 _COMMON = ("width", "layers", "head_dim", "heads", "kv_heads", "vocab", "sequence", "gated", "tied")
 _MOE = ("moe", "expert", "shared", "router", "normalize", "gates", "gate_moments")
 _TUNED = tuple(f.name for f in fields(HParams))
@@ -151,6 +152,7 @@ def _mixed(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Mixe
         need(block, "layers", f"[[{where}.blocks]]")
         own = dict(block)
         numbers: dict[str, Any] = dict(parse_notation(own.pop("moe"))) if "moe" in own else {}
+        # TOML has lists only; Block compares and hashes a tuple
         if isinstance(own.get("gate_moments"), list):
             own["gate_moments"] = tuple(own["gate_moments"])
         made.append(Block(**numbers, **own))
