@@ -22,7 +22,7 @@ def loaded() -> ctypes.CDLL | None:
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """The kernel at `path`."""
+    """The kernel at `path`, with the types of the two results that are no C int."""
     kernel = ctypes.CDLL(str(path))
     kernel.mue_has_matrix_unit.restype = ctypes.c_bool
     kernel.mue_call_bytes.restype = ctypes.c_int64

@@ -99,6 +99,7 @@ class _Kernel:
     def gradients(self, given: Sequence[Tensor]) -> tuple[int, ...]:
         """Shape of the gradients of all weights."""
         lead = _lead(given)
+        # one buffer, one weight after the other, as the threads' own sums lie (csrc/attention.cpp)
         return *lead, sum(w.numel() for w in self.weights(given)) // math.prod(lead)
 
     def apart(self, gradients: Tensor, given: Sequence[Tensor]) -> list[Tensor | None]:
@@ -198,7 +199,7 @@ def _feed_forward_kept(x: Tensor, given: Sequence[Tensor]) -> list[tuple[int, ..
     return [(*x.shape[:-1], w.shape[-2]) if w.numel() else (0,) for w in given[1:3]]
 
 
-_ROWS_PER_THREAD = 32
+_ROWS_PER_THREAD = 32  # of the feed-forward, below which another thread costs more than it saves
 _attention = _operator(
     _Kernel(
         "attention", _Attention, ("gain", "q", "k", "v", "q_gain", "k_gain", "o", "turn"), ("qkv", "y", "log_sum"),

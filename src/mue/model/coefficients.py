@@ -52,7 +52,7 @@ def tensor_folds(plan: PlanData, model: nn.Module) -> list[TensorFold]:
     """
     params = match_model(plan, model)
     queries: Mapping[str, float] = {}
-    if not isinstance(unwrap(model), HasLayout):
+    if not isinstance(unwrap(model), HasLayout):  # one that declares itself takes the planned attention scale
         from mue.model.stock import query_coefficients  # on use: what observes stock models takes a moment to import
 
         queries = query_coefficients(plan, model, params)

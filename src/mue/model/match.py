@@ -97,12 +97,13 @@ def _expected(
     t = plan.target
     kind, part = ROLES[p.role].kind, ROLES[p.role].part
     if kind == "embedding":
-        positions = "position" in p.name or "wpe" in p.name
+        positions = "position" in p.name or "wpe" in p.name  # a table of positions has as many rows as a sequence
         rows = [] if positions else [("vocabulary", p.fan_in, (t.vocab,))]
         return [*rows, ("width", p.fan_out, (t.width,))]
     if kind == "head":
         return [("vocabulary", p.fan_out, (t.vocab,)), ("width", p.fan_in, (t.width,))]
     if kind == "attention":
+        # q, k and v may read a latent; whether one of a layer reads the stream is asked in _latent_faults
         return [("fan-in", p.fan_in, (t.attention_width,))] if part == "o" else []
     if block is None:
         return []
@@ -111,12 +112,14 @@ def _expected(
         latents = _latents(t.width, outs, routers)
         return [("fan-in", p.fan_in, (t.width, *latents)), ("experts", p.fan_out, (*outs, *latents))]
     hidden = {"ffn": block.ffn, "expert": block.expert, "shared": block.shared_width}[kind]
+    # n_s shared experts of width h_s are one of n_s·h_s (conventions 12), however a model stores them
     many = p.experts if kind == "shared" else 1
     found = p.fan_in if part == "down" else p.fan_out // max(len(p.layout.parts), 1)
     sizes: list[tuple[str, int, tuple[int, ...]]] = [
         ("hidden width", found * many, (hidden or 0,)),
         ("residual width", p.fan_out if part == "down" else p.fan_in, (t.width,)),
     ]
+    # where experts are modules of their own, no tensor shows their number
     if kind == "expert" and "experts.*" not in p.layout.pattern and not p.layout.pattern.endswith("*"):
         sizes.append(("experts", p.experts, (block.experts,)))
     return sizes
@@ -124,6 +127,7 @@ def _expected(
 
 def _latents(width: int, outs: tuple[int, ...], routers: list[ParamInfo]) -> set[int]:
     """Sizes inside a router that is a small MLP: what one of its matrices puts out and another reads, the last one the scores."""
+    # conventions 8: a router's own MLP has matrices whose fan-in is not d
     read, written = {p.fan_in for p in routers}, {p.fan_out for p in routers}
     return (read & written) - {width} if width in read and written & set(outs) else set()
 

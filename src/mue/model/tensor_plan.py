@@ -96,6 +96,7 @@ def _constant(p: ParamInfo, planned: float | None, c: float) -> float | None:
     assert planned is not None
     if not isinstance(start, float):
         return planned * c
+    # what the code multiplies by must be the planned gain, so 1 + w wants w = c - 1 (transfer-rules 6.3, point 2)
     if p.gain_offset or (ROLES[p.role].gain and start == 1):
         return planned * c - p.gain_offset
     return start * c

@@ -140,7 +140,13 @@ class MoELayer(nn.Module):
         return y_TD.view(x.shape), routing
 
     def route(self, x_TD: Tensor, given: RouterInput | None = None) -> Routing:
-        """Which experts each token goes to. ``given`` is left out for a router that has nobody to read it."""
+        """Which experts each token goes to.
+
+        Args:
+            x_TD: (T, width).
+            given: what the router may read beside x; not passed on where there is none, so that a router that reads
+                hidden states alone needs no second argument.
+        """
         if self.router is None:
             return Routing.empty(x_TD.shape[0], device=x_TD.device)
         routing: Routing = self.router(x_TD) if given is None else self.router(x_TD, given.flat())

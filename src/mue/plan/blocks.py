@@ -33,7 +33,8 @@ def block_plan(rule: Rule, transition: Transition, base: Base, block: Block, thi
 
     Args:
         rule: read for the base's optimizer already. transition: from which shape and run to which.
-        base: whose tuned values are multiplied. block: of the target. third: the part of the depth that it lies in where that has tuned values of its own, or ``""``.
+        base: whose tuned values are multiplied. block: of the target.
+        third: the part of the depth that it lies in, where that has tuned values of its own, or ``""``.
 
     Raises:
         ValueError: a base plan that has no layer in that third.

@@ -173,6 +173,7 @@ def _register(name: str, kernel: Kernel) -> Callable[..., tuple[Tensor, ...]]:
         return [torch.empty_like(x) if need else dy_TD.new_empty(0) for x, need in zip(inputs, needs, strict=True)]
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        # or autograd would make zeros as large as the saved rows, for outputs that nobody differentiates
         ctx.set_materialize_grads(False)
         ctx.call = inputs[10:]
         ctx.save_for_backward(*inputs[:10], *output[1:])

@@ -185,6 +185,9 @@ def router(name: str, place: float = 100.0, **facts: Any) -> Callable[[_Router],
 def build(block: Block, width: int, options: RouterOptions) -> BaseRouter:
     """The router that a block names.
 
+    Args:
+        block: with routed experts. width: D. options: what the plan (R) and the run say to it.
+
     Raises:
         ValueError: an unknown name, with the nearest known one; what the router refuses.
     """
