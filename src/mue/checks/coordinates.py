@@ -110,7 +110,8 @@ def coordinate_check(
         plan: shape → its plan.
         axes: name from :data:`AXES` → shapes that differ along it, two or more; sizes are read off the shapes.
         batches: step → batch; step -1 is the held batch that everything is measured on.
-        steps: 10 to 30. seeds: of the init. tolerance: on slopes.
+        steps: 10 to 30, as the threads on mup's own check ask for (mup#71). seeds: of the init.
+        tolerance: on slopes; a rule that is missing somewhere is off by half a power or more.
         optimizer: ``(plan, model) -> optimizer``; default AdamW of the plan's groups.
         raises: raise where a slope fails; else return.
 
@@ -192,6 +193,7 @@ def _expected(module: str, quantity: str, sizes: Sequence[float], plans: Sequenc
         return full - 0.5 * max(wide, 0.0) + min(noise, 0.0), full + max(noise, 0.0)
     if module == "logits":
         both = (fitted([(x, f(p)) for x, p in zip(sizes, plans, strict=True)])[0] for f in (_logit_step, _logit_start))
+        # + 0.0 makes of -0.0 a zero, which would print as another number
         rounded = [round(slope, 3) + 0.0 for slope in both]
         return min(rounded), max(rounded)
     if module == "feed-forward branch" and quantity == "update":

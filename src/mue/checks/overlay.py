@@ -141,6 +141,7 @@ def _gap(name: str, gap: Sequence[float], limit: float, growth: float) -> Gap:
     n = len(gap)
     early, late = gap[n // 5 : 3 * n // 5], gap[3 * n // 5 :]
     half = gap[n // 2 :]
+    # a gap may be on either side: what must not grow is its size
     sign = math.copysign(1.0, math.fsum(half))
     blocks = [sign * math.fsum(half[i : i + BLOCK]) / BLOCK for i in range(0, len(half) - BLOCK + 1, BLOCK)]
     slope, spread = _line(blocks)

@@ -23,7 +23,7 @@ from mue.shapes.routers import RouterKind
 from mue.util.text import number
 
 NAME = "gates"
-TOKENS = 128
+TOKENS = 128  # random ones: enough that a spread of the sums shows, and cheap at full size
 
 
 @runtime_checkable
@@ -104,8 +104,10 @@ def _run(module: nn.Module, width: int) -> Routed | None:
         alone: Any = copy.deepcopy(module).to_empty(device="cpu").float()
     generator = torch.Generator().manual_seed(0)
     for parameter in alone.parameters():
+        # logits of std 0.3: apart, so that no two experts tie, and small, so that no score saturates
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 / width**0.5)
     for buffer in alone.buffers():
+        # a balance bias of zero, as at the start of training
         buffer.zero_()
     with evaluating(alone):
         out = alone(torch.randn(TOKENS, width, generator=generator))

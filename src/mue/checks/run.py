@@ -101,6 +101,7 @@ def _run(one: Check, ctx: Context, lacking: dict[str, str]) -> list[Finding]:
         return list(run(ctx))
     except Exception as error:  # the user's forward, loss, clip or scheduler failed: that is a finding, not a crash
         if "batch" in one.needs:
+            # the checks after this one would fail in the same way, and say less
             lacking["batch"] = f"the model could not be run: see {one.name}"
         first = (str(error) or "no message").splitlines()[0]
         return [

@@ -125,6 +125,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _hold(self, t: Tensor, p: ParamInfo) -> None:
         start = int(t.storage_offset())
         self._parameters.setdefault(_key(t), []).append((start, start + max(int(t.numel()), 1), p))
+        # a freed storage's address would be given to another tensor, which would then pass for this one
         self._alive.append(t)
 
     def _parameter(self, t: object) -> ParamInfo | None:
@@ -148,6 +149,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if a.shape != b.shape or not (self._on_stream(a) or self._on_stream(b)):
             return None
         alpha = float(kwargs.get("alpha", 1))
+        # alpha is a multiplier like any other: torch.add(x, y, alpha=c) is x + c·y
         carried, branch = (a, b * alpha) if self._on_stream(a) else (b * alpha, a)
         return (carried.clone(), branch.clone()) if kernel == "add_" else (carried, branch)
 
@@ -208,9 +210,11 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _attention(self, kernel: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         if kernel.startswith("_softmax"):
             scores = args[0]
+            # a router's softmax has the experts last, and one row a token
             if scores.dim() >= 3 and scores.shape[-2] > 1 and not any(p.info.role == "router" for p in self._since):
                 self.record.softmaxes.append(Softmax(self._since, self._scores, logits=scores))
             return
+        # the unfused form of scaled_dot_product_attention: its products and its softmax were seen one by one
         if "math" in kernel:
             return
         q, k = args[0], args[1]
@@ -220,6 +224,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _key(t: Tensor) -> int:
+    """What a tensor is known by: its storage, which its views share."""
     try:
         return t.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # sparse and other storageless tensors
@@ -227,7 +232,15 @@ def _key(t: Tensor) -> int:
 
 
 def traced(placed: Iterable[ParamInfo], width: int, run: Callable[[], Any]) -> tuple[Record, Any]:
-    """Call ``run`` without gradients and return what was seen and what it returned."""
+    """Watch one forward pass.
+
+    Args:
+        placed: the parameters to recognise. width: D, which tells the residual stream from other tensors.
+        run: calls the model; gradients are off meanwhile.
+
+    Returns:
+        What was seen, and what ``run`` returned. Every value is kept, so the batch should be small.
+    """
     with torch.no_grad(), Trace(placed, width) as trace:
         out = run()
     record: Record = trace.record

@@ -72,6 +72,7 @@ def _measured(ctx: Context, threshold: float, c: Mapping[Tensor, float]) -> Find
 
 def _judged(ctx: Context, held: list[Tensor], factors: list[float]) -> Finding:
     low, high, wanted = min(factors), max(factors), 1 / FORCE
+    # one division and one product in float32: the factors of one clip agree to 1e-6
     if high - low > max(1e-3, ctx.tolerance) * high:
         worst = ctx.names[id(held[factors.index(low)])].name
         return Finding(
@@ -83,6 +84,7 @@ def _judged(ctx: Context, held: list[Tensor], factors: list[float]) -> Finding:
             ("clipped per tensor or per group instead of globally", "clipped by value"),
             MEND,
         )
+    # torch adds 1e-6 to the norm before it divides; 1 % is far above that, and far below what a fold changes
     if abs(high - wanted) > max(1e-2, ctx.tolerance) * wanted:
         folded = ctx.plan.folding is not None
         return Finding(

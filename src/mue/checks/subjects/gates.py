@@ -20,7 +20,9 @@ from mue.checks.subjects.multipliers import expected_routed
 from mue.shapes.block import MEASURED, Block
 from mue.util.text import number
 
-VARIANCE = 1.25  # F above which the branch's init scale is off by more than a tenth
+# F above which the branch's init scale √F is off by more than a tenth. Logits of std 1 give sigmoid gates 1.00 to 1.01,
+# renormalised softmax ones 1.1 to 1.2 (transfer-rules 1.3).
+VARIANCE = 1.25
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softmax": lambda logits: logits.softmax(-1)}
 
 
@@ -65,6 +67,7 @@ def _layer(ctx: Context, b: Branch, c: Coefficients, block: Block) -> Iterator[F
     if block.gates != MEASURED and spread > ctx.tolerance * abs(mean):
         yield not_constant(where, mean, spread, expected_routed(ctx, b.layer))
         return
+    # whatever the multipliers are: they cancel between numerator and denominator
     F = float(block.active * c.routed.square().sum(1).mean() / mean**2)
     planned = block.gate_variance
     if VARIANCE * planned < F:

@@ -123,6 +123,7 @@ def _attention(b: Branch, residual: float) -> Reading | Finding:
     product = b.last("attention_o")
     assert product is not None
     out = product.out.reshape(-1, product.out.shape[-1])
+    # a projection may be computed as W·xᵀ
     c, residue = fit_ratio(b.out, out if out.shape == b.out.shape else out.T)
     if residue > 0.05:
         return _not_a_multiple(product.info.name, residue)
@@ -186,6 +187,7 @@ def _feed_forward(ctx: Context, b: Branch, c: Coefficients | None) -> Iterator[R
 
 
 def _median(x: Tensor) -> float:
+    """Over tokens: the multiplier is one for all, and a token with nearly singular equations must not move it."""
     return float(x.median())
 
 
@@ -219,6 +221,7 @@ def _stream(ctx: Context) -> Iterator[Reading | Finding]:
     table = next((p.name for p in ctx.placed if p.role == "embedding"), "embedding")
     start = added[0].before if added[0].before.shape == record.lookup.shape else record.lookup
     c, residue = fit_ratio(added[0].carried, start)
+    # Gemma's code multiplies its embedding by √d: the family's habit, and no fault of the wiring
     own = ctx.plan.target.width**0.5
     if residue < 0.05 and abs(c / own - 1) < 1e-2 and not isinstance(unwrap(ctx.model), HasLayout):
         yield Finding(
@@ -284,6 +287,7 @@ def _normed(ctx: Context, x: Tensor) -> Iterator[Tensor]:
     last = [p for p in ctx.placed if p.role == "final_norm"]
     gains = [p.parameter.detach().double() + float(p.layout.start == 0) for p in last]  # such code multiplies by 1 + w
     gain = gains[0] if gains else x.new_ones(x.shape[-1])
+    # the model's own epsilon is not known; these two are the usual ones, and the better fit is taken
     for eps in (1e-6, 1e-5):
         unit = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         yield unit * gain

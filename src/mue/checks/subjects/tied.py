@@ -29,6 +29,7 @@ def _head(ctx: Context) -> Iterator[Finding]:
     head = next((p for p in ctx.placed if p.role == "head"), None)
     if embedding is None:
         return
+    # without values or memory there is nothing to compare; whether there is a head at all is coverage's
     if head is None or ctx.meta:
         return
     same = head.parameter.shape == embedding.parameter.shape and torch.equal(head.parameter, embedding.parameter)
