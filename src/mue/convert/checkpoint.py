@@ -97,6 +97,7 @@ def _folder(
             " python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
+    # beside it, so that the last step is a rename within one file system: all of it appears, or nothing
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         for path in _in_order(source):
@@ -212,6 +213,7 @@ class _Walk:
             self.bare = top
             return self._weights(data)
         if isinstance(data, Mapping):
+            # a scheduler's rates are those of the optimizer's groups, which must be known by then
             items = sorted(data.items(), key=lambda item: not _holds_optimizer(item[1]))
             made = {k: self.walk(v, top=False) for k, v in items}
             return {k: made[k] for k in data}

@@ -145,6 +145,7 @@ def conversion(plan: PlanData, form: str, model: nn.Module, route: str = "weight
         if faults := stock_faults(folded, model):
             raise ValueError(f"this model cannot run plan {folded.hash} when folded:\n  " + "\n  ".join(faults))
         queries = query_coefficients(folded, model, placed)
+    # what queries carry for the sake of the attention scale is in the folded form alone: the other one has a setting
     sides = {
         "folded": (folded, tensor_folds_of(folded, placed, queries)),
         "multipliers": (multiplied, tensor_folds_of(multiplied, placed, {})),

@@ -111,6 +111,7 @@ def _group(
     ids: Sequence[Any],
 ) -> dict[str, Any]:
     """One group of the new form from the old groups of its parameters, which must agree in all that the plan leaves open."""
+    # where in its schedule the run is: the same multiple of the peak goes on in the other form
     phases = [float(g["lr"]) / planned[n].settings["lr"] for n, g in zip(names, old, strict=True)]
     travels = [{k: v for k, v in g.items() if k not in (*SETTINGS, "params", "param_names")} for g in old]
     for n, phase, rest in zip(names, phases, travels, strict=True):
@@ -159,6 +160,8 @@ def convert_scheduler(data: Mapping[str, Any], before: Sequence[Any], after: Seq
         elif key == "_schedulers":
             made[key] = [convert_scheduler(d, before, after) for d in value]
         elif isinstance(value, list) and value and len(value) == len(before):
+            # one value for all groups is no rate of a group, whatever it means; min_lrs are rates, and would have to be
+            # scaled
             if any(v != value[0] for v in value) or key == "min_lrs":
                 raise ValueError(
                     f"the scheduler's {key} has one entry for each group, and its meaning is not known here: build the"

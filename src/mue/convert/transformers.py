@@ -77,5 +77,6 @@ def _with_close(data: dict[str, Any], key: str, old: float, new: float) -> dict[
         return data
     whole = math.isclose(new, round(new), rel_tol=1e-9)
     if key == "query_pre_attn_scalar":
+        # that setting is a whole number (the scale is its -1/2 power); what it cannot say the queries carry
         return with_setting(data, key, round(new)) if whole else data
     return with_setting(data, key, new)

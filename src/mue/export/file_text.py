@@ -150,6 +150,10 @@ def matching(match: str = REGEX, every_row: bool = True) -> str:
 
 
 def commonest(rows: Sequence[ExportRow]) -> ExportRow:
-    """A row with the setting that most matrices have: a stack's default values."""
+    """A row with the setting that most matrices have: a stack's defaults, so that few parameters need an override.
+
+    Args:
+        rows: of one plan, at least one of them a matrix.
+    """
     setting = Counter(row.setting for row in rows if row.std is not None).most_common(1)[0][0]
     return next(row for row in rows if row.setting == setting)

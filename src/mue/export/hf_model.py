@@ -27,6 +27,7 @@ def transformers_model(target: Transformer, given: Any) -> tuple[nn.Module, str]
         return given, type(given).__name__
     config, sizes = _config_of(target) if given is None else (given, "")
     config = read_config(config) if isinstance(config, str | Path) else config
+    # names and shapes are all that an export reads, and a model may be larger than this machine
     with torch.device("meta"):
         module = build(config)
     return module, f"{type(module).__name__}{sizes}"
@@ -63,6 +64,7 @@ def _family(target: Transformer) -> tuple[str, dict[str, Any]]:
         sizes |= {"mlp_only_layers": skipped, "moe_intermediate_size": expert, "num_experts": experts}
         return "qwen3_moe", {**sizes, "num_experts_per_tok": active, "norm_topk_prob": normalize}
     first = is_moe.index(True)
+    # GLM-4-MoE: dense layers first, then experts with sigmoid scores and shared ones as wide as routed ones
     if router == "sigmoid" and all(is_moe[first:]) and width == shared * expert:
         sizes |= {"first_k_dense_replace": first, "moe_intermediate_size": expert, "n_routed_experts": experts}
         sizes |= {"n_shared_experts": shared, "num_experts_per_tok": active, "norm_topk_prob": normalize}

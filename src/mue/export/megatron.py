@@ -25,6 +25,7 @@ from mue.plan.fold import fold, unfold
 from mue.plan.plan import PlanData
 from mue.shapes.block import Block
 
+# Names and axes as in Megatron-Core 0.16. linear_fc1 holds gate and up, linear_fc2 is the down projection.
 _M = "decoder.layers.*"
 _EXPERT_UP = ("expert_gate", "expert_up")
 _MEGATRON = (
@@ -157,6 +158,7 @@ def megatron(plan: PlanData, model: Any) -> str:
     stds = {
         method: _std(found, method) for method in ("init_method", "output_layer_init_method", "embedding_init_method")
     }
+    # Megatron draws by three methods; the std that most matrices of a method have is left to it, the rest is drawn anew
     drawn = [row for row in found if row.std is not None and row.std != stds[_method(row)]]
     kept = [
         row if row in drawn else replace(row, std=None, constant=None if row.constant in (0.0, 1.0) else row.constant)

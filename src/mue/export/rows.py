@@ -81,6 +81,7 @@ def rows(plan: PlanData, model: nn.Module, extra: Mapping[str, float] | None = N
     for s in tensor_plans(plan, model):
         if not ROLES[s.info.role].trained:
             continue
+        # each stack draws tensor by tensor; one draw for N tensors has no place in any of their configs
         if plan.role(s.info.role, s.info.layer).init == "shared":
             raise ValueError(
                 f"{s.info.name}: experts that start from one draw cannot be exported; call plan.init_ instead"

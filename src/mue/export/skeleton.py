@@ -102,6 +102,7 @@ class NativeStack:
             for i, (row, match) in enumerate(fits):
                 layer = int(match[1]) if match.lastindex else 0
                 block = blocks[min(layer, len(blocks) - 1)]
+                # two models of a stack may use one name for different axes: the planned shape says which it is
                 if i == len(fits) - 1 or shape_of(row, target, block) == shapes[name]:
                     used.setdefault(row.pattern, _stacked(row, target, experts))
                     break

@@ -96,6 +96,7 @@ class Block:
                 " (mue.moe.gate_moments does it)"
             )
         m1, m2 = (positive("gate_moments", m) for m in self.gate_moments)
+        # Cauchy–Schwarz over the a active weights: Σw² ≥ (Σw)²/a, with equality where all are even; 1e-9 for rounding
         if not m1 * m1 / self.active * (1 - 1e-9) <= m2:
             raise ValueError(
                 f"gate_moments ({m1:g}, {m2:g}): E[Σw²] cannot be below E[Σw]²/a = {m1 * m1 / self.active:g}"

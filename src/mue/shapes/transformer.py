@@ -122,6 +122,7 @@ class Transformer:
         Experts count one by one, whatever a model stores them in; a tied head is counted at the embedding.
         """
         d, L = self.width, self.layers
+        # a token looks one row up and is multiplied by none of them; a tied table is the head as well, and multiplies
         yield Tensors("embedding", 1, self.vocab * d, 0 if not self.tied else 1)
         kv = self.num_kv_heads * self.head_dim
         for part, out in (("q", self.attention_width), ("k", kv), ("v", kv), ("o", self.attention_width)):

@@ -39,7 +39,12 @@ def true_or_false(name: str, value: object) -> bool:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'width'?"`` with the closest known word, or the list of all of them."""
+    """The end of an error: ``"; did you mean 'width'?"`` with the closest known word, or the list of all of them.
+
+    Args:
+        word: what was given. known: what would have been understood.
+    """
     known = list(known)
+    # half alike: a slip or a synonym is found, and a wholly other word shows the list instead
     close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

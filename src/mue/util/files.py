@@ -32,6 +32,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        # mkstemp makes files that only their owner reads
         temporary.chmod(0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -62,6 +63,7 @@ def rounded(data: Any) -> Any:
     if isinstance(data, list | tuple):
         return [rounded(v) for v in data]
     if isinstance(data, float):
+        # of a double's 16 digits: what libm, BLAS or another order of factors changes is in the last two or three
         return f"{data:.12g}"
     return f"{data:d}" if isinstance(data, int) and not isinstance(data, bool) else data
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LARGEST_HEADER = 100_000_000
+LARGEST_HEADER = 100_000_000  # the format's own limit; a file that is none gives any number here
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,11 @@ def number(value: float | None) -> str:
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Left-aligned columns, two spaces apart, a rule under the header."""
+    """A table as plain text: left-aligned columns, two spaces apart, a rule under the header.
+
+    Args:
+        header: one cell a column. rows: as many cells each.
+    """
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     printed = [

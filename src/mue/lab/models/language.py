@@ -109,6 +109,7 @@ class LanguageModel(nn.Module):
         self.final_norm = RMSNorm(shape.width)
         self.head = Linear(shape.width, shape.vocab)
         if shape.tied:
+            # one Parameter, so that named_parameters has it once and its gradient is the sum of both uses
             self.head.weight = self.embedding.weight
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Output:

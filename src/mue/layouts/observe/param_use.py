@@ -65,6 +65,8 @@ class _Origin:
     axes: tuple[tuple[int, int, int], ...]  # (axis, stride, size)
 
     def axis(self, stride: int) -> int | None:
+        # a view steps along an axis by a multiple of its stride that stays inside it; of several the largest stride is
+        # it
         fits = [(s, axis) for axis, s, n in self.axes if s <= stride < s * n]
         return max(fits)[1] if fits else None
 

@@ -54,6 +54,7 @@ def post_norms(
             found = _ends(model, run, layer, here)
             for norm, before in found.items():
                 after.setdefault(norm, set()).update(rows[p].pattern for p in before)
+            # what is cancelled with no gain in its place: by a norm without one, or by one that is no module
             covered = set().union(*found.values()) if found else set()
             lost |= {p for p in here if p not in covered and _idle(model, run, layer, here)}
     return {norm: tuple(sorted(before)) for norm, before in after.items()}, frozenset(lost)

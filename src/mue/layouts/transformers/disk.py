@@ -105,6 +105,7 @@ def compare_stored(folder: Path, model: nn.Module) -> StoredTensors:
     held = {first[n] for n in parts if n in first}
     wrong = []
     for n, sources in parts.items():
+        # joined or turned on the way in: only the number of elements can be compared
         if n in own and (len(sources) > 1 or names.converts(sources[0])):
             sizes = sum(prod(stored[s]) for s in sources)
             whole = sum(prod(own[m]) for m in names(sources[0]) if m in own)

@@ -22,7 +22,7 @@ from mue.layouts.transformers.family import family_of
 from mue.layouts.transformers.tiny import shrunk_enough
 
 SMALL = {"expert width": 16, "shared width": 16, "ffn": 64}  # nothing that a router reads
-VOCABULARY = 2048
+VOCABULARY = 2048  # different tokens are all that a router at init can tell apart
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def measure_gates(
     Args:
         description: of the config. router_std: of the router's weights; the planned one is tuned.init_std·√(base width/width).
             None: as the model's own code draws them.
-        draws, tokens, seed: how many models, tokens each, and where random numbers start.
+        draws, tokens, seed: how many models, tokens each, and where random numbers start. Tokens of one model share its
+            router, so more models lower the error and more tokens hardly do.
 
     Raises:
         ValueError: a model without routers that can be watched, or whose gates sum to one number already.
@@ -135,6 +136,7 @@ def _small(config: Any, build: Build) -> Any:
 def _tokens(config: Any, count: int) -> Tensor:
     (name, *_) = attributes(config, "vocabulary")
     top = next(v for part in subconfigs(text_config(config)) for k, v in integers(part).items() if k == name)
+    # short sequences: attention costs their square, and at init hardly changes what a router sees
     length = min(128, count)
     return torch.randint(3, top, (math.ceil(count / length), length))
 

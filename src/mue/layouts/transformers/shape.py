@@ -68,6 +68,7 @@ def _observed(description: Description) -> tuple[bool | None, float | None]:
     """Whether the weights summed to one number in every layer (None: not watched), and that number."""
     seen = list(description.gates.values())
     normalised = all(g.normalised for g in seen) if seen else None
+    # four decimals: the sums are of float32, and a route scale is written with two or three
     totals = {round(g.total, 4) for g in seen}
     return normalised, totals.pop() if normalised and len(totals) == 1 else None
 
@@ -146,6 +147,7 @@ def _block(
     if not routing.normalised and moments is None:
         raise ValueError(f"this model's gates: {routing.advice}")
     experts = roles["expert_down"]
+    # n_s of width h_s are one of n_s·h_s (conventions 12)
     shared = sum(p.fan_in * p.experts for p in roles.get("shared_down", []))
     return Block(
         layers=1,

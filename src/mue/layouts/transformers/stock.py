@@ -62,10 +62,11 @@ class _Keyed:
         return hash(self.key)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=32)  # every function of mue.model asks anew
 def _observed(kind: Any, keyed: _Keyed, rows: tuple[Layout, ...]) -> StockModel:
     def build(config: Any) -> nn.Module:
         config = copy.deepcopy(config)
+        # plain products and a softmax: what is observed has to be operators
         config._attn_implementation = "eager"
         made: nn.Module = kind(config)
         return made

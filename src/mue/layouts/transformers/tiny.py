@@ -81,6 +81,7 @@ def shrunk_enough(config: Any, patterns: Callable[[Any], set[str]], overrides: M
     """The smallest of a few tiny configs whose parameters have the same name patterns as the full one's."""
     wanted = patterns(config)
     small = config
+    # Families have several kinds of layers (dense ones first, say): as few as show every kind, at the last all of them.
     for layers in (2, 4, 8, 16, 10_000):
         small = shrink(config, layers, overrides)
         if patterns(small) >= wanted:
