@@ -30,6 +30,13 @@ def stock_conversion(
     is R, or 1 once R is in the weights; where it has one for attention's, that is the plan's. What no setting can say goes
     into the weights of the folded form, and is the business of whoever runs the other one.
 
+    Args:
+        folder: with a ``config.json``. plan: in either form. form: the target's, from :data:`mue.convert.forms.FORMS`.
+        route: who carries R when folded, where the plan does not say.
+
+    Returns:
+        What becomes of each tensor, names on disk → the model's, and what becomes of the config.
+
     Raises:
         ValueError: a model that is scaled already, whose settings contradict the plan, or that is not the planned one.
     """

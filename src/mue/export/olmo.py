@@ -31,8 +31,8 @@ from mue.rules.roles import ROLES
 from mue.shapes.block import Block
 from mue.util.text import number
 
-# Names and axes as OLMo-core's code multiplies them. It flattens experts to (N·in, out) or, dropless, to (N·out, in) under
-# one name (anchors 0), so each kind of experts is a model of its own here.
+# Names and axes as OLMo-core's code multiplies them. It flattens experts to (N·in, out), or (N·out, in) where dropless,
+# under one name (anchors 0), so each kind of experts is a model of its own here.
 _O = "blocks.*"
 _OLMO_NORMS = tuple(norm_params(_O, ("attention_norm", "feed_forward_norm")))
 _OLMO = (

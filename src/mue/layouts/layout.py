@@ -143,13 +143,24 @@ def pattern_of(name: str) -> str:
 
 
 def weights_beside(bias: str) -> tuple[str, ...]:
-    """Names under which the weight of a bias may stand: ``x.weight`` for ``x.bias``, ``down`` for ``down_bias``."""
+    """Where the weight that a bias is added to may stand.
+
+    Args:
+        bias: a canonical name.
+
+    Returns:
+        Names in the order in which to look: ``x.weight`` for ``x.bias``, ``down`` for ``down_bias``.
+    """
     stem = bias.removesuffix("bias")
     return tuple(dict.fromkeys((f"{stem}weight", stem.rstrip("._"), f"{stem.rstrip('._')}.weight")))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP, ``torch.compile`` and the like."""
+    """The model inside DDP, ``torch.compile`` and the like, which hide its methods and config.
+
+    Args:
+        model: wrapped or not. One that declares a layout is the model, whatever it calls its parts.
+    """
     while True:
         inner = getattr(model, "_orig_mod", None) or (
             getattr(model, "module", None) if not isinstance(model, HasLayout) else None

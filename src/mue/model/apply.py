@@ -84,6 +84,9 @@ def param_groups(plan: PlanData, model: nn.Module) -> list[dict[str, Any]]:
     optimizers than AdamW what torch's own call theirs: ``momentum`` (SGD, Muon), the pair of ``eps`` (Adafactor),
     ``algorithm`` (``"muon"`` or ``"adamw"``: give each kind to its optimizer).
 
+    Args:
+        plan: folded or not, as the model's forward pass is. model: the planned one, on its final device.
+
     Raises:
         ValueError: a parameter without a role, or a model of other shapes or multipliers than planned.
     """

@@ -41,6 +41,9 @@ def match_model(plan: PlanData, model: nn.Module) -> list[ParamInfo]:
 def match_sizes(plan: PlanData, model: nn.Module) -> list[ParamInfo]:
     """:func:`match_model` without a look at multipliers: for weights whose form is known otherwise (a checkpoint's).
 
+    Args:
+        plan: whose target the model has to be. model: on any device, wrapped or not.
+
     Raises:
         ValueError: a parameter without a role; a model of other shapes than planned, all faults at once.
     """

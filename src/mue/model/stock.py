@@ -74,7 +74,13 @@ def _norm_faults(plan: PlanData, description: Description) -> list[str]:
 def query_coefficients(plan: PlanData, model: nn.Module, params: Iterable[ParamInfo]) -> Mapping[str, float]:
     """By name, what the queries are multiplied by so that the stock attention scale becomes the planned one.
 
-    It goes into the gain of the query norm where there is one, else into the query projection.
+    It goes into the gain of the query norm where there is one, else into the query projection (transfer-rules 6.3).
+
+    Args:
+        plan: has the planned scale. model: a stock one; any other needs nothing. params: the model's, with their roles.
+
+    Returns:
+        Canonical name → factor; empty where the model's own scale is the planned one.
 
     Raises:
         ValueError: a scale that differs where queries are not a tensor of their own.

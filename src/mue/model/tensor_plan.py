@@ -35,6 +35,9 @@ class TensorPlan(NamedTuple):
 def tensor_plans(plan: PlanData, model: nn.Module) -> list[TensorPlan]:
     """Every parameter of the planned model with its values, in the model's order.
 
+    Args:
+        plan: folded or not, as the model's forward pass is. model: the planned one; the meta device will do.
+
     Raises:
         ValueError: a model that is not the planned one; a fused tensor whose parts are planned differently.
     """
@@ -42,7 +45,11 @@ def tensor_plans(plan: PlanData, model: nn.Module) -> list[TensorPlan]:
 
 
 def tensor_plans_of(plan: PlanData, folds: Iterable[TensorFold]) -> list[TensorPlan]:
-    """:func:`tensor_plans` of parameters whose coefficients are known."""
+    """:func:`tensor_plans` of parameters whose coefficients are known.
+
+    Args:
+        plan: folded or not. folds: one for each parameter, in the order of the result.
+    """
     return [_tensor_plan(plan, fold.info, fold.own) for fold in folds]
 
 

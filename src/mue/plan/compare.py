@@ -96,7 +96,11 @@ def _base_beta(plan: PlanData) -> float:
 def compare(inputs: Inputs, rules: Sequence[str] | None = None) -> Comparison:
     """Every rule's plan for the same base, target, runs and tuned values.
 
-    Options of ``inputs`` go to the rules that have them. A rule with no answer is listed with its reason.
+    A rule with no answer is listed with its reason.
+
+    Args:
+        inputs: of one plan; their options go to the rules that have them, and their own rule must have an answer.
+        rules: names, in the order of the columns; None: all.
 
     Raises:
         ValueError: an unknown rule; or if not even the rule of ``inputs`` has an answer, its own reason.
@@ -121,7 +125,11 @@ def compare(inputs: Inputs, rules: Sequence[str] | None = None) -> Comparison:
 
 
 def comparison_text(made: Comparison) -> str:
-    """A comparison as plain text: the table, then who refused and why."""
+    """A comparison as plain text: the table, then who refused and why.
+
+    Args:
+        made: by :func:`compare`.
+    """
     header, rows = made.table()
     text = f"{made.inputs.target.name}, factors on the tuned values (multipliers, R and attention scale: as they are)\n\n{text_table(header, rows)}"
     reasons = [[name, reason] for name, reason in made.refused.items()]

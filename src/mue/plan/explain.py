@@ -71,7 +71,11 @@ def why(plan: PlanData, name: str, layer: int | None = None) -> list[Step]:
 
 
 def why_lines(name: str, steps: Sequence[Step]) -> str:
-    """A derivation as plain text, one line per step."""
+    """A derivation as plain text, one line per step.
+
+    Args:
+        name: what was derived; the title. steps: of :func:`why`.
+    """
     rows = [[s.number, s.text, f"{s.value:.6g}", s.source] for s in steps]
     return f"{name}\n\n{text_table(['number', 'step', 'value', 'source'], rows)}"
 

@@ -27,6 +27,12 @@ def fold(plan: AnyPlan, route: str = "weights") -> AnyPlan:
     On a model whose branches end in a norm (sandwich norms), what belongs to ρ_L^-α goes into that norm's gain instead
     (:class:`mue.layouts.layout.Layout`, ``after``). A plan that is folded already is returned as it is, if the route is the same.
 
+    Args:
+        plan: of any optimizer in :data:`mue.plan.fold_table.FOLDS`. route: who carries R, from :data:`ROUTES`.
+
+    Returns:
+        A plan of the class of ``plan``, with multipliers of 1 and c by block and role in ``folding``.
+
     Raises:
         ValueError: an unknown route, or a plan folded the other way.
 
@@ -59,7 +65,13 @@ def fold(plan: AnyPlan, route: str = "weights") -> AnyPlan:
 
 
 def unfold(plan: AnyPlan) -> AnyPlan:
-    """The same plan with its forward multipliers; a plan that is not folded is returned as it is."""
+    """The same plan with its forward multipliers.
+
+    It is planned anew from its inputs, so that no factor is multiplied in and divided out, and hashes agree.
+
+    Args:
+        plan: one that is not folded is returned as it is.
+    """
     return plan if plan.folding is None else plan_of(plan.inputs).like(plan)
 
 

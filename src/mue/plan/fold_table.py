@@ -93,7 +93,14 @@ def fold_of(optimizer: str) -> Fold:
 def fold_numbers(
     optimizer: str, c: float, lr: float, weight_decay: float = 0.0, eps: float = 0.0
 ) -> tuple[float, float, float]:
-    """(lr, weight decay, eps) of a weight after folding ``c`` into it; see :data:`FOLDS`.
+    """What an optimizer is told of a weight after ``c`` was folded into it, for models without a plan.
+
+    Args:
+        optimizer: a row of :data:`FOLDS`. c: what the forward pass multiplied the weight by, above 0.
+        lr, weight_decay, eps: before the fold.
+
+    Returns:
+        (lr, weight decay, eps) after it; what the optimizer does not have stays as it is.
 
     Raises:
         ValueError: an optimizer without a row.

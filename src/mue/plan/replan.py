@@ -18,7 +18,14 @@ from mue.util.files import rounded
 
 
 def inputs_from_dict(data: Mapping[str, Any]) -> Inputs:
-    """What :meth:`Inputs.to_dict` wrote, read back; a base that is a plan is planned anew."""
+    """What :meth:`mue.plan.plan.Inputs.to_dict` wrote, read back; a base that is a plan is planned anew.
+
+    Args:
+        data: of a plan file or a run.
+
+    Raises:
+        KeyError, TypeError: data of another form. ValueError: numbers that no shape, run or rule can have.
+    """
     base, tuned, depth = data["base"], data["tuned"], data["depth_exponent"]
     return Inputs(
         base=plan_of(inputs_from_dict(base["plan"])) if "plan" in base else shape_from_dict(base),

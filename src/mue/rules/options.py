@@ -107,5 +107,12 @@ def resolve(name: str, builder: Callable[..., Any], given: Mapping[str, object])
 
 
 def as_json(options: Mapping[str, OptionValue]) -> dict[str, str | bool]:
-    """Options as JSON holds them: exponents as exact fractions in text."""
+    """Options as JSON holds them.
+
+    Args:
+        options: resolved ones of a rule.
+
+    Returns:
+        Exponents as exact fractions in text ("1/2"), which no reader rounds; truth values and choices as they are.
+    """
     return {k: v if isinstance(v, bool) else str(v) for k, v in options.items()}

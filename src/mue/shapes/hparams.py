@@ -31,13 +31,27 @@ Roles = dict[str, dict[str, float]]
 
 
 def third_of(layer: int, layers: int) -> str:
-    """The third of the depth in which the middle of a layer lies (never on a border): 4 layers are 1 + 2 + 1."""
+    """The third of the depth in which the middle of a layer lies (never on a border): 4 layers are 1 + 2 + 1.
+
+    Args:
+        layer: from 0. layers: how many the model has.
+
+    Returns:
+        One of :data:`THIRDS`.
+    """
     # by the middle of the layer, (layer + 1/2)/layers, in whole numbers
     return THIRDS[3 * (2 * layer + 1) // (2 * layers)]
 
 
 def third_and_role(table: str) -> tuple[str, str]:
-    """A table of ``tuned.roles`` as (third, role): ``"first_third.ffn_up"``, or ``("", role)`` for the whole depth."""
+    """What a stored table of ``tuned.roles`` is for.
+
+    Args:
+        table: its name, ``"first_third.ffn_up"`` or ``"ffn_up"``.
+
+    Returns:
+        (third, role); the third is ``""`` for the whole depth.
+    """
     third, _, role = table.rpartition(".")
     return third, role
 

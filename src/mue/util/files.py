@@ -22,6 +22,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in place; on any error nothing changes.
 
     The data is on disk before the name is, so that a reader after a crash sees the old file or the whole new one.
+
+    Args:
+        path: its folder is made where it is missing. write: fills the file whose path it is given.
     """
     made = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -43,7 +46,11 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically, in UTF-8.
+
+    Args:
+        path: where; see :func:`write_atomic`. text: all of it.
+    """
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
@@ -52,12 +59,23 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically, readable and with non-ASCII as it is."""
+    """Write JSON atomically, readable (one value a line) and with non-ASCII as it is.
+
+    Args:
+        path: where; see :func:`write_atomic`. data: what ``json`` can write.
+    """
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
 def rounded(data: Any) -> Any:
-    """``data`` with numbers as text of 12 significant digits: blind to the last bits that differ between libraries."""
+    """Data with its numbers as text of 12 significant digits: blind to the last bits that differ between libraries.
+
+    Args:
+        data: nested mappings, lists and plain values.
+
+    Returns:
+        The same nesting, tuples as lists and keys as text; for comparing and hashing, not for reading back.
+    """
     if isinstance(data, Mapping):
         return {str(k): rounded(v) for k, v in data.items()}
     if isinstance(data, list | tuple):
@@ -69,7 +87,14 @@ def rounded(data: Any) -> Any:
 
 
 def digest(data: Any) -> str:
-    """16 hex digits over the meaning of ``data``: key order, formatting and last bits change nothing."""
+    """A hash over the meaning of data: key order, formatting and last bits change nothing.
+
+    Args:
+        data: as for :func:`rounded`.
+
+    Returns:
+        16 hex digits of SHA-256: 64 bits, in which a billion plans or runs meet by chance once in forty times.
+    """
     text = json.dumps(rounded(data), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -6,7 +6,14 @@ from collections.abc import Iterable, Sequence
 
 
 def number(value: float | None) -> str:
-    """A number as tables print it: 4 significant digits, ``–`` for none."""
+    """A number as tables and messages print it.
+
+    Args:
+        value: None where there is none.
+
+    Returns:
+        4 significant digits, as many as anybody compares by eye; ``–`` for None.
+    """
     return "–" if value is None else f"{value:.4g}"
 
 

@@ -153,7 +153,14 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
 
 
 def with_setting(config: Mapping[str, Any], key: str, value: float) -> dict[str, Any]:
-    """A ``config.json`` with one setting changed, wherever it stands; ``ValueError`` if it stands nowhere."""
+    """A ``config.json`` with one setting changed, wherever it stands, nested configs included.
+
+    Args:
+        config: the parsed file; it is not changed. key: the setting. value: its new one.
+
+    Raises:
+        ValueError: it stands nowhere.
+    """
     new, found = _replaced(config, key, value)
     if not found:
         raise ValueError(f"the config has no {key} to set to {value:g}")
