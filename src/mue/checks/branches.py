@@ -242,6 +242,11 @@ def columns(
 def _solved(
     layer: int, placed: Sequence[ParamInfo], x_TD: Tensor, y_TD: Tensor, activation: str, swapped: bool
 ) -> Coefficients | None:
+    """Coefficients with one activation, token by token in float64; None where the layer has no feed-forward.
+
+    Columns are what each expert gives for the token, (D,) each: D equations for as many unknowns as there are experts,
+    so fewer experts than the residual width are needed.
+    """
     routed, single = columns(layer, placed, x_TD, activation, swapped)
     every = [m for m in (routed, None if single is None else single[None]) if m is not None]
     if not every:
@@ -257,6 +262,8 @@ def _solved(
     # Least squares of least norm: twins (upcycled experts) share their coefficient, and the sum stays what it is.
     size = M_TDC.norm(dim=1, keepdim=True).clamp(min=1e-300)
     unit = M_TDC / size
+    # Unit columns, so that one expert far too large does not hide the others. 1e-9 of the normal equations is 3e-5 of
+    # the columns: twins fall below it in float64, experts of their own do not.
     c_TC = torch.linalg.pinv(unit.mT @ unit, rtol=1e-9, hermitian=True) @ (unit.mT @ y_TD[..., None])
     c_TC = c_TC[..., 0] / size[:, 0]
     left = (M_TDC @ c_TC[..., None])[..., 0] - y_TD

@@ -171,6 +171,7 @@ def _slopes(
     runs: Sequence[Sequence[ModuleValues]],
     tolerance: float,
 ) -> list[Slope]:
+    """The slope of every module that all sizes have, along one axis."""
     keys = [k for k in runs[0][0] if all(k in values for many in runs for values in many)]
     found = []
     for module, quantity in keys:

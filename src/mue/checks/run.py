@@ -91,6 +91,10 @@ def _lacking(ctx: Context) -> dict[str, str]:
 
 
 def _run(one: Check, ctx: Context, lacking: dict[str, str]) -> list[Finding]:
+    """One check's findings.
+
+    A check that lacks something is left out with the reason, and one that fails is a finding itself.
+    """
     run = one.run
     missing = [lacking[need] for need in one.needs if need in lacking]
     if missing and one.otherwise is not None and "roles" not in lacking:

@@ -123,6 +123,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # ---- parameters ---------------------------------------------------------------------------------------------
 
     def _hold(self, t: Tensor, p: ParamInfo) -> None:
+        """Know a parameter, or a copy of it, by its memory: storage and range in it, which every view of it shares.
+
+        Several parameters may lie in one storage (FSDP, a fused tensor), hence the range.
+        """
         start = int(t.storage_offset())
         self._parameters.setdefault(_key(t), []).append((start, start + max(int(t.numel()), 1), p))
         # a freed storage's address would be given to another tensor, which would then pass for this one
@@ -193,6 +197,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # ---- products and attention ---------------------------------------------------------------------------------
 
     def _product(self, kernel: str, args: tuple[Any, ...], out: Tensor) -> None:
+        """Keep a product with a parameter, and the last one of two activations.
+
+        That may be q·k, if a softmax comes next.
+        """
         if kernel == "baddbmm":
             self._scores = args[1] @ args[2]  # without the mask and the factor that came with them
         if kernel not in _PRODUCTS:
@@ -208,6 +216,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._scores = out.clone()
 
     def _attention(self, kernel: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """What a softmax saw. Routers have one as well, after a product with their own matrix: not this."""
         if kernel.startswith("_softmax"):
             scores = args[0]
             # a router's softmax has the experts last, and one row a token

@@ -136,6 +136,10 @@ def _complete(source: Path, how: Conversion, report: ConversionReport) -> None:
 
 
 def _file(source: Path, target: Path, how: Conversion, names: Names, report: ConversionReport) -> None:
+    """One file in the other form, whatever it holds.
+
+    A bare state dict has no place for the mark but its ``_metadata``.
+    """
     if source.suffix == ".safetensors":
         _safetensors(source, target, how, names, report)
         return
@@ -203,6 +207,7 @@ class _Walk:
     bare: bool = False
 
     def walk(self, data: Any, top: bool = True) -> Any:
+        """The same nesting with each optimizer, scheduler and set of weights in it converted, the rest as it is."""
         if is_optimizer(data):
             new = convert_optimizer(data, self.how)
             self.report.groups = (data["param_groups"], new["param_groups"])

@@ -77,6 +77,7 @@ def _carry(
     ratio: float,
     powers: Mapping[str, int],
 ) -> None:
+    """One parameter's optimizer state and rate into the other form; ``ratio`` is c there over c here."""
     for side, table in ((source, states), (target, goals)):
         if side not in table:
             raise ValueError(f"{name} is in no optimizer of the {'source' if side is source else 'target'}")

@@ -50,6 +50,7 @@ def _config_of(target: Transformer) -> tuple[Any, str]:
 
 
 def _family(target: Transformer) -> tuple[str, dict[str, Any]]:
+    """(family, its sizes) with the planned layers: qwen3, qwen3_moe (softmax) or glm4_moe (sigmoid, shared experts)."""
     dense = list({block.ffn for block in target.blocks if not block.is_moe})
     moe = list({_kind(block) for block in target.blocks if block.is_moe})
     is_moe = [block.is_moe for block in target.per_layer]

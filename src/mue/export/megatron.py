@@ -219,6 +219,7 @@ def _last_stage(plan: PlanData, found: Sequence[ExportRow]) -> list[ExportRow]:
 
 
 def _settings(plan: PlanData, found: Sequence[ExportRow], stds: dict[str, float]) -> str:
+    """The three dictionaries as code, and as a comment what of them the command line can say."""
     base, floor = commonest(found), plan.tuned.floor
     shape = {**_shape(plan), **{m: f"init_method_normal({std!r})" for m, std in stds.items()}}
     transformer = "".join(f"    {key}={value},\n" for key, value in shape.items())
@@ -280,6 +281,7 @@ def _shape(plan: PlanData) -> dict[str, str]:
 
 
 def _experts(plan: PlanData, moe: Block) -> dict[str, object]:
+    """TransformerConfig's arguments for experts; R is its top-k scaling factor, so it stays in the model."""
     if moe.router == "sigmoid" and (moe.active == 1 or not moe.normalize):
         raise ValueError(
             "Megatron-Core divides sigmoid scores by their sum, unless one expert is active: plan with softmax, or with"

@@ -96,6 +96,7 @@ def rows(plan: PlanData, model: nn.Module, extra: Mapping[str, float] | None = N
 
 
 def _row(plan: PlanData, s: TensorPlan, c: float) -> ExportRow:
+    """One tensor's line; ``c`` is folded in beyond the plan's own fold, in both its values and its start."""
     v = s.values if c == 1 else folded_values(plan, s.info.role, s.values, c)
     assert v.lr is not None and v.weight_decay is not None and v.eps is not None
     layout = s.info.layout

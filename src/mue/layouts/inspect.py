@@ -155,6 +155,7 @@ def _shape(
     routing: Routers | None,
     moments: tuple[float, float] | None,
 ) -> tuple[Transformer | None, str]:
+    """(the shape, "") or (None, why there is none), for the rest of an inspection stands without it."""
     if given.declared is not None:
         own = getattr(model, "shape", None)
         why = "a model that declares its layout says its shape itself: in [target]"

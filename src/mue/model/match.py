@@ -60,6 +60,7 @@ def _or_refused(plan: PlanData, params: list[ParamInfo], faults: list[str]) -> l
 
 
 def _shape_faults(plan: PlanData, params: list[ParamInfo]) -> list[str]:
+    """All ways in which the tensors are not the target's, one line each: roles, sizes, what is missing, tied or not."""
     layers = plan.target.per_layer
     routers: dict[int | None, list[ParamInfo]] = {}
     for p in params:
@@ -79,6 +80,10 @@ def _shape_faults(plan: PlanData, params: list[ParamInfo]) -> list[str]:
 
 
 def _misfit(plan: PlanData, layers: Sequence[Block], p: ParamInfo, routers: list[ParamInfo]) -> str | None:
+    """What is wrong with one tensor, or None.
+
+    Only matrices are asked for their sizes: norms and biases follow what they stand on.
+    """
     if p.layer is not None and p.layer >= len(layers):
         return f"{p.name} is in layer {p.layer}, the plan has {len(layers)} layers"
     if not ROLES[p.role].drawn:

@@ -65,6 +65,7 @@ def base_of(inputs: Inputs) -> Base:
 
 
 def _of_plan(inputs: Inputs, plan: PlanData) -> Base:
+    """A plan as base: the next factors start from its multipliers, scale and betas, so that plans compose."""
     if inputs.tuned is not None or inputs.convention != Convention() or inputs.base_training is not None:
         raise ValueError("a base that is a plan brings its own tuned values, training and convention: leave them out")
     if inputs.training is not None and plan.training is None:
@@ -91,6 +92,7 @@ def _of_plan(inputs: Inputs, plan: PlanData) -> Base:
 
 
 def _of_shape(inputs: Inputs, shape: Transformer) -> Base:
+    """A shape as base: a stock model but for its A* and its attention scale, which are declared (conventions 2)."""
     tuned, before, after = inputs.tuned, inputs.base_training, inputs.training
     if tuned is None:
         raise ValueError("tuned is missing: give mue.HParams(lr, weight_decay, init_std) found on the base")

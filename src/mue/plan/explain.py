@@ -98,6 +98,7 @@ def _role(plan: PlanData, role: str, index: int) -> Iterator[Step]:
 
 
 def _cell(plan: PlanData, role: str, index: int, field: str) -> Iterator[Step]:
+    """One number of a role: the base's value, the factor of every ratio in the row's cell, then the fold."""
     planned, name, row = plan.blocks[index].roles[role], CELLS[field], plan.rule.rows[role]
     final = getattr(planned.values, field)
     if ROLES[role].vector and field == "init_std":
@@ -149,6 +150,7 @@ def _base_value(plan: PlanData, role: str, field: str, third: str) -> Steps:
 
 
 def _whole(plan: PlanData, name: str, index: int) -> Iterator[Step]:
+    """One number of the whole model. R is absolute, so it starts from nothing; the others start from the base's own."""
     base, rule, block = plan.inputs.base, plan.rule, _block_behind(plan, index)[0]
     label = name.replace("_", " ")
     final: float = getattr(plan.blocks[index] if hasattr(plan.blocks[index], name) else plan, name)
@@ -178,6 +180,7 @@ def _whole(plan: PlanData, name: str, index: int) -> Iterator[Step]:
 
 
 def _attention(plan: PlanData) -> Steps:
+    """The attention scale: the base's habit, carried over a change of head size (conventions 8)."""
     base, exponent = plan.inputs.base, plan.rule.attention_exponent
     if isinstance(base, PlanData):
         start, shape, text = base.attention_scale, base.target, f"that of plan {base.hash}"

@@ -185,6 +185,7 @@ def _uniform(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Tr
 
 
 def _mixed(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Mixed:
+    """Blocks that differ; layers, where it is given as well, is only a check."""
     for key in (*_MOE, "ffn"):
         if key in table:
             raise ValueError(f"[{where}] has {key} and [[{where}.blocks]]: say it in the blocks only")

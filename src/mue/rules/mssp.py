@@ -48,6 +48,7 @@ def _router(std: Monomial, eps: Monomial, init: str = "normal") -> Row:
 
 
 def _rule(name: str, regime: _Regime) -> Rule:
+    """The table of a regime; attention, embedding, norms and head are the same in all three."""
     up = _row("expert up", N ** "-1/2", N**-1, regime.eps_up, regime.init)
     attention = _row("attention", N ** "-1/2", N**-1, N**-1)
     constant = _row("embedding and norms: std and rate constant, eps 1/N", ONE, ONE, N**-1)

@@ -55,6 +55,10 @@ class Block:
         self._check_gates()
 
     def _check_experts(self) -> None:
+        """N, a, g and the shared experts as numbers that a block can have.
+
+        Groups are equal, and so are their shares of a.
+        """
         N, a, g = self.experts, self.active, positive_int("groups", self.groups)
         if self.expert is None:
             raise ValueError("a block needs ffn (dense) or moe and expert (experts and the width of one)")
@@ -75,6 +79,7 @@ class Block:
             raise ValueError(f"{g} groups must divide both the {N} experts and the {a} active ones")
 
     def _check_gates(self) -> None:
+        """Gates that sum to one, or moments that say what else they do: else R = a is wrong (conventions 9)."""
         if not isinstance(self.normalize, bool):
             raise ValueError(f"normalize must be true or false, got {self.normalize!r}")
         kind = self.router_kind

@@ -86,6 +86,7 @@ def _measured(ctx: Context, s: Softmax) -> float | None:
     own = None if diagonal is None else _products(ctx, s, diagonal)
     if diagonal is not None and own is not None:
         c, residue = fit_ratio(diagonal, own)
+        # else something between projection and softmax is not known here, and the kernel's own scale is all there is
         if residue < 0.02:
             return c
     if s.scale is not None:

@@ -49,6 +49,11 @@ def _without_call(ctx: Context, threshold: float) -> Finding:
 
 
 def _measured(ctx: Context, threshold: float, c: Mapping[Tensor, float]) -> Finding:
+    """Let the user's call clip gradients of a known norm, and see by what each was multiplied.
+
+    The norm is that before the fold, so a call that weighs the folded gradients as they are shows another factor than
+    1/FORCE.
+    """
     parameters = [p.parameter for p in ctx.placed]
     saved = [p.grad for p in parameters]
     try:
@@ -71,6 +76,7 @@ def _measured(ctx: Context, threshold: float, c: Mapping[Tensor, float]) -> Find
 
 
 def _judged(ctx: Context, held: list[Tensor], factors: list[float]) -> Finding:
+    """All factors are one, and that one is 1/FORCE."""
     low, high, wanted = min(factors), max(factors), 1 / FORCE
     # one division and one product in float32: the factors of one clip agree to 1e-6
     if high - low > max(1e-3, ctx.tolerance) * high:

@@ -46,6 +46,7 @@ def gates(ctx: Context) -> Iterator[Finding]:
 
 
 def _layer(ctx: Context, b: Branch, c: Coefficients, block: Block) -> Iterator[Finding]:
+    """One router by its branch's coefficients: how many experts, one sum for all tokens, how even the weights are."""
     router = next(
         (p for p in ctx.placed if p.layer == b.layer and p.role == "router" and p.fan_out == block.experts), None
     )
@@ -90,6 +91,7 @@ def _against_kind(ctx: Context, b: Branch, c: Coefficients, block: Block, where:
     """The relative weights must be what the planned router makes of them: even, or in proportion to its scores."""
     if block.gates == MEASURED or block.active < 2:
         return
+    # the largest difference over all tokens and experts, so wider than one multiplier; another score differs by more
     kind, bound = block.router_kind, max(5e-3, 2 * ctx.tolerance)
     mine = c.routed / c.routed.sum(1, keepdim=True)
     if kind.even and (off := _distance(mine, c.active / block.active)) > bound:

@@ -36,6 +36,7 @@ def _held(ctx: Context) -> list[tuple[Any, dict[str, Any]]]:
 
 
 def _membership(ctx: Context) -> Iterator[Finding]:
+    """Parameters in no group, in several, or of another model: by identity, for a copy has the same names."""
     held = [id(p) for p, _ in _held(ctx)]
     missing = [p.name for p in ctx.placed if ROLES[p.role].trained and id(p.parameter) not in set(held)]
     twice = [ctx.names[i].name for i in set(held) if i in ctx.names and held.count(i) > 1]
@@ -92,6 +93,7 @@ def _kinds(ctx: Context) -> Iterator[Finding]:
 
 
 def _values(ctx: Context) -> Iterator[Finding]:
+    """Each setting of each group against the planned one. Of lr the phase of a schedule that has begun is taken out."""
     rows = [
         (ctx.names[id(p)], group, ctx.expected[id(p)])
         for p, group in _held(ctx)

@@ -47,6 +47,7 @@ def init(ctx: Context) -> Iterator[Finding]:
 
 
 def _wrong(ctx: Context, s: TensorPlan) -> Iterator[tuple[str, str, str]]:
+    """(where, expected, measured) of each piece of a tensor that was not drawn, or not set, as planned."""
     p = s.info
     if not ROLES[p.role].drawn:
         value = p.parameter.detach().double()
@@ -67,6 +68,7 @@ def _wrong(ctx: Context, s: TensorPlan) -> Iterator[tuple[str, str, str]]:
         bound = max(TOLERANCE, SIGMAS / math.sqrt(2 * n))
         if not abs(std - planned) <= bound * planned + 1e-30:
             yield where, f"std {planned:.4g} ± {100 * bound:.2g} %", f"std {std:.3g} (× {_times(std, planned)})"
+        # a thousandth of the std changes nothing, however surely it is measured on a large tensor
         elif abs(mean) > SIGMAS * planned / math.sqrt(n) + 1e-3 * planned:
             yield where, "mean 0", f"mean {mean:.3g}, {abs(mean) / planned:.2g} of the std"
 

@@ -50,6 +50,10 @@ def _planned_optimizer(ctx: Context) -> list[Optimizer]:
 
 
 def _findings(ctx: Context, steps: list[TensorStep], optimizers: list[Optimizer], fresh: bool) -> Iterator[Finding]:
+    """What the step showed. ``fresh``: the optimizer has no state yet, so that AdamW's first step is known exactly.
+
+    Tensors whose step was lost in rounding are left out of the comparison of sizes: their fault has a name already.
+    """
     still, warned, idle = _still(ctx, steps)
     lost = [(s, share) for s in steps if (share := _lost(s)) > LOST]
     exact = (
@@ -88,6 +92,7 @@ def _findings(ctx: Context, steps: list[TensorStep], optimizers: list[Optimizer]
 
 
 def _steps(ctx: Context, optimizers: list[Optimizer]) -> list[TensorStep]:
+    """One step of every optimizer in training mode at peak rates; everything is put back afterwards."""
     with _undone(ctx, optimizers):
         before = {id(p.parameter): p.parameter.detach().clone() for p in ctx.placed}
         zero_start = _zero_start(ctx)
@@ -154,6 +159,7 @@ def _undone(ctx: Context, optimizers: list[Optimizer]) -> Iterator[None]:
 
 
 def _not_finite(steps: list[TensorStep]) -> list[Finding]:
+    """The one finding where something is not a number: all others would follow from it."""
     bad = [
         s.info.name
         for s in steps

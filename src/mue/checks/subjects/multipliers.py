@@ -66,7 +66,10 @@ def _made_of(r: Reading) -> str:
 
 
 def explain(r: Reading) -> tuple[str, ...]:
-    """The factors whose absence or repetition would give what was measured, the likeliest first."""
+    """The factors whose absence or repetition would give what was measured, the likeliest first.
+
+    Within 1 %, as wide as the measurement; factors that lie closer together are all named.
+    """
     off, found = r.measured / r.expected, []
     candidates = {**r.factors}
     for name, f in candidates.items():
@@ -97,6 +100,10 @@ def expected_routed(ctx: Context, layer: int) -> float:
 
 
 def _branches(ctx: Context) -> Iterator[Reading | Finding]:
+    """A reading for each branch that met the stream.
+
+    Branches that no addition showed are named, for nothing was read of them.
+    """
     m = ctx.plan.multipliers
     seen: dict[tuple[int, str], int] = {}
     for b in ctx.branches:
@@ -142,6 +149,11 @@ def _not_a_multiple(name: str, residue: float) -> Finding:
 
 
 def _feed_forward(ctx: Context, b: Branch, c: Coefficients | None) -> Iterator[Reading | Finding]:
+    """What the branch's coefficients say: for the dense or shared experts A·l^-α, for the routed sum that times R.
+
+    R and a are among the suspects on the shared experts' reading as well: R on both is the likeliest slip of a rule
+    that puts it on one (transfer-rules 1.1).
+    """
     down = [p for p in ctx.placed if p.layer == b.layer and ROLES[p.role].part == "down"]
     names = {ROLES[p.role].kind: p.name for p in reversed(down)}
     if c is None or not c.determined:
@@ -213,6 +225,10 @@ def _unfit(ctx: Context, b: Branch, c: Coefficients, names: list[str]) -> Findin
 
 
 def _stream(ctx: Context) -> Iterator[Reading | Finding]:
+    """The stream itself: it carries no multiplier, nor does the embedding on its way into it (C12).
+
+    l^-α belongs on the branch; on the stream it would shrink everything before the block, embedding included.
+    """
     record = ctx.seen[0]
     added = [a for a in record.added if any(p.info.layer is not None for p in a.products)]
     if record.lookup is None or not added:
@@ -250,6 +266,10 @@ def _stream(ctx: Context) -> Iterator[Reading | Finding]:
 
 
 def _head(ctx: Context) -> Iterator[Reading | Finding]:
+    """Logits against head(norm(stream)), for each kind of norm and epsilon that the model may have.
+
+    Their ratio is the head multiplier.
+    """
     record, out = ctx.seen
     logits = logits_of(out)
     weight = next((p for p in ctx.placed if p.role == "head"), None)

@@ -52,6 +52,10 @@ def _stepper(given: Any) -> Callable[[int], Any]:
 
 
 def _walk(ctx: Context, groups: list[dict[str, Any]], steps: int) -> Finding | None:
+    """The first step at which something is wrong, or None.
+
+    Peaks are the planned rates, not those that the groups have.
+    """
     peaks = [ctx.expected[id(g["params"][0])]["lr"] if id(g["params"][0]) in ctx.expected else g["lr"] for g in groups]
     fixed = [{k: g.get(k) for k in ("betas", "weight_decay", "eps", "momentum")} for g in groups]
     step_once = _stepper(ctx.scheduler)

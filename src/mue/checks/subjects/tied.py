@@ -25,6 +25,7 @@ def tied(ctx: Context) -> Iterator[Finding]:
 
 
 def _head(ctx: Context) -> Iterator[Finding]:
+    """Whether head and embedding, where they are two tensors, have one memory or the same numbers."""
     embedding = next((p for p in ctx.placed if p.role == "embedding"), None)
     head = next((p for p in ctx.placed if p.role == "head"), None)
     if embedding is None:
@@ -55,6 +56,7 @@ def _head(ctx: Context) -> Iterator[Finding]:
 
 
 def _shared(ctx: Context) -> Iterator[Finding]:
+    """Other tensors under two names, or on one memory: each use adds to one gradient, which no rule here plans."""
     names: dict[int, list[str]] = {}
     for name, parameter in ctx.model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(canonical(name))

@@ -134,6 +134,7 @@ class LanguageModel(nn.Module):
         return Output(first.logits, (first.loss + second.loss) / 2, first.routings, losses)
 
     def _pass(self, tokens_BT: Tensor, targets_BT: Tensor | None, draw: int) -> Output:
+        """One pass; ``draw`` tells routers that draw which of two over the same batch it is."""
         given = RouterInput(tokens_BT, draw) if self.reads_input else None
         x_BTD = self.embedding(tokens_BT)
         routings = []

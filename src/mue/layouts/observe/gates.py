@@ -66,6 +66,11 @@ def record_gates(model: nn.Module, into: MutableMapping[str, Gates], only_first:
 
 
 def _gates(args: list[Any]) -> Gates | None:
+    """The gates among a module's arguments: a table of expert indices, and beside it weights of the same tokens.
+
+    Weights are those of the chosen experts (as wide as the indices), or of all of them, of which the chosen ones are
+    picked.
+    """
     indices = [a for a in args if isinstance(a, Tensor) and a.dtype in (torch.int64, torch.int32) and a.dim() == 2]
     if not indices:
         return None

@@ -126,6 +126,10 @@ class UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
 
     def _record(self, kernel: str, args: tuple[Any, ...], tensors: list[tuple[int, Tensor]], out: Any) -> None:
+        """Note for every parameter among the operands which of its axes this kernel sums over.
+
+        Views and copies are followed.
+        """
         outs = [t for _, t in _tensors((out,))]
         if any(self._shares(o, t) for o in outs for _, t in tensors) and not kernel.endswith("_"):
             return  # a view: the storage is known already

@@ -127,6 +127,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> Iterator[Path]:
+    """The files with weights: the shards that an index names, or the single file."""
     index = next((folder / name for name in INDEXES if (folder / name).exists()), None)
     if index is None:
         single = next((folder / name for name in SINGLE if (folder / name).exists()), None)

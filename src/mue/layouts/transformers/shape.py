@@ -129,6 +129,10 @@ def shape_of(
 def _block(
     layer: int, roles: Mapping[str, list[ParamInfo]], routing: Routers | None, moments: tuple[float, float] | None
 ) -> Block:
+    """One layer's block from its tensors.
+
+    What no tensor shows (active experts, the score) is taken from what was observed.
+    """
     if "expert_down" not in roles:
         downs = [p.fan_in for p in roles.get("ffn_down", [])]
         if len(downs) != 1:

@@ -25,6 +25,7 @@ def shrink(config: Any, layers: int, overrides: Mapping[str, Any] | None = None)
 
 
 def _shrink_one(config: Any, layers: int, overrides: Mapping[str, Any]) -> None:
+    """One config, in place. Sizes only ever fall, but for what the family's own file sets."""
     deep = next((v for k, v in integers(config).items() if re.fullmatch(LAYERS, k)), None)
     kept = _kept_layers(config, deep, layers) if deep else []
     full = integers(config)

@@ -102,6 +102,7 @@ def _call(inputs: Differentiable, routed: RoutedCall, saved: Sequence[Tensor] | 
 
 
 def _run(entry: str, call: _Call, routed: RoutedCall) -> None:
+    """Call the library; what is wrong with indices it finds while it sorts them, and says by a number."""
     kernel = library.loaded()
     assert kernel is not None  # refusal
     assert kernel.mue_call_bytes() == ctypes.sizeof(_Call)  # api.h and the fields above say the same

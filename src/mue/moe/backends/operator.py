@@ -115,6 +115,10 @@ def operator(name: str, kernel: Kernel) -> Run:
 
 
 def _saved(inputs: Differentiable, call: RoutedCall, kernel: Kernel) -> list[Tensor]:
+    """Memory for what the backward would otherwise compute again.
+
+    Its shapes follow from the arguments' shapes alone, whatever the routing is: torch.compile has to know them.
+    """
     x_TD, rows = inputs.x_TD, kernel.rows(call)
     saved = [
         x_TD.new_empty(0 if matrix is None else (count, matrix.shape[-2]), dtype=call.dtype)

@@ -125,6 +125,7 @@ class Router(BaseRouter):
             return self._route(logit_TN)
 
     def _route(self, logit_TN: Tensor) -> Routing:
+        """Selection by score and bias, weights by score alone, and the losses that the run asked for."""
         score_TN = torch.sigmoid(logit_TN) if self.score == "sigmoid" else torch.softmax(logit_TN, dim=1)
         # the bias selects and does not weigh: in the weights it would move the output (2408.15664)
         expert_TK = select_top(score_TN.detach() + self.balance_bias, self.active, self.groups)
