@@ -78,6 +78,7 @@ def convert_checkpoint(
             _file(source, temporary, how, names, report)
             _complete(source, how, report)
 
+        # what is found lacking at the end leaves no file behind
         write_atomic(out, write)
     return report
 

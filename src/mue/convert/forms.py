@@ -41,6 +41,7 @@ class TensorChange:
         """
         if self.ratio == 1:
             return value
+        # 8-bit floats have scales beside them, tensors of their own, which would have to take c instead
         if not value.is_floating_point() or value.element_size() < 2:
             raise ValueError(
                 f"{name} is {value.dtype}, and {self.ratio:g} cannot be folded into it: dequantise it first"
@@ -139,6 +140,7 @@ def conversion(plan: PlanData, form: str, model: nn.Module, route: str = "weight
         raise ValueError(f"a checkpoint can become {' or '.join(FORMS)}, not {form!r}")
     multiplied = unfold(plan)
     folded = plan if plan.folding is not None else fold(plan, route)
+    # sizes alone: which form the weights are in is what the checkpoint's mark says
     placed = match_sizes(multiplied, model)
     queries: Mapping[str, float] = {}
     if not isinstance(unwrap(model), HasLayout):

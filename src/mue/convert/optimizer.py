@@ -79,6 +79,7 @@ def _names(groups: Sequence[Mapping[str, Any]], how: Conversion) -> list[list[st
 def _by_order(groups: Sequence[Mapping[str, Any]], how: Conversion) -> list[list[str]]:
     sizes = [len(g["params"]) for g in groups]
     wanted = [len(g.names) for g in how.before]
+    # by order alone only if the groups are exactly those of param_groups: a wrong pairing would be silent
     if sizes != wanted:
         raise ValueError(
             f"the optimizer's parameters have no names, and its groups of {sizes} are not those of plan.param_groups"
@@ -100,6 +101,7 @@ def _check_group(name: str, group: Mapping[str, Any], planned: Mapping[str, Any]
 def _close(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_close, a, b))
+    # a rate that went through float32 is still the planned one
     return math.isclose(float(a), float(b), rel_tol=1e-6)
 
 

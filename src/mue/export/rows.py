@@ -89,6 +89,7 @@ def rows(plan: PlanData, model: nn.Module, extra: Mapping[str, float] | None = N
         row = _row(plan, s, (extra or {}).get(s.info.layout.pattern, 1.0))
         kinds.setdefault(s.info.layout.pattern, {}).setdefault(row, []).append(s.info)
     return [
+        # one setting for all its layers: the row holds in any, and the file is as short as the plan is uniform
         replace(row, layers=None if len(settled) == 1 else _layers(placed))
         for settled in kinds.values()
         for row, placed in settled.items()

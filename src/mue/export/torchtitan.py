@@ -135,6 +135,7 @@ def torchtitan(plan: PlanData, model: Any) -> str:
     Raises:
         ValueError: what torchtitan has no setting for and cannot be folded.
     """
+    # R stays: the router's own route_scale is its home (anchors 0), and only A and l^-α go into the weights
     plan = fold(unfold(plan), "model")
     made = TORCHTITAN.model(plan.target, model)
     extra, notes = query_scale(plan, made)

@@ -116,6 +116,7 @@ def _operator(kernel: _Kernel) -> Callable[[Tensor, list[Tensor], list[float], b
     (Both, because an operator takes longer to call.)
     """
 
+    # The backward has none of its own (once_differentiable): a second derivative is refused, instead of being zero.
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, numbers: list[float], half: bool, x: Tensor, *given: Tensor) -> Tensor:
@@ -180,6 +181,7 @@ def _attention_sizes(x: Tensor, given: Sequence[Tensor]) -> dict[str, int]:
     E = gain_E.shape[-1]
     return {
         "variants": variants, "batch": B, "length": T, "width": D, "heads": q.shape[-2] // E, "kv_heads": k.shape[-2] // E,
+        # a sequence stays with one thread from the norm to the sum, so there are no more threads than sequences
         "head_dim": E, "threads": min(torch.get_num_threads(), variants * B),
     }  # fmt: skip
 
@@ -246,5 +248,6 @@ def feed_forward(
         weights: the norm's gain (D,), gate (F, D) or None, up (F, D), down (D, F).
         half: see `attention`.
     """
+    # an operator takes tensors only: an empty one stands for no gate
     given = [x.new_empty(0) if weight is None else weight for weight in weights]
     return _feed_forward(x, given, [residual, eps], half)

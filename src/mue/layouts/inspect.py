@@ -109,6 +109,7 @@ def inspect(
     routing = None
     if given.declared is None:
         routing = routers(given.config, description, given.describe)
+    # a shape is read off roles, so one that is missing may be the very feed-forward
     shape, why = None, "some parameters have no role"
     if not undecided:
         shape, why = _shape(given, model, description, routing, gate_moments)

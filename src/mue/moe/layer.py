@@ -72,6 +72,7 @@ class MoELayer(nn.Module):
         self.experts_gate = _weight(routed and gated, number, expert_width, width)
         self.experts_up = _weight(routed, number, expert_width, width)
         self.experts_down = _weight(routed, number, width, expert_width)
+        # all shared experts as one of width n_s·h_s: the sum of their outputs is one product (conventions 12)
         self.shared_gate = _weight(inner > 0 and gated, inner, width)
         self.shared_up = _weight(inner > 0, inner, width)
         self.shared_down = _weight(inner > 0, width, inner)

@@ -109,6 +109,7 @@ def compare(inputs: Inputs, rules: Sequence[str] | None = None) -> Comparison:
     refused: dict[str, str] = {}
     for name in rules if rules is not None else RULES:
         has = option_names(RULES.lookup(name))
+        # an option that this rule lacks is left out here: for one plan alone it would be an error
         own = replace(
             inputs,
             rule=name,

@@ -171,6 +171,7 @@ def shape_from(table: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()
 
 def _uniform(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Transformer:
     own = {k: v for k, v in table.items() if k in (*_MOE, "ffn")}
+    # dense and MoE side by side: whichever were read, the other would be ignored in silence
     if "ffn" in own and len(own) > 1:
         raise ValueError(
             f"{where} has ffn and {next(k for k in own if k != 'ffn')}: it is dense (ffn) or a MoE (moe, expert), not both"

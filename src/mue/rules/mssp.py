@@ -38,6 +38,7 @@ class _Regime:
 
 
 def _row(name: str, std: Monomial, lr: Monomial, eps: Monomial, init: str = "normal") -> Row:
+    # wd_group = wd / lr_scale in their code: lr·wd is one number for every tensor and width
     return Row(
         init_std=std, lr=lr, weight_decay=1 / lr, eps=eps, source=f"{SOURCE}: {name}", status=AUTHORS_CODE, init=init
     )

@@ -140,6 +140,7 @@ class Transformer:
             if block.shared_experts:
                 many = n * block.shared_experts
                 yield from self._feed_forward("shared", many, d * block.shared_width // block.shared_experts, many)
+        # one before attention and one before the feed-forward; QK-norm has a gain for q and one for k, shared by heads
         yield Tensors("norm", 2 * L, d, 2 * L, matrix=False)
         yield Tensors("qk_norm", 2 * L, self.head_dim, 2 * L, matrix=False)
         yield Tensors("final_norm", 1, d, 1, matrix=False)

@@ -64,6 +64,7 @@ def _measured(ctx: Context, threshold: float, c: Mapping[Tensor, float]) -> Find
         norm = _norm(held, c)
         for p in held:
             assert p.grad is not None
+            # a clip that does not bind would multiply by 1, as none at all does
             p.grad.mul_(FORCE * threshold / norm)
         before = [p.grad.detach().clone() for p in held if p.grad is not None]
         assert ctx.clip is not None

@@ -193,6 +193,7 @@ def _feed_forward(ctx: Context, b: Branch, c: Coefficients | None) -> Iterator[R
     if c.routed.shape[1]:
         factors = {"output multiplier A": A, "route scale R": m.route[b.layer], "residual multiplier": residual}
         block = ctx.plan.target.per_layer[b.layer]
+        # a mean in place of a sum, or of the groups' sums, is off by these
         factors["number of active experts"] = float(block.active)
         factors["number of groups"] = float(block.groups)
         yield Reading(names["expert"], "routed sum", expected_routed(ctx, b.layer), _median(c.routed.sum(1)), factors)

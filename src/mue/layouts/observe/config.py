@@ -44,6 +44,7 @@ def integers(config: Any) -> dict[str, int]:
     Returns:
         attribute → number; booleans, what is nested and what is private are left out.
     """
+    # type, not isinstance: true is an int in Python
     return {k: v for k, v in vars(config).items() if type(v) is int and v > 0 and not k.startswith("_")}
 
 

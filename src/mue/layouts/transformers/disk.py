@@ -149,6 +149,7 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if path.suffix == ".safetensors":
         header = read_header(path)
         return {name: header.shape(name) for name in header.entries}
+    # names and sizes without the numbers
     data = torch.load(path, map_location="meta", weights_only=True)
     return {name: tuple(value.shape) for name, value in data.items() if isinstance(value, Tensor)}
 

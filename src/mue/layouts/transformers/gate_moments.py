@@ -86,6 +86,7 @@ def measure_gates(
     for draw in range(draws):
         torch.manual_seed(seed + draw)
         model = build(small).float().eval()
+        # a matrix of one row is the gate of a shared expert
         weights = [p for n, p in model.named_parameters() if pattern_of(canonical(n)) in routers and p.shape[0] > 1]
         with torch.no_grad():
             for p in weights if router_std is not None else ():
@@ -144,5 +145,6 @@ def _tokens(config: Any, count: int) -> Tensor:
 def _mean(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error."""
     mean = sum(values) / len(values)
+    # n - 1: an unbiased variance over few draws
     spread = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
     return mean, math.sqrt(spread / len(values))

@@ -84,11 +84,13 @@ def operator(name: str, kernel: Kernel) -> Run:
             saved = _saved(inputs, call, kernel) if keep else None
             y_TD, ctx.extra = kernel.forward(inputs, call, saved)
             if saved is not None:
+                # tensors go through save_for_backward, which watches for changes in place; the rest is kept as it is
                 ctx.call = call[2:]
                 ctx.save_for_backward(*inputs, *call[:2], *saved)
             return y_TD
 
         @staticmethod
+        # The backward is hand-written and has none of its own: a second derivative is refused, instead of being zero.
         @once_differentiable
         def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
             inputs, pairs, saved = _split(ctx.saved_tensors)
@@ -107,6 +109,7 @@ def operator(name: str, kernel: Kernel) -> Run:
         if torch.compiler.is_compiling():
             y_TD: Tensor = compiled(*inputs, *call)[0]
         else:
+            # validation keeps no rows: they are most of a layer's memory
             keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
             y_TD = named.apply(call, keep, *inputs)
         return y_TD
@@ -169,6 +172,7 @@ def _register(name: str, kernel: Kernel) -> Callable[..., tuple[Tensor, ...]]:
         inputs = Differentiable(x_TD, weight_P, gate, up, down, shared_gate, shared_up, shared_down)
         call = RoutedCall(token_P, expert_P, number, slots, dtype, threads)
         gradients = kernel.backward(dy_TD.contiguous(), inputs, call, saved, needs, None)
+        # an operator's results are tensors: an empty one stands for none, and is dropped by ``differentiate``
         return [dy_TD.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
     @backward.register_fake

@@ -98,6 +98,7 @@ def _forward(inputs: Differentiable, call: RoutedCall, saved: list[Tensor] | Non
         if gate_NHD is not None:
             gate = gate_MH[span]
             _products(x, gate_NHD.mT, chunk, gate)
+            # out= forms, which autograd does not know and this forward does not need: no fresh memory for a chunk
             torch.ops.aten.silu.out(gate, out=hidden)
             hidden.mul_(up)
         else:
@@ -118,6 +119,7 @@ def _backward(
     x_TD, weight_P, gate_NHD, up_NHD, down_NDH = inputs[:5]
     assert up_NHD is not None and down_NDH is not None
     need_x, need_weight, need_gate, need_up, need_down = needs[:5]
+    # under torch.compile the forward cannot hand it on: sorted again, for the same number of threads
     order = _plan(inputs, call) if order is None else order
     gate_MH, up_MH, y_MD = saved[:3]
     width, inner, total = x_TD.shape[1], up_NHD.shape[1], order.token_M.shape[0]
