@@ -35,7 +35,7 @@ class Context:
     checkpoint: Any = None
     clip: Callable[[], Any] | None = None
     loss: Loss | None = None
-    tokens: int = 64
+    tokens: int = 64  # that branches are taken apart on: each computes every expert
     extra: dict[str, Any] = field(default_factory=dict)
 
     @cached_property

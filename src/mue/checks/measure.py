@@ -156,6 +156,7 @@ def _by_weights(
 def _output(placed: list[ParamInfo], b: Branch, c: Coefficients) -> Tensor:
     given = b.given
     assert given is not None
+    # with the gates of the first look: their change is another quantity
     x = given[: max(c.routed.shape[0], 1)].double()
     routed, single = columns(b.layer, placed, x, c.activation, c.swapped)
     out = torch.zeros_like(x) if routed is None else torch.einsum("ntd,tn->td", routed, c.routed)

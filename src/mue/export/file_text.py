@@ -121,6 +121,7 @@ def clipping(plan: PlanData, where: str = "global-norm clipping", extra: Mapping
         found[role] = found.get(role, 1.0) * c
     if not found:
         return f"{where}: nothing is folded here, it does what it did at the base"
+    # the gradient of c·W' is 1/c of that of W
     counts = ", ".join(f"{role.replace('_', ' ')} ×{number(1 / c)}" for role, c in found.items())
     threshold = "off at the base" if plan.tuned.clip is None else f"tuned at {number(plan.tuned.clip)}"
     return (

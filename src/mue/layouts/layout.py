@@ -211,6 +211,7 @@ def place(model: nn.Module, rows: Sequence[Layout]) -> list[ParamInfo]:
         for other in row.after
         if other not in patterns
     ]
+    # a row for a tied head matches no parameter of its own, and is right
     aliases = _tied_names(model)
     for i, row in enumerate(table):
         if i not in used and not any(regexes[i].fullmatch(alias) for alias in aliases):

@@ -60,6 +60,8 @@ def _tensor_plan(plan: PlanData, p: ParamInfo, own: float) -> TensorPlan:
     if own != 1:
         values = folded_values(plan, p.role, values, own)
     if ROLES[p.role].drawn:
+        # Adafactor's floor eps2 is on rms(W), so it goes with the size the weight starts at (mue.plan.fold_table,
+        # floor)
         return TensorPlan(p, values, None, own * (planned.factor.init_std or 1.0))
     return TensorPlan(p, values, _constant(p, planned.constant, own), own * (planned.constant or 1.0))
 

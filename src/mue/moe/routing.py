@@ -98,6 +98,7 @@ def expert_load(routing: Routing) -> Tensor:
 def _sum_per_token(routing: Routing, value_P: Tensor) -> Tensor:
     """(P,) -> (T,): the sum over each token's pairs."""
     if routing.slots:
+        # consecutive by promise: a view, and a sum in a fixed order on every device
         return value_P.view(routing.num_tokens, routing.slots).sum(1)
     return value_P.new_zeros(routing.num_tokens).index_add_(0, routing.token_P, value_P)
 

@@ -69,6 +69,7 @@ class Block:
                 raise ValueError(
                     f"shared = {self.shared} is the width of shared experts, but there are none: add e.g. 1s"
                 )
+        # transfer-rules 9, property 6: a hybrid of shared experts alone has the dense rule's values
         if N == 0 and a == 0 and self.shared_experts > 0:
             return  # shared experts only: a dense feed-forward by another name
         positive_int("experts", N)

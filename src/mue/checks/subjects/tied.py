@@ -76,6 +76,7 @@ def _shared(ctx: Context) -> Iterator[Finding]:
         return
     ranges: dict[int, str] = {}
     for p in ctx.placed:
+        # two Parameters on one memory are moved twice a step by any optimizer
         here = p.parameter.data_ptr()
         if here and here in ranges and p.role not in _MAY:
             yield Finding(

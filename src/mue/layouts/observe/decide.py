@@ -69,9 +69,11 @@ def decide(f: Facts) -> Decision:
         if not f.layered and f.named(names.POSITION):
             return Decision("embedding", ("in", "out"), "rows looked up, positions by name")
         return Decision(None, ("in", "out"), "rows looked up, but they are neither the vocabulary nor positions")
+    # Its fan-in is the filter's length, which no width changes: nothing to scale, as with a gain.
     if f.use.convolved:
         return _vector(f, f"a filter of fixed size {f.shape[1:]}: fan-in does not grow, treated like a gain", "own")
     if f.use.summed:
+        # One matrix has one fan-in: a tied table that the head multiplies by is looked up, and was met above.
         if len(f.use.summed) > 1 or not next(iter(f.use.summed)):
             return Decision(None, (), f"summed over different axes in different places: {sorted(f.use.summed)}")
         return _matrix(f)
@@ -128,6 +130,8 @@ def _matrix(f: Facts) -> Decision:
     experts = any(a.startswith("expert") for a in axes) or bool(re.search(r"\bexperts\.\*", f.pattern))
     if any(re.fullmatch(names.NORM, t) and not re.search(names.NORMED_ATTENTION, t) for t in f.words):
         return Decision(None, axes, f"{seen}; a matrix inside a norm is none of the known roles")
+    # Several residual streams are mixed by small matrices: d inputs, a number of outputs that does not grow, as a
+    # router's.
     if f.named(names.HYPER_CONNECTION):
         if out or not into:
             return Decision(

@@ -95,6 +95,7 @@ def describe(
         ValueError: a user's row that matches no parameter or does not fit its axes; a config without a width.
     """
     sizes = axis_sizes(build, tiny)
+    # the same description every time
     torch.manual_seed(0)
     model = build(tiny).float().eval()
     # before the model is moved off its start: a plan wants to know what a gain starts at

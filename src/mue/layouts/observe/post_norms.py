@@ -154,6 +154,7 @@ def _norm_inputs(model: nn.Module, run: Callable[[nn.Module], object], layer: _L
     handles = [m.register_forward_pre_hook(entered(n)) for n, m in layer.norms.items()]
     handles.append(layer.module.register_forward_hook(left))
     try:
+        # the same tokens in every pass, or the passes could not be compared
         torch.manual_seed(1)
         run(model)
     finally:

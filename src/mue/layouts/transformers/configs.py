@@ -20,6 +20,7 @@ def _transformers() -> Any:
         transformers = importlib.import_module("transformers")
     except ImportError:
         raise ValueError("model families of transformers need the hf extra: pip install 'mue[hf]'") from None
+    # its warnings are about weights, and none are loaded here
     transformers.logging.set_verbosity_error()
     return transformers
 

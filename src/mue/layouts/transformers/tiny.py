@@ -42,6 +42,7 @@ def _shrink_one(config: Any, layers: int, overrides: Mapping[str, Any]) -> None:
         if hasattr(config, key):
             setattr(config, key, value)
     _keep_relations(config, full)
+    # inside the small vocabulary: an embedding refuses a padding id beyond it
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(config, key, None)
         if value is not None:
