@@ -57,7 +57,7 @@ def experts(
         raise ValueError(f'backend={backend!r} is unknown: use "auto" or one of {sorted(BACKENDS)}')
     elif backend in REFUSALS and (reason := REFUSALS[backend](x_TD, weights, dtype)):
         raise ValueError(reason)
-    # the backends cast by themselves: autocast would cast copies of all weights, and keep them
+    # the backends cast by themselves: the native one reads weights as they are stored, with no copy in bf16
     with torch.autocast(x_TD.device.type, enabled=False):
         if scale != 1.0 and backend == "native" and weights.shared_up_SD is None:  # the same on D times fewer numbers
             routing, scale = replace(routing, weight_P=routing.weight_P * scale), 1.0
@@ -127,7 +127,6 @@ def _reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights, dtype: to
         pair = (routing.expert_P == expert).nonzero().squeeze(1)
         token = routing.token_P[pair]
         hidden = _activation(x_TD[token], gate, up) * routing.weight_P[pair, None]
-        # the weight joins before the last product, as in the kernels: it is rounded with the hidden rows there, too
         y_TD = y_TD.index_add(0, token, F.linear(hidden.to(dtype), down).to(y_TD.dtype))
     return y_TD.to(dtype)
 

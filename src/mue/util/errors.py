@@ -16,7 +16,7 @@ def positive_int(name: str, value: object) -> int:
         name: what messages call it. value: anything; true and false are no numbers here.
 
     Raises:
-        ValueError: it is none, below 1, or above 10^18, where a float would lose digits of it.
+        ValueError: it is none, below 1, or above 10^18, which no shape and no run is.
     """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")

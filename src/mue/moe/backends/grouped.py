@@ -55,7 +55,7 @@ def run(x_TD: Tensor, routing: Routing, weights: ExpertWeights, dtype: torch.dty
     up_PH = F.grouped_mm(x_PD, up_NHD.mT, offs=end_N)
     hidden_PH = F.gelu(up_PH) if gate_NHD is None else F.silu(F.grouped_mm(x_PD, gate_NHD.mT, offs=end_N)) * up_PH
     real_P = routing.weight_P * (routing.expert_P < number)
-    # before down, as in the other backends: the same rounding, and padding rows become exact zeros
+    # before down, where padding rows become exact zeros in the same pass
     hidden_PH = (hidden_PH * real_P[order_P, None]).to(dtype)
     y_PD = F.grouped_mm(hidden_PH, down_NDH.mT, offs=end_N)
     y_TD: Tensor = _Combine.apply(y_PD, tokens, routing.token_P, order_P, inverse_P, routing.slots)  # type: ignore[no-untyped-call]
