@@ -138,6 +138,7 @@ def coordinate_check(
         plans = [plan(s) for s in shapes]
         runs = []
         for shape, its in zip(shapes, plans, strict=True):
+            # shapes that several axes share are trained once
             if its.hash not in done:
                 done[its.hash] = [_run(build, shape, its, seed, batches, steps, optimizer, loss) for seed in seeds]
             runs.append(done[its.hash])

@@ -130,6 +130,7 @@ def first_losses(
     found = []
     for step in range(steps):
         stepper.zero_grad(set_to_none=True)
+        # the same batch for every variant at this step: a gap is then the model's
         value = loss_of(model, batches(step), loss)
         value.backward()  # type: ignore[no-untyped-call]
         stepper.step()

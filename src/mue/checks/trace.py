@@ -183,6 +183,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if _key(out) != _key(tensors[0]):
                 self._hold(out, p)
             return True
+        # a multiplier may be a number of Python or a tensor of one element
         scalar = len(tensors) == 1 or (len(tensors) == 2 and tensors[1].numel() == 1)
         if kernel in _SCALED and scalar and self._on_stream(tensors[0]) and out.shape == tensors[0].shape:
             self._aliases[_key(out)] = out

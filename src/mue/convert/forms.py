@@ -191,4 +191,5 @@ def _hashes(data: Mapping[str, Any]) -> list[str]:
             own = None
     inside = own if isinstance(own, Mapping) else {}
     found = [d.get(k) for d in (data, inside) for k in HASH_KEYS]
+    # "plan" is a common key: only what looks like a hash of ours is one
     return [f for f in found if isinstance(f, str) and re.fullmatch("[0-9a-f]{16}", f)]

@@ -61,6 +61,7 @@ def _family(target: Transformer) -> tuple[str, dict[str, Any]]:
         return "qwen3", sizes
     expert, experts, active, shared, width, router, normalize = moe[0]
     if router == "softmax" and not shared:
+        # Qwen3-MoE names its dense layers one by one, so they may lie anywhere
         skipped = [i for i, here in enumerate(is_moe) if not here]
         sizes |= {"mlp_only_layers": skipped, "moe_intermediate_size": expert, "num_experts": experts}
         return "qwen3_moe", {**sizes, "num_experts_per_tok": active, "norm_topk_prob": normalize}

@@ -161,6 +161,7 @@ def megatron(plan: PlanData, model: Any) -> str:
     }
     # Megatron draws by three methods; the std that most matrices of a method have is left to it, the rest is drawn anew
     drawn = [row for row in found if row.std is not None and row.std != stds[_method(row)]]
+    # gains of 1 and biases of 0 are what Megatron starts with by itself
     kept = [
         row if row in drawn else replace(row, std=None, constant=None if row.constant in (0.0, 1.0) else row.constant)
         for row in found

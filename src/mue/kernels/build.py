@@ -136,6 +136,7 @@ def _compile(compiler: str, work: Path) -> Path:
 
 
 def _run(*commands: list[str]) -> None:
+    # all at once: no source waits for another
     running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
     printed = [process.communicate()[0] for process in running]
     for command, process, text in zip(commands, running, printed, strict=True):

@@ -127,6 +127,7 @@ def _torch_names(plan: PlanData, role: str, eps: float, scale: float) -> dict[st
     """What torch's other optimizers call a group's settings, and those that only they have."""
     optimizer = plan.tuned.optimizer
     if optimizer == "sgd":
+        # β1 is what averages gradients in SGD as well
         return {"momentum": plan.betas[0]}
     if optimizer == "adafactor":
         return {"eps": (eps, ADAFACTOR_FLOOR * scale)}  # eps2 floors rms(W), so it has the weight's scale

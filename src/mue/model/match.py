@@ -72,6 +72,7 @@ def _shape_faults(plan: PlanData, params: list[ParamInfo]) -> list[str]:
     for role, planned in plan.roles.items():
         if planned.count and role not in here and ROLES[role].drawn:
             faults.append(f"the plan has {planned.count} tensors of role {role}, the model none")
+    # a tied head is placed once, under the embedding's name
     if tied != ("head" not in here):
         faults.append(
             f"the plan's target has tied = {str(tied).lower()}, the model's head is {'its embedding' if 'head' not in here else 'a tensor of its own'}"
@@ -171,5 +172,6 @@ def _multiplier_faults(plan: PlanData, model: nn.Module) -> list[str]:
     return [
         f"the model's {name} multiplier is {getattr(own, name)}, planned {getattr(planned, name)}: build it with plan.multipliers"
         for name in ("residual", "head", "attention_scale", "output", "route")
+        # exactly: both come from one plan, or the model was built from another
         if getattr(own, name) != getattr(planned, name)
     ]

@@ -101,6 +101,7 @@ class PlanData:
     # ---- what holds for the whole model -------------------------------------------------------------------------
 
     def _same(self, name: str) -> Any:
+        # None and not a mean: a number that holds in no block would be used (conventions 5)
         values = {getattr(block, name) for block in self.blocks}
         return values.pop() if len(values) == 1 else None
 

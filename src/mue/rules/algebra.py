@@ -106,5 +106,6 @@ def _monomial(value: Monomial | int | Fraction) -> Monomial:
 
 
 def _build(coefficient: Fraction, powers: Mapping[str, Fraction]) -> Monomial:
+    # in one order and without zero powers, so that equal monomials are equal tuples and print alike
     kept = sorted(((n, p) for n, p in powers.items() if p), key=lambda item: _ORDER[item[0]])
     return Monomial(coefficient, tuple(kept))

@@ -97,6 +97,8 @@ def _projections(kind: str, fallback: str | None = None) -> tuple[Role, ...]:
             part,
             reads_residual=part != "down",
             writes_residual=part == "down",
+            # on a dense base the rule gives experts the dense projections' values (transfer-rules 1.2: routed and
+            # shared alike)
             fallback=fallback and f"{fallback}_{part}",
         )
         for part in ("up", "gate", "down")

@@ -236,6 +236,7 @@ class MoE(Transformer):
 
     def __post_init__(self) -> None:
         if isinstance(self.gate_moments, list):
+            # JSON and TOML have lists only
             object.__setattr__(self, "gate_moments", tuple(self.gate_moments))
         self._check()
         _ = self.blocks  # a block checks its own numbers

@@ -67,6 +67,7 @@ def stored_hash(given: Any) -> str | None:
         inside = [
             p for p in sorted(path.iterdir()) if p.name == "plan.json" or p.suffix in (".safetensors", ".pt", ".pth")
         ]
+        # plan.json first: it is the smallest, and the plan itself
         found = (stored_hash(p) for p in sorted(inside, key=lambda p: p.name != "plan.json"))
         return next((h for h in found if h), None)
     if path.suffix == ".safetensors":

@@ -14,7 +14,7 @@ from mue.layouts.layout import canonical
 
 NAME = "scheduler"
 STEPS = 2000  # where neither scheduler nor plan says how long it is; never more than five times that are walked
-_LENGTH = ("T_max", "total_steps", "total_iters")
+_LENGTH = ("T_max", "total_steps", "total_iters")  # as torch's schedulers (cosine, OneCycle, linear) call their length
 
 
 @check_of(NAME, place=5, needs=("roles", "plan"))

@@ -70,6 +70,7 @@ class Attention(nn.Module):
         self.v = Linear(D, kv_heads * E)
         self.o = Linear(heads * E, D)
         self.q_norm, self.k_norm = RMSNorm(E), RMSNorm(E)
+        # not in checkpoints: it follows from the shape
         self.register_buffer("rope", rotary_table(shape.sequence, E), persistent=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:

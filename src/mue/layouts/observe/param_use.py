@@ -111,6 +111,7 @@ class UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         held = self._origins.setdefault(t.untyped_storage().data_ptr(), [])
         self._alive.append(t)
         for name, axes in origins:
+            # an axis of length 1 may have any stride, which says nothing
             lies = tuple(
                 (axis, t.stride(d), t.shape[d]) for d, axis in enumerate(axes) if axis is not None and t.shape[d] > 1
             )

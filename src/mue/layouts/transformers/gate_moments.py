@@ -130,6 +130,7 @@ def _small(config: Any, build: Build) -> Any:
     unseen = {k: size for name, size in SMALL.items() for k in attributes(config, name)}
     vocabulary = {k: min(VOCABULARY, inner[k]) for k in attributes(config, "vocabulary")}
     tiny = family_of(getattr(config, "model_type", "")).tiny
+    # later ones win: what routers see is the config's own, whatever makes the rest small
     changed: Mapping[str, Any] = {**tiny, **unseen, **vocabulary, **kept}
     return shrunk_enough(config, lambda c: {pattern_of(n) for n in parameter_shapes(build, c)}, dict(changed))
 

@@ -188,4 +188,5 @@ def _heads(config: Any, layers: Mapping[int, Mapping[str, list[ParamInfo]]]) -> 
     if fan_in % heads:
         raise ValueError(f"the attention output has fan-in {fan_in}, which {heads} heads do not divide")
     kv = next((v for k, v in integers(text_config(config)).items() if re.fullmatch(KV_HEADS, k)), heads)
+    # a number that does not divide the heads cannot be theirs
     return {"heads": heads, "kv_heads": kv if heads % kv == 0 else heads, "head_dim": fan_in // heads}

@@ -73,6 +73,7 @@ def _kept_layers(config: Any, deep: int, layers: int) -> list[int]:
     """Which layers stay: one of each kind that the per-layer lists tell apart, filled up from the front."""
     lists = [v for v in vars(config).values() if isinstance(v, list) and len(v) == deep]
     kinds = [tuple(repr(v[i]) for v in lists) for i in range(deep)]
+    # backwards, so that the first layer of each kind is the one that stays
     first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
     chosen = sorted(first.values())
     fill = [i for i in range(deep) if i not in first.values()]

@@ -126,6 +126,7 @@ def order_of(routing: Routing, width: int, inner: int, alignment: int, parts: in
     if routing.slots:
         bag = row_P.view(routing.num_tokens, routing.slots)
     else:
+        # ragged: embedding_bag wants each token's rows side by side, and where they begin
         bag_P = torch.argsort(routing.token_P, stable=True)
         bag = row_P[bag_P]
         pairs_T = torch.bincount(routing.token_P, minlength=routing.num_tokens)

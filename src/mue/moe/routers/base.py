@@ -99,6 +99,7 @@ class BaseRouter(nn.Module):
             )
         if options.balance not in ("bias", "loss", "none"):
             raise ValueError(f'balance={options.balance!r} is unknown: use "bias", "loss" or "none"')
+        # True: whether weights sum to one is asked by the routers that have a choice
         self.kind.check(active, groups, True)
         self.width, self.experts, self.active, self.groups = width, experts, active, groups
         self.options, self.route_scale = options, float(options.route_scale)
@@ -177,6 +178,7 @@ def router(name: str, place: float = 100.0, **facts: Any) -> Callable[[_Router],
     def add(cls: _Router) -> _Router:
         CLASSES.register(name, place)(cls)
         cls.kind = RouterKind(name=name, defined_in=f"{cls.__module__}.{cls.__qualname__}", **facts)
+        # under both registries: the facts without torch for shapes, the class for models
         ROUTERS.register(name, place)(cls.kind)
         return cls
 
