@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from functools import wraps
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ParamSpec
 
 from mue.plan import render, replan
@@ -22,11 +23,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 
 
+@dataclass(frozen=True, eq=False)
 class Plan(PlanData):
-    """Every hyperparameter of the target, role by role. Made by :func:`mue.transfer`; equal where :attr:`hash` is.
-
-    It has no fields of its own: functions of the library take :class:`mue.plan.plan.PlanData`, and so a plan.
-    """
+    """Every hyperparameter of the target, role by role. Made by :func:`mue.transfer`; equal where :attr:`hash` is."""
 
     @classmethod
     def of(cls, data: PlanData) -> Plan:
@@ -83,12 +82,14 @@ class Plan(PlanData):
 
 
 def _for_users(make: Callable[P, PlanData]) -> Callable[P, Plan]:
-    """``make`` with what it returns as a :class:`Plan`; signature and documentation stay its own."""
+    """``make`` with what it returns as a :class:`Plan`; documentation and the rest of the signature stay its own."""
 
     @wraps(make)
     def made(*args: P.args, **kwargs: P.kwargs) -> Plan:
         return Plan.of(make(*args, **kwargs))
 
+    made.__module__ = __name__  # where pickle looks for it, and with it a pool of processes
+    made.__signature__ = signature(make).replace(return_annotation=Plan.__name__)  # type: ignore[attr-defined]
     return made
 
 

@@ -81,6 +81,13 @@ def test_the_up_gate_correction_removes_the_drift_and_nothing_else(target: Any) 
             assert one == two, role
 
 
+def test_the_depth_exponent_may_stand_second() -> None:
+    assert mue.get_rule("complete-mue", "1/2") == mue.get_rule("complete-mue", depth_exponent="1/2")
+    assert mue.get_rule("complete-mue", "1/2") != mue.get_rule("complete-mue")
+    with pytest.raises(ValueError, match="has no option depth_exponent"):
+        mue.get_rule("mup", "1/2")
+
+
 def test_options_are_printed_saved_and_refused() -> None:
     p = at("adamw", duration_exponent=0.3, head="paper")
     assert p.to_dict()["options"]["duration_exponent"] == "3/10" and "duration_exponent 3/10" in str(p)
