@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 import mue
 from mue.rules.registry import RULES
-from mue.util.registry import Registry
+from mue.util.registry import Registry, UnknownNameError
 
 Kinds = Registry[Callable[[], str]]
 
@@ -58,6 +59,13 @@ def test_what_lies_in_the_home_folder_is_there_without_an_import(empty: Kinds, t
     assert "one" in empty and "third" not in empty
 
 
+def test_threads_that_ask_at_once_all_wait_for_the_whole_home(empty: Kinds, tmp_path: Path) -> None:
+    write(tmp_path, "home/first.py", "import time\ntime.sleep(0.3)\n")
+    write(tmp_path, "home/second.py", registers("late"))  # no file bears the name
+    with ThreadPoolExecutor(4) as threads:
+        assert list(threads.map(lambda _: empty.lookup("late")(), range(4))) == ["late"] * 4
+
+
 def test_order_is_by_place_then_by_name(empty: Kinds) -> None:
     for name, place in (("last", None), ("second", 2), ("after the last", None), ("first", 1)):
         (empty.register(name) if place is None else empty.register(name, place=place))(lambda name=name: name)
@@ -79,6 +87,16 @@ def test_one_name_is_one_thing(empty: Kinds) -> None:
     assert empty.register("mine")(again) is mine  # the same definition once more is no second one
 
 
+def test_the_name_of_one_of_ours_is_taken_before_anybody_asked_for_it(empty: Kinds, tmp_path: Path) -> None:
+    write(tmp_path, "home/ours.py", registers("mine", "ours"))
+    write(tmp_path, "theirs.py", registers("mine", "theirs"))
+    with pytest.raises(
+        ValueError, match=r"'mine' is there already \(home.ours.ours\): give theirs.theirs another name"
+    ):
+        importlib.import_module("theirs")
+    assert empty["mine"].__module__ == "home.ours"
+
+
 def test_a_module_that_is_loaded_again_replaces_its_own(empty: Kinds, tmp_path: Path) -> None:
     write(tmp_path, "theirs.py", registers("mine"))
     module = importlib.import_module("theirs")
@@ -95,6 +113,22 @@ def test_an_unknown_name_is_refused_with_the_nearest(empty: Kinds) -> None:
         empty.lookup(3)  # type: ignore[arg-type]
     with pytest.raises(KeyError):
         empty["softmx"]
+
+
+def test_a_home_that_needs_another_package_is_no_reason_for_a_traceback(empty: Kinds, tmp_path: Path) -> None:
+    """What needs no torch stands outside the folder that does, and a typing error in its name is answered without."""
+    registry = mue.kinds_under_test = Registry("kind", home="home.folder")  # type: ignore[attr-defined]
+    write(tmp_path, "home/light.py", registers("softmax"))
+    write(tmp_path, "home/folder/__init__.py", "")
+    write(tmp_path, "home/folder/heavy.py", "import no_such_package\n")
+    importlib.import_module("home.light")
+    with pytest.raises(UnknownNameError, match=r"'softmx'; did you mean 'softmax'\? .*install no_such_package"):
+        registry.lookup("softmx")
+    assert registry.lookup("softmax")() == "softmax"
+    write(tmp_path, "home/folder/heavy.py", "import home.no_such_file  # a fault of ours stays one\n")
+    importlib.invalidate_caches()
+    with pytest.raises(ModuleNotFoundError, match="no_such_file"):
+        registry.lookup("softmx")
 
 
 def test_an_installed_package_brings_its_own(empty: Kinds, tmp_path: Path) -> None:

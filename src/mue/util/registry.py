@@ -16,12 +16,17 @@ from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
 from pkgutil import iter_modules
+from threading import RLock
 from typing import Generic, TypeVar
 
 from mue.util.errors import nearest
 
 PLUGINS = "mue.plugins"  # the entry point group: each entry names a module that registers something when it is imported
 Entry = TypeVar("Entry")
+
+
+class UnknownNameError(ValueError):
+    """Nothing is registered under that name in this process."""
 
 
 class Registry(Mapping[str, Entry], Generic[Entry]):
@@ -34,7 +39,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
     def __init__(self, kind: str, home: str) -> None:
         self.kind, self.home = kind, home
         self._entries: dict[str, tuple[float, Entry]] = {}
-        self._loaded_home = self._loaded_plugins = False
+        self._load_home, self._load_plugins = _Once(self._import_home), _Once(self._import_plugins)
 
     def register(self, name: str, place: float = 100.0) -> Callable[[Entry], Entry]:
         """A decorator that puts what it decorates under ``name``; ``place`` is where tables list it.
@@ -44,6 +49,8 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         """
 
         def add(entry: Entry) -> Entry:
+            if not _origin(entry).startswith(self.home.partition(".")[0] + "."):
+                self._load_home()  # or yours would pass for ours of that name, until somebody reads it
             if name in self._entries and _origin(self._entries[name][1]) != _origin(entry):
                 taken = _origin(self._entries[name][1])
                 raise ValueError(f"{self.kind} {name!r} is there already ({taken}): give {_origin(entry)} another name")
@@ -53,10 +60,16 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         return add
 
     def lookup(self, name: str) -> Entry:
-        """What ``name`` stands for; ``ValueError`` with the nearest known name for any other."""
-        if not isinstance(name, str) or name not in self:
-            raise ValueError(f"unknown {self.kind} {name!r}{nearest(str(name), self)}")
-        return self._entries[name][1]
+        """What ``name`` stands for; :class:`UnknownNameError` with the nearest known name for any other."""
+        try:
+            if isinstance(name, str) and name in self:
+                return self._entries[name][1]
+            known, lacking = list(self), ""
+        except ModuleNotFoundError as error:  # torch, say, which what is registered already did without
+            if not error.name or error.name.partition(".")[0] == self.home.partition(".")[0]:
+                raise
+            known, lacking = list(self._entries), f" (to see whether there is another, install {error.name})"
+        raise UnknownNameError(f"unknown {self.kind} {name!r}{nearest(str(name), known)}{lacking}")
 
     def __getitem__(self, name: str) -> Entry:
         # The cheapest first: its own file, all of ours, then the plugins, for which every installed package is looked at.
@@ -80,32 +93,41 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         if file.isidentifier() and find_spec(f"{self.home}.{file}"):
             import_module(f"{self.home}.{file}")
 
-    def _load_home(self) -> None:
-        if self._loaded_home:
-            return
-        self._loaded_home = True  # before the imports: one of them may ask for what is registered so far
-        try:
-            for module in iter_modules(import_module(self.home).__path__):
-                import_module(f"{self.home}.{module.name}")
-        except BaseException:
-            self._loaded_home = False  # or the next to ask would find a part of it, and no error
-            raise
+    def _import_home(self) -> None:
+        for module in iter_modules(import_module(self.home).__path__):
+            import_module(f"{self.home}.{module.name}")
 
-    def _load_plugins(self) -> None:
-        if self._loaded_plugins:
-            return
+    def _import_plugins(self) -> None:
         from importlib.metadata import entry_points  # 25 ms, a third of the time that `import mue` takes
 
-        self._loaded_plugins = True
         for plugin in entry_points(group=PLUGINS):
             try:
                 plugin.load()
             except Exception as error:
-                self._loaded_plugins = False
                 raise ValueError(
                     f"the plugin {plugin.name} ({plugin.value}) cannot be imported: {type(error).__name__}: {error};"
                     " mend or uninstall the package that names it"
                 ) from error
+
+
+class _Once:
+    """What is done when it is first needed. Other threads wait for the whole of it, and what fails is done anew for the next to ask."""
+
+    def __init__(self, do: Callable[[], None]) -> None:
+        self._do, self._lock, self._begun, self._done = do, RLock(), False, False
+
+    def __call__(self) -> None:
+        if self._done:
+            return
+        with self._lock:
+            if self._begun:  # by this thread: what is imported may ask for what is registered so far
+                return
+            self._begun = True
+            try:
+                self._do()
+                self._done = True
+            finally:
+                self._begun = self._done
 
 
 def _origin(entry: object) -> str:
