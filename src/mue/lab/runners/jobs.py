@@ -15,12 +15,18 @@ from mue.lab.runners.stacked_runs import StackedRuns
 from mue.lab.train.run import BusyError, Run, Store
 from mue.lab.train.session import train
 from mue.lab.train.stacked_session import stack_kind
+from mue.util.registry import PLUGINS, UnknownNameError
 
 Job = dict[str, Any]
+# Whoever submitted the run had the name from a module that it had imported, and this process has not.
+_OURS_ALONE = (
+    "; that is all a worker process finds: name the module that registers it under the entry point group"
+    f" {PLUGINS!r} of an installed package"
+)
 
 
 class Jobs:
-    """What is open in this process: corpora by their source, and stacks under way by their kind.
+    """What is open in this process: corpora, and stacks under way by their kind.
 
     Args:
         out: where messages go, a line of JSON each. stopped: keys of the runs to give up; another thread adds to it.
@@ -51,7 +57,7 @@ class Jobs:
                     self._send(session.key, step=session.step, loss=session.loss)
                     if result is not None:
                         self._send(session.key, result=result)
-            except Exception as error:  # of one program: nobody can say whose run it was
+            except Exception as error:
                 for key in stack.sessions:
                     self._send_error(key, error)
                 stack.close()
@@ -94,10 +100,10 @@ class Jobs:
         return result
 
     def _send_error(self, key: str, error: Exception) -> None:
-        """Tell the parent that a run ended in an error, and whose it is: the user's, ours, or nobody's (busy)."""
         kind = "user" if isinstance(error, ValueError | OSError) else "internal"
         kind = "busy" if isinstance(error, BusyError) else kind
-        self._send(key, error=f"{error}", kind=kind, type=type(error).__name__)
+        text = f"{error}{_OURS_ALONE if isinstance(error, UnknownNameError) else ''}"
+        self._send(key, error=text, kind=kind, type=type(error).__name__)
 
     def _send(self, key: str, **message: Any) -> None:
         self.out.write(json.dumps({"id": key, **message}) + "\n")
