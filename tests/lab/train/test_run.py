@@ -59,3 +59,20 @@ def test_coefficients_that_nothing_reads_are_refused(corpus: Corpus) -> None:
         run(Settings(balance="loss"))
     with pytest.raises(ValueError, match="AdamW"):
         run(SETTINGS, optimizer="lion")
+
+
+def test_a_balance_loss_that_no_router_reads_is_refused(corpus: Corpus) -> None:
+    """A router without a matrix has nothing that the loss could train; one beside it that has one may be balanced."""
+    data, training = describe_data({"source": []}, corpus), mue.Training(128, 10)
+    settings, tuned = Settings(balance="loss"), TUNED.replace(balance=0.01)
+
+    def run(*routers: str) -> Run:
+        blocks = tuple(mue.Block(layers=1, experts=4, active=2, expert=16, router=router) for router in routers)
+        shape = mue.Mixed(32, blocks, head_dim=16, sequence=32)
+        plan = mue.transfer(BASE, shape, tuned, base_training=training, training=training)
+        return Run(plan, settings, data)
+
+    with pytest.raises(ValueError, match=r"the hash router of .* has none"):
+        run("hash", "random")
+    for routers in (("sigmoid", "softmax"), ("hash", "softmax")):
+        assert run(*routers).settings.balance == "loss"

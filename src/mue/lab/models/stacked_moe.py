@@ -68,9 +68,7 @@ class StackedMoE(nn.Module):
             each.append(functional_call(layer.router, own, (x_TD, *also)))
         number, first = each[0].num_experts, each[0]
         expert_P = [
-            # padding is marked by the number of experts, which is another one in the stack
-            torch.where(r.expert_P == number, variants * number, r.expert_P + v * number)
-            for v, r in enumerate(each)
+            torch.where(r.expert_P == number, variants * number, r.expert_P + v * number) for v, r in enumerate(each)
         ]
         return Routing(
             torch.cat([r.token_P + v * tokens for v, r in enumerate(each)]),
