@@ -89,7 +89,7 @@ def measured(case: Case, kind: str, seconds: float, least: int, skip: list[str],
     rows = []
     for name, took in times.items():
         paired = ratios(took, times["dense-eager"])
-        quarter = len(paired) // 4
+        quarter = len(paired) // 4  # quartiles, since a mean or a range would be that of the worst interruption
         rows.append(
             {
                 "impl": name, "shape": case.shape, "tokens": case.tokens, "dtype": case.dtype_name, "routing": kind,

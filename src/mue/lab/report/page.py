@@ -75,7 +75,7 @@ def write_report(
     environment = Environment(
         loader=PackageLoader("mue.lab.report"),
         autoescape=True,
-        undefined=StrictUndefined,
+        undefined=StrictUndefined,  # a name that the template has and we do not give is an error, not an empty place
         trim_blocks=True,
         lstrip_blocks=True,
     )

@@ -98,6 +98,7 @@ class WandB(MetricSink):
     def follow(self, run: Run) -> None:
         if run.key not in self.runs:
             config = {**run.plan.tuned.to_dict(), "seed": run.settings.seed}
+            # Several runs are open at once, and one that goes on in a new session is the same run there, too.
             self.runs[run.key] = self.wandb.init(
                 id=run.key, dir=str(self.folder), config=config, resume="allow", reinit="create_new"
             )

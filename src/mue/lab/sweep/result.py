@@ -167,7 +167,7 @@ def summarise(spec: SweepSpec, trials: Sequence[Trial]) -> SweepResult:
     best = min(fitted, key=lambda cell: cell.depth)
     assert best.valley is not None
     low, high = min(p.log2_lr for p in best.points), max(p.log2_lr for p in best.points)
-    lr = 2.0 ** min(max(best.valley.minimum, low), high)
+    lr = 2.0 ** min(max(best.valley.minimum, low), high)  # beyond the outermost runs the curve is a guess
     tuned = spec.defaults.replace(lr=lr, weight_decay=best.weight_decay, init_std=best.init_std)
     diverged = sum(not math.isfinite(trial.loss) for trial in found)
     return SweepResult(spec, cells, best, tuned, len(found), diverged, len(ended) - len(found), tuple(trials))

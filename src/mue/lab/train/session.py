@@ -217,7 +217,7 @@ class TrainingSession:
                 assert loss is not None
                 losses.append(float(loss))
         self.model.train()
-        return math.fsum(losses) / len(losses)
+        return math.fsum(losses) / len(losses)  # rounded once, as a stack does it: the same losses give the same mean
 
     def record(self, norm: float | None, loads: Sequence[Tensor], val_loss: float | None) -> None:
         """A row of metrics for the step just taken, where one is due.
