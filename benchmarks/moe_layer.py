@@ -137,7 +137,7 @@ def main() -> None:
                 continue
             print(f"{case.shape} {case.dtype_name} {kind}", flush=True)
             slow = ["mue-reference", "transformers-eager"] if options.quick and case.width > 128 else []
-            seconds, least = (2.0, 1) if options.quick else (options.seconds, 5)
+            seconds, least = (2.0, 1) if options.quick else (options.seconds, 5)  # five: a median with quartiles
             rows += measured(case, kind, seconds, least, [*options.skip, *slow], options.seed)
             if options.json:
                 write_json(

@@ -1,4 +1,4 @@
-"""The mutation table: every fault of tests/wiring_faults.py in every family, and right models over 20 seeds.
+"""The mutation table: every fault of tests/support/wiring_faults.py in every family, and right models over 20 seeds.
 
     python benchmarks/mutations.py [--quick] [--out docs/results/checks.json]
 
@@ -55,7 +55,11 @@ def row(name: str, family: str) -> dict[str, Any]:
 
 
 def run(seeds: int = 20, only: str = "") -> dict[str, Any]:
-    """The whole table."""
+    """The whole table.
+
+    Args:
+        seeds: of right models of each family, in which every finding is a false alarm. only: a pattern of fault names.
+    """
     here = families()
     rows = [row(n, f) for n, fault in FAULTS.items() for f in fault.families if f in here and re.search(only, n)]
     alarms: list[dict[str, Any]] = []

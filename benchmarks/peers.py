@@ -43,7 +43,7 @@ def sort_loop(bench: Bench) -> Step:
         expert_TK, weight_TK = tables(routing)
         order = expert_TK.flatten().argsort(stable=True)
         token = order // routing.slots
-        counts = torch.bincount(expert_TK.flatten(), minlength=routing.num_experts).tolist()
+        counts = torch.bincount(expert_TK.flatten(), minlength=routing.num_experts).tolist()  # on a GPU this waits
         done = []
         for x, g, u, d in zip(bench.x_TD[token].split(counts), gate.unbind(), up.unbind(), down.unbind(), strict=True):
             done.append(F.linear(F.silu(F.linear(x, g)) * F.linear(x, u), d))

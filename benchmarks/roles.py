@@ -73,6 +73,7 @@ def main() -> None:
     print(found.verdict)
     # Carried over even where it was not confirmed, for a negative result is one too.
     tuned = with_multipliers(TUNED, found.space, found.kept)
+    # Beyond every stage of the search, whose seeds begin 10,000 apart (mue.lab.per_role.search).
     seeds = range(90_000, 90_000 + args.seeds)
 
     def losses(name: str, plan: Plan) -> list[float]:

@@ -37,7 +37,7 @@ from mue.lab.train.provenance import provenance
 from mue.lab.train.run import Run, Settings, Store
 from mue.util.files import write_json
 
-RUNS, STEPS = 27, 1000  # the sweep that the runner is asked to lay out
+RUNS, STEPS = 27, 1000  # the sweep that the runner is asked to lay out: nine learning rates with three seeds
 SEQUENTIAL = "one after the other, eager"
 TORCH = f"{SEQUENTIAL}, torch's operators"
 
@@ -64,7 +64,7 @@ class Layout:
 
     def turn(self, seconds: float) -> float:
         """Steps per second of all its runs, each from its first to its last step in this turn."""
-        self.pool.wait(0.01)  # what was said before the pause
+        self.pool.wait(0.01)  # what was said before the pause does not count
         self.signal(signal.SIGCONT)
         until = time.monotonic() + seconds
         seen: dict[str, list[float]] = {}
@@ -113,6 +113,7 @@ def measure(example: Run, device: str, stack: int, turns: int, seconds: float) -
         named["the runner's choice"] = mode
     rows = []
     with tempfile.TemporaryDirectory() as folder:
+        # 1e9: no checkpoint falls into a turn.
         made = [Layout(name, Pool(m, Store(Path(folder) / str(i)), 1e9)) for i, (name, m) in enumerate(named.items())]
         try:
             ready = {layout.name: layout.begin(example, 3) for layout in made}

@@ -169,7 +169,7 @@ def cell(
 def profile(name: str, dtype: torch.dtype, compiled: bool) -> None:
     """The ten operations of our MoE's step that take most of the processor's time."""
     step, batch = models(name, dtype, compiled, None, [])["mue-moe"], batches(name, 0)
-    for _ in range(5):
+    for _ in range(5):  # compiling, first touches and the optimizer's state are no part of a step
         step(batch())
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
         for _ in range(10):

@@ -29,8 +29,8 @@ Array = npt.NDArray[np.float64]
 Curve = list[tuple[int, float]]
 
 _FAR = 3.0  # octaves from the minimum beyond which the noise grows no more
-_WAVES = 30
-_MESH = 0.05
+_WAVES = 30  # of which a seed's noise is made
+_MESH = 0.05  # octaves
 _WALL = 1.0  # octaves of both walls that a recorded sweep must show to be of use
 _STRETCH = 1.25  # a mixed valley is up to so many times wider or narrower than recorded
 
@@ -182,7 +182,10 @@ def smoothed(sweep: Recorded, about: float, noise: Noise) -> Shape | None:
 
 
 def _wiener(a: Array, b: Array, start: float) -> Array:
-    """Covariance of a random walk's integral, from ``start``."""
+    """Covariance of a random walk's integral, from ``start``.
+
+    What is drawn with it has a cubic spline for its posterior mean (Wahba, J. R. Stat. Soc. B 40, 1978).
+    """
     low, high = np.minimum(a[:, None], b) - start, np.maximum(a[:, None], b) - start
     return np.asarray(low**2 * (3 * high - low) / 6)
 
@@ -292,12 +295,15 @@ class Synthetic:
         return np.random.default_rng([self.number, seed, *more])
 
     def _own(self, d: Array, seed: int) -> np.random.Generator:
+        """Of a run's own noise: a stream for each place, to a thousandth of an octave."""
         return self._rng(seed, 1 + round(1000 * (float(d[0]) + 100)))
 
     def _gaussian(self, d: Array, seed: int) -> float:
         noise, rng = self.material.noise, self._rng(seed)
         everywhere = noise.everywhere * rng.normal()
         frequency_F, phase_F = rng.normal(size=_WAVES) / noise.length, rng.uniform(0, 2 * math.pi, _WAVES)
+        # Random Fourier features of the Gaussian kernel (Rahimi & Recht, NIPS 2007): a curve whose value can be asked
+        # for at any place, in any order.
         local = noise.local * math.sqrt(2 / _WAVES) * float(np.cos(frequency_F * d + phase_F).sum())
         return everywhere + local + float(noise.spread(d)[0]) * self._own(d, seed).normal()
 

@@ -29,8 +29,10 @@ from mue.shapes import HParams, Training
 from mue.util.files import write_json
 
 ROOT = Path(__file__).resolve().parent.parent
+# Six octaves in steps of a half: finer than a fit needs, so that what it makes of fewer can be held against all.
 LOG2_LR = tuple(-9 + i / 2 for i in range(13))
 SEEDS = (0, 1, 2)
+# Twelve octaves in whole ones, as somebody sweeps who knows nothing; their walls over six octaves would be guesses.
 WIDE = tuple(float(x) for x in range(-13, 0))
 MORE_SEEDS = tuple(range(3, 12))  # of the first cell, on every other learning rate: how noise depends on lr
 _CHEAP = 15  # so many of the cells are small: recorded first

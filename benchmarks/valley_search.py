@@ -33,8 +33,8 @@ from valley_population import KINDS, Curve, Material, Synthetic, load, populatio
 ROOT = Path(__file__).resolve().parent.parent
 CHOSEN, CHOSEN_WIDE = 15, 4  # recorded sweeps on which constants were chosen
 SPANS = (8, 10, 13)  # octaves of the range: 9 learning rates in steps of 2, three decades, four decades
-COSTS = (9, 11, 13)  # whole runs
-_INSIDE = 2.0  # octaves between a minimum and the ends of the range
+COSTS = (9, 11, 13)  # whole runs: a third of the grid's 27, and what it takes to be level with it (docs/LOG.md)
+_INSIDE = 2.0  # octaves between a minimum and the ends of the range: nearer ones are measured by `edges`
 _SEEDS = tuple(range(12))
 
 

@@ -25,7 +25,10 @@ P = ParamSpec("P")
 
 @dataclass(frozen=True, eq=False)
 class Plan(PlanData):
-    """Every hyperparameter of the target, role by role. Made by :func:`mue.transfer`; equal where :attr:`hash` is."""
+    """Every hyperparameter of the target, role by role. Made by :func:`mue.transfer`; equal where :attr:`hash` is.
+
+    It has no fields of its own: functions of the library take :class:`mue.plan.plan.PlanData`, and so a plan.
+    """
 
     @classmethod
     def of(cls, data: PlanData) -> Plan:

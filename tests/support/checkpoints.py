@@ -22,7 +22,7 @@ BASE = mue.Dense(width=4, ffn=8, layers=3, **SIZES)
 MOE = mue.MoE.parse("4e2a1s", width=12, expert=5, layers=1, shared=5, **SIZES)  # no multiplier is a power of two
 TUNED = mue.HParams(lr=4e-3, weight_decay=0.5, init_std=0.3, eps=1e-3)
 HALVES = (mue.Dense(width=4, ffn=4, layers=1, **SIZES), mue.MoE.parse("8e2a", width=8, expert=8, layers=2, **SIZES))
-K = 12
+K = 12  # the step at which a run is saved
 
 
 def planned(base: mue.Dense = BASE, target: mue.shapes.Transformer = MOE, **changes: Any) -> mue.Plan:
@@ -30,6 +30,7 @@ def planned(base: mue.Dense = BASE, target: mue.shapes.Transformer = MOE, **chan
 
 
 def how(plan: mue.Plan, form: str, route: str = "weights") -> Conversion:
+    """The conversion of the lab's model to a form of its plan."""
     with torch.device("meta"):
         return conversion(plan, form, LanguageModel(plan.target, plan.multipliers), route)
 
@@ -80,10 +81,12 @@ def distance(one: Run, two: Run) -> float:
 
 
 def run(arguments: list[str], folder: Path) -> Any:
+    """The command line in this process; names of files are those of ``folder``."""
     paths = {a: str(folder / a) for a in arguments if "." in a or a in ("in", "out")}
     return CliRunner().invoke(app, [paths.get(a, a) for a in arguments])
 
 
 def weights(plan: mue.Plan) -> dict[str, Tensor]:
+    """The tensors of a planned model, as safetensors takes them."""
     model = LanguageModel(plan.target, plan.multipliers)
     return {n: t.contiguous() for n, t in model.state_dict().items()}

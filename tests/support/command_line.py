@@ -11,7 +11,12 @@ import pytest
 
 
 def run(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """``mue`` with these arguments, on one thread and a wide terminal without colours."""
+    """``mue`` with these arguments, on one thread and a wide terminal without colours, so that no line is broken in
+    two.
+
+    Args:
+        cwd: the folder it is started in.
+    """
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
     command = [sys.executable, "-m", "mue", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=cwd, timeout=240, check=False)

@@ -15,6 +15,7 @@ SETTINGS = Settings(eval_every=10, eval_sequences=8, log_every=2)
 
 
 def dense_run(source: dict[str, object], corpus: Corpus, lr: float = 0.01, seed: int = 0, steps: int = 24) -> Run:
+    """A run of the base itself; learning rate, seed and length are what runs of one stack may differ in."""
     tuned = mue.HParams(lr=lr, weight_decay=0.1, init_std=0.1, clip=1.0)
     plan = base_plan(BASE, mue.Training(128, steps), tuned)
     return Run(plan, replace(SETTINGS, seed=seed), describe_data(dict(source), corpus))

@@ -177,7 +177,7 @@ class Drill:
         return len(self.lines("ended")) + len(self.lines("working"))
 
     def _freeze(self, index: int) -> None:
-        """A worker that is only slow: it wakes after others have taken its trials."""
+        """A worker that is only slow: it wakes after others have taken its trials, two and a half leases later."""
         worker = self.workers[index]
         if worker.poll() is not None:
             return

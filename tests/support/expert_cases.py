@@ -12,6 +12,8 @@ EXACT = ["reference", *FAST]  # grouped_mm has no float64
 
 
 def make_weights(number: int, width: int, inner: int, dtype: torch.dtype, gated: bool = True) -> list[Tensor | None]:
+    """Gate (None without one), up and down of every expert, of the size of weights at init."""
+
     def matrix(*shape: int) -> Tensor:
         return torch.randn(shape, dtype=dtype).div_(shape[-1] ** 0.5).requires_grad_()
 

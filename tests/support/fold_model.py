@@ -13,6 +13,8 @@ from mue.shapes import Block, Transformer
 
 
 class Norm(nn.Module):
+    """RMSNorm with a gain."""
+
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
@@ -22,6 +24,8 @@ class Norm(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """SwiGLU with biases in up and down: those inside a multiplied branch are folded as well."""
+
     def __init__(self, d: int, h: int) -> None:
         super().__init__()
         self.up, self.gate = nn.Linear(d, h), nn.Linear(d, h, bias=False)
@@ -53,6 +57,8 @@ class Experts(nn.Module):
 
 
 class Layer(nn.Module):
+    """Attention and feed-forward, with the plan's multipliers where the forward pass has them (conventions 3)."""
+
     def __init__(self, shape: Transformer, block: Block, m: mue.Multipliers, layer: int) -> None:
         super().__init__()
         d = shape.width

@@ -29,6 +29,7 @@ class Rule(Optimizer):
 def adam_ratio(
     g: Tensor, group: dict[str, Any], state: dict[str, Any], names: tuple[str, str] = ("exp_avg", "exp_avg_sq")
 ) -> Tensor:
+    """Adam's direction (1412.6980), moments and count in ``state``."""
     m, v = (state.setdefault(name, torch.zeros_like(g)) for name in names)
     b1, b2 = group["betas"]
     state["count"] = t = state.get("count", 0) + 1
@@ -38,12 +39,16 @@ def adam_ratio(
 
 
 class IndependentAdamW(Rule):
+    """AdamW as its paper has it (1711.05101): the decay follows the schedule and not the learning rate."""
+
     def move(self, p: Tensor, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         phase = group["lr"] / group["initial_lr"]
         p.mul_(1 - group["weight_decay"] * phase).sub_(group["lr"] * adam_ratio(g, group, state))
 
 
 class Lion(Rule):
+    """2302.06675: the sign of one average of gradients, another one kept."""
+
     def move(self, p: Tensor, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         m, (b1, b2) = state.setdefault("exp_avg", torch.zeros_like(p)), group["betas"]
         p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * (b1 * m + (1 - b1) * g).sign())
@@ -51,11 +56,15 @@ class Lion(Rule):
 
 
 class SignSGD(Rule):
+    """1802.04434, with decoupled decay."""
+
     def move(self, p: Tensor, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * g.sign())
 
 
 class DecoupledSGD(Rule):
+    """SGD with momentum and a decay that stays out of it (1711.05101, algorithm 1)."""
+
     def move(self, p: Tensor, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         m = state.setdefault("momentum_buffer", torch.zeros_like(p)).mul_(group["betas"][0]).add_(g)
         p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * m)
@@ -76,7 +85,7 @@ class ExactMuon(Rule):
 
 
 class Shampoo(Rule):
-    """L^-1/4 G R^-1/4 with damping in both factors; a sign for vectors. The decay is decoupled."""
+    """L^-1/4 G R^-1/4 with damping in both factors (1802.09568); a sign for vectors. The decay is decoupled."""
 
     def move(self, p: Tensor, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -95,7 +104,7 @@ def quarter(x: Tensor, damping: float) -> Tensor:
 
 
 class Soap(Rule):
-    """AdamW in the eigenbasis of the first gradient's factors, kept for the run (its refresh changes nothing here)."""
+    """AdamW in the eigenbasis of the first gradient's factors (2409.11321); its refresh would change nothing here."""
 
     def move(self, p: Tensor, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         p.mul_(1 - group["lr"] * group["weight_decay"])
@@ -115,12 +124,16 @@ def signed(q: Tensor) -> Tensor:
 
 
 class Lamb(Rule):
+    """1904.00962, its φ the identity."""
+
     def move(self, p: Tensor, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         u = adam_ratio(g, group, state) + group["weight_decay"] * p
         p.sub_(group["lr"] * trust(p, u) * u)
 
 
 class Lars(Rule):
+    """1708.03888: momentum of steps that are scaled to the weight's norm."""
+
     def move(self, p: Tensor, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
         u = g + group["weight_decay"] * p
         buffer = state.setdefault("momentum_buffer", torch.zeros_like(p)).mul_(0.9)

@@ -15,7 +15,7 @@ from mue.shapes import Transformer
 from support import fold_optimizers as exact
 from support.fold_model import Decoder
 
-STEPS = 200
+STEPS = 200  # of both trainings: what is folded wrongly by a percent is far apart by then
 # Between tokens and logits of one layer of the sizes below: eight products over up to 15, attention and norms over 12.
 OPERATIONS = 8 * 15 + 6 * 12
 SIZES: dict[str, Any] = {"head_dim": 4, "vocab": 11, "sequence": 8}

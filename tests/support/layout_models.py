@@ -42,6 +42,8 @@ class Strange(nn.Module):
 
 
 class StrangeBlock(nn.Module):
+    """Attention by odd names, and experts (E, d, h) that every token passes through."""
+
     def __init__(self, c: Config) -> None:
         super().__init__()
         inner = c.num_attention_heads * c.head_dim

@@ -41,13 +41,14 @@ def free_port() -> int:
 
 @contextmanager
 def postgres() -> Iterator[str]:
-    """A fresh server; yields its URL."""
+    """A fresh server on a free port; yields its URL, password included. What it held is gone at the end."""
     folder = Path(tempfile.mkdtemp(prefix="mue-postgres-"))
     secret, port, data = secrets.token_hex(8), free_port(), folder / "data"
     (folder / "password").write_text(secret)
     if os.geteuid() == 0:
         shutil.chown(folder, "postgres")
         shutil.chown(folder / "password", "postgres")
+    # It may lose everything with the machine: nothing is synced, which takes most of the time of small transactions.
     options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories='' -c fsync=off"
     login = ["-U", "mue", "--auth=scram-sha-256", f"--pwfile={folder / 'password'}"]
     try:

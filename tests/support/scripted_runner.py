@@ -43,11 +43,14 @@ class Scripted:
 
 
 def done(run: Run, status: str = "finished") -> Done:
+    """A run's end, with a loss where it has one."""
     loss = 2.5 if status == "finished" else None
     return Done(run, {"key": run.key, "status": status, "val_loss": loss, "loss": loss, "step": 1, "seconds": 1.0})
 
 
 class Heard(SweepListener):
+    """Notes what was said, and each run that was counted with how it ended."""
+
     def __init__(self) -> None:
         self.words: list[str] = []
         self.counted: list[tuple[str, str]] = []

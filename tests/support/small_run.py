@@ -15,6 +15,7 @@ STEPS = 24
 
 
 def moe_run(corpus: Corpus, settings: Settings = SETTINGS, steps: int = STEPS, tuned: mue.HParams = TUNED) -> Run:
+    """A run with everything that a checkpoint must hold: balance biases, z loss, clipping."""
     training = mue.Training(128, steps)
     tuned = tuned.replace(balance=0.01 if settings.balance == "loss" else 0.0)
     plan = mue.transfer(BASE, TARGET, tuned, base_training=training, training=training)

@@ -39,6 +39,7 @@ def plan(kind: str) -> Plan:
 
 
 def run(text: str) -> dict[str, Any]:
+    """What an exported file defines."""
     namespace: dict[str, Any] = {}
     exec(text, namespace)
     return namespace

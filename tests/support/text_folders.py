@@ -12,6 +12,7 @@ from mue.lab.data import Corpus
 
 
 def folder(root: Path, files: dict[str, str | bytes]) -> Path:
+    """A folder with these files, by their relative names."""
     for name, content in files.items():
         path = root / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -20,10 +21,12 @@ def folder(root: Path, files: dict[str, str | bytes]) -> Path:
 
 
 def stream(tokens: np.ndarray[Any, Any]) -> Corpus:
+    """A corpus of bytes at hand, the same for training and validation."""
     return Corpus(tokens, tokens, 256, "0" * 64, 1, len(tokens), "bytes", 0)
 
 
 def tokenizer_file(path: Path, specials: list[str]) -> Path:
+    """A byte-level BPE of 300 tokens with these special ones; without ``tokenizers`` the test is skipped."""
     tokenizers = pytest.importorskip("tokenizers")
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)

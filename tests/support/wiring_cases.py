@@ -112,6 +112,7 @@ def case(family: str, seed: int = 0) -> Case:
 
 
 def right_clip(made: Case) -> Callable[[], Tensor]:
+    """Clipping as a folded plan needs it: by the norm that the gradients would have unfolded (conventions 7)."""
     from mue.fold import clip_grad_norm_, coefficients
 
     def clip() -> Tensor:
@@ -123,6 +124,7 @@ def right_clip(made: Case) -> Callable[[], Tensor]:
 
 
 def ours(family: str) -> tuple[mue.Plan, LanguageModel]:
+    """The lab's model with a plan's multipliers in its forward pass."""
     plan = mue.transfer(BASE, OURS[family], TUNED, **TRAININGS)  # type: ignore[arg-type]
     return plan, LanguageModel(OURS[family], plan.multipliers)
 

@@ -1,7 +1,7 @@
 """Faults of wiring, each as a change of a right case: what it is, where it is possible, and the name a check must give.
 
-``FAULTS`` maps a fault's name to (families, apply, culprit): ``culprit`` is a pattern that must be found in the place a
-failing finding names.
+A check that only says "something is wrong" sends its user searching, so a fault counts as found where its culprit is
+named.
 """
 
 from __future__ import annotations
@@ -23,17 +23,27 @@ FFN = r"(ffn|mlp|moe|shared|experts)\S*down"
 
 @dataclass(frozen=True)
 class Fault:
+    """One fault.
+
+    Attributes:
+        families: of cases in which it is possible. apply: puts it into a right case.
+        culprit: a pattern that must be found in the place that a failing finding names.
+    """
+
     families: tuple[str, ...]
     apply: Callable[[Case], None]
     culprit: str
 
 
 FAULTS: dict[str, Fault] = {}
+"""Every fault by its name, once :func:`load` was called."""
 
 
 def fault(
     name: str, families: tuple[str, ...], culprit: str
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
+    """Register a function that puts a fault into a case (:class:`Fault`)."""
+
     def keep(apply: Callable[[Case], None]) -> Callable[[Case], None]:
         assert name not in FAULTS
         FAULTS[name] = Fault(families, apply, culprit)

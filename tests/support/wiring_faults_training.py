@@ -60,7 +60,7 @@ def _(c: Case) -> None:
 
 @fault("depth-scaled init on top", ALL, r"(o|o_proj)\.weight")
 def _(c: Case) -> None:
-    scale(c.of("attention_o"), 0.5)
+    scale(c.of("attention_o"), 0.5)  # 1/√(2L) at two layers, GPT-2's
 
 
 @fault("all experts from one draw", MOE, r"\[expert 1\]")
@@ -91,12 +91,12 @@ def _(c: Case) -> None:
 
 @fault("embedding drawn with a width factor", ALL, r"embed")
 def _(c: Case) -> None:
-    scale(c.of("embedding"), 2**-0.5)
+    scale(c.of("embedding"), 2**-0.5)  # r^-½: all targets are twice as wide as the base
 
 
 @fault("down projections drawn without the expansion's root", ALL, r"down")
 def _(c: Case) -> None:
-    scale(c.of("ffn_down", "expert_down", "shared_down"), 0.73)
+    scale(c.of("ffn_down", "expert_down", "shared_down"), 0.73)  # 1/√ρ_e of the hybrid: 64/32 over (4·48 + 48)/64
 
 
 @fault("unfolded init on a folded plan", HF, r"o_proj|down")
@@ -274,6 +274,7 @@ def _(c: Case) -> None:
 
 @fault("bf16 parameters that never move", ALL, r"norm")
 def _(c: Case) -> None:
+    # A step of Adam is about lr: 2.5e-4 is less than half of bf16's spacing below 1 (2^-8), so that gains stay at 1.
     c.plan = c.plan.retuned(lr=TUNED.lr / 16)
     c.low()
     c.checkpoint = None

@@ -28,7 +28,7 @@ ACTIVATIONS: dict[str, Activation] = {
     "relu": F.relu,
     "relu²": lambda x: F.relu(x).square(),
 }
-FIT = 2e-2  # largest relative residual at which a branch counts as understood
+FIT = 2e-2  # largest relative residual at which a branch counts as understood: beyond what bf16 rounds away
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Coefficients:
     def active(self) -> Tensor:
         """(T, N) which experts a token really uses."""
         size = self.routed.abs()
+        # what the solution leaves for an unused expert is rounding; a hundredth of the largest weight is far above that
         largest = size.amax(1, keepdim=True) if size.shape[1] else size
         return size > 1e-2 * largest.clamp(min=1e-30)
 
@@ -110,7 +111,11 @@ class Branch:
 
 
 def branches(record: Record) -> list[Branch]:
-    """The branches of every block in the order of the forward pass; additions that belong to no block are left out."""
+    """The branches of every block in the order of the forward pass; additions that belong to no block are left out.
+
+    A branch is told by what it ends in: o for attention, a down projection for the feed-forward. One with both is a
+    parallel block, whose sum cannot be taken apart here.
+    """
     found = []
     for added in record.added:
         layers = {p.info.layer for p in added.products if p.info.layer is not None}
@@ -188,9 +193,15 @@ def _assembled(found: dict[str, list[Tensor]]) -> FeedForwardWeights | None:
 def solve_coefficients(
     branch: Branch, placed: Sequence[ParamInfo], tokens: int = 64, likely: Coefficients | None = None
 ) -> Coefficients | None:
-    """Solve for what a feed-forward branch is made of, on its first ``tokens`` tokens; None where its input was not seen.
+    """Solve for what a feed-forward branch is made of.
 
-    ``likely`` is another layer's result: its activation is tried first.
+    Args:
+        branch: a feed-forward as it met the stream. placed: the model's parameters with their roles.
+        tokens: of how many, the first ones. likely: another layer's result: its activation is tried first.
+
+    Returns:
+        Coefficients (tokens, N) in float64 with all multipliers in them that the model applied; None where the branch's
+        input was not seen.
     """
     given = branch.given
     if given is None:
@@ -199,10 +210,12 @@ def solve_coefficients(
     x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     if likely is not None and likely.fits:
         same = _solved(branch.layer, placed, x_TD, y_TD, likely.activation, likely.swapped)
+        # fits to rounding: nothing better will be found by trying the others
         if same is None or not same.determined or same.residual < 1e-4:
             return same
     best: Coefficients | None = None
     for name, swapped in [(n, s) for s in (False, True) for n in ACTIVATIONS]:
+        # four tokens tell activations apart, and computing every expert for each candidate is what costs
         few = _solved(branch.layer, placed, x_TD[:4], y_TD[:4], name, swapped)
         if few is None or (few.routed.shape[1] and not few.determined):
             return few
@@ -229,10 +242,16 @@ def columns(
 def _solved(
     layer: int, placed: Sequence[ParamInfo], x_TD: Tensor, y_TD: Tensor, activation: str, swapped: bool
 ) -> Coefficients | None:
+    """Coefficients with one activation, token by token in float64; None where the layer has no feed-forward.
+
+    Columns are what each expert gives for the token, (D,) each: D equations for as many unknowns as there are experts,
+    so fewer experts than the residual width are needed.
+    """
     routed, single = columns(layer, placed, x_TD, activation, swapped)
     every = [m for m in (routed, None if single is None else single[None]) if m is not None]
     if not every:
         return None
+    # D equations for C unknowns, token by token: fewer experts than the width, or nothing can be told
     M_TDC = torch.cat(every).permute(1, 2, 0).double()
     experts = 0 if routed is None else routed.shape[0]
     none = y_TD.new_zeros(y_TD.shape[0], experts)
@@ -243,6 +262,8 @@ def _solved(
     # Least squares of least norm: twins (upcycled experts) share their coefficient, and the sum stays what it is.
     size = M_TDC.norm(dim=1, keepdim=True).clamp(min=1e-300)
     unit = M_TDC / size
+    # Unit columns, so that one expert far too large does not hide the others. 1e-9 of the normal equations is 3e-5 of
+    # the columns: twins fall below it in float64, experts of their own do not.
     c_TC = torch.linalg.pinv(unit.mT @ unit, rtol=1e-9, hermitian=True) @ (unit.mT @ y_TD[..., None])
     c_TC = c_TC[..., 0] / size[:, 0]
     left = (M_TDC @ c_TC[..., None])[..., 0] - y_TD
@@ -251,7 +272,14 @@ def _solved(
 
 
 def fit_ratio(out: Tensor, reference: Tensor) -> tuple[float, float]:
-    """(c, relative residual) of out = c · reference by least squares."""
+    """(c, relative residual) of out = c · reference by least squares.
+
+    Args:
+        out, reference: tensors of as many elements; computed with in float64.
+
+    Returns:
+        (nan, inf) where the reference is zero or ``out`` is not finite: no multiple of it is right then.
+    """
     a, b = out.double().flatten(), reference.double().flatten()
     square = float(b @ b)
     if square == 0 or not bool(a.isfinite().all()):

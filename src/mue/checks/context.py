@@ -35,15 +35,17 @@ class Context:
     checkpoint: Any = None
     clip: Callable[[], Any] | None = None
     loss: Loss | None = None
-    tokens: int = 64
+    tokens: int = 64  # that branches are taken apart on: each computes every expert
     extra: dict[str, Any] = field(default_factory=dict)
 
     @cached_property
     def placed(self) -> list[ParamInfo]:
+        """Every trainable parameter with its role, in the model's order; ``ValueError`` where one has none."""
         return placed(self.model)
 
     @cached_property
     def tensor_plans(self) -> list[TensorPlan]:
+        """Every parameter with its planned values; ``ValueError`` where this is not the planned model."""
         return tensor_plans(self.plan, self.model)
 
     @cached_property
@@ -58,9 +60,11 @@ class Context:
 
     @cached_property
     def names(self) -> dict[int, ParamInfo]:
+        """id of a parameter → what it is. By id, for optimizers hold the tensors themselves."""
         return {id(p.parameter): p for p in self.placed}
 
     def forward(self) -> Any:
+        """What the model returns for the batch, in the mode in which it is."""
         return forward(self.model, self.batch)
 
     def loss_of_batch(self) -> Tensor:
@@ -76,6 +80,7 @@ class Context:
 
     @cached_property
     def branches(self) -> list[Branch]:
+        """What each block added to the residual stream in that pass, in order."""
         return branches(self.seen[0])
 
     @cached_property
@@ -91,6 +96,8 @@ class Context:
     @cached_property
     def tolerance(self) -> float:
         """Relative, of anything that went through the model's own arithmetic."""
+        # A right model's multipliers come out to seven digits in float32 (docs/checks.md). bf16 has eight bits, 0.4 % a
+        # rounding, and a branch rounds several times.
         low = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.model.parameters())
         return 4e-2 if low or torch.is_autocast_enabled() else 2e-3
 
@@ -132,7 +139,7 @@ def logits_of(out: Any) -> Tensor | None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode (no dropout, no load counting), every module's own mode put back after."""
+    """Evaluation mode (no dropout, no load counting), then every module's own mode again, for they may differ."""
     modes = {m: m.training for m in model.modules()}
     model.eval()
     try:

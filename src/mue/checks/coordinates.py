@@ -110,7 +110,8 @@ def coordinate_check(
         plan: shape → its plan.
         axes: name from :data:`AXES` → shapes that differ along it, two or more; sizes are read off the shapes.
         batches: step → batch; step -1 is the held batch that everything is measured on.
-        steps: 10 to 30. seeds: of the init. tolerance: on slopes.
+        steps: 10 to 30, as the threads on mup's own check ask for (mup#71). seeds: of the init.
+        tolerance: on slopes; a rule that is missing somewhere is off by half a power or more.
         optimizer: ``(plan, model) -> optimizer``; default AdamW of the plan's groups.
         raises: raise where a slope fails; else return.
 
@@ -137,6 +138,7 @@ def coordinate_check(
         plans = [plan(s) for s in shapes]
         runs = []
         for shape, its in zip(shapes, plans, strict=True):
+            # shapes that several axes share are trained once
             if its.hash not in done:
                 done[its.hash] = [_run(build, shape, its, seed, batches, steps, optimizer, loss) for seed in seeds]
             runs.append(done[its.hash])
@@ -170,6 +172,7 @@ def _slopes(
     runs: Sequence[Sequence[ModuleValues]],
     tolerance: float,
 ) -> list[Slope]:
+    """The slope of every module that all sizes have, along one axis."""
     keys = [k for k in runs[0][0] if all(k in values for many in runs for values in many)]
     found = []
     for module, quantity in keys:
@@ -192,6 +195,7 @@ def _expected(module: str, quantity: str, sizes: Sequence[float], plans: Sequenc
         return full - 0.5 * max(wide, 0.0) + min(noise, 0.0), full + max(noise, 0.0)
     if module == "logits":
         both = (fitted([(x, f(p)) for x, p in zip(sizes, plans, strict=True)])[0] for f in (_logit_step, _logit_start))
+        # + 0.0 makes of -0.0 a zero, which would print as another number
         rounded = [round(slope, 3) + 0.0 for slope in both]
         return min(rounded), max(rounded)
     if module == "feed-forward branch" and quantity == "update":

@@ -45,7 +45,18 @@ def measure(
     make_optimizer: MakeOptimizer = adamw,
     loss: Loss | None = None,
 ) -> ModuleValues:
-    """{(module, quantity): rms} after ``steps`` of training; ``size`` is taken before, ``update`` is the change."""
+    """Train a model for some steps and measure it on a held batch before and after.
+
+    Args:
+        model: drawn already; it is left trained. plan: in the form in which it was applied.
+        batches: step → batch. held: the batch that everything is measured on.
+        steps: of training. make_optimizer: ``(plan, model) -> optimizer``.
+        loss: see :func:`mue.checks.context.loss_of`.
+
+    Returns:
+        (module, quantity) → root mean square in units of the activation: ``size`` is taken before, ``update`` is the
+        change, ``change of output by …`` what some of the new weights do at the first inputs and gates.
+    """
     params, inner = placed(model), unwrap(model)
     unfolded = unfold(plan)
     optimizer = make_optimizer(plan, model)
@@ -75,6 +86,7 @@ def _activations(record: Record, out: Any, plan: PlanData) -> dict[str, list[Ten
         if p.info.role in _ALIGNED:
             found.setdefault(p.info.role.replace("_", " "), []).append(p.out)
     for b in branches(record):
+        # l^-α is what makes a branch small in a deep model: without it taken out every depth would slope
         found.setdefault(f"{b.kind} branch", []).append(b.out / plan.residual_multiplier)
     if record.stream is not None:
         found["stream"] = [record.stream]
@@ -144,6 +156,7 @@ def _by_weights(
 def _output(placed: list[ParamInfo], b: Branch, c: Coefficients) -> Tensor:
     given = b.given
     assert given is not None
+    # with the gates of the first look: their change is another quantity
     x = given[: max(c.routed.shape[0], 1)].double()
     routed, single = columns(b.layer, placed, x, c.activation, c.swapped)
     out = torch.zeros_like(x) if routed is None else torch.einsum("ntd,tn->td", routed, c.routed)

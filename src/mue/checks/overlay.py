@@ -130,6 +130,7 @@ def first_losses(
     found = []
     for step in range(steps):
         stepper.zero_grad(set_to_none=True)
+        # the same batch for every variant at this step: a gap is then the model's
         value = loss_of(model, batches(step), loss)
         value.backward()  # type: ignore[no-untyped-call]
         stepper.step()
@@ -141,6 +142,7 @@ def _gap(name: str, gap: Sequence[float], limit: float, growth: float) -> Gap:
     n = len(gap)
     early, late = gap[n // 5 : 3 * n // 5], gap[3 * n // 5 :]
     half = gap[n // 2 :]
+    # a gap may be on either side: what must not grow is its size
     sign = math.copysign(1.0, math.fsum(half))
     blocks = [sign * math.fsum(half[i : i + BLOCK]) / BLOCK for i in range(0, len(half) - BLOCK + 1, BLOCK)]
     slope, spread = _line(blocks)

@@ -90,6 +90,7 @@ class Report:
         return "\n\n".join([*parts, *shown])
 
     def _row(self, name: str, found: Sequence[Finding]) -> list[str]:
+        # the worst finding speaks for the check; what was measured of a part counts before what was not
         status = next((s for s in (FAIL, WARN, PASS, SKIP) if any(f.status == s for f in found)), SKIP)
         worst = [f for f in found if f.status == status]
         text = worst[0].measured

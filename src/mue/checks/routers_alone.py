@@ -23,7 +23,7 @@ from mue.shapes.routers import RouterKind
 from mue.util.text import number
 
 NAME = "gates"
-TOKENS = 128
+TOKENS = 128  # random ones: enough that a spread of the sums shows, and cheap at full size
 
 
 @runtime_checkable
@@ -49,6 +49,7 @@ def routers_alone(ctx: Context) -> Iterator[Finding]:
 
 
 def _own_routers(ctx: Context) -> Iterator[Finding]:
+    """Routers of a model that declares its layout: each is a module that can be run alone."""
     blocks, read, found = ctx.plan.target.per_layer, 0, []
     for layer, name, module in _routers(ctx, blocks):
         kind = getattr(module, "kind", None)
@@ -104,8 +105,10 @@ def _run(module: nn.Module, width: int) -> Routed | None:
         alone: Any = copy.deepcopy(module).to_empty(device="cpu").float()
     generator = torch.Generator().manual_seed(0)
     for parameter in alone.parameters():
+        # logits of std 0.3: apart, so that no two experts tie, and small, so that no score saturates
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 / width**0.5)
     for buffer in alone.buffers():
+        # a balance bias of zero, as at the start of training
         buffer.zero_()
     with evaluating(alone):
         out = alone(torch.randn(TOKENS, width, generator=generator))
@@ -113,6 +116,7 @@ def _run(module: nn.Module, width: int) -> Routed | None:
 
 
 def _routing(ctx: Context, name: str, layer: int, routing: Routed, block: Block) -> Iterator[Finding]:
+    """Experts per token, and weights that sum to R for every token (R·m1 where gates are measured: conventions 9)."""
     weight_TN = torch.zeros(routing.num_tokens, routing.num_experts + 1)
     weight_TN.index_put_((routing.token_P, routing.expert_P), routing.weight_P.float(), accumulate=True)
     total, active = weight_TN.sum(1), (weight_TN[:, :-1] != 0).sum(1).float()
@@ -129,6 +133,7 @@ def _routing(ctx: Context, name: str, layer: int, routing: Routed, block: Block)
             f"build the router with top-k {block.active}",
         )
     spread = float(total.std())
+    # in float32 a sum of normalised weights is exact to 1e-6, whatever the router
     if block.gates != MEASURED and spread > 1e-3 * float(total.mean()):
         yield not_constant(name, float(total.mean()), spread, wanted)
     elif block.gates != MEASURED and abs(float(total.mean()) - wanted) > 1e-3 * wanted:
@@ -147,6 +152,7 @@ def _routing(ctx: Context, name: str, layer: int, routing: Routed, block: Block)
 
 
 def _stock_routers(ctx: Context) -> Iterator[Finding]:
+    """Routers of a stock family: what was observed of them on a tiny model with this config's switches."""
     if not is_stock(ctx.model) or (known := observe_stock(ctx.model).routing) is None:
         yield Finding(NAME, SKIP, measured="the routers could not be watched: give a batch")
         return

@@ -91,6 +91,10 @@ def _lacking(ctx: Context) -> dict[str, str]:
 
 
 def _run(one: Check, ctx: Context, lacking: dict[str, str]) -> list[Finding]:
+    """One check's findings.
+
+    A check that lacks something is left out with the reason, and one that fails is a finding itself.
+    """
     run = one.run
     missing = [lacking[need] for need in one.needs if need in lacking]
     if missing and one.otherwise is not None and "roles" not in lacking:
@@ -101,6 +105,7 @@ def _run(one: Check, ctx: Context, lacking: dict[str, str]) -> list[Finding]:
         return list(run(ctx))
     except Exception as error:  # the user's forward, loss, clip or scheduler failed: that is a finding, not a crash
         if "batch" in one.needs:
+            # the checks after this one would fail in the same way, and say less
             lacking["batch"] = f"the model could not be run: see {one.name}"
         first = (str(error) or "no message").splitlines()[0]
         return [

@@ -50,7 +50,15 @@ class Slope:
 
 
 def fitted(points: Sequence[tuple[float, float]]) -> tuple[float, float, float]:
-    """(slope, low, high) by least squares in log-log; NaN where a value is not positive and finite."""
+    """The slope of a power law by least squares in log-log.
+
+    Args:
+        points: (size, value), several to a size for several seeds.
+
+    Returns:
+        (slope, low, high) with the 95 % interval, infinite for two points; all NaN where a value is not positive and
+        finite (a module that never moved has no slope).
+    """
     if any(not (math.isfinite(v) and v > 0) for _, v in points):
         return math.nan, math.nan, math.nan
     x, y = [math.log(p[0]) for p in points], [math.log(p[1]) for p in points]

@@ -123,8 +123,13 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # ---- parameters ---------------------------------------------------------------------------------------------
 
     def _hold(self, t: Tensor, p: ParamInfo) -> None:
+        """Know a parameter, or a copy of it, by its memory: storage and range in it, which every view of it shares.
+
+        Several parameters may lie in one storage (FSDP, a fused tensor), hence the range.
+        """
         start = int(t.storage_offset())
         self._parameters.setdefault(_key(t), []).append((start, start + max(int(t.numel()), 1), p))
+        # a freed storage's address would be given to another tensor, which would then pass for this one
         self._alive.append(t)
 
     def _parameter(self, t: object) -> ParamInfo | None:
@@ -148,6 +153,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if a.shape != b.shape or not (self._on_stream(a) or self._on_stream(b)):
             return None
         alpha = float(kwargs.get("alpha", 1))
+        # alpha is a multiplier like any other: torch.add(x, y, alpha=c) is x + c·y
         carried, branch = (a, b * alpha) if self._on_stream(a) else (b * alpha, a)
         return (carried.clone(), branch.clone()) if kernel == "add_" else (carried, branch)
 
@@ -177,6 +183,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if _key(out) != _key(tensors[0]):
                 self._hold(out, p)
             return True
+        # a multiplier may be a number of Python or a tensor of one element
         scalar = len(tensors) == 1 or (len(tensors) == 2 and tensors[1].numel() == 1)
         if kernel in _SCALED and scalar and self._on_stream(tensors[0]) and out.shape == tensors[0].shape:
             self._aliases[_key(out)] = out
@@ -191,6 +198,10 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     # ---- products and attention ---------------------------------------------------------------------------------
 
     def _product(self, kernel: str, args: tuple[Any, ...], out: Tensor) -> None:
+        """Keep a product with a parameter, and the last one of two activations.
+
+        That may be q·k, if a softmax comes next.
+        """
         if kernel == "baddbmm":
             self._scores = args[1] @ args[2]  # without the mask and the factor that came with them
         if kernel not in _PRODUCTS:
@@ -206,11 +217,14 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._scores = out.clone()
 
     def _attention(self, kernel: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """What a softmax saw. Routers have one as well, after a product with their own matrix: not this."""
         if kernel.startswith("_softmax"):
             scores = args[0]
+            # a router's softmax has the experts last, and one row a token
             if scores.dim() >= 3 and scores.shape[-2] > 1 and not any(p.info.role == "router" for p in self._since):
                 self.record.softmaxes.append(Softmax(self._since, self._scores, logits=scores))
             return
+        # the unfused form of scaled_dot_product_attention: its products and its softmax were seen one by one
         if "math" in kernel:
             return
         q, k = args[0], args[1]
@@ -220,6 +234,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _key(t: Tensor) -> int:
+    """What a tensor is known by: its storage, which its views share."""
     try:
         return t.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # sparse and other storageless tensors
@@ -227,7 +242,15 @@ def _key(t: Tensor) -> int:
 
 
 def traced(placed: Iterable[ParamInfo], width: int, run: Callable[[], Any]) -> tuple[Record, Any]:
-    """Call ``run`` without gradients and return what was seen and what it returned."""
+    """Watch one forward pass.
+
+    Args:
+        placed: the parameters to recognise. width: D, which tells the residual stream from other tensors.
+        run: calls the model; gradients are off meanwhile.
+
+    Returns:
+        What was seen, and what ``run`` returned. Every value is kept, so the batch should be small.
+    """
     with torch.no_grad(), Trace(placed, width) as trace:
         out = run()
     record: Record = trace.record

@@ -29,11 +29,16 @@ COMMANDS = (
 for _name in COMMANDS:
     import_module(f"mue.cli.{_name}")
 
+# 128 + SIGINT, as a shell says of what Ctrl-C ended.
 _INTERRUPTED, _AGAIN = 130, "interrupted; start the same command again to go on"
 
 
 def main() -> None:
-    """Entry point: a user's mistake is one clear line and exit code 2."""
+    """Entry point: a user's mistake is one clear line and exit code 2, a failure of ours that we know of exit code 1.
+
+    A mistake is a ValueError or OSError, wherever it is raised; what is neither, and no RuntimeError of mue's own, is a
+    bug, and keeps its traceback.
+    """
     try:
         app()
     except SystemExit as ended:

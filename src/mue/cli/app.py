@@ -29,9 +29,17 @@ File = Annotated[Path, typer.Argument(help="A TOML file; see the example below."
 
 
 def with_sweep(data: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any], Any]:
-    """The file's tables and the sweep's tuned values (None: the file has its own).
+    """Put a sweep's tuned values in the place of a file's.
 
-    The sweep must have tuned the file's own base: another shape or another run is an error that names the difference.
+    Args:
+        data: the file's tables. folder: the sweep's; None: the file has its own values.
+
+    Returns:
+        The tables, with the sweep's ``[base.training]`` where only the target has one, and the tuned values (None
+        without a sweep).
+
+    Raises:
+        ValueError: the sweep tuned another base than the file's; the text names the difference.
     """
     if folder is None:
         return data, None
@@ -46,6 +54,7 @@ def with_sweep(data: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any
         )
     found = tuned_of(folder)
     base = table_of(data, "base")
+    # The sequence may differ: no rule scales by it, and files that only plan leave it out.
     shape = replace(
         shape_from(base, "base", ("training", "convention", "output_multiplier")), sequence=found.base.sequence
     )
@@ -70,6 +79,7 @@ def with_sweep(data: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any
 
 
 def say_data(console: Console, corpus: Any) -> None:
+    """Print what a corpus is and what was left out of it: nothing is skipped silently."""
     skipped = ", ".join(f"{n} {why}" for why, n in corpus.skipped.items())
     console.print(
         f"data: {corpus.files} files, {corpus.bytes / 1e6:.1f} MB, {corpus.tokens:,} tokens, vocabulary {corpus.vocab}, sha256 {corpus.hash[:16]}"
@@ -86,5 +96,6 @@ def say_paths(console: Console, *lines: str) -> None:
 
 
 def fail(message: str, code: int) -> NoReturn:
+    """End with one line on stderr; ``message`` is rich's markup, so what came from outside has to be escaped."""
     Console(stderr=True).print(f"[red]error:[/] {message}", highlight=False, markup=True, soft_wrap=True)
     sys.exit(code)

@@ -57,7 +57,7 @@ def convert(
         from mue.fold import unfold
         from mue.lab.models.language import LanguageModel
 
-        with torch.device("meta"):
+        with torch.device("meta"):  # only its names and shapes are asked for
             own = arguments(model, made)["model"] if model else LanguageModel(made.target, unfold(made).multipliers)
         how = conversion(made, to, own, route)
         report = convert_checkpoint(checkpoint, out, how)

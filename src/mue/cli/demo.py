@@ -25,6 +25,7 @@ def demo(out: Out = Path("runs/demo"), workers: Workers = None) -> None:
 
     console = Console()
     path = run(out, console, workers=workers)
+    # Somebody is looking, and there is a screen to show it on.
     if console.is_terminal and (
         sys.platform == "darwin" or os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
     ):

@@ -35,7 +35,7 @@ def doctor(
 
     if build:
         path = compile_kernel()
-        library.forget()
+        library.forget()  # what was looked for before it was there
         if not json_:
             print(f"native kernel: {path}\n")
     report = make_report(seconds)

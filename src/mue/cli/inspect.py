@@ -80,6 +80,7 @@ def inspect_(
 
 
 def _walk(json_: bool) -> None:
+    """Walk every family with experts, a line as soon as each is known."""
     from mue.layouts.inspect import walk
 
     results = []

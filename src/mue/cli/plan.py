@@ -50,6 +50,7 @@ def plan(
     """
     from mue.lab.report.tables import plan_table
 
+    # The lab's tables may stand beside the plan's (mue.lab.train.spec).
     data = {k: v for k, v in read_toml(file).items() if k not in ("data", "run", "sweep")}
     if rule is not None:
         data["rule"] = rule

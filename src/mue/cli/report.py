@@ -36,10 +36,12 @@ def report(
       mue report runs/sweep --csv trials.csv
       mue report runs/here --storage postgresql://me@db/sweeps     # into a new folder
     """
-    gc.disable()  # this process is short, and looking for garbage among 10,000 trials is a fifth of its time ...
-    atexit.register(gc.freeze)  # ... with that at its end
+    # This process is short, and looking for garbage among 10,000 trials is a fifth of its time, half of that at exit
+    # (docs/LOG.md, "Many workers on one storage").
+    gc.disable()
+    atexit.register(gc.freeze)
     console = Console()
-    if storage:
+    if storage:  # first: then this folder holds a sweep, like any other machine's
         from mue.lab.sweep.state import join
 
         join(folder, storage, study)
@@ -53,6 +55,7 @@ def report(
         state = SweepState.load(folder)
         console.print(sweep_table(state.read_trials().all(), str(folder), state.spec.training.steps))
         return
+    # A demo's folder holds a sweep as well, so it is asked for first.
     if swept and (folder / "demo.json").exists():
         from mue.lab.demo.report import report_again
 

@@ -47,6 +47,7 @@ def rules(
         return
     if file is None:
         raise ValueError("mue rules needs a plan file (or --markdown): mue rules moe.toml")
+    # The lab's tables may stand beside the plan's (mue.lab.train.spec).
     data = {k: v for k, v in read_toml(file).items() if k not in ("data", "run", "sweep")}
     data, values = with_sweep(data, tuned)
     inputs = plan_inputs(data, values)

@@ -96,7 +96,7 @@ def sweep(
     console = Console()
     folder = resume or out or Path("runs/sweep")
     spec = sweep_from(read_toml(file), file.parent) if file else SweepState.load(folder).spec
-    sinks = open_sinks(log or [], folder)
+    sinks = open_sinks(log or [], folder)  # before the data: a package that is missing is said at once
     corpus = open_corpus(spec.source)
     say_data(console, corpus)
     with Broadcast(*sinks, SweepDisplay(console, "sweep", spec.training.steps)) as listener:

@@ -67,7 +67,7 @@ def tune_roles(file: File, out: Out = Path("runs/roles"), tuned: Tuned = None, w
     @contextmanager
     def listener_of(title: str, runs: Sequence[Run]) -> Iterator[RunListener]:
         console.print(title, highlight=False)
-        with RunProgress(console, "training", runs, label=None) as progress:
+        with RunProgress(console, "training", runs, label=None) as progress:  # hundreds of runs: no line for each
             yield progress
 
     found = run(spec, out, corpus, listener_of, workers=workers)

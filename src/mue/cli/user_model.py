@@ -14,15 +14,18 @@ from mue.plan.transfer import plan_of
 from mue.util.errors import nearest
 from mue.util.importing import imported
 
+# Of what a function may return: the arguments of mue.check but for the plan.
 KEYS = ("model", "batch", "optimizer", "scheduler", "checkpoint", "clip", "loss")
 
 
 def arguments(model: str, plan: Plan) -> dict[str, Any]:
     """The arguments of :func:`mue.check` besides the plan.
 
-    ``model`` is ``module:function`` or ``file.py:function``, called with the plan, that returns a model or a mapping with
-    the key ``model`` and any of the others of :data:`KEYS`; or a transformers ``config.json``, a folder that holds one, or
-    a family's name, which is then built on the meta device.
+    Args:
+        model: ``module:function`` or ``file.py:function``, called with the plan, that returns a model or a mapping with
+            the key ``model`` and any of the others of :data:`KEYS`; or a transformers ``config.json``, a folder that
+            holds one, or a family's name, which is then built on the meta device.
+        plan: passed to the function.
 
     Raises:
         ValueError: nothing that can be imported or built; unknown keys.
@@ -39,15 +42,20 @@ def arguments(model: str, plan: Plan) -> dict[str, Any]:
     from mue.layouts.transformers.configs import build, read_config
 
     config = read_config(model)
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes and names without weights, so that a model of any size fits
         return {"model": build(config)}
 
 
 def read_plan(path: Path) -> Plan:
-    """A plan from the JSON that ``plan.save`` wrote, or from a plan file in TOML."""
+    """A plan from the JSON that ``plan.save`` wrote, or from a plan file in TOML.
+
+    Raises:
+        ValueError: it is neither, or its numbers are not those that follow from its inputs.
+    """
     if path.suffix != ".toml":
         return Plan.load(path)
     from mue.plan.toml import plan_inputs, read_toml
 
+    # The lab's tables may stand beside the plan's (mue.lab.train.spec); a plan needs none of them.
     data = {k: v for k, v in read_toml(path).items() if k not in ("data", "run", "sweep")}
     return Plan.of(plan_of(plan_inputs(data, None)))

@@ -78,6 +78,7 @@ def convert_checkpoint(
             _file(source, temporary, how, names, report)
             _complete(source, how, report)
 
+        # what is found lacking at the end leaves no file behind
         write_atomic(out, write)
     return report
 
@@ -97,6 +98,7 @@ def _folder(
             " python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
         )
     out.parent.mkdir(parents=True, exist_ok=True)
+    # beside it, so that the last step is a rename within one file system: all of it appears, or nothing
     work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         for path in _in_order(source):
@@ -135,6 +137,10 @@ def _complete(source: Path, how: Conversion, report: ConversionReport) -> None:
 
 
 def _file(source: Path, target: Path, how: Conversion, names: Names, report: ConversionReport) -> None:
+    """One file in the other form, whatever it holds.
+
+    A bare state dict has no place for the mark but its ``_metadata``.
+    """
     if source.suffix == ".safetensors":
         _safetensors(source, target, how, names, report)
         return
@@ -202,6 +208,7 @@ class _Walk:
     bare: bool = False
 
     def walk(self, data: Any, top: bool = True) -> Any:
+        """The same nesting with each optimizer, scheduler and set of weights in it converted, the rest as it is."""
         if is_optimizer(data):
             new = convert_optimizer(data, self.how)
             self.report.groups = (data["param_groups"], new["param_groups"])
@@ -212,6 +219,7 @@ class _Walk:
             self.bare = top
             return self._weights(data)
         if isinstance(data, Mapping):
+            # a scheduler's rates are those of the optimizer's groups, which must be known by then
             items = sorted(data.items(), key=lambda item: not _holds_optimizer(item[1]))
             made = {k: self.walk(v, top=False) for k, v in items}
             return {k: made[k] for k in data}

@@ -41,6 +41,7 @@ class TensorChange:
         """
         if self.ratio == 1:
             return value
+        # 8-bit floats have scales beside them, tensors of their own, which would have to take c instead
         if not value.is_floating_point() or value.element_size() < 2:
             raise ValueError(
                 f"{name} is {value.dtype}, and {self.ratio:g} cannot be folded into it: dequantise it first"
@@ -139,12 +140,14 @@ def conversion(plan: PlanData, form: str, model: nn.Module, route: str = "weight
         raise ValueError(f"a checkpoint can become {' or '.join(FORMS)}, not {form!r}")
     multiplied = unfold(plan)
     folded = plan if plan.folding is not None else fold(plan, route)
+    # sizes alone: which form the weights are in is what the checkpoint's mark says
     placed = match_sizes(multiplied, model)
     queries: Mapping[str, float] = {}
     if not isinstance(unwrap(model), HasLayout):
         if faults := stock_faults(folded, model):
             raise ValueError(f"this model cannot run plan {folded.hash} when folded:\n  " + "\n  ".join(faults))
         queries = query_coefficients(folded, model, placed)
+    # what queries carry for the sake of the attention scale is in the folded form alone: the other one has a setting
     sides = {
         "folded": (folded, tensor_folds_of(folded, placed, queries)),
         "multipliers": (multiplied, tensor_folds_of(multiplied, placed, {})),
@@ -188,4 +191,5 @@ def _hashes(data: Mapping[str, Any]) -> list[str]:
             own = None
     inside = own if isinstance(own, Mapping) else {}
     found = [d.get(k) for d in (data, inside) for k in HASH_KEYS]
+    # "plan" is a common key: only what looks like a hash of ours is one
     return [f for f in found if isinstance(f, str) and re.fullmatch("[0-9a-f]{16}", f)]

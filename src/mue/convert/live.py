@@ -58,6 +58,7 @@ def convert(
 
 def rescale_weight(weight: Tensor, ratio: float, offset: float = 0.0) -> Tensor:
     """A weight in another form, rounded once; ``offset`` is 1 for a gain that the code adds one to."""
+    # float64 in between: (w + 1)·c - 1 of a small w would lose digits in float32
     return ((weight.double() + offset) * ratio - offset).to(weight.dtype) if ratio != 1 else weight
 
 
@@ -76,6 +77,7 @@ def _carry(
     ratio: float,
     powers: Mapping[str, int],
 ) -> None:
+    """One parameter's optimizer state and rate into the other form; ``ratio`` is c there over c here."""
     for side, table in ((source, states), (target, goals)):
         if side not in table:
             raise ValueError(f"{name} is in no optimizer of the {'source' if side is source else 'target'}")

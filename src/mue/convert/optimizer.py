@@ -79,6 +79,7 @@ def _names(groups: Sequence[Mapping[str, Any]], how: Conversion) -> list[list[st
 def _by_order(groups: Sequence[Mapping[str, Any]], how: Conversion) -> list[list[str]]:
     sizes = [len(g["params"]) for g in groups]
     wanted = [len(g.names) for g in how.before]
+    # by order alone only if the groups are exactly those of param_groups: a wrong pairing would be silent
     if sizes != wanted:
         raise ValueError(
             f"the optimizer's parameters have no names, and its groups of {sizes} are not those of plan.param_groups"
@@ -100,6 +101,7 @@ def _check_group(name: str, group: Mapping[str, Any], planned: Mapping[str, Any]
 def _close(a: Any, b: Any) -> bool:
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(map(_close, a, b))
+    # a rate that went through float32 is still the planned one
     return math.isclose(float(a), float(b), rel_tol=1e-6)
 
 
@@ -111,6 +113,7 @@ def _group(
     ids: Sequence[Any],
 ) -> dict[str, Any]:
     """One group of the new form from the old groups of its parameters, which must agree in all that the plan leaves open."""
+    # where in its schedule the run is: the same multiple of the peak goes on in the other form
     phases = [float(g["lr"]) / planned[n].settings["lr"] for n, g in zip(names, old, strict=True)]
     travels = [{k: v for k, v in g.items() if k not in (*SETTINGS, "params", "param_names")} for g in old]
     for n, phase, rest in zip(names, phases, travels, strict=True):
@@ -159,6 +162,8 @@ def convert_scheduler(data: Mapping[str, Any], before: Sequence[Any], after: Seq
         elif key == "_schedulers":
             made[key] = [convert_scheduler(d, before, after) for d in value]
         elif isinstance(value, list) and value and len(value) == len(before):
+            # one value for all groups is no rate of a group, whatever it means; min_lrs are rates, and would have to be
+            # scaled
             if any(v != value[0] for v in value) or key == "min_lrs":
                 raise ValueError(
                     f"the scheduler's {key} has one entry for each group, and its meaning is not known here: build the"

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mue.util.safetensors import read_header
 
-CHUNK = 1 << 22  # bytes of a tensor held at once
+CHUNK = 1 << 22  # bytes of a tensor held at once; a multiple of every type's size, so that no number is cut in two
 _TYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 Through = Callable[[Tensor], Tensor]
@@ -32,6 +32,7 @@ def rewrite(source: Path, target: Path, through: Callable[[str], Through | None]
     """
     header = read_header(source)
     text = json.dumps({"__metadata__": dict(metadata), **header.entries}, separators=(",", ":")).encode()
+    # the format pads its header with spaces, so that the tensors' bytes begin at a multiple of eight
     text += b" " * (-len(text) % 8)
     with source.open("rb") as read, target.open("wb") as write:
         write.write(struct.pack("<Q", len(text)) + text)
@@ -46,6 +47,7 @@ def rewrite(source: Path, target: Path, through: Callable[[str], Through | None]
 
 def _copy(read: BinaryIO, write: BinaryIO, length: int, function: Through | None, dtype: torch.dtype) -> None:
     while length:
+        # writable, as torch.frombuffer wants it: the numbers are changed in place
         piece = bytearray(read.read(min(length, CHUNK)))
         length -= len(piece)
         if function is not None:

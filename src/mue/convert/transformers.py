@@ -30,6 +30,13 @@ def stock_conversion(
     is R, or 1 once R is in the weights; where it has one for attention's, that is the plan's. What no setting can say goes
     into the weights of the folded form, and is the business of whoever runs the other one.
 
+    Args:
+        folder: with a ``config.json``. plan: in either form. form: the target's, from :data:`mue.convert.forms.FORMS`.
+        route: who carries R when folded, where the plan does not say.
+
+    Returns:
+        What becomes of each tensor, names on disk → the model's, and what becomes of the config.
+
     Raises:
         ValueError: a model that is scaled already, whose settings contradict the plan, or that is not the planned one.
     """
@@ -77,5 +84,6 @@ def _with_close(data: dict[str, Any], key: str, old: float, new: float) -> dict[
         return data
     whole = math.isclose(new, round(new), rel_tol=1e-9)
     if key == "query_pre_attn_scalar":
+        # that setting is a whole number (the scale is its -1/2 power); what it cannot say the queries carry
         return with_setting(data, key, round(new)) if whole else data
     return with_setting(data, key, new)

@@ -18,6 +18,8 @@ def automodel(plan: PlanData, model: Any) -> str:
     module, name = transformers_model(plan.target, model)
     found = rows(plan, module)
     lr, wd, _ = commonest(found).setting
+    # too small an eps does nothing where √v is far larger; too large a one slows
+    # experts, whose gradients are small (transfer-rules 1.9)
     eps = min(row.eps for row in found)
     overrides = "\n".join(
         f"    - pattern: '^{row.regex}$'  # {row.roles}\n      lr_mult: {row.lr / lr!r}\n"

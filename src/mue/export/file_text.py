@@ -121,6 +121,7 @@ def clipping(plan: PlanData, where: str = "global-norm clipping", extra: Mapping
         found[role] = found.get(role, 1.0) * c
     if not found:
         return f"{where}: nothing is folded here, it does what it did at the base"
+    # the gradient of c·W' is 1/c of that of W
     counts = ", ".join(f"{role.replace('_', ' ')} ×{number(1 / c)}" for role, c in found.items())
     threshold = "off at the base" if plan.tuned.clip is None else f"tuned at {number(plan.tuned.clip)}"
     return (
@@ -150,6 +151,10 @@ def matching(match: str = REGEX, every_row: bool = True) -> str:
 
 
 def commonest(rows: Sequence[ExportRow]) -> ExportRow:
-    """A row with the setting that most matrices have: a stack's default values."""
+    """A row with the setting that most matrices have: a stack's defaults, so that few parameters need an override.
+
+    Args:
+        rows: of one plan, at least one of them a matrix.
+    """
     setting = Counter(row.setting for row in rows if row.std is not None).most_common(1)[0][0]
     return next(row for row in rows if row.setting == setting)

@@ -27,6 +27,7 @@ def transformers_model(target: Transformer, given: Any) -> tuple[nn.Module, str]
         return given, type(given).__name__
     config, sizes = _config_of(target) if given is None else (given, "")
     config = read_config(config) if isinstance(config, str | Path) else config
+    # names and shapes are all that an export reads, and a model may be larger than this machine
     with torch.device("meta"):
         module = build(config)
     return module, f"{type(module).__name__}{sizes}"
@@ -49,6 +50,7 @@ def _config_of(target: Transformer) -> tuple[Any, str]:
 
 
 def _family(target: Transformer) -> tuple[str, dict[str, Any]]:
+    """(family, its sizes) with the planned layers: qwen3, qwen3_moe (softmax) or glm4_moe (sigmoid, shared experts)."""
     dense = list({block.ffn for block in target.blocks if not block.is_moe})
     moe = list({_kind(block) for block in target.blocks if block.is_moe})
     is_moe = [block.is_moe for block in target.per_layer]
@@ -59,10 +61,12 @@ def _family(target: Transformer) -> tuple[str, dict[str, Any]]:
         return "qwen3", sizes
     expert, experts, active, shared, width, router, normalize = moe[0]
     if router == "softmax" and not shared:
+        # Qwen3-MoE names its dense layers one by one, so they may lie anywhere
         skipped = [i for i, here in enumerate(is_moe) if not here]
         sizes |= {"mlp_only_layers": skipped, "moe_intermediate_size": expert, "num_experts": experts}
         return "qwen3_moe", {**sizes, "num_experts_per_tok": active, "norm_topk_prob": normalize}
     first = is_moe.index(True)
+    # GLM-4-MoE: dense layers first, then experts with sigmoid scores and shared ones as wide as routed ones
     if router == "sigmoid" and all(is_moe[first:]) and width == shared * expert:
         sizes |= {"first_k_dense_replace": first, "moe_intermediate_size": expert, "n_routed_experts": experts}
         sizes |= {"n_shared_experts": shared, "num_experts_per_tok": active, "norm_topk_prob": normalize}

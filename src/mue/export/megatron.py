@@ -25,6 +25,7 @@ from mue.plan.fold import fold, unfold
 from mue.plan.plan import PlanData
 from mue.shapes.block import Block
 
+# Names and axes as in Megatron-Core 0.16. linear_fc1 holds gate and up, linear_fc2 is the down projection.
 _M = "decoder.layers.*"
 _EXPERT_UP = ("expert_gate", "expert_up")
 _MEGATRON = (
@@ -151,13 +152,16 @@ def megatron(plan: PlanData, model: Any) -> str:
     Raises:
         ValueError: routers that Megatron-Core does not have; layers that differ in more than dense or with experts.
     """
+    # R stays: moe_router_topk_scaling_factor is its home (anchors 0)
     plan = fold(unfold(plan), "model")
     made = MEGATRON.model(plan.target, model)
     found = rows(plan, made)
     stds = {
         method: _std(found, method) for method in ("init_method", "output_layer_init_method", "embedding_init_method")
     }
+    # Megatron draws by three methods; the std that most matrices of a method have is left to it, the rest is drawn anew
     drawn = [row for row in found if row.std is not None and row.std != stds[_method(row)]]
+    # gains of 1 and biases of 0 are what Megatron starts with by itself
     kept = [
         row if row in drawn else replace(row, std=None, constant=None if row.constant in (0.0, 1.0) else row.constant)
         for row in found
@@ -217,6 +221,7 @@ def _last_stage(plan: PlanData, found: Sequence[ExportRow]) -> list[ExportRow]:
 
 
 def _settings(plan: PlanData, found: Sequence[ExportRow], stds: dict[str, float]) -> str:
+    """The three dictionaries as code, and as a comment what of them the command line can say."""
     base, floor = commonest(found), plan.tuned.floor
     shape = {**_shape(plan), **{m: f"init_method_normal({std!r})" for m, std in stds.items()}}
     transformer = "".join(f"    {key}={value},\n" for key, value in shape.items())
@@ -278,6 +283,7 @@ def _shape(plan: PlanData) -> dict[str, str]:
 
 
 def _experts(plan: PlanData, moe: Block) -> dict[str, object]:
+    """TransformerConfig's arguments for experts; R is its top-k scaling factor, so it stays in the model."""
     if moe.router == "sigmoid" and (moe.active == 1 or not moe.normalize):
         raise ValueError(
             "Megatron-Core divides sigmoid scores by their sum, unless one expert is active: plan with softmax, or with"

@@ -31,6 +31,8 @@ from mue.rules.roles import ROLES
 from mue.shapes.block import Block
 from mue.util.text import number
 
+# Names and axes as OLMo-core's code multiplies them. It flattens experts to (N·in, out), or (N·out, in) where dropless,
+# under one name (anchors 0), so each kind of experts is a model of its own here.
 _O = "blocks.*"
 _OLMO_NORMS = tuple(norm_params(_O, ("attention_norm", "feed_forward_norm")))
 _OLMO = (
@@ -75,6 +77,7 @@ def norms_last(model: nn.Module) -> bool:
 def post_normed(rows: Iterable[Layout]) -> list[Layout]:
     """OLMo-core's rows where attention_norm and feed_forward_norm come last in their branch."""
     rows = list(rows)
+    # a norm after a projection cancels its scale, so ρ_L^-α goes into that norm's gain (transfer-rules 6.3, point 5)
     ends = {"attention_norm": "o", "feed_forward_norm": "down"}
     return [
         replace(
@@ -188,6 +191,8 @@ def averaged_shared(plan: PlanData, model: Skeleton) -> tuple[Extra, list[str]]:
             "OLMo-core weighs shared_mlp by 1/(top_k + 1), and the plan's layers differ in active experts: plan with one"
             " number of them, or without shared experts"
         )
+    # Found by reading its MoE, and held by a test that runs its forward: applied by names alone, a plan would have been
+    # off by 1.5 and 3 times at k = 2, without a word (docs/LOG.md, "Exports fed to the real packages").
     k = counts.pop()
     routed, shared = (k + 1) / k, float(k + 1)
     extra = {f"{moe}experts.mlp.w2": routed, f"{moe}shared_mlp.w2.weight": shared, f"{moe}shared_mlp.w2.bias": shared}

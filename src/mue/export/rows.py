@@ -81,6 +81,7 @@ def rows(plan: PlanData, model: nn.Module, extra: Mapping[str, float] | None = N
     for s in tensor_plans(plan, model):
         if not ROLES[s.info.role].trained:
             continue
+        # each stack draws tensor by tensor; one draw for N tensors has no place in any of their configs
         if plan.role(s.info.role, s.info.layer).init == "shared":
             raise ValueError(
                 f"{s.info.name}: experts that start from one draw cannot be exported; call plan.init_ instead"
@@ -88,6 +89,7 @@ def rows(plan: PlanData, model: nn.Module, extra: Mapping[str, float] | None = N
         row = _row(plan, s, (extra or {}).get(s.info.layout.pattern, 1.0))
         kinds.setdefault(s.info.layout.pattern, {}).setdefault(row, []).append(s.info)
     return [
+        # one setting for all its layers: the row holds in any, and the file is as short as the plan is uniform
         replace(row, layers=None if len(settled) == 1 else _layers(placed))
         for settled in kinds.values()
         for row, placed in settled.items()
@@ -95,6 +97,7 @@ def rows(plan: PlanData, model: nn.Module, extra: Mapping[str, float] | None = N
 
 
 def _row(plan: PlanData, s: TensorPlan, c: float) -> ExportRow:
+    """One tensor's line; ``c`` is folded in beyond the plan's own fold, in both its values and its start."""
     v = s.values if c == 1 else folded_values(plan, s.info.role, s.values, c)
     assert v.lr is not None and v.weight_decay is not None and v.eps is not None
     layout = s.info.layout

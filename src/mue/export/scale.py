@@ -28,6 +28,7 @@ def query_scale(plan: PlanData, model: Skeleton) -> tuple[Extra, list[str]]:
         return {}, []
     gains = [row.pattern for row in model.layout() if row.pattern.endswith((".q_norm.weight", ".k_norm.weight"))]
     if len(gains) == 2:
+        # q·k takes √c from either side
         half = math.sqrt(c)
         change = f"the gains of both the query and the key norm start at {number(half)}, with lr and eps to match"
         return dict.fromkeys(gains, half), [_scale_note(plan, change)]

@@ -94,6 +94,7 @@ class NativeStack:
         shapes: dict[str, tuple[int, ...]] = {}
         used: dict[str, Layout] = {}
         for raw, parameter in model.named_parameters():
+            # frozen ones (a balance bias as a parameter) are nobody's group
             if not parameter.requires_grad:
                 continue
             name = canonical(raw)
@@ -101,7 +102,9 @@ class NativeStack:
             fits = [(row, m) for row in rows if (m := row.regex.fullmatch(name))]
             for i, (row, match) in enumerate(fits):
                 layer = int(match[1]) if match.lastindex else 0
+                # a layer too many is refused later, with the model's name, by the match with the plan
                 block = blocks[min(layer, len(blocks) - 1)]
+                # two models of a stack may use one name for different axes: the planned shape says which it is
                 if i == len(fits) - 1 or shape_of(row, target, block) == shapes[name]:
                     used.setdefault(row.pattern, _stacked(row, target, experts))
                     break

@@ -24,9 +24,12 @@ import torch
 from mue.util.files import FileLock, cache_folder, write_json
 
 SOURCES = ("attention.cpp", "entry.cpp", "feedforward.cpp", "kernel.cpp", "norm.cpp", "route.cpp")
+# -O2, for -O3 made attention 15 % slower (docs/LOG.md). Errno and traps are given up, which vectorising needs; not
+# -ffast-math, which would also give up NaN and the order of sums.
 OPTIONS = ("-std=c++17", "-O2", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
 # By torch.backends.cpu.get_cpu_capability(), which asks the processor (and obeys ATEN_CPU_CAPABILITY); others: none.
 INSTRUCTIONS = {
+    # compilers prefer vectors of 256 bits by themselves, for processors that clock down; products want 512
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
     "AVX2": ("-mavx2", "-mfma"),
 }
@@ -64,6 +67,7 @@ def _stem() -> str:
 def find() -> Path | None:
     """The library for this source, torch and processor, if it has been built."""
     built = sorted(folder().glob(f"{_stem()}-*.so"), key=lambda path: path.stat().st_mtime)
+    # by several compilers: the newest build
     return built[-1] if built else None
 
 
@@ -86,6 +90,7 @@ def build(trial: str) -> Path:
     found = compiler()
     if found is None:
         raise ValueError("there is no C++ compiler: install g++ (or clang++), or name one in CXX")
+    # another version of the same compiler is another library
     version = subprocess.run([found, "--version"], capture_output=True, timeout=60, check=False).stdout
     path = folder() / f"{_stem()}-{hashlib.sha256(found.encode() + version).hexdigest()[:8]}.so"
     with _lock(path.parent):
@@ -131,6 +136,7 @@ def _compile(compiler: str, work: Path) -> Path:
 
 
 def _run(*commands: list[str]) -> None:
+    # all at once: no source waits for another
     running = [subprocess.Popen(c, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) for c in commands]
     printed = [process.communicate()[0] for process in running]
     for command, process, text in zip(commands, running, printed, strict=True):
@@ -139,7 +145,10 @@ def _run(*commands: list[str]) -> None:
 
 
 def _trials(library: Path, trial: str) -> list[str]:
-    """The engines that compute rightly, each tried in a process of its own: a wrong one may crash."""
+    """The engines that compute rightly, each tried in a process of its own: a wrong one may crash.
+
+    Without the plain one there is no library; without the matrix unit's there is one that leaves the unit alone.
+    """
     passed = []
     for engine in ENGINES:
         code = f"from {trial} import main; main({str(library)!r}, {engine!r})"

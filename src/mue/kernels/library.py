@@ -22,7 +22,7 @@ def loaded() -> ctypes.CDLL | None:
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """The kernel at `path`."""
+    """The kernel at `path`, with the types of the two results that are no C int."""
     kernel = ctypes.CDLL(str(path))
     kernel.mue_has_matrix_unit.restype = ctypes.c_bool
     kernel.mue_call_bytes.restype = ctypes.c_int64
@@ -32,6 +32,7 @@ def load(path: Path) -> ctypes.CDLL:
 @functools.cache
 def engine() -> str:
     """How bf16 products are computed here: "matrix unit" where there is one and it passed its trial, else "plain"."""
+    # A unit that did not pass its trial, or a library built where there was none, is left alone.
     path, kernel = build.find(), loaded()
     if path is None or kernel is None or not kernel.mue_has_matrix_unit():
         return "plain"

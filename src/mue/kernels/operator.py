@@ -11,7 +11,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def constant(function: _Function) -> _Function:
-    """Mark a function whose result is a constant to torch.compile.
+    """Mark a function whose result torch.compile may keep: called once when it traces, with no graph break.
 
     This is what torch.compiler.assume_constant_result does; but that imports the compiler, two seconds for every program
     that never compiles.

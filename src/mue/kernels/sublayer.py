@@ -99,6 +99,7 @@ class _Kernel:
     def gradients(self, given: Sequence[Tensor]) -> tuple[int, ...]:
         """Shape of the gradients of all weights."""
         lead = _lead(given)
+        # one buffer, one weight after the other, as the threads' own sums lie (csrc/attention.cpp)
         return *lead, sum(w.numel() for w in self.weights(given)) // math.prod(lead)
 
     def apart(self, gradients: Tensor, given: Sequence[Tensor]) -> list[Tensor | None]:
@@ -115,6 +116,7 @@ def _operator(kernel: _Kernel) -> Callable[[Tensor, list[Tensor], list[float], b
     (Both, because an operator takes longer to call.)
     """
 
+    # The backward has none of its own (once_differentiable): a second derivative is refused, instead of being zero.
     class Eager(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, numbers: list[float], half: bool, x: Tensor, *given: Tensor) -> Tensor:
@@ -179,6 +181,7 @@ def _attention_sizes(x: Tensor, given: Sequence[Tensor]) -> dict[str, int]:
     E = gain_E.shape[-1]
     return {
         "variants": variants, "batch": B, "length": T, "width": D, "heads": q.shape[-2] // E, "kv_heads": k.shape[-2] // E,
+        # a sequence stays with one thread from the norm to the sum, so there are no more threads than sequences
         "head_dim": E, "threads": min(torch.get_num_threads(), variants * B),
     }  # fmt: skip
 
@@ -198,7 +201,7 @@ def _feed_forward_kept(x: Tensor, given: Sequence[Tensor]) -> list[tuple[int, ..
     return [(*x.shape[:-1], w.shape[-2]) if w.numel() else (0,) for w in given[1:3]]
 
 
-_ROWS_PER_THREAD = 32
+_ROWS_PER_THREAD = 32  # of the feed-forward, below which another thread costs more than it saves
 _attention = _operator(
     _Kernel(
         "attention", _Attention, ("gain", "q", "k", "v", "q_gain", "k_gain", "o", "turn"), ("qkv", "y", "log_sum"),
@@ -245,5 +248,6 @@ def feed_forward(
         weights: the norm's gain (D,), gate (F, D) or None, up (F, D), down (D, F).
         half: see `attention`.
     """
+    # an operator takes tensors only: an empty one stands for no gate
     given = [x.new_empty(0) if weight is None else weight for weight in weights]
     return _feed_forward(x, given, [residual, eps], half)

@@ -109,6 +109,7 @@ def inspect(
     routing = None
     if given.declared is None:
         routing = routers(given.config, description, given.describe)
+    # a shape is read off roles, so one that is missing may be the very feed-forward
     shape, why = None, "some parameters have no role"
     if not undecided:
         shape, why = _shape(given, model, description, routing, gate_moments)
@@ -131,7 +132,15 @@ def measure_gates(
     *,
     router_std: float | None = None,
 ) -> Moments:
-    """``gate_moments`` for a model whose gates do not sum to one; see :func:`mue.layouts.transformers.gate_moments.measure_gates`."""
+    """Measure the ``gate_moments`` of a model whose gates do not sum to one (conventions 9).
+
+    Args:
+        source, rows, config: as for :func:`inspect`.
+        router_std: see :func:`mue.layouts.transformers.gate_moments.measure_gates`, which does it.
+
+    Raises:
+        ValueError: a model without a config, or what that function raises.
+    """
     given = source_of(source, rows, config)
     if given.config is None:
         raise ValueError(
@@ -147,6 +156,7 @@ def _shape(
     routing: Routers | None,
     moments: tuple[float, float] | None,
 ) -> tuple[Transformer | None, str]:
+    """(the shape, "") or (None, why there is none), for the rest of an inspection stands without it."""
     if given.declared is not None:
         own = getattr(model, "shape", None)
         why = "a model that declares its layout says its shape itself: in [target]"
@@ -176,9 +186,14 @@ def _rows(model: torch.nn.Module, description: Description) -> tuple[InspectionR
 
 
 def walk(families: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Every family with experts at a tiny size: ``{family, passed, parameters, undecided, reason}``, one at a time.
+    """Describe every family with experts at a tiny size, one at a time.
 
-    ``parameters`` counts the kinds of parameters of the family's default config, ``undecided`` lists those without a role.
+    Args:
+        families: by ``model_type``; None: all of the installed transformers.
+
+    Yields:
+        ``{family, passed, parameters, undecided, reason}``: ``parameters`` counts the kinds of parameters of the
+        family's default config, ``undecided`` lists those without a role.
     """
     for family in families_with_experts() if families is None else families:
         result: dict[str, Any] = {"family": family, "passed": False, "parameters": 0, "undecided": [], "reason": ""}
@@ -202,7 +217,14 @@ def walk(families: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
 
 
 def lines(found: Inspection) -> list[str]:
-    """An inspection for people: the table of parameters, totals, routers, factors, the shape, and what is undecided."""
+    """An inspection for people: the table of parameters, totals, routers, factors, the shape, and what is undecided.
+
+    Args:
+        found: by :func:`inspect`.
+
+    Returns:
+        Lines of text; the table is the first of them, with breaks in it.
+    """
     header = ("parameter", "role", "axes", "fan-in", "shape", "n", "how")
     table = [
         (

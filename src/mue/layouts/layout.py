@@ -20,6 +20,8 @@ from mue.util.errors import nearest
 
 # Wrappers put these in front of, or into, a parameter's name (DDP, torch.compile, FSDP, activation checkpointing).
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+# The words for an axis. Which one is summed over only a declaration knows: stacks hold experts as (N, out, in),
+# (N, in, out) and (N·in, out) under like names, and code that went by position scaled them wrongly (anchors 0).
 AXES = ("in", "out", "expert", "vector", "expert*in", "expert*out")
 
 
@@ -119,13 +121,17 @@ class ParamInfo:
 
 
 def canonical(name: str) -> str:
-    """A parameter's name without what wrappers add to it (DDP, compile, FSDP, checkpointing)."""
+    """A parameter's name without what wrappers add to it (DDP, compile, FSDP, checkpointing; conventions 10).
+
+    Stripped by prefix: ``name.strip("module.")``, as package mup has it, eats letters of the name (anchors 1.2).
+    """
     changed = True
     while changed:
         changed = False
         for wrapper in _WRAPPERS:
             if name.startswith(wrapper):
                 name, changed = name.removeprefix(wrapper), True
+            # a model may have a submodule called "module" itself: only DDP's, in front, is a wrapper
             elif f".{wrapper}" in name and wrapper != "module.":
                 name, changed = name.replace(f".{wrapper}", "."), True
     return name
@@ -137,13 +143,24 @@ def pattern_of(name: str) -> str:
 
 
 def weights_beside(bias: str) -> tuple[str, ...]:
-    """Names under which the weight of a bias may stand: ``x.weight`` for ``x.bias``, ``down`` for ``down_bias``."""
+    """Where the weight that a bias is added to may stand.
+
+    Args:
+        bias: a canonical name.
+
+    Returns:
+        Names in the order in which to look: ``x.weight`` for ``x.bias``, ``down`` for ``down_bias``.
+    """
     stem = bias.removesuffix("bias")
     return tuple(dict.fromkeys((f"{stem}weight", stem.rstrip("._"), f"{stem.rstrip('._')}.weight")))
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model inside DDP, ``torch.compile`` and the like."""
+    """The model inside DDP, ``torch.compile`` and the like, which hide its methods and config.
+
+    Args:
+        model: wrapped or not. One that declares a layout is the model, whatever it calls its parts.
+    """
     while True:
         inner = getattr(model, "_orig_mod", None) or (
             getattr(model, "module", None) if not isinstance(model, HasLayout) else None
@@ -155,6 +172,11 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 def place(model: nn.Module, rows: Sequence[Layout]) -> list[ParamInfo]:
     """Every trainable parameter with its role, in the model's order; a tied parameter once, under its first name.
+
+    Args:
+        model: on any device, wrapped or not.
+        rows: its table; a row that matches nothing is an error, for it is a pattern with a slip in it, and experts
+            missed in silence are what goes wrong with such tables (anchors 0).
 
     Raises:
         ValueError: a parameter that no row or more than one row matches, a row that matches nothing, a layout with
@@ -189,6 +211,7 @@ def place(model: nn.Module, rows: Sequence[Layout]) -> list[ParamInfo]:
         for other in row.after
         if other not in patterns
     ]
+    # a row for a tied head matches no parameter of its own, and is right
     aliases = _tied_names(model)
     for i, row in enumerate(table):
         if i not in used and not any(regexes[i].fullmatch(alias) for alias in aliases):
@@ -221,7 +244,12 @@ def _unknown(name: str, parameter: Tensor, table: Iterable[Layout]) -> str:
 
 
 def expert_slices(p: ParamInfo) -> Iterator[tuple[int | None, Tensor]]:
-    """(expert index, its slice) of a stacked tensor, or (None, the tensor) of an ordinary one."""
+    """The experts in one parameter, one by one.
+
+    Returns:
+        (expert index, its slice) of a stacked tensor, or (None, the tensor) of an ordinary one; views, so that writing
+        into them writes into the parameter.
+    """
     parameter = p.parameter.detach()
     merged = next((i for i, a in enumerate(p.layout.axes) if a.startswith("expert*")), None)
     if merged is not None:

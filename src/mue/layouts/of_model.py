@@ -31,7 +31,10 @@ def layout_of(model: nn.Module) -> Sequence[Layout]:
 
 
 def placed(model: nn.Module) -> list[ParamInfo]:
-    """Every trainable parameter of a model with its role, in the model's order; a tied parameter once, under its first name.
+    """Every trainable parameter of a model with its role, in the model's order; a tied one once, under its first name.
+
+    Args:
+        model: on any device (meta too), wrapped or not.
 
     Raises:
         ValueError: as :func:`layout_of` and :func:`mue.layouts.layout.place` do.

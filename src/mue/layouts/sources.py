@@ -96,6 +96,7 @@ def source_of(given: str | Path | Any, rows: Sequence[Layout] = (), config: str 
 
 
 def _is_code(name: str) -> bool:
+    # module:name and package.Class are code; a path has slashes, a family's name neither dot nor colon
     return ":" in name or (name.count(".") >= 1 and "/" not in name and not name.endswith(".json"))
 
 

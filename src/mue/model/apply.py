@@ -17,7 +17,7 @@ from mue.plan.plan import PlanData
 from mue.rules.roles import ROLES
 from mue.rules.table import SHARED_INIT
 
-ADAFACTOR_FLOOR = 1e-3  # eps2 of torch.optim.Adafactor
+ADAFACTOR_FLOOR = 1e-3  # eps2 of torch.optim.Adafactor, its default
 
 
 @torch.no_grad()
@@ -51,6 +51,7 @@ def init_(plan: PlanData, model: nn.Module, seed: int = 0) -> None:
             else p
         )
         for expert, part in expert_slices(whole):
+            # scaled in fp32 (or better) and rounded once: a bf16 model starts at the rounded weights of the fp32 one
             noise = torch.randn(part.shape, generator=_generator(seed, name, None if shared else expert))
             part.copy_(noise.to(torch.promote_types(part.dtype, noise.dtype)).mul_(std))
         if sharded:
@@ -65,11 +66,13 @@ def _name_without_expert(p: ParamInfo) -> str:
     """One name for the same tensor of every expert of a layer, where experts are modules of their own."""
     parts, layer = [], str(p.layer)
     for i, part in enumerate(re.split(r"(\*)", p.layout.pattern)):
+        # the first * of a pattern is the layer, a second one the expert, which stays a * (mue.layouts.layout.Layout)
         parts.append(layer if part == "*" and i == 1 else part)
     return "".join(parts)
 
 
 def _generator(seed: int, name: str, expert: int | None) -> torch.Generator:
+    # by name, not by order or shard (conventions 10); 63 of its bits, which are a positive int64
     digest = hashlib.sha256(f"{seed}/{name}/{'' if expert is None else expert}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -81,6 +84,9 @@ def param_groups(plan: PlanData, model: nn.Module) -> list[dict[str, Any]]:
     optimizers than AdamW what torch's own call theirs: ``momentum`` (SGD, Muon), the pair of ``eps`` (Adafactor),
     ``algorithm`` (``"muon"`` or ``"adamw"``: give each kind to its optimizer).
 
+    Args:
+        plan: folded or not, as the model's forward pass is. model: the planned one, on its final device.
+
     Raises:
         ValueError: a parameter without a role, or a model of other shapes or multipliers than planned.
     """
@@ -88,7 +94,11 @@ def param_groups(plan: PlanData, model: nn.Module) -> list[dict[str, Any]]:
 
 
 def grouped(plan: PlanData, tensors: Iterable[TensorPlan]) -> list[dict[str, Any]]:
-    """:func:`param_groups` with each parameter and its role (a ``ParamInfo``) under ``params``."""
+    """:func:`param_groups` with each parameter and its role (a ``ParamInfo``) under ``params``.
+
+    Args:
+        plan: which form of it the tensors' values have. tensors: :func:`mue.model.tensor_plan.tensor_plans`.
+    """
     groups: dict[tuple[Any, ...], dict[str, Any]] = {}
     for p, values, _, scale in tensors:
         if not ROLES[p.role].trained:
@@ -97,12 +107,14 @@ def grouped(plan: PlanData, tensors: Iterable[TensorPlan]) -> list[dict[str, Any
         group: dict[str, Any] = {
             "params": [],
             "lr": values.lr,
+            # what torch's schedulers multiply, also when they are built after a resume
             "initial_lr": values.lr,
             "weight_decay": values.weight_decay,
             "eps": values.eps,
             "betas": plan.betas,
             **_torch_names(plan, p.role, values.eps, scale),
         }
+        # few groups: one per tensor would end the fused and foreach updates (anchors 1.2, unit-scaling)
         key = tuple(v for k, v in group.items() if k != "params")
         group = groups.setdefault(key, {**group, "roles": []})
         group["params"].append(p)
@@ -115,9 +127,11 @@ def _torch_names(plan: PlanData, role: str, eps: float, scale: float) -> dict[st
     """What torch's other optimizers call a group's settings, and those that only they have."""
     optimizer = plan.tuned.optimizer
     if optimizer == "sgd":
+        # β1 is what averages gradients in SGD as well
         return {"momentum": plan.betas[0]}
     if optimizer == "adafactor":
         return {"eps": (eps, ADAFACTOR_FLOOR * scale)}  # eps2 floors rms(W), so it has the weight's scale
     if optimizer == "muon" and ROLES[role].hidden:
+        # √(out/in) without a floor at 1: the update's operator norm is lr at every shape (transfer-rules 7)
         return {"algorithm": "muon", "momentum": plan.betas[0], "adjust_lr_fn": "spectral_unclamped"}
     return {"algorithm": "adamw"} if optimizer == "muon" else {}

@@ -21,9 +21,16 @@ def clip_grad_norm_(
 ) -> Tensor:
     """``torch.nn.utils.clip_grad_norm_`` with the norm the gradients had before the fold, Σ over ‖c·G‖.
 
-    ``coefficients`` is :func:`mue.fold.coefficients` of the folded plan and its model; a parameter that is missing there
-    counts with 1. All gradients are then scaled alike, so the clipped training is the unfolded one, step by step.
-    Returns the weighted total norm, a scalar tensor; as in torch, a DTensor's norm is global.
+    All gradients are then scaled alike, so the clipped training is the unfolded one, step by step. With the plain norm
+    of folded gradients 276 of 300 steps were clipped instead of 179, and the runs parted by 11 % (transfer-rules 6.3).
+
+    Args:
+        parameters, max_norm, norm_type, error_if_nonfinite, foreach: as torch has them.
+        coefficients: :func:`mue.fold.coefficients` of the folded plan and its model; a parameter that is missing there
+            counts with 1.
+
+    Returns:
+        The weighted total norm before clipping, a scalar tensor; as in torch, a DTensor's norm is global.
 
     Raises:
         RuntimeError: a norm that is not finite, if ``error_if_nonfinite``.

@@ -32,11 +32,17 @@ class TensorFold(NamedTuple):
 
 
 def coefficients(plan: PlanData, model: nn.Module) -> dict[Tensor, float]:
-    """Parameter → its c in a folded plan; 1 where nothing is folded into it (and everywhere in a plan that is not folded).
+    """What is folded into each parameter of a model, as clipping and conversions need it.
 
     A bias has the c of the weight beside it: ``x.bias`` that of ``x.weight``, ``down_bias`` that of ``down``. A norm that ends
     a residual branch has the residual multiplier, in place of the projection before it. On a stock model the queries (or
     their norm's gain) have what brings the model's own attention scale to the planned one.
+
+    Args:
+        plan: folded or not. model: the planned one.
+
+    Returns:
+        Parameter → its c; 1 where nothing is folded into it, and everywhere in a plan that is not folded.
 
     Raises:
         ValueError: a model that is not the planned one, or a bias whose weight cannot be told.
@@ -47,12 +53,15 @@ def coefficients(plan: PlanData, model: nn.Module) -> dict[Tensor, float]:
 def tensor_folds(plan: PlanData, model: nn.Module) -> list[TensorFold]:
     """Every parameter of a planned model with its c, in the model's order; see :func:`coefficients`.
 
+    Args:
+        plan: folded or not. model: the planned one.
+
     Raises:
         ValueError: as :func:`coefficients`.
     """
     params = match_model(plan, model)
     queries: Mapping[str, float] = {}
-    if not isinstance(unwrap(model), HasLayout):
+    if not isinstance(unwrap(model), HasLayout):  # one that declares itself takes the planned attention scale
         from mue.model.stock import query_coefficients  # on use: what observes stock models takes a moment to import
 
         queries = query_coefficients(plan, model, params)

@@ -41,6 +41,9 @@ def match_model(plan: PlanData, model: nn.Module) -> list[ParamInfo]:
 def match_sizes(plan: PlanData, model: nn.Module) -> list[ParamInfo]:
     """:func:`match_model` without a look at multipliers: for weights whose form is known otherwise (a checkpoint's).
 
+    Args:
+        plan: whose target the model has to be. model: on any device, wrapped or not.
+
     Raises:
         ValueError: a parameter without a role; a model of other shapes than planned, all faults at once.
     """
@@ -57,6 +60,7 @@ def _or_refused(plan: PlanData, params: list[ParamInfo], faults: list[str]) -> l
 
 
 def _shape_faults(plan: PlanData, params: list[ParamInfo]) -> list[str]:
+    """All ways in which the tensors are not the target's, one line each: roles, sizes, what is missing, tied or not."""
     layers = plan.target.per_layer
     routers: dict[int | None, list[ParamInfo]] = {}
     for p in params:
@@ -68,6 +72,7 @@ def _shape_faults(plan: PlanData, params: list[ParamInfo]) -> list[str]:
     for role, planned in plan.roles.items():
         if planned.count and role not in here and ROLES[role].drawn:
             faults.append(f"the plan has {planned.count} tensors of role {role}, the model none")
+    # a tied head is placed once, under the embedding's name
     if tied != ("head" not in here):
         faults.append(
             f"the plan's target has tied = {str(tied).lower()}, the model's head is {'its embedding' if 'head' not in here else 'a tensor of its own'}"
@@ -76,6 +81,10 @@ def _shape_faults(plan: PlanData, params: list[ParamInfo]) -> list[str]:
 
 
 def _misfit(plan: PlanData, layers: Sequence[Block], p: ParamInfo, routers: list[ParamInfo]) -> str | None:
+    """What is wrong with one tensor, or None.
+
+    Only matrices are asked for their sizes: norms and biases follow what they stand on.
+    """
     if p.layer is not None and p.layer >= len(layers):
         return f"{p.name} is in layer {p.layer}, the plan has {len(layers)} layers"
     if not ROLES[p.role].drawn:
@@ -97,12 +106,13 @@ def _expected(
     t = plan.target
     kind, part = ROLES[p.role].kind, ROLES[p.role].part
     if kind == "embedding":
-        positions = "position" in p.name or "wpe" in p.name
+        positions = "position" in p.name or "wpe" in p.name  # a table of positions has as many rows as a sequence
         rows = [] if positions else [("vocabulary", p.fan_in, (t.vocab,))]
         return [*rows, ("width", p.fan_out, (t.width,))]
     if kind == "head":
         return [("vocabulary", p.fan_out, (t.vocab,)), ("width", p.fan_in, (t.width,))]
     if kind == "attention":
+        # q, k and v may read a latent; whether one of a layer reads the stream is asked in _latent_faults
         return [("fan-in", p.fan_in, (t.attention_width,))] if part == "o" else []
     if block is None:
         return []
@@ -111,12 +121,14 @@ def _expected(
         latents = _latents(t.width, outs, routers)
         return [("fan-in", p.fan_in, (t.width, *latents)), ("experts", p.fan_out, (*outs, *latents))]
     hidden = {"ffn": block.ffn, "expert": block.expert, "shared": block.shared_width}[kind]
+    # n_s shared experts of width h_s are one of n_s·h_s (conventions 12), however a model stores them
     many = p.experts if kind == "shared" else 1
     found = p.fan_in if part == "down" else p.fan_out // max(len(p.layout.parts), 1)
     sizes: list[tuple[str, int, tuple[int, ...]]] = [
         ("hidden width", found * many, (hidden or 0,)),
         ("residual width", p.fan_out if part == "down" else p.fan_in, (t.width,)),
     ]
+    # where experts are modules of their own, no tensor shows their number
     if kind == "expert" and "experts.*" not in p.layout.pattern and not p.layout.pattern.endswith("*"):
         sizes.append(("experts", p.experts, (block.experts,)))
     return sizes
@@ -124,6 +136,7 @@ def _expected(
 
 def _latents(width: int, outs: tuple[int, ...], routers: list[ParamInfo]) -> set[int]:
     """Sizes inside a router that is a small MLP: what one of its matrices puts out and another reads, the last one the scores."""
+    # conventions 8: a router's own MLP has matrices whose fan-in is not d
     read, written = {p.fan_in for p in routers}, {p.fan_out for p in routers}
     return (read & written) - {width} if width in read and written & set(outs) else set()
 
@@ -159,5 +172,6 @@ def _multiplier_faults(plan: PlanData, model: nn.Module) -> list[str]:
     return [
         f"the model's {name} multiplier is {getattr(own, name)}, planned {getattr(planned, name)}: build it with plan.multipliers"
         for name in ("residual", "head", "attention_scale", "output", "route")
+        # exactly: both come from one plan, or the model was built from another
         if getattr(own, name) != getattr(planned, name)
     ]

@@ -18,7 +18,15 @@ from mue.util.text import number
 
 
 def stock_faults(plan: PlanData, model: nn.Module) -> list[str]:
-    """Why a plan cannot be applied to a stock model as it stands, each with the way out."""
+    """Why a plan cannot be applied to a stock model as it stands, each with the way out.
+
+    Args:
+        plan: in the form in which it would be applied.
+        model: any; one that is not from ``transformers`` has no such faults.
+
+    Returns:
+        Messages, none where the plan can be applied.
+    """
     if not is_stock(model):
         return []
     config, known = unwrap(model).config, observe_stock(model)
@@ -39,6 +47,7 @@ def _route_faults(planned: Iterable[float], routing: Routers | None) -> list[str
     if routing is None or routing.scale is None:
         ask = wanted != {1.0}
         return ["the plan leaves R to the model, which has no route scale: fold with route='weights'"] if ask else []
+    # the model's scale is a measured sum of gates, kept to four decimals (mue.layouts.transformers.shape)
     if any(abs(routing.scale - r) > 1e-3 * r for r in wanted):
         return [
             f"the model's routed sum is scaled by {number(routing.scale)}, the plan wants {', '.join(map(number, sorted(wanted)))}:"
@@ -65,7 +74,13 @@ def _norm_faults(plan: PlanData, description: Description) -> list[str]:
 def query_coefficients(plan: PlanData, model: nn.Module, params: Iterable[ParamInfo]) -> Mapping[str, float]:
     """By name, what the queries are multiplied by so that the stock attention scale becomes the planned one.
 
-    It goes into the gain of the query norm where there is one, else into the query projection.
+    It goes into the gain of the query norm where there is one, else into the query projection (transfer-rules 6.3).
+
+    Args:
+        plan: has the planned scale. model: a stock one; any other needs nothing. params: the model's, with their roles.
+
+    Returns:
+        Canonical name → factor; empty where the model's own scale is the planned one.
 
     Raises:
         ValueError: a scale that differs where queries are not a tensor of their own.
@@ -74,9 +89,12 @@ def query_coefficients(plan: PlanData, model: nn.Module, params: Iterable[ParamI
         return {}
     inner, t = unwrap(model), plan.target
     size = integers(text_config(inner.config)).get("qk_head_dim", t.head_dim)
+    # Latent attention multiplies q and k of qk_head_dim; the shape's head_dim is that of the values (shape._heads).
+    # The planned scale is ∝ 1/d_head (conventions 8), so the ratio carries it over.
     wanted = plan.attention_scale * t.head_dim / size
     scales = [getattr(m, "scaling", None) for m in inner.modules()]
     found = {x for x in scales if isinstance(x, float)} or {size**-0.5}
+    # one number computed in two ways: anything beyond rounding is another scale
     if all(abs(x - wanted) <= 1e-9 * wanted for x in found):
         return {}
     if len(found) > 1:
@@ -85,6 +103,7 @@ def query_coefficients(plan: PlanData, model: nn.Module, params: Iterable[ParamI
     norms = {p.name: c for p in params if p.role == "qk_norm" and p.name.rsplit(".", 2)[-2].startswith("q")}
     if norms:
         return norms
+    # of a low-rank query (q_a, q_b) the last matrix makes the queries; scaling both would scale twice
     queries = [p for p in params if p.role == "attention_q" and "q_a_proj" not in p.name]
     fused = [p.name for p in queries if p.layout.parts]
     if fused:

@@ -35,6 +35,9 @@ class TensorPlan(NamedTuple):
 def tensor_plans(plan: PlanData, model: nn.Module) -> list[TensorPlan]:
     """Every parameter of the planned model with its values, in the model's order.
 
+    Args:
+        plan: folded or not, as the model's forward pass is. model: the planned one; the meta device will do.
+
     Raises:
         ValueError: a model that is not the planned one; a fused tensor whose parts are planned differently.
     """
@@ -42,7 +45,11 @@ def tensor_plans(plan: PlanData, model: nn.Module) -> list[TensorPlan]:
 
 
 def tensor_plans_of(plan: PlanData, folds: Iterable[TensorFold]) -> list[TensorPlan]:
-    """:func:`tensor_plans` of parameters whose coefficients are known."""
+    """:func:`tensor_plans` of parameters whose coefficients are known.
+
+    Args:
+        plan: folded or not. folds: one for each parameter, in the order of the result.
+    """
     return [_tensor_plan(plan, fold.info, fold.own) for fold in folds]
 
 
@@ -53,6 +60,8 @@ def _tensor_plan(plan: PlanData, p: ParamInfo, own: float) -> TensorPlan:
     if own != 1:
         values = folded_values(plan, p.role, values, own)
     if ROLES[p.role].drawn:
+        # Adafactor's floor eps2 is on rms(W), so it goes with the size the weight starts at (mue.plan.fold_table,
+        # floor)
         return TensorPlan(p, values, None, own * (planned.factor.init_std or 1.0))
     return TensorPlan(p, values, _constant(p, planned.constant, own), own * (planned.constant or 1.0))
 
@@ -96,6 +105,7 @@ def _constant(p: ParamInfo, planned: float | None, c: float) -> float | None:
     assert planned is not None
     if not isinstance(start, float):
         return planned * c
+    # what the code multiplies by must be the planned gain, so 1 + w wants w = c - 1 (transfer-rules 6.3, point 2)
     if p.gain_offset or (ROLES[p.role].gain and start == 1):
         return planned * c - p.gain_offset
     return start * c

@@ -64,6 +64,7 @@ def _check_ffn(
         if gate is not None or up is not None or down is not None:
             raise ValueError(f"{name} weights need both up and down (or none), got {', '.join(shapes)}")
         return False
+    # the inner width is taken from up; 0 fits nothing, so that a tensor of other dimensions is named below
     inner = up.shape[-2] if up.dim() == len(lead) + 2 else 0
     wide, tall = (*lead, inner, width), (*lead, width, inner)
     if up.shape != wide or down.shape != tall or (gate is not None and gate.shape != wide):

@@ -57,6 +57,7 @@ def experts(
         raise ValueError(f'backend={backend!r} is unknown: use "auto" or one of {sorted(BACKENDS)}')
     elif backend in REFUSALS and (reason := REFUSALS[backend](x_TD, weights, dtype)):
         raise ValueError(reason)
+    # the backends cast by themselves: the native one reads weights as they are stored, with no copy in bf16
     with torch.autocast(x_TD.device.type, enabled=False):
         if scale != 1.0 and backend == "native" and weights.shared_up_SD is None:  # the same on D times fewer numbers
             routing, scale = replace(routing, weight_P=routing.weight_P * scale), 1.0
@@ -65,7 +66,14 @@ def experts(
 
 
 def choose(x_TD: Tensor, weights: ExpertWeights, dtype: torch.dtype) -> str:
-    """The backend that "auto" means for this input: plain operators where somebody wants to see each of them."""
+    """The backend that "auto" means for this input.
+
+    Args:
+        x_TD: (T, D). weights: of the block. dtype: in which it would be computed (:func:`compute_dtype`).
+
+    Returns:
+        A name of BACKENDS. It is the plain operators' where somebody wants to see each of them (``mue.check``).
+    """
     if not torch.compiler.is_compiling() and getattr(_get_current_dispatch_mode(), "wants_plain_operators", False):
         return "portable"
     best = {"cpu": "native", "cuda": "grouped_mm"}.get(x_TD.device.type, "portable")
@@ -73,7 +81,11 @@ def choose(x_TD: Tensor, weights: ExpertWeights, dtype: torch.dtype) -> str:
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """autocast's dtype where it is on (it leaves float64 alone), else that of x."""
+    """The type in which products with ``x`` are computed.
+
+    Returns:
+        autocast's, where it is on for the device of ``x`` (it leaves float64 alone), else that of ``x``.
+    """
     device = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -72,6 +72,7 @@ class MoELayer(nn.Module):
         self.experts_gate = _weight(routed and gated, number, expert_width, width)
         self.experts_up = _weight(routed, number, expert_width, width)
         self.experts_down = _weight(routed, number, width, expert_width)
+        # all shared experts as one of width n_s·h_s: the sum of their outputs is one product (conventions 12)
         self.shared_gate = _weight(inner > 0 and gated, inner, width)
         self.shared_up = _weight(inner > 0, inner, width)
         self.shared_down = _weight(inner > 0, width, inner)
@@ -140,7 +141,13 @@ class MoELayer(nn.Module):
         return y_TD.view(x.shape), routing
 
     def route(self, x_TD: Tensor, given: RouterInput | None = None) -> Routing:
-        """Which experts each token goes to. ``given`` is left out for a router that has nobody to read it."""
+        """Which experts each token goes to.
+
+        Args:
+            x_TD: (T, width).
+            given: what the router may read beside x; not passed on where there is none, so that a router that reads
+                hidden states alone needs no second argument.
+        """
         if self.router is None:
             return Routing.empty(x_TD.shape[0], device=x_TD.device)
         routing: Routing = self.router(x_TD) if given is None else self.router(x_TD, given.flat())

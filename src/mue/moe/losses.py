@@ -28,6 +28,7 @@ def load_balance_loss(prob_TN: Tensor, load_N: Tensor) -> Tensor:
     tokens, experts = prob_TN.shape
     if tokens == 0:
         return prob_TN.sum()
+    # f has no gradient (a count has none); P carries it, weighted by f: overloaded experts are pushed down hardest
     share_N = load_N.to(prob_TN.dtype) / load_N.sum().clamp(min=1)
     return experts * torch.dot(share_N.detach(), prob_TN.mean(0))
 

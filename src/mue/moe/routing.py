@@ -98,6 +98,7 @@ def expert_load(routing: Routing) -> Tensor:
 def _sum_per_token(routing: Routing, value_P: Tensor) -> Tensor:
     """(P,) -> (T,): the sum over each token's pairs."""
     if routing.slots:
+        # consecutive by promise: a view, and a sum in a fixed order on every device
         return value_P.view(routing.num_tokens, routing.slots).sum(1)
     return value_P.new_zeros(routing.num_tokens).index_add_(0, routing.token_P, value_P)
 
@@ -117,6 +118,7 @@ def routing_stats(routing: Routing) -> dict[str, Tensor]:
     experts = routing.num_experts
     if experts == 0:
         return {}
+    # not bincount, whose result's size depends on the data: a GPU would be waited for, a compiled graph broken
     load_N = torch.zeros(experts + 1, dtype=torch.int64, device=routing.expert_P.device)
     load_N = load_N.scatter_add_(0, routing.expert_P, torch.ones_like(routing.expert_P))[:experts]
     pairs = load_N.sum()
@@ -124,6 +126,7 @@ def routing_stats(routing: Routing) -> dict[str, Tensor]:
     weight_P = routing.weight_P.detach()
     sum_T, square_T = _sum_per_token(routing, weight_P), _sum_per_token(routing, weight_P.square())
     routed_T = sum_T != 0
+    # π per token: F is about how even the weights of a token are, whatever they sum to (transfer-rules 1.3)
     spread_T = torch.where(routed_T, square_T / torch.where(routed_T, sum_T, 1.0).square(), 0.0)
     tokens = routed_T.sum().clamp(min=1)
     return {

@@ -65,6 +65,7 @@ def base_of(inputs: Inputs) -> Base:
 
 
 def _of_plan(inputs: Inputs, plan: PlanData) -> Base:
+    """A plan as base: the next factors start from its multipliers, scale and betas, so that plans compose."""
     if inputs.tuned is not None or inputs.convention != Convention() or inputs.base_training is not None:
         raise ValueError("a base that is a plan brings its own tuned values, training and convention: leave them out")
     if inputs.training is not None and plan.training is None:
@@ -72,6 +73,7 @@ def _of_plan(inputs: Inputs, plan: PlanData) -> Base:
             "training is given, but the base plan has none: plan the base with both trainings, or leave this one out"
         )
     if plan.folding is not None:
+        # Folded values have c in them, which belongs to that plan's A and R: no factor of a table takes it out again.
         raise ValueError("the base plan is folded: transfer from mue.fold.unfold(plan), and fold the result")
     if plan.output_multiplier is None:
         raise ValueError("the base plan's blocks differ: there is no single e* to transfer from")
@@ -90,9 +92,11 @@ def _of_plan(inputs: Inputs, plan: PlanData) -> Base:
 
 
 def _of_shape(inputs: Inputs, shape: Transformer) -> Base:
+    """A shape as base: a stock model but for its A* and its attention scale, which are declared (conventions 2)."""
     tuned, before, after = inputs.tuned, inputs.base_training, inputs.training
     if tuned is None:
         raise ValueError("tuned is missing: give mue.HParams(lr, weight_decay, init_std) found on the base")
+    # Both runs or neither (conventions 2): a ratio of one number is a guess.
     if (before is None) != (after is None):
         given, lacking = ("training", "base_training") if before is None else ("base_training", "training")
         raise ValueError(

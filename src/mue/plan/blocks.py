@@ -32,16 +32,19 @@ def block_plan(rule: Rule, transition: Transition, base: Base, block: Block, thi
     """The plan of one kind of block.
 
     Args:
-        block: of the target. third: the part of the depth that it lies in where that has tuned values of its own, or ``""``.
+        rule: read for the base's optimizer already. transition: from which shape and run to which.
+        base: whose tuned values are multiplied. block: of the target.
+        third: the part of the depth that it lies in, where that has tuned values of its own, or ``""``.
 
     Raises:
         ValueError: a base plan that has no layer in that third.
     """
     counts = transition.target.counts()
+    # They differ in whose fan-in ρ_H speaks of: a table that has it in a down projection's row wants the shared one's.
     ratio, of_shared = (
         transition.ratios(block),
         transition.ratios(block, "shared"),
-    )  # they differ in whose fan-in ρ_H speaks of
+    )
     roles = {
         name: _role_plan(
             role,
@@ -83,6 +86,7 @@ def _role_plan(
     """One role: the base's values times the factors of its row; of a role without a row, that there is no answer."""
     row = rule.rows.get(role.name)
     if row is None:
+        # the balance bias starts at 0 under every rule, and no optimizer moves it (2408.15664)
         values = NOTHING if role.trained else base_values
         return RolePlan(values, NOTHING, {}, count, rule.why_not(role.name), "no answer", _init(role, None), role.start)
     factor = Values(**{cell: getattr(row, cell)(ratio) for cell in FIELDS})
@@ -116,12 +120,20 @@ def _init(role: Role, row: Row | None) -> str:
 
 
 def merge(blocks: tuple[BlockPlan, ...]) -> dict[str, RolePlan]:
-    """Roles of the whole model: from the blocks that hold them; a value in which those differ becomes None."""
+    """Roles of the whole model, from the blocks that hold them.
+
+    Args:
+        blocks: of one plan, folded or not.
+
+    Returns:
+        role → its plan; a number in which the blocks that hold it differ is None there, and stands in each block.
+    """
     if len(blocks) == 1:
         return dict(blocks[0].roles)
     merged = {}
     for role in ROLES:
         every = [block.roles[role] for block in blocks]
+        # a role that no block holds stays in the list with count 0: JSON has every role (conventions 5)
         holders = [planned for planned in every if planned.count] or every
         merged[role] = replace(
             holders[0],
@@ -140,17 +152,28 @@ def _agreed(many: list[Values]) -> Values:
 def carried_betas(
     betas: tuple[float, float], rule: Rule, transition: Transition, ratio: Mapping[str, float]
 ) -> tuple[float, float]:
-    """1-β' = (1-β)·ρ_B/ρ_D = (1-β)·T*/T, or β' = β^(ρ_B/ρ_D); the domain error names the beta and the fewest steps."""
+    """1-β' = (1-β)·ρ_B/ρ_D = (1-β)·T*/T, or β' = β^(ρ_B/ρ_D), which agrees to first order (transfer-rules 5).
+
+    So Adam's averages last the same part of a run: (1-β)/η² is kept, as the SDE of Adam wants (2205.10287).
+
+    Args:
+        betas: of the base. ratio: of any block; only batch and duration are read from it.
+
+    Raises:
+        ValueError: 1-β' leaves (0, 1); names the beta and the fewest steps that work.
+    """
     factor = rule.one_minus_beta(ratio)
     if factor == 1:
         return betas
     if rule.betas == "power":
         return (betas[0] ** factor, betas[1] ** factor)
     i = 0 if betas[0] < betas[1] else 1  # the smaller beta leaves its domain first
+    # 1-β ≥ 1 would be no average at all. It is refused and not clamped: transfer-rules 5.
     if (1 - betas[i]) * factor >= 1 and transition.base_training is not None and transition.training is not None:
         # (1-β)·ρ_B^(1-2q)·(T/T*)^-2q < 1, which for q = 1/2 is (1-β)·T*/T < 1: the batch cancels.
         q = -rule.one_minus_beta.exponent("ρ_D") / 2
         bound = ((1 - betas[i]) * ratio["ρ_B"] ** float(1 - 2 * q)) ** float(1 / (2 * q))
+        # More than bound·T* is needed: where that is a whole number, rounding must not let it pass for enough.
         needed = math.floor(bound * transition.base_training.steps * (1 + 1e-12)) + 1
         raise ValueError(
             f"beta{i + 1} = {betas[i]:g} cannot be carried from {transition.base_training.steps:,} to"
@@ -164,6 +187,7 @@ def check_output_multiplier(target: Transformer, blocks: tuple[BlockPlan, ...]) 
     """A target's own A is decided by the plan; ``ValueError`` if it declares another one."""
     declared = target.output_multiplier
     for block in blocks:
+        # 1 is what a shape has where nobody says anything; another number that agrees with the plan contradicts nothing
         if declared != 1 and not math.isclose(declared, block.output_multiplier, rel_tol=1e-9):
             raise ValueError(
                 f"target.output_multiplier = {declared:g}, but the plan decides it and gets {block.output_multiplier:g}: leave it out"

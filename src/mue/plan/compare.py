@@ -51,6 +51,7 @@ class Comparison:
             planned = plan.roles[role]
             cells: dict[str, Any] = dict(planned.factor.items())
             if ROLES[role].vector:
+                # a gain or bias starts at a constant and is not decayed, under every rule
                 del cells["init_std"], cells["weight_decay"]
             unknown = [f for f in cells if planned.formula.get(f) == "?"]
             out[role] = {**cells, "init": planned.init, "unknown": unknown, "status": planned.status}
@@ -95,7 +96,11 @@ def _base_beta(plan: PlanData) -> float:
 def compare(inputs: Inputs, rules: Sequence[str] | None = None) -> Comparison:
     """Every rule's plan for the same base, target, runs and tuned values.
 
-    Options of ``inputs`` go to the rules that have them. A rule with no answer is listed with its reason.
+    A rule with no answer is listed with its reason.
+
+    Args:
+        inputs: of one plan; their options go to the rules that have them, and their own rule must have an answer.
+        rules: names, in the order of the columns; None: all.
 
     Raises:
         ValueError: an unknown rule; or if not even the rule of ``inputs`` has an answer, its own reason.
@@ -104,6 +109,7 @@ def compare(inputs: Inputs, rules: Sequence[str] | None = None) -> Comparison:
     refused: dict[str, str] = {}
     for name in rules if rules is not None else RULES:
         has = option_names(RULES.lookup(name))
+        # an option that this rule lacks is left out here: for one plan alone it would be an error
         own = replace(
             inputs,
             rule=name,
@@ -114,12 +120,17 @@ def compare(inputs: Inputs, rules: Sequence[str] | None = None) -> Comparison:
         except ValueError as error:
             if name == inputs.rule:
                 raise
+            # The reason alone: "rule … cannot plan … → …" before it is what the table's row and title say.
             refused[name] = str(error).split(": ", 1)[-1] if "cannot plan" in str(error) else str(error)
     return Comparison(inputs, plans, refused)
 
 
 def comparison_text(made: Comparison) -> str:
-    """A comparison as plain text: the table, then who refused and why."""
+    """A comparison as plain text: the table, then who refused and why.
+
+    Args:
+        made: by :func:`compare`.
+    """
     header, rows = made.table()
     text = f"{made.inputs.target.name}, factors on the tuned values (multipliers, R and attention scale: as they are)\n\n{text_table(header, rows)}"
     reasons = [[name, reason] for name, reason in made.refused.items()]

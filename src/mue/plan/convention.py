@@ -46,5 +46,6 @@ class Convention:
     def scale(self, head_dim: int) -> float:
         """The base's attention scale as a number."""
         if isinstance(self.attention_scale, str):
+            # a stock model's, or µP's (2203.03466), for trained queries and keys are aligned
             return head_dim**-0.5 if self.attention_scale == "1/sqrt(d)" else 1.0 / head_dim
         return float(self.attention_scale)

@@ -71,7 +71,11 @@ def why(plan: PlanData, name: str, layer: int | None = None) -> list[Step]:
 
 
 def why_lines(name: str, steps: Sequence[Step]) -> str:
-    """A derivation as plain text, one line per step."""
+    """A derivation as plain text, one line per step.
+
+    Args:
+        name: what was derived; the title. steps: of :func:`why`.
+    """
     rows = [[s.number, s.text, f"{s.value:.6g}", s.source] for s in steps]
     return f"{name}\n\n{text_table(['number', 'step', 'value', 'source'], rows)}"
 
@@ -94,6 +98,7 @@ def _role(plan: PlanData, role: str, index: int) -> Iterator[Step]:
 
 
 def _cell(plan: PlanData, role: str, index: int, field: str) -> Iterator[Step]:
+    """One number of a role: the base's value, the factor of every ratio in the row's cell, then the fold."""
     planned, name, row = plan.blocks[index].roles[role], CELLS[field], plan.rule.rows[role]
     final = getattr(planned.values, field)
     if ROLES[role].vector and field == "init_std":
@@ -135,6 +140,7 @@ def _base_value(plan: PlanData, role: str, field: str, third: str) -> Steps:
     if field == "weight_decay" and habit.weight_decay == "independent":
         text = "/ lr: the base decays independently, torch's form multiplies by lr"
         yield Step(name, text, final, "[base.convention]")
+    # Anything beyond rounding is the only habit left: the init that falls with depth.
     elif not math.isclose(final, value, rel_tol=1e-12):
         yield Step(name, f"/ √(2·{base.layers}): the base draws o and down so", final, "[base.convention]")
     return final
@@ -144,6 +150,7 @@ def _base_value(plan: PlanData, role: str, field: str, third: str) -> Steps:
 
 
 def _whole(plan: PlanData, name: str, index: int) -> Iterator[Step]:
+    """One number of the whole model. R is absolute, so it starts from nothing; the others start from the base's own."""
     base, rule, block = plan.inputs.base, plan.rule, _block_behind(plan, index)[0]
     label = name.replace("_", " ")
     final: float = getattr(plan.blocks[index] if hasattr(plan.blocks[index], name) else plan, name)
@@ -173,6 +180,7 @@ def _whole(plan: PlanData, name: str, index: int) -> Iterator[Step]:
 
 
 def _attention(plan: PlanData) -> Steps:
+    """The attention scale: the base's habit, carried over a change of head size (conventions 8)."""
     base, exponent = plan.inputs.base, plan.rule.attention_exponent
     if isinstance(base, PlanData):
         start, shape, text = base.attention_scale, base.target, f"that of plan {base.hash}"
@@ -214,4 +222,5 @@ def _ratios(plan: PlanData, block: Block, kind: str = "") -> dict[str, float]:
 
 
 def _agree(name: str, derived: float, planned: float) -> None:
+    """The steps shown give the plan's number, or one of the two is wrong (1e-9: the same factors in another order)."""
     assert math.isclose(derived, planned, rel_tol=1e-9, abs_tol=1e-300), f"{name}: {derived} derived, {planned} planned"

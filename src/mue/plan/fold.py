@@ -27,6 +27,12 @@ def fold(plan: AnyPlan, route: str = "weights") -> AnyPlan:
     On a model whose branches end in a norm (sandwich norms), what belongs to ρ_L^-α goes into that norm's gain instead
     (:class:`mue.layouts.layout.Layout`, ``after``). A plan that is folded already is returned as it is, if the route is the same.
 
+    Args:
+        plan: of any optimizer in :data:`mue.plan.fold_table.FOLDS`. route: who carries R, from :data:`ROUTES`.
+
+    Returns:
+        A plan of the class of ``plan``, with multipliers of 1 and c by block and role in ``folding``.
+
     Raises:
         ValueError: an unknown route, or a plan folded the other way.
 
@@ -59,7 +65,13 @@ def fold(plan: AnyPlan, route: str = "weights") -> AnyPlan:
 
 
 def unfold(plan: AnyPlan) -> AnyPlan:
-    """The same plan with its forward multipliers; a plan that is not folded is returned as it is."""
+    """The same plan with its forward multipliers.
+
+    It is planned anew from its inputs, so that no factor is multiplied in and divided out, and hashes agree.
+
+    Args:
+        plan: one that is not folded is returned as it is.
+    """
     return plan if plan.folding is None else plan_of(plan.inputs).like(plan)
 
 
@@ -68,10 +80,12 @@ def _coefficients(plan: PlanData, block: BlockPlan, route: str) -> Mapping[str, 
     branch = plan.residual_multiplier
     A, R = block.output_multiplier, block.route_scale
     found = {
+        # A is the feed-forward's alone; both kinds of branch carry l^-α (transfer-rules 6.3, point 5)
         "attention_o": branch,
         "ffn_down": branch * A,
         "shared_down": branch * A,
         "expert_down": branch * A * (R if route == "weights" else 1.0),
+        # a tied head is the embedding too, which must stay: the gain before it takes c (transfer-rules 6.3, point 2)
         "final_norm" if plan.target.tied else "head": plan.head_multiplier,
     }
     return {role: c for role, c in found.items() if c != 1 and block.roles[role].count}
@@ -98,11 +112,19 @@ def _optimizer(plan: PlanData, role: str) -> str:
 
 def _powers(plan: PlanData, role: str) -> dict[str, int]:
     row = fold_of(_optimizer(plan, role))
+    # The weight itself is c times as large under every optimizer; how it moves and decays is the optimizer's.
     return {"init_std": 1, "lr": row.lr, "weight_decay": row.weight_decay or 0, "eps": row.eps or 0}
 
 
 def folded_values(plan: PlanData, role: str, values: Values, c: float) -> Values:
-    """A role's values (or factors) with ``c`` folded into its weights."""
+    """A role's values (or factors) with ``c`` folded into its weights.
+
+    Args:
+        plan: its optimizer decides the powers. role: by name. c: what the forward pass multiplied the weight by.
+
+    Returns:
+        Each number times its power of c (:mod:`mue.plan.fold_table`); None stays None.
+    """
     powers = _powers(plan, role)
     return Values(**{name: None if v is None else v * c ** powers[name] for name, v in values.items()})
 
@@ -113,5 +135,9 @@ def _formula(plan: PlanData, role: str, name: str, text: str) -> str:
 
 
 def state_powers(plan: PlanData, role: str) -> Mapping[str, int]:
-    """Powers of c for the optimizer state of a role."""
+    """By which power of c each tensor of optimizer state grows when c is folded into a weight of this role.
+
+    Returns:
+        torch's name of the state tensor → power; a name that is missing cannot be converted.
+    """
     return fold_of(_optimizer(plan, role)).state

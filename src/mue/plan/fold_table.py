@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from mue.util.errors import nearest
 
+# Adam's averages of g and of g², where g is 1/c of what it was.
 MOMENTS: Mapping[str, int] = {"exp_avg": -1, "exp_avg_sq": -2, "max_exp_avg_sq": -2}
 VELOCITY: Mapping[str, int] = {"momentum_buffer": -1}
 
@@ -41,9 +42,11 @@ FOLDS: dict[str, Fold] = {
     "adamw": Fold(1, -1, -1, MOMENTS, "m/√v does not know the gradient's scale, eps beside √v does; lr·wd stays"),
     "nadamw": Fold(1, -1, -1, {**MOMENTS, "mu_product": 0}, "as AdamW: Nesterov's average is linear in the gradient"),
     "adamw-independent": Fold(1, 0, -1, MOMENTS, "as AdamW, but the shrink is wd alone"),
+    # transfer-rules 6.2, "Adam with coupled L2"
     "adam-l2": Fold(1, -2, -1, MOMENTS, "wd·W must shrink with the gradient it joins: 1/c, of a weight c times larger"),
     "lion": Fold(1, -1, None, {"exp_avg": -1}, "a sign; lr·wd stays"),
     "signsgd": Fold(1, -1, None, VELOCITY, "a sign; lr·wd stays"),
+    # lr' = c²·lr, not c·lr: SGD's step is proportional to the gradient, which is 1/c
     "sgd": Fold(2, -2, None, VELOCITY, "1/c of the gradient must move c times as far; lr·wd stays, decoupled or L2"),
     "muon": Fold(
         1, -1, None, VELOCITY, "the polar factor has no scale (torch's bf16 iteration: exact for powers of two)"
@@ -61,7 +64,9 @@ FOLDS: dict[str, Fold] = {
     "lamb": Fold(
         0, -1, -1, MOMENTS, "the step is relative to ‖W‖; wd stands beside m/√v. Not with a clamp on the weight's norm"
     ),
+    # wd/c², not table 6.2's wd/c: corrected by conventions 7. What it accumulates are steps, which grow by c.
     "lars": Fold(0, -2, None, {"momentum_buffer": 1}, "the step is relative to ‖W‖; wd·W stands beside the gradient"),
+    # wd unchanged and eps1·c⁻² for torch's own form: corrected by conventions 7
     "adafactor": Fold(
         0,
         0,
@@ -71,6 +76,7 @@ FOLDS: dict[str, Fold] = {
         " (torch also squares it: exact while that does not bind)",
         floor=1,
     ),
+    # transfer-rules 6.2: relative updates take lr as it is; c·lr was off by a relative error of 1 in the test
     "hyperball": Fold(
         0, None, -1, {**MOMENTS, **VELOCITY, "radius": 1}, "a relative step, back on the sphere the weight started on"
     ),
@@ -87,7 +93,14 @@ def fold_of(optimizer: str) -> Fold:
 def fold_numbers(
     optimizer: str, c: float, lr: float, weight_decay: float = 0.0, eps: float = 0.0
 ) -> tuple[float, float, float]:
-    """(lr, weight decay, eps) of a weight after folding ``c`` into it; see :data:`FOLDS`.
+    """What an optimizer is told of a weight after ``c`` was folded into it, for models without a plan.
+
+    Args:
+        optimizer: a row of :data:`FOLDS`. c: what the forward pass multiplied the weight by, above 0.
+        lr, weight_decay, eps: before the fold.
+
+    Returns:
+        (lr, weight decay, eps) after it; what the optimizer does not have stays as it is.
 
     Raises:
         ValueError: an optimizer without a row.

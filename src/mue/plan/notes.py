@@ -23,9 +23,11 @@ def notes(rule: Rule, base: Transformer, target: Transformer, tuned: HParams, *,
             f"the base is a MoE, so this takes it as tuned with R = {R:g} on its normalised routed sum; if it was tuned with"
             f" R = 1, give output_multiplier = {base.output_multiplier / R:g} (routed experts only), or tune it again"
         )
+    # conventions 4
     if target.tied and _factors(rule, "head") != _factors(rule, "embedding"):
         found.append("tied embeddings: the embedding row wins, and the head multiplier stays on the logits")
     found += _unknown_cells(rule, target)
+    # transfer-rules 7, GQA-µP: it matters only where the ratio changes
     if base.num_heads * target.num_kv_heads != target.num_heads * base.num_kv_heads:
         found.append("the ratio of kv heads to heads changes: no rule here scales k and v for it (GQA-µP, 2605.15290)")
     if base.gated != target.gated:
@@ -33,6 +35,7 @@ def notes(rule: Rule, base: Transformer, target: Transformer, tuned: HParams, *,
             "gated and plain feed-forwards differ between base and target: no rule covers the change of activation"
         )
     for block in target.blocks:
+        # conventions 9
         if block.active == 1 and block.experts > 1 and block.normalize and block.router_kind.matrix:
             found.append(
                 "a = 1 with normalised gates: the one weight is always 1, so the router gets no gradient from the task"

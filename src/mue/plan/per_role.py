@@ -57,6 +57,12 @@ def overrides(tuned: HParams, role: str, field: str, third: str) -> list[tuple[s
     """How a role's number comes about: the value it starts from, then what multiplies it, each with its name.
 
     The most specific table first: what it gives replaces, or multiplies, what the next would say.
+
+    Args:
+        role: by name. field: of :data:`mue.rules.table.FIELDS`. third: of the depth, or ``""`` for all of it.
+
+    Returns:
+        (where it is written, the number) of the value, then of each multiplier, the most general first.
     """
     names = ROLES[role].tuned_as
     times: list[tuple[str, float]] = []
@@ -70,7 +76,15 @@ def overrides(tuned: HParams, role: str, field: str, third: str) -> list[tuple[s
 
 
 def base_values(role: str, base: Transformer, tuned: HParams, convention: Convention, third: str = "") -> Values:
-    """A role's tuned values on the base, in one third of its depth, with the base's own habits applied."""
+    """A role's tuned values on the base, with the base's own habits applied.
+
+    Args:
+        role: by name. base: the tuned shape. third: of the depth, where that has values of its own, or ``""``.
+
+    Returns:
+        Absolute values, weight decay in torch's decoupled form. No init std for vectors, and nothing but a start at 0
+        for what the optimizer does not move.
+    """
     if not ROLES[role].trained:
         return Values(0.0, None, None, None)
 
@@ -79,8 +93,9 @@ def base_values(role: str, base: Transformer, tuned: HParams, convention: Conven
 
     lr, wd, std = own("lr"), own("weight_decay"), own("init_std")
     if convention.weight_decay == "independent":
-        wd = wd / lr  # torch's form multiplies by lr
+        wd = wd / lr  # torch multiplies by lr: the role's own, as its group has it
     if convention.depth_scaled_init and ROLES[role].writes_residual:
+        # 1/√(2L*) with the base's depth, for it is part of what was tuned; from there the rule's depth takes over
         std /= math.sqrt(2 * base.layers)
     if ROLES[role].vector:
         return Values(None, lr, 0.0, own("eps"))

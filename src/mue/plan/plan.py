@@ -21,8 +21,9 @@ from mue.shapes import HParams, Training, Transformer
 from mue.util.errors import nearest
 from mue.util.files import digest, rounded, write_json
 
-FORMAT = 1
+FORMAT = 1  # of plan files, so that another layout could be told from this one
 HASH_KEYS = ("plan", "plan_hash", "mue_plan")  # under any of these a checkpoint keeps the hash of its plan
+# What no rule here scales, and a plan carries all the same, marked so (conventions 5; transfer-rules 1.8).
 UNCHANGED = ("optimizer", "clip", "warmup", "floor", "balance", "z", "bias_speed")
 TEXTS = frozenset(
     {"source", "status", "marks", "formula", "notes"}
@@ -100,6 +101,7 @@ class PlanData:
     # ---- what holds for the whole model -------------------------------------------------------------------------
 
     def _same(self, name: str) -> Any:
+        # None and not a mean: a number that holds in no block would be used (conventions 5)
         values = {getattr(block, name) for block in self.blocks}
         return values.pop() if len(values) == 1 else None
 
@@ -186,7 +188,10 @@ class PlanData:
         }
 
     def content(self) -> dict[str, Any]:
-        """The part of :meth:`to_dict` that is hashed, compared and checked when a file is read back."""
+        """The part of :meth:`to_dict` that is hashed, compared and checked when a file is read back.
+
+        Texts are in it and are dropped before hashing: a better wording of a source makes no new plan.
+        """
         return {
             "active_width": self.active_width,
             "output_multiplier": self.output_multiplier,

@@ -17,7 +17,13 @@ _READ = {
 
 
 def base_block(base: Transformer) -> Block:
-    """The block that stands for a base.
+    """The block that stands for a base, whose blocks must be alike in all that a rule reads.
+
+    Args:
+        base: the shape that was tuned.
+
+    Returns:
+        Its first block.
 
     Raises:
         ValueError: its blocks differ in something that a rule reads, so that there is no single number to compare with.
@@ -35,6 +41,7 @@ def base_block(base: Transformer) -> Block:
 
 def _down_fan_in(block: Block, kind: str) -> int:
     """Fan-in of one down projection: a shared expert's, or that of a routed expert or a dense feed-forward."""
+    # shared experts without a width of their own are as wide as the routed ones (Block.shared)
     return block.shared or block.fan_in if kind == "shared" else block.fan_in
 
 
@@ -51,7 +58,12 @@ def ratios(
     A dense block counts as one expert, of which one is active.
 
     Args:
-        block: of the target. kind: ``"shared"`` where ρ_H is to speak of a shared expert's down projection.
+        base, target: the shapes. block: of the target.
+        base_training, training: the runs; where one of them is None, batch and duration count as unchanged.
+        kind: ``"shared"`` where ρ_H is to speak of a shared expert's down projection.
+
+    Returns:
+        ratio's name → target over base, a pure number.
 
     Raises:
         ValueError: a base whose blocks differ in something that a rule reads.
@@ -60,11 +72,13 @@ def ratios(
     same = base_training is None or training is None
     return {
         "ρ_d": target.width / base.width,
+        # o reads heads·d_head numbers, which need not be d (conventions 8)
         "ρ_o": target.attention_width / base.attention_width,
         "ρ_H": _down_fan_in(block, kind) / _down_fan_in(source, kind),
         "ρ_L": target.layers / base.layers,
         "ρ_N": max(block.experts, 1) / max(source.experts, 1),
         "ρ_a": max(block.active, 1) / max(source.active, 1),
+        # one quotient of whole numbers: an unchanged expansion gives exactly 1, so that its factors are 1 as well
         "ρ_e": (block.active_width * base.width) / (target.width * source.active_width),
         "ρ_κ": block.kappa / source.kappa,
         "ρ_B": 1.0 if same else training.batch / base_training.batch,  # type: ignore[union-attr]
@@ -73,7 +87,14 @@ def ratios(
 
 
 def changes(base: Transformer, target: Transformer, block: Block, ratio: dict[str, float]) -> dict[str, bool]:
-    """Which axes of :data:`mue.rules.table.AXES` differ between the base and one block of the target."""
+    """Which axes of :data:`mue.rules.table.AXES` differ between the base and one block of the target.
+
+    Args:
+        ratio: the ratios of that block, of which only batch and duration are read.
+
+    Returns:
+        axis → whether it changes. A dense block counts as one expert that sees every token.
+    """
     source = base_block(base)
     routed = block.experts > 0, source.experts > 0
     share = (block.active, block.experts) if routed[0] else (1, 1)
@@ -81,6 +102,7 @@ def changes(base: Transformer, target: Transformer, block: Block, ratio: dict[st
     return {
         "width": target.width != base.width,
         "depth": target.layers != base.layers,
+        # fractions are compared crosswise, in whole numbers: no rounding decides whether an axis changed
         "expansion": block.active_width * base.width != source.active_width * target.width,
         "moe": block.is_moe or source.is_moe,
         "dense to moe": routed[0] != routed[1],

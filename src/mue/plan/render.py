@@ -55,6 +55,7 @@ def table(plan: PlanData) -> tuple[list[str], list[list[str]]]:
     first = plan.blocks[0].roles
     for index, block in enumerate(plan.blocks):
         for role, r in block.roles.items():
+            # A line that says the same as the first block's is left out: most roles are alike in all blocks.
             repeated = index > 0 and r.values == first[role].values and first[role].count
             if not r.count or repeated:
                 continue

@@ -18,7 +18,14 @@ from mue.util.files import rounded
 
 
 def inputs_from_dict(data: Mapping[str, Any]) -> Inputs:
-    """What :meth:`Inputs.to_dict` wrote, read back; a base that is a plan is planned anew."""
+    """What :meth:`mue.plan.plan.Inputs.to_dict` wrote, read back; a base that is a plan is planned anew.
+
+    Args:
+        data: of a plan file or a run.
+
+    Raises:
+        KeyError, TypeError: data of another form. ValueError: numbers that no shape, run or rule can have.
+    """
     base, tuned, depth = data["base"], data["tuned"], data["depth_exponent"]
     return Inputs(
         base=plan_of(inputs_from_dict(base["plan"])) if "plan" in base else shape_from_dict(base),
@@ -50,6 +57,7 @@ def load(path: str | os.PathLike[str]) -> PlanData:
         raise ValueError(
             f"{path} is not a saved plan ({error}); write one with plan.save or mue plan --save"
         ) from error
+    # 12 digits: the last bits differ between libraries and machines, and mean nothing.
     stored = rounded(flatten({k: data.get(k) for k in plan.content()}))
     ours = rounded(flatten(plan.content()))
     wrong = next((k for k in ours if ours[k] != stored.get(k)), None)
@@ -72,7 +80,15 @@ def retuned(plan: PlanData, **changes: Any) -> PlanData:
 
 
 def scaled(plan: PlanData, multiplier: float) -> PlanData:
-    """The same transfer with every tuned learning rate times ``multiplier``."""
+    """The same transfer with every tuned learning rate times ``multiplier``: one point of a sweep around it.
+
+    Args:
+        plan: folded or not; the result is what it is. multiplier: a pure number, 1 for the plan itself.
+
+    Raises:
+        ValueError: a rate that is no positive number any more.
+    """
+    # ``lr_times`` is relative to the global rate, which moves already.
     roles = {r: {k: v * multiplier if k == "lr" else v for k, v in t.items()} for r, t in plan.tuned.roles.items()}
     return retuned(plan, lr=plan.tuned.lr * multiplier, roles=roles)
 

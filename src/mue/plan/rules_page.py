@@ -88,16 +88,20 @@ def _overview(rules: list[Rule]) -> str:
 
 
 def _inputs(base: Transformer, target: Transformer, runs: tuple[Training, Training] | None) -> Inputs:
+    # the blog's language-model reference (transfer-rules 10)
     tuned = HParams(lr=1e-3, weight_decay=0.1, init_std=0.01)
     before, after = runs or (None, None)
     return Inputs(base, target, tuned, before, after, "complete-mue", Convention())
 
 
+# The authors' worked example, 128e8a1s (transfer-rules 10): ρ_d = 8, H_act = 9d, ρ_D = 4. Depth and batch do not change
+# in it, so 8 layers and 2^19 tokens a step stand for any.
 WORKED = _inputs(
     Dense(width=128, ffn=128, layers=8),
     MoE.parse("128e8a1s", width=1024, expert=1024, layers=8),
     (Training(2**19, 25_000), Training(2**19, 100_000)),
 )
+# Not every rule starts from a dense base: two more, so that each rule answers somewhere.
 BETWEEN = _inputs(
     MoE.parse("16e4a", width=128, expert=128, layers=4),
     MoE.parse("16e4a", width=512, expert=512, layers=4),

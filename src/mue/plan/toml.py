@@ -23,13 +23,21 @@ from mue.shapes import (
 )
 from mue.util.errors import nearest, positive
 
+# What [base] and [target] may hold, beside ffn; _MOE: with experts only. Anything else in them is an error.
 _COMMON = ("width", "layers", "head_dim", "heads", "kv_heads", "vocab", "sequence", "gated", "tied")
 _MOE = ("moe", "expert", "shared", "router", "normalize", "gates", "gate_moments")
 _TUNED = tuple(f.name for f in fields(HParams))
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """The file as tables; ``ValueError`` naming file and line when it is missing or not TOML."""
+    """A TOML file as tables.
+
+    Args:
+        path: of the file, in UTF-8.
+
+    Raises:
+        ValueError: it is missing or not TOML; names the file and the line.
+    """
     path = Path(path)
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
@@ -40,7 +48,14 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def check_keys(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    """``ValueError`` for the first key of ``table`` that nothing reads, with the nearest one that something does."""
+    """Refuse a key that nothing reads: a misspelt one would otherwise leave a default in force, without a word.
+
+    Args:
+        table: as it was read. known: its keys that are read. where: what messages call the table.
+
+    Raises:
+        ValueError: the first such key, with the nearest one that is known.
+    """
     for key in table:
         if key not in known:
             raise ValueError(f"unknown key {key!r} in {where}{nearest(key, known)}")
@@ -54,7 +69,14 @@ def need(table: Mapping[str, Any], key: str, where: str) -> Any:
 
 
 def table_of(data: Mapping[str, Any], key: str, where: str = "") -> dict[str, Any]:
-    """A sub-table; ``ValueError`` if the key holds anything else."""
+    """A table inside another, empty where it is left out.
+
+    Args:
+        data: the outer table. key: the inner one's name. where: of the outer table, ending in a dot, for messages.
+
+    Raises:
+        ValueError: the key holds anything but a table.
+    """
     value = data.get(key, {})
     if not isinstance(value, dict):
         raise ValueError(f"[{where}{key}] must be a table, got {value!r}")
@@ -64,8 +86,11 @@ def table_of(data: Mapping[str, Any], key: str, where: str = "") -> dict[str, An
 def plan_inputs(data: Mapping[str, Any], tuned: HParams | None = None) -> Inputs:
     """A plan file's tables as :class:`mue.plan.plan.Inputs`.
 
-    ``tuned`` stands in for the ``[tuned]`` table (``mue plan --tuned SWEEP``). Errors are ``ValueError`` with the
-    table, the key and the fix.
+    Args:
+        data: the file's tables. tuned: in place of its ``[tuned]`` table (``mue plan --tuned SWEEP``).
+
+    Raises:
+        ValueError: with the table, the key and the fix.
     """
     check_keys(data, ("rule", "base", "tuned", "target", "options"), "the file's top level")
     base, target = table_of(data, "base"), table_of(data, "target")
@@ -95,7 +120,14 @@ def plan_inputs(data: Mapping[str, Any], tuned: HParams | None = None) -> Inputs
 
 
 def tuned_from(table: Mapping[str, Any]) -> HParams:
-    """``[tuned]`` with its per-role tables."""
+    """Tuned values from a ``[tuned]`` table with its per-role tables.
+
+    Args:
+        table: lr, weight_decay and init_std at least; the rest has defaults.
+
+    Raises:
+        ValueError: a key that is unknown or missing, or a value out of its bounds.
+    """
     check_keys(table, _TUNED, "[tuned]")
     for key in ("lr", "weight_decay", "init_std"):
         need(table, key, "[tuned]")
@@ -103,7 +135,14 @@ def tuned_from(table: Mapping[str, Any]) -> HParams:
 
 
 def training_from(table: Mapping[str, Any], where: str) -> Training | None:
-    """``[where.training]``, or None where it is left out."""
+    """The run of a ``[base]`` or ``[target]`` table, or None where its ``training`` is left out.
+
+    Args:
+        table: the outer one. where: its name, for messages.
+
+    Raises:
+        ValueError: ``batch`` (tokens per step) or ``steps`` is missing or no positive whole number; another key.
+    """
     if "training" not in table:
         return None
     training = table_of(table, "training", f"{where}.")
@@ -113,7 +152,14 @@ def training_from(table: Mapping[str, Any], where: str) -> Training | None:
 
 
 def shape_from(table: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()) -> Transformer:
-    """``[base]`` or ``[target]`` as a shape: ``ffn``, or ``moe`` and ``expert``, or ``[[where.blocks]]``."""
+    """A ``[base]`` or ``[target]`` table as a shape: of ``ffn``, of ``moe`` and ``expert``, or of ``[[where.blocks]]``.
+
+    Args:
+        table: as it was read. where: its name, for messages. extra: keys in it that others read.
+
+    Raises:
+        ValueError: a key that is unknown, missing or beside another that excludes it; numbers that no shape has.
+    """
     check_keys(table, (*_COMMON, "ffn", *_MOE, "blocks", *extra), f"[{where}]")
     common = {k: table[k] for k in (*_COMMON, "output_multiplier") if k in table}
     need(table, "width", f"[{where}]")
@@ -125,6 +171,7 @@ def shape_from(table: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()
 
 def _uniform(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Transformer:
     own = {k: v for k, v in table.items() if k in (*_MOE, "ffn")}
+    # dense and MoE side by side: whichever were read, the other would be ignored in silence
     if "ffn" in own and len(own) > 1:
         raise ValueError(
             f"{where} has ffn and {next(k for k in own if k != 'ffn')}: it is dense (ffn) or a MoE (moe, expert), not both"
@@ -139,6 +186,7 @@ def _uniform(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Tr
 
 
 def _mixed(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Mixed:
+    """Blocks that differ; layers, where it is given as well, is only a check."""
     for key in (*_MOE, "ffn"):
         if key in table:
             raise ValueError(f"[{where}] has {key} and [[{where}.blocks]]: say it in the blocks only")
@@ -151,6 +199,7 @@ def _mixed(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Mixe
         need(block, "layers", f"[[{where}.blocks]]")
         own = dict(block)
         numbers: dict[str, Any] = dict(parse_notation(own.pop("moe"))) if "moe" in own else {}
+        # TOML has lists only; Block compares and hashes a tuple
         if isinstance(own.get("gate_moments"), list):
             own["gate_moments"] = tuple(own["gate_moments"])
         made.append(Block(**numbers, **own))
@@ -162,7 +211,14 @@ def _mixed(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Mixe
 
 
 def lr_grid(values: Any, where: str) -> list[float]:
-    """A list of positive numbers, sorted, each once."""
+    """A grid's values, sorted, each once.
+
+    Args:
+        values: as read. where: their name, for messages; one that ends in ``weight_decay`` may hold 0.
+
+    Raises:
+        ValueError: no list, an empty one, or a value that is no positive number.
+    """
     if not isinstance(values, list) or not values:
         raise ValueError(f"{where} must be a list of numbers, got {values!r}")
     return sorted({positive(where, v, zero=where.endswith("weight_decay")) for v in values})

@@ -56,6 +56,9 @@ def transfer(
         head: ``"completep"`` (default) or ``"paper"``. betas: ``"linear"`` (default) or ``"power"``.
         up_gate_correction: experimental correction of the up/gate drift, off by default.
 
+    Returns:
+        The plan: absolute values of every role and the forward multipliers, as numbers (conventions 5).
+
     Raises:
         ValueError: naming the number and the fix, for anything the rule cannot answer, and for an option it lacks.
 
@@ -78,13 +81,21 @@ def transfer(
             training=training,
             rule=rule,
             convention=convention or Convention(),
+            # what is not given is the rule's own default, and a rule without the option is not asked for it
             options={name: value for name, value in options.items() if value is not None},
         )
     )
 
 
 def plan_of(inputs: Inputs) -> PlanData:
-    """The plan that follows from its inputs; see :func:`transfer`."""
+    """The plan that follows from its inputs.
+
+    Args:
+        inputs: what :func:`transfer` is given, as one value; a plan file holds the same.
+
+    Raises:
+        ValueError: as :func:`transfer` does.
+    """
     target = inputs.target
 
     # 1. Where the transfer starts: what was tuned, on which shape, in which run.
@@ -103,6 +114,7 @@ def plan_of(inputs: Inputs) -> PlanData:
     #       ρ_B, ρ_D          tokens of a step and of the run; s = √(ρ_B/ρ_D) = √(T*/T) is the factor of the SDE rule on
     #                         rates (2605.23893, Table 2; the rule's duration_exponent may say otherwise)
     #    Of these only ρ_e depends on the block. Rather no plan than one by a rule that has no answer to a change:
+    # Without a run of its own the target trains as the base did: ρ_B = ρ_D = 1.
     transition = Transition(base.shape, target, base.training, inputs.training or base.training)
     ratios = transition.ratios(target.blocks[0])
     refuse(rule, base.shape, target, ratios)

@@ -22,6 +22,7 @@ class Values:
         return [(name, getattr(self, name)) for name in FIELDS]
 
 
+# A role that the rule has no row for; a target that has it was refused already.
 NOTHING = Values(None, None, None, None)
 
 

@@ -60,6 +60,7 @@ class Monomial:
 
     def __pow__(self, exponent: Exponent) -> Monomial:
         power = Fraction(exponent)
+        # 2^(1/2) is no fraction; the tables never need one, for their coefficients are 1 (and 0).
         if self.coefficient != 1 and power.denominator != 1:
             raise ValueError(f"({self})^{power}: a coefficient other than 1 has no exact fractional power")
         coefficient = self.coefficient if self.coefficient == 1 else self.coefficient ** int(power)
@@ -105,5 +106,6 @@ def _monomial(value: Monomial | int | Fraction) -> Monomial:
 
 
 def _build(coefficient: Fraction, powers: Mapping[str, Fraction]) -> Monomial:
+    # in one order and without zero powers, so that equal monomials are equal tuples and print alike
     kept = sorted(((n, p) for n, p in powers.items() if p), key=lambda item: _ORDER[item[0]])
     return Monomial(coefficient, tuple(kept))

@@ -57,9 +57,11 @@ def complete_d_p(
             "qk_norm": row("QK-norm gains", lr=inside, eps=L**-α),
             "bias": vector,
             "final_norm": row("final norm"),
+            # the fold of CompleteP's row by c = 1/m_N, and eps/c is why its eps does not move (transfer-rules 3, 6.1)
             "head": row("unembedding, no multiplier", std=N**-1, lr=N**-1, wd=N),
         },
         residual_multiplier=L**-α,
+        # (1-β) × ρ_B/ρ_D at q = 1/2: (1-β)/η² is kept (transfer-rules 5)
         one_minus_beta=s**2,
         betas=betas,
         routed=False,

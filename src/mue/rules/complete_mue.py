@@ -48,9 +48,13 @@ class _Hidden:
     ) -> Row:
         """One matrix; ``std``, ``eps`` and ``rate`` are what it has beyond its fan-in."""
         return Row(
+            # a sum of fan_in terms drawn at random keeps its size (µP; transfer-rules 1.2)
             init_std=fan_in ** "-1/2" * std,
+            # Adam moves each element by lr; fan_in such moves are aligned with the input and add up (µP)
             lr=fan_in**-1 * self.depth * rate * self.s,
+            # lr·wd as on the base, for AdamW averages over 1/(lr·wd) steps (2405.13698; W2: else 8 times longer)
             weight_decay=(fan_in / rate) ** self.decay * self.s,
+            # eps stands beside √v and follows the gradient, which falls with width, depth and 1/e (transfer-rules 1.9)
             eps=eps * fan_in**-1 * self.depth_eps / self.s,
             source=f"{source}; lr and std: Table 1; wd: {self.decay_source}; eps: CompleteP Table 1 and 1.9",
             cells={
@@ -61,6 +65,7 @@ class _Hidden:
             },
             marks={
                 "init_std": PUBLISHED,
+                # the published table has neither the correction of up and gate nor a width in weight decay
                 "lr": INFERRED if rate != ONE else PUBLISHED,
                 "weight_decay": INFERRED if self.decay else PUBLISHED,
             },
@@ -86,19 +91,27 @@ def complete_mue(
         title="Complete-muE, recommended form",
         source="arXiv 2605.23893, Tables 1 and 2; depth 2505.01618; head, weight decay and eps as in CompleteP",
         rows={
+            # A token reads one row, no sum over a width: std and lr stay (CompleteP; transfer-rules 1.8). Its gradient
+            # does fall with width, hence eps (Complete(d)P's correction of CompleteP, transfer-rules 3).
             "embedding": Row(lr=s, weight_decay=s, eps=1 / (d * s), source="CompleteP Table 1; batch/duration Table 2"),
             **dict.fromkeys(of_kind("attention"), hidden.row(d, "width µP")),
+            # o alone reads heads·d_head numbers, not d (conventions 8)
             "attention_o": hidden.row(o, "width µP on the fan-in heads·d_head"),
             **dict.fromkeys(of_part("up", "gate"), up),
+            # Routed, shared and dense alike. The branch's variance A²·H_act·σ² stays, for A = A*/ρ_e and σ ∝ √ρ_e
+            # (transfer-rules 1.3); κ is that of measured gates (conventions 9). lr has no factor beyond width, for
+            # A·R weighs the a·h terms that move down to d (1.3). The gradient of W_down goes as d/H_act (1.9): eps.
             **dict.fromkeys(
                 of_part("down"),
                 hidden.row(
                     d, "σ_down = √(H_act/d)·σ^(1), lr unchanged by a, N, h", std=e ** "1/2" * κ ** "-1/2", eps=e**-1
                 ),
             ),
+            # conservative in eps: its measured gradient falls only as r^-0.3 to r^-0.5 (conventions 3)
             "router": hidden.row(d, "like any d-controlled projection"),
             "router_bias": ROUTER_BIAS,
             "norm": vector,
+            # all heads share this gain, so its gradient does not shrink with width as others' do (transfer-rules 3)
             "qk_norm": Row(
                 lr=inside * s,
                 eps=inside_eps / s,
@@ -113,10 +126,12 @@ def complete_mue(
         output_multiplier=e**-1,
         residual_multiplier=L**-depth_exponent,
         head_multiplier=d**-1,
+        # (1-β)/η² is kept, and η carries s (transfer-rules 5)
         one_minus_beta=s**2,
         betas=betas,
         up_gate=up_gate,
         notes=horizon_note(duration_exponent),
+        # its eps cells are gradient scales, counted in transfer-rules 1.9: other optimizers are derived from them
         gradient=True,
         spectral=True,
         axes=AXIS_SOURCES,
@@ -126,6 +141,7 @@ def complete_mue(
 def _up(hidden: _Hidden, corrected: bool) -> tuple[Row, Monomial]:
     """The row of up and gate, and the drift of their update that is left."""
     if not corrected:
+        # their gradient goes as √(d/H_act) (transfer-rules 1.9)
         return hidden.row(d, "width µP, no MoE factor", eps=e ** "-1/2"), UP_GATE
     source = "width µP, lr × (ρ_e/ρ_κ)^-1/2: experimental correction of 1.9"
     return hidden.row(d, source, eps=e ** "-1/2", rate=UP_GATE**-1), ONE
@@ -148,8 +164,8 @@ def complete_mue_paper(depth_exponent: Fraction = Fraction(1)) -> Rule:
         return Row(
             init_std=fan_in ** "-1/2" * std,
             lr=fan_in**-1 * inside * s,
-            weight_decay=s,
-            eps=1 / s,
+            weight_decay=s,  # no factor of width, so that lr·wd falls by 1/ρ_d (W2)
+            eps=1 / s,  # batch and duration only: the table says nothing of width (conventions 4)
             source=f"{source}; batch/duration Table 2",
             status=PUBLISHED,
         )

@@ -49,6 +49,7 @@ def hidden_ratio_only() -> Rule:
             "final_norm": rest,
             "head": rest,
         },
+        # mup_output_mult, the one forward multiplier it has
         head_multiplier=d**-1,
         routed=False,
         baseline=True,

@@ -38,6 +38,7 @@ class _Regime:
 
 
 def _row(name: str, std: Monomial, lr: Monomial, eps: Monomial, init: str = "normal") -> Row:
+    # wd_group = wd / lr_scale in their code: lr·wd is one number for every tensor and width
     return Row(
         init_std=std, lr=lr, weight_decay=1 / lr, eps=eps, source=f"{SOURCE}: {name}", status=AUTHORS_CODE, init=init
     )
@@ -48,6 +49,7 @@ def _router(std: Monomial, eps: Monomial, init: str = "normal") -> Row:
 
 
 def _rule(name: str, regime: _Regime) -> Rule:
+    """The table of a regime; attention, embedding, norms and head are the same in all three."""
     up = _row("expert up", N ** "-1/2", N**-1, regime.eps_up, regime.init)
     attention = _row("attention", N ** "-1/2", N**-1, N**-1)
     constant = _row("embedding and norms: std and rate constant, eps 1/N", ONE, ONE, N**-1)

@@ -20,6 +20,7 @@ def mup() -> Rule:
         return Row(
             init_std=fan_in ** "-1/2",
             lr=fan_in**-1,
+            # MuAdamW multiplies wd by width_mult unless told decoupled_wd=True (transfer-rules 7)
             weight_decay=fan_in,
             source="2203.03466 Table 8 (std, lr); weight decay: package mup, MuAdamW; eps not scaled there",
             status=AUTHORS_CODE,
@@ -29,6 +30,7 @@ def mup() -> Rule:
     vector = Row(source="2203.03466 Table 8: input weights and biases unscaled", status=PUBLISHED)
     rows = dict.fromkeys(("embedding", "norm", "qk_norm", "bias", "final_norm", "head"), vector)
     rows |= {"attention_q": hidden(d), "attention_k": hidden(d), "attention_v": hidden(d), "attention_o": hidden(o)}
+    # each matrix on its own fan-in: down reads H, not d
     rows |= {"ffn_up": hidden(d), "ffn_gate": hidden(d), "ffn_down": hidden(H)}
     return Rule(
         name="mup",

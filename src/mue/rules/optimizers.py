@@ -40,6 +40,7 @@ _BATCH = {
     "duration": "{0} over another number of tokens is not derived: the SDE rule is Adam's",
 }
 _NO_GRADIENT = "it needs the scale of every gradient, and this table's eps does not give it"
+# transfer-rules 1.9: the share a/N itself where signal dominates, its root where noise does
 _SHARE = "an expert's gradient falls with its share of the tokens, to a power between 1/2 and 1, and {0} does not normalise it"
 
 
@@ -54,6 +55,7 @@ def for_optimizer(rule: Rule, optimizer: str) -> Rule:
     """
     if optimizer not in OPTIMIZERS:
         raise ValueError(f"optimizer {optimizer!r} is not understood{nearest(optimizer, OPTIMIZERS)}")
+    # what the table was written for needs no derivation
     if rule.optimizer == "any" or (rule.optimizer, optimizer) in {("adam", "adamw"), ("hyperball", "hyperball")}:
         return rule
     if rule.optimizer != "adam" or optimizer == "hyperball":
@@ -72,7 +74,9 @@ def _derived(rule: Rule, optimizer: str, change: Callable[[str, Row], Row], **mo
     def derived(role: str, row: Row) -> Row:
         made = replace(change(role, row), source=f"{row.source}; {why}", status=INFERRED)
         cells = {cell: f"{text}; {why}" for cell, text in row.cells.items()}
+        # a cell that no source gives is not known for this optimizer either, whatever `change` made of it
         unknown: dict[str, Any] = dict.fromkeys(row.unknown, ONE)
+        # a draw does not depend on who moves it later: its mark stays
         return replace(made, cells=cells, marks={"init_std": row.mark("init_std")}, **unknown)
 
     rows = {role: row if not ROLES[role].trained else derived(role, row) for role, row in rule.rows.items()}
@@ -86,7 +90,7 @@ def _refuse(rule: Rule, optimizer: str, *axes: dict[str, str]) -> dict[str, str]
 
 
 def _at_one_run(cell: Monomial) -> Monomial:
-    """A cell without its batch and duration."""
+    """A cell without its batch and duration: γ is the gradient's scale at one run, and the √ rule is Adam's alone."""
     for name in ("ρ_B", "ρ_D"):
         cell = cell / ratio(name) ** cell.exponent(name)
     return cell
@@ -166,6 +170,7 @@ def _adafactor(rule: Rule) -> Rule:
 
 
 def _std(role: str, row: Row) -> Monomial:
+    # a gain starts at 1 at every size (a bias at 0, where a relative step has no size to follow)
     return ONE if ROLES[role].vector else row.init_std
 
 
@@ -184,7 +189,9 @@ def _muon(rule: Rule) -> Rule:
             return row
         c = ONE
         if ROLES[role].part == "down":
+            # R = a of the target over a of the base
             c = A * ratio("ρ_a") if role == "expert_down" and rule.routed else A
+        # of lr only the depth is left: the operator norm of the update knows no width, and the batch is refused
         α_lr = ratio("ρ_L") ** row.lr.exponent("ρ_L")
         lr = α_lr / c
         return replace(row, lr=lr, weight_decay=_at_one_run(row.weight_decay * row.lr) / lr, eps=ONE)

@@ -41,6 +41,7 @@ class Option:
                 raise ValueError(f"{name} must be true or false, got {value!r}")
             return value
         try:
+            # by way of its text: 0.3 is 3/10 then, and not the binary number nearest to it
             number = None if isinstance(value, bool) else Fraction(str(value))
         except (ValueError, ZeroDivisionError):
             number = None
@@ -52,12 +53,12 @@ class Option:
 OPTIONS: dict[str, Option] = {
     "depth_exponent": Option(
         "α: both residual branches × ρ_L^-α, rates inside blocks × ρ_L^(α-1) (CompleteP 2505.01618)",
-        Fraction(1, 2),
+        Fraction(1, 2),  # 1/2 is depth-µP, 1 is CompleteP: the range that Complete(d)P tests (transfer-rules 3)
         Fraction(1),
     ),
     "duration_exponent": Option(
         "q: rates × ρ_B^1/2 · ρ_D^-q; 1/2 by theory (SDE), about 0.3 as measured by others (2409.19913)",
-        Fraction(1, 100),
+        Fraction(1, 100),  # above 0, for carried_betas (mue.plan.blocks) has 1/(2q) in it
         Fraction(1),
     ),
     "weight_decay_width": Option(
@@ -78,7 +79,7 @@ OPTIONS: dict[str, Option] = {
 
 
 def option_names(builder: Callable[..., Any]) -> tuple[str, ...]:
-    """The options a rule's builder takes."""
+    """The options a rule has: the keywords that its builder takes, which is all that a new rule has to write."""
     return tuple(inspect.signature(builder).parameters)
 
 
@@ -106,5 +107,12 @@ def resolve(name: str, builder: Callable[..., Any], given: Mapping[str, object])
 
 
 def as_json(options: Mapping[str, OptionValue]) -> dict[str, str | bool]:
-    """Options as JSON holds them: exponents as exact fractions in text."""
+    """Options as JSON holds them.
+
+    Args:
+        options: resolved ones of a rule.
+
+    Returns:
+        Exponents as exact fractions in text ("1/2"), which no reader rounds; truth values and choices as they are.
+    """
     return {k: v if isinstance(v, bool) else str(v) for k, v in options.items()}

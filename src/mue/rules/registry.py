@@ -14,7 +14,17 @@ RULES: Registry[Callable[..., Rule]] = Registry("rule", home="mue.rules")
 
 
 def get_rule(name: str, depth_exponent: object = None, **options: object) -> Rule:
-    """The rule of that name; ``ValueError`` for an unknown name or an option the rule does not have (None: default)."""
+    """The rule of that name with its options resolved.
+
+    Args:
+        name: from :data:`RULES`. depth_exponent, options: from :data:`mue.rules.options.OPTIONS`; None stands for the rule's default.
+
+    Returns:
+        The rule's table. Tables are immutable, so the same one is given to all who ask for it.
+
+    Raises:
+        ValueError: an unknown name, or an option that the rule does not have.
+    """
     builder = RULES.lookup(name)
     return _built(builder, tuple(resolve(name, builder, {"depth_exponent": depth_exponent, **options}).items()))
 

@@ -82,7 +82,7 @@ class Role:
             return not block.is_moe
         if self.kind == "expert":
             return block.experts > 0
-        if self.kind == "router":  # not every router has a matrix, or a bias that balances
+        if self.kind == "router":  # not every router has a matrix (hash, random), or a bias that balances
             kind = block.router_kind
             return block.experts > 0 and (kind.balance_bias if self.part == "bias" else kind.matrix)
         return self.kind != "shared" or block.shared_experts > 0
@@ -97,6 +97,8 @@ def _projections(kind: str, fallback: str | None = None) -> tuple[Role, ...]:
             part,
             reads_residual=part != "down",
             writes_residual=part == "down",
+            # on a dense base the rule gives experts the dense projections' values (transfer-rules 1.2: routed and
+            # shared alike)
             fallback=fallback and f"{fallback}_{part}",
         )
         for part in ("up", "gate", "down")

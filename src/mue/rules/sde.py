@@ -19,6 +19,9 @@ def sde(duration_exponent: Fraction) -> Monomial:
     """s = ρ_B^1/2 · ρ_D^-q, the factor of rates and weight decay; at q = 1/2 the SDE factor √(ρ_B/ρ_D) = √(T*/T).
 
     eps takes 1/s and 1-β takes s², so that η·ε, λ/η and (1-β)/η² hold for every q; T·η² and η·λ·T only for 1/2.
+
+    Args:
+        duration_exponent: q. Theory says 1/2 (2205.10287), sweeps of others 0.28 to 0.32 (transfer-rules 5).
     """
     return B ** "1/2" * D**-duration_exponent
 

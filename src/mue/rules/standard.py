@@ -18,6 +18,7 @@ def standard() -> Rule:
         title="Standard parametrization",
         source="the default of torch and of every stock model",
         rows=dict.fromkeys(ROLES, row),
+        # a stock model leaves its normalised routed sum alone, and divides its logits by √d_head at every head size
         routed=False,
         attention_exponent=Fraction(1, 2),
         baseline=True,

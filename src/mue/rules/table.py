@@ -20,6 +20,7 @@ MARKS = {PUBLISHED: "P", AUTHORS_CODE: "C", INFERRED: "I", NOT_GIVEN: "?"}
 NORMAL = "normal"
 ZERO_INIT = "zero"
 SHARED_INIT = "shared"
+# The factor of a number that a rule sets to zero (MSSP's router and head, HyperP's weight decay).
 ZERO = Monomial(coefficient=ONE.coefficient * 0)
 
 # The four numbers of a role, as code and files name them → as tables print them, and how a column of factors calls them.
@@ -85,7 +86,8 @@ class Rule:
         output_multiplier: of the feed-forward branch, on the base's own A*.
         residual_multiplier, head_multiplier: of both residual branches, of the logits.
         one_minus_beta: factor on 1-β1 and 1-β2. betas: ``"linear"``, or ``"power"`` for β^factor.
-        attention_exponent: of d_head*/d_head on the attention scale; 1/2 keeps a stock model's 1/√d_head.
+        attention_exponent: of d_head*/d_head on the attention scale: 1 as µP has it (conventions 8); 1/2 keeps a stock
+            model's 1/√d_head.
         routed: R follows the block (``a`` on the normalised routed sum) if true, 1 otherwise.
         refuses: axis of :data:`AXES` → reason, for the changes the rule has no answer to.
         notes: what a reader of a plan must know, always printed.
@@ -121,6 +123,7 @@ class Rule:
     axes: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        # our own slips while writing a table, and no user's: hence assertions
         assert set(self.rows) <= set(ROLES), f"rule {self.name} has rows for {set(self.rows) - set(ROLES)}"
         assert set(self.refuses) <= set(AXES), f"rule {self.name} refuses {set(self.refuses) - set(AXES)}"
 

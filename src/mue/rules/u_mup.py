@@ -23,6 +23,7 @@ def u_mup() -> Rule:
 
     def row(name: str, std: Monomial, lr: Monomial) -> Row:
         source = f"2407.17465, unit-scaling: {name}, folded; lr·wd constant; eps not given"
+        # its decay is independent, p *= 1 - wd: in torch's form lr·wd has to stay (conventions 7)
         return Row(init_std=std, lr=lr, weight_decay=1 / lr, source=source, unknown=("eps",))
 
     def hidden(fan_in: Monomial) -> Row:

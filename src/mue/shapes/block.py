@@ -55,6 +55,10 @@ class Block:
         self._check_gates()
 
     def _check_experts(self) -> None:
+        """N, a, g and the shared experts as numbers that a block can have.
+
+        Groups are equal, and so are their shares of a.
+        """
         N, a, g = self.experts, self.active, positive_int("groups", self.groups)
         if self.expert is None:
             raise ValueError("a block needs ffn (dense) or moe and expert (experts and the width of one)")
@@ -65,6 +69,7 @@ class Block:
                 raise ValueError(
                     f"shared = {self.shared} is the width of shared experts, but there are none: add e.g. 1s"
                 )
+        # transfer-rules 9, property 6: a hybrid of shared experts alone has the dense rule's values
         if N == 0 and a == 0 and self.shared_experts > 0:
             return  # shared experts only: a dense feed-forward by another name
         positive_int("experts", N)
@@ -75,6 +80,7 @@ class Block:
             raise ValueError(f"{g} groups must divide both the {N} experts and the {a} active ones")
 
     def _check_gates(self) -> None:
+        """Gates that sum to one, or moments that say what else they do: else R = a is wrong (conventions 9)."""
         if not isinstance(self.normalize, bool):
             raise ValueError(f"normalize must be true or false, got {self.normalize!r}")
         kind = self.router_kind
@@ -96,6 +102,7 @@ class Block:
                 " (mue.moe.gate_moments does it)"
             )
         m1, m2 = (positive("gate_moments", m) for m in self.gate_moments)
+        # Cauchy–Schwarz over the a active weights: Σw² ≥ (Σw)²/a, with equality where all are even; 1e-9 for rounding
         if not m1 * m1 / self.active * (1 - 1e-9) <= m2:
             raise ValueError(
                 f"gate_moments ({m1:g}, {m2:g}): E[Σw²] cannot be below E[Σw]²/a = {m1 * m1 / self.active:g}"

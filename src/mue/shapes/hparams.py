@@ -24,18 +24,34 @@ OPTIMIZERS = (
 DECOUPLED = ("adamw", "nadamw", "lion")  # decay as torch's AdamW has it, p *= 1 - lr·wd, in every parameter
 
 ROLE_VALUES = ("lr", "weight_decay", "init_std", "eps")
-TIMES = "_times"
+TIMES = "_times"  # what ends the name of a value that multiplies, instead of replacing, what would hold otherwise
+# Multipliers by depth are set on the base and go by normalised depth, as in Complete(d)P (transfer-rules 3), in steps.
 THIRDS = ("first_third", "middle_third", "last_third")
 Roles = dict[str, dict[str, float]]
 
 
 def third_of(layer: int, layers: int) -> str:
-    """The third of the depth in which the middle of a layer lies (never on a border): 4 layers are 1 + 2 + 1."""
+    """The third of the depth in which the middle of a layer lies (never on a border): 4 layers are 1 + 2 + 1.
+
+    Args:
+        layer: from 0. layers: how many the model has.
+
+    Returns:
+        One of :data:`THIRDS`.
+    """
+    # by the middle of the layer, (layer + 1/2)/layers, in whole numbers
     return THIRDS[3 * (2 * layer + 1) // (2 * layers)]
 
 
 def third_and_role(table: str) -> tuple[str, str]:
-    """A table of ``tuned.roles`` as (third, role): ``"first_third.ffn_up"``, or ``("", role)`` for the whole depth."""
+    """What a stored table of ``tuned.roles`` is for.
+
+    Args:
+        table: its name, ``"first_third.ffn_up"`` or ``"ffn_up"``.
+
+    Returns:
+        (third, role); the third is ``""`` for the whole depth.
+    """
     third, _, role = table.rpartition(".")
     return third, role
 
@@ -63,7 +79,8 @@ class HParams:
 
     Attributes:
         lr: peak learning rate. weight_decay: torch's decoupled form, ``p *= 1 - lr·wd``. init_std: of every matrix.
-        betas, eps: Adam's; eps is small by default because expert gradients are (transfer-rules 1.9).
+        betas, eps: Adam's; eps is small by default because expert gradients are (transfer-rules 1.9), and 1e-12 is what
+            CompleteP's code has (transfer-rules 2).
         roles: per-role values: ``{"embedding": {"lr": 3e-3}}`` replaces the global one, ``{"head": {"lr_times": 2}}``
             multiplies what it would be otherwise, ``{"first_third": {"ffn_up": {"lr_times": 1.5}}}`` does so in the first
             third of the layers, of the base's as of the target's (``"first_third.ffn_up"`` once it is stored).
@@ -84,7 +101,7 @@ class HParams:
     floor: float = 0.0
     balance: float = 0.0
     z: float = 0.0
-    bias_speed: float = 1e-3
+    bias_speed: float = 1e-3  # the paper's (2408.15664)
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:

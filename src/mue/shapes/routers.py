@@ -46,7 +46,7 @@ class RouterKind:
     active: int | None = None
     grouped: bool = True
     unnormalised: str = 'gates that do not sum to one need gates = "measured" with gate_moments'
-    defined_in: str = field(default=__name__, compare=False)
+    defined_in: str = field(default=__name__, compare=False)  # for messages of the registry: no fact of the router
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:

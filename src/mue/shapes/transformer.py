@@ -122,6 +122,7 @@ class Transformer:
         Experts count one by one, whatever a model stores them in; a tied head is counted at the embedding.
         """
         d, L = self.width, self.layers
+        # a token looks one row up and is multiplied by none of them; a tied table is the head as well, and multiplies
         yield Tensors("embedding", 1, self.vocab * d, 0 if not self.tied else 1)
         kv = self.num_kv_heads * self.head_dim
         for part, out in (("q", self.attention_width), ("k", kv), ("v", kv), ("o", self.attention_width)):
@@ -139,6 +140,7 @@ class Transformer:
             if block.shared_experts:
                 many = n * block.shared_experts
                 yield from self._feed_forward("shared", many, d * block.shared_width // block.shared_experts, many)
+        # one before attention and one before the feed-forward; QK-norm has a gain for q and one for k, shared by heads
         yield Tensors("norm", 2 * L, d, 2 * L, matrix=False)
         yield Tensors("qk_norm", 2 * L, self.head_dim, 2 * L, matrix=False)
         yield Tensors("final_norm", 1, d, 1, matrix=False)
@@ -234,6 +236,7 @@ class MoE(Transformer):
 
     def __post_init__(self) -> None:
         if isinstance(self.gate_moments, list):
+            # JSON and TOML have lists only
             object.__setattr__(self, "gate_moments", tuple(self.gate_moments))
         self._check()
         _ = self.blocks  # a block checks its own numbers

@@ -10,7 +10,14 @@ LARGEST = 10**18  # beyond any shape or run, and well inside what a float holds
 
 
 def positive_int(name: str, value: object) -> int:
-    """``value`` as a positive whole number, or a ``ValueError`` that names it."""
+    """A user's number as a positive whole number.
+
+    Args:
+        name: what messages call it. value: anything; true and false are no numbers here.
+
+    Raises:
+        ValueError: it is none, below 1, or above 10^18, which no shape and no run is.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     if value > LARGEST:
@@ -19,7 +26,15 @@ def positive_int(name: str, value: object) -> int:
 
 
 def positive(name: str, value: object, *, zero: bool = False, below: float = math.inf) -> float:
-    """``value`` as a finite number above 0 (or ≥ 0) and below ``below``, or a ``ValueError`` that names it."""
+    """A user's number as a finite one above 0.
+
+    Args:
+        name: what messages call it. value: anything; true and false are no numbers here.
+        zero: 0 is allowed too. below: the result must be less than this.
+
+    Raises:
+        ValueError: naming the number and the bound that it breaks.
+    """
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if number and isinstance(value, int) and abs(value) > LARGEST:
         raise ValueError(f"{name} must be at most 10^18, got a number of {len(str(abs(value)))} digits")
@@ -32,14 +47,26 @@ def positive(name: str, value: object, *, zero: bool = False, below: float = mat
 
 
 def true_or_false(name: str, value: object) -> bool:
-    """``value`` as it is, or a ``ValueError`` that names it where it is no truth value."""
+    """A user's value as a truth value, for 0, 1 or "false" in a file is a slip.
+
+    Args:
+        name: what messages call it. value: anything.
+
+    Raises:
+        ValueError: it is neither true nor false.
+    """
     if not isinstance(value, bool):
         raise ValueError(f"{name} must be true or false, got {value!r}")
     return value
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """``"; did you mean 'width'?"`` with the closest known word, or the list of all of them."""
+    """The end of an error: ``"; did you mean 'width'?"`` with the closest known word, or the list of all of them.
+
+    Args:
+        word: what was given. known: what would have been understood.
+    """
     known = list(known)
+    # half alike: a slip or a synonym is found, and a wholly other word shows the list instead
     close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"

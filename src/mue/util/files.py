@@ -22,6 +22,9 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in place; on any error nothing changes.
 
     The data is on disk before the name is, so that a reader after a crash sees the old file or the whole new one.
+
+    Args:
+        path: its folder is made where it is missing. write: fills the file whose path it is given.
     """
     made = not path.parent.exists()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -32,6 +35,7 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         write(temporary)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
+        # mkstemp makes files that only their owner reads
         temporary.chmod(0o644)
         os.replace(temporary, path)
     except BaseException:
@@ -42,7 +46,11 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file atomically."""
+    """Write a text file atomically, in UTF-8.
+
+    Args:
+        path: where; see :func:`write_atomic`. text: all of it.
+    """
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
@@ -51,23 +59,42 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Write JSON atomically, readable and with non-ASCII as it is."""
+    """Write JSON atomically, readable (one value a line) and with non-ASCII as it is.
+
+    Args:
+        path: where; see :func:`write_atomic`. data: what ``json`` can write.
+    """
     write_text(path, json.dumps(data, indent=1, ensure_ascii=False) + "\n")
 
 
 def rounded(data: Any) -> Any:
-    """``data`` with numbers as text of 12 significant digits: blind to the last bits that differ between libraries."""
+    """Data with its numbers as text of 12 significant digits: blind to the last bits that differ between libraries.
+
+    Args:
+        data: nested mappings, lists and plain values.
+
+    Returns:
+        The same nesting, tuples as lists and keys as text; for comparing and hashing, not for reading back.
+    """
     if isinstance(data, Mapping):
         return {str(k): rounded(v) for k, v in data.items()}
     if isinstance(data, list | tuple):
         return [rounded(v) for v in data]
     if isinstance(data, float):
+        # of a double's 16 digits: what libm, BLAS or another order of factors changes is in the last two or three
         return f"{data:.12g}"
     return f"{data:d}" if isinstance(data, int) and not isinstance(data, bool) else data
 
 
 def digest(data: Any) -> str:
-    """16 hex digits over the meaning of ``data``: key order, formatting and last bits change nothing."""
+    """A hash over the meaning of data: key order, formatting and last bits change nothing.
+
+    Args:
+        data: as for :func:`rounded`.
+
+    Returns:
+        16 hex digits of SHA-256: 64 bits, in which a billion plans or runs meet by chance once in forty times.
+    """
     text = json.dumps(rounded(data), sort_keys=True, ensure_ascii=False)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-LARGEST_HEADER = 100_000_000
+LARGEST_HEADER = 100_000_000  # the format's own limit; a file that is none gives any number here
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,11 @@ class Header:
 
 
 def read_header(path: Path) -> Header:
-    """The header; ``ValueError`` for a file that is not safetensors or shorter than it says."""
+    """Read what a safetensors file says of its tensors, without their bytes.
+
+    Raises:
+        ValueError: the file is not safetensors, or its tensors' bytes are not where it says.
+    """
     with path.open("rb") as file:
         length = file.read(8)
         size = struct.unpack("<Q", length)[0] if len(length) == 8 else LARGEST_HEADER + 1

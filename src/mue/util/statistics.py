@@ -35,6 +35,7 @@ def student_quantile(p: float, freedom: float) -> float:
     low, high = 0.0, 1.0
     while central(high) < 2 * p - 1:
         high *= 2
+    # halved until nothing is left to halve: a double has 53 bits
     for _ in range(80):
         middle = (low + high) / 2
         low, high = (middle, high) if central(middle) < 2 * p - 1 else (low, middle)

@@ -6,12 +6,23 @@ from collections.abc import Iterable, Sequence
 
 
 def number(value: float | None) -> str:
-    """A number as tables print it: 4 significant digits, ``–`` for none."""
+    """A number as tables and messages print it.
+
+    Args:
+        value: None where there is none.
+
+    Returns:
+        4 significant digits, as many as anybody compares by eye; ``–`` for None.
+    """
     return "–" if value is None else f"{value:.4g}"
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Left-aligned columns, two spaces apart, a rule under the header."""
+    """A table as plain text: left-aligned columns, two spaces apart, a rule under the header.
+
+    Args:
+        header: one cell a column. rows: as many cells each.
+    """
     lines = [list(header), *map(list, rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
     printed = [

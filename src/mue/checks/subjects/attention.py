@@ -33,6 +33,8 @@ def attention(ctx: Context) -> Iterator[Finding]:
             continue
         read += 1
         expected = _expected(ctx, s.products)
+        # 2 %: q·k is made again with an epsilon of our own in the norms, and the scales that get confused (1/√E, 1/E,
+        # 1, twice) lie factors apart
         if not abs(measured - expected) <= max(2e-2, ctx.tolerance) * expected:
             found.setdefault((expected, number(measured)), []).append(name)
     for (expected, measured_text), names in found.items():
@@ -84,6 +86,7 @@ def _measured(ctx: Context, s: Softmax) -> float | None:
     own = None if diagonal is None else _products(ctx, s, diagonal)
     if diagonal is not None and own is not None:
         c, residue = fit_ratio(diagonal, own)
+        # else something between projection and softmax is not known here, and the kernel's own scale is all there is
         if residue < 0.02:
             return c
     if s.scale is not None:
@@ -104,6 +107,7 @@ def _diagonal(s: Softmax) -> Tensor | None:
     assert s.q is not None and s.k is not None and s.scale is not None
     if s.q.dim() != 4 or s.q.shape[1] % s.k.shape[1]:
         return None
+    # grouped queries: head h reads key h // (H/K), as in torch
     k = s.k.repeat_interleave(s.q.shape[1] // s.k.shape[1], 1)
     return (s.q * k).sum(-1) * s.scale
 
@@ -152,4 +156,5 @@ def _normed(x_BTHE: Tensor, gain: Tensor | None) -> Tensor:
 
 
 def _rms(x: Tensor) -> Tensor:
+    # the model's own eps is not known, and hardly shows
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)

@@ -49,6 +49,11 @@ def _without_call(ctx: Context, threshold: float) -> Finding:
 
 
 def _measured(ctx: Context, threshold: float, c: Mapping[Tensor, float]) -> Finding:
+    """Let the user's call clip gradients of a known norm, and see by what each was multiplied.
+
+    The norm is that before the fold, so a call that weighs the folded gradients as they are shows another factor than
+    1/FORCE.
+    """
     parameters = [p.parameter for p in ctx.placed]
     saved = [p.grad for p in parameters]
     try:
@@ -59,6 +64,7 @@ def _measured(ctx: Context, threshold: float, c: Mapping[Tensor, float]) -> Find
         norm = _norm(held, c)
         for p in held:
             assert p.grad is not None
+            # a clip that does not bind would multiply by 1, as none at all does
             p.grad.mul_(FORCE * threshold / norm)
         before = [p.grad.detach().clone() for p in held if p.grad is not None]
         assert ctx.clip is not None
@@ -71,7 +77,9 @@ def _measured(ctx: Context, threshold: float, c: Mapping[Tensor, float]) -> Find
 
 
 def _judged(ctx: Context, held: list[Tensor], factors: list[float]) -> Finding:
+    """All factors are one, and that one is 1/FORCE."""
     low, high, wanted = min(factors), max(factors), 1 / FORCE
+    # one division and one product in float32: the factors of one clip agree to 1e-6
     if high - low > max(1e-3, ctx.tolerance) * high:
         worst = ctx.names[id(held[factors.index(low)])].name
         return Finding(
@@ -83,6 +91,7 @@ def _judged(ctx: Context, held: list[Tensor], factors: list[float]) -> Finding:
             ("clipped per tensor or per group instead of globally", "clipped by value"),
             MEND,
         )
+    # torch adds 1e-6 to the norm before it divides; 1 % is far above that, and far below what a fold changes
     if abs(high - wanted) > max(1e-2, ctx.tolerance) * wanted:
         folded = ctx.plan.folding is not None
         return Finding(

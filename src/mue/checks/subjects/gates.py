@@ -20,7 +20,9 @@ from mue.checks.subjects.multipliers import expected_routed
 from mue.shapes.block import MEASURED, Block
 from mue.util.text import number
 
-VARIANCE = 1.25  # F above which the branch's init scale is off by more than a tenth
+# F above which the branch's init scale √F is off by more than a tenth. Logits of std 1 give sigmoid gates 1.00 to 1.01,
+# renormalised softmax ones 1.1 to 1.2 (transfer-rules 1.3).
+VARIANCE = 1.25
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softmax": lambda logits: logits.softmax(-1)}
 
 
@@ -44,6 +46,7 @@ def gates(ctx: Context) -> Iterator[Finding]:
 
 
 def _layer(ctx: Context, b: Branch, c: Coefficients, block: Block) -> Iterator[Finding]:
+    """One router by its branch's coefficients: how many experts, one sum for all tokens, how even the weights are."""
     router = next(
         (p for p in ctx.placed if p.layer == b.layer and p.role == "router" and p.fan_out == block.experts), None
     )
@@ -65,6 +68,7 @@ def _layer(ctx: Context, b: Branch, c: Coefficients, block: Block) -> Iterator[F
     if block.gates != MEASURED and spread > ctx.tolerance * abs(mean):
         yield not_constant(where, mean, spread, expected_routed(ctx, b.layer))
         return
+    # whatever the multipliers are: they cancel between numerator and denominator
     F = float(block.active * c.routed.square().sum(1).mean() / mean**2)
     planned = block.gate_variance
     if VARIANCE * planned < F:
@@ -87,6 +91,7 @@ def _against_kind(ctx: Context, b: Branch, c: Coefficients, block: Block, where:
     """The relative weights must be what the planned router makes of them: even, or in proportion to its scores."""
     if block.gates == MEASURED or block.active < 2:
         return
+    # the largest difference over all tokens and experts, so wider than one multiplier; another score differs by more
     kind, bound = block.router_kind, max(5e-3, 2 * ctx.tolerance)
     mine = c.routed / c.routed.sum(1, keepdim=True)
     if kind.even and (off := _distance(mine, c.active / block.active)) > bound:

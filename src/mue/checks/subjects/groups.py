@@ -36,6 +36,7 @@ def _held(ctx: Context) -> list[tuple[Any, dict[str, Any]]]:
 
 
 def _membership(ctx: Context) -> Iterator[Finding]:
+    """Parameters in no group, in several, or of another model: by identity, for a copy has the same names."""
     held = [id(p) for p, _ in _held(ctx)]
     missing = [p.name for p in ctx.placed if ROLES[p.role].trained and id(p.parameter) not in set(held)]
     twice = [ctx.names[i].name for i in set(held) if i in ctx.names and held.count(i) > 1]
@@ -77,6 +78,7 @@ def _membership(ctx: Context) -> Iterator[Finding]:
 def _kinds(ctx: Context) -> Iterator[Finding]:
     """Adam adds the decay to the gradient; the plan's decay is decoupled from it."""
     for o in ctx.optimizers:
+        # type, not isinstance: torch.optim.AdamW is a subclass of Adam
         coupled = type(o) is torch.optim.Adam and not any(g.get("decoupled_weight_decay") for g in o.param_groups)
         if coupled and ctx.plan.tuned.optimizer in DECOUPLED and any(g["weight_decay"] for g in o.param_groups):
             yield Finding(
@@ -91,6 +93,7 @@ def _kinds(ctx: Context) -> Iterator[Finding]:
 
 
 def _values(ctx: Context) -> Iterator[Finding]:
+    """Each setting of each group against the planned one. Of lr the phase of a schedule that has begun is taken out."""
     rows = [
         (ctx.names[id(p)], group, ctx.expected[id(p)])
         for p, group in _held(ctx)
@@ -117,6 +120,7 @@ def _phase(rows: list[tuple[dict[str, Any], dict[str, Any]]]) -> float:
     """What a scheduler has multiplied into every lr so far: allowed where ``initial_lr`` still is the planned one."""
     ratios = sorted(float(g["lr"]) / e["lr"] for g, e in rows if e["lr"])
     kept = [g for g, e in rows if "initial_lr" in g and _same(float(g["initial_lr"]), e["lr"])]
+    # without the planned initial_lr in most groups it is no schedule, but another rate
     if not ratios or len(kept) * 2 < len(rows):
         return 1.0
     middle: float = ratios[len(ratios) // 2]
@@ -126,6 +130,7 @@ def _phase(rows: list[tuple[dict[str, Any], dict[str, Any]]]) -> float:
 def _same(a: Any, b: Any) -> bool:
     if isinstance(b, tuple | list):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    # a rate that went through float32 or through text is still the planned one
     return abs(float(a) - float(b)) <= 1e-6 * max(abs(float(a)), abs(float(b)))
 
 

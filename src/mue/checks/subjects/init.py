@@ -18,7 +18,7 @@ from mue.rules.table import NORMAL
 
 NAME = "init"
 TOLERANCE = 0.02  # a normal cut at three sigma has 1.3 % less std, and is right
-SIGMAS = 6.0
+SIGMAS = 6.0  # standard errors: chance passes them twice in 10^9, and a MoE has thousands of matrices to look at
 
 
 @check_of(NAME, place=3, needs=("roles", "plan", "values"))
@@ -47,9 +47,11 @@ def init(ctx: Context) -> Iterator[Finding]:
 
 
 def _wrong(ctx: Context, s: TensorPlan) -> Iterator[tuple[str, str, str]]:
+    """(where, expected, measured) of each piece of a tensor that was not drawn, or not set, as planned."""
     p = s.info
     if not ROLES[p.role].drawn:
         value = p.parameter.detach().double()
+        # a constant is exact but for the rounding of its type
         tolerance = 1e-6 if p.parameter.dtype in (torch.float32, torch.float64) else 1e-2
         if s.constant is not None and float((value - s.constant).abs().max()) > tolerance * max(1.0, abs(s.constant)):
             yield (
@@ -62,9 +64,11 @@ def _wrong(ctx: Context, s: TensorPlan) -> Iterator[tuple[str, str, str]]:
     assert planned is not None
     for where, tensor in _pieces(p):
         std, mean, n = _moments(tensor)
+        # the relative standard error of a std of n normal numbers is 1/√(2n), that of their mean 1/√n
         bound = max(TOLERANCE, SIGMAS / math.sqrt(2 * n))
         if not abs(std - planned) <= bound * planned + 1e-30:
             yield where, f"std {planned:.4g} ± {100 * bound:.2g} %", f"std {std:.3g} (× {_times(std, planned)})"
+        # a thousandth of the std changes nothing, however surely it is measured on a large tensor
         elif abs(mean) > SIGMAS * planned / math.sqrt(n) + 1e-3 * planned:
             yield where, "mean 0", f"mean {mean:.3g}, {abs(mean) / planned:.2g} of the std"
 
@@ -119,6 +123,7 @@ def _twins(ctx: Context) -> Iterator[Finding]:
         if not ROLES[p.role].drawn or ctx.plan.role(p.role, p.layer).init != NORMAL:
             continue
         for expert, tensor in expert_slices(p):
+            # Divided by the planned std, so that one draw at two scales is found; eight equal numbers are no chance.
             head = tensor.flatten()[:8].double() / (s.values.init_std or 1.0)
             key = tuple(round(x, 5) for x in head.tolist())
             name = p.name if expert is None else f"{p.name}[expert {expert}]"

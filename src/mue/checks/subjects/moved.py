@@ -20,7 +20,7 @@ from mue.model.apply import param_groups
 from mue.rules.roles import ROLES
 
 NAME = "moved"
-LOST = 0.5  # share of elements whose step may vanish in rounding
+LOST = 0.5  # share of elements whose step may vanish in rounding: with more, less than half of the planned step is made
 
 
 @dataclass
@@ -50,6 +50,10 @@ def _planned_optimizer(ctx: Context) -> list[Optimizer]:
 
 
 def _findings(ctx: Context, steps: list[TensorStep], optimizers: list[Optimizer], fresh: bool) -> Iterator[Finding]:
+    """What the step showed. ``fresh``: the optimizer has no state yet, so that AdamW's first step is known exactly.
+
+    Tensors whose step was lost in rounding are left out of the comparison of sizes: their fault has a name already.
+    """
     still, warned, idle = _still(ctx, steps)
     lost = [(s, share) for s in steps if (share := _lost(s)) > LOST]
     exact = (
@@ -88,6 +92,7 @@ def _findings(ctx: Context, steps: list[TensorStep], optimizers: list[Optimizer]
 
 
 def _steps(ctx: Context, optimizers: list[Optimizer]) -> list[TensorStep]:
+    """One step of every optimizer in training mode at peak rates; everything is put back afterwards."""
     with _undone(ctx, optimizers):
         before = {id(p.parameter): p.parameter.detach().clone() for p in ctx.placed}
         zero_start = _zero_start(ctx)
@@ -154,6 +159,7 @@ def _undone(ctx: Context, optimizers: list[Optimizer]) -> Iterator[None]:
 
 
 def _not_finite(steps: list[TensorStep]) -> list[Finding]:
+    """The one finding where something is not a number: all others would follow from it."""
     bad = [
         s.info.name
         for s in steps
@@ -273,16 +279,19 @@ def _size(ctx: Context, s: TensorStep) -> tuple[str, str, str] | None:
         return None
     wide = torch.promote_types(s.before.dtype, torch.float32)  # a hundredth is asked for
     g, w = s.gradient.to(wide), s.before.to(wide)
+    # AdamW's first step: after bias correction m = g and √v = |g|, whatever the betas
     step = planned["lr"] * g / (g.abs() + planned["eps"])
     decay = planned["lr"] * planned["weight_decay"]
     wanted = -step - decay * w
     size, off = _rms(wanted), _rms(s.change.to(wide) - wanted)
     digits = torch.finfo(s.before.dtype).eps
+    # a hundredth of the step, and what the stored weight rounds off it
     if off > 1e-2 * size + 2 * digits * _rms(w):
         return s.info.name, f"rms {size:.4g}", f"rms {_rms(s.change):.4g}, off by {off:.4g}"
     # The decay is a small part of the step, but the only part along the weights themselves.
     square = float((w * w).sum())
     shrunk = -float(((s.change.to(wide) + step) * w).sum()) / square if square else decay
+    # 5 % of the decay, beside what rounding of the step and of the stored weight can leave along w
     if abs(shrunk - decay) > 0.05 * decay + 1e-3 * planned["lr"] + 4 * digits:
         return s.info.name, f"shrunk by lr·wd = {decay:.4g}", f"shrunk by {shrunk:.4g}"
     return None

@@ -66,7 +66,10 @@ def _made_of(r: Reading) -> str:
 
 
 def explain(r: Reading) -> tuple[str, ...]:
-    """The factors whose absence or repetition would give what was measured, the likeliest first."""
+    """The factors whose absence or repetition would give what was measured, the likeliest first.
+
+    Within 1 %, as wide as the measurement; factors that lie closer together are all named.
+    """
     off, found = r.measured / r.expected, []
     candidates = {**r.factors}
     for name, f in candidates.items():
@@ -97,6 +100,10 @@ def expected_routed(ctx: Context, layer: int) -> float:
 
 
 def _branches(ctx: Context) -> Iterator[Reading | Finding]:
+    """A reading for each branch that met the stream.
+
+    Branches that no addition showed are named, for nothing was read of them.
+    """
     m = ctx.plan.multipliers
     seen: dict[tuple[int, str], int] = {}
     for b in ctx.branches:
@@ -123,6 +130,7 @@ def _attention(b: Branch, residual: float) -> Reading | Finding:
     product = b.last("attention_o")
     assert product is not None
     out = product.out.reshape(-1, product.out.shape[-1])
+    # a projection may be computed as W·xᵀ
     c, residue = fit_ratio(b.out, out if out.shape == b.out.shape else out.T)
     if residue > 0.05:
         return _not_a_multiple(product.info.name, residue)
@@ -141,6 +149,11 @@ def _not_a_multiple(name: str, residue: float) -> Finding:
 
 
 def _feed_forward(ctx: Context, b: Branch, c: Coefficients | None) -> Iterator[Reading | Finding]:
+    """What the branch's coefficients say: for the dense or shared experts A·l^-α, for the routed sum that times R.
+
+    R and a are among the suspects on the shared experts' reading as well: R on both is the likeliest slip of a rule
+    that puts it on one (transfer-rules 1.1).
+    """
     down = [p for p in ctx.placed if p.layer == b.layer and ROLES[p.role].part == "down"]
     names = {ROLES[p.role].kind: p.name for p in reversed(down)}
     if c is None or not c.determined:
@@ -180,12 +193,14 @@ def _feed_forward(ctx: Context, b: Branch, c: Coefficients | None) -> Iterator[R
     if c.routed.shape[1]:
         factors = {"output multiplier A": A, "route scale R": m.route[b.layer], "residual multiplier": residual}
         block = ctx.plan.target.per_layer[b.layer]
+        # a mean in place of a sum, or of the groups' sums, is off by these
         factors["number of active experts"] = float(block.active)
         factors["number of groups"] = float(block.groups)
         yield Reading(names["expert"], "routed sum", expected_routed(ctx, b.layer), _median(c.routed.sum(1)), factors)
 
 
 def _median(x: Tensor) -> float:
+    """Over tokens: the multiplier is one for all, and a token with nearly singular equations must not move it."""
     return float(x.median())
 
 
@@ -211,6 +226,10 @@ def _unfit(ctx: Context, b: Branch, c: Coefficients, names: list[str]) -> Findin
 
 
 def _stream(ctx: Context) -> Iterator[Reading | Finding]:
+    """The stream itself: it carries no multiplier, nor does the embedding on its way into it (C12).
+
+    l^-α belongs on the branch; on the stream it would shrink everything before the block, embedding included.
+    """
     record = ctx.seen[0]
     added = [a for a in record.added if any(p.info.layer is not None for p in a.products)]
     if record.lookup is None or not added:
@@ -219,6 +238,7 @@ def _stream(ctx: Context) -> Iterator[Reading | Finding]:
     table = next((p.name for p in ctx.placed if p.role == "embedding"), "embedding")
     start = added[0].before if added[0].before.shape == record.lookup.shape else record.lookup
     c, residue = fit_ratio(added[0].carried, start)
+    # Gemma's code multiplies its embedding by √d: the family's habit, and no fault of the wiring
     own = ctx.plan.target.width**0.5
     if residue < 0.05 and abs(c / own - 1) < 1e-2 and not isinstance(unwrap(ctx.model), HasLayout):
         yield Finding(
@@ -247,6 +267,10 @@ def _stream(ctx: Context) -> Iterator[Reading | Finding]:
 
 
 def _head(ctx: Context) -> Iterator[Reading | Finding]:
+    """Logits against head(norm(stream)), for each kind of norm and epsilon that the model may have.
+
+    Their ratio is the head multiplier.
+    """
     record, out = ctx.seen
     logits = logits_of(out)
     weight = next((p for p in ctx.placed if p.role == "head"), None)
@@ -284,6 +308,7 @@ def _normed(ctx: Context, x: Tensor) -> Iterator[Tensor]:
     last = [p for p in ctx.placed if p.role == "final_norm"]
     gains = [p.parameter.detach().double() + float(p.layout.start == 0) for p in last]  # such code multiplies by 1 + w
     gain = gains[0] if gains else x.new_ones(x.shape[-1])
+    # the model's own epsilon is not known; these two are the usual ones, and the better fit is taken
     for eps in (1e-6, 1e-5):
         unit = x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         yield unit * gain

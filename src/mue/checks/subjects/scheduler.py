@@ -13,8 +13,8 @@ from mue.checks.report import FAIL, PASS, SKIP, Finding, several
 from mue.layouts.layout import canonical
 
 NAME = "scheduler"
-STEPS = 2000
-_LENGTH = ("T_max", "total_steps", "total_iters")
+STEPS = 2000  # where neither scheduler nor plan says how long it is; never more than five times that are walked
+_LENGTH = ("T_max", "total_steps", "total_iters")  # as torch's schedulers (cosine, OneCycle, linear) call their length
 
 
 @check_of(NAME, place=5, needs=("roles", "plan"))
@@ -47,11 +47,15 @@ def _stepper(given: Any) -> Callable[[int], Any]:
     if not hasattr(given, "step"):
         return given  # type: ignore[no-any-return]  # a function of the step, as hand-written loops have
     if type(given).__name__ == "ReduceLROnPlateau":
-        return lambda step: given.step(1.0)
+        return lambda step: given.step(1.0)  # a metric that never improves: it reduces as often as it can
     return lambda step: given.step()
 
 
 def _walk(ctx: Context, groups: list[dict[str, Any]], steps: int) -> Finding | None:
+    """The first step at which something is wrong, or None.
+
+    Peaks are the planned rates, not those that the groups have.
+    """
     peaks = [ctx.expected[id(g["params"][0])]["lr"] if id(g["params"][0]) in ctx.expected else g["lr"] for g in groups]
     fixed = [{k: g.get(k) for k in ("betas", "weight_decay", "eps", "momentum")} for g in groups]
     step_once = _stepper(ctx.scheduler)
@@ -69,6 +73,7 @@ def _walk(ctx: Context, groups: list[dict[str, Any]], steps: int) -> Finding | N
 def _ratios(ctx: Context, groups: list[dict[str, Any]], peaks: list[float], step: int) -> Finding | None:
     factors = [float(g["lr"]) / peak for g, peak in zip(groups, peaks, strict=True) if peak]
     middle = sorted(factors)[len(factors) // 2]
+    # against the middle one, so that a single wrong group is named and not all the others
     off = [g for g, f in zip(groups, factors, strict=False) if abs(f - middle) > 1e-5 * max(abs(f), abs(middle))]
     if not off:
         return None

@@ -25,10 +25,12 @@ def tied(ctx: Context) -> Iterator[Finding]:
 
 
 def _head(ctx: Context) -> Iterator[Finding]:
+    """Whether head and embedding, where they are two tensors, have one memory or the same numbers."""
     embedding = next((p for p in ctx.placed if p.role == "embedding"), None)
     head = next((p for p in ctx.placed if p.role == "head"), None)
     if embedding is None:
         return
+    # without values or memory there is nothing to compare; whether there is a head at all is coverage's
     if head is None or ctx.meta:
         return
     same = head.parameter.shape == embedding.parameter.shape and torch.equal(head.parameter, embedding.parameter)
@@ -54,6 +56,7 @@ def _head(ctx: Context) -> Iterator[Finding]:
 
 
 def _shared(ctx: Context) -> Iterator[Finding]:
+    """Other tensors under two names, or on one memory: each use adds to one gradient, which no rule here plans."""
     names: dict[int, list[str]] = {}
     for name, parameter in ctx.model.named_parameters(remove_duplicate=False):
         names.setdefault(id(parameter), []).append(canonical(name))
@@ -73,6 +76,7 @@ def _shared(ctx: Context) -> Iterator[Finding]:
         return
     ranges: dict[int, str] = {}
     for p in ctx.placed:
+        # two Parameters on one memory are moved twice a step by any optimizer
         here = p.parameter.data_ptr()
         if here and here in ranges and p.role not in _MAY:
             yield Finding(

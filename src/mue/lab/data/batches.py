@@ -68,7 +68,17 @@ class Batches:
         return self.batch_sequences * self.sequence
 
     def at(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Inputs x_BT and targets y_BT (int64, CPU) of a step, counted from 0."""
+        """The batch of a step, at the same cost for any.
+
+        Args:
+            step: counted from 0.
+
+        Returns:
+            Inputs x_BT and targets y_BT, int64 on the CPU.
+
+        Raises:
+            ValueError: a negative step.
+        """
         if step < 0:
             raise ValueError(f"steps count from 0, so there is no step {step}")
         sample_B = np.arange(step * self.batch_sequences, (step + 1) * self.batch_sequences, dtype=np.int64)
@@ -77,6 +87,7 @@ class Batches:
         for epoch in np.unique(epoch_B):  # two where a batch straddles epochs, more only for a tiny text
             here = epoch_B == epoch
             order = _round_keys("order", self.seed, int(epoch))
+            # Shifted anew in each epoch: else windows would be cut at the same places for ever.
             slack = len(self._stream) - self.windows * self._window
             offset = int(_round_keys("offset", self.seed, int(epoch))[0]) % (slack + 1)
             start_B[here] = offset + self._window * _shuffled(place_B[here], self.windows, order)
@@ -103,6 +114,8 @@ class Batches:
         return tokens_BW[:, :-1].contiguous(), tokens_BW[:, 1:].contiguous()
 
 
+# Four rounds make a permutation that looks random with ideal round functions (Luby & Rackoff, SIAM J. Comput. 17,
+# 1988); ours are cheap mixers, so twice as many.
 _ROUNDS = 8
 
 

@@ -92,6 +92,7 @@ def load_corpus(
             is named must be readable; inside a folder, what cannot be used is counted in ``Corpus.skipped``.
         tokenizer: a ``tokenizers`` JSON; without it a token is a byte and documents are separated by byte 0. With it they
             are separated by ``separator``, by default the tokenizer's end-of-text token.
+        cache: a folder for tokens and indices; several processes may share it.
         validation_fraction: of files, chosen by a hash of the relative name, so that adding a file moves no other. From
             a single file the tail is taken, cut between two documents where one ends close by. Files called ``train`` and
             ``val`` (nothing else among them) are taken at their word.
@@ -105,6 +106,7 @@ def load_corpus(
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must lie between 0 and 1, not {validation_fraction}")
     sources = [Path(source)] if isinstance(source, (Path, str)) else [Path(s) for s in source]
+    # The cache may lie inside a source, and is no text of it.
     found, skipped = find(sources, suffixes, exclude | {str(Path(cache).resolve())}, tokens_described=dtype is not None)
     index = Index(Path(cache), [*sources, *sorted(suffixes)])
     files = examine_all(found, index, skipped)
@@ -118,6 +120,7 @@ def load_corpus(
         encoder = padded(encoder, vocab, tokenizer)
 
     train, validation = split(files, validation_fraction)
+    # Whatever decides the tokens, and nothing else: no path, no time.
     recipe = {
         "format": FORMAT,
         "tokenizer": [encoder.name, encoder.vocab, encoder.separator, encoder.dtype.name],
@@ -148,7 +151,13 @@ def stdlib_corpus(cache: Path, *, validation_fraction: float = 0.1) -> Corpus:
     """The Python standard library's own source on this machine: real text, no download, about 12 MB, byte-level.
 
     Test suites are left out: Linux distributions strip them, so that with them the same Python would give another
-    corpus from machine to machine. Split by file. Raises ValueError where Python came without its source.
+    corpus from machine to machine. Split by file.
+
+    Args:
+        cache: a folder for its tokens. validation_fraction: of files.
+
+    Raises:
+        ValueError: Python came without its source.
     """
     exclude = EXCLUDED_FOLDERS | {"test", "tests", "idle_test"}
     source = Path(sysconfig.get_path("stdlib"))
@@ -180,7 +189,7 @@ def _tokenise(
     path = cache / f"{key}.bin"
     write_atomic(path, write)
     tokens = path.stat().st_size // encoder.dtype.itemsize
-    try:
+    try:  # only now it is known how much there is
         if tokens < 2:
             raise ValueError(f"{train[0].path}: no text to learn from ({tokens} tokens); name a longer text")
         if not validation:
@@ -206,7 +215,10 @@ def _tokenise(
 
 
 def _cached(cache: Path, key: str, dtype: np.dtype[Any]) -> tuple[Tokens, dict[str, Any]] | None:
-    """The tokens and their description where ``cache`` holds both whole."""
+    """The tokens and their description where ``cache`` holds both whole.
+
+    The description is written last, so where it is and the size fits, nothing was interrupted.
+    """
     meta = read_json(cache / f"{key}.json")
     path = cache / f"{key}.bin"
     if not isinstance(meta, dict) or not path.is_file() or path.stat().st_size != meta["tokens"] * dtype.itemsize:
@@ -271,6 +283,7 @@ def _tail(stream: Tokens, fraction: float, separator: int | None) -> int:
     cut = max(1, len(stream) - size)
     if separator is None:
         return cut
+    # Near: so that the tail is between half and one and a half times what was asked for.
     low, high = max(0, cut - size // 2), min(len(stream) - 1, cut + size // 2)
     ends = np.flatnonzero(stream[low:high] == separator) + low + 1
     return int(ends[np.argmin(np.abs(ends - cut))]) if len(ends) else cut

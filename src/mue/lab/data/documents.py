@@ -32,6 +32,7 @@ def pieces(file: SourceFile, text_key: str, skipped: Counter[str]) -> Iterator[P
             raise ValueError(
                 f"{where}: {text_key!r} is {type(document).__name__}, not text; name the text's key: text_key="
             )
+        # A NUL would be read as the separator of byte tokens; a lone surrogate has no UTF-8.
         if "\0" in document or _has_surrogate(document):
             raise ValueError(f"{where}: binary text (a NUL or a lone surrogate); remove the document or clean it")
         if document:
@@ -54,12 +55,13 @@ def _text_pieces(path: Path) -> Iterator[Piece]:
     # a million may be missed there, and memory stays flat.
     first = True
     with path.open(encoding="utf-8", newline="") as handle:
-        while stretch := handle.read(1 << 20):
+        while stretch := handle.read(1 << 20):  # characters
             yield first, stretch + handle.readline()
             first = False
 
 
 def _jsonl_documents(path: Path, key: str, skipped: Counter[str]) -> Iterator[tuple[str, object]]:
+    """Where each document stands, for errors, and what is there under ``key``."""
     with path.open("rb") as handle:
         for number, line in enumerate(handle, 1):
             where = f"{path}, line {number}"
@@ -77,6 +79,7 @@ def _jsonl_documents(path: Path, key: str, skipped: Counter[str]) -> Iterator[tu
 
 
 def _parquet_documents(path: Path, key: str, skipped: Counter[str]) -> Iterator[tuple[str, object]]:
+    """As :func:`_jsonl_documents`, of the rows of a table; read in batches, so that memory stays flat."""
     try:
         import pyarrow.parquet  # type: ignore[import-untyped,import-not-found,unused-ignore]
     except ImportError as error:

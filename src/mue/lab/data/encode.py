@@ -60,6 +60,7 @@ def tokenizer_encoder(path: Path, separator: str | None) -> Encoder:
     """The tokenizer of a ``tokenizers`` JSON.
 
     Args:
+        path: of that JSON.
         separator: the text of the token between documents; None: the end of text as the field's tokenizers call it.
 
     Raises:
@@ -84,15 +85,23 @@ def tokenizer_encoder(path: Path, separator: str | None) -> Encoder:
         raise ValueError(f'{path}: {what}; name the token between documents: separator="<its text>"')
 
     def encode(texts: list[str]) -> list[Tokens]:
+        # No special tokens: separators are ours, and a long document comes in stretches without one between.
         encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
         return [np.asarray(e.ids, dtype=np.uint32) for e in encodings]
 
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()  # its name: two files of one name are often two tokenizers
     return Encoder(f"sha256:{digest}", vocab, _smallest_dtype(vocab), names[end], encode)
 
 
 def padded(encoder: Encoder, vocab: int | None, tokenizer: Path | None) -> Encoder:
-    """The encoder with a larger vocabulary (models like theirs round); ``ValueError`` for a smaller one."""
+    """The encoder with a larger vocabulary, for models like theirs round.
+
+    Args:
+        vocab: the size that is wanted; None: the encoder's own. tokenizer: the file to name in an error.
+
+    Raises:
+        ValueError: smaller than what the encoder makes.
+    """
     if vocab is None or vocab == encoder.vocab:
         return encoder
     if vocab < encoder.vocab:

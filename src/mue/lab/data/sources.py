@@ -22,7 +22,7 @@ TEXT_SUFFIXES = frozenset(
 )
 EXCLUDED_FOLDERS = frozenset({"__pycache__", "node_modules", "site-packages", "dist-packages"})
 FORMAT = "mue-corpus-1"  # part of every hash: change it when the same files would give other tokens
-CHUNK = 1 << 22  # bytes or characters handled at once
+CHUNK = 1 << 22  # bytes or characters handled at once: memory stays flat, and Python's share of the time small
 _KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".bin": "bin"}
 _VALIDATION_NAMES = frozenset({"val", "valid", "validation"})
 
@@ -89,6 +89,8 @@ def find(
 def _walk(
     root: Path, suffixes: frozenset[str], exclude: frozenset[str], tokens_described: bool, skipped: Counter[str]
 ) -> Iterator[FoundFile]:
+    """The files of a folder that may be text; what is left out is counted by its reason."""
+
     def unreadable(error: OSError) -> None:
         skipped["unreadable folder"] += 1
 
@@ -127,7 +129,12 @@ def nothing_usable(sources: list[Path], skipped: Counter[str], suffixes: frozens
 
 
 class Index:
-    """(size, mtime) -> (sha256, problem) of every file seen before, so that an unchanged corpus is not read again."""
+    """(size, mtime) -> (sha256, problem) of every file seen before, so that an unchanged corpus is not read again.
+
+    Args:
+        cache: the folder it is kept in. scope: what was asked for; each has an index of its own, or they would drop
+            each other's files.
+    """
 
     def __init__(self, cache: Path, scope: list[Any]) -> None:
         absolute = [str(s.resolve()) if isinstance(s, Path) else str(s) for s in scope]
@@ -143,7 +150,8 @@ class Index:
         known = self.old.get(found.name)
         if known is None or known[:2] != [stat.st_size, stat.st_mtime_ns]:
             known = [stat.st_size, stat.st_mtime_ns, *_digest(found.path, found.kind)]
-        # A file written just now can change again within the clock's grain: look at it once more next time.
+        # A file written just now can change again within the clock's grain (two seconds on FAT, the coarsest): look at
+        # it once more next time.
         if time.time_ns() - stat.st_mtime_ns > 2_000_000_000:
             self.new[found.name] = known
         return known[0], known[2], known[3]
@@ -199,13 +207,18 @@ def _digest(path: Path, kind: str) -> tuple[str, str | None]:
 
 
 def split(files: list[SourceFile], fraction: float) -> tuple[list[SourceFile], list[SourceFile]]:
-    """Train and validation files. One file alone is all train here; its tail is cut off once it is tokenised."""
+    """Train and validation files. One file alone is all train here; its tail is cut off once it is tokenised.
+
+    Args:
+        fraction: of files that validate. Both sides have at least one, however few there are.
+    """
     if len(files) == 1:
         return files, []
     stems = {Path(f.name).stem for f in files}
     if "train" in stems and stems & _VALIDATION_NAMES and stems <= _VALIDATION_NAMES | {"train"}:
         chosen = {f.name for f in files if Path(f.name).stem != "train"}
     else:
+        # A hash of the name alone: adding a file moves no other from one side to the other.
         place = {f.name: int(hashlib.sha256(f.name.encode()).hexdigest()[:16], 16) / 2**64 for f in files}
         chosen = {name for name, p in place.items() if p < fraction}
         if not chosen:

@@ -14,7 +14,14 @@ _DATA = ("source", "tokenizer", "validation_fraction", "cache", "text_key", "sep
 
 
 def data_source(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """``[data]`` as what :func:`open_corpus` takes; relative paths are relative to the file's ``folder``."""
+    """``[data]`` as what :func:`open_corpus` takes, with absolute paths: a run is resumed from any folder.
+
+    Args:
+        data: the file's tables. folder: the file's, to which its paths are relative.
+
+    Raises:
+        ValueError: no ``[data]``, an unknown key or a source that is no path.
+    """
     table = table_of(data, "data")
     if not table:
         raise ValueError('the file needs a [data] table, e.g. source = "stdlib" or source = "texts/"')
@@ -34,7 +41,11 @@ def data_source(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def open_corpus(source: Mapping[str, Any]) -> Corpus:
-    """The corpus a :func:`data_source` describes."""
+    """Open the corpus that a :func:`data_source` describes.
+
+    Raises:
+        ValueError: as :func:`mue.lab.data.corpus.load_corpus`.
+    """
     options = {k: v for k, v in source.items() if k not in ("source", "cache")}
     cache = Path(source["cache"])
     if source["source"] == STDLIB:
@@ -48,5 +59,8 @@ def open_corpus(source: Mapping[str, Any]) -> Corpus:
 
 
 def describe_data(source: dict[str, Any], corpus: Corpus) -> dict[str, Any]:
-    """What a run records of its data: the content's description, and how to open it again."""
+    """What a run records of its data: the content's description, and under ``source`` how to open it again.
+
+    Only its ``hash`` is part of a run's key: the same text under another path is the same run.
+    """
     return {**corpus.describe(), "source": source}

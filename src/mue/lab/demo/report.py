@@ -16,11 +16,16 @@ from mue.lab.train.run import Run, Store
 from mue.lab.train.task import task_of
 from mue.lab.valley.multiplier_check import MultiplierCheck
 
+# One colour for what a rule of ours made, grey for the plain one, on every picture.
 COLORS = {"complete-mue": plots.MUE, "standard": plots.STANDARD}
 
 
 def findings(summary: Mapping[str, Any]) -> list[str]:
-    """The results in sentences, whatever they say."""
+    """The results in sentences, whatever they say.
+
+    Args:
+        summary: what ``demo.json`` holds.
+    """
     runs, check = summary["runs"], summary["check"]
     out = []
     moe, dense, base = (runs[name]["val_loss"] for name in ("MoE", "dense", "base"))

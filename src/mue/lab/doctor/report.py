@@ -16,10 +16,14 @@ from mue.moe.experts import BACKENDS, REFUSALS, choose
 
 
 def make_report(seconds: float = 5.0) -> dict[str, Any]:
-    """The whole report as data: ``machine``, ``backends`` and ``ratio``, in the formats that ``mue doctor --json`` prints.
+    """The whole report as data, in the formats that ``mue doctor --json`` prints.
 
     Args:
-        seconds: how long to measure.
+        seconds: how long to measure, both dtypes together.
+
+    Returns:
+        ``machine`` (:func:`machine_facts`), ``backends`` (:func:`backend_states`) and ``ratio``
+        (:func:`backend_ratios`).
     """
     return {"machine": machine_facts(), "backends": backend_states(), "ratio": backend_ratios(seconds)}
 
@@ -43,7 +47,11 @@ def machine_facts() -> dict[str, Any]:
 
 
 def _other_load() -> str | None:
-    """Where other programs take a quarter of the cores or more: what that does to the ratios."""
+    """What to think of the ratios where other programs take a quarter of the cores or more; else None.
+
+    Paired rounds cancel a slower machine, but not OpenMP threads that spin while they wait for a core: a product was 20
+    times slower once (docs/LOG.md, "Speed on two cores").
+    """
     load, cores = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0, os.cpu_count() or 1
     return None if load < cores / 4 else f"{load:.1f} on {cores} cores in the last minute: do not trust the ratios"
 
@@ -51,7 +59,7 @@ def _other_load() -> str | None:
 def backend_states() -> dict[str, str]:
     """Every backend of :func:`mue.moe.experts.experts`: active, ready, or why not, on a small input. Builds nothing."""
     states = {}
-    small = ExpertWeights(*(torch.zeros(1, 16, 16) for _ in range(3)))
+    small = ExpertWeights(*(torch.zeros(1, 16, 16) for _ in range(3)))  # widths that every backend's alignment allows
     for name in BACKENDS:
         device = "cuda" if name == "grouped_mm" and torch.cuda.is_available() else "cpu"
         x = torch.zeros(1, 16, device=device)
@@ -83,7 +91,7 @@ def backend_ratios(seconds: float) -> dict[str, dict[str, float]]:
     found = {}
     generator = torch.Generator().manual_seed(0)
     for dtype in (torch.float32, torch.bfloat16):
-        case = Case(128, 128, 16, 4, dtype)
+        case = Case(128, 128, 16, 4, dtype)  # the smallest cell of docs/performance.md, so that one can compare
         bench = Bench(case)
         names = [name for name in BACKENDS if name != "native" or library.loaded() is not None]
         steps = {"dense": bench.dense(), **{name: bench.backend(name) for name in names}}

@@ -27,7 +27,12 @@ Input = TypeVar("Input")
 
 @dataclass(frozen=True)
 class Case:
-    """Expert compute to be measured: width, width of an expert, experts, active ones; dtype is autocast's."""
+    """Expert compute to be measured.
+
+    Attributes:
+        width: D. inner: an expert's. number: N, of experts. active: K, of a token. tokens: T, of a step.
+        dtype: autocast's.
+    """
 
     width: int
     inner: int
@@ -49,7 +54,11 @@ class Case:
 
 
 def draw_routing(case: Case, kind: str, generator: torch.Generator) -> Routing:
-    """As new as every step's: "fresh" is balanced in expectation, "zipf" prefers expert i as 1/(i+1)."""
+    """Draw a routing, as new as every step's: one that repeats would leave its rows in the cache.
+
+    Args:
+        kind: "fresh" is balanced in expectation, "zipf" prefers expert i as 1/(i+1).
+    """
     uniform_TN = torch.rand(case.tokens, case.number, generator=generator).clamp(1e-9, 1 - 1e-7)
     score_TN = -torch.log(-torch.log(uniform_TN))  # Gumbel noise: top-k of it draws without replacement
     if kind == "zipf":
@@ -75,7 +84,11 @@ class Bench:
         return torch.randn(shape, device=self.case.device).div_(shape[-1] ** 0.5).requires_grad_()
 
     def step(self, forward: Callable[[Routing], Tensor], weights: Iterable[Tensor]) -> Step:
-        """One step of `forward`, under autocast where the case's dtype is not float32."""
+        """One step of `forward`, under autocast where the case's dtype is not float32.
+
+        Args:
+            forward: from a routing to y (T, D). weights: whose gradients it computes, beside x's and the routing's.
+        """
         leaves, dtype = [self.x_TD, *weights], self.case.dtype
 
         def run(routing: Routing) -> None:
@@ -121,7 +134,7 @@ def measure(
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for step in steps.values():
-        step(inputs())
+        step(inputs())  # first calls allocate, choose algorithms and compile
     share = 1e3 * seconds / len(steps)
     while left := [name for name, took in times.items() if len(took) < least or sum(took) < share]:
         for name in random.sample(left, len(left)):
@@ -133,12 +146,19 @@ def measure(
 
 
 def ratios(times: Sequence[float], base: Sequence[float]) -> list[float]:
-    """time / base round by round, sorted: a busy machine slows both of a round."""
+    """time / base round by round, sorted: a busy machine slows both of a round.
+
+    Args:
+        times, base: milliseconds of the same rounds, the longer one's last ones left out.
+    """
     return sorted(t / b for t, b in zip(times, base, strict=False))
 
 
 def upper_bound(sample: Sequence[float]) -> float:
-    """A one-sided 95 % bound on the median of a sorted sample, from its order alone; the largest value of a small one."""
+    """A one-sided 95 % bound on the median of a sorted sample, from its order alone; the largest value of a small one.
+
+    How many values lie below the median is binomial (n, ½): 1.645 of its standard deviations √n/2 above n/2.
+    """
     count = len(sample)
     return sample[min(count - 1, math.ceil(count / 2 + 1.645 * math.sqrt(count) / 2))]
 

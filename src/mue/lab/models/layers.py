@@ -70,6 +70,7 @@ class Attention(nn.Module):
         self.v = Linear(D, kv_heads * E)
         self.o = Linear(heads * E, D)
         self.q_norm, self.k_norm = RMSNorm(E), RMSNorm(E)
+        # not in checkpoints: it follows from the shape
         self.register_buffer("rope", rotary_table(shape.sequence, E), persistent=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -100,6 +101,7 @@ class FeedForward(nn.Module):
 
 def rotary_table(length: int, head_dim: int, base: float = 10_000.0) -> Tensor:
     """cos and sin of RoPE's angles (2104.09864, eq. 15) as (length, 1, head_dim/2, 2)."""
+    # float64 up to the last step: of an angle of 10^4 float32 keeps three digits behind the point
     frequency = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
     return torch.stack((angle.cos(), angle.sin()), -1).float()[:, None]

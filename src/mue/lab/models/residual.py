@@ -35,6 +35,7 @@ def add_feed_forward(x_BTD: Tensor, norm: RMSNorm, ffn: FeedForward, residual: f
     """x + residual · ffn(norm x)."""
     weights = norm.weight, None if ffn.gate is None else ffn.gate.weight, ffn.up.weight, ffn.down.weight
     if untouched(norm, ffn) and ops.feed_forward_by_kernel(x_BTD, weights):
+        # the kernel has one multiplier: l^-α · A, which act on the same branch one after the other
         c = residual * ffn.output_multiplier
         return sublayer.feed_forward(x_BTD, weights, residual=c, eps=EPS, half=ops.in_bf16(x_BTD))
     return torch.add(x_BTD, ffn(norm(x_BTD)), alpha=residual)
@@ -56,6 +57,7 @@ def untouched(*modules: nn.Module) -> bool:
     """Whether modules are as they were made: none replaced or patched, none with a hook that wants to be called."""
     for module in modules:
         if (
+            # the very types: a subclass may compute something else
             type(module) not in _OWN
             or "forward" in module.__dict__
             or module._forward_hooks

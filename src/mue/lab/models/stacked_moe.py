@@ -68,7 +68,9 @@ class StackedMoE(nn.Module):
             each.append(functional_call(layer.router, own, (x_TD, *also)))
         number, first = each[0].num_experts, each[0]
         expert_P = [
-            torch.where(r.expert_P == number, variants * number, r.expert_P + v * number) for v, r in enumerate(each)
+            # padding is marked by the number of experts, which is another one in the stack
+            torch.where(r.expert_P == number, variants * number, r.expert_P + v * number)
+            for v, r in enumerate(each)
         ]
         return Routing(
             torch.cat([r.token_P + v * tokens for v, r in enumerate(each)]),

@@ -16,7 +16,14 @@ from mue.util.text import number
 
 
 def roles_report(folder: Path) -> Path:
-    """Write ``folder/report.html`` and its picture. ``ValueError`` if the search has not ended."""
+    """Write ``folder/report.html`` and its picture.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ValueError: the search has not ended.
+    """
     path = folder / "result.json"
     if not path.exists():
         raise ValueError(f"{folder} holds no finished search: run mue tune-roles with --out {folder} first")
@@ -59,6 +66,7 @@ def roles_sections(result: Mapping[str, Any]) -> list[Section]:
 
 
 def _confirmation(confirmed: Mapping[str, Any]) -> Section:
+    """Each set of tuned values with its losses, seed by seed, and the two gains that decide."""
     arms = {arm: [x for x in losses if x is not None] for arm, losses in confirmed["losses"].items()}
     rows = [
         [arm, f"{sum(xs) / len(xs):.4f}" if xs else "diverged", ", ".join(f"{x:.4f}" for x in xs)]

@@ -29,10 +29,14 @@ Candidate = tuple[HParams, int]
 Train = Callable[[str, Sequence[Candidate]], list[float]]
 """Trains a batch of jobs, named for people; the losses in order, inf where a run diverged."""
 
-LENGTHS = (0.5, 1.0, 2.0)  # of a joint step, in steps of its design
-LOOKS = (4, 6, 9, 13)  # seeds after which an unsettled step is looked at
-SPARE = 8  # degrees of freedom for the spread of the shares
-RATES = (2**-0.5, 2**0.5)  # the global learning rates that the result must beat as well
+LENGTHS = (0.5, 1.0, 2.0)  # of a joint step, in steps of its design: slopes say where to go, not how far
+# Seeds after which an unsettled step is looked at. Each look is half as many again; every one has its share of the
+# error.
+LOOKS = (4, 6, 9, 13)
+SPARE = 8  # degrees of freedom for the spread of the shares: with fewer Student's t makes every interval wide
+# The global learning rates that the result must beat as well: a joint step that does no more than correct the sweep's
+# rate is no gain of roles.
+RATES = (2**-0.5, 2**0.5)
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,10 @@ class RolesResult:
 def search(tuned: HParams, space: tuple[Coordinate, ...], settings: Search, train: Train) -> RolesResult:
     """Run the whole search.
 
+    Args:
+        tuned: the base's values, around which it searches. space: what it may turn. settings: of the file.
+        train: trains what it is given and returns validation losses in nats; called a few times, with many jobs each.
+
     Raises:
         ValueError: the base itself diverges with these tuned values; nothing to turn.
     """
@@ -154,7 +162,7 @@ def search(tuned: HParams, space: tuple[Coordinate, ...], settings: Search, trai
             break
         longest = made.taken is not None and made.taken == made.tried[-1][0]
         point = point if made.taken is None else made.taken
-        step = step if longest else step / 2
+        step = step if longest else step / 2  # the longest was best: the way goes on; else the valley is near
     if not any(point):
         return RolesResult(space, tuple(rounds), point, {}, point, None)
     bought, kept = _attribute(point, tuned, space, settings, train)
@@ -162,7 +170,11 @@ def search(tuned: HParams, space: tuple[Coordinate, ...], settings: Search, trai
 
 
 def _seeds(stage: int, count: int) -> list[int]:
-    """Seeds that no other stage uses; stages: two for each round, then the shares, then the confirmation."""
+    """Seeds that no other stage uses; stages: two for each round, then the shares, then the confirmation.
+
+    A step that was chosen on some seeds looks better there than it is. 10,000 apart, for stages are never that long,
+    and far from the small seeds that sweeps use.
+    """
     return [10_000 * (stage + 1) + i for i in range(count)]
 
 
@@ -175,6 +187,7 @@ def _round(
     settings: Search,
     train: Train,
 ) -> Round:
+    """Measure every slope at ``point``, then try joint steps down it."""
     name = f"round {number + 1}"
     signs = mirrored_design(len(space))
     seeds = _seeds(2 * number, settings.seeds)
@@ -189,10 +202,10 @@ def _round(
     tried: tuple[tuple[Position, Gain], ...] = ()
     taken = None
     if (direction := -shrunk(effects, noise)).any():
-        direction /= np.abs(direction).max()
+        direction /= np.abs(direction).max()  # the largest slope goes a whole step, the others in proportion
         steps = dict.fromkeys(stepped(point, length * step * direction) for length in LENGTHS)
         steps.pop(point, None)
-        error = settings.error / settings.rounds
+        error = settings.error / settings.rounds  # Bonferroni, here over rounds, in _test over lengths and looks
         tried, taken = _test(name, point, list(steps), _seeds(2 * number + 1, LOOKS[-1]), error, tuned, space, train)
     return Round(step, tuple(float(e) for e in effects), noise, tried, taken)
 
@@ -211,7 +224,8 @@ def _test(
 
     The chance that a step which gains nothing is taken is at most ``error``: each look at each step has its share.
     """
-    share = 2 * error / (max(1, len(steps)) * len(LOOKS))  # two-sided, of which one side takes a step
+    # Bonferroni over steps and looks; two-sided, of which one side takes a step.
+    share = 2 * error / (max(1, len(steps)) * len(LOOKS))
     losses: dict[Position, list[float]] = {p: [] for p in (point, *steps)}
     gains: dict[Position, Gain] = {}
     racing = list(steps)
@@ -227,7 +241,7 @@ def _test(
         gains |= {arm: paired(losses[point], losses[arm], share) for arm in racing}
         racing = [max(racing, key=lambda arm: gains[arm].mean)]
         best = gains[racing[0]]
-        if best.low > 0 or best.mean <= 0:
+        if best.low > 0 or best.mean <= 0:  # settled; one that gains nothing in the mean is not worth more seeds
             break
     taken = racing[0] if steps and gains[racing[0]].low > 0 else None
     return tuple((p, gains[p]) for p in steps), taken
@@ -252,6 +266,8 @@ def _attribute(
     ]
     losses = train(f"what each of {len(active)} multipliers bought: {len(jobs)} runs with half of them", jobs)
     bought = shares(signs, losses[: len(signs)], losses[len(signs) :], settings.error)
+    # Whatever gained in the mean stays: no single share may be beyond doubt (± 0.015 nats each in docs/LOG.md,
+    # "Per-role tuning at the base"), and it is the set that is confirmed.
     good = [i for i, g in zip(active, bought, strict=True) if not g.mean <= 0]  # one without a number stays
     kept = tuple(k if i in good else 0 for i, k in enumerate(point))
     return {space[i]: g for i, g in zip(active, bought, strict=True)}, kept

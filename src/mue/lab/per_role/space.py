@@ -18,7 +18,7 @@ from mue.shapes import HParams, Transformer
 from mue.shapes.hparams import THIRDS, TIMES, Roles, third_of
 
 Position = tuple[int, ...]
-OCTAVE = 4  # steps of a point
+OCTAVE = 4  # steps of a point; whole numbers, so that the same point is the same run, to the last digit
 FARTHEST = 4 * OCTAVE  # no multiplier beyond 16 or below 1/16
 NUMBERS = ("lr", "init_std", "weight_decay")
 
@@ -38,12 +38,17 @@ class Coordinate:
 
 
 def coordinates(base: Transformer, numbers: Iterable[str] = NUMBERS, *, thirds: bool = True) -> tuple[Coordinate, ...]:
-    """Every multiplier a search on ``base`` turns, in the order of the forward pass."""
+    """Every multiplier that a search on ``base`` turns, in the order of the forward pass.
+
+    Args:
+        numbers: of :data:`NUMBERS`. thirds: also the learning rates of the depth's outer thirds, each as a whole.
+    """
     counts = base.counts()
     trained = [role for role in ROLES if counts.get(role) and ROLES[role].trained]
     found = []
     for number in numbers:
         found += [Coordinate(role, number, (role,)) for role in trained if not ROLES[role].vector]
+        # Gains have no std and no weight decay to multiply (conventions 3), and one learning rate for all of them.
         gains = tuple(role for role in trained if ROLES[role].vector)
         if number == "lr":
             found.append(Coordinate("norms", number, gains))
@@ -61,7 +66,7 @@ def factor(steps: int) -> float:
 
 
 def roles_of(space: Sequence[Coordinate], point: Position) -> Roles:
-    """A point as ``tuned.roles``."""
+    """A point as ``tuned.roles``: only what it changes."""
     found: Roles = {}
     for coordinate, steps in zip(space, point, strict=True):
         for table in coordinate.tables if steps else ():
@@ -70,12 +75,20 @@ def roles_of(space: Sequence[Coordinate], point: Position) -> Roles:
 
 
 def with_multipliers(tuned: HParams, space: Sequence[Coordinate], point: Position) -> HParams:
-    """The tuned values with a point's multipliers."""
+    """The tuned values with a point's multipliers.
+
+    Args:
+        space: the coordinates. point: steps of a quarter-octave, one number for each of them.
+    """
     return tuned.replace(roles=roles_of(space, point))
 
 
 def stepped(point: Position, octaves: Iterable[float]) -> Position:
-    """A point a step further, rounded to quarter-octaves and held within :data:`FARTHEST`."""
+    """A point a step further, rounded to quarter-octaves and held within :data:`FARTHEST`.
+
+    Args:
+        octaves: how far along each coordinate.
+    """
     steps = (p + round(OCTAVE * x) for p, x in zip(point, octaves, strict=True))
     return tuple(max(-FARTHEST, min(FARTHEST, s)) for s in steps)
 
@@ -85,9 +98,12 @@ def mirrored_design(factors: int, spare: int = 1) -> npt.NDArray[np.int64]:
 
     Columns of Sylvester's Hadamard matrix, the constant one left out. Every column is balanced and orthogonal to every
     other, so each run serves every coordinate; run with its mirror image, main effects are clear of curvature and of
-    products of two coordinates (Box & Wilson, J. R. Stat. Soc. B 13, 1951). ``spare``: directions left over, at least.
+    products of two coordinates (Box & Wilson, J. R. Stat. Soc. B 13, 1951).
+
+    Args:
+        factors: coordinates. spare: directions left over, at least, by which the noise can be told.
     """
-    pairs = 16
+    pairs = 16  # at least: enough rows to tell the noise by
     while pairs < factors + spare:
         pairs *= 2
     kernel = np.array([[1, 1], [1, -1]])

@@ -16,7 +16,7 @@ Array = npt.NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Gain:
-    """How much lower a loss is, in nats: the mean over seeds and its interval. ``low > 0``: it is lower."""
+    """How much lower a loss is, in nats: the mean over seeds and its interval. ``low > 0``: lower beyond doubt."""
 
     mean: float
     low: float
@@ -34,9 +34,13 @@ class Gain:
 
 
 def paired(before: Sequence[float], after: Sequence[float], error: float) -> Gain:
-    """What ``after`` gains on ``before``, same seeds in the same order; the interval leaves out ``error/2`` at each side.
+    """What ``after`` gains on ``before``: Student's interval of the differences, seed by seed.
 
-    A run that diverged (inf) makes the gain -inf.
+    Paired, since runs of one seed err together: their difference has less noise than either.
+
+    Args:
+        before, after: losses of the same seeds in the same order; one that diverged (inf) makes the gain -inf.
+        error: chance of missing, half of it at each side.
     """
     differences = np.asarray(before, dtype=float) - np.asarray(after, dtype=float)
     n = len(differences)
@@ -50,6 +54,12 @@ def paired(before: Sequence[float], after: Sequence[float], error: float) -> Gai
 def slopes(signs: npt.NDArray[np.int64], plus: Sequence[float], minus: Sequence[float]) -> Array:
     """Change of the loss from the centre to +1 of each coordinate, from a mirrored design.
 
+    Args:
+        signs: (pairs, coordinates). plus, minus: losses of each row and of its mirror image, in nats.
+
+    Returns:
+        (coordinates,), in nats.
+
     A run that diverged counts as the largest finite difference. A finite one is pulled in only where no slopes at all could
     have made it: with n orthogonal rows and k coordinates it is at most √(k(n-1)/(n-k)) times the others' root mean square.
     """
@@ -60,6 +70,9 @@ def slopes(signs: npt.NDArray[np.int64], plus: Sequence[float], minus: Sequence[
     edge = float(known.max()) if known.size else 0.0
     half = np.nan_to_num(half, nan=0.0, posinf=edge, neginf=-edge)
     if n > k:
+        # Each row of an orthogonal design has the leverage k/n, so what the slopes explain of its square is at most
+        # that share of the sum of squares. A limit at 7.4 medians also changed 0.6 % of clean designs (docs/LOG.md,
+        # "Per-role tuning").
         others = np.sqrt(np.maximum((half @ half) - half**2, 0.0) / (n - 1))
         reach = (1 + 1e-9) * math.sqrt(k * (n - 1) / (n - k)) * others
         half = np.clip(half, -reach, reach)
@@ -70,20 +83,28 @@ def noise_of(effects: Array, kinds: Sequence[str]) -> float:
     """Standard error of an effect, from the effects themselves: most are noise (Lenth, Technometrics 31, 1989).
 
     What all effects of one kind share is taken out first, or a learning rate that is wrong for every role would pass for noise.
+
+    Args:
+        effects: in nats. kinds: of each, which number it multiplies.
     """
     rest = np.array(effects, dtype=float)
     for kind in set(kinds):
         of_kind = np.asarray([k == kind for k in kinds])
-        if of_kind.sum() > 4:
+        if of_kind.sum() > 4:  # of fewer the median is mostly those effects themselves
             rest[of_kind] -= np.median(rest[of_kind])
     size = np.abs(rest)
+    # Lenth's pseudo standard error: 1.5 medians of |x| are a normal's standard deviation; once more without what is
+    # more than 2.5 of them away.
     first = 1.5 * float(np.median(size))
     kept = size[size < 2.5 * first]
     return 1.5 * float(np.median(kept)) if kept.size else first
 
 
 def shrunk(effects: Array, noise: float) -> Array:
-    """Effects with the noise taken out: 0 below one standard error, the closer to themselves the larger."""
+    """Effects with the noise taken out: 0 below one standard error, the closer to themselves the larger.
+
+    Of the form of the non-negative garrote (Breiman, Technometrics 37, 1995), which for an orthogonal design is this.
+    """
     size = np.maximum(np.abs(effects), max(noise, 1e-300))
     return np.asarray(effects * (1 - (noise / size) ** 2))
 
@@ -93,6 +114,10 @@ def shares(signs: npt.NDArray[np.int64], plus: Sequence[float], minus: Sequence[
 
     Runs pair a subset (+1: on) with its complement under one seed. The shares add up to the whole set's gain but for
     products of three. Spread is taken to be the same for all subsets, from what the shares leave unexplained.
+
+    Args:
+        signs: (pairs, multipliers). plus, minus: losses of each row's subset and of its complement, in nats.
+        error: chance that any of the intervals misses.
     """
     differences = np.asarray(minus, dtype=float) - np.asarray(plus, dtype=float)
     n, k = signs.shape

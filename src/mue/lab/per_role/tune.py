@@ -28,7 +28,12 @@ from mue.util.files import digest, write_json, write_text
 
 @dataclass(frozen=True)
 class RolesSpec:
-    """A per-role search: the base and its run, the values tuned for all roles together, settings, data."""
+    """A per-role search: the base and its run, the values tuned for all roles together, settings, data.
+
+    Attributes:
+        search: of ``[roles]``. settings: of every run, but for the seed. source: as
+            :func:`mue.lab.data.spec.open_corpus` takes it.
+    """
 
     base: Transformer
     training: Training
@@ -51,8 +56,14 @@ class RolesSpec:
 
 
 def roles_from(data: Mapping[str, Any], folder: Path, tuned: HParams | None = None) -> RolesSpec:
-    """A file with ``[base]``, ``[base.training]``, ``[tuned]`` (or ``tuned`` in its place), ``[data]``; ``[roles]`` and
-    ``[run]`` where wished."""
+    """Read a file: ``[base]`` with ``[base.training]``, ``[tuned]``, ``[data]``, optionally ``[roles]`` and ``[run]``.
+
+    Args:
+        data: the file's tables. folder: the file's. tuned: values in place of ``[tuned]``, from a finished sweep.
+
+    Raises:
+        ValueError: a table or key is missing, unknown or out of its range.
+    """
     check_keys(data, (*PLAN_TABLES, "data", "run", "sweep", "roles"), "the file's top level")
     base = table_of(data, "base")
     if "convention" in base:
@@ -95,6 +106,10 @@ def tune_roles(
     checkpoint_seconds: float = 10.0,
 ) -> RolesResult:
     """Search, and write ``out/result.json`` (which ``--tuned`` reads) and ``out/tuned.toml``. Finished runs are not run again.
+
+    Args:
+        out: the search's folder. corpus: opened from ``spec.source``. listener_of: told of each batch of runs.
+        workers: processes (None: one for each core). checkpoint_seconds: time between a run's checkpoints.
 
     Raises:
         ValueError: the folder belongs to another search; the base diverges. mue.lab.train.run.BusyError: it is being searched.
@@ -172,7 +187,7 @@ def result_of(found: RolesResult, spec: RolesSpec, tuned: HParams, data_hash: st
 
 
 def tuned_toml(tuned: HParams, verdict: str) -> str:
-    """The tuned values as the ``[tuned]`` tables of a plan file."""
+    """The tuned values as the ``[tuned]`` tables of a plan file, under the verdict as a comment."""
     values = {k: v for k, v in tuned.to_dict().items() if k != "roles" and v is not None}
     lines = [f"# mue tune-roles: {verdict}", "[tuned]", *(f"{k} = {json.dumps(v)}" for k, v in values.items())]
     for third in ("", *THIRDS):

@@ -24,7 +24,13 @@ from mue.util.text import number
 
 @dataclass
 class Section:
-    """One part of a report: texts, a picture, facts, a table; any of them may be missing."""
+    """One part of a report: texts, a picture, facts, a table; any of them may be missing.
+
+    Attributes:
+        id: of the picture's file and of the anchor. texts: as :func:`text` makes them. facts: (what, value).
+        header, rows: of the table. wrap: columns whose text may be broken. shades: of the cells, 0 (white) to 1.
+        fold: where it is not empty the table is folded away under these words.
+    """
 
     id: str
     title: str
@@ -35,7 +41,7 @@ class Section:
     header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     wrap: tuple[int, ...] = ()
-    shades: Sequence[Sequence[float]] = ()  # of the table's cells, 0 to 1
+    shades: Sequence[Sequence[float]] = ()
     fold: str = ""
     in_page: Literal["svg", "png", ""] = (
         "svg"  # the picture; a PNG is written either way, and a table reads better as text
@@ -89,7 +95,7 @@ def write_report(
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    figure.savefig(buffer, format="svg", metadata={"Date": None})  # so that the same runs give the same page
     return buffer.getvalue().partition("<svg")[1] + buffer.getvalue().partition("<svg")[2]
 
 
@@ -116,7 +122,11 @@ def plan_section(plan: PlanData) -> Section:
 
 
 def runs_section(named: Sequence[tuple[str, Run, Mapping[str, Any]]], facts: Sequence[tuple[str, str]]) -> Section:
-    """What was run and with which hashes."""
+    """What was run, with the hashes by which it is found again.
+
+    Args:
+        named: name, run and what its ``result.json`` holds. facts: (what, value), above the table.
+    """
     rows = []
     for name, run, result in named:
         held = result["val_loss"]
@@ -138,7 +148,17 @@ def runs_section(named: Sequence[tuple[str, Run, Mapping[str, Any]]], facts: Seq
 
 
 def run_report(folder: Path) -> Path:
-    """Write the report of one training run into its folder. ``ValueError`` where it has not ended."""
+    """Write the report of one training run into its folder.
+
+    Args:
+        folder: ``<store>/runs/<key>``.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ValueError: the run has not ended.
+    """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     run = Run.from_dict({k: config[k] for k in ("plan", "settings", "data")})
     store = Store(folder.parent.parent)
@@ -163,7 +183,11 @@ def run_report(folder: Path) -> Path:
 
 
 def load_sections(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[Section]:
-    """Expert load over time, where there are experts."""
+    """Expert load over time; nothing where there are no experts, or not equally many in every block.
+
+    Args:
+        metrics: rows as :meth:`mue.lab.train.run.Store.metrics` gives them.
+    """
     experts = {b.experts for b in run.plan.target.blocks if b.experts}
     if len(experts) != 1 or not any(row.get("load") for row in metrics):
         return []

@@ -16,7 +16,7 @@ from mue.plan import render
 from mue.plan.plan import PlanData
 from mue.rules.table import CELLS, FACTORS
 
-mpl.use("Agg")
+mpl.use("Agg")  # files only: on a machine without a screen another backend fails
 INK, GREY, GRID = "#1d2733", "#7b8794", "#e4e8ec"
 MUE, DENSE, STANDARD, WARM = "#0b7285", "#e8590c", "#868e96", "#c92a2a"
 CYCLE = ("#0b7285", "#e8590c", "#5f3dc4", "#2b8a3e", "#c2255c", "#a07000", "#1864ab", "#495057")
@@ -38,8 +38,8 @@ STYLE: Any = {
     "text.color": INK,
     "legend.frameon": False,
     "legend.fontsize": 8.5,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "mue",
+    "svg.fonttype": "path",  # outlines: a page looks the same where the font is missing
+    "svg.hashsalt": "mue",  # ids are random otherwise, and the same runs would not give the same page
 }
 BARE: Any = {**STYLE, "axes.grid": False}
 RAISED = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")  # quicker to draw than a formula
@@ -57,9 +57,14 @@ def figure(width: float, height: float, columns: int = 1, **kwargs: Any) -> tupl
 def draw_valley(
     axes: Axes, points: Points, valley: Valley | None, color: str, label: str, *, interval: bool = True
 ) -> None:
-    """Points, the fitted curve, the minimum and its interval; diverged runs as crosses at the top."""
+    """Draw points, the fitted curve, the minimum and its interval; diverged runs as crosses at the top.
+
+    Args:
+        axes: its limits are set already, for an open interval is cut there.
+        points: :data:`Points`. valley: through them; None: not fitted.
+    """
     finite = [(x, y) for x, y in points if y is not None and math.isfinite(y)]
-    many = len(finite) > 500
+    many = len(finite) > 500  # large points would hide the curve
     xs, ys = [x for x, _ in finite], [y for _, y in finite]
     axes.plot(xs, ys, "o", color=color, ms=2.5 if many else 4.5, label=label)
     if valley is not None and valley.curve:
@@ -89,6 +94,8 @@ def _loss_limits(axes: Axes, curves: Sequence[tuple[Points, str]]) -> None:
     """Show the valley, not the cliff: cut far above the lowest loss; ▲ marks what lies above the picture."""
     losses = sorted(y for points, _ in curves for _, y in points if y is not None and math.isfinite(y))
     low = losses[0]
+    # Four times the median's height, and not less than four times the noise of single runs (about 0.02 nats,
+    # docs/LOG.md).
     top = min(losses[-1], low + 4 * max(0.02, losses[len(losses) // 2] - low))
     margin = 0.07 * (top - low) or 0.01
     axes.set_ylim(low - margin, top + 3 * margin)  # room for the legend
@@ -106,7 +113,9 @@ def sweep_figure(cells: Sequence[Mapping[str, Any]], best: int, unit: str) -> Fi
     """
     with mpl.rc_context(STYLE):
         fig, (axes,) = figure(6.6, 4.1)
-        fig.set_layout_engine(None)  # the margins are known: looking for them takes as long as drawing
+        # The margins are known: with a layout engine matplotlib lays out and draws a figure twice for each file
+        # (docs/LOG.md).
+        fig.set_layout_engine(None)
         fig.subplots_adjust(0.125, 0.115, 0.985, 0.925)
         xs = [x for cell in cells for x, _ in cell["points"]]
         _octaves(axes, min(xs), max(xs))
@@ -189,6 +198,7 @@ def loss_figure(runs: Sequence[Mapping[str, Any]], unit: str) -> Figure:
                     ms=4,
                     label=run["label"],
                 )
+            # The first twelfth is the fall from guessing: in the picture, it would leave the rest flat.
             start = loss[min(len(loss) - 1, max(1, len(loss) // 12))]
             highest, lowest = max(highest or start, start), min(lowest or 99.0, *[v for _, v in held], *loss)
         left.set_ylim((lowest or 0) - 0.08, (highest or 6) + 0.1)
@@ -202,7 +212,7 @@ def loss_figure(runs: Sequence[Mapping[str, Any]], unit: str) -> Figure:
 
 
 def _smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:
-    """Exponential average with bias correction."""
+    """Exponential average with bias correction, as of Adam's moments (1412.6980): it does not start at zero."""
     out, mean, total = [], 0.0, 0.0
     for value in values:
         mean, total = weight * mean + (1 - weight) * value, weight * total + (1 - weight)
@@ -211,7 +221,11 @@ def _smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:
 
 
 def load_figure(rows: Sequence[Mapping[str, Any]], experts: int) -> Figure:
-    """Share of each expert over training, one panel for each layer; white is balanced (1/N)."""
+    """Share of each expert over training, one panel for each layer; white is balanced (1/N).
+
+    Args:
+        rows: of metrics, with ``tokens`` and ``load``. experts: N.
+    """
     rows = [row for row in rows if row.get("load")]
     layers = len(rows[0]["load"])
     with mpl.rc_context(BARE):

@@ -17,7 +17,9 @@ Label = Callable[[Run], str]
 class RunProgress(RunListener):
     """``with RunProgress(console, "sweep", runs, label) as p: run_all(..., listener=p)``.
 
-    ``label``: names a run in the line that it gets as it ends; None: of hundreds of runs, where only the bar moves.
+    Args:
+        runs: all that are to come; the bar counts their steps, so that long and short ones weigh as they should.
+        label: names a run in the line that it gets as it ends; None: of hundreds of runs, where only the bar moves.
     """
 
     def __init__(self, console: Console, title: str, runs: Sequence[Run], label: Label | None) -> None:

@@ -15,8 +15,11 @@ WIDE = 150  # columns that the formulas need
 def plan_table(plan: PlanData, *, width: int = 80, sources: bool = False) -> RenderableType:
     """A plan as its header lines and one row for each role.
 
-    A terminal of at least :data:`WIDE` columns also shows the factors as formulas; ``sources`` adds where each row
-    comes from. ``mue plan --json`` has everything at any width.
+    ``mue plan --json`` has everything at any width.
+
+    Args:
+        width: columns of the terminal; from :data:`WIDE` on the factors are shown as formulas as well.
+        sources: add where each row comes from.
     """
     facts = Table.grid(padding=(0, 2))
     for what, value in render.header(plan):

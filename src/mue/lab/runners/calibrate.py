@@ -35,8 +35,12 @@ from mue.util.files import FileLock, cache_folder, digest, write_json
 
 STACK = 4  # runs in a CPU's stack: more gain nothing and fall out of the caches
 WARM_STEPS = 3  # a compiled stack still compiles in its second step
+# At least both. With two seconds a layout calibration took 29-64 s, now 12-17; layouts within a tenth of each other it
+# cannot tell apart, and need not (docs/LOG.md, "A sweep's layouts once more").
 MEASURED_SECONDS, MEASURED_STEPS = 1.0, 3
-COMPILING_SECONDS = 300.0  # work shorter than this is not worth trying to compile for
+# Work shorter than this is not worth trying to compile for: the trial itself compiles, 15-31 s block by block
+# (docs/LOG.md, "Runs stacked, in processes, compiled"), and where the kernel is built little is left to gain.
+COMPILING_SECONDS = 300.0
 FLAT = 1.1  # a stack twice as large that is not this much faster is not taken
 
 
@@ -62,19 +66,26 @@ class Measured:
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
+    """The number of CPU cores that this process may use: fewer than the machine has under taskset or in a container."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> tuple[str, ...]:
-    """The visible GPUs as CUDA_VISIBLE_DEVICES names them; nothing is started on them."""
+    """The visible GPUs as CUDA_VISIBLE_DEVICES names them (indices or UUIDs); nothing is started on them."""
     count = torch.cuda.device_count()
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     return tuple(named.split(",")[:count]) if named else tuple(map(str, range(count)))
 
 
 def choose_layout(kind: str, workers: int | None, example: Run | None, runs: int) -> tuple[WorkerLayout, str]:
-    """The layout for ``runs`` runs like ``example``, and a sentence that says what it is and why.
+    """Choose how runs are laid out on this machine.
+
+    Args:
+        kind: as :func:`mue.lab.runners.open.open_runner` takes it. workers: as asked for; None: what is fastest.
+        example: what is measured. runs: how many like it are to come, by which it is decided whether compiling pays.
+
+    Returns:
+        The layout, and a sentence that says what it is and why.
 
     Raises:
         ValueError: something has to be measured and there is no example; the example's task cannot be stacked and ``kind`` is "stacked".
@@ -114,6 +125,8 @@ class Calibration:
             "processes": processes,
             "devices": devices,
             "torch": torch.__version__,
+            # Its name has source, compiler and instruction set in it. A choice that was remembered over a change of the
+            # kernel was the wrong one (docs/LOG.md, "A sweep's layouts once more").
             "kernel": None if devices or (kernel := build.find()) is None else kernel.stem,
         }
         self.path = cache_folder() / "runner" / f"{digest(self.about)}.json"
@@ -124,6 +137,7 @@ class Calibration:
 
     def __enter__(self) -> Calibration:
         self.opened = ExitStack()
+        # Two that measure at once would each find half the machine.
         self.opened.enter_context(FileLock(self.path.with_suffix(".lock")))
         if self.path.exists():
             for row in json.loads(self.path.read_text(encoding="utf-8"))["measured"]:
@@ -139,7 +153,18 @@ class Calibration:
         self.opened.close()
 
     def best(self, kind: str, runs: int, steps: int) -> tuple[WorkerLayout, str]:
-        """The fastest layout for ``steps`` steps in all, spread over ``runs`` runs."""
+        """The fastest layout for the work at hand, measured where it is not known.
+
+        Args:
+            kind: "stacked" considers stacks only. runs: how many; a stack is not larger. steps: of all of them
+                together.
+
+        Returns:
+            The layout, and a sentence that says how fast it is and how fast the others are.
+
+        Raises:
+            ValueError: the run cannot be trained in any of them.
+        """
         started = time.monotonic()
         # First the one with the most processes: they all start at once, and serve the others.
         found = (
@@ -166,6 +191,7 @@ class Calibration:
                 self.known[layout] = self._measure(layout)
             except FailedError as error:
                 self.failed[layout] = str(error).strip().splitlines()[0]
+                # Its other runs are endless and still in flight: they end with their processes.
                 if self.pool:
                     self.pool.close()
                 self.pool = None
@@ -179,7 +205,7 @@ class Calibration:
             one = self.measured(replace(self.together, stack=min(STACK, runs)))
             return [one] if one else []
         found: list[Measured] = []
-        stack = 8
+        stack = 8  # where doubling begins; nothing of this has been measured on a GPU yet (docs/LOG.md)
         while stack < 2 * runs and (m := self.measured(replace(self.together, stack=min(stack, runs)))):
             found.append(m)
             if len(found) > 1 and m.rate < FLAT * found[-2].rate:
@@ -188,8 +214,12 @@ class Calibration:
         return found
 
     def _measure(self, layout: WorkerLayout) -> Measured:
+        """Train endless runs in this layout until they are warm, then time them together.
+
+        One pool serves all layouts: processes take seconds to start, and a job says how it is to be trained.
+        """
         if self.pool is None:
-            self.pool = Pool(layout, self.store, checkpoint_seconds=math.inf)
+            self.pool = Pool(layout, self.store, checkpoint_seconds=math.inf)  # the runs are thrown away
         self.pool.layout = layout
         started = time.monotonic()
         runs = [endless(self.example, self.seeds + i) for i in range(self.pool.slots)]
@@ -211,8 +241,13 @@ class Calibration:
 
 
 def endless(example: Run, seed: int) -> Run:
-    """``example`` with another seed and so many steps that it will not end, every step reported, no validation."""
+    """``example`` with another seed and so many steps that it will not end, every step reported, no validation.
+
+    Args:
+        seed: different for each, since runs of one key are trained once.
+    """
     inputs = example.plan.inputs.to_dict()
+    # The base's duration with the target's: at T*/T as it was the plan's betas stay in their range (conventions 3).
     for part in ("training", "base_training"):
         if inputs.get(part):
             inputs[part] = {**inputs[part], "steps": 10**7}

@@ -26,7 +26,7 @@ _OURS_ALONE = (
 
 
 class Jobs:
-    """What is open in this process: corpora, and stacks under way by their kind.
+    """What is open in this process: corpora by their source, and stacks under way by their kind.
 
     Args:
         out: where messages go, a line of JSON each. stopped: keys of the runs to give up; another thread adds to it.
@@ -57,7 +57,7 @@ class Jobs:
                     self._send(session.key, step=session.step, loss=session.loss)
                     if result is not None:
                         self._send(session.key, result=result)
-            except Exception as error:
+            except Exception as error:  # of one program: nobody can say whose run it was
                 for key in stack.sessions:
                     self._send_error(key, error)
                 stack.close()
@@ -100,6 +100,7 @@ class Jobs:
         return result
 
     def _send_error(self, key: str, error: Exception) -> None:
+        """Tell the parent that a run ended in an error, and whose it is: the user's, ours, or nobody's (busy)."""
         kind = "user" if isinstance(error, ValueError | OSError) else "internal"
         kind = "busy" if isinstance(error, BusyError) else kind
         text = f"{error}{_OURS_ALONE if isinstance(error, UnknownNameError) else ''}"

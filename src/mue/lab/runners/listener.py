@@ -18,13 +18,17 @@ from mue.lab.train.run import Run
 
 
 class RunListener:
-    """Takes no notice of anything: override what you want to hear. What it raises ends the training it listens to."""
+    """Takes no notice of anything: override what you want to hear.
+
+    It is called from the thread that waits for the runner, so what takes long holds that up, and what it raises ends
+    the training it listens to.
+    """
 
     def moved(self, run: Run, step: int, loss: float) -> None:
-        """A run has reached ``step`` (its training loss there in nats), and its metrics may have new rows."""
+        """A run has reached ``step``, and its metrics may have new rows. ``loss``: that step's, in its task's unit."""
 
     def ended(self, run: Run, result: dict[str, Any], *, fresh: bool) -> None:
-        """A run has its result. ``fresh``: trained now, not found in its folder."""
+        """A run has its result (what ``result.json`` holds). ``fresh``: trained now, not found in its folder."""
 
     def say(self, text: str) -> None:
         """Something happened that people should know."""

@@ -15,12 +15,13 @@ def open_runner(
     example: Run | None = None,
     runs: int = 1,
 ) -> Runner:
-    """A runner of a kind.
+    """Open a runner of a kind. Its processes start when they are first needed, and live until it is closed.
 
     Args:
         kind: "processes": one run in each of ``workers`` processes (default: one for each core, or for each GPU). "stacked": ``workers``
             runs (default: by measurement) in one program for each device. "auto": what a short calibration finds fastest on this
             machine, for runs like ``example``; measured once and remembered (``mue.lab.runners.calibrate``).
+        store: where the runs' folders are. checkpoint_seconds: time between a run's checkpoints.
         runs: how many like ``example`` are to come: what decides whether compiling pays.
 
     Raises:

@@ -20,7 +20,8 @@ from typing import Any
 from mue.lab.runners.runner import Busy, Done, FailedError, Message, Progress
 from mue.lab.train.run import Run, Store
 
-# A run whose process dies this often without the run getting any further is given up.
+# A run whose process dies this often without the run getting any further is given up: once or twice may be the
+# machine's fault (out of memory beside other work), and each time it goes on from its checkpoint.
 DEATHS = 3
 
 
@@ -69,6 +70,10 @@ class Pool:
     Args:
         layout: how many processes, and what each does. store: where runs are kept. checkpoint_seconds: time between checkpoints.
         why: the sentence that says why this layout.
+
+    Attributes:
+        waiting: submitted and not yet with a worker. in_flight: with a worker, by key. events: what :meth:`wait` will
+            say next.
     """
 
     def __init__(self, layout: WorkerLayout, store: Store, checkpoint_seconds: float = 10.0, why: str = "") -> None:
@@ -93,11 +98,12 @@ class Pool:
         self.dispatch()
 
     def wait(self, timeout: float | None = None) -> list[Message]:
-        while self.in_flight:
+        while self.in_flight:  # block only while there is nothing to say, then take what has piled up
             try:
                 self.on_message(*self.inbox.get(not self.events, timeout))
             except Empty:
                 break
+        # What happened before an error is told first; the error is raised by the next call, when it is the oldest.
         messages: list[Message] = []
         while self.events and not isinstance(self.events[0], Exception):
             messages.append(self.events.popleft())  # type: ignore[arg-type]
@@ -115,7 +121,7 @@ class Pool:
 
     def close(self) -> None:
         for worker in self.workers:
-            worker.kill()
+            worker.kill()  # at any moment: a checkpoint on disk is whole (mue.util.files)
         for worker in self.workers:
             worker.wait()
 
@@ -140,6 +146,7 @@ class Pool:
         self.workers[index] = self._start(index)
         for flight in lost:
             del self.in_flight[flight.run.key]
+            # It goes on from a checkpoint, so the step that it died at is passed again before there is progress.
             flight.deaths = flight.deaths + 1 if flight.step <= flight.died_at else 1
             flight.died_at = max(flight.step, flight.died_at)
             if flight.stopped:
@@ -174,7 +181,7 @@ class Pool:
             self.send(index, job)
 
     def send(self, index: int, line: dict[str, Any]) -> None:
-        """A line to a worker's stdin."""
+        """Send a line to a worker's stdin: a job, or the key of a run to give up."""
         pipe = self.workers[index].stdin
         assert pipe is not None
         try:
@@ -188,7 +195,8 @@ class Pool:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(self.layout.threads),
-            # glibc hands tensors of this size back to the kernel after each use, and page faults cost a third of a step.
+            # glibc hands tensors above 128 KiB back to the kernel after each use, and page faults cost a third of a
+            # step (docs/LOG.md, "Speed on two cores"). It reads these once, at the start, as OpenMP does its threads.
             "MALLOC_MMAP_THRESHOLD_": "1073741824",
             "MALLOC_TRIM_THRESHOLD_": "2147483647",
         }
@@ -202,6 +210,7 @@ class Pool:
             encoding="utf-8",
             env=environment,
         )
+        # A thread for each: a pipe has to be read all the time, or its worker stands still once it is full.
         threading.Thread(target=self._listen, args=(index, process), daemon=True).start()
         return process
 

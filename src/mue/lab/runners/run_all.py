@@ -21,9 +21,10 @@ def run_all(
     listener: RunListener | None = None,
     kind: str = "processes",
 ) -> dict[str, dict[str, Any]]:
-    """Train every run that has no result yet.
+    """Train every run that has no result yet, and wait for all of them.
 
     Args:
+        store: where the runs' folders are, finished ones included.
         workers, checkpoint_seconds, kind: as :func:`mue.lab.runners.open.open_runner` takes them.
         listener: told of each run as it goes, and of those that were trained before first.
 
@@ -31,10 +32,12 @@ def run_all(
         Key → result of all runs. Those with the same key are trained once.
 
     Raises:
-        ValueError, OSError: what was wrong with a run's input or the disk. mue.lab.runners.runner.FailedError: an error of ours,
-        with its text. mue.lab.train.run.BusyError: another process trains one of them.
+        ValueError, OSError: what was wrong with a run's input or the disk.
+        mue.lab.runners.runner.FailedError: an error of ours, with its text.
+        mue.lab.train.run.BusyError: another process trains one of them.
     """
     listener = listener or RunListener()
+    # Of equal keys the first; turned back below, into the order that was asked for.
     distinct = {run.key: run for run in reversed(runs)}
     results: dict[str, dict[str, Any]] = {}
     moving: set[str] = set()

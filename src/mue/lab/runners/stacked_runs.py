@@ -12,7 +12,8 @@ from mue.lab.train.run import Run, Store
 from mue.lab.train.session import TrainingSession, open_session
 from mue.lab.train.stacked_session import StackedSession
 
-# At most this share of the time goes into checkpoints, however many runs have one; but they are at most so much rarer than asked for.
+# At most this share of the time goes into checkpoints, however many runs have one to write: a stack of 32 writes 32
+# files in a row. But they are at most so much rarer than asked for, since a kill costs what was done since.
 CHECKPOINT_SHARE, CHECKPOINT_RARER = 0.05, 12
 
 
@@ -35,7 +36,7 @@ class StackedRuns:
         self.made_seconds = self.step_seconds = 0.0
 
     def join(self, run: Run, store: Store, corpus: Corpus) -> dict[str, Any] | None:
-        """Begin a run or go on with it.
+        """Begin a run or go on with it; the next step has it in the stack.
 
         Returns:
             Its result, where it has one already.
@@ -64,7 +65,7 @@ class StackedRuns:
         stack.step()
         seconds = time.monotonic() - started
         self.made_seconds, self.step_seconds = (seconds, self.step_seconds) if new else (self.made_seconds, seconds)
-        for session in self.sessions.values():
+        for session in self.sessions.values():  # equal shares: seconds of a sweep's runs then add up to what it took
             session.seconds += seconds / len(self.sessions)
         started = time.monotonic()
         news: list[tuple[TrainingSession, dict[str, Any] | None]] = []
@@ -93,6 +94,8 @@ class StackedRuns:
         size, wanted = len(self.stack.sessions) if self.stack else 0, len(self.sessions)
         new = size < wanted or (size > wanted and not self.compiled) or (size > wanted and self._shrinking_pays())
         if new or self.stack is None:
+            # What moved into the old one moves on: its tensors are views of that one's banks until they are of the new
+            # one's.
             self.stack = StackedSession(next(iter(self.sessions.values())), wanted, compiled=self.compiled)
         inside = {session.key for _, session in self.stack.occupied}
         for key, session in self.sessions.items():

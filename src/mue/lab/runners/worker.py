@@ -26,6 +26,7 @@ _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>; the "parent" is the thread that starte
 def main() -> None:
     """Serve jobs until stdin closes."""
     with suppress(OSError, AttributeError):
+        # Without it a stopped worker outlived its parent (docs/LOG.md, "Many workers on one storage").
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     out = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints must not end up between our lines
@@ -37,7 +38,7 @@ def main() -> None:
     jobs = Jobs(out, stopped)
     while True:
         try:
-            job = queue.get(block=not jobs.stacks)
+            job = queue.get(block=not jobs.stacks)  # a run that comes joins its stack before the next step
         except Empty:
             jobs.advance()
         else:
@@ -45,6 +46,7 @@ def main() -> None:
 
 
 def _listen(queue: SimpleQueue[dict[str, Any]], stopped: set[str]) -> None:
+    """Read stdin in a thread of its own: the other one trains, and would hear a stop only after its run."""
     for line in sys.stdin:
         message = json.loads(line)
         if "stop" in message:

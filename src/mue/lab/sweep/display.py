@@ -22,7 +22,7 @@ from mue.lab.sweep.trial import Point, Trial
 from mue.lab.train.run import Run
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
-_COLUMNS = 32  # of a valley: more learning rates than that share columns
+_COLUMNS = 32  # of a valley, so that a row fits into 80: more learning rates than that share columns
 _CELLS, _RUNS = 8, 8  # shown; the rest is counted
 
 
@@ -38,6 +38,7 @@ class SweepDisplay(SweepListener):
         self.trials: Sequence[Trial] = ()
         self.fresh = 0
         """Runs trained in this session."""
+        # Transient: what stays on the screen is the line of each run and the table at the end.
         self.live = Live(console=console, get_renderable=self._table, transient=True, refresh_per_second=2)
 
     def __enter__(self) -> Self:
@@ -91,7 +92,8 @@ def sweep_table(trials: Sequence[Trial], title: str, steps: int, seconds: float 
     """The table of a sweep: how far it is, the best cells with their valleys, the runs in progress.
 
     Args:
-        steps: of a whole run. seconds: since this worker started; None: of a look from outside.
+        trials: all of them, ended or not. title: what stands before it. steps: of a whole run.
+        seconds: since this worker started; None: of a look from outside.
     """
     count = Counter(t.state for t in trials)
     diverged = sum(t.state == "COMPLETE" and (t.result or {}).get("val_loss") is None for t in trials)
@@ -113,6 +115,7 @@ def sweep_table(trials: Sequence[Trial], title: str, steps: int, seconds: float 
 
 
 def _cells(cells: Mapping[tuple[float, float], Sequence[Trial]]) -> Table:
+    """The cells with the lowest runs, each with its valley. Nothing is fitted: the table is drawn twice a second."""
     best = {cell: min(found, key=lambda t: t.loss) for cell, found in cells.items()}
     shown = sorted(cells, key=lambda cell: (best[cell].loss, cell))
     floor = min(t.loss for t in best.values())
@@ -140,6 +143,9 @@ def sparkline(trials: Sequence[Trial], floor: float) -> str:
     """A cell's losses over log2 lr as blocks, lowest ▁, from ``floor`` up; the seeds of one place are averaged.
 
     × diverged, ╌ stopped early, ○ running, · waiting. What is far above the valley is cut at █.
+
+    Args:
+        trials: of one weight decay and init std. floor: the lowest loss of all cells, so that their lines compare.
     """
     places: dict[float, list[Trial]] = {}
     for trial in trials:
@@ -154,6 +160,8 @@ def sparkline(trials: Sequence[Trial], floor: float) -> str:
     means = {x: sum(losses) / len(losses) for x, losses in ended.items() if losses}
     finite = sorted(loss for loss in means.values() if math.isfinite(loss))
     low = min(floor, finite[0]) if finite else floor
+    # Three times the median's height, so that the valley has most of the blocks; not less than the noise of single runs
+    # (0.01 to 0.05 nats in docs/LOG.md), or a flat valley would look rough.
     span = 3 * max(0.02, finite[len(finite) // 2] - low) if finite else 1.0
     return "".join(_mark(places[x], means.get(x), low, span) for x in sorted(places))
 
@@ -168,11 +176,13 @@ def _mark(trials: Sequence[Trial], mean: float | None, low: float, span: float) 
 
 
 def _running(trials: Sequence[Trial], steps: int) -> Table:
+    """Who trains what, and how far each run is."""
     table = Table(box=None, header_style="dim", pad_edge=False)
     for name in ("  running", "step", "loss", "worker"):
         table.add_column(name, justify="right" if name in ("step", "loss") else "left")
     for trial in trials[:_RUNS]:
         reached = trial.progress or {}
+        # Two signs of life are missing (Heartbeat.interval is 10 s at most): its worker may be gone.
         quiet = f", {trial.quiet:.0f} s ago" if trial.quiet is not None and trial.quiet > 20 else ""
         table.add_row(
             f"  {point_words(trial.point)}",

@@ -14,11 +14,20 @@ from mue.util.files import FileLock
 
 
 class Heartbeat:
-    """A thread that gives signs of life for the trials held, and hears which are lost."""
+    """A thread that gives signs of life for the trials held, and hears which are lost.
+
+    A thread, since the main one may be busy for long: it fits a search, starts processes, or waits for the storage.
+
+    Args:
+        trials: of the sweep. name: the worker's.
+
+    Attributes:
+        interval: seconds between two signs. error: what ended the thread, which the main one raises.
+    """
 
     def __init__(self, trials: Trials, name: str) -> None:
         self.trials, self.name = trials, name
-        self.interval = min(10.0, trials.lease / 4)
+        self.interval = min(10.0, trials.lease / 4)  # so that a lease outlasts three signs that come late or not at all
         self.error: Exception | None = None
         self._lock, self._over = threading.Lock(), threading.Event()
         self._held: dict[int, dict[str, Any] | None] = {}
@@ -31,12 +40,13 @@ class Heartbeat:
             self._lost.discard(trial)
 
     def note(self, trial: int, progress: dict[str, Any]) -> None:
-        """How far a trial is: goes with the next sign of life."""
+        """How far a trial is (step and loss): goes with the next sign of life, not in a transaction of its own."""
         with self._lock:
             if trial in self._held:
                 self._held[trial] = progress
 
     def let_go(self, trial: int) -> None:
+        """It has ended, or is somebody else's: no more signs of life."""
         with self._lock:
             self._held.pop(trial, None)
 
@@ -57,6 +67,7 @@ class Heartbeat:
         self._over.set()
 
     def _beat(self) -> None:
+        """The thread: a sign of life for all that is held, every ``interval`` seconds until the end."""
         while not self._over.wait(self.interval):
             with self._lock:
                 held = dict(self._held)
@@ -68,7 +79,7 @@ class Heartbeat:
                 self.error = error
                 return
             with self._lock:
-                self._lost |= (set(held) - still) & set(self._held)
+                self._lost |= (set(held) - still) & set(self._held)  # not those that ended while the storage was asked
 
 
 @contextmanager
@@ -83,7 +94,11 @@ def present(folder: Path, name: str) -> Iterator[None]:
 
 
 def dead(folder: Path, name: str) -> bool:
-    """Whether a worker of this machine and folder has died; of any other its lease tells."""
+    """Whether a worker of this machine and folder has died; of any other its lease tells.
+
+    The kernel frees a lock as soon as its process is gone, so a neighbour's death is known at once, not when its lease
+    ends.
+    """
     if not name.startswith(f"{platform.node()}:"):
         return False
     path = folder / "workers" / name

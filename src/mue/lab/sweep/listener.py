@@ -16,7 +16,7 @@ class SweepListener(RunListener):
     """Told of this worker's runs as any :class:`RunListener` is; of those that ended only once they were counted."""
 
     def look(self, trials: Sequence[Trial]) -> None:
-        """Every trial, now and then; running ones with what their workers last said."""
+        """How every trial stands, every few seconds; running ones with what their workers last said."""
 
 
 class Broadcast(SweepListener):

@@ -18,7 +18,14 @@ from mue.lab.train.run import Run, Store
 
 
 def open_sinks(kinds: Sequence[str], folder: Path) -> list[MetricSink]:
-    """One sink for each kind. ``ValueError`` for an unknown kind, or naming what to install."""
+    """Open one sink for each kind.
+
+    Args:
+        kinds: "tensorboard", "wandb". folder: of the sweep, in which the runs' folders are and where sinks write.
+
+    Raises:
+        ValueError: an unknown kind, or a package that is not installed.
+    """
     known: dict[str, type[MetricSink]] = {"tensorboard": TensorBoard, "wandb": WandB}
     for kind in kinds:
         if kind not in known:
@@ -73,7 +80,7 @@ class TensorBoard(MetricSink):
     def follow(self, run: Run) -> None:
         if run.key not in self.writers:
             folder = self.folder / "tensorboard" / run.key
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)  # else TensorBoard shows the rows of both sessions
             self.writers[run.key] = self.open(str(folder))
             self.writers[run.key].add_text("tuned", json.dumps(run.plan.tuned.to_dict()))
         for row in self.rows(run):

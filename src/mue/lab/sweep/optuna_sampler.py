@@ -12,7 +12,7 @@ from mue.lab.sweep.trial import OPEN, Point, Trial, name_of
 if TYPE_CHECKING:
     from optuna.distributions import FloatDistribution
 
-_TIRED = 20  # proposals in a row that are all known: a sampler over few values has nothing more to say
+_TIRED = 20  # draws beyond those wanted: a sampler over a range of one value would go on for ever
 
 
 class OptunaSampler(Sampler):
@@ -38,6 +38,7 @@ class OptunaSampler(Sampler):
         out: list[Point] = []
         while len(out) < count and draws < count + _TIRED:
             number = len(trials) + draws
+            # Anew for each draw: what comes out depends on the trials and not on what this worker drew before.
             study.sampler = self.seeded(number)
             drawn: optuna.Trial = study.ask(ranges)
             point = {**{axis: float(drawn.params[axis]) for axis in AXES}, "seed": grid.seeds[number % len(grid.seeds)]}
@@ -53,7 +54,7 @@ def _study(trials: Sequence[Trial], ranges: dict[str, FloatDistribution]) -> Any
     import optuna
     from optuna.trial import TrialState, create_trial
 
-    study = optuna.create_study()
+    study = optuna.create_study()  # in memory: ours in the storage would cost a transaction for each question
     for t in trials:
         inside = {axis: t.point[axis] for axis, r in ranges.items() if r.low <= t.point[axis] <= r.high}
         state = TrialState.RUNNING if t.state in OPEN else TrialState.COMPLETE

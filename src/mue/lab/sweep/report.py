@@ -22,9 +22,9 @@ from mue.lab.train.run import Settings
 from mue.lab.train.task import task_of
 from mue.util.files import write_atomic
 
-_VALLEYS = 8  # drawn
+_VALLEYS = 8  # drawn: as many as plots.CYCLE has colours
 _DRAWN = 500  # runs, as vectors: more make a heavy page
-_ROWS = 100  # of a table
+_ROWS = 100  # of a table: the page stays readable at 10,000 trials, and trials.csv has them all
 _COLUMNS = 20  # of the map
 COLUMNS = (
     "trial",
@@ -43,9 +43,13 @@ COLUMNS = (
 
 
 def sweep_report(folder: Path, *, csv: Path | None = None, result: SweepResult | None = None) -> Path:
-    """Write ``report.html``, its pictures and ``trials.csv`` (and ``csv``) of the sweep in ``folder``.
+    """Write ``report.html``, its pictures and ``trials.csv`` of the sweep in ``folder``.
 
-    From its storage; or from ``result``, where it has just ended.
+    Args:
+        csv: write every trial here as well. result: of a sweep that has just ended; None: from its storage.
+
+    Returns:
+        The page's path.
 
     Raises:
         ValueError: the folder holds no sweep, or its storage cannot be opened.
@@ -168,7 +172,8 @@ def _map(lowest: Mapping[tuple[float, float], float]) -> list[Section]:
     finite = sorted(loss for loss in lowest.values() if math.isfinite(loss))
     if len(decays) < 2 or len(stds) < 2 or len(stds) > _COLUMNS or not finite:
         return []
-    span = 2 * (finite[len(finite) // 2] - finite[0]) or 1.0  # the best are to be told apart, not the worst
+    # White from twice the median's height on: the best are to be told apart, not the worst.
+    span = 2 * (finite[len(finite) // 2] - finite[0]) or 1.0
     losses = [[lowest.get((wd, std)) for std in stds] for wd in decays]
     return [
         Section(

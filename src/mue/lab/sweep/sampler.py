@@ -19,6 +19,7 @@ from mue.lab.valley.search import Space
 from mue.util.registry import Registry
 
 AXES = ("lr", "weight_decay", "init_std")
+"""The tuned values that a sweep looks for; all others are given."""
 _STORED = {
     "precision": Space.precision,
     "extend": Space.extend,
@@ -92,7 +93,15 @@ class Sampler(ABC):
 
     @abstractmethod
     def propose(self, trials: Sequence[Trial], n: int) -> list[Point]:
-        """Up to ``n`` new points, given every trial so far; [] when the sampler is done or must wait for what is running."""
+        """What to train next.
+
+        Args:
+            trials: every one so far, open ones included, by number. n: how many can be trained at once.
+
+        Returns:
+            Up to ``n`` new points, each with a value for every axis and a seed; [] when the sampler is done or must
+            wait for what is running.
+        """
 
     def why_done(self, trials: Sequence[Trial]) -> str | None:
         """What the sampler says of itself at its end, in a sentence; None where it has nothing to say."""

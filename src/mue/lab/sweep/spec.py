@@ -24,7 +24,14 @@ _KEYS = ("lr", "weight_decay", "init_std", "seeds", "sampler", "trials", "stop_e
 
 @dataclass(frozen=True)
 class SweepSpec:
-    """A sweep of a base: its shape and run, the grid, the rest of the tuned values, settings and data."""
+    """A sweep of a base, as its file says it.
+
+    Attributes:
+        base, training: its shape, and how long it is trained.
+        defaults: the tuned values, of which the grid's points replace lr, weight decay and init std.
+        grid: what is visited. settings: of every run, but for the seed, which is the point's.
+        source: where the data is, as :func:`mue.lab.data.spec.open_corpus` takes it.
+    """
 
     base: Transformer
     training: Training
@@ -56,7 +63,11 @@ class SweepSpec:
         )
 
     def identity(self, data_hash: str) -> dict[str, Any]:
-        """What must not change under a sweep's folder: all but the grid and the seeds."""
+        """What must not change under a sweep's folder: all but the grid, the seeds and how runs are laid out.
+
+        Args:
+            data_hash: of the corpus.
+        """
         fixed = {k: v for k, v in self.defaults.to_dict().items() if k not in AXES}
         settings = {k: v for k, v in self.settings.to_dict().items() if k != "seed"}
         training = {"batch": self.training.batch, "steps": self.training.steps}
@@ -69,14 +80,26 @@ class SweepSpec:
         }
 
     def run_at(self, point: Point, data: dict[str, Any]) -> Run:
-        """One run of the sweep: the base with a point's values and seed, every transfer factor 1. ``data``: as a run keeps it."""
+        """One run of the sweep: the base with a point's values and seed, every transfer factor 1.
+
+        Args:
+            data: as a run keeps it (:func:`mue.lab.data.spec.describe_data`).
+        """
         tuned = self.defaults.replace(**{k: v for k, v in point.items() if k != "seed"})
         plan = base_plan(self.base, self.training, tuned)
         return Run(plan, replace(self.settings, seed=int(point["seed"])), data)
 
 
 def sweep_from(data: Mapping[str, Any], folder: Path) -> SweepSpec:
-    """A sweep file: ``[base]`` with ``[base.training]``, ``[data]``, ``[sweep]``, optionally ``[run]`` and ``[tuned]``."""
+    """Read a sweep file: ``[base]`` with ``[base.training]``, ``[data]``, ``[sweep]``, optionally ``[run]`` and
+    ``[tuned]``.
+
+    Args:
+        data: the file's tables. folder: the file's, to which its relative paths are relative.
+
+    Raises:
+        ValueError: a table or key is missing, unknown or out of its range; the text names it and the fix.
+    """
     check_keys(data, (*PLAN_TABLES, "data", "run", "sweep"), "the file's top level")
     base, table = table_of(data, "base"), table_of(data, "sweep")
     for name, found in (("base", base), ("sweep", table)):
@@ -107,6 +130,7 @@ def sweep_from(data: Mapping[str, Any], folder: Path) -> SweepSpec:
 
 
 def _grid(table: Mapping[str, Any]) -> Grid:
+    """The grid of a ``[sweep]`` table, with its sampler's defaults for what it leaves out."""
     for key, example in (("lr", "[0.001, 0.002, 0.004]"), ("weight_decay", "[0.1]"), ("init_std", "[0.05, 0.1]")):
         if key not in table:
             raise ValueError(f"[sweep] needs {key}: a list of values, e.g. {key} = {example}")
@@ -156,5 +180,10 @@ def _options(table: Mapping[str, Any], sampler: type[Sampler]) -> dict[str, Any]
 
 
 def base_plan(base: Transformer, training: Training, tuned: HParams) -> PlanData:
-    """The base itself as a plan: every factor 1, its own output multiplier."""
+    """The base itself as a plan: every factor 1, its own output multiplier.
+
+    Args:
+        base: its shape. training: batch and steps, of the base and of the run alike. tuned: what it trains with.
+    """
+    # As a target it has no A* of its own: what it is trained with is A = A*/ρ_e with ρ_e = 1 (conventions 3).
     return transfer(base, replace(base, output_multiplier=1.0), tuned, base_training=training, training=training)

@@ -46,7 +46,11 @@ class SweepState:
 
     @classmethod
     def load(cls, folder: Path) -> SweepState:
-        """The sweep in a folder. ``ValueError`` where there is none."""
+        """The sweep in a folder.
+
+        Raises:
+            ValueError: there is none, or its file is damaged; the text says how to start one.
+        """
         path = folder / SWEEP_FILE
         again = f"start it with mue sweep FILE --out {folder}"
         try:
@@ -104,11 +108,23 @@ class SweepState:
         write_json(self.folder / RESULT_FILE, result.to_dict(self.identity["data"]))
 
     def open_trials(self, lease: float | None = None, trouble: Trouble | None = None) -> Trials:
-        """The trials in the storage, which is made where there is none; ``lease`` and ``trouble`` as it takes them."""
+        """The trials in the storage, which is made where there is none.
+
+        Args:
+            lease: seconds, as :class:`Trials` takes it. trouble: told while the storage cannot be reached, as
+                :class:`Database` takes it.
+
+        Raises:
+            ValueError: the storage cannot be opened, or the sweep has another lease.
+        """
         return self._trials(lease, trouble, make=True)
 
     def read_trials(self) -> Trials:
-        """The trials to be read: nothing is written. ``ValueError`` where they are lost."""
+        """The trials to be read: nothing is written, for a report that makes an empty storage hides that one was lost.
+
+        Raises:
+            ValueError: they are lost; the text says how to bring them back.
+        """
         try:
             return self._trials(None, None, make=False)
         except MissingError as error:
@@ -117,11 +133,18 @@ class SweepState:
 
     def _trials(self, lease: float | None, trouble: Trouble | None, *, make: bool) -> Trials:
         url = self.storage or f"sqlite:///{self.folder.absolute() / 'optuna.db'}"
+        # The study is named by what must not change, so that machines find each other's without being told a name.
         return Trials(Database(url, trouble=trouble, make=make), digest(self.identity), lease, make=make)
 
     def ask(self, trials: Trials, before: SweepState) -> int:
-        """From now on this grid is what is asked for, in the folder and in the storage; returns how many open trials of ``before``,
-        the grid until now, were withdrawn."""
+        """From now on this grid is what is asked for, in the folder and in the storage.
+
+        Args:
+            before: the sweep with the grid until now.
+
+        Returns:
+            How many open trials of ``before`` were withdrawn.
+        """
         self.save()
         points = sampler_of(self.spec.grid).points()
         # Else what waits belongs to a search, which knows its points by itself.
@@ -150,7 +173,7 @@ def join(folder: Path, storage: str, study: str | None) -> None:
     """Make ``folder`` one of a sweep in a shared storage, on a machine that has had no part in it.
 
     Args:
-        study: the sweep's name in the storage, where it holds several.
+        storage: its URL. study: the sweep's name in the storage, where it holds several.
 
     Raises:
         ValueError: the folder holds a sweep already; the storage holds none, or several and ``study`` names none of them.

@@ -34,8 +34,8 @@ Trouble = Callable[[str, float], None]
 PATIENCE = 3600.0  # seconds that a lost connection is tried again: a cluster's database may be down for a while
 _OPENING = 60.0  # ... and at the start, where the URL may be wrong
 _UNHEARD = 5.0  # ... and there, where nobody is told what is waited for
-_TELL = 30.0  # seconds between two words about it
-_BUSY_SECONDS = 30.0  # that a transaction on SQLite waits for another process's
+_TELL = 30.0  # seconds between two messages about it
+_BUSY_SECONDS = 30.0  # that a transaction on SQLite waits for another process's, before it counts as a lost connection
 _SQLITE_BUSY = (5, 6)  # SQLITE_BUSY and SQLITE_LOCKED: somebody else is writing
 _SQLITE_BROKEN = (11, 26)  # SQLITE_CORRUPT and SQLITE_NOTADB
 # One that writes locks before it reads, so that what it read is still so when it writes; one that reads sees one moment.
@@ -43,9 +43,11 @@ _BEGIN = {
     True: {True: "BEGIN IMMEDIATE", False: "BEGIN"},
     False: {True: "BEGIN", False: "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"},
 }
-_LAST = "trial_heartbeats"  # of the tables that Optuna makes
-_MAKING = 0x6D7565  # key of the advisory lock on PostgreSQL under which tables and studies are made
-# A peer that vanished without a word is noticed within seconds on both sides, and holds no lock for longer.
+_TABLE = "trial_heartbeats"  # of those that Optuna makes, all of them before it makes a study: without it there is none
+_MAKING = 0x6D7565  # "mue": key of the advisory lock on PostgreSQL under which tables and studies are made
+# A peer that vanished without a word is noticed within seconds on both sides, and holds no lock for longer: 5 + 3 × 2 s
+# by keepalives where nothing is under way, 15 s by tcp_user_timeout where something is (Linux takes two hours and a
+# quarter of one), and the server ends a transaction in which nothing is said. Our times are UTC, hence the session's.
 _POSTGRES: dict[str, Any] = {
     "connect_timeout": 10,
     "keepalives_idle": 5,
@@ -74,9 +76,12 @@ class Execute(Protocol):
 class Database:
     """The database at ``url``; safe to use from several threads, each of which has a connection of its own.
 
-    ``make``: an SQLite file that is not there is made.
+    Args:
+        patience: seconds that a lost connection is tried again. trouble: told of it meanwhile.
+        make: an SQLite file that is not there is made.
 
     Raises:
+        MissingError: there is no such file, and ``make`` is false.
         ValueError: neither SQLite nor PostgreSQL, the driver is missing, or it cannot be opened; names the fix.
     """
 
@@ -87,7 +92,7 @@ class Database:
         self.sqlite = url.startswith("sqlite:")
         self._begin = _BEGIN[self.sqlite]
         self._tables = (
-            "FROM sqlite_master WHERE name = :last" if self.sqlite else "WHERE to_regclass(:last) IS NOT NULL"
+            "FROM sqlite_master WHERE name = :table" if self.sqlite else "WHERE to_regclass(:table) IS NOT NULL"
         )
         self._local = threading.local()
         if self.sqlite:
@@ -103,7 +108,7 @@ class Database:
             self.errors = (psycopg.Error,)
         self.patience = min(patience, _OPENING if trouble else _UNHEARD)
         try:
-            self.find("")
+            self.find("")  # opens the connection: a wrong URL is an error here, not in the middle of a sweep
         except (*self.errors, StorageError) as error:
             cause = error.__cause__ if isinstance(error, StorageError) else error
             remedy = _remedy(cause) if cause else ""
@@ -111,7 +116,13 @@ class Database:
         self.patience = patience
 
     def run(self, work: Callable[[Execute], T], *, write: bool = True) -> T:
-        """``work`` in one transaction. It must bear being run again: a lost connection may hide that it was committed.
+        """Run ``work`` in one transaction.
+
+        It must bear being run again: a lost connection may hide that it was committed.
+
+        Args:
+            work: called with a function that executes a statement; what it returns is passed on.
+            write: it writes, so it takes its locks before it reads; else it sees one moment and holds nobody up.
 
         Raises:
             StorageError: the connection stayed lost for longer than ``patience``.
@@ -134,9 +145,12 @@ class Database:
             " WHERE a.key = :key ORDER BY s.study_id"
         )
         made = f"SELECT 1 {self._tables}"
-        return dict(self.run(lambda execute: execute(query, key=key) if execute(made, last=_LAST) else [], write=False))
+        return dict(
+            self.run(lambda execute: execute(query, key=key) if execute(made, table=_TABLE) else [], write=False)
+        )
 
     def _patiently(self, attempt: Callable[[], T]) -> T:
+        """Try until it works, as long as what fails may pass by itself and our patience lasts."""
         failing, told, wait = None, -math.inf, 0.1
         while True:
             try:
@@ -158,6 +172,8 @@ class Database:
                 if self.trouble and now - told > _TELL:
                     told = now
                     self.trouble(_first_line(cause), now - failing)
+                # Jittered, and doubled up to a few seconds: all workers lost the same server, and must not come back as
+                # one.
                 time.sleep(wait * random.uniform(0.5, 1.0))
                 wait = min(2 * wait, 3.0)
 
@@ -168,6 +184,7 @@ class Database:
         return error
 
     def _transaction(self, work: Callable[[Execute], T], write: bool) -> T:
+        """One try on this thread's connection; whatever goes wrong, the next try has a new one."""
         connection = getattr(self._local, "connection", None) or self._connect()
         self._local.connection = connection
         execute = _sqlite_execute(connection) if self.sqlite else _postgres_execute(connection)
@@ -176,13 +193,14 @@ class Database:
             found = work(execute)
             execute("COMMIT")
             return found
-        except BaseException:
+        except BaseException:  # an interrupt too: closing rolls back, in whatever state the connection is
             self._local.connection = None
             with suppress(*self.errors):
                 connection.close()
             raise
 
     def _connect(self) -> Any:
+        # Both drivers without their own transactions: sqlite3 would begin one late, before the first write only.
         if self.sqlite:
             return sqlite3.connect(_file(self.url), timeout=_BUSY_SECONDS, isolation_level=None)
         import psycopg
@@ -193,7 +211,7 @@ class Database:
         """The id of the study of this name; None where there is none. Nothing is written."""
 
         def work(execute: Execute) -> int | None:
-            if not execute(f"SELECT 1 {self._tables}", last=_LAST):
+            if not execute(f"SELECT 1 {self._tables}", table=_TABLE):
                 return None
             found = execute("SELECT study_id FROM studies WHERE study_name = :name", name=name)
             return found[0][0] if found else None
@@ -201,13 +219,14 @@ class Database:
         return self.run(work, write=False)
 
     def _make(self, name: str) -> None:
+        """Have Optuna make its tables and the study, so that its own tools read them."""
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         with self._making():
             storage = optuna.storages.RDBStorage(for_optuna(self.url))
             optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
-            storage.engine.dispose()
+            storage.engine.dispose()  # SQLAlchemy's pool would keep its connections as long as we live
 
     @contextmanager
     def _making(self) -> Iterator[None]:
@@ -257,7 +276,7 @@ def _sqlite_execute(connection: sqlite3.Connection) -> Execute:
 def _postgres_execute(connection: Any) -> Execute:
     def execute(query: str, many: Sequence[dict[str, Any]] | None = None, **values: Any) -> Rows:
         with connection.cursor() as cursor:
-            query = re.sub(r"(?<!:):(\w+)", r"%(\1)s", query)
+            query = re.sub(r"(?<!:):(\w+)", r"%(\1)s", query)  # :name is sqlite3's, %(name)s psycopg's; :: is a cast
             if many is not None:
                 cursor.executemany(query, many)
             else:
@@ -270,7 +289,7 @@ def _postgres_execute(connection: Any) -> Execute:
 def _passing(error: Exception) -> bool:
     """Whether to try again: a lost connection, a database that starts up, a deadlock, another process's lock."""
     if isinstance(error, sqlite3.Error):
-        return getattr(error, "sqlite_errorcode", 0) & 0xFF in _SQLITE_BUSY
+        return getattr(error, "sqlite_errorcode", 0) & 0xFF in _SQLITE_BUSY  # the low byte is the primary code
     import psycopg
 
     if "FATAL" in str(error):  # the server's own no: a wrong password stays wrong
@@ -280,6 +299,7 @@ def _passing(error: Exception) -> bool:
 
 
 def _remedy(error: BaseException) -> str:
+    """What to do about an error that trying again does not mend; empty where there is nothing to say."""
     broken = getattr(error, "sqlite_errorcode", 0) & 0xFF in _SQLITE_BROKEN
     return (
         "; remove the file and start the sweep again: results in its folder are found and told anew" if broken else ""

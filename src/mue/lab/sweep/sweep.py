@@ -45,7 +45,8 @@ def run_sweep(
         resume: the grid is not ``spec``'s but that of whoever started last.
 
     Raises:
-        ValueError: the folder belongs to another experiment; every run diverged. mue.lab.sweep.storage.StorageError: it was lost.
+        ValueError: the folder belongs to another experiment; every run diverged.
+        mue.lab.sweep.storage.StorageError: the storage was lost for longer than an hour.
     """
     listener = listener or SweepListener()
     state = SweepState.start(out, spec, corpus, storage)
@@ -58,7 +59,7 @@ def run_sweep(
     store, data = Store(out), describe_data(spec.source, corpus)
 
     def open_for(run: Run) -> Runner:
-        left = sum(t.state in OPEN for t in trials.all())
+        left = sum(t.state in OPEN for t in trials.all())  # how much there is to train decides whether compiling pays
         runner = open_runner(
             spec.grid.runner,
             store,
@@ -73,6 +74,7 @@ def run_sweep(
     while True:
         worker = Worker(state.spec.grid, trials, store, partial(state.spec.run_at, data=data), open_for, listener)
         ended = worker.work()
+        # Else a worker that was there before the grid was widened would overwrite the result with the narrower one.
         now = state.with_current_grid(trials)
         if now == state:
             break

@@ -17,8 +17,10 @@ from mue.lab.sweep.storage import Database, Execute, MissingError, Rows
 from mue.lab.sweep.trial import OPEN, Point, State, Trial, name_of
 from mue.lab.valley.pruning import Curve
 
-LEASE = 60.0
+LEASE = 60.0  # seconds; a worker gives a sign of life at least four times in it (mue.lab.sweep.heartbeat)
 
+# Times are UTC to the microsecond without a zone, as SQLAlchemy reads them back. SQLite's %f has milliseconds, hence the
+# zeros. PostgreSQL's now() would be the transaction's begin, which is past for one that waited for a lock.
 _NOW = {True: "strftime('%Y-%m-%d %H:%M:%f000', 'now')", False: "timezone('utc', clock_timestamp())"}
 _AGO = {
     True: "strftime('%Y-%m-%d %H:%M:%f000', 'now', '-' || :lease || ' seconds')",
@@ -28,6 +30,7 @@ _QUIET = {
     True: "(julianday('now') - julianday(h.heartbeat)) * 86400",
     False: "extract(epoch from timezone('utc', clock_timestamp()) - h.heartbeat)",
 }
+# What somebody enqueued with Optuna has no point of ours, and is not ours to train.
 _WAITING = (
     "SELECT t.trial_id, t.number FROM trials t WHERE t.study_id = :study AND t.state = 'WAITING' AND EXISTS"
     " (SELECT 1 FROM trial_user_attributes p WHERE p.trial_id = t.trial_id AND p.key = 'point') ORDER BY t.trial_id LIMIT 1"
@@ -77,8 +80,16 @@ class Trials:
         """From now on these points are asked for, and ``about`` is what this study is a sweep of: said to machines that know
         no more than the storage (:meth:`Database.studies`).
 
-        ``only``: whatever else waits is withdrawn, and what is under way is not begun again if its worker loses it: nobody
-        claims it until it is added again. Returns how many were withdrawn.
+        All in one transaction. As three, a worker that was there before could take what had just been withdrawn
+        (docs/LOG.md, "A sweep's layouts once more").
+
+        Args:
+            about: JSON-ready. points: in the order they are to be started.
+            only: whatever else waits is withdrawn, and what is under way is not begun again if its worker loses it:
+                nobody claims it until it is added again.
+
+        Returns:
+            How many were withdrawn.
         """
 
         def work(execute: Execute) -> int:
@@ -101,7 +112,14 @@ class Trials:
         return found
 
     def add(self, points: Sequence[Point], *, limit: int | None = None) -> int:
-        """One waiting trial for each point that has none or a withdrawn one, at most up to ``limit`` trials in all; returns how many."""
+        """Add one waiting trial for each point that has none or a withdrawn one.
+
+        Args:
+            limit: of the trials in all, those that were withdrawn not counted; None: no limit.
+
+        Returns:
+            How many were added; 0 also where another worker has added them.
+        """
 
         def work(execute: Execute) -> int:
             self._hold(execute)
@@ -110,10 +128,14 @@ class Trials:
         return self.database.run(work)
 
     def claim(self, owner: str, held: Collection[int] = ()) -> Trial | None:
-        """The next waiting trial, or one whose worker has lost it; from now on ``owner``'s. None where there is none.
+        """The next waiting trial, or one whose worker has lost it; from now on ``owner``'s.
 
-        ``held``: ids that ``owner`` already works on. One that is its own but not among them was claimed by a
-        transaction whose answer got lost, and is returned.
+        Args:
+            owner: the worker's name. held: ids that it already works on. One that is its own but not among them was
+                claimed by a transaction whose answer got lost, and is returned.
+
+        Returns:
+            The trial; None where there is none to be had.
         """
 
         def work(execute: Execute) -> Trial | None:
@@ -142,11 +164,18 @@ class Trials:
         return self.database.run(work)
 
     def renew(self, owner: str, progress: Mapping[int, dict[str, Any] | None]) -> set[int]:
-        """A sign of life for the trials in ``progress``; returns those that are still ``owner``'s."""
+        """Give a sign of life for trials.
+
+        Args:
+            progress: by their ids, what the worker last knows of each (step and loss), for people; None: nothing new.
+
+        Returns:
+            Those that are still ``owner``'s; the others have another worker by now.
+        """
 
         def work(execute: Execute) -> set[int]:
             mine = {trial for trial, _ in self._owned(execute, owner)} & set(progress)
-            for trial in sorted(mine):
+            for trial in sorted(mine):  # all workers in one order of ids, or they might wait for each other's rows
                 self._alive(execute, trial)
                 if progress[trial] is not None:
                     execute(_SET, trial=trial, key="progress", value=json.dumps(progress[trial]))
@@ -157,7 +186,15 @@ class Trials:
     def finish(
         self, owner: str, trial: int, result: dict[str, Any], state: State = "COMPLETE", curve: Sequence[Any] = ()
     ) -> bool:
-        """End a trial. False, and nothing changes, where it is not ``owner``'s any more: the result does not count."""
+        """End a trial.
+
+        Args:
+            result: what the run's ``result.json`` holds. state: how it ended, in Optuna's words. curve: its training
+                losses as (step, loss), for judging others (``mue.lab.valley.pruning``).
+
+        Returns:
+            False, and nothing changes, where it is not ``owner``'s any more: the result does not count.
+        """
 
         def work(execute: Execute) -> bool:
             ((now,),) = execute("SELECT state FROM trials WHERE trial_id = :trial" + self._lock(), trial=trial)
@@ -167,7 +204,7 @@ class Trials:
             execute(_SET, trial=trial, key="result", value=json.dumps(result))
             if curve:
                 execute(_SET, trial=trial, key="curve", value=json.dumps(curve))
-            if state == "COMPLETE":  # a diverged run is infinitely bad, not missing
+            if state == "COMPLETE":  # a diverged run is infinitely bad, not missing; Optuna keeps infinity as a type
                 loss = result["val_loss"]
                 kind = "INF_POS" if loss is None else "FINITE"
                 execute(
@@ -194,7 +231,10 @@ class Trials:
         self.database.run(work)
 
     def all(self) -> list[Trial]:
-        """Every trial by number but those withdrawn; ended ones are read from the storage once."""
+        """Every trial by number but those withdrawn; ended ones are read from the storage once.
+
+        Nothing of an ended trial changes any more, and a worker looks at all of them every few seconds.
+        """
 
         def work(execute: Execute) -> tuple[Rows, Rows]:
             heads = execute(
@@ -208,7 +248,9 @@ class Trials:
 
         heads, rows = self.database.run(work, write=False)
         attributes: dict[int, dict[str, Any]] = {}
-        values = json.loads(f"[{','.join([text for _, _, text in rows])}]")  # tens of thousands: not one by one
+        # As one list: there are tens of thousands, and a listing of 10,000 trials is to take less than a second in all
+        # (docs/results/trials.json).
+        values = json.loads(f"[{','.join([text for _, _, text in rows])}]")
         for (trial, key, _), value in zip(rows, values, strict=True):
             attributes.setdefault(trial, {})[key] = value
         fresh = {
@@ -219,7 +261,11 @@ class Trials:
         return [trial for trial in found if trial]  # what others put into the study by other means is not ours
 
     def curves(self, trials: Sequence[Trial]) -> dict[int, Curve]:
-        """Of those of the trials that ended and have one, by their ids: (step, loss). Each is read from the storage once."""
+        """The training curves of those of the trials that ended and have one; each is read from the storage once.
+
+        Returns:
+            By the trials' ids, (step, loss) in order.
+        """
         done = [trial.id for trial in trials if trial.state in ("COMPLETE", "PRUNED")]
         new = [trial for trial in done if trial not in self._curves]
         rows = (
@@ -239,6 +285,7 @@ class Trials:
         execute("SELECT study_id FROM studies WHERE study_id = :study" + self._lock(), study=self.study)
 
     def _add(self, execute: Execute, points: Sequence[Point], limit: int | None) -> int:
+        """:meth:`add` inside a transaction that holds the study. A withdrawn trial waits again: no point has two."""
         rows = execute(
             "SELECT a.value_json, t.trial_id, CAST(t.state AS TEXT) FROM trials t"
             " JOIN trial_user_attributes a ON a.trial_id = t.trial_id WHERE t.study_id = :study AND a.key = 'point'",
@@ -246,7 +293,7 @@ class Trials:
         )
         known = {name_of(json.loads(text)): (trial, state) for text, trial, state in rows}
         withdrawn = {name: trial for name, (trial, state) in known.items() if state == "FAIL"}
-        new = {name: p for p in points if (name := name_of(p)) not in known or name in withdrawn}
+        new = {name: p for p in points if (name := name_of(p)) not in known or name in withdrawn}  # by name: none twice
         room = None if limit is None else max(0, limit - len(known) + len(withdrawn))
         kept = list(new.items())[:room]
         if again := [{"trial": withdrawn[name]} for name, _ in kept if name in withdrawn]:
@@ -302,6 +349,7 @@ class Trials:
         return execute(query, study=self.study)
 
     def _alive(self, execute: Execute, trial: int) -> None:
+        """A sign of life, in the table where Optuna keeps its own."""
         execute(
             f"INSERT INTO trial_heartbeats (trial_id, heartbeat) VALUES (:trial, {self._now})"
             " ON CONFLICT (trial_id) DO UPDATE SET heartbeat = excluded.heartbeat",
@@ -315,7 +363,10 @@ class Trials:
         return json.loads(found[0][0]) if found else None
 
     def _agreed(self, execute: Execute, lease: float | None) -> float:
-        """The study's lease, set where it is not yet."""
+        """The study's lease, set where it is not yet.
+
+        Workers must agree on it: one with a shorter lease would take trials over whose owners have time left.
+        """
         execute(
             "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (:study, 'lease', :lease)"
             " ON CONFLICT (study_id, key) DO NOTHING",
@@ -328,6 +379,7 @@ class Trials:
         """Waiting trials with their points; as parameters too, so that Optuna's tools and samplers read them."""
         from optuna.distributions import FloatDistribution, distribution_to_json
 
+        # Optuna's trials are numbered without gaps; whoever calls holds the study, so nobody else adds meanwhile.
         ((first,),) = execute("SELECT count(*) FROM trials WHERE study_id = :study", study=self.study)
         execute(
             "INSERT INTO trials (number, study_id, state) VALUES (:number, :study, 'WAITING')",
@@ -336,6 +388,7 @@ class Trials:
         numbered = "SELECT trial_id FROM trials WHERE study_id = :study AND number >= :first ORDER BY number"
         placed = [(t, p) for (t,), p in zip(execute(numbered, study=self.study, first=first), points, strict=True)]
         execute(_SET, [{"trial": t, "key": "point", "value": json.dumps(p)} for t, p in placed])
+        # A distribution is what Optuna's plots scale an axis by; ours are points, so it spans those that are added.
         ranges = {k: [p[k] for p in points] for k in points[0]}
         kinds = {k: distribution_to_json(FloatDistribution(min(v), max(v), log=min(v) > 0)) for k, v in ranges.items()}
         execute(

@@ -15,7 +15,11 @@ from mue.util.files import digest
 
 @dataclass(frozen=True)
 class TunedResult:
-    """What a finished sweep says: its values, what speaks against them, on which base and run they were tuned."""
+    """What a finished sweep says.
+
+    Attributes:
+        tuned: its values. notes: what speaks against them, a sentence each. base, training: what they were tuned on.
+    """
 
     tuned: HParams
     notes: tuple[str, ...]
@@ -24,7 +28,10 @@ class TunedResult:
 
 
 def tuned_of(folder: Path) -> TunedResult:
-    """The result of a finished sweep.
+    """Read the result of a finished sweep or per-role search.
+
+    Args:
+        folder: of the sweep; its ``result.json`` is enough, runs and storage may be gone.
 
     Raises:
         ValueError: the folder holds no finished sweep, or a file that is not one's result.
@@ -53,4 +60,5 @@ def _changed(folder: Path, asked: Mapping[str, Any] | None) -> bool:
     if asked is None or not (folder / SWEEP_FILE).exists():
         return False
     now = SweepState.load(folder).spec.grid.to_dict()
+    # How runs are laid out changes numbers in rounding only, and may differ from machine to machine.
     return digest({**now, "runner": None}) != digest({**asked, "runner": None})

@@ -25,9 +25,9 @@ from mue.lab.sweep.trials import Trials
 from mue.lab.train.run import Run, Store
 from mue.lab.valley.pruning import Curve, PartialRun, hopeless, rung
 
-_LOOK = 2.0  # seconds between two looks at the other workers' trials
+_LOOK = 2.0  # seconds between two looks at the other workers' trials; of 10,000 one takes less than a second
 _AGAIN = 1.0  # seconds until a run that another process holds is tried again
-_CURVE = 64  # points kept of a training curve
+_CURVE = 64  # points kept of a training curve: ten of them in what the pruning averages over (0.15 of the training)
 
 
 class Worker:
@@ -50,6 +50,8 @@ class Worker:
         self.sampler = sampler_of(grid)
         self.open_runner = open_runner
         self.runner: Runner | None = None
+        # Machine and process for people, and for whoever asks whether it is dead; the rest since process ids come
+        # again.
         self.name = f"{platform.node()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.mine: dict[str, tuple[Trial, Run]] = {}
         self.reached: dict[str, Progress] = {}
@@ -59,7 +61,15 @@ class Worker:
         self.looked = self.claims = -math.inf  # when the others were last looked at; when a claim is next worth trying
 
     def work(self) -> list[Trial]:
-        """All trials, once each has ended."""
+        """Work until each trial has ended, one's own or another's.
+
+        Returns:
+            All trials.
+
+        Raises:
+            mue.lab.sweep.storage.StorageError: the storage was lost for too long.
+            ValueError, OSError, mue.lab.runners.runner.FailedError: as the runner raises them of a run.
+        """
         with present(self.store.root, self.name), Heartbeat(self.trials, self.name) as self.heartbeat:
             try:
                 while (ended := self._turn()) is None:
@@ -77,7 +87,7 @@ class Worker:
         self._drop_lost()
         now = time.monotonic()
         if now >= self.claims:
-            self.claims = now if self._claim() else now + _AGAIN
+            self.claims = now if self._claim() else now + _AGAIN  # where nothing is to be had, not in every turn
         if not self.mine or now - self.looked >= _LOOK:
             found = self._look()
             if not self.mine and all(t.state not in OPEN for t in found) and not self._propose(found):
@@ -86,6 +96,7 @@ class Worker:
         return None
 
     def _slots(self) -> int:
+        """How many trials there is room for; one while there is no runner, for it is chosen by the first run."""
         return (self.runner.slots if self.runner else 1) - len(self.mine)
 
     def _claim(self) -> bool:
@@ -103,6 +114,7 @@ class Worker:
         return True
 
     def _begin(self, run: Run) -> None:
+        """Hand a run to the runner, where one key may be in flight only once."""
         assert self.runner is not None
         if run.key in self.leaving:  # lost and claimed again, faster than its process could stop
             self.again.append((time.monotonic() + _AGAIN, run))
@@ -116,6 +128,7 @@ class Worker:
         return added > 0 or (bool(points) and len(self.trials.all()) > len(trials))  # or another worker was faster
 
     def _listen(self) -> None:
+        """Begin what had to wait, then hear for a second at most what the runner has to say."""
         now = time.monotonic()
         for when, run in [entry for entry in self.again if entry[0] <= now]:
             self.again.remove((when, run))
@@ -136,6 +149,7 @@ class Worker:
             time.sleep(pause / 2)  # nothing of ours is being trained
 
     def _progress(self, message: Progress) -> None:
+        """Pass on how far a run is, and stop it where it is hopeless."""
         held = self.mine.get(message.key)
         if held is None:
             return
@@ -161,9 +175,10 @@ class Worker:
         return hopeless(_partial_run(trial, self._curve(run.key)), others, steps)
 
     def _done(self, message: Done) -> None:
+        """Tell the storage how a run ended; only what it counts is passed on."""
         key = message.run.key
         trial, run = self.mine.pop(key)
-        self.claims = -math.inf
+        self.claims = -math.inf  # there is room again
         curve = _thinned(self._curve(key)) if self.grid.stop_early else ()
         state: State = "PRUNED" if message.result["status"] == "stopped" else "COMPLETE"
         counted = self.trials.finish(self.name, trial.id, message.result, state, curve)
@@ -181,6 +196,7 @@ class Worker:
         return [(row["step"], row["loss"]) for row in self.store.metrics(key)]
 
     def _drop_lost(self) -> None:
+        """Give up what the storage says another worker has: its result would not be counted."""
         if self.heartbeat.error:
             raise self.heartbeat.error
         lost = self.heartbeat.take_lost()
@@ -195,6 +211,7 @@ class Worker:
                 )
 
     def _leave(self, key: str) -> None:
+        """Stop a run that is not ours any more; its last message is still to come, and is not to be counted."""
         waiting = [entry for entry in self.again if entry[1].key == key]
         for entry in waiting:
             self.again.remove(entry)
@@ -230,5 +247,6 @@ def _with(trial: Trial, reached: Progress | None) -> Trial:
 
 
 def _thinned(curve: list[tuple[int, float]]) -> list[tuple[int, float]]:
+    """At most ``_CURVE`` points, counted from the end: the last one says how far the run came."""
     every = -(-len(curve) // _CURVE) or 1
     return [(step, round(loss, 4)) for step, loss in curve[::-every][::-1]]

@@ -45,7 +45,7 @@ class LanguageTask(Task):
         return output
 
     def baseline_loss(self, shape: Transformer) -> float:
-        return math.log(shape.vocab)
+        return math.log(shape.vocab)  # of giving each token the same probability
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,9 @@ class WindowBatches:
 def text_windows(run: Run, corpus: Corpus) -> WindowBatches:
     """The windows of ``run.plan.target.sequence`` tokens that a run on text reads, as many in a step as its batch has tokens for.
 
+    Args:
+        run: its seed orders the windows. corpus: the text.
+
     Raises:
         ValueError: the text has more tokens than the model, or is shorter than a window.
     """
@@ -85,6 +88,6 @@ def text_windows(run: Run, corpus: Corpus) -> WindowBatches:
     held = min(sequences, settings.eval_sequences)
     return WindowBatches(
         train=Batches(corpus, "train", shape.sequence, sequences, settings.seed),
-        held_out=Batches(corpus, "validation", shape.sequence, held, 0),
+        held_out=Batches(corpus, "validation", shape.sequence, held, 0),  # the same windows for every seed
         validations=max(1, settings.eval_sequences // held),
     )

@@ -68,7 +68,14 @@ class OrderBatches:
 
 
 def reordered(window_BT: Tensor, draw: str) -> tuple[Tensor, Tensor]:
-    """Windows in an order of a class each, and the classes (B, 1): a function of the windows and of the name of the draw."""
+    """Put each window into an order of a class drawn for it.
+
+    Args:
+        window_BT: tokens. draw: names the draw: what comes out is a function of the two alone.
+
+    Returns:
+        The windows (B, T) in their new order, and their classes (B, 1).
+    """
     import torch
 
     number = hashlib.blake2b(f"order {draw}".encode(), digest_size=8).digest()

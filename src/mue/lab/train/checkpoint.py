@@ -18,17 +18,31 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: 
     """Replace ``path`` by the present state; on any error (a full disk, say) the old file stays as it was.
 
     Tensors are named ``model/NAME`` and ``optimizer/NAME/KEY``; ``state`` travels as JSON in the header.
+
+    Args:
+        state: what else a run has to remember; it needs the keys ``run`` and ``plan``, by which :func:`load` knows the
+            file.
+
+    Raises:
+        OSError: the file cannot be written; the text says whether an older checkpoint is still there.
     """
     tensors = {f"model/{name}": value for name, value in _unique(model).items()}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
+    # safetensors refuses a tensor that is not contiguous.
     contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
     _write(path, contiguous, state)
 
 
 def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, run: str, plan: str) -> dict[str, Any]:
-    """Put a checkpoint's state into model and optimizer; returns what :func:`save` was given as ``state``.
+    """Put a checkpoint's state into model and optimizer, in place.
+
+    Args:
+        run, plan: the key of the run and the hash of the plan that the file has to belong to.
+
+    Returns:
+        What :func:`save` was given as ``state``.
 
     Raises:
         ValueError: the file is damaged, or belongs to another run or plan than ``run`` and ``plan``.
@@ -55,9 +69,11 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, run:
                     own[rest].copy_(file.get_tensor(name))
                 else:
                     parameter, _, key = rest.rpartition("/")
+                    # Adam's step count too: fused AdamW keeps it where the parameter is.
                     own_state.setdefault(parameter, {})[key] = file.get_tensor(name).to(own[parameter].device)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}): remove it to start over") from error
+    # By name: Optimizer.load_state_dict goes by a parameter's place in its group, which another grouping would shift.
     for name, parameter in model.named_parameters():
         if name in own_state:
             optimizer.state[parameter] = own_state[name]
@@ -65,13 +81,17 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, run:
 
 
 def save_weights(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
-    """The weights alone (and the balance biases), for use elsewhere."""
+    """Write the weights alone (with the balance biases), under the model's own names, for use elsewhere.
+
+    Args:
+        metadata: goes into the file's header as JSON, under ``mue``.
+    """
     _write(path, {name: value.detach().contiguous() for name, value in _unique(model).items()}, metadata)
 
 
 def _unique(model: nn.Module) -> dict[str, torch.Tensor]:
     """The state dict without the second name of tied tensors, which safetensors refuses."""
-    seen: set[int] = set()
+    seen: set[int] = set()  # by identity, which only keep_vars leaves as it is: else each call makes new views
     kept = {}
     for name, value in model.state_dict(keep_vars=True).items():
         if id(value) not in seen:
@@ -81,6 +101,8 @@ def _unique(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def _write(path: Path, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+    """Replace a file by one with these tensors, and ``state`` in its header; an error leaves the old one."""
+
     def write(temporary: Path) -> None:
         try:
             save_file(tensors, temporary, {"mue": json.dumps(state)})

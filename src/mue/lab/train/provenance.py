@@ -14,7 +14,11 @@ import mue
 
 
 def provenance() -> dict[str, Any]:
-    """Versions, machine kind and git hash: what a number needs to be believed later."""
+    """What a number needs to be believed later: versions, the kind of machine and the commit.
+
+    Returns:
+        JSON-ready; ``git`` is None where the code is not a checkout, and ends in ``-dirty`` where it was changed since.
+    """
     try:
         here = Path(__file__).parent
         git = subprocess.run(
@@ -22,8 +26,8 @@ def provenance() -> dict[str, Any]:
             cwd=here,
             capture_output=True,
             text=True,
-            timeout=10,
-            check=False,
+            timeout=10,  # a hanging file system must not hold up a result
+            check=False,  # outside a checkout git fails and prints nothing
         ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         git = ""
@@ -36,5 +40,5 @@ def provenance() -> dict[str, Any]:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "machine": machine,
-        "threads": torch.get_num_threads(),
+        "threads": torch.get_num_threads(),  # the last bits of training depend on it (docs/performance.md)
     }

@@ -57,6 +57,7 @@ class Settings:
         for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("balance", BALANCES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
+        # True is an int to Python, and would be a key of its own beside 1.
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}")
         positive("decay", self.decay, zero=True, below=1)
@@ -110,11 +111,15 @@ class Run:
 
     @property
     def effective(self) -> dict[str, Any]:
-        """Everything that decides the run's numbers, and nothing else."""
+        """Everything that decides the run's numbers, and nothing else: the rule has no name here.
+
+        Two rules that come to the same values so share their runs (conventions 10).
+        """
         plan = self.plan
         blocks = [
             {
                 "layers": block.layers,
+                # A role that the model lacks has values in every plan, and decides nothing here.
                 "roles": {role: dict(p.values.items()) for role, p in block.roles.items() if p.count},
             }
             for block in plan.blocks
@@ -124,7 +129,7 @@ class Run:
         if not moe:  # a dense model reads none of these
             unchanged = {k: v for k, v in unchanged.items() if k not in ("balance", "z", "bias_speed")}
         shape = plan.target.to_dict()
-        shape.pop("output_multiplier")
+        shape.pop("output_multiplier")  # a base's habit A*; what the forward pass applies is in the multipliers
         settings = self.settings.to_dict()
         if not moe:
             settings.pop("balance")
@@ -159,7 +164,10 @@ class BusyError(RuntimeError):
 
 
 class Store:
-    """A folder of runs: ``runs/<key>/{config,result}.json, metrics.jsonl, checkpoint.safetensors``."""
+    """A folder of runs: ``runs/<key>/{config,result}.json, metrics.jsonl, checkpoint.safetensors``.
+
+    Processes share one without asking each other: a file is replaced whole, and who trains a run holds its lock.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -169,7 +177,11 @@ class Store:
         return self.root / "runs" / key
 
     def result(self, key: str) -> dict[str, Any] | None:
-        """The run's result, or None while it has none. ``ValueError`` if the file is not one of ours."""
+        """The run's result, or None while it has none.
+
+        Raises:
+            ValueError: the file is damaged or another run's; the text names the folder to remove.
+        """
         path = self.folder(key) / "result.json"
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
@@ -182,15 +194,27 @@ class Store:
         return result
 
     def metrics(self, key: str) -> list[dict[str, Any]]:
-        """The run's metric rows so far."""
+        """The run's metric rows so far, also while it trains; [] of one that has none yet.
+
+        Returns:
+            A dictionary for each row: ``step``, ``tokens``, ``loss`` and ``lr_factor``, and where there were any
+            ``val_loss``, ``grad_norm`` (before clipping) and ``load`` (each block's shares of the experts).
+        """
         path = self.folder(key) / "metrics.jsonl"
         if not path.exists():
             return []
+        # Whole rows only: the last one may be half written.
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
     @contextmanager
     def locked(self, key: str) -> Iterator[Path]:
-        """The run's folder, held by this process alone; the lock dies with the process. Raises :class:`BusyError`."""
+        """The run's folder, made where it is missing and held by this process alone, as a context.
+
+        The lock is the kernel's (flock) and dies with the process, so that a killed one leaves nothing to clean up.
+
+        Raises:
+            BusyError: another process holds it.
+        """
         busy = BusyError(f"run {key} is being trained by another process")
         with FileLock(self.folder(key) / "lock", busy=busy):
             yield self.folder(key)

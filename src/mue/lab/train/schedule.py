@@ -25,7 +25,8 @@ def lr_factor(step: int, steps: int, tuned: HParams, settings: Settings) -> floa
     if settings.schedule == "cosine":  # 1608.03983, eq. 5, without restarts
         done = (step + 1 - warmup) / max(1, steps - warmup)
         return tuned.floor + (1 - tuned.floor) * 0.5 * (1 + math.cos(math.pi * done))
-    # Warmup, stable, decay (2404.06395), with a linear decay (2405.18392 compares its forms).
+    # Warmup, stable, decay (2404.06395), with a linear decay (2405.18392 compares forms and lengths of it). The step
+    # after the last would be the one at the floor: the last itself still moves, also where the floor is zero.
     decay = max(1, round(settings.decay * steps))
     left = steps - 1 - step
     return 1.0 if left >= decay else tuned.floor + (1 - tuned.floor) * (left + 1) / (decay + 1)

@@ -28,7 +28,9 @@ from mue.lab.train.task import Batch, task_of
 from mue.model.apply import init_, param_groups
 from mue.util.files import write_json
 
-# A run has diverged when its loss is not finite, or stays this far above its first for this many steps. A spike that heals is no divergence.
+# A run has diverged when its loss is not finite, or stays this far above its first for this many steps. A spike that
+# heals is no divergence; a run that stays there is worse than guessing (its first loss is about that), and its learning
+# rate a wall.
 DIVERGED_NATS, DIVERGED_STEPS = 1.0, 20
 
 OnStep = Callable[[int, float], None]
@@ -48,8 +50,10 @@ def train(
     """Train ``run`` to its end and return its result; a finished run is read, an interrupted one goes on exactly.
 
     Args:
+        store: where the run's folder is. corpus: what it is trained on; its hash is part of the run's key.
         progress: called with (step, loss) after every logged step.
-        checkpoint_seconds: time between checkpoints. keep_weights: leave ``model.safetensors`` in the run's folder.
+        checkpoint_seconds: time between checkpoints, which is what a kill can cost. keep_weights: leave
+            ``model.safetensors`` in the run's folder.
         stop: asked after every step; true gives the run up: a checkpoint is left, and the result has status "stopped"
             and is not stored.
         compiled: compile the blocks first (seconds to a minute), which pays for long runs; the numbers differ in rounding.
@@ -58,8 +62,9 @@ def train(
         What ``result.json`` holds: status, losses, counts, seconds, provenance.
 
     Raises:
-        mue.lab.train.run.BusyError: another process trains it. ValueError: the folder holds a checkpoint of something else, or the data
-            do not suit the run. OSError: the disk is full; the last good checkpoint stays.
+        mue.lab.train.run.BusyError: another process trains it.
+        ValueError: the folder holds a checkpoint of something else, or the data do not suit the run.
+        OSError: the disk is full; the last good checkpoint stays.
     """
     with ExitStack() as opened:
         session = open_session(run, store, corpus, opened)
@@ -123,6 +128,7 @@ class TrainingSession:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
         # AdamW (1711.05101) with the plan's lr, weight decay and eps for each group of roles.
+        # Fused, since its passes over memory are then one: 3 ms of a step of 120 (docs/performance.md).
         self.optimizer = torch.optim.AdamW(param_groups(run.plan, self.model), fused=True)
         self.step, self.loss, self.val_loss, self.seconds = 0, math.nan, math.nan, 0.0
         self.status: str | None = None
@@ -133,7 +139,9 @@ class TrainingSession:
     def __enter__(self) -> TrainingSession:
         self._resume()
         write_json(self.folder / "config.json", {"key": self.key, "plan": self.plan.hash, **self.run.to_dict()})
-        self.metrics = (self.folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")  # read while it grows
+        # Line by line, since it is read while it grows: with rows held back until a checkpoint, early stopping saw
+        # empty curves (docs/LOG.md, "Early stopping asks the fit").
+        self.metrics = (self.folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
         self.saved_at = time.monotonic()
         return self
 
@@ -166,18 +174,16 @@ class TrainingSession:
     def train_step(self) -> None:
         """One step of this run alone."""
         started = time.monotonic()
-        for (
-            group
-        ) in self.optimizer.param_groups:  # one factor for all: the plan's ratios between groups hold at every step
+        # One factor for all: the plan's ratios between groups hold at every step.
+        for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * self.lr_factor
         batch = self.to_device(self.batches.at(self.step))
         with autocast(self.device, self.settings):
             output = self.task.loss(self.model, batch)
         objective(output, self.coefficients).backward()  # type: ignore[no-untyped-call]
         norm = None
-        if (
-            self.tuned.clip is not None
-        ):  # by the norm over all parameters (1211.5063); the metrics have the norm before it
+        # By the norm over all parameters (1211.5063); the metrics have the norm before it.
+        if self.tuned.clip is not None:
             norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.tuned.clip))
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -208,7 +214,9 @@ class TrainingSession:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Mean loss on the validation batches."""
+        """The mean loss on the validation batches, in the task's unit."""
+        # In eval mode the lab's model leaves the kernels that only training takes: validation alone and in a stack
+        # differed in the last bit with them (docs/LOG.md, "A whole step at the machine's limit").
         self.model.eval()
         losses = []
         with autocast(self.device, self.settings), uncompiled(self.compiled):
@@ -244,10 +252,17 @@ class TrainingSession:
         self.metrics.write(json.dumps(row) + "\n")
 
     def maybe_checkpoint(self, checkpoint_seconds: float, stop: bool) -> None:
-        """Write a checkpoint if one is due; ``stop``: write it now and give the run up."""
+        """Write a checkpoint if one is due.
+
+        Args:
+            checkpoint_seconds: time between two. stop: write it now and give the run up.
+
+        Raises:
+            OSError: it cannot be written; the last good one stays.
+        """
         if self.status is not None or not (stop or time.monotonic() - self.saved_at > checkpoint_seconds):
             return
-        self._flush()
+        self._flush()  # first: the checkpoint counts on so many bytes of metrics
         state = {
             "run": self.key,
             "plan": self.plan.hash,
@@ -262,7 +277,11 @@ class TrainingSession:
         self.status = "stopped" if stop else None
 
     def end(self, keep_weights: bool = False) -> dict[str, Any]:
-        """The result of a run that has ended; it is stored unless the run was stopped."""
+        """The result of a run that has ended; it is stored unless the run was stopped.
+
+        Args:
+            keep_weights: leave ``model.safetensors`` in the run's folder.
+        """
         result = self._result()
         if self.status == "stopped":
             return result
@@ -271,6 +290,8 @@ class TrainingSession:
             meta = {"run": self.key, "plan": self.plan.hash}
             checkpoint.save_weights(self.folder / "model.safetensors", self.model, meta)
         write_json(self.folder / "result.json", result)
+        # Last: killed before it, the run is finished and a checkpoint too many lies about; the other way round it is
+        # lost.
         (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
         return result
 
@@ -287,7 +308,7 @@ class TrainingSession:
     def _resume(self) -> None:
         """Go on from the checkpoint where there is one; rows of metrics past it are dropped and written again."""
         path, rows = self.folder / "checkpoint.safetensors", self.folder / "metrics.jsonl"
-        if not path.exists():
+        if not path.exists():  # killed before its first checkpoint, it starts anew, and so do its rows
             rows.unlink(missing_ok=True)
             return
         with torch.no_grad():
@@ -306,6 +327,7 @@ class TrainingSession:
             "name": shape.name,
             "status": self.status,
             "loss": self.loss if math.isfinite(self.loss) else None,
+            # Of a diverged run the last validation lies before its end, and would make it look like a good one.
             "val_loss": self.val_loss if self.status == "finished" else None,
             "step": self.step,
             "tokens": self.tokens,

@@ -19,6 +19,7 @@ from mue.shapes import HParams
 
 _SETTINGS = tuple(f.name for f in fields(Settings))
 PLAN_TABLES = ("rule", "base", "tuned", "target", "options")
+"""The tables of an experiment file that are the plan's."""
 
 
 def settings_from(data: Mapping[str, Any]) -> Settings:
@@ -43,6 +44,9 @@ def train_plan(data: Mapping[str, Any], tuned: HParams | None) -> PlanData:
     Args:
         data: the tables of the file. tuned: the base's values from a finished sweep; None: the file's ``[tuned]``.
 
+    Returns:
+        The plan; of the base itself every factor is 1.
+
     Raises:
         ValueError: no ``[base.training]`` where the base is to be trained, or whatever the plan's tables lack.
     """
@@ -53,5 +57,6 @@ def train_plan(data: Mapping[str, Any], tuned: HParams | None) -> PlanData:
     training = training_from(base, "base")
     if training is None:
         raise ValueError("training the base needs [base.training] with batch and steps")
+    # The base as its own target; its habits say how it was tuned, and a target has none.
     same = {**tables, "target": {k: v for k, v in base.items() if k not in ("convention", "output_multiplier")}}
     return plan_of(plan_inputs(same, tuned))

@@ -50,6 +50,8 @@ def check_stackable(run: Run) -> None:
 def stack_kind(run: Run) -> str:
     """What runs that can share a stack have in common, as a hash: shape, multipliers, data, batch size and a few settings.
 
+    Learning rates, weight decays, eps, betas, schedules, seeds and lengths may differ: they are tensors of the stack.
+
     Raises:
         ValueError: the run cannot be stacked at all.
     """
@@ -57,6 +59,7 @@ def stack_kind(run: Run) -> str:
     effective = run.effective
     settings = {k: v for k, v in effective["settings"].items() if k in _SHARED}
     batch = effective["training"]["batch"]
+    # Whether there is a z loss, not how much of one: the model computes it only where a coefficient asks for it.
     return digest(
         [effective["shape"], effective["multipliers"], effective["data"], batch, settings, run.plan.tuned.z > 0]
     )
@@ -64,6 +67,9 @@ def stack_kind(run: Run) -> str:
 
 class ParameterBank:
     """All parameters of one size, of all variants, with their gradients and Adam's two moments.
+
+    Of one size, so that AdamW is a few short sequences: one compiled over all 91 tensors of a model took 389 s to
+    compile and gained nothing (docs/LOG.md, "Runs stacked, in processes, compiled").
 
     Attributes:
         names: of the N parameters. weight_NVS, grad_NVS, mean_NVS, square_NVS, step_NV.
@@ -76,11 +82,18 @@ class ParameterBank:
         self.weight_NVS, self.grad_NVS, self.mean_NVS, self.square_NVS = (
             like.new_zeros(len(named), variants, like.numel()) for _ in range(4)
         )
-        self.step_NV = like.new_zeros(len(named), variants, dtype=torch.float32)  # what torch counts steps in
+        # In the type that torch counts steps in; one for each parameter though all are equal, since a checkpoint
+        # refuses one tensor under many names.
+        self.step_NV = like.new_zeros(len(named), variants, dtype=torch.float32)
         self.setting_3NV1 = like.new_ones(3, len(named), variants, 1)
 
     def put(self, i: int, variant: int, parameter: nn.Parameter, group: dict[str, Any], state: dict[str, Any]) -> None:
-        """Take over parameter ``i`` of a variant; it and its optimizer's state become views."""
+        """Take over a parameter of a variant; it and its optimizer's state become views.
+
+        Args:
+            i: its place among the N. variant: among the V. parameter: of the variant's own model.
+            group, state: its optimizer's, of which peak lr, weight decay and eps, and the moments, are taken.
+        """
         views = []
         for bank, value in (
             (self.weight_NVS, parameter.data),
@@ -90,6 +103,7 @@ class ParameterBank:
             view = bank[i, variant].view(parameter.shape)
             view.zero_() if value is None else view.copy_(value)
             views.append(view)
+        # Torch's own names, so that a run's checkpoint is the same whether it was trained alone or here.
         parameter.data, state["exp_avg"], state["exp_avg_sq"] = views
         state["step"] = self.step_NV[i, variant]
         for setting_NV1, key in zip(self.setting_3NV1, ("initial_lr", "weight_decay", "eps"), strict=True):
@@ -116,6 +130,7 @@ class StackedSession:
             self._route(place, moe_layers(self.idle))
         if compiled:
             compile_blocks(self.model)
+        # dynamic: one program for banks of all sizes.
         self.adamw_ = torch.compile(adamw_, dynamic=True) if compiled else adamw_
 
     @property
@@ -142,7 +157,7 @@ class StackedSession:
         for bank in self.banks:
             for values in (bank.weight_NVS, bank.mean_NVS, bank.square_NVS):
                 values[:, place] = 0
-            bank.setting_3NV1[:, :, place] = 1
+            bank.setting_3NV1[:, :, place] = 1  # eps above all: 0/0 in an empty place would be NaN
         self._route(place, moe_layers(self.idle))
         self.sessions[place] = None
 
@@ -150,7 +165,7 @@ class StackedSession:
         """One step of every run inside, its bookkeeping included; a run that ends stays until it is dropped."""
         batch = self._batch()
         for bank in self.banks:
-            bank.grad_NVS.zero_()
+            bank.grad_NVS.zero_()  # not set to None: the parameters' gradients are views of it
         with autocast(self.device, self.settings):
             output = self.task.loss(self.model, batch)
         assert output.loss is not None
@@ -203,7 +218,7 @@ class StackedSession:
     @torch.no_grad()
     def _update_(self) -> None:
         """The optimizer's step of all runs, each with its own schedule, betas and step count."""
-        rows = []
+        rows = []  # in double, as torch.optim has them in Python: 1 - beta^step is small at first
         for session in self.sessions:
             step = session.step + 1 if session else 1
             beta1, beta2 = session.plan.betas if session else (0.0, 0.0)
@@ -220,7 +235,7 @@ class StackedSession:
     def _validate(self) -> dict[int, float]:
         """Place → validation loss of the runs for which one is due: together where they are several."""
         due = {place: session for place, session in self.occupied if session.eval_due}
-        if len(due) < 2:
+        if len(due) < 2:  # alone it takes a forward pass of one model, not of the whole stack
             return {place: session.validate() for place, session in due.items()}
         models = [self.model, self.idle, *(session.model for _, session in self.occupied)]
         for model in models:
@@ -249,7 +264,9 @@ def adamw_(
     """The step of torch.optim.AdamW (1711.05101, algorithm 2) in place, with settings that broadcast against the tensors.
 
     Args:
-        mean, square: Adam's moments. correction1, correction2: 1 − beta^step.
+        weight, grad: (N, V, S). mean, square: Adam's moments, likewise. lr, decay, eps: (N, V, 1), the schedule's
+            factor in lr.
+        beta1, beta2: (V, 1). correction1, correction2: 1 − beta^step, (V, 1).
     """
     mean.lerp_(grad, 1 - beta1)
     square.mul_(beta2).addcmul_(grad, grad * (1 - beta2))

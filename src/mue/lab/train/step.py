@@ -16,7 +16,11 @@ from mue.moe import MoELayer
 
 
 def autocast(device: torch.device, settings: Settings) -> Any:
-    """The precision a run asks for, as a context."""
+    """The precision that a run asks for, as a context; under autocast weights, gradients and moments stay float32.
+
+    Args:
+        device: that the forward pass runs on.
+    """
     return torch.autocast(device.type, torch.bfloat16) if settings.precision == "bf16" else nullcontext()
 
 

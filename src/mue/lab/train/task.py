@@ -70,6 +70,10 @@ class Task(ABC):
 
         Its parameters have to be known to the plan: by a ``layout`` method, or as ``mue.inspect`` finds them. Blocks with experts are
         ``mue.moe.MoELayer``, wherever they stand.
+
+        Args:
+            plan: of the run. settings: what a model may need beyond it (how experts are balanced, the seed of random
+                routers).
         """
 
     @abstractmethod
@@ -82,7 +86,15 @@ class Task(ABC):
 
     @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Output:
-        """A forward pass on a batch that is on the model's device; its ``loss`` is the mean over the batch, in :attr:`unit`."""
+        """A forward pass.
+
+        Args:
+            model: as :meth:`build` made it, or a stack of such. batch: on the model's device; of a stack with a leading
+                axis of variants.
+
+        Returns:
+            With ``loss`` the mean over the batch, in :attr:`unit`, a scalar; of a stack of V variants (V,).
+        """
 
     @abstractmethod
     def baseline_loss(self, shape: Transformer) -> float:

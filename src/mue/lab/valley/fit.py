@@ -31,9 +31,10 @@ Array = npt.NDArray[np.float64]
 class Valley:
     """A fitted loss valley. Positions are log2(lr); losses are in the units that came in.
 
-    ``interval`` has -inf or inf at a side on which the sweep puts no bound. ``used`` are the points of the fit,
-    ``diverged`` counts the runs that have no loss. ``curve`` is a line of (log2 lr, loss) from the lowest to the highest
-    learning rate used; empty where nothing could be fitted, and then ``curvature`` and ``noise`` are NaN.
+    ``minimum`` is that of the mean curve, held between the outermost runs. ``interval`` has -inf or inf at a side on
+    which the sweep puts no bound. ``used`` are the points of the fit, ``diverged`` counts the runs that have no loss.
+    ``curve`` is a line of (log2 lr, loss) from the lowest to the highest learning rate used; empty where nothing could
+    be fitted, and then ``curvature`` and ``noise`` are NaN.
     """
 
     minimum: float
@@ -60,7 +61,9 @@ class Valley:
     def predict(self, log2_lr: float) -> float:
         """The fitted loss at a learning rate. Raises ValueError where nothing could be fitted.
 
-        Outside the points used the curve goes on along its tangent, which in a valley errs on the low side.
+        Args:
+            log2_lr: inside or outside the points used. Outside the curve goes on along its tangent, which in a valley
+                errs on the low side.
         """
         if not self.curve:
             raise ValueError(f"no curve was fitted: {self.verdict}")
@@ -90,9 +93,12 @@ class Valley:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], points: Iterable[LossPoint]) -> Valley:
-        """The valley that :meth:`to_dict` wrote; ``points`` are the runs it was fitted to, which files keep beside it.
+        """The valley that :meth:`to_dict` wrote.
 
         Its numbers and words are those that were stored; only the curve is fitted again, to be drawn.
+
+        Args:
+            points: the runs it was fitted to, which files keep beside it.
         """
 
         def number(stored: float | None, missing: float = math.nan) -> float:
@@ -133,7 +139,14 @@ def fit_valley(points: Iterable[LossPoint], *, confidence: float = 0.95, noise: 
 def fit_with_posterior(
     points: Iterable[LossPoint], *, confidence: float = 0.95, noise: float | None = None
 ) -> tuple[Valley, Posterior | None, SecondValley | None]:
-    """As :func:`fit_valley`, with the posterior it rests on and a second valley if there is one."""
+    """As :func:`fit_valley`, with what a search goes on from.
+
+    Returns:
+        The valley; the posterior it rests on, None where nothing could be fitted; a second valley if there is one.
+
+    Raises:
+        ValueError: as :func:`fit_valley`.
+    """
     if not 0 < confidence < 1:
         raise ValueError(f"confidence must lie between 0 and 1, not {confidence}")
     if noise is not None and not (math.isfinite(noise) and noise > 0):
@@ -149,8 +162,9 @@ def fit_with_posterior(
     minimum, loss, curvature = _bottom(mesh, curve, lowest)
     minimum = min(max(minimum, first), last)  # beyond, the curve is a guess
     drawn = np.unique([first, *mesh[inside], last])
+    # Three runs determine a parabola and leave nothing to tell the noise by.
     low, high = posterior.interval(confidence) if noise is not None or len(used) > 3 else (-math.inf, math.inf)
-    interval = (min(low, minimum), max(high, minimum))
+    interval = (min(low, minimum), max(high, minimum))  # the mean curve's minimum need not be among the middle minima
     edge = runs.edge(minimum)
     valley = Valley(
         minimum=minimum,
@@ -181,6 +195,7 @@ def _bottom(mesh_M: Array, curve_M: Array, lowest: int) -> tuple[float, float, f
 
 
 def _verdict(minimum: float, interval: tuple[float, float], confidence: float, edge: str | None) -> str:
+    """The valley in a sentence, with what to do where it does not say enough."""
     low, high = interval
     percent = f"{100 * confidence:g} %"
     if edge is not None:
@@ -195,6 +210,7 @@ def _verdict(minimum: float, interval: tuple[float, float], confidence: float, e
 
 
 def _without_curve(runs: Runs, why: str) -> Valley:
+    """The lowest run in place of a minimum, and nothing that bounds it."""
     best = float(runs.x[runs.best])
     return Valley(
         minimum=best,

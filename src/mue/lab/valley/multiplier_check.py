@@ -25,7 +25,11 @@ class MultiplierCheck:
 
     @classmethod
     def of(cls, losses: Mapping[float, float | None]) -> MultiplierCheck:
-        """The check with its valley fitted."""
+        """The check with its valley fitted.
+
+        Args:
+            losses: multiplier of the learning rate → loss; None where the run diverged.
+        """
         points = _points(losses)
         return cls(losses, fit_valley(points) if any(math.isfinite(p.loss) for p in points) else None)
 

@@ -5,20 +5,31 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from mue.lab.valley.posterior import Posterior, basis, own_noise, shared_noise
+from mue.lab.valley.posterior import Posterior
+from mue.lab.valley.prior import basis, own_noise, shared_noise
 
 Array = npt.NDArray[np.float64]
 
 _PLACES = 15  # quantiles of the minimum at which the slope is to become known
 _STEP = 1e-3  # octaves, of a difference that stands for a slope
-_FLAT = 1e3  # prior standard deviation of level and slope, over the curvature
+_FLAT = 1e3  # prior standard deviation of level and slope, over the curvature: flat, but the matrix keeps an inverse
 
 
 def most_informative(posterior: Posterior, x_N: Array, seed_N: Array, x_C: Array, seed_C: Array) -> int:
-    """Which of the candidates (x, seed) to run, given the runs that are known or under way.
+    """Which run to make next.
 
     The minimum is where the slope is zero, so a run is worth by how much it lowers the variance of the slope, averaged
     over where the minimum may be. In a Gaussian model that does not depend on the losses: runs under way count in full.
+    (Least expected variance as a criterion: Cohn, Ghahramani & Jordan, J. Artif. Intell. Res. 4, 1996.)
+
+    Placing runs where they correlate most with the drawn minima was worse: 1.19 against 1.06 of a grid's width
+    (docs/LOG.md, "Fewer runs").
+
+    Args:
+        x_N, seed_N: log2(lr) and seed of the runs that are known or under way. x_C, seed_C: of the candidates.
+
+    Returns:
+        The index of the candidate.
     """
     noise_model, centre = posterior.noise_model, posterior.centre
     d_N, d_C = x_N - centre, x_C - centre

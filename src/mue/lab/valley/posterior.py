@@ -6,8 +6,12 @@ rate, and noise that its seed shares between learning rates, a little of it ever
 and log A have flat priors; how much noise, how it grows and how much of it is shared are integrated over a grid. Of the
 curves drawn only those with a single minimum are kept.
 
-The constants are what fifteen recorded sweeps of the lab showed (``benchmarks/recorded``); eight others tell how well they
-serve (``docs/results/valley_search.json``). Noise is relative to A, so that the unit of the loss does not matter.
+The constants are what fifteen recorded sweeps of the lab showed (``benchmarks/recorded``, measured by
+``benchmarks/valley_population.py``); eight others tell how well they serve (``docs/results/valley_search.json``). A
+stiffness chosen by left-out runs kept the noise that seeds share; the likelihood with the flat directions integrated
+out (restricted likelihood) does not (docs/LOG.md, "Fewer runs"). Why Bayesian at all: choosing a polynomial and then
+forgetting that one chose covered 0 to 99.5 % on valleys with one steep wall (docs/LOG.md, "Fitting a valley"). Noise is
+relative to A, so that the unit of the loss does not matter.
 
 Legend: N runs, D draws, M places of the mesh, R kinds of noise, G nodes of the grid, A values of A, K basis functions.
 """
@@ -21,33 +25,35 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from mue.lab.valley.prior import basis, own_noise, shared_noise
 from mue.util.statistics import student_quantile
 
 Array = npt.NDArray[np.float64]
 Mask = npt.NDArray[np.bool_]
 
-_LENGTH = 1.0  # octaves over which the curvature changes ...
-_KNOTS = 0.5  # ... linearly between places so far apart
-_LOCAL = 0.9  # octaves over which the local part of a seed's noise changes
-_EVERYWHERE = 1 / 8  # of the variance that a seed shares between learning rates
-_GROWTH = (0.0, 0.7)  # octaves of noise per octave of learning rate ...
-_GROWS = 2.0  # ... up to so many octaves from the centre
+# Growth and sharing each off or as measured: two values integrate over whether there is any.
+_GROWTH = (0.0, 0.7)  # octaves of noise per octave of learning rate
 _SHARED = (0.0, 1.3)  # standard deviation of what a seed shares over that of a run's own noise
-_OWN = np.geomspace(3e-3, 2.0, 12)  # standard deviation of a run's own noise over A
+_OWN = np.geomspace(3e-3, 2.0, 12)  # standard deviation of a run's own noise over A, twice the rise an octave off
 _TYPICAL, _SPREAD = math.log(0.27), 0.7  # of log own noise: mean and standard deviation of its prior
 _SCALES = np.geomspace(1e-3, 2.5, 40)  # A, as a share of the spread of losses per squared octave
-_DRAWS, _MESH = 1600, 97
+_DRAWS, _MESH = 1600, 97  # of a 95 % interval 20 draws are cut off at each end
 _FEWEST = 30  # curves with one minimum, else the data are not a valley's and all curves are kept
 _OUTLIER = 0.01  # chance that any clean run is called an outlier
 _ASIDE = 1e4  # times the variance of a run that is set aside
-_FLAT = 1e-8  # precision of a flat prior
-_CALIBRATION = 0.5  # of the tails: the middle 97.5 % of the minima cover 95 % of valleys made from the recorded sweeps
-_MOST, _BIN, _GROUPS = 150, 0.25, 4  # more runs than this are averaged: octaves of a bin, groups of seeds
+_FLAT = 1e-8  # precision of a flat prior; zero would leave a matrix without an inverse
+# Of the tails: the middle 97.5 % of the minima cover 95 % of valleys made from the fifteen sweeps. Held out: 93-97 %.
+_CALIBRATION = 0.5
+# More runs than this are averaged, for the work grows with their cube: octaves of a bin, groups of seeds.
+_MOST, _BIN, _GROUPS = 150, 0.25, 4
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Where the minimum may lie; an end is open where nothing beyond it was tried, else a wall: losses known to be high."""
+    """Where the minimum may lie, in log2(lr).
+
+    An end is open where nothing beyond it was tried, else a wall: losses known to be high.
+    """
 
     low: float
     high: float
@@ -66,7 +72,12 @@ class NoiseModel:
 
 @dataclass(frozen=True)
 class Posterior:
-    """Curves of the loss on a mesh of log2(lr), each with its minimum."""
+    """Curves of the loss on a mesh of log2(lr), each with its minimum.
+
+    Attributes:
+        mesh: log2(lr). curves: the loss, in its own unit. minima: log2(lr). limits: between which they lie.
+        centre: where d = 0. noise_model: the means over the grid's posterior, for whoever places the next run.
+    """
 
     mesh: Array  # M
     curves: Array  # DM
@@ -83,7 +94,14 @@ class Posterior:
         return np.asarray(self.curves.mean(axis=0))
 
     def interval(self, confidence: float) -> tuple[float, float]:
-        """The middle of the minima, with the tails cut that calibration left; unbounded where it reaches an open end."""
+        """The middle of the minima, with the tails cut that calibration left; unbounded where it reaches an open end.
+
+        Args:
+            confidence: 0.95, say.
+
+        Returns:
+            Its ends in log2(lr): -inf and inf where nothing bounds it.
+        """
         tail = _CALIBRATION * (1 - confidence) / 2
         low, high = (float(q) for q in np.quantile(self.minima, [tail, 1 - tail]))
         return (
@@ -95,15 +113,19 @@ class Posterior:
 def fit_posterior(
     x_N: Array, y_N: Array, seed_N: Array, centre: float, limits: Limits, noise: float | None
 ) -> Posterior:
-    """Curves that the losses ``y`` of runs at ``x`` = log2(lr) leave possible.
+    """Curves that the losses of runs leave possible.
 
-    centre: about where the minimum lies. noise: standard deviation of a loss between seeds near there, where it is known.
+    Args:
+        x_N: log2(lr). y_N: losses, all finite. seed_N: runs of one seed share noise.
+        centre: about where the minimum lies, in log2(lr). limits: where it may lie.
+        noise: standard deviation of a loss between seeds near there, where it is known; None: found with the curve.
     """
-    level, spread = float(y_N.mean()), float(np.ptp(y_N)) or 1.0
+    level, spread = float(y_N.mean()), float(np.ptp(y_N)) or 1.0  # so that the grids need not know the loss's unit
     x_N, y_N, seed_N, count_N = _averaged(x_N, y_N, seed_N)
     clear_N = np.ones(len(x_N), dtype=bool)
     known = None if noise is None else noise / spread
-    for _ in range(4):  # each round sets aside what the last one found out of line
+    # Each round sets aside what the last one found out of line: a bad run hides another by widening the noise.
+    for _ in range(4):
         grid = _Grid.of(x_N - centre, (y_N - level) / spread, seed_N, count_N, clear_N, limits, centre, known)
         found_N = clear_N & grid.clear()
         if (found_N == clear_N).all():
@@ -146,43 +168,14 @@ def _averaged(x_N: Array, y_N: Array, seed_N: Array) -> tuple[Array, Array, Arra
     return x_P, y_P, group_P, count_P.astype(np.float64)
 
 
-def basis(d_N: Array, low: float, high: float) -> Array:
-    """N, K: 1, d, and the double integral from d = 0 of a random curvature of variance 1, a function for each of its parts.
-
-    The curvature is linear between knots half an octave apart, and its values there have an exponential covariance.
-    """
-    knots_K = np.linspace(low, high, math.ceil((high - low) / _KNOTS) + 1)
-    step = knots_K[1] - knots_K[0]
-
-    def integral(x: Array, times: int) -> Array:  # of hats, one on each knot
-        power = 1 + times
-        ramps = [np.maximum(x[:, None] - knots_K + k * step, 0) ** power for k in (1, 0, -1)]
-        return np.asarray((ramps[0] - 2 * ramps[1] + ramps[2]) / (step * math.factorial(power)))
-
-    start = np.zeros(1)
-    hats_NK = integral(d_N, 2) - integral(start, 2) - d_N[:, None] * integral(start, 1)
-    covariance_KK = np.exp(-np.abs(knots_K[:, None] - knots_K) / _LENGTH)
-    parts_NK = hats_NK @ np.linalg.cholesky(covariance_KK)
-    return np.concatenate([np.ones((len(d_N), 1)), d_N[:, None], parts_NK], axis=1)
-
-
-def own_noise(d: Array, growth: Array | float) -> Array:
-    """Variance of a run's own noise, 1 at the centre."""
-    return np.asarray(4.0 ** (growth * np.clip(d, -_GROWS, _GROWS)))
-
-
-def shared_noise(a_N: Array, b_M: Array, seed_N: Array, seed_M: Array) -> Array:
-    """N, M: covariance of what runs share by their seeds, of variance 1."""
-    local = np.exp(-0.5 * ((a_N[:, None] - b_M) / _LOCAL) ** 2)
-    return np.asarray((seed_N[:, None] == seed_M) * (_EVERYWHERE + (1 - _EVERYWHERE) * local))
-
-
 @dataclass(frozen=True)
 class _Grid:
     """The posterior at each node of (own noise; growth and shared noise), the data in units of their spread.
 
     Divided by A, the losses are (d²/2) + basis · weights + noise, the weights have the prior 0 ± (flat, flat, 1, 1, ...), and
-    their posterior mean is y / A - m for a y and an m that do not depend on A.
+    their posterior mean is y / A - m for a y and an m that do not depend on A. That is a Gaussian process with explicit
+    basis functions (Rasmussen & Williams, Gaussian Processes for Machine Learning, 2006, section 2.7): given a node and
+    A everything is in closed form, and only these are integrated by sums.
     """
 
     d: Array  # N
@@ -213,6 +206,7 @@ class _Grid:
         centre: float,
         known: float | None,
     ) -> _Grid:
+        """Of losses z over their spread; clear: false where set aside; known: the noise over the spread, if it is."""
         n, low, high = len(d_N), limits.low - centre, limits.high - centre
         growth_R, shared_R, noise_RNN = _noise_kinds(d_N, seed_N, count_N, clear_N)
         inverse_RNN: Array = np.linalg.inv(noise_RNN).astype(np.float64, copy=False)
@@ -221,6 +215,7 @@ class _Grid:
         k = basis_NK.shape[1]
         columns = np.concatenate([basis_NK, d_N[:, None] ** 2 / 2, z_N[:, None]], axis=1)
         products_R = columns.T @ inverse_RNN @ columns
+        # Where A follows from the noise there is no second grid to average over, so this one is finer.
         owns = _OWN if known is None else np.geomspace(_OWN[0], _OWN[-1], 4 * len(_OWN))
         own_G, r = np.repeat(owns, len(growth_R)), np.tile(np.arange(len(growth_R)), len(owns))
         products_G = products_R[r] / own_G[:, None, None] ** 2
@@ -232,12 +227,16 @@ class _Grid:
         if known is not None:  # then A follows from the noise
             scale_GA = (known / (own_G * np.hypot(1, shared_R[r])))[:, None]
         quadratic_GA = _misfit(products_G[:, k:, k:], losses_GK, parabola_GK, scale_GA)
+        # Log evidence but for the misfit: ½ log det of the weights' posterior covariance, -½ log det of the noise's,
+        # and the prior of the own noise.
         constant_G = (
             np.log(np.diagonal(root_GKK, axis1=1, axis2=2)).sum(axis=1)
             - 0.5 * np.linalg.slogdet(noise_RNN)[1][r]
             - n * np.log(own_G)
             - 0.5 * ((np.log(own_G) - _TYPICAL) / _SPREAD) ** 2
         )
+        # Dividing n losses by A costs n log A; the level and the slope, flat in the losses' own unit, give two of them
+        # back.
         evidence_GA = constant_G[:, None] - 0.5 * quadratic_GA - (n - 2) * np.log(scale_GA)
         weight_GA = np.exp(evidence_GA - evidence_GA.max())
         mesh_M = np.linspace(low, high, _MESH)
@@ -260,7 +259,11 @@ class _Grid:
         )
 
     def draws(self) -> tuple[npt.NDArray[np.int_], Array, Array]:
-        """Node, A and curve (on the mesh) of each draw; the same for the same data."""
+        """Node, A and curve (on the mesh) of each draw; the same for the same data.
+
+        Nodes are taken at equal shares of their weight instead of at random, and each twice, for a curve and its
+        mirror image about the mean: fewer draws then tell the tails as well.
+        """
         total = np.cumsum(self.weight.ravel())
         places = (np.arange(_DRAWS // 2).repeat(2) + 0.5) / (_DRAWS // 2) * total[-1]
         node_D, a_D = np.divmod(np.minimum(np.searchsorted(total, places), len(total) - 1), self.scale.shape[1])
@@ -272,9 +275,13 @@ class _Grid:
         return node_D, scale_D, curves_DM
 
     def clear(self) -> Mask:
-        """Which runs agree with what all the others say about them: leave-one-out residuals against their own spread."""
+        """Which runs agree with what all the others say about them: leave-one-out residuals against their own spread.
+
+        These are externally studentised residuals (Cook & Weisberg, Residuals and Influence in Regression, 1982),
+        judged at the likeliest node; the chance is divided by the number of runs and of sides (Bonferroni).
+        """
         n = len(self.d)
-        freedom = n - 3 - 1
+        freedom = n - 3 - 1  # level, slope and curvature are fitted, and the run itself is left out
         if freedom < 3:
             return np.ones(n, dtype=bool)  # too few to call one of them bad
         g, a = np.unravel_index(int(np.argmax(self.weight)), self.weight.shape)
@@ -321,7 +328,7 @@ def _normal(rows: int, columns: int) -> Array:
 
 
 def _one_minimum(curves_DM: Array) -> Mask:
-    """Which curves fall, then rise; or only fall, or only rise."""
+    """Which curves fall, then rise; or only fall, or only rise: none that rises and falls again."""
     rising = np.diff(curves_DM, axis=1) > 0
     return np.asarray(~(rising[:, :-1] & ~rising[:, 1:]).any(axis=1))
 

@@ -21,6 +21,9 @@ from mue.lab.valley.window import REACH, LossPoint
 
 Curve = Sequence[tuple[int, float]]
 """A run's training loss so far: (step, nats), ascending."""
+# These and the next two were chosen on the first fifteen recorded sweeps over six octaves and the first four over
+# twelve (benchmarks/valley_pruning.py); an earlier rule that saved 18 % moved half of the minima (docs/LOG.md, "Fewer
+# runs").
 RUNGS = (0.2, 0.25, 0.33, 0.4, 0.5, 0.6, 0.7)
 """Shares of the training at which a run is judged."""
 _SMOOTH = 0.15  # share of the training over which losses of single batches are averaged
@@ -43,7 +46,11 @@ class PartialRun:
 
 
 def rung(step: int, steps: int) -> int:
-    """How many of the rungs a run has passed: it is judged when this grows."""
+    """How many of the :data:`RUNGS` a run has passed: it is judged when this grows.
+
+    Args:
+        step: steps done. steps: of a whole run.
+    """
     return bisect_right(RUNGS, step / steps)
 
 
@@ -54,6 +61,11 @@ def hopeless(run: PartialRun, others: Sequence[PartialRun], steps: int) -> bool:
         run: as far as it is. One that may have diverged (a loss that is not finite) is not ours to judge.
         others: those of the same valley (one weight decay, one init std) that have ended; the stopped ones have no loss.
         steps: length of a whole run.
+
+    Returns:
+        Whether it lies beyond the fit's reach (four octaves) from the whole interval of the minimum, and even its best
+        end is above the best run. Held out, the fitted minimum stayed within 0.05 octaves in 192 of 192 orders of
+        recorded sweeps (docs/LOG.md, "Early stopping asks the fit").
     """
     trained = [o for o in others if o.loss is not None and math.isfinite(o.loss)]
     if not run.curve or len({o.log2_lr for o in trained}) < _FEWEST:

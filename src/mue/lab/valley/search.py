@@ -23,17 +23,17 @@ from mue.lab.valley.fit import Valley
 from mue.lab.valley.search_cell import Lattice, SearchCell
 from mue.lab.valley.window import LossPoint
 
-_LATTICE = 8  # learning rates per octave
-_SURVEY = (1 / 2, 1 / 6, 5 / 6)  # shares of the range that are always tried: a second valley must not be missed unseen
-_COARSE = (
-    1 / 3,
-    2 / 3,
-    0.0,
-    1.0,
-)  # and those that are where they lie next to the lowest, in the order they are asked for
+_LATTICE = 8  # learning rates per octave: finer than any interval of a proxy, and runs at one place are replicates
+# Shares of the range that are always tried: a second valley must not be missed unseen. It costs about one run; without
+# it 43 % of 30 searches with two valleys were confidently wrong, with it 10 % (docs/LOG.md, "Fewer runs") ...
+_SURVEY = (1 / 2, 1 / 6, 5 / 6)
+# ... and those that are where they lie next to the lowest, in the order they are asked for.
+_COARSE = (1 / 3, 2 / 3, 0.0, 1.0)
 _NEAR = (0.0, -1.5, 1.5, -3.0, 3.0)  # octaves from another cell's minimum, where one is known
 _EXTENSION, _EXTENSIONS = 2.0, 3  # octaves at a time beyond an end of the range, and how often
-_MAYBE, _SURE = 0.2, 0.9  # chance of a minimum beyond an end: to look there if one may, and to call it an edge
+# Chance of a minimum beyond an end: to look there if one may, and to call it an edge. To look costs a run, to call it
+# ends the search.
+_MAYBE, _SURE = 0.2, 0.9
 _DOUBT = 2.0  # standard deviations that a cell's depth may be off
 
 
@@ -45,7 +45,8 @@ class Space:
         lr: the ends of the range. weight_decay, init_std: the values to choose among.
         seeds: of the replicates; the more, the better, since runs of one seed err together.
         precision: octaves; the search stops when the 95 % interval of the minimum is no wider than twice this.
-        budget: runs in all, diverged and stopped ones included.
+        budget: runs in all, diverged and stopped ones included. Intervals of small, noisy proxies are an octave or two
+            wide whatever places the runs (docs/sweeps.md), so that it often ends the search.
         extend: go beyond an end of the range at which the minimum lies, at most six octaves.
     """
 
@@ -149,12 +150,18 @@ def next_points(
 
 
 def verdict(space: Space, results: Sequence[Observation]) -> Verdict:
-    """What the results say, and whether that is enough."""
+    """What the results say, and whether that is enough.
+
+    Args:
+        results: of every run that ended, in any order; those under way make no difference.
+    """
     return _Search(space, tuple(results), ()).verdict()
 
 
 @dataclass(frozen=True)
 class _Search:
+    """A search at one moment: all that it knows is its arguments, so that every worker works out the same."""
+
     space: Space
     results: tuple[Observation, ...]
     running: tuple[Proposal, ...]
@@ -199,6 +206,7 @@ class _Search:
             place = self._coarse(cell)
             if place:
                 return self._asked(cell, place)
+        # First the cell that may be deepest, not the one that is: what is least known gets its chance.
         for cell in sorted(self._contenders, key=lambda c: c.depth[0] - _DOUBT * c.depth[1]):
             place = cell.doubtful(self.lattice, self.space.seeds) or cell.most_informative(
                 self.lattice, self.space.seeds
@@ -212,6 +220,7 @@ class _Search:
 
     def _coarse(self, cell: SearchCell) -> tuple[float, int] | None:
         """The next learning rate to begin with: over the range, or near the minimum of another cell; the ends last."""
+        # Where another cell's minimum is known, this one is looked at around it, and its range is not surveyed again.
         known = [c.valley.minimum for c in self.cells if c is not cell and c.posterior and c.valley]
         low, high = self.asked_for.low, self.asked_for.high
         ends = self.lattice.low, self.lattice.high
@@ -229,6 +238,7 @@ class _Search:
         return [c for c in self.cells if c.posterior and (c is self.best or c.depth[0] - _DOUBT * c.depth[1] < bar)]
 
     def verdict(self) -> Verdict:
+        """What is known, and whether to go on: precise enough, at an edge, spent, or none of these."""
         cells = tuple(CellResult(c.weight_decay, c.init_std, c.valley, len(c.points)) for c in self.cells)
         spent = len(self.results) >= self.space.budget
         if self.best is None or self.best.valley is None:

@@ -17,12 +17,15 @@ from mue.lab.valley.window import LossPoint, SecondValley
 Place = tuple[float, int]
 """log2 of a learning rate, and a seed."""
 
-_TWICE = 2  # runs at a second low place, and at the rise before it, before they are believed
+_TWICE = 2  # runs at a second low place, and at the rise before it, before they are believed: one may have gone wrong
 
 
 @dataclass(frozen=True)
 class Lattice:
-    """log2 of the learning rates that may be asked for: ``low + i · step`` for i from 0 to count."""
+    """log2 of the learning rates that may be asked for: ``low + i · step`` for i from 0 to count.
+
+    A lattice, so that workers which compute a place to its last bits differently still ask for the same one.
+    """
 
     low: float
     step: float
@@ -79,7 +82,7 @@ class SearchCell:
 
     @cached_property
     def depth(self) -> tuple[float, float]:
-        """Loss at the minimum and its standard deviation; inf where there is no curve yet."""
+        """The loss at the minimum and its standard deviation; inf where there is no curve yet."""
         if self.posterior is None:
             return math.inf, math.inf
         lowest = self.posterior.curves.min(axis=1)
@@ -98,7 +101,11 @@ class SearchCell:
         return max(lower, default=-math.inf), min(higher, default=math.inf)
 
     def beyond(self, low: float, high: float, chance: float) -> str | None:
-        """The end of the range, "low" or "high", at or beyond which the minimum lies with at least this chance."""
+        """The end of the range, "low" or "high", at or beyond which the minimum lies; None where it is at neither.
+
+        Args:
+            low, high: the range, in log2(lr). chance: at least this one.
+        """
         if self.posterior is None:
             return None
         if float((self.posterior.minima <= low).mean()) >= chance:
@@ -115,6 +122,10 @@ class SearchCell:
         """The first new learning rate of the survey that may train, or of the wanted ones inside the bracket.
 
         Where all are there and too few have a loss: a new half of the bracket.
+
+        Args:
+            survey, wanted: log2(lr), in the order they are asked for. seed: of such runs, the same for all: its share
+                of the noise moves the bracket's runs together.
         """
         left, right = self.bracket
         tried = {lattice.index(x) for x, _ in self.taken}
@@ -145,7 +156,7 @@ class SearchCell:
             return None
         had = {(lattice.index(x), seed) for x, seed in self.taken}
         used = [seed for seed in seeds if any(seed == other for _, other in had)]
-        fresh = [seed for seed in seeds if seed not in used][:1]
+        fresh = [seed for seed in seeds if seed not in used][:1]  # one is as good as another, having no run yet
         low, high = self._of_use
         places = [x for x in lattice.places if low <= x <= high]
         candidates = [(x, s) for s in used + fresh for x in places if (lattice.index(x), s) not in had]

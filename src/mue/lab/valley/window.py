@@ -10,17 +10,20 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from mue.lab.valley.posterior import Limits, Posterior, fit_posterior, own_noise
+from mue.lab.valley.posterior import Limits, Posterior, fit_posterior
+from mue.lab.valley.prior import own_noise
 
 Array = npt.NDArray[np.float64]
 
-# A window of the sweep is fitted, never the far walls: learning rates within so many octaves of the lowest ...
+# A window of the sweep is fitted, never the far walls, where a curvature that varies over an octave describes nothing:
+# learning rates within so many octaves of the lowest (chosen on the fifteen sweeps, with the other constants of the
+# fit) ...
 REACH = 4.0
-_ROUNDING = 0.05  # octaves more, so that 0.0078 and 0.0078125 see the same runs
+_ROUNDING = 0.05  # octaves more: lr = 0.0078 for 2^-7 put a run at 4.002 octaves, out of reach (docs/LOG.md)
 # ... up to the first whose rise over distance squared is so many times the median's, and always the lowest's neighbours.
 _STEEP = 30.0
 # A rise between two low places is a barrier from so many standard deviations on, of noise that grows so with lr.
-_BARRIER, _GROWTH = 4.0, 0.7
+_BARRIER, _GROWTH = 4.0, 0.7  # the growth is the posterior's
 _MARGIN = 1.0  # octaves beyond the outermost run in which a minimum is still looked for
 
 
@@ -58,7 +61,8 @@ class Runs:
 
     Attributes:
         x: log2 of the learning rates with a loss, ascending. at: the runs at each of them.
-        walls: log2 of the learning rates at which no run has a loss. tried: the ends of all learning rates.
+        walls: log2 of the learning rates at which no run has a loss: high, nobody knows how high. tried: the ends of
+            all learning rates.
         diverged: how many runs have no loss.
     """
 
@@ -89,12 +93,14 @@ class Runs:
 
     @cached_property
     def mean(self) -> Array:
+        """The loss at each learning rate, over its seeds."""
         # The median of replicates where it means anything: one bad seed must not move the window.
         losses = [np.array([p.loss for p in runs]) for runs in self.at]
         return np.array([np.median(values) if len(values) > 2 else values.mean() for values in losses])
 
     @cached_property
     def best(self) -> int:
+        """Index of the learning rate with the lowest loss."""
         return int(np.argmin(self.mean))
 
     @property
@@ -108,7 +114,7 @@ class Runs:
 
     @property
     def pure_error(self) -> float:
-        """Noise as the replicates show it, whatever the curve; NaN where each learning rate ran once."""
+        """The replicates' pooled standard deviation, the noise whatever the curve; NaN where each lr ran once."""
         losses = [np.array([p.loss for p in runs]) for runs in self.at]
         freedom = sum(len(v) - 1 for v in losses)
         return math.sqrt(sum(float(v.var() * len(v)) for v in losses) / freedom) if freedom else math.nan
@@ -124,7 +130,16 @@ class Runs:
         return "high" if max(places) >= high else None
 
     def fit_posterior(self, noise: float | None = None) -> tuple[Posterior, tuple[LossPoint, ...], SecondValley | None]:
-        """The posterior of the window around the lowest learning rate, its runs, and a second valley if there is one."""
+        """Fit the window around the lowest learning rate.
+
+        Args:
+            noise: standard deviation of a loss between seeds, where it is known.
+
+        Returns:
+            The posterior, the window's runs, and a second valley if there is one.
+        """
+        # Once with the noise that replicates show, to fit one valley only, and once with the fitted noise, which single
+        # runs have as well.
         first, last, second = self._near_side(noise if noise is not None else self.pure_error)
         first, last = self._window(first, last)
         used = tuple(p for runs in self.at[first : last + 1] for p in runs)
@@ -137,7 +152,7 @@ class Runs:
         """First and last index of the learning rates to fit, of those from ``first`` to ``last``."""
         distance, rise, best = np.abs(self.x - self.x[self.best]), self.mean - self.mean[self.best], self.best
         near = (distance <= REACH + _ROUNDING) & (np.arange(len(rise)) >= first) & (np.arange(len(rise)) <= last)
-        steepness = rise / np.maximum(distance, 1.0) ** 2
+        steepness = rise / np.maximum(distance, 1.0) ** 2  # within an octave noise alone would make it large
         cap = _STEEP * float(np.median(steepness[near & (distance > 0)])) if near.sum() > 1 else math.inf
         fits = near & (steepness <= cap)
         left, right = max(first, best - 1), min(last, best + 1)

@@ -63,6 +63,7 @@ def axis_sizes(build: Build, config: Any) -> AxisSizes:
         if not named:
             continue
         other, reason = _doubled(build, config, named)
+        # a dimension that decides which parameters exist says nothing about the axes of those there are
         if other is None or set(other) != set(first):
             unbuilt[dimension] = reason or "doubling it changes which parameters there are"
             continue
@@ -70,6 +71,7 @@ def axis_sizes(build: Build, config: Any) -> AxisSizes:
             for i, (a, b) in enumerate(zip(shape, other[n], strict=True)):
                 if a != b:
                     grows[n][i].add(dimension)
+        # as long as the width now, and again at twice the width: an axis that happens to have its length is none
         if dimension == "width":
             is_width = {
                 n: tuple(w and b == 2 * width for w, b in zip(is_width[n], other[n], strict=True)) for n in first

@@ -13,7 +13,14 @@ from mue.layouts.observe import names
 
 
 def text_config(config: Any) -> Any:
-    """The language model's part of a config (the config itself where there is only one)."""
+    """The language model's part of a config: multimodal ones nest it.
+
+    Args:
+        config: of transformers, or any object with attributes.
+
+    Returns:
+        The nested config, or the config itself where it is the only one.
+    """
     try:
         return config.get_text_config()
     except (AttributeError, ValueError):
@@ -29,7 +36,15 @@ def subconfigs(config: Any) -> Iterator[Any]:
 
 
 def integers(config: Any) -> dict[str, int]:
-    """A config's whole numbers above 0, by attribute; booleans and what is nested left out."""
+    """The sizes in a config: its whole numbers above 0.
+
+    Args:
+        config: any object with attributes.
+
+    Returns:
+        attribute → number; booleans, what is nested and what is private are left out.
+    """
+    # type, not isinstance: true is an int in Python
     return {k: v for k, v in vars(config).items() if type(v) is int and v > 0 and not k.startswith("_")}
 
 

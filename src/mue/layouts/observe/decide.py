@@ -69,9 +69,11 @@ def decide(f: Facts) -> Decision:
         if not f.layered and f.named(names.POSITION):
             return Decision("embedding", ("in", "out"), "rows looked up, positions by name")
         return Decision(None, ("in", "out"), "rows looked up, but they are neither the vocabulary nor positions")
+    # Its fan-in is the filter's length, which no width changes: nothing to scale, as with a gain.
     if f.use.convolved:
         return _vector(f, f"a filter of fixed size {f.shape[1:]}: fan-in does not grow, treated like a gain", "own")
     if f.use.summed:
+        # One matrix has one fan-in: a tied table that the head multiplies by is looked up, and was met above.
         if len(f.use.summed) > 1 or not next(iter(f.use.summed)):
             return Decision(None, (), f"summed over different axes in different places: {sorted(f.use.summed)}")
         return _matrix(f)
@@ -83,6 +85,7 @@ def _vector(f: Facts, how: str, start: float | str | None, role: str = "norm") -
 
 
 def _elementwise(f: Facts) -> Decision:
+    """What is met element by element is a gain, a bias or a rate: here words decide, for shapes and uses are alike."""
     start: float | str = f.constant if f.constant is not None else "own"
     last = f.tokens[-1]
     if re.fullmatch(names.SELECTION_BIAS, last):
@@ -103,6 +106,11 @@ def _elementwise(f: Facts) -> Decision:
 
 
 def _matrix(f: Facts) -> Decision:
+    """A matrix by what it is summed over and what its axes follow: vocabulary, experts, hidden width or heads.
+
+    The order is that of the evidence: what sizes settle comes first, and words only choose between what they leave
+    open.
+    """
     inner = next(iter(f.use.summed))
     axes = tuple(
         "in" if i in inner else "expert" if len(f.shape) > 2 and i == 0 else "out" for i in range(len(f.shape))
@@ -122,6 +130,8 @@ def _matrix(f: Facts) -> Decision:
     experts = any(a.startswith("expert") for a in axes) or bool(re.search(r"\bexperts\.\*", f.pattern))
     if any(re.fullmatch(names.NORM, t) and not re.search(names.NORMED_ATTENTION, t) for t in f.words):
         return Decision(None, axes, f"{seen}; a matrix inside a norm is none of the known roles")
+    # Several residual streams are mixed by small matrices: d inputs, a number of outputs that does not grow, as a
+    # router's.
     if f.named(names.HYPER_CONNECTION):
         if out or not into:
             return Decision(
@@ -169,6 +179,10 @@ def _feeds(into: frozenset[str], out: frozenset[str]) -> bool:
 def _feed_forward(
     f: Facts, axes: tuple[str, ...], seen: str, direction: int, kind: str, into: frozenset[str], out: frozenset[str]
 ) -> Decision:
+    """Up, gate or down: by the direction between residual and hidden width where they differ in size, else by name.
+
+    Gate and up have one shape and one use each, so which is which is always a matter of names.
+    """
     hidden = {"ffn", "expert width", "shared width", "shared experts"}
     if direction == 0:
         direction = 1 if out & hidden and not into & hidden else -1 if into & hidden and not out & hidden else 0
@@ -190,6 +204,7 @@ def _feed_forward(
 
 
 def _attention(f: Facts, axes: tuple[str, ...], seen: str, direction: int) -> Decision:
+    """q, k, v or o: the direction tells o from the others, names tell those apart."""
     if f.named(names.FUSED_QKV, 1):
         return Decision(
             "attention_q", axes, f"{seen}, q, k, v fused by name", parts=("attention_q", "attention_k", "attention_v")

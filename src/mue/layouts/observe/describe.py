@@ -95,14 +95,17 @@ def describe(
         ValueError: a user's row that matches no parameter or does not fit its axes; a config without a width.
     """
     sizes = axis_sizes(build, tiny)
+    # the same description every time
     torch.manual_seed(0)
     model = build(tiny).float().eval()
+    # before the model is moved off its start: a plan wants to know what a gain starts at
     constants = {canonical(n): _constant(p) for n, p in model.named_parameters()}
     shapes = {canonical(n): tuple(p.shape) for n, p in model.named_parameters()}
     perturb(model)
     gates: dict[str, Gates] = {}
     scores: set[tuple[str, int]] = set()
     top = min((size_of(tiny, "vocabulary") or 90, 90))
+    # no ids below 3: families give them to padding and the like, whose rows their code may leave out
     run = forward or (lambda m: run_tokens(m, torch.randint(min(3, top - 1), top, TINY_BATCH)))
     with record_gates(model, gates):
         uses = {canonical(n): u for n, u in param_use(model, lambda: run(model), scores).items()}
@@ -121,6 +124,7 @@ def describe(
     ]
     experts = size_of(tiny, "experts")
     score = {kernel for kernel, size in scores if size == experts}
+    # two kernels over as many numbers as there are experts (a gate beside the router): which one scores is not known
     return Description(tuple(patterns), gates, sizes.unbuilt, score.pop() if len(score) == 1 else None, cancelled)
 
 

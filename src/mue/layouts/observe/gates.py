@@ -27,6 +27,7 @@ class Gates:
     @property
     def normalised(self) -> bool:
         """Whether Σw is one number for all tokens (1, or the model's own route scale)."""
+        # float32 sums agree to 1e-6; those of weights that are not renormalised differ from token to token
         return self.spread <= 1e-4 * max(abs(self.total), 1e-9)
 
 
@@ -65,6 +66,11 @@ def record_gates(model: nn.Module, into: MutableMapping[str, Gates], only_first:
 
 
 def _gates(args: list[Any]) -> Gates | None:
+    """The gates among a module's arguments: a table of expert indices, and beside it weights of the same tokens.
+
+    Weights are those of the chosen experts (as wide as the indices), or of all of them, of which the chosen ones are
+    picked.
+    """
     indices = [a for a in args if isinstance(a, Tensor) and a.dtype in (torch.int64, torch.int32) and a.dim() == 2]
     if not indices:
         return None
@@ -73,6 +79,7 @@ def _gates(args: list[Any]) -> Gates | None:
         if isinstance(w, Tensor) and w.is_floating_point() and w.dim() == 2 and w.shape[0] == index.shape[0]:
             if w.shape[1] == index.shape[1]:
                 picked = w
+            # Not the hidden states: those come first, are signed, and may be wider than any number of experts.
             elif w.shape[1] > int(index.max()) and w.shape[1] < 4096 and bool((w >= 0).all()) and w is not args[0]:
                 picked = w.gather(1, index.long())  # weights of all experts, zero or unused elsewhere
             else:

@@ -65,6 +65,8 @@ class _Origin:
     axes: tuple[tuple[int, int, int], ...]  # (axis, stride, size)
 
     def axis(self, stride: int) -> int | None:
+        # a view steps along an axis by a multiple of its stride that stays inside it; of several the largest stride is
+        # it
         fits = [(s, axis) for axis, s, n in self.axes if s <= stride < s * n]
         return max(fits)[1] if fits else None
 
@@ -109,6 +111,7 @@ class UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         held = self._origins.setdefault(t.untyped_storage().data_ptr(), [])
         self._alive.append(t)
         for name, axes in origins:
+            # an axis of length 1 may have any stride, which says nothing
             lies = tuple(
                 (axis, t.stride(d), t.shape[d]) for d, axis in enumerate(axes) if axis is not None and t.shape[d] > 1
             )
@@ -124,6 +127,10 @@ class UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
 
     def _record(self, kernel: str, args: tuple[Any, ...], tensors: list[tuple[int, Tensor]], out: Any) -> None:
+        """Note for every parameter among the operands which of its axes this kernel sums over.
+
+        Views and copies are followed.
+        """
         outs = [t for _, t in _tensors((out,))]
         if any(self._shares(o, t) for o in outs for _, t in tensors) and not kernel.endswith("_"):
             return  # a view: the storage is known already

@@ -54,6 +54,7 @@ def post_norms(
             found = _ends(model, run, layer, here)
             for norm, before in found.items():
                 after.setdefault(norm, set()).update(rows[p].pattern for p in before)
+            # what is cancelled with no gain in its place: by a norm without one, or by one that is no module
             covered = set().union(*found.values()) if found else set()
             lost |= {p for p in here if p not in covered and _idle(model, run, layer, here)}
     return {norm: tuple(sorted(before)) for norm, before in after.items()}, frozenset(lost)
@@ -153,6 +154,7 @@ def _norm_inputs(model: nn.Module, run: Callable[[nn.Module], object], layer: _L
     handles = [m.register_forward_pre_hook(entered(n)) for n, m in layer.norms.items()]
     handles.append(layer.module.register_forward_hook(left))
     try:
+        # the same tokens in every pass, or the passes could not be compared
         torch.manual_seed(1)
         run(model)
     finally:

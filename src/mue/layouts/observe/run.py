@@ -29,4 +29,5 @@ def perturb(model: nn.Module) -> None:
     """Move every parameter off its start, so that nothing is hidden behind a gain or an output of zero."""
     for p in model.parameters():
         if p.is_floating_point():
+            # about the size of a weight at init: the pass stays finite, and no zero hides a use
             p.add_(torch.randn_like(p), alpha=0.02)

@@ -20,12 +20,20 @@ def _transformers() -> Any:
         transformers = importlib.import_module("transformers")
     except ImportError:
         raise ValueError("model families of transformers need the hf extra: pip install 'mue[hf]'") from None
+    # its warnings are about weights, and none are loaded here
     transformers.logging.set_verbosity_error()
     return transformers
 
 
 def default_config(family: str) -> Any:
-    """The default config of a causal-LM family such as ``"qwen3_moe"``; ``ValueError`` naming the nearest known one."""
+    """The default config of a causal-LM family, with experts where the family can have them.
+
+    Args:
+        family: its ``model_type``, such as ``"qwen3_moe"``.
+
+    Raises:
+        ValueError: the installed transformers does not know it; names the nearest one that it does.
+    """
     known = _transformers().CONFIG_MAPPING
     if family not in known:
         raise ValueError(f"unknown model family {family!r}{nearest(family, list(known))}")
@@ -39,7 +47,10 @@ def default_config(family: str) -> Any:
 
 
 def read_config(source: str | Path) -> Any:
-    """A config from a ``config.json``, a folder that holds one, or a family's name.
+    """A transformers config by where it is.
+
+    Args:
+        source: a ``config.json``, a folder that holds one, or, where no such path exists, a family's name.
 
     Raises:
         ValueError: neither; or a file that is no transformers config.
@@ -56,7 +67,14 @@ def read_config(source: str | Path) -> Any:
 
 
 def config_of(data: Any, where: str) -> Any:
-    """A config from what its ``config.json`` holds; ``ValueError`` naming ``where`` for anything else."""
+    """A config from what its ``config.json`` holds.
+
+    Args:
+        data: the parsed file. where: its name, for messages.
+
+    Raises:
+        ValueError: data without a ``model_type``, or with one that the installed transformers does not know.
+    """
     family = data.get("model_type") if isinstance(data, dict) else None
     if not isinstance(family, str):
         raise ValueError(f"{where} is not a transformers config: it needs JSON with a model_type")
@@ -69,7 +87,11 @@ def config_of(data: Any, where: str) -> Any:
 
 
 def build(config: Any) -> nn.Module:
-    """The causal language model of a config, on the current default device."""
+    """The causal language model of a config, on the current default device (``with torch.device("meta")``: no memory).
+
+    Args:
+        config: of transformers. Attention is the eager one, whose products and softmax can be observed.
+    """
     transformers = _transformers()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

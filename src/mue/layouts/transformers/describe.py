@@ -55,6 +55,7 @@ def describe_config(config: Any, rows: Sequence[Layout] = (), build: Build = bui
 
 
 def _restacked(row: Layout | None, experts: int) -> Layout | None:
+    """The row with the full model's number of experts, which an axis that holds one after another does not show."""
     if row is None or not any(a.startswith("expert*") for a in row.axes):
         return row
     return replace(row, stacked=experts)

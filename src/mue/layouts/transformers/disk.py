@@ -105,6 +105,7 @@ def compare_stored(folder: Path, model: nn.Module) -> StoredTensors:
     held = {first[n] for n in parts if n in first}
     wrong = []
     for n, sources in parts.items():
+        # joined or turned on the way in: only the number of elements can be compared
         if n in own and (len(sources) > 1 or names.converts(sources[0])):
             sizes = sum(prod(stored[s]) for s in sources)
             whole = sum(prod(own[m]) for m in names(sources[0]) if m in own)
@@ -126,6 +127,7 @@ def has_weights(folder: Path) -> bool:
 
 
 def _files(folder: Path) -> Iterator[Path]:
+    """The files with weights: the shards that an index names, or the single file."""
     index = next((folder / name for name in INDEXES if (folder / name).exists()), None)
     if index is None:
         single = next((folder / name for name in SINGLE if (folder / name).exists()), None)
@@ -147,12 +149,20 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
     if path.suffix == ".safetensors":
         header = read_header(path)
         return {name: header.shape(name) for name in header.entries}
+    # names and sizes without the numbers
     data = torch.load(path, map_location="meta", weights_only=True)
     return {name: tuple(value.shape) for name, value in data.items() if isinstance(value, Tensor)}
 
 
 def with_setting(config: Mapping[str, Any], key: str, value: float) -> dict[str, Any]:
-    """A ``config.json`` with one setting changed, wherever it stands; ``ValueError`` if it stands nowhere."""
+    """A ``config.json`` with one setting changed, wherever it stands, nested configs included.
+
+    Args:
+        config: the parsed file; it is not changed. key: the setting. value: its new one.
+
+    Raises:
+        ValueError: it stands nowhere.
+    """
     new, found = _replaced(config, key, value)
     if not found:
         raise ValueError(f"the config has no {key} to set to {value:g}")

@@ -22,7 +22,7 @@ from mue.layouts.transformers.family import family_of
 from mue.layouts.transformers.tiny import shrunk_enough
 
 SMALL = {"expert width": 16, "shared width": 16, "ffn": 64}  # nothing that a router reads
-VOCABULARY = 2048
+VOCABULARY = 2048  # different tokens are all that a router at init can tell apart
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def measure_gates(
     Args:
         description: of the config. router_std: of the router's weights; the planned one is tuned.init_std·√(base width/width).
             None: as the model's own code draws them.
-        draws, tokens, seed: how many models, tokens each, and where random numbers start.
+        draws, tokens, seed: how many models, tokens each, and where random numbers start. Tokens of one model share its
+            router, so more models lower the error and more tokens hardly do.
 
     Raises:
         ValueError: a model without routers that can be watched, or whose gates sum to one number already.
@@ -85,6 +86,7 @@ def measure_gates(
     for draw in range(draws):
         torch.manual_seed(seed + draw)
         model = build(small).float().eval()
+        # a matrix of one row is the gate of a shared expert
         weights = [p for n, p in model.named_parameters() if pattern_of(canonical(n)) in routers and p.shape[0] > 1]
         with torch.no_grad():
             for p in weights if router_std is not None else ():
@@ -128,6 +130,7 @@ def _small(config: Any, build: Build) -> Any:
     unseen = {k: size for name, size in SMALL.items() for k in attributes(config, name)}
     vocabulary = {k: min(VOCABULARY, inner[k]) for k in attributes(config, "vocabulary")}
     tiny = family_of(getattr(config, "model_type", "")).tiny
+    # later ones win: what routers see is the config's own, whatever makes the rest small
     changed: Mapping[str, Any] = {**tiny, **unseen, **vocabulary, **kept}
     return shrunk_enough(config, lambda c: {pattern_of(n) for n in parameter_shapes(build, c)}, dict(changed))
 
@@ -135,6 +138,7 @@ def _small(config: Any, build: Build) -> Any:
 def _tokens(config: Any, count: int) -> Tensor:
     (name, *_) = attributes(config, "vocabulary")
     top = next(v for part in subconfigs(text_config(config)) for k, v in integers(part).items() if k == name)
+    # short sequences: attention costs their square, and at init hardly changes what a router sees
     length = min(128, count)
     return torch.randint(3, top, (math.ceil(count / length), length))
 
@@ -142,5 +146,6 @@ def _tokens(config: Any, count: int) -> Tensor:
 def _mean(values: Sequence[float]) -> tuple[float, float]:
     """Mean and its standard error."""
     mean = sum(values) / len(values)
+    # n - 1: an unbiased variance over few draws
     spread = sum((v - mean) ** 2 for v in values) / (len(values) - 1)
     return mean, math.sqrt(spread / len(values))

@@ -28,7 +28,14 @@ class Scaling:
 
 
 def scalings(config: Any) -> list[Scaling]:
-    """Every scaling factor of a config, with whether it does anything."""
+    """Every scaling factor that a config gives its model, by the attribute's name.
+
+    Args:
+        config: of transformers; its language part is read.
+
+    Returns:
+        One entry for each attribute that :data:`mue.layouts.observe.names.SCALINGS` knows, also where it does nothing.
+    """
     found = []
     for key, value in vars(text_config(config)).items():
         if isinstance(value, bool) or not isinstance(value, int | float) or key.startswith("_"):

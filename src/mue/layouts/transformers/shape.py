@@ -68,6 +68,7 @@ def _observed(description: Description) -> tuple[bool | None, float | None]:
     """Whether the weights summed to one number in every layer (None: not watched), and that number."""
     seen = list(description.gates.values())
     normalised = all(g.normalised for g in seen) if seen else None
+    # four decimals: the sums are of float32, and a route scale is written with two or three
     totals = {round(g.total, 4) for g in seen}
     return normalised, totals.pop() if normalised and len(totals) == 1 else None
 
@@ -128,6 +129,10 @@ def shape_of(
 def _block(
     layer: int, roles: Mapping[str, list[ParamInfo]], routing: Routers | None, moments: tuple[float, float] | None
 ) -> Block:
+    """One layer's block from its tensors.
+
+    What no tensor shows (active experts, the score) is taken from what was observed.
+    """
     if "expert_down" not in roles:
         downs = [p.fan_in for p in roles.get("ffn_down", [])]
         if len(downs) != 1:
@@ -146,6 +151,7 @@ def _block(
     if not routing.normalised and moments is None:
         raise ValueError(f"this model's gates: {routing.advice}")
     experts = roles["expert_down"]
+    # n_s of width h_s are one of n_s·h_s (conventions 12)
     shared = sum(p.fan_in * p.experts for p in roles.get("shared_down", []))
     return Block(
         layers=1,
@@ -182,4 +188,5 @@ def _heads(config: Any, layers: Mapping[int, Mapping[str, list[ParamInfo]]]) -> 
     if fan_in % heads:
         raise ValueError(f"the attention output has fan-in {fan_in}, which {heads} heads do not divide")
     kv = next((v for k, v in integers(text_config(config)).items() if re.fullmatch(KV_HEADS, k)), heads)
+    # a number that does not divide the heads cannot be theirs
     return {"heads": heads, "kv_heads": kv if heads % kv == 0 else heads, "head_dim": fan_in // heads}

@@ -28,7 +28,11 @@ class StockModel:
 
 
 def is_stock(model: nn.Module) -> bool:
-    """Whether a model comes with a transformers config that says how to build it again."""
+    """Whether a model comes with a transformers config, which says how to build it again at a tiny size.
+
+    Args:
+        model: wrapped or not.
+    """
     config = getattr(unwrap(model), "config", None)
     return hasattr(config, "model_type") and hasattr(config, "to_dict")
 
@@ -36,7 +40,9 @@ def is_stock(model: nn.Module) -> bool:
 def observe_stock(model: nn.Module) -> StockModel:
     """What is known of a stock model; observed once for each class and config.
 
-    Rows of the user's own, for what cannot be decided, stand in ``model.layout_rows`` (of the class or the instance) and win.
+    Args:
+        model: one for which :func:`is_stock` holds. Rows of the user's own, for what cannot be decided, stand in its
+            ``layout_rows`` (of the class or the instance) and win.
 
     Raises:
         ValueError: a family that cannot be built and run at a tiny size.
@@ -62,10 +68,11 @@ class _Keyed:
         return hash(self.key)
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=32)  # every function of mue.model asks anew
 def _observed(kind: Any, keyed: _Keyed, rows: tuple[Layout, ...]) -> StockModel:
     def build(config: Any) -> nn.Module:
         config = copy.deepcopy(config)
+        # plain products and a softmax: what is observed has to be operators
         config._attn_implementation = "eager"
         made: nn.Module = kind(config)
         return made

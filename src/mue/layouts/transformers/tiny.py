@@ -25,6 +25,7 @@ def shrink(config: Any, layers: int, overrides: Mapping[str, Any] | None = None)
 
 
 def _shrink_one(config: Any, layers: int, overrides: Mapping[str, Any]) -> None:
+    """One config, in place. Sizes only ever fall, but for what the family's own file sets."""
     deep = next((v for k, v in integers(config).items() if re.fullmatch(LAYERS, k)), None)
     kept = _kept_layers(config, deep, layers) if deep else []
     full = integers(config)
@@ -41,6 +42,7 @@ def _shrink_one(config: Any, layers: int, overrides: Mapping[str, Any]) -> None:
         if hasattr(config, key):
             setattr(config, key, value)
     _keep_relations(config, full)
+    # inside the small vocabulary: an embedding refuses a padding id beyond it
     for key in ("bos_token_id", "eos_token_id", "pad_token_id"):
         value = getattr(config, key, None)
         if value is not None:
@@ -71,6 +73,7 @@ def _kept_layers(config: Any, deep: int, layers: int) -> list[int]:
     """Which layers stay: one of each kind that the per-layer lists tell apart, filled up from the front."""
     lists = [v for v in vars(config).values() if isinstance(v, list) and len(v) == deep]
     kinds = [tuple(repr(v[i]) for v in lists) for i in range(deep)]
+    # backwards, so that the first layer of each kind is the one that stays
     first = {kind: i for i, kind in reversed(list(enumerate(kinds)))}
     chosen = sorted(first.values())
     fill = [i for i in range(deep) if i not in first.values()]
@@ -81,6 +84,7 @@ def shrunk_enough(config: Any, patterns: Callable[[Any], set[str]], overrides: M
     """The smallest of a few tiny configs whose parameters have the same name patterns as the full one's."""
     wanted = patterns(config)
     small = config
+    # Families have several kinds of layers (dense ones first, say): as few as show every kind, at the last all of them.
     for layers in (2, 4, 8, 16, 10_000):
         small = shrink(config, layers, overrides)
         if patterns(small) >= wanted:

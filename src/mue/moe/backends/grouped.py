@@ -48,12 +48,14 @@ def run(x_TD: Tensor, routing: Routing, weights: ExpertWeights, dtype: torch.dty
         return x_TD.new_zeros(tokens, x_TD.shape[1])
     expert_P, order_P = torch.sort(routing.expert_P, stable=True)
     end_N = torch.searchsorted(expert_P, torch.arange(number, device=expert_P.device), right=True).to(torch.int32)
+    # padding pairs, sorted last, join the last group: every row has an owner, and its result is written
     end_N = torch.cat((end_N[:-1], end_N.new_full((1,), pairs)))
     inverse_P = torch.empty_like(order_P).scatter_(0, order_P, torch.arange(pairs, device=order_P.device))
     x_PD = _Spread.apply(x_TD, routing.token_P, order_P, inverse_P, routing.slots)  # type: ignore[no-untyped-call]
     up_PH = F.grouped_mm(x_PD, up_NHD.mT, offs=end_N)
     hidden_PH = F.gelu(up_PH) if gate_NHD is None else F.silu(F.grouped_mm(x_PD, gate_NHD.mT, offs=end_N)) * up_PH
     real_P = routing.weight_P * (routing.expert_P < number)
+    # before down, where padding rows become exact zeros in the same pass
     hidden_PH = (hidden_PH * real_P[order_P, None]).to(dtype)
     y_PD = F.grouped_mm(hidden_PH, down_NDH.mT, offs=end_N)
     y_TD: Tensor = _Combine.apply(y_PD, tokens, routing.token_P, order_P, inverse_P, routing.slots)  # type: ignore[no-untyped-call]
@@ -66,6 +68,7 @@ def _spread(x_TD: Tensor, token_P: Tensor, order_P: Tensor) -> Tensor:
 
 def _combine(y_PD: Tensor, tokens: int, token_P: Tensor, order_P: Tensor, inverse_P: Tensor, slots: int) -> Tensor:
     if slots:
+        # a sum of K rows in a fixed order, without atomics: the same bits every time
         return y_PD[inverse_P].view(tokens, slots, -1).sum(1, dtype=torch.float32).to(y_PD.dtype)
     sum_TD = y_PD.new_zeros(tokens, y_PD.shape[1], dtype=torch.float32)
     return sum_TD.index_add_(0, token_P[order_P], y_PD.float()).to(y_PD.dtype)

@@ -24,6 +24,7 @@ from mue.moe.backends.operator import Differentiable, Kernel, RoutedCall, operat
 from mue.moe.expert_weights import ExpertWeights
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+# "emulated" is the matrix unit's layout with its work in plain C++, for tests elsewhere (docs/performance.md).
 _ENGINES = {"plain": 0, "matrix unit": 1, "emulated": 2}
 # A matrix larger than this is packed per expert into too much memory, and large products are fast everywhere.
 _LARGEST_MATRIX = 1 << 22
@@ -77,6 +78,7 @@ def _call(inputs: Differentiable, routed: RoutedCall, saved: Sequence[Tensor] | 
         row_type=_TYPES[routed.dtype], x_type=_TYPES[x_TD.dtype], matrix_type=_TYPES[up.dtype],
         weight_type=_TYPES[inputs.weight_P.dtype],
     )  # fmt: skip
+    # gate x and up x of the routed rows, then of the shared ones (mue.moe.backends.operator.Kernel)
     kept = [None] * 4 if saved is None else list(saved)
     for ffn, count, matrices, (gate, up_rows) in (
         (call.routed, routed.number, inputs[2:5], kept[:2]),
@@ -91,6 +93,7 @@ def _call(inputs: Differentiable, routed: RoutedCall, saved: Sequence[Tensor] | 
     for name, tensor in {**given, **more}.items():
         setattr(call, name, _pointer(tensor))
     inner = [ffn.inner for ffn in (call.routed, call.shared) if ffn.count]
+    # a row of the unit's tiles is 64 bytes, 32 numbers of bf16; other widths take the plain engine
     even = all(size % 32 == 0 for size in (call.width, *inner))
     call.engine = _ENGINES[library.engine() if routed.dtype == torch.bfloat16 and even else "plain"]
     work = call.width * (call.pairs * call.routed.inner + call.tokens * call.shared.inner)
@@ -99,6 +102,7 @@ def _call(inputs: Differentiable, routed: RoutedCall, saved: Sequence[Tensor] | 
 
 
 def _run(entry: str, call: _Call, routed: RoutedCall) -> None:
+    """Call the library; what is wrong with indices it finds while it sorts them, and says by a number."""
     kernel = library.loaded()
     assert kernel is not None  # refusal
     assert kernel.mue_call_bytes() == ctypes.sizeof(_Call)  # api.h and the fields above say the same
@@ -120,6 +124,7 @@ def _run(entry: str, call: _Call, routed: RoutedCall) -> None:
 
 
 def _forward(inputs: Differentiable, routed: RoutedCall, saved: list[Tensor] | None) -> tuple[Tensor, None]:
+    # empty: the combine writes every token once, also one without pairs
     y_TD = inputs.x_TD.new_empty(inputs.x_TD.shape, dtype=routed.dtype)
     _run("mue_forward", _call(inputs, routed, saved, y_TD=y_TD), routed)
     return y_TD, None

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 from mue.kernels import library
 from mue.moe.routing import Routing
 
-_ELEMENTS_PER_THREAD = 1 << 14
+_ELEMENTS_PER_THREAD = 1 << 14  # of the (T, N) table, below which another thread costs more than it saves
 
 
 class _Selection(ctypes.Structure):
@@ -45,6 +45,7 @@ class _RoutingStats(ctypes.Structure):
 def _kernel(x: Tensor) -> ctypes.CDLL | None:
     if torch.compiler.is_compiling() or x.device.type != "cpu" or x.dtype != torch.float32:
         return None
+    # an observer (mue.check, FakeTensor) has to see operators, and a call by ctypes is none
     return library.loaded() if _get_current_dispatch_mode() is None else None
 
 

@@ -84,11 +84,13 @@ def operator(name: str, kernel: Kernel) -> Run:
             saved = _saved(inputs, call, kernel) if keep else None
             y_TD, ctx.extra = kernel.forward(inputs, call, saved)
             if saved is not None:
+                # tensors go through save_for_backward, which watches for changes in place; the rest is kept as it is
                 ctx.call = call[2:]
                 ctx.save_for_backward(*inputs, *call[:2], *saved)
             return y_TD
 
         @staticmethod
+        # The backward is hand-written and has none of its own: a second derivative is refused, instead of being zero.
         @once_differentiable
         def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor | None, ...]:
             inputs, pairs, saved = _split(ctx.saved_tensors)
@@ -107,6 +109,7 @@ def operator(name: str, kernel: Kernel) -> Run:
         if torch.compiler.is_compiling():
             y_TD: Tensor = compiled(*inputs, *call)[0]
         else:
+            # validation keeps no rows: they are most of a layer's memory
             keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
             y_TD = named.apply(call, keep, *inputs)
         return y_TD
@@ -115,6 +118,10 @@ def operator(name: str, kernel: Kernel) -> Run:
 
 
 def _saved(inputs: Differentiable, call: RoutedCall, kernel: Kernel) -> list[Tensor]:
+    """Memory for what the backward would otherwise compute again.
+
+    Its shapes follow from the arguments' shapes alone, whatever the routing is: torch.compile has to know them.
+    """
     x_TD, rows = inputs.x_TD, kernel.rows(call)
     saved = [
         x_TD.new_empty(0 if matrix is None else (count, matrix.shape[-2]), dtype=call.dtype)
@@ -165,6 +172,7 @@ def _register(name: str, kernel: Kernel) -> Callable[..., tuple[Tensor, ...]]:
         inputs = Differentiable(x_TD, weight_P, gate, up, down, shared_gate, shared_up, shared_down)
         call = RoutedCall(token_P, expert_P, number, slots, dtype, threads)
         gradients = kernel.backward(dy_TD.contiguous(), inputs, call, saved, needs, None)
+        # an operator's results are tensors: an empty one stands for none, and is dropped by ``differentiate``
         return [dy_TD.new_empty(0) if gradient is None else gradient for gradient in gradients]
 
     @backward.register_fake
@@ -173,6 +181,7 @@ def _register(name: str, kernel: Kernel) -> Callable[..., tuple[Tensor, ...]]:
         return [torch.empty_like(x) if need else dy_TD.new_empty(0) for x, need in zip(inputs, needs, strict=True)]
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        # or autograd would make zeros as large as the saved rows, for outputs that nobody differentiates
         ctx.set_materialize_grads(False)
         ctx.call = inputs[10:]
         ctx.save_for_backward(*inputs[:10], *output[1:])

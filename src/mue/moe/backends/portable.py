@@ -29,7 +29,7 @@ from mue.moe.routing import Routing
 # oneDNN builds a primitive for every new shape, about 1 ms each in bf16; float32 goes to MKL, which does not.
 _ROW_ALIGNMENT = {torch.bfloat16: 32, torch.float16: 32}
 _MOST_PARTS = 16  # of one expert
-_LARGE = 1 << 25  # bytes of all rows, above which malloc gives memory back after every use
+_LARGE = 1 << 25  # bytes of all rows: glibc gives 32 MiB and more back after every use (docs/LOG.md)
 
 
 def _combine(row_MD: Tensor, order: Order, tokens: int, weight_P: Tensor | None = None) -> Tensor:
@@ -87,6 +87,7 @@ def _forward(inputs: Differentiable, call: RoutedCall, saved: list[Tensor] | Non
         y_MD = x_TD.new_empty(total + 1, width)
     else:
         gate_MH, up_MH, y_MD = saved[:3]
+    # the row that padding pairs are sent to (Order.row_P)
     y_MD[total].zero_()
     scratch = _Scratch(x_TD, order)
     for chunk in order.chunks:
@@ -97,6 +98,7 @@ def _forward(inputs: Differentiable, call: RoutedCall, saved: list[Tensor] | Non
         if gate_NHD is not None:
             gate = gate_MH[span]
             _products(x, gate_NHD.mT, chunk, gate)
+            # out= forms, which autograd does not know and this forward does not need: no fresh memory for a chunk
             torch.ops.aten.silu.out(gate, out=hidden)
             hidden.mul_(up)
         else:
@@ -117,6 +119,7 @@ def _backward(
     x_TD, weight_P, gate_NHD, up_NHD, down_NDH = inputs[:5]
     assert up_NHD is not None and down_NDH is not None
     need_x, need_weight, need_gate, need_up, need_down = needs[:5]
+    # under torch.compile the forward cannot hand it on: sorted again, for the same number of threads
     order = _plan(inputs, call) if order is None else order
     gate_MH, up_MH, y_MD = saved[:3]
     width, inner, total = x_TD.shape[1], up_NHD.shape[1], order.token_M.shape[0]
@@ -140,6 +143,7 @@ def _backward(
         dgate = _activation_gradients(dhidden, gate, up, act, dup)
         if ddown_NDH is not None:
             _outer_products(dy, act, chunk, ddown_NDH)
+        # dy has done its work: its buffer takes the tokens
         x = torch.index_select(x_TD, 0, order.token_M[span], out=scratch("dy", size, width))
         if dup_NHD is not None:
             _outer_products(dup, x, chunk, dup_NHD)
@@ -173,6 +177,7 @@ def _activation_gradients(dhidden: Tensor, gate: Tensor | None, up: Tensor, act:
     torch.ops.aten.silu.out(gate, out=act)
     torch.mul(dhidden, act, out=dup)
     act.mul_(up)
+    # in place, in the order in which each of the three is needed no more
     dgate = dhidden.mul_(up)
     torch.ops.aten.silu_backward.grad_input(dgate, gate, grad_input=dgate)
     return dgate

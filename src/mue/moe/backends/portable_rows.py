@@ -16,7 +16,7 @@ from mue.moe.routing import Routing, expert_load
 
 __all__ = ["MOST_WASTE", "Batch", "Chunk", "Order", "layout", "order_of", "sorted_pairs", "strided"]
 
-# What was measured with benchmarks/moe_layer.py on 2 cores.
+# What was measured with benchmarks/moe_layer.py on 2 cores (docs/LOG.md, "The portable experts in batches").
 _CHUNK_ELEMENTS = 1 << 18  # of one chunk's (rows, H) buffer
 _BATCH_COST = 9 << 23  # multiply-adds of one batch of experts; larger ones gain nothing
 _JOINING = 1 << 21  # multiply-adds in alignment rows that one call less is worth
@@ -89,7 +89,16 @@ class Order:
 
 @torch.no_grad()
 def order_of(routing: Routing, width: int, inner: int, alignment: int, parts: int, dtype: torch.dtype) -> Order:
-    """Sorts the pairs by expert."""
+    """Sorts the pairs by expert and lays out their rows.
+
+    Args:
+        width, inner: D and H. alignment: rows of an expert, or of a batch's part, are a multiple of this.
+        parts: into how many parts an expert alone is cut. dtype: of the rows.
+
+    Raises:
+        ValueError: pairs that are not where ``slots`` promises them, or an expert index outside [0, N].
+    """
+    # the (T, K) form of the combine takes the order for granted
     if routing.slots and not _is_token_major(routing):
         raise ValueError(f"slots={routing.slots} promises token_P = 0,0,..,1,1,..: give slots=0 for any other order")
     counts = expert_load(routing).tolist()
@@ -117,6 +126,7 @@ def order_of(routing: Routing, width: int, inner: int, alignment: int, parts: in
     if routing.slots:
         bag = row_P.view(routing.num_tokens, routing.slots)
     else:
+        # ragged: embedding_bag wants each token's rows side by side, and where they begin
         bag_P = torch.argsort(routing.token_P, stable=True)
         bag = row_P[bag_P]
         pairs_T = torch.bincount(routing.token_P, minlength=routing.num_tokens)
@@ -129,6 +139,7 @@ def order_of(routing: Routing, width: int, inner: int, alignment: int, parts: in
 def sorted_pairs(expert_P: Tensor, number: int) -> Tensor:
     """(P,) the pairs by expert; stable, so that rows of one expert stay in token order."""
     pairs = expert_P.shape[0]
+    # Padding up to the linear sort pays from an eighth of its length on; int16 holds numbers of experts below 2^15.
     if not expert_P.is_cpu or number >= 1 << 15 or pairs < _RADIX // 8:
         return expert_P.argsort(stable=True)
     padded = expert_P.new_full((max(pairs, _RADIX),), number, dtype=torch.uint8 if number < 256 else torch.int16)
@@ -146,9 +157,11 @@ def layout(counts: list[int], alignment: int, parts: int, cost: int, most: int) 
     first = start = 0
     while first < len(counts):
         size, cut, row = 1, parts, -(-counts[first] // alignment) * alignment
+        # multiples of the threads, so that each has whole products; most experts first, for a call costs 20–40 µs
         for several in (4 * parts, 2 * parts, parts) if parts > 1 else ():
             some = counts[first : first + several]
             padded = several * max(some)
+            # alignment rows are work for nothing: at most an eighth, and no more than the saved calls are worth
             waste = min(padded // MOST_WASTE, (several - 1) * _JOINING // cost)
             if len(some) == several and min(some) and padded <= _BATCH_COST // cost and padded - sum(some) <= waste:
                 size, cut, row = several, 1, max(some)

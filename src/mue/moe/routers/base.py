@@ -99,6 +99,7 @@ class BaseRouter(nn.Module):
             )
         if options.balance not in ("bias", "loss", "none"):
             raise ValueError(f'balance={options.balance!r} is unknown: use "bias", "loss" or "none"')
+        # True: whether weights sum to one is asked by the routers that have a choice
         self.kind.check(active, groups, True)
         self.width, self.experts, self.active, self.groups = width, experts, active, groups
         self.options, self.route_scale = options, float(options.route_scale)
@@ -127,6 +128,7 @@ class BaseRouter(nn.Module):
 
     def even(self, expert_TK: Tensor, dtype: torch.dtype = torch.float32) -> Routing:
         """The routing to these experts with weights R/a each."""
+        # R/a each: they sum to R, as normalised gates do (conventions 9)
         weight_TK = expert_TK.new_full(
             expert_TK.shape, self.route_scale / self.active, dtype=torch.promote_types(dtype, torch.float32)
         )
@@ -176,6 +178,7 @@ def router(name: str, place: float = 100.0, **facts: Any) -> Callable[[_Router],
     def add(cls: _Router) -> _Router:
         CLASSES.register(name, place)(cls)
         cls.kind = RouterKind(name=name, defined_in=f"{cls.__module__}.{cls.__qualname__}", **facts)
+        # under both registries: the facts without torch for shapes, the class for models
         ROUTERS.register(name, place)(cls.kind)
         return cls
 
@@ -184,6 +187,9 @@ def router(name: str, place: float = 100.0, **facts: Any) -> Callable[[_Router],
 
 def build(block: Block, width: int, options: RouterOptions) -> BaseRouter:
     """The router that a block names.
+
+    Args:
+        block: with routed experts. width: D. options: what the plan (R) and the run say to it.
 
     Raises:
         ValueError: an unknown name, with the nearest known one; what the router refuses.

@@ -26,13 +26,14 @@ def bits(*keys: Key, device: torch.device | None = None) -> Tensor:
     """
     state = torch.zeros((), dtype=torch.int64, device=device)
     for key in keys:
+        # whole numbers of Python may be larger than an int64, which torch would refuse
         state = _mixed((state ^ (key if isinstance(key, Tensor) else key % (1 << 63))) + _WEYL)
     return state & 0x7FFF_FFFF_FFFF_FFFF
 
 
 def uniform(*keys: Key, device: torch.device | None = None) -> Tensor:
     """Like :func:`bits`, as float32 in [0, 1): the 24 highest bits, which a float32 holds exactly."""
-    return (bits(*keys, device=device) >> 39).float() * 2.0**-24
+    return (bits(*keys, device=device) >> 39).float() * 2.0**-24  # 63 bits, of which 24 stay
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -46,6 +46,7 @@ class DrawingRouter(BaseRouter):
         """(T, K) experts, uniformly without replacement, a/g inside each group: those with the highest of N uniform numbers."""
         place_T1 = torch.arange(tokens, device=device)[:, None]
         expert_N = torch.arange(self.experts, device=device)
+        # the a largest of N independent keys are a uniform choice without replacement, by one sort
         return select_top(uniform(*keys, place_T1, expert_N, device=device), self.active, self.groups)
 
 

@@ -125,15 +125,19 @@ class Router(BaseRouter):
             return self._route(logit_TN)
 
     def _route(self, logit_TN: Tensor) -> Routing:
+        """Selection by score and bias, weights by score alone, and the losses that the run asked for."""
         score_TN = torch.sigmoid(logit_TN) if self.score == "sigmoid" else torch.softmax(logit_TN, dim=1)
+        # the bias selects and does not weigh: in the weights it would move the output (2408.15664)
         expert_TK = select_top(score_TN.detach() + self.balance_bias, self.active, self.groups)
         weight_TK = self._weights(logit_TN, score_TN, expert_TK)
         routing = self.routing(expert_TK, weight_TK)
         load_N = routing.stats["load"]
         if self.training:
             with torch.no_grad():
+                # in training only: a validation pass must not move the bias of the next step
                 self.load += load_N
         if self.options.balance == "loss":
+            # sigmoid scores over their sum, as a softmax of their logarithms: no 0/0 where all of them underflow
             prob_TN = score_TN if self.score == "softmax" else torch.softmax(F.logsigmoid(logit_TN), dim=1)
             routing.losses["load_balance"] = load_balance_loss(prob_TN, load_N)
         if self.options.z_loss:
@@ -144,6 +148,7 @@ class Router(BaseRouter):
         """(T, K), scaled by R."""
         if self.normalize:
             return normalised_gates(logit_TN, expert_TK, self.score, self.route_scale)
+        # gates = "measured": R is ā/m1 then, made for these very weights (conventions 9)
         return score_TN.gather(1, expert_TK) * self.route_scale
 
     @torch.no_grad()

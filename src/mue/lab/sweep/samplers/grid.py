@@ -16,7 +16,11 @@ class GridSampler(Sampler):
     exhaustive = True
 
     def points(self) -> list[Point]:
-        """Learning rates from the middle outwards: the ends come when it shows whether they matter (``mue.lab.valley.pruning``)."""
+        """Every combination, learning rates from the middle outwards.
+
+        The ends so come when it shows whether they matter (``mue.lab.valley.pruning``): over twelve octaves early
+        stopping saves 16 % in this order, 13 % in any (docs/LOG.md, "Early stopping asks the fit").
+        """
         grid = self.grid
         middle = (len(grid.lr) - 1) / 2
         outwards = sorted(grid.lr, key=lambda lr: abs(grid.lr.index(lr) - middle))

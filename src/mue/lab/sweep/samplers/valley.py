@@ -16,7 +16,7 @@ class ValleySampler(Sampler):
     """Narrows the place of the minimum until it is known to ``precision`` octaves, beyond the range's ends with ``extend``."""
 
     keys = ("precision", "extend")
-    seeds = Space.seeds  # three, since runs of one seed err together
+    seeds = Space.seeds  # three, since runs of one seed err together: half of the noise is the seeds' (docs/LOG.md)
     trials = Space.budget
 
     def __init__(self, grid: Grid) -> None:
