@@ -1,9 +1,11 @@
-"""The house rules that a reader cannot see at one place: what is public, what is named twice, how long, and what goes in circles."""
+"""The house rules that a reader cannot see at one place: what is public, what is named twice, how long, what goes in circles, and
+whether what is named exists."""
 
 from __future__ import annotations
 
 import ast
 import importlib
+import re
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -25,6 +27,11 @@ PUBLIC = {
     " routing_stats",
 }
 """Names that users' code stands on: more may come, none may go."""
+
+READ = ("README.md", "Makefile", "pyproject.toml", ".importlinter", ".ci", "docs", "src", "tests", "benchmarks")
+"""Where names are looked for. (The changelog has those that were.)"""
+NAME = re.compile(r"(?<![\w./-])mue(?:\.[A-Za-z_]\w*)+")
+NO_NAMES = {"mue.plugins": "a group of entry points", "mue.kinds_under_test": "of a test's own"}
 
 # Hooks of a seam may have one name in every file that adds to it: name them here, with the seam.
 HOOKS: set[str] = set()
@@ -95,6 +102,34 @@ def circles(graph: Mapping[str, Iterable[str]]) -> list[set[str]]:
     return found
 
 
+def names(paths: Iterable[Path]) -> dict[str, list[str]]:
+    """Every dotted name of ``mue`` in the texts of these files and folders, with where it stands."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+            if file.suffix in (".json", ".pyc", ".so", ".png") or ".egg-info" in str(file):
+                continue
+            for name in set(NAME.findall(file.read_text(encoding="utf-8"))):
+                found.setdefault(name, []).append(file.name)
+    return found
+
+
+def resolves(name: str) -> bool:
+    """Whether a dotted name is a module, or something in one, down to a class's methods and fields."""
+    parts = name.split(".")
+    here: object = importlib.import_module(parts[0])
+    for i, part in enumerate(parts[1:], 2):
+        try:
+            here = importlib.import_module(".".join(parts[:i]))
+        except ModuleNotFoundError:
+            if part in getattr(here, "__annotations__", {}):
+                return True  # a field without a default; what is behind it is another class's
+            if not hasattr(here, part):
+                return False
+            here = getattr(here, part)
+    return True
+
+
 def written(root: Path, texts: Mapping[str, str]) -> Path:
     """A folder with these files."""
     for name, text in texts.items():
@@ -159,3 +194,22 @@ def test_control_circles_are_found_wherever_an_import_stands(tmp_path: Path, mon
         for name in [name for name in sys.modules if name.partition(".")[0] == "rounds"]:
             del sys.modules[name]
     assert sorted(map(sorted, found)) == [["rounds.folder.later", "rounds.late"], ["rounds.top", "rounds.typed"]]
+
+
+def test_every_name_that_is_named_exists(tmp_path: Path) -> None:
+    """In documents, docstrings, messages and settings, where no checker looks."""
+    named = names(ROOT / place for place in READ)
+    stale = {n: where for n, where in named.items() if not n.startswith(tuple(NO_NAMES)) and not resolves(n)}
+    assert stale == {}
+    assert len(named) > 200 and {"mue.plan.transfer", "mue.Plan.load", "mue.shapes.routers.RouterKind"} <= set(named)
+    wrong = {
+        "a.md": "see `mue.plan.nowhere` and mue.plan.plan.Inputs.rule",
+        "b/c.py": "# mue.Plan.lode, mue.plan.plan.PlanData.rool",
+    }
+    found = names([written(tmp_path, wrong)])
+    assert {name for name in found if not resolves(name)} == {
+        "mue.plan.nowhere",
+        "mue.Plan.lode",
+        "mue.plan.plan.PlanData.rool",
+    }  # negative control
+    assert "mue.plan.plan.Inputs.rule" in found

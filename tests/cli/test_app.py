@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
+from pathlib import Path
 from typing import Any
 
 import pytest
 from typer.main import get_command
 
 from mue.cli import COMMANDS, app
-from support.command_line import in_process
+from support.command_line import in_process, refused, run
 from support.paths import ROOT
 
 COMMANDS_BY_NAME: dict[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
@@ -58,3 +60,36 @@ def test_the_help_holds_an_example_of_the_file(
     tables = tomllib.loads(example)
     assert set(tables) >= {"base", *WITH_A_FILE[name]}
     assert tables["base"]["width"] > 0 and all(tables[table] for table in WITH_A_FILE[name])
+
+
+def plugin(folder: Path, code: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installed package whose module has this code, for processes that are started."""
+    made = folder / "theirs-1.0.dist-info"
+    made.mkdir(parents=True)
+    (folder / "theirs.py").write_text(code)
+    (made / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (made / "entry_points.txt").write_text("[mue.plugins]\ntheirs = theirs\n")
+    path = os.pathsep.join(filter(None, (str(folder), str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
+    monkeypatch.setenv("PYTHONPATH", path)
+
+
+TASK = """
+from mue.lab.tasks.language import LanguageTask
+from mue.lab.train.task import TASKS
+TASKS.register("theirs")(LanguageTask)
+"""
+
+
+def test_the_help_names_what_other_packages_registered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin(tmp_path, TASK, monkeypatch)
+    assert 'task = "language" | "order" | "theirs",' in " ".join(run("train", "--help").stdout.split())
+    words = " ".join(re.sub("[│]", " ", run("plan", "--help").stdout).split())
+    assert "instead of the file's: complete-mue, complete-mue-paper, " in words
+
+
+def test_a_broken_package_breaks_only_what_asks_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plugin(tmp_path, "import no_such_module", monkeypatch)
+    for command in ((), ("doctor",), ("export",)):
+        assert run(*command, "--help").returncode == 0
+    told = run("train", "--help")  # the negative control: the help that lists what packages registered
+    refused((told.returncode, told.stdout, told.stderr), "the plugin theirs", "cannot be imported", "uninstall")

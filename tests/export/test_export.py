@@ -17,6 +17,7 @@ from mue.fold import fold
 from mue.lab.models.language import LanguageModel
 from mue.layouts.of_model import placed
 from mue.model.apply import param_groups
+from mue.shapes import Transformer
 from support.command_line import in_process, refused
 from support.paths import GOLDEN
 
@@ -127,7 +128,7 @@ def test_unknown_stacks_and_optimizers_are_refused() -> None:
         (mue.Mixed(64, (mue.Block(layers=1, ffn=128), mue.Block(layers=2, experts=8, active=2, expert=32, shared_experts=1)), head_dim=16, vocab=64), "Glm4MoeForCausalLM"),
     ],
 )  # fmt: skip
-def test_without_a_model_a_transformers_family_of_the_planned_shape(target: mue.Transformer, family: str) -> None:
+def test_without_a_model_a_transformers_family_of_the_planned_shape(target: Transformer, family: str) -> None:
     pytest.importorskip("transformers", reason="needs the hf extra")
     base = mue.Dense(32, 32, 2, head_dim=16, vocab=64, tied=target.tied)
     plan = mue.transfer(base, target, mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.02))

@@ -19,18 +19,19 @@ from mue.fold import fold
 from mue.layouts.layout import ParamInfo
 from mue.layouts.of_model import placed
 from mue.rules.roles import ROLES
+from mue.shapes import Transformer
 
 NATIVE = (TORCHTITAN, MEGATRON, OLMO)
 MODELS = [(stack, model) for stack in NATIVE for model in stack.models]
 HPARAMS = mue.HParams(lr=2e-3, weight_decay=0.1, init_std=0.02)
 
 
-def transfer(target: mue.Transformer, base_head: int = 8) -> mue.Plan:
+def transfer(target: Transformer, base_head: int = 8) -> mue.Plan:
     base = mue.Dense(16, 24, 3, head_dim=base_head, vocab=32, tied=target.tied)
     return mue.transfer(base, target, HPARAMS)
 
 
-def fans(p: ParamInfo, target: mue.Transformer, block: mue.Block) -> tuple[int, int]:
+def fans(p: ParamInfo, target: Transformer, block: mue.Block) -> tuple[int, int]:
     """(fan-in, fan-out) of a role in the planned shape, written down a second time."""
     d, kind, part = target.width, ROLES[p.role].kind, ROLES[p.role].part
     kv = target.num_kv_heads * target.head_dim
@@ -97,7 +98,7 @@ def test_rows_are_right_for_the_module_that_has_them() -> None:
 class Bare(nn.Module):
     """A model of a stack's names with one parameter that no table knows."""
 
-    def __init__(self, target: mue.Transformer) -> None:
+    def __init__(self, target: Transformer) -> None:
         super().__init__()
         for name, module in TORCHTITAN.named(target).named_children():
             self.add_module(name, module)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import tomllib
+from collections.abc import Iterator
 from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mue
-from mue.rules import OPTIONS
+from mue.plan.compare import compare
+from mue.plan.toml import plan_inputs
+from mue.plan.transfer import plan_of
+from mue.rules import OPTIONS, RULES, Row, Rule
+from mue.rules.algebra import ratio
+from mue.rules.options import Option
 from mue.rules.roles import ROLES
 from support import rule_properties as properties
 from support.optimizer_plans import DENSE, RUN, SPARSE, WIDE, at, few
@@ -96,3 +105,67 @@ def test_options_are_printed_saved_and_refused() -> None:
         for name in set(OPTIONS) - set(mue.get_rule(rule).options):
             with pytest.raises(ValueError, match=f"has no option {name}"):
                 mue.get_rule(rule, **{name: "x"})
+
+
+@pytest.fixture
+def power_of_width() -> Iterator[None]:
+    """A rule from outside, with an option that no other rule has."""
+    OPTIONS.register("width_power")(Option("p: rates of hidden matrices × ρ_d^-p", Fraction(1, 4), Fraction(1)))
+
+    @RULES.register("power-of-width")
+    def power_of_width(width_power: Fraction = Fraction(1), head: str = "completep") -> Rule:
+        hidden, rest = Row(lr=ratio("ρ_d") ** -width_power, source="this test"), Row(source="this test")
+        rows = {name: hidden if role.hidden else rest for name, role in ROLES.items()}
+        return Rule("power-of-width", title="lr ∝ d^-p", source="this test", rows=rows)
+
+    yield
+    RULES._entries.pop("power-of-width")
+    OPTIONS._entries.pop("width_power")
+
+
+OWN = """
+rule = "power-of-width"
+options = {width_power = 0.5}
+base = {width = 64, ffn = 64, layers = 2, head_dim = 16}
+tuned = {lr = 0.01, weight_decay = 0.1, init_std = 0.1}
+target = {width = 256, ffn = 256, layers = 2, head_dim = 16}
+"""
+
+
+@pytest.mark.usefixtures("power_of_width")
+def test_a_rule_of_ones_own_has_options_of_its_own(tmp_path: Path) -> None:
+    """As keywords, in a plan file, in a saved plan, beside the other rules; other rules refuse them."""
+    base, target = (mue.Dense(width=w, ffn=w, layers=2, head_dim=16) for w in (64, 256))
+    tuned = mue.HParams(lr=0.01, weight_decay=0.1, init_std=0.1)
+    p = mue.transfer(base, target, tuned, rule="power-of-width", width_power="1/2", head="paper")
+    assert p.role("ffn_up").factor.lr == pytest.approx(1 / 2) and p.rule.options["head"] == "paper"
+    assert mue.transfer(base, target, tuned, rule="power-of-width").role("ffn_up").factor.lr == pytest.approx(1 / 4)
+    p.save(tmp_path / "plan.json")
+    assert mue.Plan.load(tmp_path / "plan.json").hash == p.hash
+    inputs = plan_inputs(tomllib.loads(OWN))
+    assert plan_of(inputs) == mue.transfer(base, target, tuned, rule="power-of-width", width_power=0.5)
+    sides = compare(inputs).plans
+    assert sides["power-of-width"].rule.options["width_power"] == Fraction(1, 2) and "complete-mue" in sides
+    with pytest.raises(ValueError, match=r"width_power must be a number in \[1/4, 1\], got 2"):
+        mue.transfer(base, target, tuned, rule="power-of-width", width_power=2)
+    with pytest.raises(ValueError, match="rule 'complete-mue' has no option width_power: it has depth_exponent, "):
+        mue.transfer(base, target, tuned, width_power=0.5)
+    with pytest.raises(ValueError, match=r"unknown key 'width_powr' in \[options\]; did you mean 'width_power'"):
+        plan_inputs(tomllib.loads(OWN.replace("width_power =", "width_powr =")))
+
+
+@pytest.mark.parametrize(("wrong", "meant"), [("trainin", "training"), ("depth_exponnent", "depth_exponent")])
+def test_a_keyword_that_is_no_option_is_refused(wrong: str, meant: str) -> None:
+    with pytest.raises(TypeError, match=rf"unexpected keyword argument '{wrong}'; did you mean '{meant}'\?"):
+        mue.transfer(mue.Dense(64, 64, 2), mue.Dense(64, 64, 2), mue.HParams(0.01, 0.1, 0.1), **{wrong: None})
+
+
+@pytest.mark.usefixtures("power_of_width")
+def test_control_an_option_that_nobody_explained_is_refused() -> None:
+    assert mue.get_rule("power-of-width").options["width_power"] == 1
+    option = OPTIONS._entries.pop("width_power")
+    try:
+        with pytest.raises(ValueError, match=r"takes width_power, and no option has that name: .*OPTIONS\.register"):
+            mue.get_rule("power-of-width")
+    finally:
+        OPTIONS._entries["width_power"] = option

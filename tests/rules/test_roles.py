@@ -8,6 +8,7 @@ import mue
 from mue.lab.models.language import LanguageModel
 from mue.layouts.of_model import placed
 from mue.rules.roles import ROLES, of_kind, of_part
+from mue.shapes import Transformer
 
 # No two sizes alike, so that a fan-in says what it is.
 NUMBERS = {"width": 64, "layers": 2, "head_dim": 16, "heads": 6, "vocab": 80}
@@ -28,7 +29,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
-def test_a_roles_fans_are_those_of_a_model(shape: mue.Transformer) -> None:
+def test_a_roles_fans_are_those_of_a_model(shape: Transformer) -> None:
     params = placed(LanguageModel(shape))
     for p in params:
         role = ROLES[p.role]
@@ -42,13 +43,13 @@ def test_a_roles_fans_are_those_of_a_model(shape: mue.Transformer) -> None:
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
-def test_a_shape_counts_what_a_role_says(shape: mue.Transformer) -> None:
+def test_a_shape_counts_what_a_role_says(shape: Transformer) -> None:
     for t in shape.tensors():
         assert (t.matrix, t.trained) == (ROLES[t.role].drawn, ROLES[t.role].trained), t.role
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
-def test_a_block_holds_the_roles_that_the_shape_counts(shape: mue.Transformer) -> None:
+def test_a_block_holds_the_roles_that_the_shape_counts(shape: Transformer) -> None:
     counted = {role for role, many in shape.counts().items() if many}
     held = {name for name, role in ROLES.items() if any(role.present(block) for block in shape.blocks)}
     gates = set() if shape.gated else {name for name, role in ROLES.items() if role.part == "gate"}

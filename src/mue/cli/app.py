@@ -9,8 +9,36 @@ from typing import Annotated, Any, NoReturn
 try:
     import typer
     from rich.console import Console
+    from typer.core import TyperCommand
 except ImportError:  # pragma: no cover - the message is the point
     sys.exit("the mue command needs the lab extra: pip install 'mue[lab]'")
+
+
+class WithNames(TyperCommand):
+    """A command in whose help ``{rules}`` and ``{tasks}`` stand for the names of those there are.
+
+    They are looked up when the help is shown and not before: to list what other packages registered is to import them, and a
+    package that is broken would break every command.
+    """
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        for text in (self, *self.params):
+            if filled := getattr(text, "help", None):
+                text.help = _with_names(filled)  # type: ignore[union-attr]
+        super().format_help(ctx, formatter)
+
+
+def _with_names(text: str) -> str:
+    if "{rules}" in text:
+        from mue.rules import RULES
+
+        text = text.replace("{rules}", ", ".join(RULES))
+    if "{tasks}" in text:
+        from mue.lab.train.task import TASKS
+
+        text = text.replace("{tasks}", " | ".join(f'"{name}"' for name in TASKS))
+    return text
+
 
 app = typer.Typer(
     name="mue",

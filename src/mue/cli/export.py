@@ -16,7 +16,8 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="torch (own loop, Accelerate), transformers (Trainer), automodel (NeMo), torchtitan, megatron or olmo-core.",
+            help="torch (own loop, Accelerate), transformers (Trainer), automodel (NeMo), torchtitan, megatron, olmo-core;"
+            " or a stack of a package of yours. An unknown name lists them all.",
             show_default=False,
         ),
     ],

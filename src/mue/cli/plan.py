@@ -9,19 +9,18 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mue.cli.app import File, Tuned, app, with_sweep
+from mue.cli.app import File, Tuned, WithNames, app, with_sweep
 from mue.plan.toml import plan_inputs, read_toml
 from mue.plan.transfer import plan_of
-from mue.rules import RULES
 
 
-@app.command()
+@app.command(cls=WithNames)
 def plan(
     file: File,
     json_: Annotated[bool, typer.Option("--json", help="Print the plan as JSON, full precision.")] = False,
     sources: Annotated[bool, typer.Option("--sources", help="Show where each row comes from.")] = False,
     tuned: Tuned = None,
-    rule: Annotated[str | None, typer.Option(help=f"Override the file's rule: {', '.join(RULES)}.")] = None,
+    rule: Annotated[str | None, typer.Option(help="Plan by this rule instead of the file's: {rules}.")] = None,
     save: Annotated[Path | None, typer.Option(help="Also save the plan as JSON here (mue.Plan.load reads it).")] = None,
 ) -> None:
     """Print every hyperparameter of the target, role by role.

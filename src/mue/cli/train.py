@@ -6,17 +6,17 @@ from pathlib import Path
 
 from rich.console import Console
 
-from mue.cli.app import File, Out, Tuned, app, say_data, with_sweep
+from mue.cli.app import File, Out, Tuned, WithNames, app, say_data, with_sweep
 from mue.plan.toml import read_toml
 
 
-@app.command()
+@app.command(cls=WithNames)
 def train(file: File, out: Out = Path("runs/train"), tuned: Tuned = None) -> None:
     """Train the file's target (or its base, if it has no target) with the planned values.
 
     The file is a plan file with a [bold]\\[data][/] table (see mue sweep --help) and optionally
-    [bold]\\[run][/]: task = "language" | "order", seed, schedule = "wsd" | "cosine", decay, precision = "fp32" | "bf16", balance = "bias" | "loss",
-    eval_every, eval_sequences, log_every. Weights, metrics and a report land in OUT/runs/HASH; a run that was
+    [bold]\\[run][/]: task = {tasks}, seed, schedule = "wsd" | "cosine", decay, precision = "fp32" | "bf16", balance = "bias" | "loss" | "none",
+    consistency (of routers that draw), eval_every, eval_sequences, log_every. Weights, metrics and a report land in OUT/runs/HASH; a run that was
     interrupted goes on exactly where its last checkpoint stands.
 
     \b

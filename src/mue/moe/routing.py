@@ -29,7 +29,8 @@ class Routing:
         slots: pairs per token when every token has exactly that many, consecutively (top-k: k; ragged: the padded
             k_max); 0 when tokens have differing numbers of pairs (expert choice, P = N * capacity).
         route_scale: the R inside weight_P, kept so that `gate_moments` can divide it out again.
-        losses: named auxiliary losses, scalars, *without* their coefficients (the trainer has those).
+        losses: named auxiliary losses, scalars; ``load_balance`` and ``router_z`` *without* their coefficients, which the trainer
+            has. Any other is added to the trained loss as it is.
         stats: named detached measurements, see `routing_stats`.
     """
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -47,7 +47,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a TOML file: {error}") from None
 
 
-def check_keys(table: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
+def check_keys(table: Mapping[str, Any], known: Collection[str], where: str) -> None:
     """Refuse a key that nothing reads: a misspelt one would otherwise leave a default in force, without a word.
 
     Args:
@@ -98,7 +98,7 @@ def plan_inputs(data: Mapping[str, Any], tuned: HParams | None = None) -> Inputs
         if not table:
             raise ValueError(f"the file needs a [{name}] table")
     options = dict(table_of(data, "options"))
-    check_keys(options, tuple(OPTIONS), "[options]")
+    check_keys(options, OPTIONS, "[options]")
     if tuned is None:
         if "tuned" not in data:
             raise ValueError("the file needs a [tuned] table (or mue plan --tuned SWEEP)")

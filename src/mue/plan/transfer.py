@@ -9,6 +9,7 @@ the rule's table (:mod:`mue.rules`), the ratios (:mod:`mue.plan.ratios`), one bl
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from fractions import Fraction
 
@@ -19,10 +20,11 @@ from mue.plan.notes import notes
 from mue.plan.per_role import split_by_third
 from mue.plan.plan import Inputs, PlanData
 from mue.plan.ratios import refuse
-from mue.rules import get_rule
+from mue.rules import OPTIONS, get_rule
 from mue.rules.optimizers import for_optimizer
 from mue.rules.options import as_json
 from mue.shapes import HParams, Training, Transformer
+from mue.util.errors import nearest
 
 
 def transfer(
@@ -40,6 +42,7 @@ def transfer(
     head: str | None = None,
     betas: str | None = None,
     up_gate_correction: bool | None = None,
+    **more: object,
 ) -> PlanData:
     """The target's hyperparameters, from the values tuned on the base.
 
@@ -55,16 +58,23 @@ def transfer(
         weight_decay_width: ``"constant-product"`` (default), ``"sqrt-width"`` or ``"none"``.
         head: ``"completep"`` (default) or ``"paper"``. betas: ``"linear"`` (default) or ``"power"``.
         up_gate_correction: experimental correction of the up/gate drift, off by default.
+        more: options that came with a rule of their own, by name (:data:`mue.rules.OPTIONS`).
 
     Returns:
         The plan: absolute values of every role and the forward multipliers, as numbers (conventions 5).
 
     Raises:
         ValueError: naming the number and the fix, for anything the rule cannot answer, and for an option it lacks.
+        TypeError: a keyword that is no option of any rule.
 
     Source: Complete-muE (arXiv 2605.23893) for the default rule; each row of a plan names its own.
     """
-    options = {
+    for name in more:
+        if name not in OPTIONS:
+            raise TypeError(
+                f"transfer() got an unexpected keyword argument {name!r}{nearest(name, dict.fromkeys((*_KEYWORDS, *OPTIONS)))}"
+            )
+    options = more | {
         "depth_exponent": depth_exponent,
         "duration_exponent": duration_exponent,
         "weight_decay_width": weight_decay_width,
@@ -85,6 +95,9 @@ def transfer(
             options={name: value for name, value in options.items() if value is not None},
         )
     )
+
+
+_KEYWORDS = tuple(name for name in inspect.signature(transfer).parameters if name != "more")
 
 
 def plan_of(inputs: Inputs) -> PlanData:

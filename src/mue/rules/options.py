@@ -1,4 +1,13 @@
-"""The choices a rule leaves open: names, meanings, defaults. A rule has those that its builder takes as keywords."""
+"""The choices a rule leaves open: names, meanings, values. A rule has those that its builder takes as keywords, with its defaults.
+
+    OPTIONS.register("window")(Option("w: rates fall only beyond a width of w times the base's", Fraction(1), Fraction(64)))
+
+    @RULES.register("mine")
+    def mine(window: Fraction = Fraction(1)) -> Rule: ...
+
+An option that several rules could have stands here; one that only a single rule will ever have is registered in that rule's
+file. Either way a name means the same wherever it is given: as a keyword of ``mue.transfer`` and under ``[options]``.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +18,7 @@ from fractions import Fraction
 from typing import Any
 
 from mue.util.errors import nearest
+from mue.util.registry import Registry
 
 OptionValue = Fraction | str | bool
 
@@ -50,7 +60,8 @@ class Option:
         return number
 
 
-OPTIONS: dict[str, Option] = {
+OPTIONS: Registry[Option] = Registry("option", home="mue.rules")
+_SHARED = {
     "depth_exponent": Option(
         "α: both residual branches × ρ_L^-α, rates inside blocks × ρ_L^(α-1) (CompleteP 2505.01618)",
         Fraction(1, 2),  # 1/2 is depth-µP, 1 is CompleteP: the range that Complete(d)P tests (transfer-rules 3)
@@ -76,6 +87,8 @@ OPTIONS: dict[str, Option] = {
         "experimental: rates of up and gate × (ρ_e/ρ_κ)^-1/2, which removes the drift of their update (1.9)"
     ),
 }
+for _name, _option in _SHARED.items():
+    OPTIONS.register(_name, place=0)(_option)
 
 
 def option_names(builder: Callable[..., Any]) -> tuple[str, ...]:
@@ -90,9 +103,16 @@ def resolve(name: str, builder: Callable[..., Any], given: Mapping[str, object])
         name: the rule's, for messages. builder: the function that makes its table. given: by name; None stands for the default.
 
     Raises:
-        ValueError: an option that does not exist, that this rule does not have, or of a value it cannot take.
+        ValueError: an option that does not exist, that this rule does not have, or of a value it cannot take; a builder whose
+            keyword is no option.
     """
     signature = inspect.signature(builder).parameters
+    for key in signature:
+        if key not in OPTIONS:
+            raise ValueError(
+                f"rule {name!r} takes {key}, and no option has that name: say what it means, beside the rule, with"
+                f' OPTIONS.register("{key}")(Option(...)) of mue.rules.options'
+            )
     for key, value in given.items():
         if key not in OPTIONS:
             raise ValueError(f"unknown option {key!r}{nearest(key, OPTIONS)}")

@@ -1,14 +1,19 @@
-"""Routers without a matrix in whole runs: exact resume, recomputed blocks, stacked variants, every backend, the checks."""
+"""Routers without a matrix, and one of somebody's own, in whole runs: exact resume, recomputed blocks, stacked variants, every
+backend, the checks."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mue
@@ -18,13 +23,43 @@ from mue.lab.models.language import LanguageModel
 from mue.lab.train.run import Run, Settings, Store
 from mue.lab.train.session import TrainingSession, train
 from mue.lab.train.stacked_session import StackedSession, stack_kind
-from mue.moe import MoELayer
-from mue.moe.routers.base import RouterInput, RouterOptions
+from mue.lab.train.step import objective
+from mue.layouts.layout import Layout
+from mue.moe import MoELayer, Routing
+from mue.moe.routers.base import CLASSES, BaseRouter, RouterInput, RouterOptions, router
+from mue.moe.routers.ops import select_top
+from mue.shapes import ROUTERS
 from support.precision import close
 
 BASE = mue.Dense(32, 32, 2, head_dim=16, sequence=32)
 EXPERTS = {"hash": "8e2a1s", "random": "8e4a2g", "thor": "4e1a"}
 STEPS = 12
+
+
+@pytest.fixture(autouse=True)
+def tempered() -> Iterator[type[BaseRouter]]:
+    """A router with a parameter and a loss that no other router has."""
+
+    @router("tempered", unit_sum=True, score="softmax", matrix=True)
+    class Tempered(BaseRouter):
+        def __init__(self, *arguments: Any, **options: Any) -> None:
+            super().__init__(*arguments, **options)
+            self.weight = nn.Parameter(torch.zeros(self.experts, self.width))
+            self.temperature = nn.Parameter(torch.ones(1))
+
+        def layout(self) -> Sequence[Layout]:
+            return [*super().layout(), Layout("temperature", "norm", ("vector",), start=1.5)]
+
+        def forward(self, x_TD: Tensor, given: RouterInput | None = None) -> Routing:
+            logit_TN = F.linear(x_TD, self.weight)  # the temperature is moved by its loss alone
+            expert_TK = select_top(logit_TN.detach(), self.active, self.groups)
+            routing = self.routing(expert_TK, torch.softmax(logit_TN.gather(1, expert_TK), 1) * self.route_scale)
+            routing.losses["temperature"] = self.temperature.log().square().sum()
+            return routing
+
+    yield Tempered
+    for registry in (CLASSES, ROUTERS):
+        registry._entries.pop("tempered")  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +68,9 @@ def corpus(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 
 def shape(router: str) -> mue.MoE:
-    return mue.MoE.parse(EXPERTS[router], width=32, expert=16, layers=2, head_dim=16, sequence=32, router=router)
+    return mue.MoE.parse(
+        EXPERTS.get(router, "8e2a"), width=32, expert=16, layers=2, head_dim=16, sequence=32, router=router
+    )
 
 
 def run(corpus: Corpus, router: str, **settings: object) -> Run:
@@ -86,7 +123,7 @@ def test_without_its_step_a_resumed_run_draws_otherwise(tmp_path: Path, corpus: 
         assert not torch.equal(before, session.model(tokens, tokens).routings[0].expert_P)
 
 
-@pytest.mark.parametrize("router", [*EXPERTS, "thor, consistent"])
+@pytest.mark.parametrize("router", [*EXPERTS, "thor, consistent", "tempered"])
 def test_stacked_runs_are_themselves(tmp_path: Path, corpus: Corpus, router: str) -> None:
     """float64, to 1e-10, of two seeds, one of which joins later: its step is its own."""
     router, consistent = router.partition(",")[::2]
@@ -124,6 +161,31 @@ def test_stacked_runs_are_themselves(tmp_path: Path, corpus: Corpus, router: str
             assert a.pop("load") == b.pop("load")
             assert b == pytest.approx(a, rel=1e-10)
     assert rows["alone"][0][0]["loss"] != rows["alone"][1][0]["loss"]  # the control: the seeds differ
+
+
+def test_a_router_trains_parameters_and_a_loss_of_its_own(tmp_path: Path, corpus: Corpus) -> None:
+    """They are planned and checked like all others, and the loss counts though no setting names it."""
+    asked = run(corpus, "tempered")
+    with TrainingSession(asked, tmp_path, corpus) as session:
+        own = [p for name, p in session.model.named_parameters() if name.endswith("router.temperature")]
+        assert len(own) == 2 and all(p.item() == 1.5 for p in own)
+        tokens = torch.randint(256, (2, 32))
+        assert mue.check(session.model, asked.plan, (tokens, tokens), session.optimizer).ok
+        output = session.model(tokens, tokens)
+        assert output.losses["temperature"].item() == pytest.approx(2 * torch.tensor(1.5).log().square().item())
+        whole = objective(output, session.coefficients)
+        assert whole.item() == pytest.approx((output.loss + output.losses["temperature"]).item())
+        for _ in range(3):
+            session.train_step()
+        assert all(p.item() < 1.5 for p in own)
+
+
+def test_control_a_parameter_that_its_router_does_not_name_is_refused(tempered: type[BaseRouter]) -> None:
+    plan = mue.transfer(BASE, shape("tempered"), mue.HParams(lr=0.01, weight_decay=0.1, init_std=0.1))
+    model = LanguageModel(plan.target, plan.multipliers)
+    tempered.layout = BaseRouter.layout  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match=r"router\.temperature"):
+        plan.init_(model)
 
 
 def test_consistency_is_refused_without_a_draw_and_keeps_old_keys(corpus: Corpus) -> None:

@@ -7,7 +7,7 @@
 namespace mue {
 namespace {
 
-// Floats in the order of integers, as in mue.moe.router.select_top.
+// Floats in the order of integers, as in mue.moe.routers.ops.select_top.
 inline int32_t key(float value) {
   int32_t bits;
   value += 0.0f;

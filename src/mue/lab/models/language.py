@@ -171,14 +171,23 @@ class LanguageModel(nn.Module):
         rows += [Layout(f"blocks.*.{x}_norm.weight", "norm", ("vector",)) for x in ("attention", "ffn")]
         if any(not block.is_moe for block in blocks):
             rows += [Layout(f"blocks.*.ffn.{part}.weight", f"ffn_{part}", ("out", "in")) for part in parts]
-        if any(block.experts and block.router_kind.matrix for block in blocks):
-            rows += [Layout("blocks.*.moe.router.weight", "router", ("out", "in"))]
+        rows += dict.fromkeys(row for block in self.blocks for row in _router_rows(block))
         if any(block.experts for block in blocks):
             rows += [Layout(f"blocks.*.moe.experts_{p}", f"expert_{p}", ("expert", "out", "in")) for p in parts]
         if any(block.shared_experts for block in blocks):
             rows += [Layout(f"blocks.*.moe.shared_{p}", f"shared_{p}", ("out", "in")) for p in parts]
         rows += [Layout("final_norm.weight", "final_norm", ("vector",))]
         return [*rows, Layout("head.weight", "head", ("out", "in"))]
+
+
+def _router_rows(block: nn.Module) -> list[Layout]:
+    """What the router of a block says of its parameters, by their names in the model."""
+    router = block.moe.router if isinstance(block, TransformerBlock) and block.moe is not None else None
+    return (
+        []
+        if router is None
+        else [replace(row, pattern=f"blocks.*.moe.router.{row.pattern}") for row in router.layout()]
+    )
 
 
 def mean_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ class Output:
         logits: (B, T, V), or of the last positions alone where only they have targets.
         loss: mean cross-entropy in nats, where targets were given.
         routings: of each block with routed experts.
-        losses: auxiliary ones by name, without their coefficients: the routers' own, summed over blocks, and ``consistency``.
+        losses: auxiliary ones by name: the routers' (:attr:`mue.moe.Routing.losses`), summed over blocks, and ``consistency``.
     """
 
     logits: Tensor

@@ -169,8 +169,8 @@ class StackedSession:
         with autocast(self.device, self.settings):
             output = self.task.loss(self.model, batch)
         assert output.loss is not None
-        own = [session.coefficients if session else {} for session in self.sessions]
-        each = {name: self._each([one.get(name, 0.0) for one in own]) for name in output.losses}
+        own = [session.coefficients if session else None for session in self.sessions]
+        each = {name: self._each([0.0 if one is None else one.get(name, 1.0) for one in own]) for name in output.losses}
         objective(output, each).sum().backward()  # type: ignore[no-untyped-call]
         norms = self._clip_()
         self._update_()

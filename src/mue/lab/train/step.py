@@ -34,7 +34,9 @@ def objective(output: Output, coefficients: Mapping[str, float | Tensor]) -> Ten
     """What is minimised: the loss, plus each auxiliary loss times its coefficient.
 
     Args:
-        output: of the forward pass. coefficients: by the names of ``output.losses``; of V stacked variants (V,) each.
+        output: of the forward pass.
+        coefficients: by the names of ``output.losses``; of V stacked variants (V,) each. A loss that is not among them is one that a
+            router of somebody's own brought, and counts as it is.
 
     Returns:
         A scalar; of stacked variants (V,).
@@ -44,6 +46,9 @@ def objective(output: Output, coefficients: Mapping[str, float | Tensor]) -> Ten
     for name, coefficient in coefficients.items():
         if name in output.losses:
             total = total + coefficient * output.losses[name]
+    for name, loss in output.losses.items():
+        if name not in coefficients:
+            total = total + loss
     return total
 
 

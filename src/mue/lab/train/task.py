@@ -68,7 +68,7 @@ class Task(ABC):
     def build(self, plan: PlanData, settings: Settings) -> nn.Module:
         """The model of ``plan.target``, with the plan's forward multipliers; the session initialises it by the plan.
 
-        Its parameters have to be known to the plan: by a ``layout`` method, or as ``mue.inspect`` finds them. Blocks with experts are
+        Its parameters have to be known to the plan: by a ``layout`` method, or as ``mue inspect`` finds them. Blocks with experts are
         ``mue.moe.MoELayer``, wherever they stand.
 
         Args:

@@ -11,13 +11,14 @@ Shape suffixes: T tokens, D width, N experts, K active experts per token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from mue.layouts.layout import Layout
 from mue.moe.routers.ops import with_stats
 from mue.moe.routing import Routing
 from mue.shapes.block import Block
@@ -71,7 +72,8 @@ class RouterOptions:
 class BaseRouter(nn.Module):
     """What every router has; a router is a subclass with :meth:`forward`, under :func:`router`.
 
-    A router without parameters gets by with this constructor. One with an (N, D) matrix calls it ``weight``.
+    A router without parameters gets by with this constructor. One with an (N, D) matrix calls it ``weight``; one with others
+    says in :meth:`layout` what they are.
 
     Args:
         width: D.
@@ -108,6 +110,10 @@ class BaseRouter(nn.Module):
     def from_block(cls, block: Block, width: int, options: RouterOptions) -> BaseRouter:
         """The router of a block in numbers. A router with options of its own in a block overrides this."""
         return cls(width, block.experts, block.active, block.groups, options)
+
+    def layout(self) -> Sequence[Layout]:
+        """Role and axes of every parameter, by its name in the router. A router with more than ``weight`` adds to these rows."""
+        return [Layout("weight", "router", ("out", "in"))] if self.kind.matrix else []
 
     def forward(self, x_TD: Tensor, given: RouterInput | None = None) -> Routing:
         """Routes tokens.
