@@ -206,9 +206,7 @@ def test_every_name_that_is_named_exists(tmp_path: Path) -> None:
         "a.md": "see `mue:plan.nowhere` and mue:plan.plan.Inputs.rule",
         "b/c.py": "# mue:Plan.lode, mue:plan.plan.PlanData.rool",
     }
-    wrong = {
-        name: text.replace(":", ".") for name, text in texts.items()
-    }  # so that this file itself names none of them
+    wrong = {name: text.replace(":", ".") for name, text in texts.items()}  # (this file itself names none of them)
     found = names([written(tmp_path, wrong)])
     missing = {name.removeprefix("mue.") for name in found if not resolves(name)}
     assert missing == {"plan.nowhere", "Plan.lode", "plan.plan.PlanData.rool"} and len(found) == 4  # negative control

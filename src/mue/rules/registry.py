@@ -1,4 +1,7 @@
-"""Every rule by name. A rule is one file: a function that returns its table, registered here, with its options as keywords."""
+"""Every rule by name. A rule is one file: a function that returns its table, registered here, with its options as keywords.
+
+What an option means stands in ``mue.rules.options``, where a rule adds one that no other has.
+"""
 
 from __future__ import annotations
 

@@ -5,8 +5,8 @@
     @RULES.register("mine")            # in mine.py, ours or yours
     def mine(...): ...
 
-Ours are found in the ``home`` folder. Yours are there once their module is imported; so that the command line and plan files
-find them too, your package names that module under the entry point group ``mue.plugins``.
+Ours are found in the ``home`` folder. Yours are there once their module is imported; so that the command line, plan files and
+the processes of a sweep find them too, your package names that module under the entry point group ``mue.plugins``.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ def test_a_sampler_from_outside_is_one_class(experiment: Path, tmp_path: Path, m
     assert "halved 3 times." in sweep_report(tmp_path).read_text()
     with pytest.raises(ValueError, match=r'factor goes with sampler = "halving"'):
         spec_of(experiment, factor=4.0)
-    with pytest.raises(ValueError, match="trials goes with sampler = valley, random, tpe or halving"):
+    with pytest.raises(ValueError, match=r"trials goes with sampler = valley, random, tpe.* or halving"):
         spec_of(experiment, trials=4)
 
 
@@ -76,7 +76,7 @@ def test_without_it_the_file_and_the_storage_are_not_understood(experiment: Path
     try:
         with pytest.raises(ValueError, match="unknown sampler 'halving'"):
             SweepSpec.from_dict(stored)
-        with pytest.raises(ValueError, match=r"must be one of grid, valley, random, tpe, got 'halving'"):
+        with pytest.raises(ValueError, match=r"must be one of grid, valley, random, tpe.*, got 'halving'"):
             spec_of(experiment, sampler="halving")
     finally:
         SAMPLERS._entries["halving"] = entry

@@ -41,7 +41,8 @@ def test_every_name_has_its_class_and_its_facts() -> None:
         ):  # a = 1: no gradient
             made = build(shape.blocks[0], 16, RouterOptions(route_scale=1.0))
         assert type(made) is CLASSES[name] and made.kind == ROUTERS[name]
-        assert bool(list(made.parameters())) == made.kind.matrix
+        assert any(row.role == "router" for row in made.layout()) == made.kind.matrix
+        assert {row.pattern for row in made.layout()} == {name for name, _ in made.named_parameters()}
         assert hasattr(made, "balance_bias") == made.kind.balance_bias
 
 
