@@ -44,6 +44,17 @@ def test_an_example_is_short_and_runs_as_it_stands(kind: str, tmp_path: Path) ->
     assert done.returncode == 0, done.stderr
 
 
+def test_the_picture_has_every_folder() -> None:
+    source = ROOT / "src" / "mue"
+    written = re.findall(
+        r">([^<]+)</text>", (ROOT / "docs" / "images" / "architecture.svg").read_text(encoding="utf-8")
+    )
+    words = set(re.findall(r"\w+", " ".join(written)))
+    folders = {p.parent.name for where in (source, source / "lab") for p in where.glob("*/__init__.py")}
+    assert folders <= words and len(folders) > 20
+    assert not {"planning", "observe", "subjects"} & words  # negative control: words that nobody wrote are not there
+
+
 def test_the_table_has_every_folder_and_no_other() -> None:
     table = PAGE.split("## Folders")[1].split("**Imports point down.**")[0]
     named = {
