@@ -87,8 +87,8 @@ _SHARED = {
         "experimental: rates of up and gate × (ρ_e/ρ_κ)^-1/2, which removes the drift of their update (1.9)"
     ),
 }
-for _name, _option in _SHARED.items():
-    OPTIONS.register(_name, place=0)(_option)
+for _place, (_name, _option) in enumerate(_SHARED.items()):
+    OPTIONS.register(_name, place=_place)(_option)
 
 
 def option_names(builder: Callable[..., Any]) -> tuple[str, ...]:
