@@ -22,9 +22,9 @@ class WithNames(TyperCommand):
     """
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
-        for text in (self, *self.params):
-            if filled := getattr(text, "help", None):
-                text.help = _with_names(filled)  # type: ignore[union-attr]
+        shown: list[Any] = [self, *self.params]
+        for one in shown:
+            one.help = _with_names(one.help or "")
         super().format_help(ctx, formatter)
 
 
