@@ -26,7 +26,7 @@ from mue.lab.train.stacked_session import StackedSession, stack_kind
 from mue.lab.train.step import objective
 from mue.layouts.layout import Layout
 from mue.moe import MoELayer, Routing
-from mue.moe.routers.base import CLASSES, BaseRouter, RouterInput, RouterOptions, router
+from mue.moe.routers.base import ROUTER_CLASSES, BaseRouter, RouterInput, RouterOptions, router
 from mue.moe.routers.ops import select_top
 from mue.shapes import ROUTERS
 from support.precision import close
@@ -58,7 +58,7 @@ def tempered() -> Iterator[type[BaseRouter]]:
             return routing
 
     yield Tempered
-    for registry in (CLASSES, ROUTERS):
+    for registry in (ROUTER_CLASSES, ROUTERS):
         registry._entries.pop("tempered")  # type: ignore[attr-defined]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 import mue
 from mue.lab.models.language import LanguageModel
 from mue.moe import MoELayer, Router, Routing
-from mue.moe.routers.base import CLASSES, BaseRouter, RouterInput, RouterOptions, build, router
+from mue.moe.routers.base import ROUTER_CLASSES, BaseRouter, RouterInput, RouterOptions, build, router
 from mue.shapes.routers import ROUTERS
 
 
@@ -28,19 +28,19 @@ def first() -> Iterator[type[BaseRouter]]:
             return self.even(torch.arange(self.active).expand(x_TD.shape[0], -1))
 
     yield First
-    for registry in (CLASSES, ROUTERS):
+    for registry in (ROUTER_CLASSES, ROUTERS):
         registry._entries.pop("first")  # type: ignore[attr-defined]
 
 
 def test_every_name_has_its_class_and_its_facts() -> None:
-    assert tuple(CLASSES) == tuple(ROUTERS)
-    for name in CLASSES:
+    assert tuple(ROUTER_CLASSES) == tuple(ROUTERS)
+    for name in ROUTER_CLASSES:
         shape = mue.MoE.parse("8e1a", width=16, expert=8, layers=1, head_dim=16, router=name)
         with (
             pytest.warns(UserWarning, match="no gradient") if ROUTERS[name].matrix else torch.no_grad()
         ):  # a = 1: no gradient
             made = build(shape.blocks[0], 16, RouterOptions(route_scale=1.0))
-        assert type(made) is CLASSES[name] and made.kind == ROUTERS[name]
+        assert type(made) is ROUTER_CLASSES[name] and made.kind == ROUTERS[name]
         assert any(row.role == "router" for row in made.layout()) == made.kind.matrix
         assert {row.pattern for row in made.layout()} == {name for name, _ in made.named_parameters()}
         assert hasattr(made, "balance_bias") == made.kind.balance_bias
@@ -90,4 +90,4 @@ def test_refusals_name_the_numbers_and_the_fix() -> None:
     with pytest.raises(ValueError, match=r"router=4 is no router: give a mue\.moe\.Router"):
         MoELayer(8, 4, 2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="hash router reads token ids"):
-        CLASSES["hash"](8, 4, 2)(torch.randn(3, 8))
+        ROUTER_CLASSES["hash"](8, 4, 2)(torch.randn(3, 8))

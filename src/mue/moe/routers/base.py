@@ -167,7 +167,7 @@ def _check_counts(experts: int, active: int, groups: int) -> None:
             )
 
 
-CLASSES: Registry[type[BaseRouter]] = Registry("router", home="mue.moe.routers")
+ROUTER_CLASSES: Registry[type[BaseRouter]] = Registry("router", home="mue.moe.routers")
 
 
 def router(name: str, place: float = 100.0, **facts: Any) -> Callable[[_Router], _Router]:
@@ -182,7 +182,7 @@ def router(name: str, place: float = 100.0, **facts: Any) -> Callable[[_Router],
     """
 
     def add(cls: _Router) -> _Router:
-        CLASSES.register(name, place)(cls)
+        ROUTER_CLASSES.register(name, place)(cls)
         cls.kind = RouterKind(name=name, defined_in=f"{cls.__module__}.{cls.__qualname__}", **facts)
         # under both registries: the facts without torch for shapes, the class for models
         ROUTERS.register(name, place)(cls.kind)
@@ -200,4 +200,4 @@ def build(block: Block, width: int, options: RouterOptions) -> BaseRouter:
     Raises:
         ValueError: an unknown name, with the nearest known one; what the router refuses.
     """
-    return CLASSES.lookup(block.router).from_block(block, width, options)
+    return ROUTER_CLASSES.lookup(block.router).from_block(block, width, options)

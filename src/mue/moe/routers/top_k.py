@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mue.moe.losses import balance_bias_step, load_balance_loss, router_z_loss
-from mue.moe.routers.base import CLASSES, Balance, BaseRouter, RouterInput, RouterOptions
+from mue.moe.routers.base import ROUTER_CLASSES, Balance, BaseRouter, RouterInput, RouterOptions
 from mue.moe.routers.ops import normalised_gates, select_top
 from mue.moe.routing import Routing
 from mue.shapes.block import MEASURED, NORMALISED, Block
@@ -22,8 +22,8 @@ from mue.shapes.routers import ROUTERS
 Score = Literal["sigmoid", "softmax"]
 
 
-@CLASSES.register("sigmoid", place=0)
-@CLASSES.register("softmax", place=1)
+@ROUTER_CLASSES.register("sigmoid", place=0)
+@ROUTER_CLASSES.register("softmax", place=1)
 class Router(BaseRouter):
     """Scores every expert for every token and keeps the best (Switch, 2101.03961; sigmoid scores: DeepSeek-V3, 2412.19437).
 
