@@ -185,6 +185,11 @@ def test_a_check_from_outside_is_one_function() -> None:
             assert report.ok is ok and [f.check for f in report.findings] == ["narrow"]
             assert "narrow" in {f.check for f in mue.check(c.model, c.plan, raises=False).findings}
         CHECKS._entries.pop("narrow")
+        check_of("narrow", needs=("roles",))(lambda ctx: iter([ctx.nothing_of_that_name]))
+        (broken,) = mue.check(c.model, c.plan, only=["narrow"], raises=False).findings
+        assert broken.status == "fail"  # and it says where: here, in the check, and not in the model
+        assert re.search(r"AttributeError: .*nothing_of_that_name.* \(test_run\.py:\d+\)", broken.measured)
+        CHECKS._entries.pop("narrow")
         check_of("narrow", needs=("roles", "batch"))(narrow(1))
         (left_out,) = mue.check(c.model, c.plan, only=["narrow"]).findings
         assert (left_out.status, left_out.measured) == ("not measured", "no batch was given")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -108,13 +110,14 @@ def _run(one: Check, ctx: Context, lacking: dict[str, str]) -> list[Finding]:
             # the checks after this one would fail in the same way, and say less
             lacking["batch"] = f"the model could not be run: see {one.name}"
         first = (str(error) or "no message").splitlines()[0]
+        raised = traceback.extract_tb(error.__traceback__)[-1]  # the model's file, the batch's, or the check's own
         return [
             Finding(
                 one.name,
                 FAIL,
                 f"{type(ctx.model).__name__}",
                 "the check can run",
-                f"{type(error).__name__}: {first}",
+                f"{type(error).__name__}: {first} ({Path(raised.filename).name}:{raised.lineno})",
                 ("the batch is not what the model takes", "the model cannot run as it is"),
                 "call the model on this batch by hand first",
             )
