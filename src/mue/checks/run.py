@@ -54,7 +54,7 @@ def check(
             causes and the line that mends it.
         ValueError: an unknown name in ``only`` or ``skip``.
 
-    Source: C1–C12 of anchors B6; what each check measures stands in its own file.
+    What each check measures stands in its own file, and in docs/checks.md.
     """
     for name in (*only, *skip):
         CHECKS.lookup(name)
