@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import mue
+from mue.checks import CheckError
 from mue.lab.data import Corpus, load_corpus
 from mue.lab.data.spec import describe_data
 from mue.lab.models.language import LanguageModel
@@ -170,7 +171,13 @@ def test_a_router_trains_parameters_and_a_loss_of_its_own(tmp_path: Path, corpus
         own = [p for name, p in session.model.named_parameters() if name.endswith("router.temperature")]
         assert len(own) == 2 and all(p.item() == 1.5 for p in own)
         tokens = torch.randint(256, (2, 32))
-        assert mue.check(session.model, asked.plan, (tokens, tokens), session.optimizer).ok
+        batch = tokens, tokens
+        with pytest.raises(CheckError, match=r"moved: .*router\.temperature"):  # nothing else moves it
+            mue.check(session.model, asked.plan, batch, session.optimizer)
+        mue.check(
+            session.model, asked.plan, batch, session.optimizer,
+            loss=lambda model, batch: objective(model(*batch), session.coefficients),
+        )  # fmt: skip
         output = session.model(tokens, tokens)
         assert output.losses["temperature"].item() == pytest.approx(2 * torch.tensor(1.5).log().square().item())
         whole = objective(output, session.coefficients)
