@@ -6,6 +6,7 @@ import copy
 import inspect
 import pickle
 from dataclasses import FrozenInstanceError, replace
+from pathlib import Path
 
 import pytest
 
@@ -34,3 +35,11 @@ def test_transfer_says_that_it_returns_a_plan() -> None:
     signature = inspect.signature(mue.transfer)
     assert signature.return_annotation == "Plan" and list(signature.parameters)[:3] == ["base", "target", "tuned"]
     assert type(make()) is mue.Plan
+
+
+def test_the_plan_that_a_plan_starts_from_is_one_too(tmp_path: Path) -> None:
+    base = mue.transfer(mue.Dense(64, 64, 2), mue.Dense(128, 128, 2), mue.HParams(1e-3, 0.1, 0.02))
+    chain = mue.transfer(base, mue.Dense(256, 256, 2))
+    chain.save(tmp_path / "plan.json")
+    for plan in (chain, mue.Plan.load(tmp_path / "plan.json"), chain.retuned(lr=2e-3)):
+        assert isinstance(plan.inputs.base, mue.Plan) and str(plan.inputs.base).startswith("rule")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import wraps
 from inspect import signature
 from typing import TYPE_CHECKING, Any, ParamSpec
@@ -32,8 +32,11 @@ class Plan(PlanData):
 
     @classmethod
     def of(cls, data: PlanData) -> Plan:
-        """A plan's data as what users hold."""
-        return cls(**{f.name: getattr(data, f.name) for f in fields(PlanData)})
+        """A plan's data as what users hold, and the plan that it starts from, where it starts from one, too."""
+        own = {f.name: getattr(data, f.name) for f in fields(PlanData)}
+        if isinstance(base := data.inputs.base, PlanData) and not isinstance(base, cls):
+            own["inputs"] = replace(data.inputs, base=cls.of(base))
+        return cls(**own)
 
     # ---- on a model ---------------------------------------------------------------------------------------------
 

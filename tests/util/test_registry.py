@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -169,3 +170,18 @@ def test_a_name_reads_the_file_that_bears_it_and_no_other(empty: Kinds, tmp_path
     assert empty["one-kind"]() == "one-kind"
     with pytest.raises(RuntimeError, match="not to be read"):
         list(empty)
+
+
+def test_a_script_that_is_a_plugin_too_registers_the_same_thing(empty: Kinds, tmp_path: Path) -> None:
+    write(tmp_path, "theirs.py", registers("theirs"))
+    first = importlib.import_module("theirs")
+    spec = importlib.util.spec_from_file_location("__theirs_again__", tmp_path / "theirs.py")
+    assert spec is not None and spec.loader is not None
+    again = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = again
+    spec.loader.exec_module(again)  # as `python theirs.py` has it, whose module is __main__
+    assert empty["theirs"] is again.build and again.build is not first.build
+    write(tmp_path, "copy_of_theirs.py", registers("theirs"))
+    importlib.invalidate_caches()
+    with pytest.raises(ValueError, match="is there already"):  # another file is another thing
+        importlib.import_module("copy_of_theirs")

@@ -11,6 +11,7 @@ the processes of a sweep find them too, your package names that module under the
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from importlib import import_module
@@ -51,7 +52,7 @@ class Registry(Mapping[str, Entry], Generic[Entry]):
         def add(entry: Entry) -> Entry:
             if not _origin(entry).startswith(self.home.partition(".")[0] + "."):
                 self._load_home()  # or yours would pass for ours of that name, until somebody reads it
-            if name in self._entries and _origin(self._entries[name][1]) != _origin(entry):
+            if name in self._entries and _source(self._entries[name][1]) != _source(entry):
                 taken = _origin(self._entries[name][1])
                 raise ValueError(f"{self.kind} {name!r} is there already ({taken}): give {_origin(entry)} another name")
             self._entries[name] = (place, entry)
@@ -134,3 +135,13 @@ def _origin(entry: object) -> str:
     if where := getattr(entry, "defined_in", None):  # data, which no module or name belongs to by itself
         return str(where)
     return f"{getattr(entry, '__module__', '?')}.{getattr(entry, '__qualname__', entry)}"
+
+
+def _source(entry: object) -> str:
+    """Its origin with the module's file in place of the module's name: a script that is a plugin too is loaded under two names,
+    and ``mue check train.py:build`` loads a file under a third."""
+    origin = module = _origin(entry)
+    while module and module not in sys.modules:
+        module = module.rpartition(".")[0]
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return origin if file is None else f"{file}:{origin[len(module) :]}"
