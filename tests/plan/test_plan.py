@@ -41,6 +41,29 @@ def test_save_and_load(tmp_path: Path) -> None:
     assert sorted(x.name for x in tmp_path.iterdir()) == ["plan.json"]  # nothing temporary is left
 
 
+def test_a_file_of_format_1_keeps_its_meaning(tmp_path: Path) -> None:
+    """Up to format 1 heads without head_dim meant heads of 64; what is written today says the size itself."""
+    path, wide = tmp_path / "plan.json", replace(TARGET, heads=2, head_dim=64)
+    plan = mue.transfer(mue.transfer(replace(BASE, heads=1, head_dim=64), wide, TUNED), replace(wide, width=512))
+    old = plan.to_dict()
+    assert old["format"] == 2
+    old["format"] = 1
+    for shape in (
+        old["inputs"]["base"]["plan"]["base"],
+        old["inputs"]["base"]["plan"]["target"],
+        old["inputs"]["target"],
+    ):
+        assert shape.pop("head_dim") == 64
+    path.write_text(json.dumps(old))
+    assert mue.Plan.load(path).hash == plan.hash
+    path.write_text(json.dumps({**old, "format": 2}))
+    with pytest.raises(ValueError, match="was edited or written by another version"):
+        mue.Plan.load(path)  # the same words mean other heads today
+    path.write_text(json.dumps({**plan.to_dict(), "format": 3}))
+    with pytest.raises(ValueError, match="format 3, and this version of mue reads 1 to 2"):
+        mue.Plan.load(path)
+
+
 @pytest.mark.parametrize(
     "edit",
     [

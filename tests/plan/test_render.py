@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from support.plans import TUNED, make
+from dataclasses import replace
+
+from support.plans import BASE, TUNED, make
 
 
 def test_printed_plans_show_everything() -> None:
@@ -19,3 +21,12 @@ def test_printed_plans_show_everything() -> None:
     literal = make(weight_decay_width="none", up_gate_correction=True).roles["expert_up"].marks
     assert literal["weight_decay"] == "published" and literal["lr"] == "inferred"
     assert make(tuned=TUNED.replace(optimizer="lion")).roles["expert_up"].marks["lr"] == "inferred"
+
+
+def test_the_base_says_what_it_was_taken_to_be() -> None:
+    """Defaults that nobody gave are in every plan's head: a head size of 64 or betas of 0.95 may not be the base's."""
+    taken = dict(make().header())["taken of the base"]
+    assert taken.startswith("2 heads of 64, vocab 256, sequence 1024, betas 0.9, 0.95, eps 1e-12")
+    assert "defaults, if you gave no other: head_dim, betas, eps" in taken
+    own = make(base=replace(BASE, heads=4, head_dim=32), tuned=TUNED.replace(betas=(0.9, 0.999), eps=1e-8))
+    assert dict(own.header())["taken of the base"].endswith("betas 0.9, 0.999, eps 1e-08")

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+from fractions import Fraction
 from typing import Any
 
+import numpy as np
 import pytest
 
 import mue
@@ -42,7 +45,7 @@ def test_bad_tuned(change: dict[str, Any], message: str) -> None:
 
 def test_bad_training() -> None:
     assert mue.Training(8, 100).tokens == 800
-    for bad in ((0, 1), (1, 0), (1.5, 10), (8, -1)):
+    for bad in ((0, 1), (1, 0), (1.5, 10), (256, float("nan")), (8, -1)):
         with pytest.raises(ValueError, match="training"):
             mue.Training(*bad)  # type: ignore[arg-type]
 
@@ -50,3 +53,13 @@ def test_bad_training() -> None:
 def test_every_known_optimizer_is_accepted() -> None:
     for optimizer in OPTIMIZERS:
         assert mue.HParams(1e-3, 0.1, 0.02, optimizer=optimizer).optimizer == optimizer
+
+
+def test_numbers_of_numpy_are_plain_ones_afterwards() -> None:
+    given = mue.HParams(
+        np.float64(1e-3), np.float32(0.5), Fraction(1, 8), betas=(np.float64(0.9), 0.95), clip=np.int64(1)
+    )
+    assert given == mue.HParams(1e-3, 0.5, 0.125, clip=1.0) and json.dumps(given.to_dict())
+    assert mue.Training(np.int64(8), 100.0) == mue.Training(8, 100)  # type: ignore[arg-type]
+    assert type(mue.Training(np.int64(8), 100.0).steps) is int  # type: ignore[arg-type]
+    assert type(mue.Convention(np.float32(0.125)).attention_scale) is float

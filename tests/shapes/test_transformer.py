@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -75,10 +77,49 @@ def test_dictionaries_round_trip(shape: Any) -> None:
         shape_from_dict({**shape.to_dict(), "kind": "sparse"})
 
 
+def test_numbers_of_numpy_make_the_same_shape() -> None:
+    plain = mue.MoE.parse("8e2a1s", width=64, expert=24, layers=3, head_dim=16, output_multiplier=0.5)
+    n = np.int64
+    given = mue.MoE(
+        width=n(64), expert=24.0, layers=n(3), experts=n(8), active=n(2), shared_experts=n(1), head_dim=16.0,
+        output_multiplier=np.float32(0.5),
+    )  # fmt: skip
+    assert given == plain and json.dumps(given.to_dict()) == json.dumps(plain.to_dict())
+    blocks = (mue.Block(layers=n(1), ffn=n(16)), mue.Block(layers=2.0, expert=n(8), experts=4, active=2))
+    assert mue.Mixed(n(64), blocks).to_dict() == mue.Mixed(64, tuple(replace(b) for b in blocks)).to_dict()
+    assert json.dumps(mue.Mixed(n(64), blocks).to_dict())
+
+
+def test_heads_alone_imply_their_size() -> None:
+    """``heads`` without ``head_dim`` divide the width among them, as everywhere in the field; with both, both hold."""
+    assert mue.Dense(128, 512, 8, heads=4).head_dim == 32
+    assert mue.Dense(128, 512, 8, heads=4).attention_width == 128
+    assert mue.MoE.parse("4e2a", width=96, expert=8, layers=1, heads=3).head_dim == 32
+    assert mue.Mixed(96, (mue.Block(layers=1, ffn=8),), heads=3).head_dim == 32
+    assert mue.Dense(128, 512, 8, heads=4, head_dim=64).attention_width == 256
+    assert (mue.Dense(128, 512, 8).head_dim, mue.Dense(128, 512, 8).num_heads) == (64, 2)
+    assert mue.Dense(100, 512, 8, heads=3, head_dim=64).attention_width == 192
+
+
+def test_a_model_that_would_fill_the_memory_is_refused() -> None:
+    huge = 10**17
+    for make in (
+        lambda: mue.MoE.parse("4e2a", width=64, expert=8, layers=huge),
+        lambda: mue.MoE.parse(f"{huge}e2a", width=64, expert=8, layers=1),
+        lambda: mue.MoE.parse(f"4e2a{huge}s", width=64, expert=8, layers=1),
+        lambda: mue.Mixed(64, (mue.Block(layers=99_999, ffn=8), mue.Block(layers=2, ffn=4))),
+    ):
+        with pytest.raises(ValueError, match="must be at most"):
+            make()
+
+
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"width": 0}, "width must be a whole number of at least 1"),
     ({"width": -64}, "width must be"),
-    ({"width": 64.0}, "width must be"),
+    ({"width": 64.5}, "width must be"),
+    ({"width": float("inf")}, "width must be"),
+    ({"layers": 10**17}, "layers must be at most 100,000"),
+    ({"head_dim": 0}, "head_dim must be"),
     ({"width": True}, "width must be"),
     ({"layers": 0}, "layers must be"),
     ({"ffn": 0}, "ffn must be"),

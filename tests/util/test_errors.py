@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+from fractions import Fraction
 
+import numpy as np
 import pytest
 
 from mue.util.errors import nearest, positive, positive_int
@@ -14,9 +17,25 @@ def test_a_whole_number_passes(value: int) -> None:
     assert positive_int("width", value) is value
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.0, True, "7", None])
+@pytest.mark.parametrize("value", [np.int64(7), np.uint8(7), 7.0, np.float32(7), Fraction(7)])
+def test_a_whole_number_of_any_kind_is_a_plain_one_afterwards(value: object) -> None:
+    assert positive_int("width", value) == 7 and type(positive_int("width", value)) is int
+
+
+@pytest.mark.parametrize("value", [np.float32(0.5), np.float64(0.5), Fraction(1, 2)])
+def test_a_number_of_any_kind_is_a_plain_one_afterwards(value: object) -> None:
+    assert positive("lr", value) == 0.5 and type(positive("lr", value)) is float
+
+
+def test_what_is_counted_one_by_one_has_a_limit_of_its_own() -> None:
+    assert positive_int("layers", 100, most=100) == 100
+    with pytest.raises(ValueError, match="layers must be at most 100, got a number of 3 digits"):
+        positive_int("layers", 101, most=100)
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, 0.5, True, "7", None, [1]])
 def test_no_whole_number_is_refused_by_name(value: object) -> None:
-    with pytest.raises(ValueError, match=rf"width must be a whole number of at least 1, got {value!r}"):
+    with pytest.raises(ValueError, match=re.escape(f"width must be a whole number of at least 1, got {value!r}")):
         positive_int("width", value)
 
 

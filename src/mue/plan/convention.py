@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mue.shapes import DECOUPLED
-from mue.util.errors import positive
+from mue.util.errors import positive, true_or_false
 
 
 @dataclass(frozen=True)
@@ -28,12 +28,11 @@ class Convention:
             if self.attention_scale not in scales:
                 raise ValueError(f"attention_scale must be one of {scales} or a number, got {self.attention_scale!r}")
         else:
-            positive("attention_scale", self.attention_scale)
+            object.__setattr__(self, "attention_scale", positive("attention_scale", self.attention_scale))
         forms = ("decoupled", "independent")
         if self.weight_decay not in forms:
             raise ValueError(f"convention weight_decay must be one of {forms}, got {self.weight_decay!r}")
-        if not isinstance(self.depth_scaled_init, bool):
-            raise ValueError(f"depth_scaled_init must be true or false, got {self.depth_scaled_init!r}")
+        true_or_false("depth_scaled_init", self.depth_scaled_init)
 
     def check_optimizer(self, optimizer: str) -> None:
         """``ValueError`` where the form of weight decay and the optimizer contradict each other."""

@@ -7,7 +7,7 @@ from mue.plan.ratios import base_block
 from mue.rules.algebra import Monomial
 from mue.rules.roles import ROLES
 from mue.rules.table import CELLS, FIELDS, Rule
-from mue.shapes import HParams, Transformer
+from mue.shapes import HParams, Training, Transformer
 
 
 def notes(rule: Rule, base: Transformer, target: Transformer, tuned: HParams, *, planned_base: bool) -> tuple[str, ...]:
@@ -30,6 +30,7 @@ def notes(rule: Rule, base: Transformer, target: Transformer, tuned: HParams, *,
     # transfer-rules 7, GQA-µP: it matters only where the ratio changes
     if base.num_heads * target.num_kv_heads != target.num_heads * base.num_kv_heads:
         found.append("the ratio of kv heads to heads changes: no rule here scales k and v for it (GQA-µP, 2605.15290)")
+    found += _unscaled(base, target)
     if base.gated != target.gated:
         found.append(
             "gated and plain feed-forwards differ between base and target: no rule covers the change of activation"
@@ -45,6 +46,30 @@ def notes(rule: Rule, base: Transformer, target: Transformer, tuned: HParams, *,
                 f"measured gates: F = {block.gate_variance:.4g}, R = ā/m1 = {block.route_scale:.4g}, down init × κ^-1/2 = {block.kappa**-0.5:.4g}"
             )
     return tuple(dict.fromkeys(found))
+
+
+def _unscaled(base: Transformer, target: Transformer) -> list[str]:
+    """What the two shapes differ in and no rule reads: tokens of another kind, windows of another length, a head of its own."""
+    changes = [
+        f"{name} {getattr(base, name)} → {getattr(target, name)}"
+        for name in ("vocab", "sequence", "tied")
+        if getattr(base, name) != getattr(target, name)
+    ]
+    return [f"{', '.join(changes)}: no rule covers that, and values stay as tuned on the base"] if changes else []
+
+
+def batch_notes(*runs: tuple[str, Training | None, Transformer]) -> tuple[str, ...]:
+    """A question where a batch, which is in tokens, holds no whole sequence: whoever counts sequences is off by their length.
+
+    Args:
+        runs: which run it is in words, its numbers, and the shape it trains.
+    """
+    return tuple(
+        f"the {name}'s batch of {run.batch:,} tokens is less than one sequence of {shape.sequence:,}: does it count sequences? Then"
+        f" give batch = {run.batch * shape.sequence:,} (or the sequence, if it is shorter)"
+        for name, run, shape in runs
+        if run is not None and run.batch < shape.sequence
+    )
 
 
 def _factors(rule: Rule, role: str) -> list[Monomial]:

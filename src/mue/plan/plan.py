@@ -21,7 +21,9 @@ from mue.shapes import HParams, Training, Transformer
 from mue.util.errors import nearest
 from mue.util.files import digest, rounded, write_json
 
-FORMAT = 1  # of plan files, so that another layout could be told from this one
+# Of plan files, so that another meaning can be told from this one; mue.plan.replan reads the older ones as they were meant.
+# 2: heads without head_dim imply width / heads, where it was 64.
+FORMAT = 2
 HASH_KEYS = ("plan", "plan_hash", "mue_plan")  # under any of these a checkpoint keeps the hash of its plan
 # What no rule here scales, and a plan carries all the same, marked so (conventions 5; transfer-rules 1.8).
 UNCHANGED = ("optimizer", "clip", "warmup", "floor", "balance", "z", "bias_speed")

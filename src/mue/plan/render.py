@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from mue.plan import per_role
 from mue.plan.plan import PlanData
 from mue.rules.options import as_json
 from mue.rules.roles import ROLES
 from mue.rules.table import CELLS, FACTORS, FIELDS, MARKS
-from mue.shapes import Transformer
+from mue.shapes import DEFAULT_HEAD_DIM, HParams, Transformer
 from mue.util.text import number, text_table
 
 COLUMNS = ["role", "tensors", *CELLS.values(), *FACTORS.values(), "marks", "source"]
@@ -23,6 +25,7 @@ def header(plan: PlanData) -> list[tuple[str, str]]:
     lines = [
         ("rule", f"{plan.rule.name} ({plan.rule.source})"),
         ("base", base.name if isinstance(base, Transformer) else f"plan {base.hash} ({base.target.name})"),
+        *([("taken of the base", _taken(base, plan.tuned))] if isinstance(base, Transformer) else []),
         (
             "target",
             f"{plan.target.name}: {plan.target.parameters:,} parameters, {plan.target.active_parameters:,} active",
@@ -47,6 +50,19 @@ def header(plan: PlanData) -> list[tuple[str, str]]:
     if plan.folding is not None:
         lines.append(("folded", f"multipliers are in the weights; R is in the {plan.folding.route}"))
     return lines + [("note", note) for note in plan.notes] + [("hash", plan.hash)]
+
+
+def _taken(base: Transformer, tuned: HParams) -> str:
+    """The base's numbers that have defaults and that every transfer starts from, with those named that are the default."""
+    usual = {f.name: f.default for f in fields(HParams)}
+    own = [("head_dim", base.head_dim == DEFAULT_HEAD_DIM)]
+    own += [(name, getattr(tuned, name) == usual[name]) for name in ("betas", "eps")]
+    defaults = [name for name, same in own if same]
+    taken = (
+        f"{base.num_heads} heads of {base.head_dim}, vocab {base.vocab}, sequence {base.sequence},"
+        f" betas {', '.join(map(number, tuned.betas))}, eps {number(tuned.eps)}"
+    )
+    return taken + (f" (mue's defaults, if you gave no other: {', '.join(defaults)})" if defaults else "")
 
 
 def table(plan: PlanData) -> tuple[list[str], list[list[str]]]:

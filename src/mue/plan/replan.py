@@ -11,9 +11,9 @@ from typing import Any
 
 from mue.plan.convention import Convention
 from mue.plan.fold import fold
-from mue.plan.plan import Inputs, PlanData, flatten
+from mue.plan.plan import FORMAT, Inputs, PlanData, flatten
 from mue.plan.transfer import plan_of
-from mue.shapes import HParams, Training, shape_from_dict
+from mue.shapes import DEFAULT_HEAD_DIM, HParams, Training, shape_from_dict
 from mue.util.files import rounded
 
 
@@ -39,6 +39,28 @@ def inputs_from_dict(data: Mapping[str, Any]) -> Inputs:
     )
 
 
+def of_format(number: Any, inputs: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """A file's inputs as a file of today would have them, so that an old one keeps its meaning.
+
+    Args:
+        number: the file's ``format``. inputs: as it holds them. where: what messages call the file.
+
+    Raises:
+        ValueError: a format that this version does not know.
+    """
+    if number not in range(1, FORMAT + 1):
+        raise ValueError(
+            f"{where} has format {number!r}, and this version of mue reads 1 to {FORMAT}: read it with the version that wrote it"
+        )
+    inputs = dict(inputs)
+    if "plan" in inputs["base"]:
+        inputs["base"] = {"plan": of_format(number, inputs["base"]["plan"], where)}
+    if number < 2:  # a shape's head_dim was 64 unless it was given
+        shapes = [name for name in ("base", "target") if "plan" not in inputs[name]]
+        inputs |= {name: {"head_dim": DEFAULT_HEAD_DIM, **inputs[name]} for name in shapes}
+    return inputs
+
+
 def load(path: str | os.PathLike[str]) -> PlanData:
     """A saved plan, read back.
 
@@ -49,6 +71,7 @@ def load(path: str | os.PathLike[str]) -> PlanData:
     """
     try:
         data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data["inputs"] = of_format(data.get("format", 1), data["inputs"], str(path))
         folded = data.get("folded")
         plan = _folded(plan_of(inputs_from_dict(data["inputs"])), folded["route"] if folded else None)
     except FileNotFoundError:

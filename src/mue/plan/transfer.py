@@ -16,7 +16,7 @@ from fractions import Fraction
 from mue.plan.base import base_of
 from mue.plan.blocks import Transition, block_plan, carried_betas, check_output_multiplier, merge
 from mue.plan.convention import Convention
-from mue.plan.notes import notes
+from mue.plan.notes import batch_notes, notes
 from mue.plan.per_role import split_by_third
 from mue.plan.plan import Inputs, PlanData
 from mue.plan.ratios import refuse
@@ -159,5 +159,6 @@ def plan_of(inputs: Inputs) -> PlanData:
         * (base.shape.head_dim / target.head_dim) ** float(rule.attention_exponent),
         # averages that last the same part of a run: 1-β × T*/T (2605.23893, Table 2)
         betas=carried_betas(base.betas, rule, transition, ratios),
-        notes=notes(rule, base.shape, target, base.tuned, planned_base=base.plan is not None),
+        notes=notes(rule, base.shape, target, base.tuned, planned_base=base.plan is not None)
+        + batch_notes(("base", inputs.base_training, base.shape), ("target", inputs.training, target)),
     )

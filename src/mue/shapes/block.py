@@ -6,11 +6,14 @@ import re
 from dataclasses import dataclass, fields
 
 from mue.shapes.routers import ROUTERS, RouterKind
-from mue.util.errors import positive, positive_int
+from mue.util.errors import LARGEST, positive, positive_int, true_or_false
 
 # The two values of ``gates``: weights that sum to one over the active experts, or whatever gate_moments says of them.
 NORMALISED = "unit-sum"
 MEASURED = "measured"
+# What is walked one by one, layer for layer and expert for expert: far above any model, and well below what fills a memory.
+MOST_LAYERS = 100_000
+MOST_EXPERTS = 10_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,9 +47,9 @@ class Block:
     gate_moments: tuple[float, float] | None = None
 
     def __post_init__(self) -> None:
-        positive_int("layers", self.layers)
+        self._whole("layers", most=MOST_LAYERS)
         if self.ffn is not None:
-            positive_int("ffn", self.ffn)
+            self._whole("ffn")
             for f in fields(self):  # nothing that only experts read may stand beside ffn and be ignored
                 if f.name not in ("layers", "ffn") and getattr(self, f.name) != f.default:
                     raise ValueError(f"a block is dense (ffn) or a MoE (moe, expert), not both: ffn beside {f.name}")
@@ -59,30 +62,36 @@ class Block:
 
         Groups are equal, and so are their shares of a.
         """
-        N, a, g = self.experts, self.active, positive_int("groups", self.groups)
+        self._whole("groups", most=MOST_EXPERTS)
         if self.expert is None:
             raise ValueError("a block needs ffn (dense) or moe and expert (experts and the width of one)")
-        positive_int("expert", self.expert)
+        self._whole("expert")
+        if self.shared_experts:
+            self._whole("shared_experts", most=MOST_EXPERTS)
         if self.shared is not None:
-            positive_int("shared", self.shared)
+            self._whole("shared")
             if not self.shared_experts:
                 raise ValueError(
                     f"shared = {self.shared} is the width of shared experts, but there are none: add e.g. 1s"
                 )
         # transfer-rules 9, property 6: a hybrid of shared experts alone has the dense rule's values
-        if N == 0 and a == 0 and self.shared_experts > 0:
+        if self.experts == 0 and self.active == 0 and self.shared_experts > 0:
             return  # shared experts only: a dense feed-forward by another name
-        positive_int("experts", N)
-        positive_int("active", a)
+        self._whole("experts", most=MOST_EXPERTS)
+        self._whole("active", most=MOST_EXPERTS)
+        N, a, g = self.experts, self.active, self.groups
         if a > N:
             raise ValueError(f"{a} active of {N} experts: a token cannot use more experts than there are")
         if N % g or a % g:
             raise ValueError(f"{g} groups must divide both the {N} experts and the {a} active ones")
 
+    def _whole(self, name: str, most: int = LARGEST) -> None:
+        """One of the numbers as a plain ``int``, or refused."""
+        object.__setattr__(self, name, positive_int(name, getattr(self, name), most))
+
     def _check_gates(self) -> None:
         """Gates that sum to one, or moments that say what else they do: else R = a is wrong (conventions 9)."""
-        if not isinstance(self.normalize, bool):
-            raise ValueError(f"normalize must be true or false, got {self.normalize!r}")
+        true_or_false("normalize", self.normalize)
         kind = self.router_kind
         if self.experts:
             kind.check(self.active, self.groups, self.normalize)
@@ -96,12 +105,13 @@ class Block:
             return
         if not self.experts:
             raise ValueError('gates = "measured" needs routed experts; shared ones alone have no gate')
-        if not isinstance(self.gate_moments, tuple) or len(self.gate_moments) != 2:
+        if not isinstance(self.gate_moments, list | tuple) or len(self.gate_moments) != 2:
             raise ValueError(
                 'gates = "measured" needs gate_moments = [E[Σw], E[Σw²]], measured over tokens at init'
                 " (mue.moe.gate_moments does it)"
             )
         m1, m2 = (positive("gate_moments", m) for m in self.gate_moments)
+        object.__setattr__(self, "gate_moments", (m1, m2))
         # Cauchy–Schwarz over the a active weights: Σw² ≥ (Σw)²/a, with equality where all are even; 1e-9 for rounding
         if not m1 * m1 / self.active * (1 - 1e-9) <= m2:
             raise ValueError(

@@ -64,8 +64,8 @@ class Training:
     steps: int
 
     def __post_init__(self) -> None:
-        positive_int("training batch (tokens per step)", self.batch)
-        positive_int("training steps", self.steps)
+        for name, said in (("batch", "training batch (tokens per step)"), ("steps", "training steps")):
+            object.__setattr__(self, name, positive_int(said, getattr(self, name)))
 
     @property
     def tokens(self) -> int:

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
-from mue.shapes.block import NORMALISED, Block, parse_notation
-from mue.util.errors import positive, positive_int
+from mue.shapes.block import MOST_LAYERS, NORMALISED, Block, parse_notation
+from mue.util.errors import LARGEST, positive, positive_int, true_or_false
 
 DEFAULT_HEAD_DIM = 64
 
@@ -39,14 +39,15 @@ class Transformer:
     """What every decoder here shares; use :class:`Dense`, :class:`MoE` or :class:`Mixed`.
 
     Attributes:
-        head_dim, heads, kv_heads: attention heads; ``heads`` defaults to width / head_dim, ``kv_heads`` to ``heads``.
+        head_dim, heads, kv_heads: attention heads. Of the first two, one alone implies the other: heads · head_dim is the width;
+            with neither, head_dim is 64. Both are needed where heads · head_dim is another number. ``kv_heads`` defaults to ``heads``.
         vocab, sequence: tokens in the vocabulary and in one training sequence.
         gated: SwiGLU (gate, up, down) or a plain GELU pair (up, down).
         tied: the head shares the embedding's matrix.
         output_multiplier: forward multiplier A* of the feed-forward branch of a *base*; 1 is a stock model.
     """
 
-    head_dim: int = DEFAULT_HEAD_DIM
+    head_dim: int = cast("int", None)  # a number in every shape: __post_init__ sees to it
     heads: int | None = None
     kv_heads: int | None = None
     vocab: int = 256
@@ -67,25 +68,35 @@ class Transformer:
         def blocks(self) -> tuple[Block, ...]: ...
 
     def _check(self) -> None:
-        for name in ("width", "layers", "head_dim", "vocab", "sequence"):
-            positive_int(name, getattr(self, name))
-        positive("output_multiplier", self.output_multiplier)
+        for name in ("width", "vocab", "sequence", *(n for n in ("heads", "kv_heads") if getattr(self, n) is not None)):
+            self._whole(name)
+        self._whole("layers", most=MOST_LAYERS)
+        self._set_head_dim()
+        object.__setattr__(self, "output_multiplier", positive("output_multiplier", self.output_multiplier))
         if self.heads is None and self.width % self.head_dim:
             raise ValueError(
                 f"width {self.width} is not divisible by head_dim {self.head_dim}: change one, or give heads"
             )
-        # With a head size of its own (Qwen3, GLM-4) heads·head_dim need not be the width; with the default it is a slip.
-        if (
-            self.heads is not None
-            and self.width % positive_int("heads", self.heads)
-            and self.head_dim == DEFAULT_HEAD_DIM
-        ):
-            raise ValueError(f"width {self.width} is not divisible by {self.heads} heads: change one, or give head_dim")
-        if self.kv_heads is not None and self.num_heads % positive_int("kv_heads", self.kv_heads):
+        if self.kv_heads is not None and self.num_heads % self.kv_heads:
             raise ValueError(f"{self.kv_heads} kv_heads do not divide the {self.num_heads} heads")
         for name in ("gated", "tied"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
+            true_or_false(name, getattr(self, name))
+
+    def _whole(self, name: str, most: int = LARGEST) -> None:
+        """One of the numbers as a plain ``int``, or refused."""
+        object.__setattr__(self, name, positive_int(name, getattr(self, name), most))
+
+    def _set_head_dim(self) -> None:
+        """The head size that was given; else the width over the heads; else 64."""
+        if self.head_dim is None:
+            if self.heads is not None and self.width % self.heads:
+                raise ValueError(
+                    f"width {self.width} is not divisible by {self.heads} heads: change one, or give head_dim"
+                )
+            # up to format 1 of plan files it was 64 with heads, too (mue.plan.replan)
+            implied = DEFAULT_HEAD_DIM if self.heads is None else self.width // self.heads
+            object.__setattr__(self, "head_dim", implied)
+        self._whole("head_dim")
 
     @property
     def per_layer(self) -> tuple[Block, ...]:
@@ -203,7 +214,7 @@ class Dense(Transformer):
     kind: ClassVar[str] = "dense"
 
     def __post_init__(self) -> None:
-        positive_int("ffn", self.ffn)
+        self._whole("ffn")
         self._check()
 
     @property
@@ -235,11 +246,11 @@ class MoE(Transformer):
     kind: ClassVar[str] = "moe"
 
     def __post_init__(self) -> None:
-        if isinstance(self.gate_moments, list):
-            # JSON and TOML have lists only
-            object.__setattr__(self, "gate_moments", tuple(self.gate_moments))
         self._check()
-        _ = self.blocks  # a block checks its own numbers
+        (block,) = self.blocks  # which checks its own numbers, and has them as plain ones
+        for f in fields(Block):
+            if f.name not in ("layers", "ffn"):
+                object.__setattr__(self, f.name, getattr(block, f.name))
 
     @classmethod
     def parse(cls, notation: str, **numbers: Any) -> MoE:

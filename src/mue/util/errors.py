@@ -5,24 +5,40 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable
+from numbers import Integral, Real
 
 LARGEST = 10**18  # beyond any shape or run, and well inside what a float holds
 
 
-def positive_int(name: str, value: object) -> int:
-    """A user's number as a positive whole number.
+def positive_int(name: str, value: object, most: int = LARGEST) -> int:
+    """A user's number as a positive whole number; numpy's integers and ``64.0`` are whole numbers, too.
 
     Args:
         name: what messages call it. value: anything; true and false are no numbers here.
+        most: the largest that is allowed, for what is counted one by one (layers, experts).
+
+    Returns:
+        A plain ``int``, which files and hashes hold alike, wherever the number came from.
 
     Raises:
-        ValueError: it is none, below 1, or above 10^18, which no shape and no run is.
+        ValueError: it is none, below 1, or above ``most``.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    number = _plain(value)
+    if isinstance(number, float) and number.is_integer():
+        number = int(number)
+    if not isinstance(number, int) or number < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-    if value > LARGEST:
-        raise ValueError(f"{name} must be at most 10^18, got a number of {len(str(value))} digits")
-    return value
+    if number > most:
+        limit = "10^18" if most == LARGEST else f"{most:,}"
+        raise ValueError(f"{name} must be at most {limit}, got a number of {len(str(number))} digits")
+    return number
+
+
+def _plain(value: object) -> int | float | None:
+    """Python's own number for any kind of one (numpy's, fractions); None for what is none."""
+    if isinstance(value, bool):
+        return None
+    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else None
 
 
 def positive(name: str, value: object, *, zero: bool = False, below: float = math.inf) -> float:
@@ -35,15 +51,15 @@ def positive(name: str, value: object, *, zero: bool = False, below: float = mat
     Raises:
         ValueError: naming the number and the bound that it breaks.
     """
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if number and isinstance(value, int) and abs(value) > LARGEST:
-        raise ValueError(f"{name} must be at most 10^18, got a number of {len(str(abs(value)))} digits")
-    if not isinstance(value, int | float) or not number or not math.isfinite(value):
+    number = _plain(value)
+    if isinstance(number, int) and abs(number) > LARGEST:
+        raise ValueError(f"{name} must be at most 10^18, got a number of {len(str(abs(number)))} digits")
+    if number is None or not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
-    if value < 0 or (value == 0 and not zero) or value >= below:
+    if number < 0 or (number == 0 and not zero) or number >= below:
         limit = f" and below {below:g}" if below < math.inf else ""
         raise ValueError(f"{name} must be {'at least 0' if zero else 'greater than 0'}{limit}, got {value!r}")
-    return float(value)
+    return float(number)
 
 
 def true_or_false(name: str, value: object) -> bool:

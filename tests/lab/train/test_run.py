@@ -76,3 +76,10 @@ def test_a_balance_loss_that_no_router_reads_is_refused(corpus: Corpus) -> None:
         run("hash", "random")
     for routers in (("sigmoid", "softmax"), ("hash", "softmax")):
         assert run(*routers).settings.balance == "loss"
+
+
+def test_whole_numbers_of_settings_are_plain_ones() -> None:
+    assert (
+        Settings(eval_sequences=64.0, eval_every=10.0).to_dict() == Settings(eval_sequences=64, eval_every=10).to_dict()
+    )  # type: ignore[arg-type]
+    assert type(Settings(log_every=5.0).log_every) is int  # type: ignore[arg-type]

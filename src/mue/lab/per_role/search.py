@@ -67,9 +67,9 @@ class Search:
         true_or_false("[roles] thirds", self.thirds)
         positive("[roles] step", self.step, below=4)
         positive("[roles] error", self.error, below=1)
-        for name in ("rounds", "seeds"):
-            positive_int(f"[roles] {name}", getattr(self, name))
-        if positive_int("[roles] confirm", self.confirm) < 3:
+        for name in ("rounds", "seeds", "confirm"):
+            object.__setattr__(self, name, positive_int(f"[roles] {name}", getattr(self, name)))
+        if self.confirm < 3:
             raise ValueError(
                 f"[roles] confirm must be at least 3 seeds, got {self.confirm}: fewer have no interval to speak of"
             )

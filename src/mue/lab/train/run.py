@@ -62,10 +62,8 @@ class Settings:
             raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}")
         positive("decay", self.decay, zero=True, below=1)
         positive("consistency", self.consistency, zero=True)
-        for name in ("eval_sequences", "log_every"):
-            positive_int(name, getattr(self, name))
-        if self.eval_every:
-            positive_int("eval_every", self.eval_every)
+        for name in ("eval_sequences", "log_every", *(("eval_every",) if self.eval_every else ())):
+            object.__setattr__(self, name, positive_int(name, getattr(self, name)))
 
     def to_dict(self) -> dict[str, Any]:
         """The settings for keys and files. Those that came later are left out at their defaults: older runs keep keys and files."""
