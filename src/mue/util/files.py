@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import os
@@ -16,6 +17,22 @@ def cache_folder() -> Path:
     """What may be made again at any time: ``$MUE_CACHE``, else ``mue`` in the user's cache folder."""
     given = os.environ.get("MUE_CACHE")
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mue"
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a file that somebody may have written by hand, without the byte order mark that some editors put first.
+
+    Args:
+        path: of a file in UTF-8.
+
+    Raises:
+        UnicodeDecodeError: it is in another encoding; for UTF-16 its text says so. OSError: it cannot be read.
+    """
+    raw = Path(path).read_bytes()
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise UnicodeDecodeError("utf-8", raw, 0, 2, "this is UTF-16: save it as UTF-8")
+    # lines end in \n here whatever they end in there, as in a file opened as text
+    return raw.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:

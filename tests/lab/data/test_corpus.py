@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import codecs
+import gzip
 import json
 import os
 import time
@@ -131,6 +133,70 @@ def test_jsonl_and_parquet_hold_one_document_per_row(tmp_path: Path) -> None:
         assert corpus.skipped == ({"blank line": 1, "empty document": 1} if name == "a.jsonl" else {})
 
 
+def test_rows_without_text_are_counted_and_end_nothing(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    texts = ["first", None, "second", "", None, "third"]
+    lines = [json.dumps({"text": t}) for t in texts] + ['{"text": NaN}']
+    folder(tmp_path, {"a.jsonl": "\r\n".join(lines)})
+    parquet.write_table(arrow.table({"text": [*texts, None]}), tmp_path / "a.parquet")
+    for name in ("a.jsonl", "a.parquet"):
+        corpus = load_corpus(tmp_path / name, cache=tmp_path / "c")
+        assert (bytes(corpus.train) + bytes(corpus.validation)).split(b"\0") == [b"first", b"second", b"third"]
+        assert corpus.skipped == {"null document": 3, "empty document": 1}
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    """With it or without, a file is the same corpus; one within the text stays."""
+    text, lines = "grüße \ufeff\n" * 50, '{"text": "one"}\n{"text": "two"}\n'
+    for name, content in (("a.txt", text), ("b.jsonl", lines)):
+        folder(tmp_path, {name: content, f"marked {name}": codecs.BOM_UTF8 + content.encode()})
+        plain, marked = (load_corpus(tmp_path / n, cache=tmp_path / f"c {n}") for n in (name, f"marked {name}"))
+        assert plain.hash == marked.hash
+        assert bytes(plain.train) == bytes(marked.train) and bytes(plain.validation) == bytes(marked.validation)
+    assert "\ufeff" in text and plain.tokens == len(b"one\0two")
+
+
+def test_linked_folders_are_read_once_however_they_lead_back(tmp_path: Path) -> None:
+    folder(tmp_path, {f"own/{i}.txt": f"own {i}" for i in range(3)})
+    folder(tmp_path, {"big/a.txt": "big a", "big/deep/b.txt": "big b"})
+    links = {"own/web": "big", "own/aa": "big/deep", "big/back": "own", "big/self": "big", "own/gone": "nowhere"}
+    for place, target in links.items():
+        (tmp_path / place).symlink_to(tmp_path / target)
+    corpus = load_corpus(tmp_path / "own", cache=tmp_path / "c")
+    documents = (bytes(corpus.train) + b"\0" + bytes(corpus.validation)).split(b"\0")
+    assert sorted(documents) == [b"big a", b"big b", b"own 0", b"own 1", b"own 2"]
+    # deep, by another link; back to own; big itself. The link to nowhere is a file of no known kind.
+    assert corpus.skipped == {"folder linked again": 3, "other suffix": 1}
+    (tmp_path / "own" / "web").unlink()
+    less = load_corpus(tmp_path / "own", cache=tmp_path / "c")
+    assert less.files == 4 and less.hash != corpus.hash
+    (tmp_path / "own" / "aa").rename(tmp_path / "own" / ".aa")  # hidden, as any folder
+    assert load_corpus(tmp_path / "own", cache=tmp_path / "c").files == 3
+
+
+@pytest.mark.parametrize("growing", [True, False])
+def test_a_file_that_is_written_to_meanwhile_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, growing: bool
+) -> None:
+    """Else the tokens of the new text would be kept under the hash of the old one."""
+    path = folder(tmp_path, {"log.txt": "a line\n" * 100}) / "log.txt"
+    written = corpus._write_tokens
+
+    def write(*arguments: Any) -> None:
+        if growing:
+            with path.open("a") as handle:
+                handle.write("another line\n")
+        written(*arguments)
+
+    monkeypatch.setattr(corpus, "_write_tokens", write)
+    if growing:
+        with pytest.raises(ValueError, match=r"log.txt: the file changed while it was read; load it again"):
+            load_corpus(path, cache=tmp_path / "c")
+        assert not list(tmp_path.glob("c/*.bin"))
+    else:
+        assert load_corpus(path, cache=tmp_path / "c").tokens == 700
+
+
 def test_tokens_with_a_sidecar_and_nanogpt_style(tmp_path: Path) -> None:
     tokens = np.arange(1000, dtype=np.uint16)
     for name in ("train", "val"):
@@ -158,19 +224,36 @@ def test_tokens_with_a_sidecar_and_nanogpt_style(tmp_path: Path) -> None:
         ({}, "gone.txt", "gone.txt: no such file or folder"),
         ({"a.txt": ""}, "a.txt", "the file is empty"),
         ({"a.txt": b"abc\0def"}, "a.txt", "the file is binary"),
-        ({"a.txt": b"\xff\xfe\xfa"}, "a.txt", "the file is not UTF-8"),
+        ({"a.txt": b"\xfe\xfd\xfa"}, "a.txt", "the file is not UTF-8"),
+        ({"a.txt": "text".encode("utf-16")}, "a.txt", "the file is UTF-16; convert it to UTF-8 text"),
+        ({"a.jsonl": '{"text": "a"}'.encode("utf-32")}, "a.jsonl", "the file is UTF-32; convert it to UTF-8 text"),
+        ({"a.txt": codecs.BOM_UTF8}, "a.txt", "the file is empty"),
+        ({"a.jsonl": gzip.compress(b'{"text": "a"}')}, "a.jsonl", r"the file is packed \(gzip\); unpack it first"),
+        ({"a.txt.gz": gzip.compress(b"text")}, "a.txt.gz", "the file is packed; unpack it first: gunzip a.txt.gz"),
+        ({"a.jsonl.zst": b"x"}, "a.jsonl.zst", "unpack it first: unzstd a.jsonl.zst"),
+        ({"d/a.txt.bz2": b"x"}, "d", "no usable text .1 x packed file."),
         ({"a.xyz": "text"}, "a.xyz", "the suffix '.xyz' is unknown"),
         ({"d/a.png": "text"}, "d", "no usable text .1 x other suffix."),
         ({"a.jsonl": '{"text": "a"}\n{"text": \n'}, "a.jsonl", "line 2: bad JSON"),
-        ({"a.jsonl": '{"text": "a"}\n{"body": "b"}\n'}, "a.jsonl", r"line 2: no key 'text' \(it has keys \['body'\]\)"),
+        (
+            {"a.jsonl": '{"text": "a"}\n{"body": "b"}\n'},
+            "a.jsonl",
+            r"line 2: no key 'text' \(it has keys \['body'\]\); line 1 had it",
+        ),
         ({"a.jsonl": '["text"]\n'}, "a.jsonl", "line 1: no key 'text'"),
-        ({"a.jsonl": '{"text": 3}\n'}, "a.jsonl", "line 1: 'text' is int, not text"),
+        ({"a.jsonl": '{"text": 3}\n'}, "a.jsonl", "line 1: 'text' is int, not text; name the text's key"),
+        ({"a.jsonl": '{"text": "a"}\n{"text": 3}\n'}, "a.jsonl", "line 2: 'text' is int, not text; mend that document"),
+        ({"a.jsonl": '{"text": null}\n' * 3}, "a.jsonl", "3 x null document.*or its key: text_key= .'text' is null"),
         ({"a.jsonl": '{"text": "a\\u0000"}\n'}, "a.jsonl", "line 1: binary text"),
         ({"a.jsonl": '{"text": ""}\n'}, "a.jsonl", "no text to learn from"),
         ({"a.parquet": "text"}, "a.parquet", "not a Parquet file"),
         ({"a.bin": b"abc", "a.json": '{"dtype": "uint16", "vocab": 9}'}, "a.bin", "no whole number of uint16 tokens"),
         ({"a.bin": b"ab", "a.json": '{"dtype": "float", "vocab": 9}'}, "a.bin", "dtype 'float'"),
-        ({"d/a.bin": b"\0\0", "d/a.json": '{"dtype": "uint16", "vocab": 9}', "d/b.txt": "x"}, "d", "text among .bin"),
+        (
+            {"d/a.bin": b"\0\0", "d/a.json": '{"dtype": "uint16", "vocab": 9}', "d/b.txt": "x"},
+            "d",
+            "text among files of tokens",
+        ),
     ],
 )
 def test_bad_input_is_one_clear_line_and_writes_nothing(

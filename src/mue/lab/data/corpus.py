@@ -13,13 +13,14 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from mue.lab.data.documents import Piece, pieces
-from mue.lab.data.encode import Encoder, Tokens, byte_encoder, padded, token_encoder, tokenizer_encoder
+from mue.lab.data.documents import Piece, pieces, text_key_hint
+from mue.lab.data.encode import Encoder, Tokens, byte_encoder, padded, tokenizer_encoder
 from mue.lab.data.sources import (
     CHUNK,
     EXCLUDED_FOLDERS,
     FORMAT,
     TEXT_SUFFIXES,
+    TOKENS,
     Index,
     SourceFile,
     examine_all,
@@ -29,6 +30,7 @@ from mue.lab.data.sources import (
     split,
     write_compact_json,
 )
+from mue.lab.data.stored_tokens import token_chunks, token_encoder
 from mue.util.files import write_atomic
 
 
@@ -88,8 +90,9 @@ def load_corpus(
 
     Args:
         source: a text file, ``.jsonl`` (one object per line, the document under ``text_key``), ``.parquet`` (column
-            ``text_key``), ``.bin`` (tokens), a folder of these (recursive), or a list of files and folders. A file that
-            is named must be readable; inside a folder, what cannot be used is counted in ``Corpus.skipped``.
+            ``text_key``), ``.bin`` or ``.npy`` (tokens), a folder of these (recursive, links followed, each folder once), or a
+            list of files and folders. A file that is named must be readable; inside a folder, what cannot be used is counted in
+            ``Corpus.skipped``, and so is what documents lack: those without text, characters without a token.
         tokenizer: a ``tokenizers`` JSON; without it a token is a byte and documents are separated by byte 0. With it they
             are separated by ``separator``, by default the tokenizer's end-of-text token.
         cache: a folder for tokens and indices; several processes may share it.
@@ -97,7 +100,7 @@ def load_corpus(
             a single file the tail is taken, cut between two documents where one ends close by. Files called ``train`` and
             ``val`` (nothing else among them) are taken at their word.
         dtype, vocab: for a ``.bin`` without its sidecar ``<name>.json`` = ``{"dtype", "vocab", "tokenizer"}`` (nanoGPT:
-            ``"uint16"``, 50257). For text, ``vocab`` may only enlarge the tokenizer's (padding).
+            ``"uint16"``, 50257; also ``"int32"``, ``"int64"``, and ``">u2"`` for bytes in the other order). For text, ``vocab`` may only enlarge the tokenizer's (padding).
         suffixes, exclude: the text files taken, and folders skipped (by name or by relative path; so are hidden ones).
 
     Raises:
@@ -113,7 +116,7 @@ def load_corpus(
     if not files:
         raise ValueError(nothing_usable(sources, skipped, suffixes))
 
-    if any(f.kind == "bin" for f in files):
+    if any(f.kind in TOKENS for f in files):
         encoder = token_encoder(files, tokenizer, dtype, vocab)
     else:
         encoder = tokenizer_encoder(Path(tokenizer), separator) if tokenizer is not None else byte_encoder()
@@ -123,7 +126,10 @@ def load_corpus(
     # Whatever decides the tokens, and nothing else: no path, no time.
     recipe = {
         "format": FORMAT,
-        "tokenizer": [encoder.name, encoder.vocab, encoder.separator, encoder.dtype.name],
+        "tokenizer": [
+            *(encoder.name, encoder.vocab, encoder.separator, encoder.dtype.name),
+            *([encoder.stored.str] if encoder.stored else []),
+        ],
         "text_key": text_key if any(f.kind in ("jsonl", "parquet") for f in files) else None,
         "train": [[f.name, f.kind, f.digest] for f in train],
         "validation": [[f.name, f.kind, f.digest] for f in validation] or validation_fraction,
@@ -185,13 +191,18 @@ def _tokenise(
             _write_tokens(handle, train, encoder, text_key, skipped)
             cut = handle.tell() // encoder.dtype.itemsize
             _write_tokens(handle, validation, encoder, text_key, skipped)
+        for file in (*train, *validation):
+            file.check_unchanged()
 
     path = cache / f"{key}.bin"
     write_atomic(path, write)
     tokens = path.stat().st_size // encoder.dtype.itemsize
     try:  # only now it is known how much there is
         if tokens < 2:
-            raise ValueError(f"{train[0].path}: no text to learn from ({tokens} tokens); name a longer text")
+            why = "".join(f", {n} x {reason}" for reason, n in sorted(skipped.items()) if n)
+            raise ValueError(
+                f"{train[0].path}: no text to learn from ({tokens} tokens{why}); name a longer text{text_key_hint(skipped, text_key)}"
+            )
         if not validation:
             cut = _tail(np.memmap(path, encoder.dtype, "r"), fraction, encoder.separator)
         if cut in (0, tokens):
@@ -232,35 +243,22 @@ def _write_tokens(
     """Append the tokens of files; the separator stands between documents, not before the first nor after the last."""
     between = b"" if encoder.separator is None else np.array([encoder.separator], encoder.dtype).tobytes()
     beginning = True
-    if files and files[0].kind == "bin":
+    if files and files[0].kind in TOKENS:
         for file in files:
             handle.write(b"" if beginning else between)
             beginning = False
-            for tokens in _token_chunks(file, encoder):
+            for tokens in token_chunks(file, encoder):
                 handle.write(tokens.tobytes())
         return
     stretches = (piece for file in files for piece in pieces(file, text_key, skipped))
     for group in _grouped(stretches):
-        for (starts, _), tokens in zip(group, encoder.encode([text for _, text in group]), strict=True):
+        texts = [text for _, text in group]
+        if lost := encoder.unknown(texts):
+            skipped["character that the tokenizer does not know"] += lost
+        for (starts, _), tokens in zip(group, encoder.encode(texts), strict=True):
             handle.write(between if starts and not beginning else b"")
             beginning = False
             handle.write(tokens.astype(encoder.dtype).tobytes())
-
-
-def _token_chunks(file: SourceFile, encoder: Encoder) -> Iterator[Tokens]:
-    """The tokens of a ``.bin``, piece by piece; ``ValueError`` for one outside the vocabulary."""
-    position = 0
-    with file.path.open("rb") as handle:
-        while raw := handle.read(CHUNK):
-            tokens = np.frombuffer(raw, encoder.dtype)
-            if int(tokens.max()) >= encoder.vocab:
-                at = int(np.argmax(tokens >= encoder.vocab))
-                raise ValueError(
-                    f"{file.path}: token {tokens[at]} at position {position + at} is outside the vocab of"
-                    f" {encoder.vocab}; check vocab and dtype"
-                )
-            position += len(tokens)
-            yield tokens
 
 
 def _grouped(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from mue.lab.data.sources import SourceFile
 
 Piece = tuple[bool, str]
 """Whether a document starts here, and its text or the next stretch of it."""
+NULL = "null document"
 
 
 def pieces(file: SourceFile, text_key: str, skipped: Counter[str]) -> Iterator[Piece]:
@@ -27,11 +28,15 @@ def pieces(file: SourceFile, text_key: str, skipped: Counter[str]) -> Iterator[P
         yield from _text_pieces(file.path)
         return
     documents = _jsonl_documents if file.kind == "jsonl" else _parquet_documents
+    found = False  # text under the key: whoever reads on then has no reason to doubt the key
     for where, document in documents(file.path, text_key, skipped):
+        if document is None or document != document:  # null, or the NaN that pandas writes for it
+            skipped[NULL] += 1
+            continue
         if not isinstance(document, str):
-            raise ValueError(
-                f"{where}: {text_key!r} is {type(document).__name__}, not text; name the text's key: text_key="
-            )
+            fix = "mend that document, or leave it out" if found else "name the text's key: text_key="
+            raise ValueError(f"{where}: {text_key!r} is {type(document).__name__}, not text; {fix}")
+        found = True
         # A NUL would be read as the separator of byte tokens; a lone surrogate has no UTF-8.
         if "\0" in document or _has_surrogate(document):
             raise ValueError(f"{where}: binary text (a NUL or a lone surrogate); remove the document or clean it")
@@ -39,6 +44,11 @@ def pieces(file: SourceFile, text_key: str, skipped: Counter[str]) -> Iterator[P
             yield True, document
         else:
             skipped["empty document"] += 1
+
+
+def text_key_hint(skipped: Mapping[str, int], text_key: str) -> str:
+    """What to add to a message where documents were null under ``text_key``, and nothing else was found."""
+    return f", or its key: text_key= ({text_key!r} is null)" if skipped.get(NULL) else ""
 
 
 def _has_surrogate(text: str) -> bool:
@@ -54,7 +64,7 @@ def _text_pieces(path: Path) -> Iterator[Piece]:
     # A long text goes to the tokenizer in stretches of about a million characters, cut after a newline: one merge in
     # a million may be missed there, and memory stays flat.
     first = True
-    with path.open(encoding="utf-8", newline="") as handle:
+    with path.open(encoding="utf-8-sig", newline="") as handle:  # a byte order mark is no text
         while stretch := handle.read(1 << 20):  # characters
             yield first, stretch + handle.readline()
             first = False
@@ -62,6 +72,7 @@ def _text_pieces(path: Path) -> Iterator[Piece]:
 
 def _jsonl_documents(path: Path, key: str, skipped: Counter[str]) -> Iterator[tuple[str, object]]:
     """Where each document stands, for errors, and what is there under ``key``."""
+    seen = 0  # the line that last had the key
     with path.open("rb") as handle:
         for number, line in enumerate(handle, 1):
             where = f"{path}, line {number}"
@@ -74,7 +85,9 @@ def _jsonl_documents(path: Path, key: str, skipped: Counter[str]) -> Iterator[tu
                 raise ValueError(f"{where}: bad JSON ({error}); one object per line, nothing else") from error
             if not isinstance(record, dict) or key not in record:
                 has = f"keys {sorted(record)}" if isinstance(record, dict) else f"a {type(record).__name__}"
-                raise ValueError(f"{where}: no key {key!r} (it has {has}); name the text's key: text_key=")
+                fix = f"line {seen} had it: mend this one" if seen else "name the text's key: text_key="
+                raise ValueError(f"{where}: no key {key!r} (it has {has}); {fix}")
+            seen = number
             yield where, record[key]
 
 

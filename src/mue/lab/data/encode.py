@@ -1,17 +1,17 @@
-"""Text to tokens: by bytes, by a ``tokenizers`` JSON, or not at all where the tokens exist already."""
+"""Text to tokens: by bytes or by a ``tokenizers`` JSON. Tokens that exist already are read in ``stored_tokens``."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from mue.lab.data.sources import SourceFile, beside, read_json
+from mue.util.files import read_text
 
 Tokens = npt.NDArray[Any]
 # What tokenizers of the field call the end of a document, most common first.
@@ -33,7 +33,8 @@ class Encoder:
     Attributes:
         name: what a corpus' description calls it (``Corpus.tokenizer``). vocab: tokens are below it.
         dtype: the smallest unsigned one that holds them. separator: the token between documents, where it is known.
-        encode: the tokens of each text.
+        encode: the tokens of each text. unknown: how many characters of texts no token stands for.
+        stored: the dtype in which tokens that exist already lie in their files, where it is another than ``dtype``.
     """
 
     name: str
@@ -41,9 +42,11 @@ class Encoder:
     dtype: np.dtype[Any]
     separator: int | None
     encode: Callable[[list[str]], list[Tokens]]
+    unknown: Callable[[list[str]], int] = lambda texts: 0
+    stored: np.dtype[Any] | None = None
 
 
-def _smallest_dtype(vocab: int) -> np.dtype[Any]:
+def smallest_dtype(vocab: int) -> np.dtype[Any]:
     return np.dtype(np.uint8 if vocab <= 2**8 else np.uint16 if vocab <= 2**16 else np.uint32)
 
 
@@ -73,7 +76,7 @@ def tokenizer_encoder(path: Path, separator: str | None) -> Encoder:
     if not path.is_file():
         raise ValueError(f"{path}: no such tokenizer file; name a tokenizer.json")
     try:
-        tokenizer: Any = Tokenizer.from_file(str(path))
+        tokenizer: Any = Tokenizer.from_str(read_text(path))
     except Exception as error:  # tokenizers raises bare Exception
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: not a `tokenizers` JSON ({reason}); save one with Tokenizer.save") from error
@@ -83,14 +86,62 @@ def tokenizer_encoder(path: Path, separator: str | None) -> Encoder:
     if end is None or end not in names:
         what = "no end-of-text token was recognised" if end is None else f"it has no token {end!r}"
         raise ValueError(f'{path}: {what}; name the token between documents: separator="<its text>"')
+    changed = _whole_documents(tokenizer)
+    _check_repeatable(path, tokenizer, names)
 
     def encode(texts: list[str]) -> list[Tokens]:
         # No special tokens: separators are ours, and a long document comes in stretches without one between.
         encodings = tokenizer.encode_batch(texts, add_special_tokens=False)
         return [np.asarray(e.ids, dtype=np.uint32) for e in encodings]
 
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()  # its name: two files of one name are often two tokenizers
-    return Encoder(f"sha256:{digest}", vocab, _smallest_dtype(vocab), names[end], encode)
+    # Its name: two files of one name are often two tokenizers, and one that is not used as it was saved is another.
+    digest = hashlib.sha256(path.read_bytes() + changed.encode()).hexdigest()
+    unknown = _Unknown(tokenizer, names)
+    return Encoder(f"sha256:{digest}", vocab, smallest_dtype(vocab), names[end], encode, unknown)
+
+
+def _whole_documents(tokenizer: Any) -> str:
+    """Switch off what whoever saved a tokenizer wanted of single examples: cut to a length, or filled up to one.
+
+    Returns:
+        What was switched off, in words; "" where nothing was on.
+    """
+    off = [name for name in ("truncation", "padding") if getattr(tokenizer, name) is not None]
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return ", ".join(off)
+
+
+def _check_repeatable(path: Path, tokenizer: Any, names: Iterable[str]) -> None:
+    """Refuse a tokenizer that draws its tokens (BPE dropout, sampled unigrams): one hash would name many corpora."""
+    said = {name: getattr(tokenizer.model, name, None) for name in ("dropout", "alpha", "nbest_size")}
+    why = ", ".join(f"{name} = {value:g}" for name, value in said.items() if value)
+    # Whatever else a model may draw by shows in the tokens that are made of most parts.
+    text = " ".join(sorted(names, key=lambda name: (len(name), name))[-2000:])
+    first, *again = (tokenizer.encode(text, add_special_tokens=False).ids for _ in range(3))
+    if why or any(ids != first for ids in again):
+        raise ValueError(
+            f"{path}: it draws the tokens of a text anew each time ({why or 'two readings differ'});"
+            " switch that off and save it again, e.g. tokenizer.model.dropout = None"
+        )
+
+
+class _Unknown:
+    """Counts characters that a tokenizer drops or gives its unknown token: they are no part of what is trained on."""
+
+    def __init__(self, tokenizer: Any, names: dict[str, int]) -> None:
+        self.tokenizer = tokenizer
+        self.unknown = names.get(getattr(tokenizer.model, "unk_token", None) or "")
+        self.known: dict[str, bool] = {}
+
+    def __call__(self, texts: list[str]) -> int:
+        new = sorted(set().union(*texts) - self.known.keys())
+        # A character that is dropped leaves no trace however often it stands there; blanks many tokenizers drop on purpose.
+        pairs = self.tokenizer.encode_batch([c * n for c in new for n in (1, 2)], add_special_tokens=False)
+        for c, one, two in zip(new, pairs[::2], pairs[1::2], strict=True):
+            self.known[c] = c.isspace() or (one.ids != two.ids and self.unknown not in one.ids)
+        lost = {ord(c): None for c in set().union(*texts) if not self.known[c]}
+        return sum(len(text) - len(text.translate(lost)) for text in texts) if lost else 0
 
 
 def padded(encoder: Encoder, vocab: int | None, tokenizer: Path | None) -> Encoder:
@@ -107,62 +158,4 @@ def padded(encoder: Encoder, vocab: int | None, tokenizer: Path | None) -> Encod
     if vocab < encoder.vocab:
         whose = "bytes" if tokenizer is None else str(tokenizer)
         raise ValueError(f"vocab = {vocab} is smaller than the {encoder.vocab} of {whose}; leave it out or enlarge it")
-    return Encoder(encoder.name, vocab, _smallest_dtype(vocab), encoder.separator, encoder.encode)
-
-
-def token_encoder(files: list[SourceFile], tokenizer: Path | None, dtype: str | None, vocab: int | None) -> Encoder:
-    """Not an encoder but the description of tokens that exist already: every file's sidecar, which have to agree."""
-    text = next((f for f in files if f.kind != "bin"), None)
-    if text is not None:
-        raise ValueError(f"{text.path}: text among .bin files of tokens; load one kind or the other")
-    sidecars = [_sidecar(f, dtype, vocab) for f in files]
-    for f, other in zip(files[1:], sidecars[1:], strict=True):
-        if other != sidecars[0]:
-            raise ValueError(
-                f"{f.path}: {other} differs from {files[0].path}: {sidecars[0]}; use one tokenizer for all"
-            )
-    kind, size, name, separator = sidecars[0]
-    if tokenizer is not None:
-        wanted = tokenizer_encoder(Path(tokenizer), None)
-        if wanted.vocab > size or (name.startswith("sha256:") and name != wanted.name):
-            raise ValueError(
-                f"{files[0].path}: tokenised with {name} (vocab {size}), not with {tokenizer} (vocab {wanted.vocab});"
-                " pass the tokenizer it was made with"
-            )
-
-    def encode(texts: list[str]) -> list[Tokens]:
-        raise AssertionError("tokens are not tokenised again")
-
-    return Encoder(name, size, np.dtype(kind), separator, encode)
-
-
-def _sidecar(file: SourceFile, dtype: str | None, vocab: int | None) -> tuple[str, int, str, int | None]:
-    """dtype, vocab, tokenizer and separator of a .bin, from the JSON beside it or from the caller."""
-    companion = beside(file.path)
-    sidecar: dict[str, Any] = {}
-    if companion is not None:
-        read = read_json(companion)
-        if not isinstance(read, dict):
-            raise ValueError(
-                f'{companion}: not a JSON object; it needs {{"dtype": "uint16", "vocab": ..., "tokenizer": ...}}'
-            )
-        sidecar = read
-    for key, value in (("dtype", dtype), ("vocab", vocab)):
-        if value is not None and sidecar.setdefault(key, value) != value:
-            raise ValueError(
-                f"{companion}: says {key} = {sidecar[key]!r}, the caller {value!r}; leave out one of the two"
-            )
-    missing = [key for key in ("dtype", "vocab") if key not in sidecar]
-    if missing:
-        raise ValueError(
-            f"{file.path}: {' and '.join(missing)} of its tokens unknown; pass them, or write"
-            f' {{"dtype": "uint16", "vocab": 50257}} to {companion or file.path.with_suffix(".json")}'
-        )
-    kind, size, separator = sidecar["dtype"], sidecar["vocab"], sidecar.get("separator")
-    if kind not in ("uint8", "uint16", "uint32"):
-        raise ValueError(f"{file.path}: dtype {kind!r} of tokens is not supported; use uint16 or uint32")
-    if not isinstance(size, int) or isinstance(size, bool) or size < 2:
-        raise ValueError(f"{file.path}: vocab must be a whole number of at least 2, not {size!r}")
-    if file.size % np.dtype(kind).itemsize:
-        raise ValueError(f"{file.path}: {file.size} bytes are no whole number of {kind} tokens; check the dtype")
-    return kind, size, str(sidecar.get("tokenizer", "unknown")), separator if isinstance(separator, int) else None
+    return replace(encoder, vocab=vocab, dtype=smallest_dtype(vocab))

@@ -22,8 +22,23 @@ TEXT_SUFFIXES = frozenset(
 )
 EXCLUDED_FOLDERS = frozenset({"__pycache__", "node_modules", "site-packages", "dist-packages"})
 FORMAT = "mue-corpus-1"  # part of every hash: change it when the same files would give other tokens
+_DIGEST = "2"  # part of an index's name: change it when _digest says something else of the same file
 CHUNK = 1 << 22  # bytes or characters handled at once: memory stays flat, and Python's share of the time small
-_KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".bin": "bin"}
+_KINDS = {".jsonl": "jsonl", ".parquet": "parquet", ".bin": "bin", ".npy": "npy"}
+TOKENS = ("bin", "npy")  # of these kinds, those that hold tokens
+_UNPACK = {".gz": "gunzip", ".bz2": "bunzip2", ".xz": "unxz", ".zst": "unzstd", ".zip": "unzip", ".tar": "tar -xf"}
+# How files begin that are no text, whatever they are called; longest first, for UTF-32's mark begins with UTF-16's.
+FOREIGN = {
+    b"BZh91AY&SY": "packed (bzip2)",
+    b"\xfd7zXZ\0": "packed (xz)",
+    b"\x28\xb5\x2f\xfd": "packed (zstd)",
+    b"PK\x03\x04": "packed (zip)",
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    b"\x1f\x8b\x08": "packed (gzip)",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
 _VALIDATION_NAMES = frozenset({"val", "valid", "validation"})
 
 
@@ -33,7 +48,7 @@ class FoundFile:
 
     Attributes:
         name: relative to the folder it was found in, "/" between parts: it never depends on where the folder lies.
-        kind: "text", "jsonl", "parquet" or "bin".
+        kind: "text", "jsonl", "parquet", "bin" or "npy".
         named: the user named this very file, so a problem with it is an error.
     """
 
@@ -45,10 +60,23 @@ class FoundFile:
 
 @dataclass(frozen=True)
 class SourceFile(FoundFile):
-    """A file that is part of a corpus, with its bytes and the sha256 of its content."""
+    """A file that is part of a corpus, with its bytes and the sha256 of its content as they were when it was examined.
+
+    Attributes:
+        mtime: nanoseconds; with the size what tells whether it has changed since.
+    """
 
     size: int
     digest: str
+    mtime: int
+
+    def check_unchanged(self) -> None:
+        """Refuse a file that was written to since it was hashed: its tokens would be kept under the hash of another text."""
+        now = self.path.stat()
+        if (now.st_size, now.st_mtime_ns) != (self.size, self.mtime):
+            raise ValueError(
+                f"{self.path}: the file changed while it was read; load it again once nothing writes to it"
+            )
 
 
 def find(
@@ -72,8 +100,7 @@ def find(
         elif path.is_file():
             kind = _kind(path, suffixes)
             if kind is None:
-                known = " ".join(sorted([*suffixes, *_KINDS]))
-                raise ValueError(f"{path}: the suffix {path.suffix!r} is unknown; rename it to one of {known}")
+                raise ValueError(f"{path}: {_unknown_suffix(path, suffixes)}")
             # The hash of a lone file is that of its content, whatever it is called.
             found.append(FoundFile(path.name if len(sources) > 1 else kind, path, kind, named=True))
         else:
@@ -90,35 +117,68 @@ def _walk(
     root: Path, suffixes: frozenset[str], exclude: frozenset[str], tokens_described: bool, skipped: Counter[str]
 ) -> Iterator[FoundFile]:
     """The files of a folder that may be text; what is left out is counted by its reason."""
+    for folder, inside, names in _folders(root, exclude, skipped):
+        for name in names:
+            path = folder / name
+            kind = _kind(path, suffixes)
+            if kind is None:
+                # The sidecar of a .bin is no text of its own, and no loss.
+                sidecar = path.suffix == ".json" and any(path.with_suffix(end).exists() for end in (".bin", ".npy"))
+                skipped["packed file" if path.suffix.lower() in _UNPACK else "other suffix"] += not sidecar
+            elif kind in TOKENS and not tokens_described and beside(path) is None:
+                skipped[f"{path.suffix.lower()} without its sidecar"] += 1  # most likely no tokens at all
+            else:
+                yield FoundFile((inside / name).as_posix(), path, kind, named=False)
+
+
+def _folders(root: Path, exclude: frozenset[str], skipped: Counter[str]) -> Iterator[tuple[Path, Path, list[str]]]:
+    """Each folder below ``root`` once, as (where it is, its name relative to ``root``, the names of its files).
+
+    Those that lie in the tree come first and those that it links to last, in one order on every machine: however links lead back,
+    none is read twice, and a name does not depend on them.
+    """
 
     def unreadable(error: OSError) -> None:
         skipped["unreadable folder"] += 1
 
-    for folder, folders, names in os.walk(root, onerror=unreadable):
-        inside = Path(folder).relative_to(root)
-        keep = []
-        for name in folders:
-            paths = {name, (inside / name).as_posix(), str(Path(folder, name).resolve())}
-            out = name.startswith(".") or bool(paths & exclude)
-            skipped["excluded folder"] += out
-            if not out:
-                keep.append(name)
-        folders[:] = sorted(keep)
-        for name in names:
-            path = Path(folder, name)
-            kind = _kind(path, suffixes)
-            if kind is None:
-                # The sidecar of a .bin is no text of its own, and no loss.
-                skipped["other suffix"] += not (path.suffix == ".json" and path.with_suffix(".bin").exists())
-            elif kind == "bin" and not tokens_described and beside(path) is None:
-                skipped[".bin without its sidecar"] += 1  # in a folder of code, most likely no tokens at all
-            else:
-                yield FoundFile((inside / name).as_posix(), path, kind, named=False)
+    def is_new(folder: Path) -> bool:
+        real = folder.resolve()
+        known = real in seen
+        seen.add(real)
+        skipped["folder linked again"] += known
+        return not known
+
+    seen: set[Path] = set()
+    tops = [(root, Path())]
+    while tops:
+        top, name = tops.pop(0)
+        if not is_new(top):
+            continue
+        for folder, folders, names in os.walk(top, onerror=unreadable):
+            inside = name / Path(folder).relative_to(top)
+            keep = []
+            for below in sorted(folders):
+                path = Path(folder, below)
+                if below.startswith(".") or {below, (inside / below).as_posix(), str(path.resolve())} & exclude:
+                    skipped["excluded folder"] += 1
+                elif path.is_symlink():
+                    tops.append((path, inside / below))
+                elif is_new(path):
+                    keep.append(below)
+            folders[:] = keep
+            yield Path(folder), inside, names
 
 
 def _kind(path: Path, suffixes: frozenset[str]) -> str | None:
     suffix = path.suffix.lower()
     return _KINDS.get(suffix) or ("text" if suffix in suffixes else None)
+
+
+def _unknown_suffix(path: Path, suffixes: frozenset[str]) -> str:
+    if unpack := _UNPACK.get(path.suffix.lower()):
+        return f"the file is packed; unpack it first: {unpack} {path.name}"
+    known = " ".join(sorted([*suffixes, *_KINDS]))
+    return f"the suffix {path.suffix!r} is unknown; convert it to one of {known}, or rename it where it is one already"
 
 
 def nothing_usable(sources: list[Path], skipped: Counter[str], suffixes: frozenset[str]) -> str:
@@ -138,14 +198,14 @@ class Index:
 
     def __init__(self, cache: Path, scope: list[Any]) -> None:
         absolute = [str(s.resolve()) if isinstance(s, Path) else str(s) for s in scope]
-        name = hashlib.sha256("\n".join([FORMAT, *absolute]).encode()).hexdigest()[:16]
+        name = hashlib.sha256("\n".join([FORMAT, _DIGEST, *absolute]).encode()).hexdigest()[:16]
         self.path = cache / f"index-{name}.json"
         old = read_json(self.path)
         self.old: dict[str, list[Any]] = old if isinstance(old, dict) else {}
         self.new: dict[str, list[Any]] = {}
 
-    def look(self, found: FoundFile) -> tuple[int, str, str | None]:
-        """Size, digest and problem of a file. Raises OSError if it cannot be read."""
+    def look(self, found: FoundFile) -> tuple[int, int, str, str | None]:
+        """Size, time of the last change, digest and problem of a file. Raises OSError if it cannot be read."""
         stat = found.path.stat()
         known = self.old.get(found.name)
         if known is None or known[:2] != [stat.st_size, stat.st_mtime_ns]:
@@ -154,7 +214,7 @@ class Index:
         # it once more next time.
         if time.time_ns() - stat.st_mtime_ns > 2_000_000_000:
             self.new[found.name] = known
-        return known[0], known[2], known[3]
+        return known[0], known[1], known[2], known[3]
 
     def save(self) -> None:
         """Write what was looked at, where it differs from what is stored."""
@@ -167,29 +227,41 @@ def examine_all(found: list[FoundFile], index: Index, skipped: Counter[str]) -> 
     files = []
     for f in found:
         try:
-            size, digest, problem = index.look(f)
+            size, mtime, digest, problem = index.look(f)
         except OSError as error:
-            size, digest, problem = 0, "", f"unreadable ({error.strerror})"
+            size, mtime, digest, problem = 0, 0, "", f"unreadable ({error.strerror})"
         if problem is None:
-            files.append(SourceFile(f.name, f.path, f.kind, f.named, size, digest))
+            files.append(SourceFile(f.name, f.path, f.kind, f.named, size, digest, mtime))
         elif f.named:
             fix = {"empty": "name a file with text in it", "binary": "name a text file, or tokens as .bin"}
+            fix |= {name: "unpack it first" for name in FOREIGN.values() if name.startswith("packed")}
             raise ValueError(f"{f.path}: the file is {problem}; {fix.get(problem, 'convert it to UTF-8 text')}")
         else:
             skipped[problem] += 1
     return files
 
 
+def foreign(head: bytes) -> str | None:
+    """What a file is that begins so, where that is no text."""
+    return next((name for magic, name in FOREIGN.items() if head.startswith(magic)), None)
+
+
 def _digest(path: Path, kind: str) -> tuple[str, str | None]:
-    """sha256 of a file, and what keeps it from being text: empty, binary (NUL bytes) or not UTF-8."""
+    """sha256 of a file, and what keeps it from being text: empty, packed, in another encoding, binary (NUL bytes), not UTF-8.
+
+    The byte order mark that some editors put before UTF-8 is no text: with it or without, a file is the same.
+    """
     sha = hashlib.sha256()
-    decoder = codecs.getincrementaldecoder("utf-8")() if kind in ("text", "jsonl") else None
+    text = kind in ("text", "jsonl")
+    decoder = codecs.getincrementaldecoder("utf-8")() if text else None
     problem: str | None = "empty"
     with path.open("rb") as handle:
+        head = handle.read(16)
+        handle.seek(len(codecs.BOM_UTF8) if text and head.startswith(codecs.BOM_UTF8) else 0)
         while chunk := handle.read(CHUNK):
             sha.update(chunk)
             if problem == "empty":
-                problem = None
+                problem = foreign(head) if text else None
             if decoder is None or problem is not None:
                 continue
             try:
