@@ -17,7 +17,7 @@ def rules(
     file: Annotated[Path | None, typer.Argument(help="A plan file, as mue plan reads it.", show_default=False)] = None,
     why: Annotated[
         str | None,
-        typer.Option("--why", help="Show how each number of this role (or output_multiplier, ...) comes about."),
+        typer.Option("--why", help="Show how each number of this role (or output_multiplier, run, ...) comes about."),
     ] = None,
     layer: Annotated[int | None, typer.Option(help="With --why: of this layer only.", min=0)] = None,
     markdown: Annotated[
@@ -35,6 +35,7 @@ def rules(
       mue rules moe.toml                      # all rules side by side
       mue rules moe.toml --why expert_down    # one role of the file's rule, step by step
       mue rules moe.toml --why output_multiplier   # or route_scale, residual_multiplier, head_multiplier, attention_scale
+      mue rules moe.toml --why run            # what a change of batch and duration moves, and what that keeps
       mue rules --markdown > docs/rules.md
     """
     from mue.plan.compare import compare, comparison_text

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from mue.plan.base import Base
 from mue.plan.ratios import base_block, ratios
 from mue.plan.values import NOTHING, BlockPlan, RolePlan, Values
+from mue.rules.algebra import Monomial
 from mue.rules.roles import ROLES, Role
 from mue.rules.table import FIELDS, NORMAL, ZERO_INIT, Row, Rule
 from mue.shapes import Block, Training, Transformer
@@ -152,7 +153,7 @@ def _agreed(many: list[Values]) -> Values:
 def carried_betas(
     betas: tuple[float, float], rule: Rule, transition: Transition, ratio: Mapping[str, float]
 ) -> tuple[float, float]:
-    """1-β' = (1-β)·ρ_B/ρ_D = (1-β)·T*/T, or β' = β^(ρ_B/ρ_D), which agrees to first order (transfer-rules 5).
+    """1-β' = (1-β)·f or β' = β^f, which agrees to first order (transfer-rules 5); f is the rule's, ρ_B/ρ_D = T*/T by the SDE rule.
 
     So Adam's averages last the same part of a run: (1-β)/η² is kept, as the SDE of Adam wants (2205.10287).
 
@@ -160,7 +161,7 @@ def carried_betas(
         betas: of the base. ratio: of any block; only batch and duration are read from it.
 
     Raises:
-        ValueError: 1-β' leaves (0, 1); names the beta and the fewest steps that work.
+        ValueError: 1-β' leaves (0, 1); names the beta and the fewest steps (or the largest batch) that work.
     """
     factor = rule.one_minus_beta(ratio)
     if factor == 1:
@@ -168,19 +169,31 @@ def carried_betas(
     if rule.betas == "power":
         return (betas[0] ** factor, betas[1] ** factor)
     i = 0 if betas[0] < betas[1] else 1  # the smaller beta leaves its domain first
+    before, after = transition.base_training, transition.training
     # 1-β ≥ 1 would be no average at all. It is refused and not clamped: transfer-rules 5.
-    if (1 - betas[i]) * factor >= 1 and transition.base_training is not None and transition.training is not None:
-        # (1-β)·ρ_B^(1-2q)·(T/T*)^-2q < 1, which for q = 1/2 is (1-β)·T*/T < 1: the batch cancels.
-        q = -rule.one_minus_beta.exponent("ρ_D") / 2
-        bound = ((1 - betas[i]) * ratio["ρ_B"] ** float(1 - 2 * q)) ** float(1 / (2 * q))
-        # More than bound·T* is needed: where that is a whole number, rounding must not let it pass for enough.
-        needed = math.floor(bound * transition.base_training.steps * (1 + 1e-12)) + 1
+    if (1 - betas[i]) * factor >= 1 and before is not None and after is not None:
         raise ValueError(
-            f"beta{i + 1} = {betas[i]:g} cannot be carried from {transition.base_training.steps:,} to"
-            f" {transition.training.steps:,} steps: (1-β)·T*/T = {(1 - betas[i]) * factor:g} is not below 1; at least"
-            f" {needed:,} steps work" + (', or betas = "power"' if "betas" in rule.options else "")
+            f"beta{i + 1} = {betas[i]:g} cannot be carried from {before.steps:,} to {after.steps:,} steps:"
+            f" (1-β) × {rule.one_minus_beta} = {(1 - betas[i]) * factor:g} is not below 1;"
+            f" {_what_works(1 - betas[i], rule.one_minus_beta, before, after)}"
+            + (', or betas = "power" or "unchanged"' if "betas" in rule.options else "")
         )
     return (1 - (1 - betas[0]) * factor, 1 - (1 - betas[1]) * factor)
+
+
+def _what_works(one_minus_beta: float, factor: Monomial, before: Training, after: Training) -> str:
+    """The fewest steps at the target's batch, or the largest batch, for which (1-β)·ρ_B^b·ρ_D^-m is below 1."""
+    b, m = float(factor.exponent("ρ_B")), -float(factor.exponent("ρ_D"))
+    if m == 0:
+        # the number of steps is not in it: ρ_B < (1-β)^(-1/b)
+        bound = one_minus_beta ** (-1 / b) * before.batch
+        # Less than the bound is needed: where that is a whole number, rounding must not let it pass for enough.
+        return f"at most {math.ceil(bound * (1 - 1e-12)) - 1:,} tokens a step work"
+    # ρ_D = ρ_B·T/T*, so that (1-β)·ρ_B^(b-m)·(T/T*)^-m < 1; by the SDE rule b = m = 1, and the batch cancels
+    octaves = math.log2(one_minus_beta * (after.batch / before.batch) ** (b - m)) / m
+    if octaves > 40:  # a small m: the steps have next to no part in it, and the power would not fit into a float
+        return "no run is long enough at this batch, a smaller batch works"
+    return f"at least {math.floor(2**octaves * before.steps * (1 + 1e-12)) + 1:,} steps work"
 
 
 def check_output_multiplier(target: Transformer, blocks: tuple[BlockPlan, ...]) -> None:

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 from mue.plan import per_role
 from mue.plan.plan import PlanData
 from mue.plan.ratios import ratios
-from mue.rules.algebra import RATIOS, Monomial
+from mue.rules.algebra import ONE, RATIOS, Monomial
 from mue.rules.roles import ROLES
+from mue.rules.sde import INVARIANTS, T
 from mue.rules.table import CELLS, FIELDS
 from mue.shapes import Block, Transformer
 from mue.util.errors import nearest
@@ -24,6 +25,9 @@ WHOLE = {
     "head_multiplier": "the head, or the final norm where it is tied",
     "attention_scale": "",
 }
+
+
+RUN = "run"  # the factors of batch and duration, and what they keep
 
 
 @dataclass(frozen=True)
@@ -45,13 +49,15 @@ def why(plan: PlanData, name: str, layer: int | None = None) -> list[Step]:
     Where blocks differ in it, every kind of block is derived, its layers beside the number, or only that of ``layer``.
 
     Args:
-        name: from :data:`mue.rules.roles.ROLES` or :data:`WHOLE`.
+        name: from :data:`mue.rules.roles.ROLES` or :data:`WHOLE`, or :data:`RUN`.
 
     Raises:
         ValueError: an unknown name, a role the target does not have, a layer that does not exist.
     """
-    if name not in (*ROLES, *WHOLE):
-        raise ValueError(f"unknown role {name!r}{nearest(name, (*ROLES, *WHOLE))}")
+    if name not in (*ROLES, *WHOLE, RUN):
+        raise ValueError(f"unknown role {name!r}{nearest(name, (*ROLES, *WHOLE, RUN))}")
+    if name == RUN:
+        return list(_run(plan))
     indices = range(len(plan.blocks)) if layer is None else [plan.block_of(layer)]
     held = [i for i in indices if name in WHOLE or plan.blocks[i].roles[name].count]
     if not held:
@@ -193,6 +199,26 @@ def _attention(plan: PlanData) -> Steps:
     text = f"× {ratio if exponent == 1 else f'{ratio}^{exponent}'}, head size"
     yield Step("attention scale", text, value, "conventions 8")
     return value
+
+
+def _run(plan: PlanData) -> Iterator[Step]:
+    """What a change of batch and duration does: the factors, Adam's betas, and what of the base's run is kept by them."""
+    rule, run, ratio = plan.rule, plan.rule.run, _ratios(plan, plan.target.blocks[0])
+    if run is None:
+        yield Step("run", f"{rule.name} has no SDE rule: what moves with the run stands in each role", 1.0, rule.source)
+        return
+    chosen, table = dict(run.chosen), rule.axes.get("ρ_B", rule.source)
+    for cell in ("lr", "weight_decay", "eps"):
+        factor: Monomial = getattr(run, cell)
+        yield Step(CELLS[cell], f"× {factor}", factor(ratio), chosen.get(cell, table))
+    of_betas = table if run.one_minus_beta == 1 / T else f"betas = {rule.options['betas']}, as chosen"
+    how = "β to the power of" if run.betas == "power" else "1-β ×"
+    for i, beta in enumerate(plan.betas, start=1):
+        yield Step(f"beta{i}", f"{how} {run.one_minus_beta}", beta, of_betas)
+    for name, change in run.changes().items():
+        text = "kept" if change == ONE else f"× {change}"
+        first_order = ", to first order" if run.betas == "power" and "β" in name else ""
+        yield Step(name, text + first_order, change(ratio), INVARIANTS[name])
 
 
 # ---- common ----------------------------------------------------------------------------------------------------------

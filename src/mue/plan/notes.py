@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from mue.plan import per_role
 from mue.plan.ratios import base_block
-from mue.rules.algebra import Monomial
+from mue.rules.algebra import ONE, Monomial
 from mue.rules.roles import ROLES
+from mue.rules.sde import kept_and_lost
 from mue.rules.table import CELLS, FIELDS, Rule
 from mue.shapes import HParams, Training, Transformer
 
 
-def notes(rule: Rule, base: Transformer, target: Transformer, tuned: HParams, *, planned_base: bool) -> tuple[str, ...]:
+def notes(
+    rule: Rule,
+    base: Transformer,
+    target: Transformer,
+    tuned: HParams,
+    ratio: Mapping[str, float],
+    *,
+    planned_base: bool,
+) -> tuple[str, ...]:
     """What a reader of this plan must know beyond its numbers, each thing once.
 
     Args:
-        planned_base: the base is a plan, so its R is known to be right.
+        ratio: of any block; only batch and duration are read from it. planned_base: the base is a plan, so its R is known to be right.
     """
-    found = [*rule.notes, *per_role.notes(tuned, rule, base, target)]
+    found = [*rule.notes, *_given_up(rule, ratio), *per_role.notes(tuned, rule, base, target)]
     R = base_block(base).route_scale
     if rule.routed and R != 1 and not planned_base:
         found.append(
@@ -70,6 +81,13 @@ def batch_notes(*runs: tuple[str, Training | None, Transformer]) -> tuple[str, .
         for name, run, shape in runs
         if run is not None and run.batch < shape.sequence
     )
+
+
+def _given_up(rule: Rule, ratio: Mapping[str, float]) -> list[str]:
+    """What of the SDE rule's invariants a choice of exponents, weight decay, eps and betas does not keep."""
+    if rule.run is None or all(change == ONE for change in rule.run.changes().values()):
+        return []
+    return [f"batch and duration: {kept_and_lost(rule.run, ratio)}"]
 
 
 def _factors(rule: Rule, role: str) -> list[Monomial]:

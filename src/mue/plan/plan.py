@@ -14,7 +14,8 @@ from typing import Any, TypeVar
 
 from mue.plan.convention import Convention
 from mue.plan.values import BlockPlan, Folding, Multipliers, RolePlan
-from mue.rules.options import as_json
+from mue.rules.options import as_json, written
+from mue.rules.registry import RULES
 from mue.rules.roles import ROLES
 from mue.rules.table import Rule
 from mue.shapes import HParams, Training, Transformer
@@ -51,7 +52,7 @@ class Inputs:
 
     def to_dict(self) -> dict[str, Any]:
         """As plan files hold it. In their format α stands beside the other options, null where the rule has none."""
-        options = dict(self.options)
+        options = written(RULES.lookup(self.rule), self.options)
         depth = options.pop("depth_exponent", None)
         return {
             "base": self.base.to_dict() if isinstance(self.base, Transformer) else {"plan": self.base.inputs.to_dict()},
@@ -206,7 +207,7 @@ class PlanData:
             "roles": {role: plan.to_dict() for role, plan in self.roles.items()},
             "blocks": [block.to_dict() for block in self.blocks],
             "unchanged": self.unchanged,
-            "options": as_json(self.rule.options),
+            "options": written(RULES.lookup(self.rule.name), as_json(self.rule.options)),
             "folded": None if self.folding is None else self.folding.to_dict(),
         }
 
@@ -223,7 +224,10 @@ class PlanData:
 
     def diff(self, other: PlanData) -> list[tuple[str, Any, Any]]:
         """Every value in which two plans differ: (path, mine, theirs), texts left out."""
-        mine, theirs = (flatten(drop_texts({**p.content(), "rule": p.rule.name})) for p in (self, other))
+        mine, theirs = (
+            flatten(drop_texts({**p.content(), "rule": p.rule.name, "options": as_json(p.rule.options)}))
+            for p in (self, other)
+        )
         keys = list(dict.fromkeys([*mine, *theirs]))
         return [(k, mine.get(k), theirs.get(k)) for k in keys if rounded(mine.get(k)) != rounded(theirs.get(k))]
 

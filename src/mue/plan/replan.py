@@ -13,6 +13,8 @@ from mue.plan.convention import Convention
 from mue.plan.fold import fold
 from mue.plan.plan import FORMAT, Inputs, PlanData, flatten
 from mue.plan.transfer import plan_of
+from mue.rules.options import read_back
+from mue.rules.registry import RULES
 from mue.shapes import DEFAULT_HEAD_DIM, HParams, Training, shape_from_dict
 from mue.util.files import rounded
 
@@ -35,7 +37,8 @@ def inputs_from_dict(data: Mapping[str, Any]) -> Inputs:
         training=None if data["training"] is None else Training(**data["training"]),
         rule=data["rule"],
         convention=Convention(**data["convention"]),
-        options=({} if depth is None else {"depth_exponent": depth}) | dict(data.get("options", {})),
+        options=({} if depth is None else {"depth_exponent": depth})
+        | read_back(RULES.lookup(data["rule"]), data.get("options", {})),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from fractions import Fraction
 
 from mue.plan.compare import all_rules, compare, formulas
 from mue.plan.convention import Convention
@@ -13,6 +14,7 @@ from mue.plan.transfer import plan_of
 from mue.rules import RULES, option_names
 from mue.rules.algebra import RATIOS
 from mue.rules.options import OPTIONS, as_json
+from mue.rules.sde import INVARIANTS, kept_and_lost, sde
 from mue.rules.table import AXES, CELLS, Rule
 from mue.shapes import Dense, HParams, MoE, Training, Transformer
 
@@ -47,7 +49,7 @@ steps moves an element of a weight, or refused.
 def markdown() -> str:
     """The whole page."""
     rules = all_rules()
-    parts = [INTRO, _ratios(), _options(), _overview(rules), _examples(), _why()]
+    parts = [INTRO, _ratios(), _options(), _run(), _overview(rules), _examples(), _why()]
     parts += [_rule(rule) for rule in rules]
     parts += [OTHERS, FOLDING + "\n" + _folds()]
     return "\n".join(part.rstrip() + "\n" for part in parts)
@@ -67,9 +69,33 @@ def _options() -> str:
     for name, option in OPTIONS.items():
         has = [rule for rule, builder in RULES.items() if name in option_names(builder)]
         default = {str(as_json(r.options)[name]) for r in all_rules() if name in r.options}
-        choices = ", ".join(option.choices) or (f"[{option.low}, {option.high}]" if option.low else "true, false")
+        choices = ", ".join(option.choices) or (
+            f"[{option.low}, {option.high}]" if option.low is not None else "true, false"
+        )
         rows.append([f"`{name}`", option.meaning, choices, " / ".join(sorted(default)), ", ".join(has)])
     return "## Options\n\n" + _table(["option", "meaning", "choices", "default", "rules that have it"], rows)
+
+
+RUN = """\
+## Batch and duration
+
+A change of the run moves lr by s = ρ_B^p · ρ_D^-q (p `batch_exponent`, q `duration_exponent`); weight decay, eps and betas follow
+by choices of their own. Once p or q is not 1/2, no choice keeps everything: the second table says what each value keeps as it was in
+the base's run, and by which factor the rest moves. A plan's notes say it of its own choices, `mue rules CONFIG.toml --why run` step by step.
+"""
+
+
+def _run() -> str:
+    kinds = [[f"`{name}`", text] for name, text in INVARIANTS.items()]
+    exponents = [tuple(map(Fraction, pair)) for pair in (("1/2", "1/2"), ("1/2", "3/10"), ("2/5", "0"))]
+    touched = {"weight_decay_run": ("η·λ·T", "λ/η"), "eps_run": ("η·ε",), "betas": ("(1-β)/η²", "(1-β)·T")}
+    rows = [["any", *(kept_and_lost(sde(p, q), among=["T·η²"]) for p, q in exponents)]]
+    for name, among in touched.items():
+        for choice in OPTIONS[name].choices:
+            made = [sde(p, q, **{name: choice}) for p, q in exponents]
+            rows.append([f"`{name} = {choice}`", *(kept_and_lost(run, among=among) for run in made)])
+    header = ["choice", *(f"p = {p}, q = {q}" for p, q in exponents)]
+    return f"{RUN}\n{_table(['quantity', 'is'], kinds)}\n{_table(header, rows)}"
 
 
 def _overview(rules: list[Rule]) -> str:

@@ -37,7 +37,10 @@ def transfer(
     rule: str = "complete-mue",
     convention: Convention | None = None,
     depth_exponent: Fraction | float | str | None = None,
+    batch_exponent: Fraction | float | str | None = None,
     duration_exponent: Fraction | float | str | None = None,
+    weight_decay_run: str | None = None,
+    eps_run: str | None = None,
     weight_decay_width: str | None = None,
     head: str | None = None,
     betas: str | None = None,
@@ -54,9 +57,13 @@ def transfer(
         rule: a name from :data:`mue.rules.RULES`.
         convention: the base's habits.
         depth_exponent: CompleteP's α in [1/2, 1], 1 by default.
-        duration_exponent: q of rates × ρ_D^-q, 1/2 by default; another value loses two invariants, and says so.
+        batch_exponent, duration_exponent: p and q of s = ρ_B^p · ρ_D^-q, the run's factor on rates; 1/2 by default. With
+            other values not everything that the SDE rule keeps can be kept; the plan's notes say what is given up.
+        weight_decay_run: ``"follows-lr"`` (default: × s), ``"constant-timescale"`` (keeps η·λ·T) or ``"unchanged"``.
+        eps_run: ``"follows-lr"`` (default: × 1/s) or ``"unchanged"``.
         weight_decay_width: ``"constant-product"`` (default), ``"sqrt-width"`` or ``"none"``.
-        head: ``"completep"`` (default) or ``"paper"``. betas: ``"linear"`` (default) or ``"power"``.
+        head: ``"completep"`` (default) or ``"paper"``.
+        betas: ``"linear"`` (default: 1-β × s²), ``"power"``, ``"constant-timescale"`` (keeps (1-β)·T) or ``"unchanged"``.
         up_gate_correction: experimental correction of the up/gate drift, off by default.
         more: options that came with a rule of their own, by name (:data:`mue.rules.OPTIONS`).
 
@@ -76,7 +83,10 @@ def transfer(
             )
     options = more | {
         "depth_exponent": depth_exponent,
+        "batch_exponent": batch_exponent,
         "duration_exponent": duration_exponent,
+        "weight_decay_run": weight_decay_run,
+        "eps_run": eps_run,
         "weight_decay_width": weight_decay_width,
         "head": head,
         "betas": betas,
@@ -125,7 +135,7 @@ def plan_of(inputs: Inputs) -> PlanData:
     #                         (H in a dense feed-forward, a·h + n_s·h_s with experts): what MoE and dense have in common
     #                         (Complete-muE, 2605.23893); N, the number of experts, enters nothing
     #       ρ_B, ρ_D          tokens of a step and of the run; s = √(ρ_B/ρ_D) = √(T*/T) is the factor of the SDE rule on
-    #                         rates (2605.23893, Table 2; the rule's duration_exponent may say otherwise)
+    #                         rates (2605.23893, Table 2; the rule's batch_exponent and duration_exponent may say otherwise)
     #    Of these only ρ_e depends on the block. Rather no plan than one by a rule that has no answer to a change:
     # Without a run of its own the target trains as the base did: ρ_B = ρ_D = 1.
     transition = Transition(base.shape, target, base.training, inputs.training or base.training)
@@ -157,8 +167,8 @@ def plan_of(inputs: Inputs) -> PlanData:
         # q·k is a sum over d_head: trained queries and keys are aligned, so the scale falls as 1/d_head (µP; conventions 8)
         attention_scale=base.attention_scale
         * (base.shape.head_dim / target.head_dim) ** float(rule.attention_exponent),
-        # averages that last the same part of a run: 1-β × T*/T (2605.23893, Table 2)
+        # averages that last the same part of a run: 1-β × T*/T (2605.23893, Table 2; the rule's option may say otherwise)
         betas=carried_betas(base.betas, rule, transition, ratios),
-        notes=notes(rule, base.shape, target, base.tuned, planned_base=base.plan is not None)
+        notes=notes(rule, base.shape, target, base.tuned, ratios, planned_base=base.plan is not None)
         + batch_notes(("base", inputs.base_training, base.shape), ("target", inputs.training, target)),
     )

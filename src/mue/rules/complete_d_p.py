@@ -13,7 +13,7 @@ from mue.rules.algebra import ONE, Monomial, ratio
 from mue.rules.completep import FIXED_RATIO
 from mue.rules.registry import RULES
 from mue.rules.roles import of_kind
-from mue.rules.sde import horizon_note, sde
+from mue.rules.sde import sde
 from mue.rules.table import Row, Rule
 
 N, o, L = ratio("ρ_d"), ratio("ρ_o"), ratio("ρ_L")
@@ -21,10 +21,16 @@ N, o, L = ratio("ρ_d"), ratio("ρ_o"), ratio("ρ_L")
 
 @RULES.register("complete-d-p", place=4)
 def complete_d_p(
-    depth_exponent: Fraction = Fraction(1), duration_exponent: Fraction = Fraction(1, 2), betas: str = "linear"
+    depth_exponent: Fraction = Fraction(1),
+    duration_exponent: Fraction = Fraction(1, 2),
+    betas: str = "linear",
+    *,
+    batch_exponent: Fraction = Fraction(1, 2),
+    weight_decay_run: str = "follows-lr",
+    eps_run: str = "follows-lr",
 ) -> Rule:
     """Complete(d)P for α in [1/2, 1]; ``duration_exponent`` is the change Marin made to it (about 0.3)."""
-    α, s = depth_exponent, sde(duration_exponent)
+    α, run = depth_exponent, sde(batch_exponent, duration_exponent, weight_decay_run, eps_run, betas)
     inside = L ** (α - 1)
 
     def row(
@@ -36,7 +42,7 @@ def complete_d_p(
         eps: Monomial = ONE,
     ) -> Row:
         source = f"2512.22382 Table 1 as re-implemented: {name}"
-        return Row(init_std=std, lr=lr * s, weight_decay=wd * s, eps=eps / s, source=source)
+        return Row(init_std=std, lr=lr * run.lr, weight_decay=wd * run.weight_decay, eps=eps * run.eps, source=source)
 
     def hidden(fan_in: Monomial) -> Row:
         return row("hidden weights", std=fan_in ** "-1/2", lr=inside / fan_in, wd=fan_in, eps=L**-α / fan_in)
@@ -61,9 +67,9 @@ def complete_d_p(
             "head": row("unembedding, no multiplier", std=N**-1, lr=N**-1, wd=N),
         },
         residual_multiplier=L**-α,
-        # (1-β) × ρ_B/ρ_D at q = 1/2: (1-β)/η² is kept (transfer-rules 5)
-        one_minus_beta=s**2,
-        betas=betas,
+        one_minus_beta=run.one_minus_beta,
+        betas=run.betas,
+        run=run,
         routed=False,
         refuses={
             "moe": "Complete(d)P as published has no answer for experts (use complete-mue)",
@@ -71,7 +77,6 @@ def complete_d_p(
             "tied": "Complete(d)P scales the head's init and rate, which a tied head shares with the embedding:"
             " use completep or complete-mue, whose multiplier can stay on the logits",
         },
-        notes=horizon_note(duration_exponent),
         gradient=True,
         spectral=True,
     )

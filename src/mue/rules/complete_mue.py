@@ -15,8 +15,8 @@ from fractions import Fraction
 from mue.rules.algebra import ONE, Monomial, ratio
 from mue.rules.registry import RULES
 from mue.rules.roles import of_kind, of_part
-from mue.rules.sde import AXIS_SOURCES, horizon_note, sde
-from mue.rules.table import INFERRED, PUBLISHED, Row, Rule
+from mue.rules.sde import AXIS_SOURCES, RunFactors, sde
+from mue.rules.table import FIELDS, INFERRED, PUBLISHED, Row, Rule
 
 d, o, L, e, κ = (ratio(f"ρ_{x}") for x in ("d", "o", "L", "e", "κ"))
 UP_GATE = (e / κ) ** "1/2"  # the drift of 1.9: what the update of up and gate grows by when H_act/d does
@@ -33,13 +33,13 @@ DECAYS = {
 class _Hidden:
     """The rows of matrices inside blocks: all of them are µP on their own fan-in, and CompleteP in depth.
 
-    ``depth`` and ``depth_eps`` are the depth's factors on rates and on eps, ``s`` the run's, ``decay`` the power of width on
-    weight decay.
+    ``depth`` and ``depth_eps`` are the depth's factors on rates and on eps, ``run`` has those of batch and duration, ``decay``
+    is the power of width on weight decay.
     """
 
     depth: Monomial
     depth_eps: Monomial
-    s: Monomial
+    run: RunFactors
     decay: Fraction
     decay_source: str
 
@@ -51,11 +51,11 @@ class _Hidden:
             # a sum of fan_in terms drawn at random keeps its size (µP; transfer-rules 1.2)
             init_std=fan_in ** "-1/2" * std,
             # Adam moves each element by lr; fan_in such moves are aligned with the input and add up (µP)
-            lr=fan_in**-1 * self.depth * rate * self.s,
+            lr=fan_in**-1 * self.depth * rate * self.run.lr,
             # lr·wd as on the base, for AdamW averages over 1/(lr·wd) steps (2405.13698; W2: else 8 times longer)
-            weight_decay=(fan_in / rate) ** self.decay * self.s,
+            weight_decay=(fan_in / rate) ** self.decay * self.run.weight_decay,
             # eps stands beside √v and follows the gradient, which falls with width, depth and 1/e (transfer-rules 1.9)
-            eps=eps * fan_in**-1 * self.depth_eps / self.s,
+            eps=eps * fan_in**-1 * self.depth_eps * self.run.eps,
             source=f"{source}; lr and std: Table 1; wd: {self.decay_source}; eps: CompleteP Table 1 and 1.9",
             cells={
                 "init_std": f"arXiv 2605.23893 Table 1: {source}",
@@ -68,6 +68,7 @@ class _Hidden:
                 # the published table has neither the correction of up and gate nor a width in weight decay
                 "lr": INFERRED if rate != ONE else PUBLISHED,
                 "weight_decay": INFERRED if self.decay else PUBLISHED,
+                **dict.fromkeys(self.run.chosen, INFERRED),
             },
         )
 
@@ -80,12 +81,17 @@ def complete_mue(
     head: str = "completep",
     betas: str = "linear",
     up_gate_correction: bool = False,
+    *,
+    batch_exponent: Fraction = Fraction(1, 2),
+    weight_decay_run: str = "follows-lr",
+    eps_run: str = "follows-lr",
 ) -> Rule:
     """The recommended rule; every option is a row of :data:`mue.rules.options.OPTIONS`."""
-    s, inside, inside_eps = sde(duration_exponent), L ** (depth_exponent - 1), L**-depth_exponent
-    hidden = _Hidden(inside, inside_eps, s, *DECAYS[weight_decay_width])
+    run = sde(batch_exponent, duration_exponent, weight_decay_run, eps_run, betas)
+    inside, inside_eps = L ** (depth_exponent - 1), L**-depth_exponent
+    hidden = _Hidden(inside, inside_eps, run, *DECAYS[weight_decay_width])
     up, up_gate = _up(hidden, up_gate_correction)
-    vector = Row(lr=inside * s, eps=inside_eps / (d * s), source="CompleteP Table 1")
+    vector = Row(lr=inside * run.lr, eps=inside_eps / d * run.eps, source="CompleteP Table 1")
     return Rule(
         name="complete-mue",
         title="Complete-muE, recommended form",
@@ -93,7 +99,12 @@ def complete_mue(
         rows={
             # A token reads one row, no sum over a width: std and lr stay (CompleteP; transfer-rules 1.8). Its gradient
             # does fall with width, hence eps (Complete(d)P's correction of CompleteP, transfer-rules 3).
-            "embedding": Row(lr=s, weight_decay=s, eps=1 / (d * s), source="CompleteP Table 1; batch/duration Table 2"),
+            "embedding": Row(
+                lr=run.lr,
+                weight_decay=run.weight_decay,
+                eps=run.eps / d,
+                source="CompleteP Table 1; batch/duration Table 2",
+            ),
             **dict.fromkeys(of_kind("attention"), hidden.row(d, "width µP")),
             # o alone reads heads·d_head numbers, not d (conventions 8)
             "attention_o": hidden.row(o, "width µP on the fan-in heads·d_head"),
@@ -113,24 +124,23 @@ def complete_mue(
             "norm": vector,
             # all heads share this gain, so its gradient does not shrink with width as others' do (transfer-rules 3)
             "qk_norm": Row(
-                lr=inside * s,
-                eps=inside_eps / s,
+                lr=inside * run.lr,
+                eps=inside_eps * run.eps,
                 source="Complete(d)P Table 1: gain shared by heads, eps without width",
             ),
             "bias": vector,
             "final_norm": Row(
-                lr=s, eps=1 / (d * s), source="CompleteP Table 1; eps with the head multiplier outside it"
+                lr=run.lr, eps=run.eps / d, source="CompleteP Table 1; eps with the head multiplier outside it"
             ),
-            "head": _head(head, s),
+            "head": _head(head, run),
         },
         output_multiplier=e**-1,
         residual_multiplier=L**-depth_exponent,
         head_multiplier=d**-1,
-        # (1-β)/η² is kept, and η carries s (transfer-rules 5)
-        one_minus_beta=s**2,
-        betas=betas,
+        one_minus_beta=run.one_minus_beta,
+        betas=run.betas,
+        run=run,
         up_gate=up_gate,
-        notes=horizon_note(duration_exponent),
         # its eps cells are gradient scales, counted in transfer-rules 1.9: other optimizers are derived from them
         gradient=True,
         spectral=True,
@@ -147,31 +157,44 @@ def _up(hidden: _Hidden, corrected: bool) -> tuple[Row, Monomial]:
     return hidden.row(d, source, eps=e ** "-1/2", rate=UP_GATE**-1), ONE
 
 
-def _head(form: str, s: Monomial) -> Row:
+def _head(form: str, run: RunFactors) -> Row:
     """With the head multiplier 1/ρ_d alone (CompleteP), or, as the authors' table has it, both width factors as well (W1)."""
     if form == "paper":
         source = "arXiv 2605.23893 Table 1: both width factors and the multiplier (W1)"
-        return Row(init_std=d ** "-1/2", lr=s / d, weight_decay=s, eps=1 / (d * s), source=source)
-    return Row(lr=s, weight_decay=s, eps=1 / (d * s), source="CompleteP Table 1 (W1: the authors' table differs)")
+        return Row(init_std=d ** "-1/2", lr=run.lr / d, weight_decay=run.weight_decay, eps=run.eps / d, source=source)
+    source = "CompleteP Table 1 (W1: the authors' table differs)"
+    return Row(lr=run.lr, weight_decay=run.weight_decay, eps=run.eps / d, source=source)
 
 
 @RULES.register("complete-mue-paper", place=2)
-def complete_mue_paper(depth_exponent: Fraction = Fraction(1)) -> Rule:
+def complete_mue_paper(
+    depth_exponent: Fraction = Fraction(1),
+    *,
+    batch_exponent: Fraction = Fraction(1, 2),
+    duration_exponent: Fraction = Fraction(1, 2),
+    weight_decay_run: str = "follows-lr",
+    eps_run: str = "follows-lr",
+    betas: str = "linear",
+) -> Rule:
     """The authors' published table to the letter, in ratio form: differs in head, weight decay and eps."""
-    s, inside = sde(Fraction(1, 2)), L ** (depth_exponent - 1)
+    run, inside = sde(batch_exponent, duration_exponent, weight_decay_run, eps_run, betas), L ** (depth_exponent - 1)
+    # what the options change is no longer the published table
+    status = INFERRED if run.chosen else PUBLISHED
+    marks = dict.fromkeys(FIELDS, PUBLISHED) | dict.fromkeys(run.chosen, INFERRED)
 
     def hidden(fan_in: Monomial, source: str, std: Monomial = ONE) -> Row:
         return Row(
             init_std=fan_in ** "-1/2" * std,
-            lr=fan_in**-1 * inside * s,
-            weight_decay=s,  # no factor of width, so that lr·wd falls by 1/ρ_d (W2)
-            eps=1 / s,  # batch and duration only: the table says nothing of width (conventions 4)
+            lr=fan_in**-1 * inside * run.lr,
+            weight_decay=run.weight_decay,  # no factor of width, so that lr·wd falls by 1/ρ_d (W2)
+            eps=run.eps,  # batch and duration only: the table says nothing of width (conventions 4)
             source=f"{source}; batch/duration Table 2",
-            status=PUBLISHED,
+            status=status,
+            marks=marks,
         )
 
     def vector(lr: Monomial, source: str = "not given by the table; CompleteP") -> Row:
-        return Row(lr=lr, weight_decay=s, eps=1 / s, source=source, status=INFERRED)
+        return Row(lr=lr, weight_decay=run.weight_decay, eps=run.eps, source=source, status=INFERRED)
 
     down = hidden(d, "Table 1, √(H_act/d) on the init, lr unchanged by a, N, h", e ** "1/2" * κ ** "-1/2")
     return Rule(
@@ -179,30 +202,33 @@ def complete_mue_paper(depth_exponent: Fraction = Fraction(1)) -> Rule:
         title="Complete-muE, the authors' published table",
         source="arXiv 2605.23893, Tables 1 and 2; depth deferred to CompleteP, 2505.01618",
         rows={
-            "embedding": vector(s, "not given by the table, left unscaled; batch/duration Table 2"),
+            "embedding": vector(run.lr, "not given by the table, left unscaled; batch/duration Table 2"),
             **dict.fromkeys(of_kind("attention"), hidden(d, "Table 1, width factors")),
             "attention_o": hidden(o, "Table 1, width factors"),
             **dict.fromkeys(of_part("up", "gate"), hidden(d, "Table 1, width factors only")),
             **dict.fromkeys(of_part("down"), down),
             "router": hidden(d, "Table 1, like any d-controlled projection"),
             "router_bias": ROUTER_BIAS,
-            "norm": vector(inside * s),
-            "qk_norm": vector(inside * s),
-            "bias": vector(inside * s),
-            "final_norm": vector(s),
+            "norm": vector(inside * run.lr),
+            "qk_norm": vector(inside * run.lr),
+            "bias": vector(inside * run.lr),
+            "final_norm": vector(run.lr),
             "head": Row(
                 init_std=d ** "-1/2",
-                lr=s / d,
-                weight_decay=s,
-                eps=1 / s,
+                lr=run.lr / d,
+                weight_decay=run.weight_decay,
+                eps=run.eps,
                 source="Table 1: both width factors and the forward multiplier (W1)",
-                status=PUBLISHED,
+                status=status,
+                marks=marks,
             ),
         },
         output_multiplier=e**-1,
         residual_multiplier=L**-depth_exponent,
         head_multiplier=d**-1,
-        one_minus_beta=s**2,
+        one_minus_beta=run.one_minus_beta,
+        betas=run.betas,
+        run=run,
         up_gate=UP_GATE,
         axes=AXIS_SOURCES,
         notes=(

@@ -96,6 +96,11 @@ def _at_one_run(cell: Monomial) -> Monomial:
     return cell
 
 
+def _run_part(cell: Monomial) -> Monomial:
+    """What of a cell is batch and duration alone."""
+    return cell / _at_one_run(cell)
+
+
 def _require(rule: Rule, optimizer: str, holds: bool, reason: str) -> None:
     """``ValueError`` with the reason where a derivation asks for what a table does not have."""
     if not holds:
@@ -118,12 +123,18 @@ def _adamw_independent(rule: Rule) -> Rule:
 
 
 def _adam_l2(rule: Rule) -> Rule:
-    """wd·W/√v with √v ∝ γ is a shrink of lr·wd/γ: equal to torch's form for wd = λ·γ, batch and duration included."""
+    """wd·W/√v with √v ∝ γ is a shrink of lr·wd/γ: equal to torch's form for wd = λ·γ, batch and duration included.
+
+    γ moves with the run as 1/s (η·γ is kept as η·ε is), whether or not eps was chosen to follow it.
+    """
     _require(rule, "adam-l2", rule.gradient, _NO_GRADIENT)
     refuses = _refuse(rule, "adam-l2", {"sparsity": _SHARE})
-    return _derived(
-        rule, "adam-l2", lambda _, row: replace(row, weight_decay=row.weight_decay * row.eps), refuses=refuses
-    )
+
+    def change(_: str, row: Row) -> Row:
+        γ = _at_one_run(row.eps) / _run_part(row.lr)
+        return replace(row, weight_decay=row.weight_decay * γ)
+
+    return _derived(rule, "adam-l2", change, refuses=refuses)
 
 
 def _sgd(rule: Rule) -> Rule:

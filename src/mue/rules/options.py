@@ -7,6 +7,12 @@
 
 An option that several rules could have stands here; one that only a single rule will ever have is registered in that rule's
 file. Either way a name means the same wherever it is given: as a keyword of ``mue.transfer`` and under ``[options]``.
+
+A rule that comes to have an option when plans of it are saved already takes it after a ``*``, and the option says what was
+done before: ``Option(..., before=...)``. Files and hashes leave it out at that value, so old ones stay what they are, whatever
+the rule's default is then or later.
+
+    def mine(window: Fraction = Fraction(1), *, batch_exponent: Fraction = Fraction(2, 5)) -> Rule: ...
 """
 
 from __future__ import annotations
@@ -29,12 +35,14 @@ class Option:
 
     Attributes:
         meaning: what it changes in the table, with its source. low, high: the range. choices: all allowed values.
+        before: what rules did before they had the option, for those that came to have it later (see :func:`written`).
     """
 
     meaning: str
     low: Fraction | None = None
     high: Fraction | None = None
     choices: tuple[str, ...] = ()
+    before: OptionValue | None = None
 
     def parse(self, name: str, value: object) -> OptionValue:
         """``value`` as the rule reads it, numbers as exact fractions.
@@ -67,10 +75,34 @@ _SHARED = {
         Fraction(1, 2),  # 1/2 is depth-µP, 1 is CompleteP: the range that Complete(d)P tests (transfer-rules 3)
         Fraction(1),
     ),
-    "duration_exponent": Option(
-        "q: rates × ρ_B^1/2 · ρ_D^-q; 1/2 by theory (SDE), about 0.3 as measured by others (2409.19913)",
-        Fraction(1, 100),  # above 0, for carried_betas (mue.plan.blocks) has 1/(2q) in it
+    "batch_exponent": Option(
+        "p: rates × s = ρ_B^p · ρ_D^-q; 1/2 by theory (SDE, 2205.10287), 0.37 to 0.40 in the public MoE runs of 2503.04715",
+        Fraction(0),
         Fraction(1),
+        before=Fraction(1, 2),
+    ),
+    "duration_exponent": Option(
+        "q: rates × s = ρ_B^p · ρ_D^-q; 1/2 by theory (SDE), about 0.3 as measured by 2409.19913, about 0 in the runs of 2503.04715",
+        Fraction(0),
+        Fraction(1),
+        before=Fraction(1, 2),
+    ),
+    "weight_decay_run": Option(
+        "weight decay under batch and duration × s, which keeps λ/η (2605.23893, Table 2), × (T*/T)/s, which keeps η·λ·T"
+        " (2405.13698), or as tuned",
+        choices=("follows-lr", "constant-timescale", "unchanged"),
+        before="follows-lr",
+    ),
+    "eps_run": Option(
+        "eps under batch and duration × 1/s, which keeps η·ε (2205.10287), or as tuned",
+        choices=("follows-lr", "unchanged"),
+        before="follows-lr",
+    ),
+    "betas": Option(
+        "1-β × s², which keeps (1-β)/η² (2205.10287), or β^(s²), equal to first order and never outside (0, 1), or"
+        " 1-β × T*/T, which keeps (1-β)·T and is the same for p = q = 1/2 (2605.23893, Table 2), or as tuned",
+        choices=("linear", "power", "constant-timescale", "unchanged"),
+        before="linear",
     ),
     "weight_decay_width": Option(
         "weight decay of hidden matrices × ρ_d (CompleteP), × √ρ_d (2510.15262), or unscaled (the authors' table)",
@@ -79,9 +111,6 @@ _SHARED = {
     "head": Option(
         "output head: multiplier only (CompleteP), or with both width factors as well (the authors' table, W1)",
         choices=("completep", "paper"),
-    ),
-    "betas": Option(
-        "1-β × ρ_B/ρ_D, or β^(ρ_B/ρ_D), equal to first order and never outside (0, 1)", choices=("linear", "power")
     ),
     "up_gate_correction": Option(
         "experimental: rates of up and gate × (ρ_e/ρ_κ)^-1/2, which removes the drift of their update (1.9)"
@@ -124,6 +153,28 @@ def resolve(name: str, builder: Callable[..., Any], given: Mapping[str, object])
         value = given.get(key)
         resolved[key] = parameter.default if value is None else OPTIONS[key].parse(key, value)
     return resolved
+
+
+def written(builder: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a plan as its file and its hash hold them: without those that stand for what was done before they existed.
+
+    Args:
+        builder: the function that makes the rule's table. options: by name, as :func:`as_json` gives them.
+    """
+    implied = _before(builder)
+    return {name: value for name, value in options.items() if name not in implied or value != implied[name]}
+
+
+def read_back(builder: Callable[..., Any], stored: Mapping[str, Any]) -> dict[str, Any]:
+    """What :func:`written` gave, complete again: what is left out is what was done before, never today's default."""
+    return _before(builder) | dict(stored)
+
+
+def _before(builder: Callable[..., Any]) -> dict[str, str | bool]:
+    """The options that the rule came to have later → what it did before."""
+    later = {k for k, p in inspect.signature(builder).parameters.items() if p.kind is p.KEYWORD_ONLY}
+    found = {k: before for k in later if k in OPTIONS and (before := OPTIONS[k].before) is not None}
+    return as_json(found)
 
 
 def as_json(options: Mapping[str, OptionValue]) -> dict[str, str | bool]:

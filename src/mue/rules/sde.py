@@ -1,36 +1,118 @@
-"""Batch and duration: the SDE rule."""
+"""Batch and duration: by how much lr, weight decay, eps and betas move with the run, and what stays the same by that.
+
+    s = ρ_B^p · ρ_D^-q        p = q = 1/2 is the SDE rule: s = √(ρ_B/ρ_D) = √(T*/T)
+
+Rates are multiplied by s. Whether the other three follow is a choice of its own for each of them, so that a finding on the lr
+moves none of them unmeasured; with p or q ≠ 1/2 no choice keeps everything, and :meth:`RunFactors.changes` says what is lost.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 
-from mue.rules.algebra import Monomial, ratio
+from mue.rules.algebra import ONE, Monomial, ratio
 
 B, D = ratio("ρ_B"), ratio("ρ_D")
+T = D / B  # steps
+HALF = Fraction(1, 2)
 
 AXIS_SOURCES = {
     "ρ_L": "CompleteP 2505.01618 Table 1",
     "ρ_B": "arXiv 2605.23893 Table 2, the SDE rule",
     "ρ_D": "arXiv 2605.23893 Table 2, the SDE rule",
 }
+# quantity → what it stands for in a training with AdamW, and who says so
+INVARIANTS = {
+    "T·η²": "how far the training gets, in the time of Adam's SDE (2205.10287)",
+    "η·λ·T": "how many of AdamW's averages over weights, 1/(η·λ) steps each, the run lasts (2405.13698)",
+    "λ/η": "the size that weights settle at, √(η/λ) (2510.15262)",
+    "η·ε": "Adam's eps against the gradient's noise (2205.10287)",
+    "(1-β)/η²": "Adam's averages over gradients against the time of its SDE (2205.10287)",
+    "(1-β)·T": "the part of the run that Adam's averages over gradients last (2605.23893, Table 2)",
+}
 
 
-def sde(duration_exponent: Fraction) -> Monomial:
-    """s = ρ_B^1/2 · ρ_D^-q, the factor of rates and weight decay; at q = 1/2 the SDE factor √(ρ_B/ρ_D) = √(T*/T).
+@dataclass(frozen=True)
+class RunFactors:
+    """What a change of batch and duration multiplies the base's values by.
 
-    eps takes 1/s and 1-β takes s², so that η·ε, λ/η and (1-β)/η² hold for every q; T·η² and η·λ·T only for 1/2.
+    Attributes:
+        lr, weight_decay, eps, one_minus_beta: the factors, monomials in ρ_B and ρ_D alone.
+        betas: how the last of them is taken: ``"linear"``: (1-β) times it; ``"power"``: β to its power.
+        chosen: lr, weight_decay, eps → what was chosen, for those that are not as the SDE rule has them.
+    """
+
+    lr: Monomial
+    weight_decay: Monomial
+    eps: Monomial
+    one_minus_beta: Monomial
+    betas: str
+    chosen: Mapping[str, str]
+
+    def changes(self) -> dict[str, Monomial]:
+        """Each of :data:`INVARIANTS` on the target over the base's; 1 where it is kept."""
+        return {
+            "T·η²": T * self.lr**2,
+            "η·λ·T": self.lr * self.weight_decay * T,
+            "λ/η": self.weight_decay / self.lr,
+            "η·ε": self.lr * self.eps,
+            "(1-β)/η²": self.one_minus_beta / self.lr**2,
+            "(1-β)·T": self.one_minus_beta * T,
+        }
+
+
+def sde(
+    batch_exponent: Fraction = HALF,
+    duration_exponent: Fraction = HALF,
+    weight_decay_run: str = "follows-lr",
+    eps_run: str = "follows-lr",
+    betas: str = "linear",
+) -> RunFactors:
+    """The factors of the run, by the choices of a rule's options (:data:`mue.rules.options.OPTIONS` says what they mean)."""
+    s = B**batch_exponent * D**-duration_exponent
+    decays = {
+        "follows-lr": s,
+        # η·λ·T as on the base, whatever η does: λ × (T*/T)/s
+        "constant-timescale": 1 / (T * s),
+        "unchanged": ONE,
+    }
+    epsilons = {"follows-lr": 1 / s, "unchanged": ONE}
+    averages = {"linear": s**2, "power": s**2, "constant-timescale": 1 / T, "unchanged": ONE}
+    exponents = f"batch_exponent = {batch_exponent}, duration_exponent = {duration_exponent}, as chosen"
+    # what follows a rate that is not the SDE's is not the SDE's either
+    chosen = (
+        {} if batch_exponent == duration_exponent == HALF else dict.fromkeys(("lr", "weight_decay", "eps"), exponents)
+    )
+    if weight_decay_run != "follows-lr":
+        chosen["weight_decay"] = f"weight_decay_run = {weight_decay_run}, as chosen"
+    if eps_run != "follows-lr":
+        chosen["eps"] = f"eps_run = {eps_run}, as chosen"
+    return RunFactors(
+        lr=s,
+        weight_decay=decays[weight_decay_run],
+        eps=epsilons[eps_run],
+        one_minus_beta=averages[betas],
+        betas="power" if betas == "power" else "linear",
+        chosen=chosen,
+    )
+
+
+def kept_and_lost(run: RunFactors, ratios: Mapping[str, float] | None = None, among: Collection[str] = ()) -> str:
+    """``"keeps η·ε, …; gives up T·η² (× ρ_D^2/5), …"``: what a choice of factors does to the invariants.
 
     Args:
-        duration_exponent: q. Theory says 1/2 (2205.10287), sweeps of others 0.28 to 0.32 (transfer-rules 5).
+        run: the factors. ratios: of a plan, for the size of what is given up in it; None: in general.
+        among: which of :data:`INVARIANTS`; none: all.
     """
-    return B ** "1/2" * D**-duration_exponent
-
-
-def horizon_note(duration_exponent: Fraction) -> tuple[str, ...]:
-    """What is lost when the duration exponent is not the SDE's."""
-    if duration_exponent == Fraction(1, 2):
-        return ()
-    return (
-        f"duration_exponent = {duration_exponent}: T·η² and η·λ·T are no longer those of the base (both hold only at 1/2);"
-        " η·ε, λ/η and (1-β)/η² still are",
-    )
+    kept, lost = [], []
+    for name, change in run.changes().items():
+        if among and name not in among:
+            continue
+        if change == ONE:
+            kept.append(f"{name} to first order" if run.betas == "power" and "β" in name else name)
+        else:
+            lost.append(f"{name} (× {change}{'' if ratios is None else f' = {change(ratios):.4g}'})")
+    parts = ([f"keeps {', '.join(kept)}"] if kept else []) + ([f"gives up {', '.join(lost)}"] if lost else [])
+    return "; ".join(parts)

@@ -9,6 +9,7 @@ from fractions import Fraction
 from mue.rules.algebra import ONE, Monomial
 from mue.rules.options import OptionValue
 from mue.rules.roles import ROLES
+from mue.rules.sde import RunFactors
 
 PUBLISHED = "published"
 AUTHORS_CODE = "authors' code"
@@ -86,6 +87,7 @@ class Rule:
         output_multiplier: of the feed-forward branch, on the base's own A*.
         residual_multiplier, head_multiplier: of both residual branches, of the logits.
         one_minus_beta: factor on 1-β1 and 1-β2. betas: ``"linear"``, or ``"power"`` for β^factor.
+        run: the factors of batch and duration, in a rule that has the SDE rule.
         attention_exponent: of d_head*/d_head on the attention scale: 1 as µP has it (conventions 8); 1/2 keeps a stock
             model's 1/√d_head.
         routed: R follows the block (``a`` on the normalised routed sum) if true, 1 otherwise.
@@ -109,6 +111,7 @@ class Rule:
     head_multiplier: Monomial = ONE
     one_minus_beta: Monomial = ONE
     betas: str = "linear"
+    run: RunFactors | None = None
     routed: bool = True
     attention_exponent: Fraction = Fraction(1)
     refuses: Mapping[str, str] = field(default_factory=dict)
@@ -130,7 +133,8 @@ class Rule:
     def source_of(self, role: str, cell: str, ratio: str) -> str:
         """The source of one ratio in one cell of a role."""
         row = self.rows[role]
-        return self.axes.get(ratio) or row.cells.get(cell) or row.source
+        chosen = self.run.chosen.get(cell) if self.run is not None and ratio in ("ρ_B", "ρ_D") else None
+        return chosen or self.axes.get(ratio) or row.cells.get(cell) or row.source
 
     def why_not(self, role: str) -> str:
         """Why the rule has no row for a role."""
