@@ -19,7 +19,7 @@ from mue.fold import fold
 from mue.plan.explain import RUN, why
 from mue.plan.replan import inputs_from_dict, retuned
 from mue.plan.transfer import plan_of
-from mue.rules import OPTIONS, RULES
+from mue.rules import OPTIONS, RULES, Rule
 from mue.rules.algebra import ONE, ratio
 from mue.rules.roles import ROLES
 from mue.rules.sde import INVARIANTS, kept_and_lost, sde
@@ -200,7 +200,7 @@ def other_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a later version does: other defaults, for an option that was always there and for ones that came later."""
     builder = RULES.lookup("complete-mue")
 
-    def complete_mue(**options: Any) -> mue.Rule:
+    def complete_mue(**options: Any) -> Rule:
         return builder(**options)
 
     signature = inspect.signature(builder)
