@@ -18,6 +18,7 @@ COMMANDS = (
     "rules",
     "sweep",
     "tune",
+    "study",
     "train",
     "report",
     "inspect",
