@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import matplotlib as mpl
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mue.lab.report.plots import CYCLE, GREY, INK, MUE, STANDARD, STYLE, WARM, draw_valley
@@ -41,16 +43,21 @@ def headline_figure(measured: Sequence[Measured], axes: Sequence[str], colored: 
             panel.axis("off")
         for panel, axis in zip(panels.flat, axes, strict=False):
             _headline_panel(panel, axis, [m for m in measured if m.cell.target.axis == axis], colored)
-        handles: dict[str, object] = {}
-        for panel in panels.flat[: len(axes)]:
-            for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-                handles.setdefault(label, handle)
-        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, max(1, len(handles))))
+        _legend(fig, panels.flat)
         fig.supylabel("nats above the best that any approach reached, retuned", fontsize=9, color=INK)
         return fig
 
 
-def _headline_panel(panel: mpl.axes.Axes, axis: str, cells: Sequence[Measured], colored: Mapping[str, str]) -> None:
+def _legend(fig: Figure, panels: Iterable[Axes]) -> None:
+    """One legend for all panels, below them."""
+    shown: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            shown.setdefault(label, handle)
+    fig.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=min(5, max(1, len(shown))))
+
+
+def _headline_panel(panel: Axes, axis: str, cells: Sequence[Measured], colored: Mapping[str, str]) -> None:
     targets = list(dict.fromkeys(m.cell.target.name for m in cells))
     present = [a for a in colored if any(m.cell.approach.name == a for m in cells)]
     top = 0.0
@@ -121,17 +128,13 @@ def valleys_figure(measured: Sequence[Measured], axis: str, colored: Mapping[str
             panel.axvline(0, color=INK, lw=1, ls=":")
             _cut(panel, here)
             panel.set_title(_wrapped(target) if target != BASE else "the base itself", fontsize=9)
-        handles: dict[str, object] = {}
-        for panel in panels.flat[: len(targets)]:
-            for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
-                handles.setdefault(label, handle)
-        fig.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(5, max(1, len(handles))))
+        _legend(fig, panels.flat)
         fig.supxlabel("multiplier of the transferred learning rate", fontsize=9, color=INK)
         fig.supylabel(f"validation loss, {unit}", fontsize=9, color=INK)
         return fig
 
 
-def _cut(panel: mpl.axes.Axes, cells: Sequence[Measured]) -> None:
+def _cut(panel: Axes, cells: Sequence[Measured]) -> None:
     """Show the valleys, not the cliffs: what lies far above is a mark at the top."""
     losses = sorted(y for m in cells for at in m.losses.values() for y in at.values() if math.isfinite(y))
     if not losses:

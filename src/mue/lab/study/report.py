@@ -199,7 +199,7 @@ def _against_section(compared: Sequence[Compared]) -> Section:
 
 
 def _hours(rows: Mapping[str, Mapping[str, Any]]) -> float:
-    return sum(row["seconds"] * row.get("threads", 1) for row in rows.values()) / 3600
+    return float(sum(row["seconds"] * row.get("threads", 1) for row in rows.values())) / 3600
 
 
 def _facts(asked: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, str]]:

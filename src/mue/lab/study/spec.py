@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 from mue.lab.data.spec import data_source
-from mue.lab.study.laws import LAWS
+from mue.lab.study.laws.registry import LAWS
 from mue.lab.train.run import Run, Settings
 from mue.lab.train.spec import settings_from
 from mue.plan.plan import PlanData

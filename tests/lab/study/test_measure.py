@@ -1,0 +1,73 @@
+"""A study's measures on rows whose truth is known."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from mue.lab.study.measure import compare, measure
+from mue.lab.study.schedule import Planned, Schedule
+from mue.lab.study.spec import octave
+from support.study import DATA, study, trained
+
+# approach → (where its minimum lies in octaves from the transferred rate, the loss there)
+TRUTH = {"complete-mue": (0.2, 2.00), "standard": (-1.0, 2.05), "step-law": (0.0, 2.2), "mup": (0.0, 2.0)}
+
+
+def loss(p: Planned, noise: float = 0.002) -> float:
+    """A valley of 0.1 nats an octave², noise of the seed that all share, and a little of each run's own."""
+    minimum, depth = (0.0, 2.0) if p.cell.target.name == "base" else TRUTH[p.cell.approach.name]
+    shared = random.Random(p.seed).gauss(0, 5 * noise)
+    return depth + 0.1 * (octave(p.multiplier) - minimum) ** 2 + shared + random.Random(p.run.key).gauss(0, noise)
+
+
+def found(seeds: str = "seeds = [0, 1, 2, 3]") -> tuple[Schedule, dict[str, dict[str, object]]]:
+    schedule = Schedule(study(**{"seeds = [0, 1]": seeds}), DATA)
+    return schedule, trained(schedule, loss)
+
+
+def test_drift_regret_and_attained_loss_are_those_of_the_valley() -> None:
+    schedule, rows = found()
+    by = {(m.cell.target.name, m.cell.approach.name): m for m in measure(schedule, rows)}
+    for approach in ("complete-mue", "standard"):
+        minimum, depth = TRUTH[approach]
+        m = by["width 64, ffn 64", approach]
+        assert m.drift and m.regret and m.attained and m.bracketed
+        assert m.drift.low <= minimum <= m.drift.high and m.drift.half_width < 0.5
+        assert m.drift.value == pytest.approx(minimum, abs=0.15)
+        assert m.regret.value == pytest.approx(0.1 * minimum**2, abs=0.01)
+        assert m.attained.value == pytest.approx(depth, abs=0.02)
+        # 0.1 nats while the steps grow e-fold: a regret of x nats is worth exp(x / 0.1) - 1 of the steps
+        assert m.regret_steps == pytest.approx(100 * math.expm1(m.regret.value / 0.1), rel=1e-6)
+    law = by["width 64, ffn 64", "step-law"]
+    assert law.drift is None and law.mean == pytest.approx(2.2, abs=0.02)
+    refused = by["moe 4e2a, expert 32", "mup"]
+    assert refused.mean is None and refused.planned == 0
+
+
+def test_approaches_are_compared_seed_by_seed() -> None:
+    schedule, rows = found()
+    compared = {(c.target, c.approach): c.difference for c in compare(measure(schedule, rows), "complete-mue")}
+    difference = compared["width 64, ffn 64", "standard"]
+    truth = 2.05 + 0.1 - (2.0 + 0.1 * 0.04)
+    assert difference.low <= truth <= difference.high
+    assert difference.half_width < 0.01  # though the seeds' own spread is 0.01: it is common to both
+
+
+def test_without_pairs_nothing_is_claimed() -> None:
+    schedule, rows = found("seeds = [0]")
+    assert compare(measure(schedule, rows), "complete-mue") == []
+
+
+def test_a_diverged_seed_is_no_number_and_no_comparison() -> None:
+    schedule = Schedule(study(), DATA)
+    rows = trained(
+        schedule,
+        lambda p: None if p.cell.approach.name == "standard" and p.cell.target.name != "base" and p.seed else loss(p),
+    )
+    by = {(m.cell.target.name, m.cell.approach.name): m for m in measure(schedule, rows)}
+    standard = by["width 64, ffn 64", "standard"]
+    assert standard.mean == math.inf
+    assert not [c for c in compare(list(by.values()), "complete-mue") if c.approach == "standard"]

@@ -1,0 +1,89 @@
+"""A study trained: interrupted, gone on with, joined from two machines, reported."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from mue.lab.data.spec import open_corpus
+from mue.lab.study.report import study_report
+from mue.lab.study.rows import StudyFolder
+from mue.lab.study.run import run_study
+from mue.lab.study.spec import StudySpec, study_from
+from support.command_line import in_process
+from support.study import DATA, STUDY, row, study
+
+SHORT = (
+    STUDY.replace("seeds = [0, 1]", "seeds = [0]")
+    .replace("multipliers = [0.5, 1, 2]\nreach = 4", "multipliers = [1]\nreach = 1")
+    .replace("steps = 20", "steps = 6")
+)
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_text("the quick brown fox jumps over the lazy dog\n" * 400)
+    return tmp_path
+
+
+def read(at: Path) -> StudySpec:
+    return study_from(tomllib.loads(SHORT), at)
+
+
+def test_interrupted_and_gone_on_with(texts: Path) -> None:
+    spec = read(texts)
+    corpus, folder = open_corpus(spec.source), StudyFolder(texts / "out")
+    assert run_study(spec.on(("width",)), folder, corpus, workers=1) == 0
+    first = (texts / "out" / "rows.jsonl").read_bytes()
+    assert len(first.splitlines()) == 4  # the base, and three approaches on the wider one
+    # killed in the middle of a row: that row is lost and its run is not, for its result lies in its folder
+    (texts / "out" / "rows.jsonl").write_bytes(first[:-40])
+    assert run_study(spec.on(("width",)), folder, corpus, workers=1) == 0
+    assert {k: r["val_loss"] for k, r in folder.rows().items()} == {
+        r["key"]: r["val_loss"] for r in map(json.loads, first.decode().splitlines())
+    }
+    # no time left: nothing is begun, and what is left is counted
+    assert run_study(spec, folder, corpus, workers=1, minutes=0) == 1
+    page = study_report(texts / "out").read_text(encoding="utf-8")
+    assert "refused: " in page and "no valley yet" in page
+    results = json.loads((texts / "out" / "study-results.json").read_text())
+    wide = next(
+        c for c in results["cells"] if c["axis"] == "width" and c["target"] != "base" and c["approach"] == "standard"
+    )
+    assert wide["losses"]["1"]["0"] == pytest.approx(wide["transferred"]) and wide["drift"] is None
+
+
+def test_rows_of_two_machines_are_one_study(tmp_path: Path) -> None:
+    from mue.lab.study.schedule import Schedule
+
+    spec = study()
+    runs = Schedule(spec, DATA).missing({})
+    folders = [StudyFolder(tmp_path / name) for name in "ab"]
+    for i, folder in enumerate(folders):
+        folder.begin(spec, DATA)
+        folder._append(row(p, 2.0) for p in runs[i::2] + runs[:1])
+    folders[0].merge([folders[1].root])
+    assert set(folders[0].rows()) == {p.run.key for p in runs}
+    assert folders[0].merge([folders[1].root]) == 0
+    other = StudyFolder(tmp_path / "c")
+    other.begin(spec, {**DATA, "hash": "1" * 64})
+    with pytest.raises(ValueError, match="other data"):
+        folders[0].merge([other.root])
+    with pytest.raises(ValueError, match="never mixed"):
+        folders[0].begin(spec, {**DATA, "hash": "1" * 64})
+
+
+def test_the_command(texts: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    (texts / "study.toml").write_text(SHORT)
+    code, out, _ = in_process(capsys, monkeypatch, "study", texts / "study.toml", "-o", texts / "o", "--dry-run")
+    assert code == 0 and "5 runs to train (0 done)" in " ".join(out.split()) and not (texts / "o").exists()
+    assert "mup has no answer" in " ".join(out.split())
+    code, _, err = in_process(capsys, monkeypatch, "study", "report", texts / "o")
+    assert code == 2 and "holds no study" in " ".join(err.split())
+    code, _, err = in_process(capsys, monkeypatch, "study", texts / "study.toml", "--axis", "depth")
+    assert code == 2 and "no axis 'depth'" in " ".join(err.split())
