@@ -31,15 +31,19 @@ def test_one_file_holds_one_command() -> None:
     assert {name.partition("-")[0] for name in COMMANDS_BY_NAME} == files
 
 
-@pytest.mark.parametrize("name", COMMANDS_BY_NAME)
+@pytest.mark.parametrize("name", [*COMMANDS_BY_NAME, "study run", "study report"])
 def test_help_teaches(name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """It says what the command does, and of every argument and option what it is for."""
     monkeypatch.setenv("COLUMNS", "200")
-    code, out, _ = in_process(capsys, monkeypatch, name, "--help")
-    command = COMMANDS_BY_NAME[name]
+    code, out, _ = in_process(capsys, monkeypatch, *name.split(), "--help")
+    group, _, inside = name.partition(" ")
+    command = COMMANDS_BY_NAME[group].commands[inside] if inside else COMMANDS_BY_NAME[name]
     words = " ".join(re.sub(r"[│╭╮╰╯─]", " ", out).split())
     assert code == 0
     assert len(command.help) > 20 and " ".join(command.help.split())[:20] in words
+    if hasattr(command, "commands"):  # a group lists its commands, and each of them teaches itself
+        assert all(" ".join(one.help.split())[:40] in words for one in command.commands.values()), name
+        return
     assert command.params, name
     for parameter in command.params:
         assert parameter.help, f"{name}: {parameter.name} says nothing"

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from mue.lab.study.schedule import Rows, Schedule
-from mue.lab.study.spec import BASE, Cell, octave
+from mue.lab.study.spec import BASE, StudyCell, octave
 from mue.lab.valley.fit import Valley, fit_with_posterior
 from mue.lab.valley.window import LossPoint
 from mue.util.statistics import student_quantile
@@ -47,7 +47,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Measured:
+class CellResult:
     """What the runs of one cell say.
 
     Attributes:
@@ -58,7 +58,7 @@ class Measured:
         tokens_per_parameter: of training, per active parameter.
     """
 
-    cell: Cell
+    cell: StudyCell
     losses: Mapping[float, Mapping[int, float]]
     planned: int
     valley: Valley | None = None
@@ -89,7 +89,7 @@ class Measured:
         return self.valley is not None and self.valley.edge is None
 
 
-def measure(schedule: Schedule, rows: Rows) -> list[Measured]:
+def measure(schedule: Schedule, rows: Rows) -> list[CellResult]:
     """Every cell of a study, in its order.
 
     Args:
@@ -98,14 +98,14 @@ def measure(schedule: Schedule, rows: Rows) -> list[Measured]:
     return [_measured(schedule, i, rows) for i in range(len(schedule.cells))]
 
 
-def _measured(schedule: Schedule, place: int, rows: Rows) -> Measured:
+def _measured(schedule: Schedule, place: int, rows: Rows) -> CellResult:
     runs = list(schedule.runs_of(place, rows))
     losses: dict[float, dict[int, float]] = {}
     for p in runs:
         if (row := rows.get(p.run.key)) is not None:
             losses.setdefault(p.multiplier, {})[p.seed] = math.inf if row["val_loss"] is None else row["val_loss"]
     cell, keys = schedule.cells[place], tuple(dict.fromkeys(p.run.key for p in runs))
-    found = Measured(cell, dict(sorted(losses.items())), len(runs), keys=keys)
+    found = CellResult(cell, dict(sorted(losses.items())), len(runs), keys=keys)
     points = [LossPoint(octave(m), y, seed) for m, at in losses.items() for seed, y in at.items()]
     if len({p.log2_lr for p in points if math.isfinite(p.loss)}) < 3:
         return found
@@ -116,7 +116,7 @@ def _measured(schedule: Schedule, place: int, rows: Rows) -> Measured:
     lowest = posterior.curves.min(axis=1)
     regret, attained = _spread(at_one - lowest), _spread(lowest)
     slope = _fall(cell, [rows[p.run.key] for p in runs if p.multiplier == 1.0 and p.run.key in rows])
-    return Measured(
+    return CellResult(
         cell,
         found.losses,
         found.planned,
@@ -139,7 +139,7 @@ def _spread(values: Any) -> Interval:
     return Interval(float(middle), float(low), float(high))
 
 
-def _fall(cell: Cell, rows: Sequence[Mapping[str, Any]]) -> float | None:
+def _fall(cell: StudyCell, rows: Sequence[Mapping[str, Any]]) -> float | None:
     """By how many nats the validation loss falls while the steps grow e-fold, over the stable phase of WSD."""
     falls, warmup = [], cell.approach.tuned.warmup
     for row in rows:
@@ -168,7 +168,7 @@ class Compared:
     seeds: int
 
 
-def compare(measured: Sequence[Measured], reference: str) -> list[Compared]:
+def compare(measured: Sequence[CellResult], reference: str) -> list[Compared]:
     """Every approach against one, at transferred values.
 
     Args:
@@ -178,7 +178,7 @@ def compare(measured: Sequence[Measured], reference: str) -> list[Compared]:
         One for each target and approach that share seeds with the reference and did not diverge.
     """
     by = {(m.cell.target.axis, m.cell.target.name, m.cell.approach.name): m for m in measured}
-    pairs: list[tuple[Measured, list[float]]] = []
+    pairs: list[tuple[CellResult, list[float]]] = []
     for (axis, target, approach), m in by.items():
         other = by.get((axis, target, reference))
         if approach == reference or other is None or target == BASE:

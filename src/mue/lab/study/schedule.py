@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mue.lab.study.spec import Cell, StudySpec, octave
+from mue.lab.study.spec import StudyCell, StudySpec, octave
 from mue.lab.train.run import Run
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -17,7 +17,7 @@ Rows = Mapping[str, Mapping[str, Any]]
 class Planned:
     """A run of a study, and what for."""
 
-    cell: Cell
+    cell: StudyCell
     multiplier: float
     seed: int
     run: Run

@@ -86,7 +86,7 @@ class Target:
 
 
 @dataclass(frozen=True)
-class Cell:
+class StudyCell:
     """One target by one approach: what a valley is fitted to.
 
     Attributes:
@@ -156,13 +156,13 @@ class StudySpec:
                 raise ValueError(f"the study has no axis {axis!r}{nearest(axis, self.axes)}")
         return replace(self, targets=tuple(t for t in self.targets if not axes or t.axis in axes))
 
-    def cells(self) -> Iterator[Cell]:
+    def cells(self) -> Iterator[StudyCell]:
         """Every target by every approach that is tried on it."""
         for target in self.targets:
             for name in target.approaches:
                 yield self._cell(target, self.approaches[name])
 
-    def _cell(self, target: Target, approach: Approach) -> Cell:
+    def _cell(self, target: Target, approach: Approach) -> StudyCell:
         # A base has no forward multiplier as a target: what it is trained with is A = A*/ρ_e with ρ_e = 1 (conventions 3).
         shape = replace(target.shape, output_multiplier=1.0)
         try:
@@ -176,11 +176,11 @@ class StudySpec:
                 **approach.options,
             )
         except ValueError as error:
-            return Cell(target, approach, None, str(error))
+            return StudyCell(target, approach, None, str(error))
         if approach.law:
             law = LAWS.lookup(approach.law)
             plan = scaled(plan, law(target.shape, target.training) / law(self.base, self.training))
-        return Cell(target, approach, plan)
+        return StudyCell(target, approach, plan)
 
 
 def study_from(data: Mapping[str, Any], folder: Path) -> StudySpec:
