@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from mue.lab.report.plots import CYCLE, GREY, INK, MUE, STANDARD, STYLE, WARM, draw_valley
-from mue.lab.study.measure import CellResult
+from mue.lab.study.measure import CellMeasures
 from mue.lab.study.spec import BASE, octave
 
 # The same colour for the same approach on every picture; ours and the plain one keep the house's.
@@ -25,7 +25,7 @@ def colors(approaches: Sequence[str]) -> dict[str, str]:
     return {a: _FIXED.get(a) or free[others.index(a) % len(free)] for a in approaches}
 
 
-def headline_figure(measured: Sequence[CellResult], axes: Sequence[str], colored: Mapping[str, str]) -> Figure:
+def headline_figure(measured: Sequence[CellMeasures], axes: Sequence[str], colored: Mapping[str, str]) -> Figure:
     """One panel an axis: how far above the best loss that anything reached each approach lies, at its transferred values.
 
     Large marks are transferred values, each seed a small dot; thin dashes are what the approach reaches with its rate retuned on the
@@ -57,7 +57,7 @@ def _legend(fig: Figure, panels: Iterable[Axes]) -> None:
     fig.legend(list(shown.values()), list(shown), loc="outside lower center", ncols=min(5, max(1, len(shown))))
 
 
-def _headline_panel(panel: Axes, axis: str, cells: Sequence[CellResult], colored: Mapping[str, str]) -> None:
+def _headline_panel(panel: Axes, axis: str, cells: Sequence[CellMeasures], colored: Mapping[str, str]) -> None:
     targets = list(dict.fromkeys(m.cell.target.name for m in cells))
     present = [a for a in colored if any(m.cell.approach.name == a for m in cells)]
     top = 0.0
@@ -87,7 +87,7 @@ def _headline_panel(panel: Axes, axis: str, cells: Sequence[CellResult], colored
     panel.axhline(0, color=GREY, lw=0.6)
 
 
-def _lowest(m: CellResult) -> float:
+def _lowest(m: CellMeasures) -> float:
     """The lowest that is known of a cell: its curve's minimum, or its lowest mean over seeds."""
     means = [sum(at.values()) / len(at) for at in m.losses.values()]
     return min([m.attained.value] if m.attained else means, default=math.inf)
@@ -97,7 +97,7 @@ def _wrapped(name: str) -> str:
     return name.replace(", ", "\n")
 
 
-def valleys_figure(measured: Sequence[CellResult], axis: str, colored: Mapping[str, str], unit: str) -> Figure:
+def valleys_figure(measured: Sequence[CellMeasures], axis: str, colored: Mapping[str, str], unit: str) -> Figure:
     """One panel a target: the valley of each approach over the multiplier of its transferred rate.
 
     Args:
@@ -134,7 +134,7 @@ def valleys_figure(measured: Sequence[CellResult], axis: str, colored: Mapping[s
         return fig
 
 
-def _cut(panel: Axes, cells: Sequence[CellResult]) -> None:
+def _cut(panel: Axes, cells: Sequence[CellMeasures]) -> None:
     """Show the valleys, not the cliffs: what lies far above is a mark at the top."""
     losses = sorted(y for m in cells for at in m.losses.values() for y in at.values() if math.isfinite(y))
     if not losses:

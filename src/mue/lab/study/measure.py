@@ -47,7 +47,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class CellResult:
+class CellMeasures:
     """What the runs of one cell say.
 
     Attributes:
@@ -89,7 +89,7 @@ class CellResult:
         return self.valley is not None and self.valley.edge is None
 
 
-def measure(schedule: Schedule, rows: Rows) -> list[CellResult]:
+def measure(schedule: Schedule, rows: Rows) -> list[CellMeasures]:
     """Every cell of a study, in its order.
 
     Args:
@@ -98,14 +98,14 @@ def measure(schedule: Schedule, rows: Rows) -> list[CellResult]:
     return [_measured(schedule, i, rows) for i in range(len(schedule.cells))]
 
 
-def _measured(schedule: Schedule, place: int, rows: Rows) -> CellResult:
+def _measured(schedule: Schedule, place: int, rows: Rows) -> CellMeasures:
     runs = list(schedule.runs_of(place, rows))
     losses: dict[float, dict[int, float]] = {}
     for p in runs:
         if (row := rows.get(p.run.key)) is not None:
             losses.setdefault(p.multiplier, {})[p.seed] = math.inf if row["val_loss"] is None else row["val_loss"]
     cell, keys = schedule.cells[place], tuple(dict.fromkeys(p.run.key for p in runs))
-    found = CellResult(cell, dict(sorted(losses.items())), len(runs), keys=keys)
+    found = CellMeasures(cell, dict(sorted(losses.items())), len(runs), keys=keys)
     points = [LossPoint(octave(m), y, seed) for m, at in losses.items() for seed, y in at.items()]
     if len({p.log2_lr for p in points if math.isfinite(p.loss)}) < 3:
         return found
@@ -116,7 +116,7 @@ def _measured(schedule: Schedule, place: int, rows: Rows) -> CellResult:
     lowest = posterior.curves.min(axis=1)
     regret, attained = _spread(at_one - lowest), _spread(lowest)
     slope = _fall(cell, [rows[p.run.key] for p in runs if p.multiplier == 1.0 and p.run.key in rows])
-    return CellResult(
+    return CellMeasures(
         cell,
         found.losses,
         found.planned,
@@ -168,7 +168,7 @@ class Compared:
     seeds: int
 
 
-def compare(measured: Sequence[CellResult], reference: str) -> list[Compared]:
+def compare(measured: Sequence[CellMeasures], reference: str) -> list[Compared]:
     """Every approach against one, at transferred values.
 
     Args:
@@ -178,7 +178,7 @@ def compare(measured: Sequence[CellResult], reference: str) -> list[Compared]:
         One for each target and approach that share seeds with the reference and did not diverge.
     """
     by = {(m.cell.target.axis, m.cell.target.name, m.cell.approach.name): m for m in measured}
-    pairs: list[tuple[CellResult, list[float]]] = []
+    pairs: list[tuple[CellMeasures, list[float]]] = []
     for (axis, target, approach), m in by.items():
         other = by.get((axis, target, reference))
         if approach == reference or other is None or target == BASE:

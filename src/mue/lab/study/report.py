@@ -10,7 +10,7 @@ from typing import Any
 
 from mue.lab.report.page import Section, text, write_report
 from mue.lab.study.figures import colors, headline_figure, valleys_figure
-from mue.lab.study.measure import CellResult, Compared, Interval, compare, measure
+from mue.lab.study.measure import CellMeasures, Compared, Interval, compare, measure
 from mue.lab.study.rows import StudyFolder
 from mue.lab.study.schedule import Schedule
 from mue.lab.study.spec import StudySpec
@@ -24,12 +24,12 @@ HEADER = (
 POWER = 0.35  # octaves: a drift interval whose half-width is more says too little to be called measured
 
 
-def study_table(measured: Sequence[CellResult]) -> list[list[str]]:
+def study_table(measured: Sequence[CellMeasures]) -> list[list[str]]:
     """One row a cell under :data:`HEADER`; what could not be measured is blank and says why."""
     return [_table_row(m) for m in measured]
 
 
-def _table_row(m: CellResult) -> list[str]:
+def _table_row(m: CellMeasures) -> list[str]:
     target = m.cell.target
     out = [target.axis, target.name, m.cell.approach.name, f"{m.tokens_per_parameter:.3g}"]
     out.append("" if m.mean is None else "diverged" if math.isinf(m.mean) else f"{m.mean:.4f}")
@@ -42,7 +42,7 @@ def _table_row(m: CellResult) -> list[str]:
     return out
 
 
-def _remark(m: CellResult) -> str:
+def _remark(m: CellMeasures) -> str:
     if m.cell.plan is None:
         return f"refused: {m.cell.refused}"
     if m.valley is None:
@@ -60,7 +60,7 @@ def _span(x: Interval, digits: int, *, signed: bool = False) -> str:
     return f"{one(x.value)} ({one(x.low)} to {one(x.high)})"
 
 
-def summary(spec: StudySpec, measured: Sequence[CellResult], asked: Mapping[str, Any]) -> dict[str, Any]:
+def summary(spec: StudySpec, measured: Sequence[CellMeasures], asked: Mapping[str, Any]) -> dict[str, Any]:
     """The study's numbers for JSON: what pages and documents quote."""
     reference = next(iter(spec.approaches))
     return {
