@@ -53,6 +53,20 @@ def test_the_files_are_the_golden_ones(to: str) -> None:
         compile(text, to, "exec")
 
 
+def test_every_number_of_a_yaml_file_is_one_to_its_reader() -> None:
+    yaml = pytest.importorskip("yaml")
+    plan = mue.transfer(
+        BASE, TARGET, PLAN.tuned.replace(lr=2e-5, weight_decay=1e-6, eps=1e-12, roles={"head": {"lr": 4e-10}})
+    )
+    read = yaml.safe_load(plan.export("automodel", model()))["optimizer"]
+    overrides = read.pop("param_group_overrides")
+    found = {**read, **{f"{o['pattern']} {k}": v for o in overrides for k, v in o.items() if k != "pattern"}}
+    assert {k for k, v in found.items() if not isinstance(v, float)} == {"_target_", "betas"}
+    rates = [read["lr"], *(read["lr"] * o["lr_mult"] for o in overrides)]
+    wanted = {group["lr"] for group in param_groups(fold(plan), model())}
+    assert {f"{rate:.10g}" for rate in rates} == {f"{lr:.10g}" for lr in wanted} and min(wanted) < 1e-9
+
+
 def test_the_written_groups_are_ours() -> None:
     net = model()
     ours, theirs = param_groups(fold(PLAN), net), written("torch")["param_groups"](net)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import subprocess
 import sys
@@ -107,6 +108,9 @@ def test_a_folder_a_file_and_a_family_are_one_thing(tmp_path: Path) -> None:
     default_config("olmoe").save_pretrained(tmp_path)
     assert read_config(tmp_path).to_dict() == read_config(tmp_path / "config.json").to_dict()
     assert inspect(tmp_path).parameters == inspect("olmoe").parameters
+    plain = read_config(tmp_path).to_dict()
+    (tmp_path / "config.json").write_bytes(codecs.BOM_UTF8 + (tmp_path / "config.json").read_bytes())
+    assert read_config(tmp_path).to_dict() == plain
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="needs JSON with a model_type"):
         read_config(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -151,7 +152,13 @@ BAD: list[tuple[str, str]] = [
     (edit("lr = 1e-3", "lr = -1.0"), "lr must be greater than 0"),
     (edit("lr = 1e-3", "lr = nan"), "lr must be a finite number, got nan"),
     (edit("lr = 1e-3", "lr = inf"), "lr must be a finite number, got inf"),
-    (edit("lr = 1e-3", 'lr = "fast"'), "lr must be a finite number"),
+    (edit("lr = 1e-3", 'lr = "fast"'), "lr must be a finite number, got 'fast'$"),
+    (
+        edit("lr = 1e-3", 'lr = "1e-3"'),
+        r"lr must be .* got '1e-3', which is text: leave the quotes out \(in YAML: 0.001\)",
+    ),
+    (edit("layers = 8", 'layers = "8"'), "layers must be .* got '8', which is text: leave the quotes out"),
+    (edit("steps = 25000", 'steps = "25e3"'), "training steps must be .* leave the quotes out"),
     (edit("weight_decay = 0.1", "weight_decay = -0.1"), "weight_decay must be at least 0"),
     (edit("weight_decay = 0.1\n", ""), r"\[tuned\] needs 'weight_decay'"),
     (edit("[target.training]\nbatch = 524288\nsteps = 100000\n", ""), "base_training is given without training"),
@@ -237,8 +244,25 @@ def test_files_that_are_not_toml(tmp_path: Path) -> None:
             read_toml(tmp_path / name)
     with pytest.raises(ValueError, match="not a TOML file"):
         read_toml(tmp_path)
+    for line, content in (("lr = .001", "a = 1\n  lr = .001 \n"), ("gated = True", "gated = True")):  # Python's habits
+        (tmp_path / "habit.toml").write_text(content)
+        with pytest.raises(ValueError, match=rf"not a TOML file: .*at line \d.*: {line}$"):
+            read_toml(tmp_path / "habit.toml")
     (tmp_path / "good.toml").write_text(FILE)
     assert plan_of(plan_inputs(read_toml(tmp_path / "good.toml"))).active_width == 9 * 1024
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_a_byte_order_mark_and_lines_of_windows_are_no_part_of_a_file(tmp_path: Path, mark: bytes) -> None:
+    (tmp_path / "a.toml").write_bytes(mark + FILE.replace("\n", "\r\n").encode())
+    plan = plan_of(plan_inputs(read_toml(tmp_path / "a.toml")))
+    assert plan == plan_of(inputs(FILE))
+    plan.save(tmp_path / "plan.json")
+    (tmp_path / "plan.json").write_bytes(mark + (tmp_path / "plan.json").read_bytes())
+    assert mue.Plan.load(tmp_path / "plan.json") == plan
+    (tmp_path / "a.toml").write_text(FILE, encoding="utf-16")
+    with pytest.raises(ValueError, match="this is UTF-16: save it as UTF-8"):
+        read_toml(tmp_path / "a.toml")
 
 
 def test_grids() -> None:

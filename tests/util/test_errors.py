@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from mue.util.errors import nearest, positive, positive_int
+from mue.util.errors import nearest, positive, positive_int, true_or_false
 
 
 @pytest.mark.parametrize("value", [1, 7, 10**18])
@@ -33,7 +33,25 @@ def test_what_is_counted_one_by_one_has_a_limit_of_its_own() -> None:
         positive_int("layers", 101, most=100)
 
 
-@pytest.mark.parametrize("value", [0, -1, 1.5, 0.5, True, "7", None, [1]])
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("7", "'7', which is text: leave the quotes out"),
+        ("1e-3", "'1e-3', which is text: leave the quotes out (in YAML: 0.001)"),
+        ("2.5E5", "'2.5E5', which is text: leave the quotes out (in YAML: 250000.0)"),
+        ("1e-7", "'1e-7', which is text: leave the quotes out (in YAML: 1.0e-07)"),
+        ("seven", "'seven'"),
+    ],
+)
+def test_a_number_that_is_text_is_told_how_to_be_one(value: str, words: str) -> None:
+    for check in (positive, positive_int):
+        with pytest.raises(ValueError, match=re.escape(f"got {words}") + "$"):
+            check("lr", value)
+    with pytest.raises(ValueError, match=r"got 'True', which is text: leave the quotes out"):
+        true_or_false("gated", "True")
+
+
+@pytest.mark.parametrize("value", [0, -1, 1.5, 0.5, True, "seven", None, [1]])
 def test_no_whole_number_is_refused_by_name(value: object) -> None:
     with pytest.raises(ValueError, match=re.escape(f"width must be a whole number of at least 1, got {value!r}")):
         positive_int("width", value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mue.util.text import number, text_table
+from mue.util.text import number, text_table, yaml_number
 
 
 @pytest.mark.parametrize(
@@ -12,6 +12,14 @@ from mue.util.text import number, text_table
 )
 def test_four_significant_digits(value: float | None, printed: str) -> None:
     assert number(value) == printed
+
+
+@pytest.mark.parametrize("value", [2e-5, 1e-12, 1e22, 5e-324, 1.5e-13, 0.001, 1e-3 / 3, 0.0, 1.0, -2e-7, 3])
+def test_a_number_of_a_yaml_file_is_read_as_that_number(value: float) -> None:
+    yaml = pytest.importorskip("yaml")
+    found = yaml.safe_load(f"lr: {yaml_number(value)}")["lr"]
+    assert isinstance(found, float) and found == value
+    assert isinstance(yaml.safe_load(f"lr: {2e-5!r}")["lr"], str)  # the control: as Python writes it
 
 
 def test_columns_are_as_wide_as_their_widest_cell_and_lines_end_without_spaces() -> None:

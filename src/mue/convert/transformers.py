@@ -16,6 +16,7 @@ from mue.layouts.transformers.disk import StoredNames, with_setting
 from mue.layouts.transformers.scalings import scalings
 from mue.plan.fold import fold, unfold
 from mue.plan.plan import PlanData
+from mue.util.files import read_text
 from mue.util.text import number
 
 ConfigChange = Callable[[dict[str, Any]], dict[str, Any]]
@@ -41,7 +42,7 @@ def stock_conversion(
         ValueError: a model that is scaled already, whose settings contradict the plan, or that is not the planned one.
     """
     where = str(folder)
-    data = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    data = json.loads(read_text(folder / "config.json"))
     folded = plan if plan.folding is not None else fold(plan, route)
     changed = changed_config(data, folded if form == "folded" else unfold(plan), where)
     with torch.device("meta"):  # as the folded form runs: its queries make up for what its config does not say

@@ -9,6 +9,7 @@ from mue.export.hf_model import transformers_model
 from mue.export.registry import STACKS
 from mue.export.rows import folded, rows
 from mue.plan.plan import PlanData
+from mue.util.text import yaml_number
 
 
 @STACKS.register("automodel", place=3)
@@ -22,12 +23,12 @@ def automodel(plan: PlanData, model: Any) -> str:
     # experts, whose gradients are small (transfer-rules 1.9)
     eps = min(row.eps for row in found)
     overrides = "\n".join(
-        f"    - pattern: '^{row.regex}$'  # {row.roles}\n      lr_mult: {row.lr / lr!r}\n"
-        f"      wd_mult: {row.weight_decay / wd if wd else 0.0!r}"
+        f"    - pattern: '^{row.regex}$'  # {row.roles}\n      lr_mult: {yaml_number(row.lr / lr)}\n"
+        f"      wd_mult: {yaml_number(row.weight_decay / wd if wd else 0.0)}"
         for row in found
         if row.lr != lr or row.weight_decay != wd
     )
-    std = "\n".join(f"#   {row.regex}: {row.std!r}" for row in found if row.std is not None)
+    std = "\n".join(f"#   {row.regex}: {yaml_number(row.std)}" for row in found if row.std is not None)
     return f"""# {plan.target.name}: hyperparameters of plan {plan.hash} ({plan.rule.name}), written by mue export. Do not edit.
 # For {name}. What this stack cannot express:
 #  - eps per pattern: the smallest of the plan is used for all;
@@ -36,10 +37,10 @@ def automodel(plan: PlanData, model: Any) -> str:
 {std}
 optimizer:
   _target_: torch.optim.AdamW
-  lr: {lr!r}
-  weight_decay: {wd!r}
-  eps: {eps!r}
-  betas: [{plan.betas[0]!r}, {plan.betas[1]!r}]
+  lr: {yaml_number(lr)}
+  weight_decay: {yaml_number(wd)}
+  eps: {yaml_number(eps)}
+  betas: [{yaml_number(plan.betas[0])}, {yaml_number(plan.betas[1])}]
   param_group_overrides:
 {overrides}
 """

@@ -19,6 +19,7 @@ from mue.layouts.observe.describe import Description, ParamPattern
 from mue.layouts.transformers.configs import build, config_of, read_config
 from mue.layouts.transformers.describe import describe_config
 from mue.layouts.transformers.disk import has_weights
+from mue.util.files import read_text
 from mue.util.importing import imported
 
 
@@ -106,7 +107,7 @@ def _of_class(kind: type[nn.Module], rows: Sequence[Layout], config: str | Path 
         if default is None:
             raise ValueError(f"{kind.__name__} is a class: give --config, a JSON file with the config it is built from")
         return _with_class(kind, default(), rows)
-    data = json.loads(Path(config).read_text(encoding="utf-8"))
+    data = json.loads(read_text(config))
     own = config_of(data, str(config)) if "model_type" in data else SimpleNamespace(**data)
     return _with_class(kind, own, rows)
 

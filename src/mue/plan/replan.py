@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mue.plan.convention import Convention
@@ -16,7 +15,7 @@ from mue.plan.transfer import plan_of
 from mue.rules.options import read_back
 from mue.rules.registry import RULES
 from mue.shapes import DEFAULT_HEAD_DIM, HParams, Training, shape_from_dict
-from mue.util.files import rounded
+from mue.util.files import read_text, rounded
 
 
 def inputs_from_dict(data: Mapping[str, Any]) -> Inputs:
@@ -73,7 +72,7 @@ def load(path: str | os.PathLike[str]) -> PlanData:
         ValueError: the file is no plan, or its numbers are not those that follow from its inputs.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
         data["inputs"] = of_format(data.get("format", 1), data["inputs"], str(path))
         folded = data.get("folded")
         plan = _folded(plan_of(inputs_from_dict(data["inputs"])), folded["route"] if folded else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import fields
@@ -22,6 +23,7 @@ from mue.shapes import (
     parse_notation,
 )
 from mue.util.errors import nearest, positive
+from mue.util.files import read_text
 
 # What [base] and [target] may hold, beside ffn; _MOE: with experts only. Anything else in them is an error.
 _COMMON = ("width", "layers", "head_dim", "heads", "kv_heads", "vocab", "sequence", "gated", "tied")
@@ -33,18 +35,21 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """A TOML file as tables.
 
     Args:
-        path: of the file, in UTF-8.
+        path: of the file, in UTF-8, with or without a byte order mark.
 
     Raises:
         ValueError: it is missing or not TOML; names the file and the line.
     """
-    path = Path(path)
+    path, text = Path(path), ""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        text = read_text(path)
+        return tomllib.loads(text)
     except FileNotFoundError:
         raise ValueError(f"{path} does not exist") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise ValueError(f"{path} is not a TOML file: {error}") from None
+        line = re.search(r"at line (\d+)", str(error))
+        shown = f": {text.splitlines()[int(line[1]) - 1].strip()[:80]}" if line else ""
+        raise ValueError(f"{path} is not a TOML file: {error}{shown}") from None
 
 
 def check_keys(table: Mapping[str, Any], known: Collection[str], where: str) -> None:

@@ -7,6 +7,8 @@ import math
 from collections.abc import Iterable
 from numbers import Integral, Real
 
+from mue.util.text import yaml_number
+
 LARGEST = 10**18  # beyond any shape or run, and well inside what a float holds
 
 
@@ -27,11 +29,23 @@ def positive_int(name: str, value: object, most: int = LARGEST) -> int:
     if isinstance(number, float) and number.is_integer():
         number = int(number)
     if not isinstance(number, int) or number < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        raise ValueError(f"{name} must be a whole number of at least 1, got {_shown(value)}")
     if number > most:
         limit = "10^18" if most == LARGEST else f"{most:,}"
         raise ValueError(f"{name} must be at most {limit}, got a number of {len(str(number))} digits")
     return number
+
+
+def _shown(value: object) -> str:
+    """A value that is refused, and what to do about it where it is only written as text."""
+    if not isinstance(value, str):
+        return repr(value)
+    try:
+        float(value)
+    except ValueError:
+        return f"{value!r}, which is text: leave the quotes out" if value.lower() in ("true", "false") else repr(value)
+    yaml = f" (in YAML: {yaml_number(float(value))})" if "e" in value.lower() else ""
+    return f"{value!r}, which is text: leave the quotes out{yaml}"
 
 
 def _plain(value: object) -> int | float | None:
@@ -55,7 +69,7 @@ def positive(name: str, value: object, *, zero: bool = False, below: float = mat
     if isinstance(number, int) and abs(number) > LARGEST:
         raise ValueError(f"{name} must be at most 10^18, got a number of {len(str(abs(number)))} digits")
     if number is None or not math.isfinite(number):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+        raise ValueError(f"{name} must be a finite number, got {_shown(value)}")
     if number < 0 or (number == 0 and not zero) or number >= below:
         limit = f" and below {below:g}" if below < math.inf else ""
         raise ValueError(f"{name} must be {'at least 0' if zero else 'greater than 0'}{limit}, got {value!r}")
@@ -72,7 +86,7 @@ def true_or_false(name: str, value: object) -> bool:
         ValueError: it is neither true nor false.
     """
     if not isinstance(value, bool):
-        raise ValueError(f"{name} must be true or false, got {value!r}")
+        raise ValueError(f"{name} must be true or false, got {_shown(value)}")
     return value
 
 

@@ -17,6 +17,15 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.4g}"
 
 
+def yaml_number(value: float) -> str:
+    """A number as YAML files have it, to the last bit.
+
+    YAML 1.1, and with it PyYAML, takes ``2e-05`` for text: a number has a point, and a sign in its exponent.
+    """
+    digits, e, exponent = repr(float(value)).partition("e")
+    return f"{digits if '.' in digits or not e else digits + '.0'}{e}{exponent}"
+
+
 def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table as plain text: left-aligned columns, two spaces apart, a rule under the header.
 

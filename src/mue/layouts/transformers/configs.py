@@ -13,6 +13,7 @@ from torch import nn
 from mue.layouts.observe.config import attributes, subconfigs, text_config
 from mue.layouts.transformers.family import family_of
 from mue.util.errors import nearest
+from mue.util.files import read_text
 
 
 def _transformers() -> Any:
@@ -60,7 +61,7 @@ def read_config(source: str | Path) -> Any:
     if not path.exists():
         return default_config(str(source))
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not a transformers config: it needs JSON with a model_type ({error})") from None
     return config_of(data, str(path))
