@@ -88,7 +88,7 @@ def _slopes(found: Mapping[str, Any], path: Path) -> Path:
         for name, value in said[what].items():
             axis.axhline(value, color="grey", lw=0.8, ls="--")
             if "Marin August" not in name:
-                left = what == "batch"
+                left = name.startswith("standard, Step Law")
                 place = (-2.8 if left else 3.0, value)
                 axis.annotate(name, place, fontsize=7, va="bottom", ha="left" if left else "right", color="dimgrey")
         axis.axvline(0, color="grey", lw=0.6)

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from typing import Any
 
 import mue
@@ -152,14 +153,27 @@ def rule_change(rule: str, base: Cell, target: Cell) -> dict[str, float]:
 
     A rule has a rate for each role, these runs one for all: what it says of the one lies between its roles.
     """
+    return dict(zip(ROLES, _planned(rule, base.shape, target.shape, *(_run(c) for c in (base, target))), strict=True))
+
+
+def _run(cell: Cell) -> tuple[int, int]:
+    return round(cell.batch), round(cell.steps)
+
+
+@cache  # the scenarios overlap
+def _planned(
+    rule: str, base: Shape, target: Shape, run: tuple[int, int], next_run: tuple[int, int]
+) -> tuple[float, ...]:
+    """The octaves of ``ROLES``; runs as batch in tokens and steps."""
     # betas so near to 1 that they can be carried to any number of steps: only rates are read here
     tuned = mue.HParams(lr=1.0, weight_decay=0.1, init_std=0.02, betas=(0.9999, 0.9999))
-    runs = [mue.Training(batch=round(c.batch), steps=round(c.steps)) for c in (base, target)]
-    shapes = transformer(base.shape), transformer(target.shape)
+    runs = [mue.Training(batch=batch, steps=steps) for batch, steps in (run, next_run)]
     options: dict[str, Any] = {name: value for name, value in SDE.items() if name in option_names(RULE_TABLES[rule])}
-    plan = mue.transfer(*shapes, tuned, base_training=runs[0], training=runs[1], rule=rule, **options)
-    roles = plan.to_dict()["roles"]
-    return {role: math.log2(roles[role]["factor"]["lr"]) for role in ROLES}
+    shapes = transformer(base), transformer(target)
+    roles = mue.transfer(*shapes, tuned, base_training=runs[0], training=runs[1], rule=rule, **options).to_dict()[
+        "roles"
+    ]
+    return tuple(math.log2(roles[role]["factor"]["lr"]) for role in ROLES)
 
 
 def folded_change(rule: str, base: Shape, target: Shape) -> dict[str, float]:
