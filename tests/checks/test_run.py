@@ -192,7 +192,7 @@ def test_a_check_from_outside_is_one_function() -> None:
         CHECKS._entries.pop("narrow")
         check_of("narrow", needs=("roles", "batch"))(narrow(1))
         (left_out,) = mue.check(c.model, c.plan, only=["narrow"]).findings
-        assert (left_out.status, left_out.measured) == ("not measured", "no batch was given")
+        assert (left_out.status, left_out.measured) == ("left out", "no batch was given")
     finally:
         CHECKS._entries.pop("narrow", None)
     with pytest.raises(ValueError, match="unknown check 'narrow'"):

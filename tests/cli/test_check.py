@@ -1,4 +1,4 @@
-"""``mue check``: JSON, and exit code 1 for what it finds."""
+"""``mue check``: JSON, exit code 1 for what it finds, 3 for what it could not see."""
 
 from __future__ import annotations
 
@@ -24,6 +24,11 @@ def wrong(plan):
     made = build(plan)
     made["model"].blocks[0].moe.router.route_scale = 1.0
     return made
+
+def unseen(plan):
+    made = build(plan)
+    made["model"].final_norm.forward = lambda x: x / x.abs().amax(-1, keepdim=True)
+    return made
 """
 
 
@@ -43,5 +48,9 @@ def test_the_command_prints_json_and_fails_with_code_1(tmp_path: Path, monkeypat
     assert any(
         "experts_down" in f["where"] and "route scale R = 4 is missing" in f["causes"] for f in found["findings"]
     )
+    unseen = ["check", "mine.py:unseen", "plan.json"]
+    result = CliRunner().invoke(app, unseen)
+    assert result.exit_code == 3 and "multipliers      not measured" in result.stdout
+    assert CliRunner().invoke(app, [*unseen, "--allow-unmeasured", "head.*"]).exit_code == 0
     with pytest.raises(ValueError, match=r"mine\.py has no 'rong'; did you mean 'wrong'"):
         CliRunner().invoke(app, ["check", "mine.py:rong", "plan.json"], catch_exceptions=False)

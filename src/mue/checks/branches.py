@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mue.checks.trace import Added, Product, Record
+from mue.checks.record import Added, Normed, Product, Record
 from mue.layouts.layout import ParamInfo, expert_slices
 from mue.rules.roles import ROLES
 
@@ -81,51 +81,67 @@ class Coefficients:
 
 @dataclass(frozen=True)
 class Branch:
-    """One branch of one layer as it met the stream. ``kind`` is ``"attention"`` or ``"feed-forward"``."""
+    """One branch of one layer as it met the stream.
+
+    Attributes:
+        kind: ``"attention"`` or ``"feed-forward"``. added: the addition. products: those with the layer's parameters of that kind.
+        ends: those of them that the branch was made of directly.
+    """
 
     kind: str
     layer: int
     added: Added
+    products: tuple[Product, ...]
+    ends: tuple[Product, ...]
 
     @property
     def out(self) -> Tensor:
-        """(T, D)"""
-        return self.added.branch.flatten(0, -2)
+        """(T, D): as it met the stream."""
+        return self.added.term.value.flatten(0, -2)
+
+    @property
+    def normed(self) -> Normed | None:
+        """The norm that the branch ends in, if it does."""
+        return self.added.term.normed
+
+    @property
+    def made(self) -> Tensor:
+        """(T, D): what the weights gave, before a norm that ends the branch."""
+        return self.out if self.normed is None else self.normed.given.reshape(-1, self.out.shape[-1])
 
     def last(self, *roles: str) -> Product | None:
         """The last product with a parameter of one of ``roles``."""
-        return next((p for p in reversed(self.added.products) if p.info.role in roles), None)
+        return next((p for p in reversed(self.products) if p.info.role in roles), None)
 
     @property
     def given(self) -> Tensor | None:
         """(T, D): what the feed-forward reads."""
-        for p in self.added.products:
-            role = ROLES[p.info.role]
-            reads = role.feed_forward and role.reads_residual
-            if reads and p.given.dim() == 2 and p.given.shape[0] == self.out.shape[0] and not p.transposed:
-                return p.given
-            if reads and p.given.dim() == 3 and p.given.shape[:2] == (1, self.out.shape[0]):
-                return p.given[0]
-        normed = self.added.normed  # no router and no shared expert reads all rows of it
-        return None if normed is None or normed.flatten(0, -2).shape != self.out.shape else normed.flatten(0, -2)
+        reading = [p for p in self.products if ROLES[p.info.role].feed_forward and ROLES[p.info.role].reads_residual]
+        for p in reading:
+            if p.given.shape[-1] == self.out.shape[-1] and p.given.numel() == self.out.numel() and not p.transposed:
+                return p.given.reshape(self.out.shape)
+        # no router and no shared expert reads all rows of it: the norm before the first product does
+        normed = reading[0].normed if reading else None
+        return None if normed is None or normed.out.numel() != self.out.numel() else normed.out.reshape(self.out.shape)
 
 
 def branches(record: Record) -> list[Branch]:
     """The branches of every block in the order of the forward pass; additions that belong to no block are left out.
 
-    A branch is told by what it ends in: o for attention, a down projection for the feed-forward. One with both is a
-    parallel block, whose sum cannot be taken apart here.
+    A branch is told by what it ends in: o for attention, a down projection for the feed-forward.
     """
-    found = []
+    found: list[Branch] = []
+    since: dict[tuple[int, str], int] = {}
     for added in record.added:
-        layers = {p.info.layer for p in added.products if p.info.layer is not None}
-        roles = {p.info.role for p in added.products}
-        if not layers:
+        layers = {p.info.layer for p in record.ends(added.term.origin) if p.info.layer is not None}
+        kind = record.kind(added.term.origin)
+        if not layers or not kind:
             continue
-        attention = "attention_o" in roles
-        forward = any(ROLES[role].part == "down" for role in roles)
-        if attention != forward:
-            found.append(Branch("attention" if attention else "feed-forward", max(layers), added))
+        key = max(layers), kind
+        own = [p for p in record.products[since.get(key, 0) : added.upto] if p.info.layer == key[0]]
+        since[key] = added.upto
+        mine = tuple(p for p in own if ROLES[p.info.role].feed_forward == (kind == "feed-forward"))
+        found.append(Branch(kind, key[0], added, mine, tuple(record.ends(added.term.origin))))
     return found
 
 
@@ -206,7 +222,7 @@ def solve_coefficients(
     given = branch.given
     if given is None:
         return None
-    x_TD, y_TD = given[:tokens], branch.out[:tokens].double()
+    x_TD, y_TD = given[:tokens], branch.made[:tokens].double()
     x_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
     if likely is not None and likely.fits:
         same = _solved(branch.layer, placed, x_TD, y_TD, likely.activation, likely.swapped)
@@ -269,6 +285,25 @@ def _solved(
     left = (M_TDC @ c_TC[..., None])[..., 0] - y_TD
     residual = float(left.norm() / y_TD.norm().clamp(min=1e-300))
     return Coefficients(c_TC[:, :experts], None if single is None else c_TC[:, experts], residual, activation, swapped)
+
+
+def fit_sum(out: Tensor, parts: Sequence[Tensor]) -> tuple[list[float], float]:
+    """(c, relative residual) of out = Σ c_i · parts_i by least squares, computed in float64.
+
+    Args:
+        out, parts: tensors of as many elements.
+
+    Returns:
+        ([], inf) where there are no parts.
+    """
+    if len(parts) == 1:
+        c, residue = fit_ratio(out, parts[0])
+        return [c], residue
+    if not parts:
+        return [], float("inf")
+    y, M = out.double().flatten(), torch.stack([p.double().flatten() for p in parts], 1)
+    c_P = torch.linalg.lstsq(M, y[:, None]).solution[:, 0]
+    return c_P.tolist(), float((M @ c_P - y).norm() / y.norm().clamp(min=1e-300))
 
 
 def fit_ratio(out: Tensor, reference: Tensor) -> tuple[float, float]:

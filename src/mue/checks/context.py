@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mue.checks.branches import Branch, Coefficients, branches, solve_coefficients
-from mue.checks.trace import Record, traced
+from mue.checks.record import Record
+from mue.checks.trace import traced
 from mue.layouts.layout import ParamInfo, unwrap
 from mue.layouts.of_model import placed
 from mue.model.apply import param_groups
@@ -98,8 +99,11 @@ class Context:
         """Relative, of anything that went through the model's own arithmetic."""
         # A right model's multipliers come out to seven digits in float32 (docs/checks.md). bf16 has eight bits, 0.4 % a
         # rounding, and a branch rounds several times.
-        low = any(p.dtype in (torch.bfloat16, torch.float16) for p in self.model.parameters())
-        return 4e-2 if low or torch.is_autocast_enabled() else 2e-3
+        parameters = list(self.model.parameters())
+        low = any(p.dtype in (torch.bfloat16, torch.float16) for p in parameters)
+        # without a device torch.is_autocast_enabled speaks of CUDA alone
+        low |= any(torch.is_autocast_enabled(kind) for kind in {p.device.type for p in parameters} - {"meta"})
+        return 4e-2 if low else 2e-3
 
 
 def forward(model: nn.Module, batch: Any) -> Any:

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from mue.checks.branches import Branch, Coefficients, branches, columns, solve_coefficients
 from mue.checks.context import Loss, evaluating, forward, logits_of, loss_of
-from mue.checks.trace import Record, traced
+from mue.checks.record import Record
+from mue.checks.trace import traced
 from mue.layouts.layout import ParamInfo, unwrap
 from mue.layouts.of_model import placed
 from mue.model.apply import param_groups

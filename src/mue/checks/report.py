@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 from mue.util.text import text_table
 
-PASS, FAIL, WARN, SKIP = "pass", "fail", "warn", "not measured"
+PASS, FAIL, WARN = "pass", "fail", "warn"
+SKIP = "left out"  # nobody asked for it: no batch, no optimizer, nothing of the kind in the plan
+UNMEASURED = "not measured"  # planned, looked for, and not to be seen: no pass
 
 
 @dataclass(frozen=True)
@@ -17,9 +20,10 @@ class Finding:
     """One thing that was looked at.
 
     Attributes:
-        check: its subject (``"init"``, ``"groups"`` …). status: :data:`PASS`, :data:`FAIL`, :data:`WARN` or :data:`SKIP`.
+        check: its subject (``"init"``, ``"groups"`` …). status: :data:`PASS`, :data:`FAIL`, :data:`WARN`, :data:`SKIP` or
+            :data:`UNMEASURED`, the last of one quantity each.
         where: the tensor or module, by canonical name. expected, measured: in words and numbers.
-        causes: the likeliest first. mend: the line that mends it.
+        causes: the likeliest first. mend: the line that mends it. count: how many planned quantities it speaks for.
     """
 
     check: str
@@ -29,6 +33,7 @@ class Finding:
     measured: str = ""
     causes: tuple[str, ...] = ()
     mend: str = ""
+    count: int = 1
 
     def to_dict(self) -> dict[str, Any]:
         return {**vars(self), "causes": list(self.causes)}
@@ -47,15 +52,17 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """All findings of one run of :func:`mue.check`; prints as a table, failures below it in full.
+    """All findings of one run of :func:`mue.check`; prints as a table, failures and what was not measured below it in full.
 
     Attributes:
         plan: hash of the plan. seconds: wall time by check.
+        allowed: what may stay unmeasured: names of checks, or places (``*`` stands for anything).
     """
 
     findings: tuple[Finding, ...]
     plan: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
+    allowed: tuple[str, ...] = ()
 
     @property
     def failures(self) -> tuple[Finding, ...]:
@@ -66,9 +73,17 @@ class Report:
         return tuple(f for f in self.findings if f.status == WARN)
 
     @property
+    def unmeasured(self) -> tuple[Finding, ...]:
+        """What was planned and could not be seen, but for what was allowed to stay so."""
+        return tuple(f for f in self.findings if f.status == UNMEASURED and not self._allows(f))
+
+    @property
     def ok(self) -> bool:
-        """Nothing failed. A warning, or a thing that could not be measured, is no failure."""
-        return not self.failures
+        """Nothing failed, and everything planned was measured. A warning is no failure."""
+        return not self.failures and not self.unmeasured
+
+    def _allows(self, f: Finding) -> bool:
+        return any(name == f.check or fnmatchcase(f.where, name) for name in self.allowed)
 
     def to_dict(self) -> dict[str, Any]:
         """What ``mue check --json`` prints."""
@@ -84,29 +99,57 @@ class Report:
 
     def __str__(self) -> str:
         order = list(dict.fromkeys(f.check for f in self.findings))
-        rows = [self._row(name, [f for f in self.findings if f.check == name]) for name in order]
+        rows = [row for name in order for row in self._rows(name, [f for f in self.findings if f.check == name])]
         parts = [text_table(["check", "result", "seconds", "what"], rows)]
         shown = [str(f) for f in self.findings if f.status in (FAIL, WARN)]
-        return "\n\n".join([*parts, *shown])
+        return "\n\n".join([*parts, *shown, *map(str, grouped(self.unmeasured))])
 
-    def _row(self, name: str, found: Sequence[Finding]) -> list[str]:
-        # the worst finding speaks for the check; what was measured of a part counts before what was not
-        status = next((s for s in (FAIL, WARN, PASS, SKIP) if any(f.status == s for f in found)), SKIP)
-        worst = [f for f in found if f.status == status]
-        text = worst[0].measured
-        if status in (FAIL, WARN):
-            text = worst[0].where + (f" and {len(worst) - 1} more" if len(worst) > 1 else "")
-        return [name, status, f"{self.seconds.get(name, 0.0):.2f}", text]
+    def _rows(self, name: str, found: Sequence[Finding]) -> list[list[str]]:
+        """One line for the worst of what was measured, and one of its own for what was not."""
+        seconds, rows = f"{self.seconds.get(name, 0.0):.2f}", []
+        status = next((s for s in (FAIL, WARN, PASS, SKIP) if any(f.status == s for f in found)), None)
+        if status is not None:
+            worst = [f for f in found if f.status == status]
+            text = worst[0].measured
+            if status in (FAIL, WARN):
+                text = worst[0].where + (f" and {len(worst) - 1} more" if len(worst) > 1 else "")
+            rows.append([name, status, seconds, text])
+        missed = [f for f in found if f.status == UNMEASURED]
+        if missed:
+            allowed = " (allowed)" if all(map(self._allows, missed)) else ""
+            text = several([f.where for f in missed], 1)
+            rows.append([name, UNMEASURED + allowed, "" if rows else seconds, f"{text}: {missed[0].measured}"])
+        return rows
 
 
 class CheckError(ValueError):
-    """Something is wired wrong; the message names it, ``report`` holds everything that was found."""
+    """Something is wired wrong, or could not be looked at; the message names it, ``report`` holds everything that was found."""
 
     def __init__(self, report: Report) -> None:
         self.report = report
-        failed = report.failures
-        head = f"{len(failed)} thing{'s are' if len(failed) > 1 else ' is'} wired wrong (plan {report.plan})"
-        super().__init__("\n".join([f"{head}:", *map(str, failed)]))
+        failed, missed = report.failures, report.unmeasured
+        lines = []
+        if failed:
+            lines.append(
+                f"{len(failed)} thing{'s are' if len(failed) > 1 else ' is'} wired wrong (plan {report.plan}):"
+            )
+            lines += map(str, failed)
+        if missed:
+            checks = ", ".join(f'"{name}"' for name in dict.fromkeys(f.check for f in missed))
+            lines.append(
+                f"{len(missed)} planned thing{'s' if len(missed) > 1 else ''} could not be measured (plan {report.plan}), which is"
+                f" no pass; to take that as it is, name the checks or the places: allow_unmeasured=[{checks}]"
+            )
+            lines += map(str, grouped(missed))
+        super().__init__("\n".join(lines))
+
+
+def grouped(missed: Iterable[Finding]) -> list[Finding]:
+    """What was not measured for one reason, as one finding that names the first places."""
+    places: dict[tuple[str, str, str], list[Finding]] = {}
+    for f in missed:
+        places.setdefault((f.check, f.expected, f.measured), []).append(f)
+    return [replace(many[0], where=several([f.where for f in many])) for many in places.values()]
 
 
 def several(names: Iterable[str], shown: int = 3) -> str:

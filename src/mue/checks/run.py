@@ -31,6 +31,7 @@ def check(
     skip: Sequence[str] = (),
     tokens: int = 64,
     raises: bool = True,
+    allow_unmeasured: Sequence[str] = (),
 ) -> Report:
     """Prove the wiring of a freshly built model before money is spent. The model is left as it was.
 
@@ -47,11 +48,12 @@ def check(
         loss: ``(model, batch) -> scalar``; by default what the model returns as ``loss``.
         only, skip: names of checks (:data:`mue.checks.CHECKS`); skip ``"init"`` for a model that was trained already.
         tokens: how many tokens the branches are taken apart on.
-        raises: raise where something fails; else return the report.
+        raises: raise where something fails, or was planned and could not be measured; else return the report.
+        allow_unmeasured: what may stay unmeasured: names of checks, or places as a finding names them (``*``: any part).
 
     Raises:
-        CheckError: something is wired wrong; names the tensor or module, what was expected and measured, the likeliest
-            causes and the line that mends it.
+        CheckError: something is wired wrong, or could not be looked at; names the tensor or module, what was expected and
+            measured, the likeliest causes and the line that mends it.
         ValueError: an unknown name in ``only`` or ``skip``.
 
     What each check measures stands in its own file, and in docs/checks.md.
@@ -68,7 +70,8 @@ def check(
         start = time.perf_counter()
         findings += _run(one, ctx, lacking)
         seconds[one.name] = time.perf_counter() - start
-    report = Report(tuple(findings), plan.hash, seconds)
+    allowed = (allow_unmeasured,) if isinstance(allow_unmeasured, str) else tuple(allow_unmeasured)
+    report = Report(tuple(findings), plan.hash, seconds, allowed)
     if raises and not report.ok:
         raise CheckError(report)
     return report

@@ -6,15 +6,16 @@ recorded is what the kernels were handed. Values are kept, so use small batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from mue.checks.known import TIMES, Known, broadcasts, factor_of, key_of, tensors
+from mue.checks.record import Added, Normed, Origin, Product, Record, Scores, Softmax, Term
 from mue.layouts.layout import ParamInfo
+from mue.rules.roles import ROLES
 
 # Kernel → positions of its two factors.
 _PRODUCTS = {
@@ -30,199 +31,268 @@ _PRODUCTS = {
 _COPIES = frozenset(
     {"_to_copy", "clone", "contiguous", "index_select", "index", "t_copy", "transpose_copy", "lift_fresh"}
 )
-_SCALED = frozenset({"_to_copy", "clone", "mul", "div", "mul_", "div_"})  # the stream again, perhaps times a number
+_SUMS = {"add": 1.0, "add_": 1.0, "sub": -1.0, "sub_": -1.0}
+_ROWS = frozenset(
+    {"mean", "sum", "var", "var_mean", "linalg_vector_norm"}
+)  # one number for each row: what a norm divides by
+# Of softcapped logits, c·tanh(x/c), the slope at zero is what a multiplier changes.
+_SLOPE_ONE = frozenset({"tanh", "tanh_"})
+_MASKS = frozenset({"where", "masked_fill", "masked_fill_"})
 
 
-@dataclass
-class Product:
-    """One product with a parameter: the other factor, as rows where it stands on the left, and the result."""
-
-    info: ParamInfo
-    given: Tensor
-    out: Tensor
-    transposed: bool = False
-
-
-@dataclass
-class Added:
-    """One addition to the residual stream.
-
-    ``before`` is the stream as it was left, ``carried`` what the branch joined, ``normed`` the output of a norm that ran before
-    any of the branch's products.
-    """
-
-    before: Tensor
-    carried: Tensor
-    branch: Tensor
-    products: list[Product]
-    normed: Tensor | None = None
-
-
-@dataclass
-class Softmax:
-    """One attention: the products with parameters since the last addition, and what the softmax saw.
-
-    ``logits`` (…, queries, keys) where a softmax ran over them, with ``scores``, the product they came from; else ``q``,
-    ``k`` and the kernel's own ``scale``.
-    """
-
-    products: list[Product]
-    scores: Tensor | None = None
-    logits: Tensor | None = None
-    q: Tensor | None = None
-    k: Tensor | None = None
-    scale: float | None = None
-
-
-@dataclass
-class Record:
-    """A whole forward pass."""
-
-    added: list[Added] = field(default_factory=list)
-    softmaxes: list[Softmax] = field(default_factory=list)
-    products: list[Product] = field(default_factory=list)
-    lookup: Tensor | None = None
-    stream: Tensor | None = None
-    rest: list[Product] = field(default_factory=list)
-
-
-class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Trace(Known):  # type: ignore[no-untyped-call]
     """Record into ``record`` while this mode is on."""
 
     wants_plain_operators = True  # mue.moe.experts then takes no fused kernel, whose inside cannot be seen
 
-    def __init__(self, placed: Iterable[ParamInfo], width: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.record = Record()
-        self._width = width
-        self._parameters: dict[int, list[tuple[int, int, ParamInfo]]] = {}
-        self._aliases: dict[int, Tensor] = {}
-        self._alive: list[Tensor] = []
-        self._since: list[Product] = []
-        self._normed: Tensor | None = None
-        self._scores: Tensor | None = None  # the last product of two activations
-        for p in placed:
-            self._hold(p.parameter, p)
-
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kernel = func.overloadpacket.__name__
-        joined = self._join(kernel, args, kwargs or {})
-        out = func(*args, **(kwargs or {}))
-        if joined is not None and isinstance(out, Tensor):
-            self._add(*joined, out)
-        elif isinstance(out, Tensor) and not self._carry(kernel, args, out):
-            self._product(kernel, args, out)
-        if not self._since:
-            self._norm(args, out[0] if isinstance(out, tuple) else out)
-        if kernel.startswith(("_scaled_dot_product", "_softmax")):
-            self._attention(kernel, args, kwargs or {})
+        kernel, kwargs = func.overloadpacket.__name__, kwargs or {}
+        given = list(tensors((*args, *kwargs.values())))
+        self._save(kernel, args)
+        joined = self._join(kernel, args, kwargs)
+        if kernel.startswith(("_scaled_dot_product", "_softmax", "_safe_softmax")):
+            self._attention(kernel, args, kwargs)
+        if kernel == "_log_softmax":
+            self._result(args[0], self.record.losses)
+        known = [self._chains.get(key_of(t)) for t in given]
+        out = func(*args, **kwargs)
+        outs = list(tensors((out,)))
+        origin = Origin.union(self._origins.get(key_of(t)) for t in given)
+        for t in outs:
+            self._forget(kernel, t, given, origin)
+        if joined is not None and outs:
+            self._add(kernel, joined, outs[0])
+        elif outs:
+            self._follow(kernel, args, kwargs, given, known, outs[0])
         return out
 
-    # ---- parameters ---------------------------------------------------------------------------------------------
+    # ---- the stream -------------------------------------------------------------------------------------------------
 
-    def _hold(self, t: Tensor, p: ParamInfo) -> None:
-        """Know a parameter, or a copy of it, by its memory: storage and range in it, which every view of it shares.
+    def _join(self, kernel: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, Tensor, bool] | None:
+        """(carried, branch, onto the stream) where this kernel adds up what meets the stream, or is about to.
 
-        Several parameters may lie in one storage (FSDP, a fused tensor), hence the range.
+        Taken before it runs, for it may run in place. alpha is a multiplier like any other: torch.add(x, y, alpha=c) is x + c·y.
         """
-        start = int(t.storage_offset())
-        self._parameters.setdefault(_key(t), []).append((start, start + max(int(t.numel()), 1), p))
-        # a freed storage's address would be given to another tensor, which would then pass for this one
-        self._alive.append(t)
-
-    def _parameter(self, t: object) -> ParamInfo | None:
-        if not isinstance(t, Tensor) or not t.is_floating_point():
-            return None
-        for start, end, p in self._parameters.get(_key(t), []):
-            if start <= t.storage_offset() < end:
-                return p
-        return None
-
-    # ---- the stream ---------------------------------------------------------------------------------------------
-
-    def _on_stream(self, t: object) -> bool:
-        return isinstance(t, Tensor) and t.dim() > 0 and t.shape[-1] == self._width and _key(t) in self._aliases
-
-    def _join(self, kernel: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor] | None:
-        """(carried, branch) where this kernel adds to the stream; taken before it runs, for it may run in place."""
-        if kernel not in ("add", "add_") or len(args) < 2 or not isinstance(args[1], Tensor):
+        if kernel not in _SUMS or len(args) < 2 or not (self._wide(args[0]) and self._wide(args[1])):
             return None
         a, b = args[0], args[1]
-        if a.shape != b.shape or not (self._on_stream(a) or self._on_stream(b)):
+        factor = _SUMS[kernel] * float(kwargs.get("alpha", 1))
+        # where one is broadcast (positions are the same for every sequence), the other has the result's size
+        if not broadcasts(a, b):
             return None
-        alpha = float(kwargs.get("alpha", 1))
-        # alpha is a multiplier like any other: torch.add(x, y, alpha=c) is x + c·y
-        carried, branch = (a, b * alpha) if self._on_stream(a) else (b * alpha, a)
-        return (carried.clone(), branch.clone()) if kernel == "add_" else (carried, branch)
+        orders = [self._order(t) for t in (a, b)]
+        onto = max(orders) >= 0
+        if not onto:
+            onto = self._renewed(a, b) or self._renewed(b, a)
+            orders = [int(self._renewed(a, b)), 0] if onto else orders
+            if not onto and not self._apart(a, b):
+                return None
+        scaled = b if factor == 1 else self._times(b, factor)
+        carried, branch = (a, scaled) if orders[0] >= orders[1] else (scaled, a)
+        if kernel.endswith("_"):
+            carried, branch = (self._times(t, 1.0) if t is args[0] else t for t in (carried, branch))
+        return carried, branch, onto
 
-    def _add(self, carried: Tensor, branch: Tensor, out: Tensor) -> None:
-        assert self.record.stream is not None
-        self.record.added.append(Added(self.record.stream, carried, branch, self._since, self._normed))
-        self._since, self._scores, self._normed = [], None, None
+    def _renewed(self, a: Tensor, b: Tensor) -> bool:
+        """Whether ``a`` was made of the stream alone, as a norm after the addition makes it, and a branch joins it."""
+        mine, other = self._origins.get(key_of(a)), self._origins.get(key_of(b))
+        return mine is not None and mine.stream and not mine.products and other is not None and bool(other.products)
+
+    def _apart(self, a: Tensor, b: Tensor) -> bool:
+        """Whether a sum is of an attention and a feed-forward: a parallel block, whose parts are then kept apart."""
+        kinds = [self._kinds(t) for t in (a, b)]
+        return all(len(k) > 0 and "" not in k for k in kinds) and len(kinds[0] | kinds[1]) == 2
+
+    def _kinds(self, t: Tensor) -> set[str]:
+        origins = (
+            [term.origin for term in self._sums[key_of(t)]]
+            if key_of(t) in self._sums
+            else [self._origins.get(key_of(t))]
+        )
+        return {"" if o is None else self.record.kind(o) for o in origins}
+
+    def _terms(self, t: Tensor, like: Tensor) -> list[Term]:
+        """The parts of a branch, each as it is added."""
+        parts = self._sums.get(key_of(t))
+        if parts is not None and all(p.value.numel() == t.numel() for p in parts):
+            return parts
+        source, factor = self._chains.get(key_of(t), (None, 1.0))
+        value = t if t.numel() == like.numel() else t.expand(like.shape)
+        return [
+            Term(value, self._origins.get(key_of(t), Origin()), source if isinstance(source, Normed) else None, factor)
+        ]
+
+    def _add(self, kernel: str, joined: tuple[Tensor, Tensor, bool], out: Tensor) -> None:
+        carried, branch, onto = joined
+        if not onto:
+            terms = [*self._terms(carried, out), *self._terms(branch, out)]
+            self._sums[key_of(out)] = terms
+            self._origins[key_of(out)] = Origin.union(t.origin for t in terms) or Origin()
+            return
+        record = self.record
+        for t in (carried, branch):
+            self._entered(t)
+        before = carried if record.stream is None or record.stream.numel() != carried.numel() else record.stream
+        if key_of(carried) not in self._roots:  # the stream begins anew: what came before is behind a norm
+            source, _ = self._chains.get(key_of(carried), (None, 1.0))
+            before = source.out if isinstance(source, Normed) and source.out.numel() == carried.numel() else carried
+        if key_of(branch) not in self._roots and self._parameter(branch) is None:
+            for term in self._terms(branch, out):
+                if term.origin.products:
+                    record.added.append(Added(before, carried, term, len(record.products)))
         self._move(out)
+
+    def _entered(self, t: Tensor) -> None:
+        """Note by what an embedding was multiplied until something was first made of it."""
+        source, factor = self._chains.get(key_of(t), (None, 1.0))
+        held = self._parameter(t)
+        if held is not None and held[0].role == "embedding":  # positions, added as they are
+            source, factor = held
+        if not isinstance(source, ParamInfo) or source.role != "embedding" or source.name in self.record.entered:
+            return
+        self.record.entered[source.name] = factor
+        if self._order(t) >= 0:
+            self.record.stream = t  # what later multiplies the stream is told from what multiplied the rows
 
     def _move(self, stream: Tensor) -> None:
         self.record.stream = stream
-        self._aliases = {_key(stream): stream}
-        self.record.rest = self._since
+        key = key_of(stream)
+        self._roots.pop(key, None)  # to the end: the latest
+        self._roots[key] = stream
+        self._alive.append(stream)
+        self._origins[key] = Origin(stream=True)
+        self._scores = None
 
-    def _carry(self, kernel: str, args: tuple[Any, ...], out: Tensor) -> bool:
-        """Follow parameters and the stream through copies; True where there is nothing more to see in this kernel."""
-        tensors = [a for a in args if isinstance(a, Tensor)]
-        if not tensors:
-            return False
-        p = self._parameter(tensors[0])
-        if p is not None and kernel == "embedding":
-            if p.role == "embedding" and self.record.stream is None:
-                self.record.lookup = out
-                self._move(out)
+    # ---- everything else ----------------------------------------------------------------------------------------------
+
+    def _follow(
+        self,
+        kernel: str,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        given: list[Tensor],
+        known: list[tuple[Any, float] | None],
+        out: Tensor,
+    ) -> None:
+        """Follow parameters, the stream and what is one of them but for a factor through one kernel."""
+        if not given or not isinstance(args[0] if args else None, Tensor | list | tuple):
+            return
+        first = given[0]
+        held = self._parameter(first)
+        if held is not None and kernel == "embedding":
+            self._looked_up(held[0], held[1], out)
+            return
+        if held is not None and self._of_parameters(kernel, given):
+            if key_of(out) != key_of(first):
+                self._hold(out, held[0], held[1] * (factor_of(kernel, args) or 1.0))
+            return
+        if self._normed(kernel, args, given, out) or self._product(kernel, args, kwargs, out):
+            return
+        factor = factor_of(kernel, args)
+        index = next((i for i, t in enumerate(given) if t.numel() > 1 or len(given) == 1), 0)
+        chain, wide = known[index], given[index]
+        if chain is not None and isinstance(chain[0], Scores) and kernel in (*_SUMS, *_MASKS, *_SLOPE_ONE, "cat"):
+            self._chains[key_of(out)] = chain  # masks, positions and sinks are no multipliers
+            return
+        if factor is None and (
+            kernel in (*_COPIES, "cat") or (kernel in _SLOPE_ONE and chain and isinstance(chain[0], Product))
+        ):
+            factor = 1.0
+        if factor is None:
+            return
+        if chain is not None:
+            self._chains[key_of(out)] = chain[0], chain[1] * factor
+        if key_of(out) == key_of(wide):
+            return
+        if key_of(wide) in self._sums and out.numel() == wide.numel():
+            self._sums[key_of(out)] = [t.times(factor) for t in self._sums[key_of(wide)]]
+        if self._wide(out) and out.numel() == wide.numel() and self._order(wide) >= 0 and kernel != "cat":
+            self._roots[key_of(out)] = out
+            self._alive.append(out)
+
+    def _of_parameters(self, kernel: str, given: list[Tensor]) -> bool:
+        """Whether a kernel makes of a parameter alone what still is that parameter: a cast, a multiple, 1 + gain."""
+        if kernel in _COPIES:
             return True
-        if p is not None and kernel in _COPIES:
-            if _key(out) != _key(tensors[0]):
-                self._hold(out, p)
-            return True
-        # a multiplier may be a number of Python or a tensor of one element
-        scalar = len(tensors) == 1 or (len(tensors) == 2 and tensors[1].numel() == 1)
-        if kernel in _SCALED and scalar and self._on_stream(tensors[0]) and out.shape == tensors[0].shape:
-            self._aliases[_key(out)] = out
+        alone = all(self._parameter(t) is not None or t.numel() == 1 for t in given)
+        return alone and kernel in (*_SUMS, *TIMES, "rsub")
+
+    def _looked_up(self, p: ParamInfo, factor: float, out: Tensor) -> None:
+        if p.role != "embedding" or not self._wide(out):
+            return
+        self._chains[key_of(out)] = p, factor
+        self.record.lookup = out if self.record.lookup is None else self.record.lookup
+        if self.record.stream is None:
+            self._move(out)
+        else:  # positions: the stream only once they are added
+            self._roots = {key_of(out): out, **self._roots}
+            self._alive.append(out)
+
+    def _normed(self, kernel: str, args: tuple[Any, ...], given: list[Tensor], out: Tensor) -> bool:
+        """Norms, fused or made of a square, a mean and a product; their gain and bias."""
+        if kernel in ("native_layer_norm", "_fused_rms_norm") and self._wide(out):
+            vectors = [held[0] for t in given[1:] if (held := self._parameter(t)) is not None]
+            return self._ends(Normed(given[0], out, vectors))
+        if kernel in ("pow", "square") or (kernel == "mul" and len(given) == 2 and given[0] is given[1]):
+            self._squared = given[0] if self._wide(given[0]) else self._squared
+        if kernel in _ROWS and out.shape[-1:] == (1,) and self._squared is not None:
+            self._rows[key_of(out)] = given[0] if kernel not in ("mean", "sum") else self._squared
+        by_rows = [self._rows[key_of(t)] for t in given if key_of(t) in self._rows]
+        if by_rows and out.shape[-1:] == (1,):
+            self._rows[key_of(out)] = by_rows[0]
+        if by_rows and kernel in TIMES and self._wide(out) and by_rows[0].numel() == out.numel():
+            return self._ends(Normed(by_rows[0], out, []))
+        if kernel in (*TIMES, *_SUMS) and len(given) == 2:
+            for t, other in (given, given[::-1]):
+                held, (source, _) = self._parameter(t), self._chains.get(key_of(other), (None, 1.0))
+                if held is not None and isinstance(source, Normed) and ROLES[held[0].role].vector:
+                    return self._ends(Normed(source.given, out, [*source.vectors, held[0]]))
         return False
 
-    def _norm(self, args: tuple[Any, ...], out: object) -> None:
-        """What a norm's gain was applied to last: the input of a branch whose experts see only some rows of it."""
-        gains = [p for t in args if (p := self._parameter(t)) is not None and p.role == "norm"]
-        if gains and isinstance(out, Tensor) and out.dim() > 1 and out.shape[-1] == self._width:
-            self._normed = out
+    def _ends(self, made: Normed) -> bool:
+        self._entered(made.given)
+        self._chains[key_of(made.out)] = made, 1.0
+        self._keep(made, "given", "out")
+        self.record.norms.append(made)
+        self._last = made
+        return True
 
-    # ---- products and attention ---------------------------------------------------------------------------------
-
-    def _product(self, kernel: str, args: tuple[Any, ...], out: Tensor) -> None:
-        """Keep a product with a parameter, and the last one of two activations.
-
-        That may be q·k, if a softmax comes next.
-        """
-        if kernel == "baddbmm":
-            self._scores = args[1] @ args[2]  # without the mask and the factor that came with them
+    def _product(self, kernel: str, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> bool:
+        """Keep a product with a parameter, and the last one of two activations, that may be q·k, if a softmax comes next."""
         if kernel not in _PRODUCTS:
-            return
+            return False
         left, right = (args[i] for i in _PRODUCTS[kernel])
-        for p, other, transposed in ((self._parameter(right), left, False), (self._parameter(left), right, True)):
-            if p is not None:
-                found = Product(p, other, out, transposed)
-                self._since.append(found)
+        for held, other, transposed in ((self._parameter(right), left, False), (self._parameter(left), right, True)):
+            if held is not None:
+                found = Product(held[0], other, out, transposed, held[1], self._last)
+                found.given_is = self._chains.get(key_of(other))
+                self._origins[key_of(out)] = Origin(frozenset({len(self.record.products)}))
                 self.record.products.append(found)
-                return
-        if kernel == "bmm":
-            self._scores = out.clone()
+                self._chains[key_of(out)] = found, 1.0
+                self._keep(found, "given", "out")
+                return True
+        if kernel in ("bmm", "baddbmm"):
+            # baddbmm: without the mask or the positions that come with it
+            self._scores = Scores(out.clone() if kernel == "bmm" else left @ right)
+            self._chains[key_of(out)] = self._scores, float(kwargs.get("alpha", 1))
+            return True
+        return False
 
-    def _attention(self, kernel: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-        """What a softmax saw. Routers have one as well, after a product with their own matrix: not this."""
-        if kernel.startswith("_softmax"):
+    def _attention(self, kernel: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """What a softmax saw. Routers have one as well, over products with their own matrix: not this."""
+        origin = Origin.union(self._origins.get(key_of(t)) for t in args[: 1 if "softmax" in kernel else 2])
+        products = [] if origin is None else [self.record.products[i] for i in sorted(origin.products)]
+        if "softmax" in kernel:
             scores = args[0]
             # a router's softmax has the experts last, and one row a token
-            if scores.dim() >= 3 and scores.shape[-2] > 1 and not any(p.info.role == "router" for p in self._since):
-                self.record.softmaxes.append(Softmax(self._since, self._scores, logits=scores))
+            if scores.dim() >= 3 and scores.shape[-2] > 1 and any(p.info.role != "router" for p in products):
+                source, factor = self._chains.get(key_of(scores), (None, None))
+                product, scale = (source, factor) if isinstance(source, Scores) else (self._scores, None)
+                self.record.softmaxes.append(
+                    Softmax(products, None if product is None else product.out, logits=scores, scale=scale)
+                )
             return
         # the unfused form of scaled_dot_product_attention: its products and its softmax were seen one by one
         if "math" in kernel:
@@ -230,15 +300,31 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         q, k = args[0], args[1]
         scale = kwargs.get("scale")
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        self.record.softmaxes.append(Softmax(self._since, q=q, k=k, scale=scale))
+        self.record.softmaxes.append(Softmax(products, q=q, k=k, scale=scale))
+
+    def _result(self, t: Tensor, into: list[tuple[Product, float]]) -> None:
+        source, factor = self._chains.get(key_of(t), (None, 1.0))
+        if isinstance(source, Product):
+            into.append((source, factor))
+
+    def finish(self, out: Any) -> None:
+        """Note which of the returned tensors are the product with the head, but for a factor."""
+        for t in returned(out):
+            self._result(t, self.record.returned)
 
 
-def _key(t: Tensor) -> int:
-    """What a tensor is known by: its storage, which its views share."""
-    try:
-        return t.untyped_storage().data_ptr()
-    except (RuntimeError, NotImplementedError):  # sparse and other storageless tensors
-        return -1
+def returned(out: Any) -> Iterator[Tensor]:
+    """The tensors in what a model returned: itself, those of a mapping, a tuple or a dataclass, however deep."""
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, dict):
+        for value in out.values():
+            yield from returned(value)
+    elif isinstance(out, list | tuple):
+        for value in out:
+            yield from returned(value)
+    elif hasattr(out, "__dict__"):
+        yield from (v for v in vars(out).values() if isinstance(v, Tensor))
 
 
 def traced(placed: Iterable[ParamInfo], width: int, run: Callable[[], Any]) -> tuple[Record, Any]:
@@ -253,5 +339,6 @@ def traced(placed: Iterable[ParamInfo], width: int, run: Callable[[], Any]) -> t
     """
     with torch.no_grad(), Trace(placed, width) as trace:
         out = run()
+    trace.finish(out)
     record: Record = trace.record
     return record, out

@@ -22,8 +22,15 @@ def check(
     json_: Annotated[bool, typer.Option("--json", help="Print all findings as JSON.")] = False,
     only: Annotated[list[str] | None, typer.Option("--only", help="Run this check only; may be repeated.")] = None,
     skip: Annotated[list[str] | None, typer.Option("--skip", help="Leave this check out; may be repeated.")] = None,
+    allow_unmeasured: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--allow-unmeasured", help="A check, or a place (* is any part), that may stay unmeasured; may be repeated."
+        ),
+    ] = None,
 ) -> None:
-    """Prove that a model is wired as planned, before money is spent. Exit code 1 where something is wrong.
+    """Prove that a model is wired as planned, before money is spent. Exit code 1 where something is wrong, 3 where something
+    planned could not be measured.
 
     The function is called with the plan and returns the model, or a dict with model and any of batch, optimizer, scheduler,
     checkpoint, clip and loss: what is given is checked. A transformers config is built on the meta device and checked by its
@@ -39,7 +46,14 @@ def check(
     from mue.cli.user_model import arguments, read_plan
 
     made = read_plan(plan)
-    report = run(plan=made, raises=False, only=tuple(only or ()), skip=tuple(skip or ()), **arguments(model, made))
+    report = run(
+        plan=made,
+        raises=False,
+        only=tuple(only or ()),
+        skip=tuple(skip or ()),
+        allow_unmeasured=tuple(allow_unmeasured or ()),
+        **arguments(model, made),
+    )
     print(report.json() if json_ else report)
     if not report.ok:
-        raise typer.Exit(1)
+        raise typer.Exit(1 if report.failures else 3)

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from mue.checks.branches import fit_ratio
 from mue.checks.context import Context
+from mue.checks.readings import EPSILONS
+from mue.checks.record import Product, Softmax
 from mue.checks.registry import check_of
-from mue.checks.report import FAIL, PASS, SKIP, Finding, several
-from mue.checks.trace import Product, Softmax
+from mue.checks.report import FAIL, PASS, SKIP, UNMEASURED, Finding, several
 from mue.layouts.layout import HasLayout, unwrap
 from mue.layouts.observe.config import integers, text_config
 from mue.layouts.transformers.stock import is_stock
@@ -25,18 +26,18 @@ NAME = "attention scale"
 def attention(ctx: Context) -> Iterator[Finding]:
     """Measured scale on q·k against plan.attention_scale, from the weights where they can be followed (C11)."""
     found: dict[tuple[float, str], list[str]] = {}
-    read = 0
+    read: set[int] = set()
     for s in ctx.seen[0].softmaxes:
-        name = next((p.info.name for p in s.products if p.info.role == "attention_q"), None)
-        measured = None if name is None else _measured(ctx, s)
-        if name is None or measured is None:
+        query = next((p.info for p in s.products if p.info.role == "attention_q"), None)
+        measured = None if query is None else _measured(ctx, s)
+        if query is None or query.layer is None or measured is None:
             continue
-        read += 1
+        read.add(query.layer)
         expected = _expected(ctx, s.products)
         # 2 %: q·k is made again with an epsilon of our own in the norms, and the scales that get confused (1/√E, 1/E,
         # 1, twice) lie factors apart
         if not abs(measured - expected) <= max(2e-2, ctx.tolerance) * expected:
-            found.setdefault((expected, number(measured)), []).append(name)
+            found.setdefault((expected, number(measured)), []).append(query.name)
     for (expected, measured_text), names in found.items():
         yield Finding(
             NAME,
@@ -46,11 +47,15 @@ def attention(ctx: Context) -> Iterator[Finding]:
             f"times {measured_text}",
             _causes(ctx, float(measured_text), expected),
             "pass scale=plan.attention_scale to scaled_dot_product_attention, and scale nowhere else",
+            len(names),
         )
-    if not read:
-        yield Finding(NAME, SKIP, measured="no softmax over q·k was recognised")
-    elif not found:
-        yield Finding(NAME, PASS, measured=f"{read} attentions")
+    queries = {p.layer: p.name for p in reversed(ctx.placed) if p.role == "attention_q" and p.layer is not None}
+    for layer in sorted(set(queries) - read):
+        yield Finding(NAME, UNMEASURED, queries[layer], "a softmax over q·k", "none was recognised, or its scale not")
+    if read and not found:
+        yield Finding(NAME, PASS, measured=f"{len(read)} attentions", count=len(read))
+    elif not queries:
+        yield Finding(NAME, SKIP, measured="no queries")
 
 
 def _causes(ctx: Context, measured: float, expected: float) -> tuple[str, ...]:
@@ -83,20 +88,27 @@ def _expected(ctx: Context, products: Iterable[Product]) -> float:
 def _measured(ctx: Context, s: Softmax) -> float | None:
     """Scale by which the softmax's diagonal exceeds q·k from the weights; else by which it exceeds its own product."""
     diagonal = _diagonal(s)
-    own = None if diagonal is None else _products(ctx, s, diagonal)
-    if diagonal is not None and own is not None:
-        c, residue = fit_ratio(diagonal, own)
-        # else something between projection and softmax is not known here, and the kernel's own scale is all there is
-        if residue < 0.02:
-            return c
-    if s.scale is not None:
+    if diagonal is None:
         return s.scale
-    if s.logits is None or s.scores is None or diagonal is None:
-        return None
-    keys = s.logits.shape[-2]
-    product = s.scores.reshape(*s.logits.shape[:-1], -1)[..., :keys]
-    c, residue = fit_ratio(diagonal, product.diagonal(dim1=-2, dim2=-1))
-    return c if residue < 0.02 else None
+    c, residue = _ratio(ctx, s, diagonal)
+    # else something between projection and softmax is not known here, and the kernel's own scale is all there is
+    if residue < 0.02:
+        return c
+    if s.logits is None or s.scores is None:
+        return s.scale
+    product = s.scores.reshape(*diagonal.shape[:-1], *s.scores.shape[-2:]).diagonal(dim1=-2, dim2=-1)
+    if s.scale is None:
+        c, residue = fit_ratio(diagonal, product)
+        return c if residue < 0.02 else None
+    # positions were added to it (ALiBi): its own product against q·k from the weights, times the numbers that followed
+    c, residue = _ratio(ctx, s, product)
+    return c * s.scale if residue < 0.02 else s.scale
+
+
+def _ratio(ctx: Context, s: Softmax, diagonal: Tensor) -> tuple[float, float]:
+    """(c, residue) of a diagonal against q·k from the weights and norms, whose epsilon is not known."""
+    owns = [_products(ctx, s, diagonal, eps) for eps in EPSILONS]
+    return min((fit_ratio(diagonal, own) for own in owns if own is not None), key=lambda f: f[1], default=(0.0, 1.0))
 
 
 def _diagonal(s: Softmax) -> Tensor | None:
@@ -112,8 +124,8 @@ def _diagonal(s: Softmax) -> Tensor | None:
     return (s.q * k).sum(-1) * s.scale
 
 
-def _products(ctx: Context, s: Softmax, diagonal: Tensor) -> Tensor | None:
-    """(B, H, T) of q·k as the weights and norms give them; None where they cannot be followed."""
+def _products(ctx: Context, s: Softmax, diagonal: Tensor, eps: float) -> Tensor | None:
+    """(B, H, T) of q·k as the weights, and norms with this epsilon, give them; None where they cannot be followed."""
     B, H, T = diagonal.shape
     q, k = (_projected(ctx, s, part) for part in ("q", "k"))
     if q is None or k is None or q.numel() % (B * T * H) or k.numel() % (B * T):
@@ -123,7 +135,9 @@ def _products(ctx: Context, s: Softmax, diagonal: Tensor) -> Tensor | None:
         return None
     layer = s.products[0].info.layer
     gains = [next(iter(_gains(ctx, layer, part)), None) for part in ("q", "k")]
-    a, b = (_normed(x.reshape(B, T, -1, E).double(), g).transpose(1, 2) for x, g in zip((q, k), gains, strict=True))
+    a, b = (
+        _normed(x.reshape(B, T, -1, E).double(), g, eps).transpose(1, 2) for x, g in zip((q, k), gains, strict=True)
+    )
     return (a * b.repeat_interleave(H // b.shape[1], 1)).sum(-1)
 
 
@@ -146,15 +160,14 @@ def _gains(ctx: Context, layer: int | None, part: str) -> Iterator[Tensor]:
             yield p.parameter.detach().double() + float(p.layout.start == 0)  # such code multiplies by 1 + w
 
 
-def _normed(x_BTHE: Tensor, gain: Tensor | None) -> Tensor:
+def _normed(x_BTHE: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     if gain is None:
         return x_BTHE
     if gain.numel() != x_BTHE.shape[-1]:  # one norm over all heads
         flat = x_BTHE.flatten(2)
-        return (_rms(flat) * gain).view_as(x_BTHE)
-    return _rms(x_BTHE) * gain
+        return (_rms(flat, eps) * gain).view_as(x_BTHE)
+    return _rms(x_BTHE, eps) * gain
 
 
-def _rms(x: Tensor) -> Tensor:
-    # the model's own eps is not known, and hardly shows
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+def _rms(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)

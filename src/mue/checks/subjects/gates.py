@@ -13,10 +13,10 @@ from torch import Tensor
 
 from mue.checks.branches import Branch, Coefficients
 from mue.checks.context import Context
+from mue.checks.readings import expected_routed
 from mue.checks.registry import check_of
-from mue.checks.report import FAIL, PASS, SKIP, Finding
+from mue.checks.report import FAIL, PASS, SKIP, UNMEASURED, Finding
 from mue.checks.routers_alone import NAME, not_constant, routers_alone
-from mue.checks.subjects.multipliers import expected_routed
 from mue.shapes.block import MEASURED, Block
 from mue.util.text import number
 
@@ -29,20 +29,31 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "soft
 @check_of(NAME, place=9, needs=("roles", "values", "batch"), otherwise=routers_alone)
 def gates(ctx: Context) -> Iterator[Finding]:
     """Number of experts per token, constant sum, F, and the weights against the router's own scores (C12, conventions 9)."""
-    blocks, read, found = ctx.plan.target.per_layer, 0, []
+    blocks, found = ctx.plan.target.per_layer, []
+    wanted = {i for i, block in enumerate(blocks) if block.experts}
+    read: set[int] = set()
     for b in ctx.branches:
         c = ctx.parts.get(b.layer)
-        if b.kind != "feed-forward" or not blocks[b.layer].experts or c is None or not c.fits:
+        if b.kind != "feed-forward" or b.layer not in wanted or c is None or not c.fits:
             continue
-        read += 1
+        read.add(b.layer)
         found += list(_layer(ctx, b, c, blocks[b.layer]))
     yield from found
-    if not any(block.experts for block in blocks):
+    if not wanted:
         yield Finding(NAME, PASS, measured="no routers")
-    elif not read:
-        yield Finding(NAME, SKIP, measured="the weights could not be read off the branches: see multipliers")
-    elif not any(f.status == FAIL for f in found):
-        yield Finding(NAME, PASS, measured=f"{read} routers: weights sum to R, F near 1")
+    elif read and not any(f.status == FAIL for f in found):
+        yield Finding(NAME, PASS, measured=f"{len(read)} routers: weights sum to R, F near 1", count=len(read))
+    if wanted - read:
+        yield from _alone(ctx, sorted(wanted - read))
+
+
+def _alone(ctx: Context, layers: list[int]) -> Iterator[Finding]:
+    """Routers whose weights could not be read off their branches: run alone, as without a batch."""
+    found = list(routers_alone(ctx))
+    if all(f.status == SKIP for f in found):
+        why = "the weights could not be read off the branch, and the router could not be run alone"
+        found = [Finding(NAME, UNMEASURED, f"blocks {i} router", "weights that sum to R", why) for i in layers]
+    yield from found
 
 
 def _layer(ctx: Context, b: Branch, c: Coefficients, block: Block) -> Iterator[Finding]:
@@ -66,7 +77,7 @@ def _layer(ctx: Context, b: Branch, c: Coefficients, block: Block) -> Iterator[F
     total = c.routed.sum(1)
     mean, spread = float(total.mean()), float(total.std(correction=0)) if total.numel() > 1 else 0.0
     if block.gates != MEASURED and spread > ctx.tolerance * abs(mean):
-        yield not_constant(where, mean, spread, expected_routed(ctx, b.layer))
+        yield not_constant(where, mean, spread, expected_routed(ctx, b.layer, b.normed is not None))
         return
     # whatever the multipliers are: they cancel between numerator and denominator
     F = float(block.active * c.routed.square().sum(1).mean() / mean**2)

@@ -1,0 +1,146 @@
+"""What :mod:`mue.checks.trace` keeps of one forward pass: products, norms, sums, softmaxes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from mue.layouts.layout import ParamInfo
+from mue.rules.roles import ROLES
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a tensor was made of, back to the nearest products with a parameter.
+
+    Attributes:
+        products: their numbers in the record. stream: the residual stream is in it with no product in between.
+    """
+
+    products: frozenset[int] = frozenset()
+    stream: bool = False
+
+    @staticmethod
+    def union(many: Iterable[Origin | None]) -> Origin | None:
+        """Of everything that a kernel was given; None where nothing is known of any."""
+        known = [o for o in many if o is not None]
+        if len(known) < 2:
+            return known[0] if known else None
+        return Origin(frozenset().union(*(o.products for o in known)), any(o.stream for o in known))
+
+
+@dataclass
+class Normed:
+    """The output of one norm: what it was given, and the gain and bias that followed, in their order."""
+
+    given: Tensor
+    out: Tensor
+    vectors: list[ParamInfo]
+
+
+@dataclass
+class Product:
+    """One product with a parameter: the other factor, as rows where it stands on the left, and the result.
+
+    Attributes:
+        factor: what the parameter was multiplied by on its way. normed: the norm that ran last.
+        given_is: what the other factor is, but for a factor, where that is known.
+    """
+
+    info: ParamInfo
+    given: Tensor
+    out: Tensor
+    transposed: bool = False
+    factor: float = 1.0
+    normed: Normed | None = None
+    given_is: tuple[object, float] | None = None
+
+
+@dataclass(frozen=True)
+class Term:
+    """One part of what is added to the stream.
+
+    Attributes:
+        value: as it is added, divided by ``scale``. origin: the products it was made of. normed: the norm that ended it, and
+            ``factor``, by what its output was multiplied.
+    """
+
+    value: Tensor
+    origin: Origin
+    normed: Normed | None = None
+    factor: float = 1.0
+
+    def times(self, factor: float) -> Term:
+        return replace(self, value=self.value * factor, factor=self.factor * factor)
+
+
+@dataclass
+class Added:
+    """One addition to the residual stream.
+
+    Attributes:
+        before: the stream as it was left. carried: what the branch joined. term: the branch.
+        upto: how many products had been seen.
+    """
+
+    before: Tensor
+    carried: Tensor
+    term: Term
+    upto: int
+
+
+@dataclass
+class Scores:
+    """A product of two activations: q·k, where a softmax comes next."""
+
+    out: Tensor
+
+
+@dataclass
+class Softmax:
+    """One attention: the products that its queries and keys came from, and what the softmax saw.
+
+    ``logits`` (…, queries, keys) where a softmax ran over them, with ``scores``, the product they came from, and ``scale``,
+    by what that was multiplied, if nothing but numbers, masks and positions came between; else ``q``, ``k`` and the
+    kernel's own ``scale``.
+    """
+
+    products: list[Product]
+    scores: Tensor | None = None
+    logits: Tensor | None = None
+    q: Tensor | None = None
+    k: Tensor | None = None
+    scale: float | None = None
+
+
+@dataclass
+class Record:
+    """A whole forward pass.
+
+    Attributes:
+        entered: name of an embedding → by what its rows were multiplied on their way into the stream.
+        losses, returned: the product that a loss, or the model's caller, was given, and by what it was multiplied.
+        lookup: the first embedding's rows. stream: as it was left last.
+    """
+
+    added: list[Added] = field(default_factory=list)
+    softmaxes: list[Softmax] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
+    norms: list[Normed] = field(default_factory=list)
+    entered: dict[str, float] = field(default_factory=dict)
+    losses: list[tuple[Product, float]] = field(default_factory=list)
+    returned: list[tuple[Product, float]] = field(default_factory=list)
+    lookup: Tensor | None = None
+    stream: Tensor | None = None
+
+    def ends(self, origin: Origin) -> list[Product]:
+        """The products that a branch was made of directly."""
+        return [self.products[i] for i in sorted(origin.products)]
+
+    def kind(self, origin: Origin) -> str:
+        """``"attention"`` or ``"feed-forward"`` by what a branch ends in, o or a down projection; "" for neither, or both."""
+        roles = {p.info.role for p in self.ends(origin)}
+        attention, forward = "attention_o" in roles, any(ROLES[role].part == "down" for role in roles)
+        return "" if attention == forward else "attention" if attention else "feed-forward"
