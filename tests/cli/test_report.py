@@ -1,13 +1,69 @@
-"""``mue report`` of what is no run and no sweep."""
+"""``mue report`` of whatever ``mue train -o`` wrote, and of what is no run and no sweep."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
+from mue.lab.data import Corpus, load_corpus
+from mue.lab.report.runs import labels
+from mue.lab.train.run import Settings, Store
+from mue.lab.train.session import train
 from support.command_line import in_process, refused
+from support.small_run import SETTINGS, TUNED, Stop, moe_run, stop_at
+
+
+@pytest.fixture
+def corpus(texts: Path, tmp_path: Path) -> Corpus:
+    return load_corpus(texts, cache=tmp_path / "cache")
 
 
 def test_report_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     refused(in_process(capsys, monkeypatch, "report", tmp_path), "neither")
+
+
+def test_one_run_several_runs_and_those_that_have_not_ended(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, out = Store(tmp_path / "g1"), tmp_path / "g1"
+    first, second, third = (moe_run(corpus, Settings(**{**vars(SETTINGS), "seed": i}), steps=8) for i in range(3))
+
+    def page() -> Path:
+        code, told, err = in_process(capsys, monkeypatch, "report", out)
+        assert code == 0, err
+        return Path(told.removeprefix("report: ").strip())
+
+    with pytest.raises(Stop):
+        train(first, store, corpus, progress=stop_at(4))
+    refused(in_process(capsys, monkeypatch, "report", out), "none of the 1 runs", "has ended")
+    train(first, store, corpus)
+    assert page() == store.folder(first.key) / "report.html"
+    assert not (out / "report.html").exists()
+    train(second, store, corpus)
+    with pytest.raises(Stop):
+        train(third, store, corpus, progress=stop_at(4))
+    assert page() == out / "report.html"
+    written = (out / "report.html").read_text(encoding="utf-8")
+    for words in ("2 training runs", "seed 0", "seed 1", first.key, second.key, f"left out: {third.key}"):
+        assert words in written
+    assert (out / "loss.png").exists() and (store.folder(second.key) / "report.html").exists()
+
+
+def test_a_run_that_diverged_at_once_is_reported(corpus: Corpus, tmp_path: Path) -> None:
+    from mue.lab.report.runs import folder_report
+
+    run, store = moe_run(corpus, steps=8), Store(tmp_path)
+    train(run, store, corpus)
+    result = json.loads((store.folder(run.key) / "result.json").read_text())
+    (store.folder(run.key) / "result.json").write_text(json.dumps({**result, "val_loss": None, "status": "diverged"}))
+    (store.folder(run.key) / "metrics.jsonl").write_text("")
+    assert "diverged" in folder_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_labels_say_what_differs(corpus: Corpus) -> None:
+    same, other = moe_run(corpus), moe_run(corpus, tuned=TUNED.replace(lr=0.02))
+    assert labels([same, other]) == ["lr 0.01", "lr 0.02"]
+    quiet = moe_run(corpus, Settings(**{**vars(SETTINGS), "eval_every": 5}))
+    assert labels([same, quiet]) == [same.key[:8], quiet.key[:8]]

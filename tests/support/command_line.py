@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -42,3 +43,13 @@ def refused(found: tuple[int, str, str], *words: str) -> None:
     assert len(err.strip().splitlines()) == 1, err
     for word in words:
         assert word in err
+
+
+def in_encoding(
+    encoding: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: object
+) -> tuple[int, bytes, str]:
+    """The same with a stdout of another encoding, and what it was sent as bytes."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding, write_through=True))
+    code, _, err = in_process(capsys, monkeypatch, *arguments)
+    return code, raw.getvalue(), err

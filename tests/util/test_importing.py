@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
 from pathlib import Path
 
 import pytest
 
-from mue.util.importing import imported
+from mue.util.importing import UserCodeError, imported, user_code
 
 
 def test_each_way_to_name_it(tmp_path: Path) -> None:
@@ -27,3 +29,48 @@ def test_what_is_not_there_is_named(tmp_path: Path) -> None:
         imported(f"{tmp_path / 'none.py'}:build")
     with pytest.raises(ValueError, match=r"no_such_package cannot be imported .*give MODEL as file"):
         imported("no_such_package:build")
+
+
+def test_a_file_sees_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``python file.py`` does, wherever it is started; and of two neighbours of one name each file has its own folder's first."""
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / f"neighbour_{folder}.py").write_text(f"WHO = {folder!r}\n")
+        (tmp_path / folder / "entry.py").write_text(f"from neighbour_{folder} import WHO\n")
+    assert imported(f"{tmp_path}/one/entry.py:WHO") == "one"
+    monkeypatch.chdir(tmp_path / "two")
+    assert imported("entry.py:WHO") == "two"
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "entry_three.py").write_text("import neighbour_three\n")
+    with pytest.raises(UserCodeError, match="neighbour_three"):  # the negative control
+        imported("entry_three:x")
+
+
+BROKEN = {
+    "from no_such_neighbour import x": "`from no_such_neighbour import x`: ModuleNotFoundError: No module named 'no_such_neighbour'",
+    "x = (": "`x = (`: SyntaxError: '(' was never closed",
+    "x = 1 / 0": "`x = 1 / 0`: ZeroDivisionError: division by zero",
+    "raise SystemExit('usage: broken')": ": SystemExit: usage: broken",
+    "import json; json.loads('{')": "`: JSONDecodeError: Expecting",  # raised in another package, and their line is named
+    "raise ValueError('a\\n  b' + 'c' * 500)": ": ValueError: a b" + "c" * 297 + "…",
+}
+
+
+@pytest.mark.parametrize("line", BROKEN)
+@pytest.mark.parametrize("form", ["broken.py:build", "broken:build"])
+def test_what_their_code_raises_is_one_line_with_theirs(
+    line: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "broken", raising=False)
+    importlib.invalidate_caches()
+    Path("broken.py").write_text(f"# mine\n{line}\n")
+    with pytest.raises(UserCodeError) as found:
+        imported(form)
+    assert "broken.py, line 2, `" in str(found.value) and BROKEN[line] in str(found.value)
+    assert "\n" not in str(found.value) and found.value.__cause__ is not None
+
+
+def test_an_interrupt_is_none_of_their_mistakes() -> None:
+    with pytest.raises(KeyboardInterrupt), user_code("theirs"):
+        raise KeyboardInterrupt

@@ -1,14 +1,17 @@
 """The command line: parses, calls, prints. Every command's ``--help`` teaches it.
 
-Here: one file a command, in the order of :data:`COMMANDS`, and what they share (``app``, ``user_model``). A command imports what
+Here: one file a command, in the order of :data:`COMMANDS`, and what they share (``app``, ``files``, ``terminal``, ``user_model``). A command imports what
 it calls when it runs, so that ``--help`` and a user's mistake cost no import of torch. Not here: anything that computes.
 """
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 
 from mue.cli.app import app, fail
+from mue.cli.terminal import plain_streams
+from mue.util.importing import UserCodeError
 
 __all__ = ["app", "main"]
 
@@ -38,8 +41,9 @@ def main() -> None:
     """Entry point: a user's mistake is one clear line and exit code 2, a failure of ours that we know of exit code 1.
 
     A mistake is a ValueError or OSError, wherever it is raised; what is neither, and no RuntimeError of mue's own, is a
-    bug, and keeps its traceback.
+    bug, and keeps its traceback. ``MUE_TRACEBACK=1`` shows that of a mistake in the user's own code, too.
     """
+    plain_streams()
     try:
         app()
     except SystemExit as ended:
@@ -51,7 +55,12 @@ def main() -> None:
     except (ValueError, OSError) as error:
         from rich.markup import escape
 
-        fail(escape(str(error)), 2)
+        more = ""
+        if isinstance(error, UserCodeError):
+            if os.environ.get("MUE_TRACEBACK"):
+                raise
+            more = " (the whole traceback: MUE_TRACEBACK=1)"
+        fail(escape(f"{error}{more}"), 2)
     except RuntimeError as error:
         if type(error).__module__.startswith("mue."):
             from rich.markup import escape

@@ -42,18 +42,39 @@ def _with_names(text: str) -> str:
 
 app = typer.Typer(
     name="mue",
-    help="Tune one small dense transformer, train any Mixture-of-Experts with the hyperparameters that follow from it.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from mue import __version__
+
+        print(f"mue {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Tune one small dense transformer, train any Mixture-of-Experts with the hyperparameters that follow from it."""
+
+
 Out = Annotated[Path, typer.Option("--out", "-o", help="Folder for runs and results; rerun with the same to go on.")]
 Workers = Annotated[
     int | None, typer.Option("--workers", "-w", min=1, help="Training processes at once (default: one for each core).")
 ]
 Tuned = Annotated[Path | None, typer.Option("--tuned", help="Read the tuned values from this finished sweep's folder.")]
 File = Annotated[Path, typer.Argument(help="A TOML file; see the example below.", show_default=False)]
+Log = Annotated[
+    list[str] | None, typer.Option("--log", help="Also send metrics to tensorboard or wandb; JSONL is always written.")
+]
 
 
 def with_sweep(data: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any], Any]:

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from mue.cli.app import app
+from mue.cli.files import Set, read_plan
+from mue.cli.terminal import print_json
 
 
 @app.command()
@@ -28,6 +30,7 @@ def check(
             "--allow-unmeasured", help="A check, or a place (* is any part), that may stay unmeasured; may be repeated."
         ),
     ] = None,
+    change: Set = None,
 ) -> None:
     """Prove that a model is wired as planned, before money is spent. Exit code 1 where something is wrong, 3 where something
     planned could not be measured.
@@ -40,12 +43,13 @@ def check(
     [bold]Examples[/]
       mue check train.py:build plan.json
       mue check train.py:build plan.json --json > wiring.json   # in CI
-      mue check config.json plan.json                            # 671 B without weights
+      mue plan plan.toml --fold --save stock.json                # stock forward code has no multipliers
+      mue check config.json stock.json                           # 671 B without weights
     """
     from mue.checks import check as run
-    from mue.cli.user_model import arguments, read_plan
+    from mue.cli.user_model import arguments
 
-    made = read_plan(plan)
+    made = read_plan(plan, change)
     report = run(
         plan=made,
         raises=False,
@@ -54,6 +58,9 @@ def check(
         allow_unmeasured=tuple(allow_unmeasured or ()),
         **arguments(model, made),
     )
-    print(report.json() if json_ else report)
+    if json_:
+        print_json(report.to_dict())
+    else:
+        print(report)
     if not report.ok:
         raise typer.Exit(1 if report.failures else 3)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from mue.cli.app import app
+from mue.cli.files import Set, read_plan
 
 
 @app.command()
@@ -25,6 +26,7 @@ def convert(
     route: Annotated[
         str, typer.Option("--route", help="Who carries R when folded: weights, or model (its own route scale).")
     ] = "weights",
+    change: Set = None,
 ) -> None:
     """Carry a checkpoint, weights and optimizer state, from the form with forward multipliers to the folded one, or back.
 
@@ -43,11 +45,11 @@ def convert(
     """
     import torch
 
-    from mue.cli.user_model import arguments, read_plan
+    from mue.cli.user_model import arguments
     from mue.convert.checkpoint import convert_checkpoint
     from mue.convert.forms import conversion
 
-    made = read_plan(plan)
+    made = read_plan(plan, change)
     if checkpoint.is_dir() and (checkpoint / "config.json").exists() and not model:
         from mue.convert.transformers import stock_conversion
 

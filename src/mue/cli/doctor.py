@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
 
 from mue.cli.app import app
+from mue.cli.terminal import print_json
 
 
 @app.command("doctor")
@@ -39,4 +39,7 @@ def doctor(
         if not json_:
             print(f"native kernel: {path}\n")
     report = make_report(seconds)
-    print(json.dumps(report, ensure_ascii=False) if json_ else render(report))
+    if json_:
+        print_json(report, indent=None)
+    else:
+        print(render(report))

@@ -8,6 +8,8 @@ from typing import Annotated
 import typer
 
 from mue.cli.app import app
+from mue.cli.files import Set, read_plan
+from mue.cli.terminal import print_file
 
 
 @app.command()
@@ -30,6 +32,7 @@ def export(
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Write here instead of printing.")] = None,
+    change: Set = None,
 ) -> None:
     """Write a plan in another stack's own words: groups, init and route scale; nothing of mue is needed to use the file.
 
@@ -46,15 +49,15 @@ def export(
       mue export plan.json --to transformers --model config.json
       mue export plan.toml --to olmo-core --model train.py:build   # your own model of that stack
     """
-    from mue.cli.user_model import arguments, read_plan
+    from mue.cli.user_model import arguments
     from mue.export import export as written
     from mue.util.files import write_text
 
-    made = read_plan(plan)
+    made = read_plan(plan, change)
     built = arguments(model, made)["model"] if model is not None and ":" in model else model
     text = written(made, to, built)
     if out is None:
-        print(text, end="")
+        print_file(text)
     else:
         write_text(out, text)
         print(f"{out}: plan {made.hash} for {to}")

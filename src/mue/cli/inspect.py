@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from mue.cli.app import app
+from mue.cli.terminal import print_json
 
 
 @app.command("inspect")
@@ -72,7 +72,7 @@ def inspect_(
     moments = measure_gates(model, own, config, router_std=router_std) if measure else None
     found = inspect(model, own, None if moments is None else moments.pair, config)
     if json_:
-        print(json.dumps({**found.to_dict(), "moments": moments and vars(moments)}, ensure_ascii=False))
+        print_json({**found.to_dict(), "moments": moments and vars(moments)}, indent=None)
     else:
         print("\n".join([*lines(found), *([moments.how] if moments is not None else [])]))
     fits = found.stored is None or found.stored.fits
@@ -86,7 +86,10 @@ def _walk(json_: bool) -> None:
     results = []
     for result in walk():
         results.append(result)
-        verdict = "passed" if result["passed"] else f"refused: {result['reason']}"
-        print(json.dumps(result, ensure_ascii=False) if json_ else f"{result['family']}: {verdict}", flush=True)
+        if json_:
+            print_json(result, indent=None)
+        else:
+            verdict = "passed" if result["passed"] else f"refused: {result['reason']}"
+            print(f"{result['family']}: {verdict}", flush=True)
     if not json_:
         print(f"{sum(r['passed'] for r in results)} of {len(results)} families passed")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +9,10 @@ import typer
 from rich.console import Console
 
 from mue.cli.app import File, Tuned, WithNames, app, with_sweep
-from mue.plan.toml import plan_inputs, read_toml
+from mue.cli.files import Set, read_tables
+from mue.cli.terminal import print_json
+from mue.plan.fold import fold as folded
+from mue.plan.toml import PLAN_TABLES, plan_inputs
 from mue.plan.transfer import plan_of
 
 
@@ -21,6 +23,13 @@ def plan(
     sources: Annotated[bool, typer.Option("--sources", help="Show where each row comes from.")] = False,
     tuned: Tuned = None,
     rule: Annotated[str | None, typer.Option(help="Plan by this rule instead of the file's: {rules}.")] = None,
+    change: Set = None,
+    fold: Annotated[
+        bool, typer.Option("--fold", help="Put all multipliers into the values: for a model with stock forward code.")
+    ] = False,
+    route: Annotated[
+        str, typer.Option("--route", help="Who carries R with --fold: weights, or model (its own route scale).")
+    ] = "weights",
     save: Annotated[Path | None, typer.Option(help="Also save the plan as JSON here (mue.Plan.load reads it).")] = None,
 ) -> None:
     """Print every hyperparameter of the target, role by role.
@@ -49,16 +58,16 @@ def plan(
     """
     from mue.lab.report.tables import plan_table
 
-    # The lab's tables may stand beside the plan's (mue.lab.train.spec).
-    data = {k: v for k, v in read_toml(file).items() if k not in ("data", "run", "sweep")}
-    if rule is not None:
-        data["rule"] = rule
-    data, values = with_sweep(data, tuned)
+    if route != "weights" and not fold:
+        raise ValueError(f"--route {route} says who carries R in a folded plan: give --fold too")
+    data, values = with_sweep(read_tables(file, change, PLAN_TABLES, {"rule": rule}), tuned)
     made = plan_of(plan_inputs(data, values))
+    if fold:
+        made = folded(made, route)
     if save is not None:
         made.save(save)
     if json_:
-        print(json.dumps(made.to_dict(), indent=1, ensure_ascii=False))
+        print_json(made.to_dict())
     else:
         console = Console()
         console.print(plan_table(made, width=console.width, sources=sources))

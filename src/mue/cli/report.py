@@ -22,16 +22,20 @@ _List = Annotated[bool, typer.Option("--list", help="Only show a sweep's table h
 
 @app.command()
 def report(
-    folder: Annotated[Path, typer.Argument(help="Folder of a demo, a sweep, a per-role search or a training run.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of a demo, a sweep, a per-role search, or what mue train -o wrote.")
+    ],
     csv: _Csv = None,
     listed: _List = False,
     storage: _Storage = None,
     study: _Study = None,
 ) -> None:
-    """Write the report of a demo, a run or a sweep, from what is on disk; of a sweep also while it runs.
+    """Write the report of a demo, a run or a sweep, from what is on disk; of a sweep also while it runs. Several runs in one
+    folder are compared on one page.
 
     \b
     [bold]Example[/]
+      mue report runs/train                   # a page for each run, and one on all of them
       mue report runs/sweep --list            # how far it is, its valleys, who is training what
       mue report runs/sweep --csv trials.csv
       mue report runs/here --storage postgresql://me@db/sweeps     # into a new folder
@@ -72,6 +76,12 @@ def report(
         from mue.lab.report.page import run_report
 
         path = run_report(folder)
+    elif any(folder.glob("runs/*/config.json")):
+        from mue.lab.report.runs import folder_report
+
+        path = folder_report(folder)
     else:
-        raise ValueError(f"{folder} is neither a sweep nor a run: expected sweep.json, or config.json")
+        raise ValueError(
+            f"{folder} is neither a sweep nor a run: expected sweep.json, config.json, or runs/ as mue train leaves it"
+        )
     say_paths(console, f"report: {path}")

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from mue.cli.app import Tuned, app, with_sweep
-from mue.plan.toml import plan_inputs, read_toml
+from mue.cli.files import Set, read_tables
+from mue.cli.terminal import print_file, print_json
+from mue.plan.toml import PLAN_TABLES, plan_inputs
 
 
 @app.command()
@@ -25,6 +26,7 @@ def rules(
     ] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print factors and reasons as JSON.")] = False,
     tuned: Tuned = None,
+    change: Set = None,
 ) -> None:
     """Compare every published rule on one target, with sources.
 
@@ -44,13 +46,11 @@ def rules(
     if layer is not None and why is None:
         raise ValueError("--layer goes with --why ROLE")
     if markdown:
-        print(page(), end="")
+        print_file(page())
         return
     if file is None:
         raise ValueError("mue rules needs a plan file (or --markdown): mue rules moe.toml")
-    # The lab's tables may stand beside the plan's (mue.lab.train.spec).
-    data = {k: v for k, v in read_toml(file).items() if k not in ("data", "run", "sweep")}
-    data, values = with_sweep(data, tuned)
+    data, values = with_sweep(read_tables(file, change, PLAN_TABLES), tuned)
     inputs = plan_inputs(data, values)
     if why is not None:
         from dataclasses import asdict
@@ -60,7 +60,13 @@ def rules(
         from mue.plan.transfer import plan_of
 
         steps = derive(plan_of(inputs), why, layer)
-        print(json.dumps([asdict(s) for s in steps], indent=1, ensure_ascii=False) if json_ else why_lines(why, steps))
+        if json_:
+            print_json([asdict(s) for s in steps])
+        else:
+            print(why_lines(why, steps))
         return
     made = compare(inputs)
-    print(json.dumps(made.to_dict(), indent=1, ensure_ascii=False) if json_ else comparison_text(made))
+    if json_:
+        print_json(made.to_dict())
+    else:
+        print(comparison_text(made))

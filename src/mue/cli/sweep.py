@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mue.cli.app import Workers, app, say_data, say_paths
-from mue.plan.toml import read_toml
+from mue.cli.app import Log, Workers, app, say_data, say_paths
+from mue.cli.files import Set, read_tables
 
 _File = Annotated[Path | None, typer.Argument(help="A TOML file; see the example below.", show_default=False)]
 _Out = Annotated[
@@ -32,9 +32,6 @@ _Lease = Annotated[
     ),
 ]
 _Csv = Annotated[Path | None, typer.Option("--csv", help="Also write every trial to this file.")]
-_Log = Annotated[
-    list[str] | None, typer.Option("--log", help="Also send metrics to tensorboard or wandb; JSONL is always written.")
-]
 
 
 @app.command()
@@ -46,7 +43,8 @@ def sweep(
     workers: Workers = None,
     lease: _Lease = None,
     csv: _Csv = None,
-    log: _Log = None,
+    log: Log = None,
+    change: Set = None,
 ) -> None:
     """Sweep lr × weight decay × init std of the base, fit the valley, and write a report.
 
@@ -95,11 +93,15 @@ def sweep(
         raise ValueError(f"--resume {resume} goes on in that folder: leave --out out")
     console = Console()
     folder = resume or out or Path("runs/sweep")
-    spec = sweep_from(read_toml(file), file.parent) if file else SweepState.load(folder).spec
+    if file is None and change:
+        raise ValueError(f"--set changes a file's values, and the sweep in {folder} has its own: leave --resume out")
+    tables = ("base", "tuned", "data", "run", "sweep")
+    spec = sweep_from(read_tables(file, change, tables), file.parent) if file else SweepState.load(folder).spec
     sinks = open_sinks(log or [], folder)  # before the data: a package that is missing is said at once
     corpus = open_corpus(spec.source)
     say_data(console, corpus)
-    with Broadcast(*sinks, SweepDisplay(console, "sweep", spec.training.steps)) as listener:
+    display = SweepDisplay(console, "sweep", spec.training.steps, spec.training.batch)
+    with Broadcast(*sinks, display) as listener:
         result = run_sweep(
             spec,
             folder,
@@ -110,6 +112,9 @@ def sweep(
             listener=listener,
             resume=resume is not None,
         )
+    page = sweep_report(
+        folder, csv=csv, result=result
+    )  # first: what is printed may go nowhere, and the report is there
     console.print(f"[bold]{result.verdict}[/]\n{tuned_words(result.tuned)}", highlight=False, soft_wrap=True)
     for warning in result.warnings:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
@@ -117,6 +122,6 @@ def sweep(
         console.print(f"the search ended: {why.partition(': ')[0]}", highlight=False)
     say_paths(
         console,
-        f"report: {sweep_report(folder, csv=csv, result=result)}",
+        f"report: {page}",
         f"use it: mue plan FILE.toml --tuned {folder}",
     )

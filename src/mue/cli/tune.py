@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 
 from mue.cli.app import File, Out, Tuned, Workers, app, say_data, say_paths, with_sweep
-from mue.plan.toml import read_toml
+from mue.cli.files import Set, read_tables
 
 if TYPE_CHECKING:
     from mue.lab.runners.listener import RunListener
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 
 @app.command("tune-roles")
-def tune_roles(file: File, out: Out = Path("runs/roles"), tuned: Tuned = None, workers: Workers = None) -> None:
+def tune_roles(
+    file: File, out: Out = Path("runs/roles"), tuned: Tuned = None, workers: Workers = None, change: Set = None
+) -> None:
     """Tune multipliers of lr, init std and weight decay per role on the base; optional, after the sweep.
 
     Probes every multiplier at once in mirrored orthogonal designs, takes joint steps only where their gain is beyond doubt,
@@ -59,7 +61,7 @@ def tune_roles(file: File, out: Out = Path("runs/roles"), tuned: Tuned = None, w
     from mue.lab.report.progress import RunProgress
 
     console = Console()
-    data, values = with_sweep(read_toml(file), tuned)
+    data, values = with_sweep(read_tables(file, change, ("base", "tuned", "data", "run", "roles")), tuned)
     spec = roles_from(data, file.parent, values)
     corpus = open_corpus(spec.source)
     say_data(console, corpus)
@@ -71,5 +73,6 @@ def tune_roles(file: File, out: Out = Path("runs/roles"), tuned: Tuned = None, w
             yield progress
 
     found = run(spec, out, corpus, listener_of, workers=workers)
+    page = roles_report(out)
     console.print(f"[bold]{found.verdict}[/]", highlight=False)
-    say_paths(console, f"report: {roles_report(out)}", f"use it: mue plan FILE.toml --tuned {out}, or {out}/tuned.toml")
+    say_paths(console, f"report: {page}", f"use it: mue plan FILE.toml --tuned {out}, or {out}/tuned.toml")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from mue.api import Plan
-from mue.plan.transfer import plan_of
 from mue.util.errors import nearest
-from mue.util.importing import imported
+from mue.util.importing import imported, user_code
 
 # Of what a function may return: the arguments of mue.check but for the plan.
 KEYS = ("model", "batch", "optimizer", "scheduler", "checkpoint", "clip", "loss")
@@ -29,9 +27,12 @@ def arguments(model: str, plan: Plan) -> dict[str, Any]:
 
     Raises:
         ValueError: nothing that can be imported or built; unknown keys.
+        UserCodeError: the function failed.
     """
     if ":" in model:
-        made = imported(model)(plan)
+        build = imported(model)
+        with user_code(model):
+            made = build(plan)
         given = {"model": made} if isinstance(made, nn.Module) else made
         if not isinstance(given, Mapping) or not isinstance(given.get("model"), nn.Module):
             raise ValueError(f"{model} returned {type(made).__name__}: return a model, or a dict with the key 'model'")
@@ -44,18 +45,3 @@ def arguments(model: str, plan: Plan) -> dict[str, Any]:
     config = read_config(model)
     with torch.device("meta"):  # shapes and names without weights, so that a model of any size fits
         return {"model": build(config)}
-
-
-def read_plan(path: Path) -> Plan:
-    """A plan from the JSON that ``plan.save`` wrote, or from a plan file in TOML.
-
-    Raises:
-        ValueError: it is neither, or its numbers are not those that follow from its inputs.
-    """
-    if path.suffix != ".toml":
-        return Plan.load(path)
-    from mue.plan.toml import plan_inputs, read_toml
-
-    # The lab's tables may stand beside the plan's (mue.lab.train.spec); a plan needs none of them.
-    data = {k: v for k, v in read_toml(path).items() if k not in ("data", "run", "sweep")}
-    return Plan.of(plan_of(plan_inputs(data, None)))

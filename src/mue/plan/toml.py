@@ -29,6 +29,10 @@ from mue.util.files import read_text
 _COMMON = ("width", "layers", "head_dim", "heads", "kv_heads", "vocab", "sequence", "gated", "tied")
 _MOE = ("moe", "expert", "shared", "router", "normalize", "gates", "gate_moments")
 _TUNED = tuple(f.name for f in fields(HParams))
+PLAN_TABLES = ("rule", "base", "tuned", "target", "options")
+"""What of an experiment file is the plan's."""
+TABLES = (*PLAN_TABLES, "data", "run", "sweep", "roles")
+"""All that an experiment file may hold: the plan's tables, and the lab's beside them, so that one file serves every command."""
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -97,7 +101,7 @@ def plan_inputs(data: Mapping[str, Any], tuned: HParams | None = None) -> Inputs
     Raises:
         ValueError: with the table, the key and the fix.
     """
-    check_keys(data, ("rule", "base", "tuned", "target", "options"), "the file's top level")
+    check_keys(data, PLAN_TABLES, "the file's top level")
     base, target = table_of(data, "base"), table_of(data, "target")
     for name, table in (("base", base), ("target", target)):
         if not table:

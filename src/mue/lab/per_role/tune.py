@@ -18,9 +18,9 @@ from mue.lab.runners.run_all import run_all
 from mue.lab.sweep.spec import base_plan
 from mue.lab.train.provenance import provenance
 from mue.lab.train.run import Run, Settings, Store
-from mue.lab.train.spec import PLAN_TABLES, settings_from
+from mue.lab.train.spec import settings_from
 from mue.lab.train.task import task_of
-from mue.plan.toml import check_keys, shape_from, table_of, training_from, tuned_from
+from mue.plan.toml import TABLES, check_keys, shape_from, table_of, training_from, tuned_from
 from mue.shapes import HParams, Training, Transformer
 from mue.shapes.hparams import THIRDS, third_and_role
 from mue.util.files import digest, write_json, write_text
@@ -64,7 +64,7 @@ def roles_from(data: Mapping[str, Any], folder: Path, tuned: HParams | None = No
     Raises:
         ValueError: a table or key is missing, unknown or out of its range.
     """
-    check_keys(data, (*PLAN_TABLES, "data", "run", "sweep", "roles"), "the file's top level")
+    check_keys(data, TABLES, "the file's top level")
     base = table_of(data, "base")
     if "convention" in base:
         raise ValueError(

@@ -184,6 +184,8 @@ def loss_figure(runs: Sequence[Mapping[str, Any]], unit: str) -> Figure:
         highest = lowest = None
         for run in runs:
             rows = [row for row in run["metrics"] if row["loss"] is not None and math.isfinite(row["loss"])]
+            if not rows:  # it diverged at its first step
+                continue
             tokens = [row["tokens"] for row in rows]
             loss = _smooth([row["loss"] for row in rows])
             held = [(row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
@@ -207,7 +209,8 @@ def loss_figure(runs: Sequence[Mapping[str, Any]], unit: str) -> Figure:
         left.set_ylabel(f"loss, {unit}")
         left.set_title("Same tokens")
         right.set_title("Same active compute")
-        left.legend(title="dots: validation, line: training", title_fontsize=8)
+        if left.lines:
+            left.legend(title="dots: validation, line: training", title_fontsize=8)
         return fig
 
 

@@ -17,8 +17,9 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from mue.lab.report.progress import Pace
 from mue.lab.sweep.listener import SweepListener
-from mue.lab.sweep.trial import Point, Trial
+from mue.lab.sweep.trial import OPEN, Point, Trial
 from mue.lab.train.run import Run
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -29,11 +30,14 @@ _CELLS, _RUNS = 8, 8  # shown; the rest is counted
 class SweepDisplay(SweepListener):
     """``with SweepDisplay(console, "sweep", steps) as display: run_sweep(..., listener=display)``.
 
-    A terminal shows a live table; anything else gets plain lines. ``steps``: of a whole run.
+    A terminal shows a live table; anything else gets plain lines: of each run that ends, and of how far all are every minute.
+
+    Args:
+        steps: of a whole run. batch: tokens per step; 0: not shown. pace: of another clock, for tests.
     """
 
-    def __init__(self, console: Console, title: str, steps: int) -> None:
-        self.console, self.title, self.steps = console, title, steps
+    def __init__(self, console: Console, title: str, steps: int, batch: int = 0, pace: Pace | None = None) -> None:
+        self.console, self.title, self.steps, self.batch, self.pace = console, title, steps, batch, pace or Pace()
         self.started = time.monotonic()
         self.trials: Sequence[Trial] = ()
         self.fresh = 0
@@ -57,6 +61,18 @@ class SweepDisplay(SweepListener):
         if not self.trials and (before := sum(t.state in ("COMPLETE", "PRUNED") for t in trials)):
             self.say(f"{before} of {len(trials)} trials were done before")
         self.trials = trials
+        done, losses, open_ = 0, [], 0
+        for trial in trials:
+            reached = (trial.result if trial.state not in OPEN else trial.progress) or {}
+            done += int(reached.get("step", 0))
+            if trial.state in OPEN:
+                open_ += self.steps - int(reached.get("step", 0))
+                losses += [reached["loss"]] if "loss" in reached else []
+        self.pace.moved(done, done * self.batch)
+        if losses and not self.console.is_terminal:
+            line = self.pace.line(self.title, done, done + open_, losses[-1])
+            if line is not None:
+                self.console.print(f"  {line}", highlight=False, soft_wrap=True)
 
     def ended(self, run: Run, result: dict[str, Any], *, fresh: bool) -> None:
         self.fresh += fresh

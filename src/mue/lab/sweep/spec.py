@@ -12,9 +12,9 @@ from mue.lab.runners.runner import KINDS
 from mue.lab.sweep.sampler import AXES, SAMPLERS, Grid, Sampler, sampler_of
 from mue.lab.sweep.trial import Point
 from mue.lab.train.run import Run, Settings
-from mue.lab.train.spec import PLAN_TABLES, settings_from
+from mue.lab.train.spec import settings_from
 from mue.plan.plan import PlanData
-from mue.plan.toml import check_keys, lr_grid, shape_from, table_of, training_from, tuned_from
+from mue.plan.toml import TABLES, check_keys, lr_grid, shape_from, table_of, training_from, tuned_from
 from mue.plan.transfer import transfer
 from mue.shapes import HParams, Training, Transformer, shape_from_dict
 from mue.util.errors import positive_int, true_or_false
@@ -100,7 +100,7 @@ def sweep_from(data: Mapping[str, Any], folder: Path) -> SweepSpec:
     Raises:
         ValueError: a table or key is missing, unknown or out of its range; the text names it and the fix.
     """
-    check_keys(data, (*PLAN_TABLES, "data", "run", "sweep"), "the file's top level")
+    check_keys(data, TABLES, "the file's top level")
     base, table = table_of(data, "base"), table_of(data, "sweep")
     for name, found in (("base", base), ("sweep", table)):
         if not found:

@@ -33,6 +33,8 @@ from mue.util.files import write_json
 # rate a wall.
 DIVERGED_NATS, DIVERGED_STEPS = 1.0, 20
 
+TOLD_SECONDS = 10.0  # between two words on a run, at most: ten steps of a large model take minutes
+
 OnStep = Callable[[int, float], None]
 
 
@@ -46,17 +48,19 @@ def train(
     keep_weights: bool = False,
     stop: Callable[[], bool] = lambda: False,
     compiled: bool = False,
+    device: torch.device | None = None,
 ) -> dict[str, Any]:
     """Train ``run`` to its end and return its result; a finished run is read, an interrupted one goes on exactly.
 
     Args:
         store: where the run's folder is. corpus: what it is trained on; its hash is part of the run's key.
-        progress: called with (step, loss) after every logged step.
+        progress: called with (step, loss) after every logged step, and where steps are slow every few seconds.
         checkpoint_seconds: time between checkpoints, which is what a kill can cost. keep_weights: leave
             ``model.safetensors`` in the run's folder.
         stop: asked after every step; true gives the run up: a checkpoint is left, and the result has status "stopped"
             and is not stored.
         compiled: compile the blocks first (seconds to a minute), which pays for long runs; the numbers differ in rounding.
+        device: None: a GPU where there is one.
 
     Returns:
         What ``result.json`` holds: status, losses, counts, seconds, provenance.
@@ -67,21 +71,25 @@ def train(
         OSError: the disk is full; the last good checkpoint stays.
     """
     with ExitStack() as opened:
-        session = open_session(run, store, corpus, opened)
+        session = open_session(run, store, corpus, opened, device)
         if not isinstance(session, TrainingSession):
             return session
         session.compiled = compiled
         if compiled:
             compile_blocks(session.model)
+        told = time.monotonic()
         while session.status is None:
             session.train_step()
-            if progress and session.logged:
+            if progress and (session.logged or time.monotonic() - told > TOLD_SECONDS):
                 progress(session.step, session.loss)
+                told = time.monotonic()
             session.maybe_checkpoint(checkpoint_seconds, stop())
         return session.end(keep_weights)
 
 
-def open_session(run: Run, store: Store, corpus: Corpus, opened: ExitStack) -> TrainingSession | dict[str, Any]:
+def open_session(
+    run: Run, store: Store, corpus: Corpus, opened: ExitStack, device: torch.device | None = None
+) -> TrainingSession | dict[str, Any]:
     """Begin a run or go on with it.
 
     Args:
@@ -99,7 +107,7 @@ def open_session(run: Run, store: Store, corpus: Corpus, opened: ExitStack) -> T
     task_of(run.settings).batches(run, corpus)  # what does not suit the run is said before its folder is made
     folder = opened.enter_context(store.locked(run.key))
     done = store.result(run.key)  # another process may have finished it while we waited
-    return done if done is not None else opened.enter_context(TrainingSession(run, folder, corpus))
+    return done if done is not None else opened.enter_context(TrainingSession(run, folder, corpus, device))
 
 
 class TrainingSession:
@@ -115,7 +123,7 @@ class TrainingSession:
         stacked, compiled: how it is trained, for the result.
     """
 
-    def __init__(self, run: Run, folder: Path, corpus: Corpus) -> None:
+    def __init__(self, run: Run, folder: Path, corpus: Corpus, device: torch.device | None = None) -> None:
         assert run.plan.training is not None
         self.run, self.folder, self.settings, self.plan = run, folder, run.settings, run.plan
         self.key, self.steps, self.tuned = run.key, run.plan.training.steps, run.plan.tuned
@@ -125,7 +133,7 @@ class TrainingSession:
         self.model = self.task.build(run.plan, run.settings)
         self.moe_layers = moe_layers(self.model)
         init_(run.plan, self.model, self.settings.seed)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
         # AdamW (1711.05101) with the plan's lr, weight decay and eps for each group of roles.
         # Fused, since its passes over memory are then one: 3 ms of a step of 120 (docs/performance.md).
@@ -264,14 +272,9 @@ class TrainingSession:
             return
         self._flush()  # first: the checkpoint counts on so many bytes of metrics
         state = {
-            "run": self.key,
-            "plan": self.plan.hash,
-            "step": self.step,
-            "seconds": self.seconds,
-            "metrics_bytes": self.metrics.tell(),
-            "first": self.first_loss,
-            "above": self.steps_above,
-        }
+            "run": self.key, "plan": self.plan.hash, "step": self.step, "seconds": self.seconds, "threads": torch.get_num_threads(),
+            "metrics_bytes": self.metrics.tell(), "first": self.first_loss, "above": self.steps_above,
+        }  # fmt: skip
         checkpoint.save(self.folder / "checkpoint.safetensors", self.model, self.optimizer, state)
         self.saved_at = time.monotonic()
         self.status = "stopped" if stop else None

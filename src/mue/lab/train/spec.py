@@ -13,13 +13,11 @@ from typing import Any
 from mue.lab.train.run import Settings
 from mue.lab.train.task import task_of
 from mue.plan.plan import PlanData
-from mue.plan.toml import check_keys, plan_inputs, table_of, training_from
+from mue.plan.toml import PLAN_TABLES, check_keys, plan_inputs, table_of, training_from
 from mue.plan.transfer import plan_of
 from mue.shapes import HParams
 
 _SETTINGS = tuple(f.name for f in fields(Settings))
-PLAN_TABLES = ("rule", "base", "tuned", "target", "options")
-"""The tables of an experiment file that are the plan's."""
 
 
 def settings_from(data: Mapping[str, Any]) -> Settings:

@@ -15,6 +15,26 @@ from mue.lab.train.run import Settings
 from mue.moe import MoELayer
 
 
+def device_named(name: str) -> torch.device:
+    """A device by torch's name for it (``cpu``, ``cuda:1``).
+
+    Raises:
+        ValueError: torch has no such device here.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # what torch raises depends on how it was built
+        raise ValueError(f"there is no device {name!r} here ({str(error).splitlines()[0]})") from error
+    if device.type == "meta":
+        raise ValueError("the device 'meta' holds shapes only, and nothing can be trained on it")
+    return device
+
+
 def autocast(device: torch.device, settings: Settings) -> Any:
     """The precision that a run asks for, as a context; under autocast weights, gradients and moments stay float32.
 
