@@ -17,7 +17,7 @@ from public import slopes as lines
 from public.batches import along_best, best_batches, by_bin, explained_by, group, off_best, saturating
 from public.cells import Cell, PublishedRun, Valley, cells_of, converged
 from public.laws import LAWS, folded_change
-from public.score import scenarios, score
+from public.score import cheapest, scenarios, score, upward
 from public.slopes import AXES, Estimate, log2_batch, log2_tokens, position, slope, student, surface
 from public.steplaw import FINAL_LR, WEIGHT_DECAY
 
@@ -212,6 +212,11 @@ def analyse(runs: Mapping[str, Sequence[PublishedRun]]) -> dict[str, Any]:
     found["moe"]["shapes"] = shapes(cells["moe"])
     found["dense"]["size"] = size(cells["dense"])
     found["scores"] = {name: score(pairs) for name, pairs in scenarios(cells["moe"], cells["dense"]).items()}
+    found["cheapest exponents"] = {
+        f"{kind}, {where}": cheapest(upward(own, most))
+        for kind, own in cells.items()
+        for where, most in (("within 1.5 octaves of the best batch", 1.5), ("all batches", math.inf))
+    }
     found["marin"] = {"tokens": marin.tokens_slope(), "curvature at d512": marin.curvature()}
     found["laws"] = {law.name: {"exponents": dict(law.exponents), "source": law.source} for law in LAWS}
     return found

@@ -19,6 +19,9 @@ from public.slopes import log2_batch, position
 
 Pairs = list[tuple[Cell, Cell]]
 CLOSE = 0.75  # octaves: a cell is at its best batch
+P_GRID = [round(0.05 * k, 2) for k in range(21)]
+Q_GRID = [round(0.05 * k, 2) for k in range(-10, 16)]
+OTHERS = ((0.5, 0.5), (0.5, 0.25), (0.5, 0.15), (0.5, 0.0), (0.35, 0.0), (0.0, 0.0))
 
 
 def scenarios(moe: Sequence[Cell], dense: Sequence[Cell]) -> dict[str, Pairs]:
@@ -66,6 +69,51 @@ def scenarios(moe: Sequence[Cell], dense: Sequence[Cell]) -> dict[str, Pairs]:
     )
     found["all at once: small dense → MoE"] = pairs(small, at_best["moe"], lambda b, t: t.tokens >= b.tokens)
     return found
+
+
+def upward(cells: Sequence[Cell], most: float = np.inf) -> Pairs:
+    """What a user does to one shape: as many tokens or more, as large a batch or larger, at batches ``most`` octaves from the best."""
+    best = best_batches(cells)
+    good = [c for c in cells if abs(log2_batch(c) - best[group(c)]) <= most]
+    return [
+        (b, t)
+        for b in good
+        for t in good
+        if b.shape == t.shape and b is not t and t.tokens >= b.tokens and t.batch >= b.batch
+    ]
+
+
+def cheapest(pairs: Pairs, seed: int = 0) -> dict[str, Any]:
+    """The exponents p and q, from a grid, that cost least on the mean of these pairs; what they and others cost.
+
+    Intervals by a bootstrap over the targets' shapes and numbers of tokens: of p with its own best q, and the other way round.
+    """
+    grid = [(p, q) for p in P_GRID for q in Q_GRID]
+    cost = np.array(
+        [
+            [t.cost(position(b) + p * np.log2(t.batch / b.batch) - q * np.log2(t.tokens / b.tokens)) for p, q in grid]
+            for b, t in pairs
+        ]
+    )
+    groups: dict[tuple[str, float], list[int]] = {}
+    for i, (_, target) in enumerate(pairs):
+        groups.setdefault(group(target), []).append(i)
+    rng, members = np.random.default_rng(seed), list(groups.values())
+    sums, sizes = np.array([cost[m].sum(axis=0) for m in members]), np.array([len(m) for m in members])
+    draws = []
+    for _ in range(lines.RESAMPLES // 2):
+        drawn = rng.integers(0, len(members), len(members))
+        draws.append(grid[int((sums[drawn].sum(axis=0) / sizes[drawn].sum()).argmin())])
+    mean = cost.mean(axis=0)
+    low, high = np.quantile(draws, (0.025, 0.975), axis=0)
+    best = grid[int(mean.argmin())]
+    return {
+        "pairs": len(pairs),
+        "p": {"value": best[0], "interval": [float(low[0]), float(high[0])]},
+        "q": {"value": best[1], "interval": [float(low[1]), float(high[1])]},
+        "cost": float(mean.min()),
+        "cost of others": {f"{p:g}, {q:g}": float(mean[grid.index((p, q))]) for p, q in OTHERS},
+    }
 
 
 def changes(base: Cell, target: Cell) -> dict[str, float]:

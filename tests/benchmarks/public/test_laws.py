@@ -9,7 +9,7 @@ import pytest
 from public import slopes, steplaw
 from public.cells import cells_of
 from public.laws import LAWS, RULES, folded_change, power, rule_change
-from public.score import scenarios, score
+from public.score import cheapest, scenarios, score, upward
 
 from .conftest import CURVATURE
 
@@ -64,3 +64,13 @@ def test_a_right_law_costs_nothing_and_an_octave_costs_half_the_curvature(cells)
     tokens = score(pairs["dense: more tokens, batch fixed"])["laws"]
     assert tokens["standard"]["cost"] < 1e-6 < tokens["complete-mue"]["cost"]
     assert all(pairs.values())  # no scenario without a pair
+
+
+def test_the_cheapest_exponents_are_those_put_in(cells):
+    found = cheapest(upward(cells["dense"]))
+    assert (found["p"], found["q"]) == ({"value": 0.5, "interval": [0.5, 0.5]}, {"value": 0.0, "interval": [0.0, 0.0]})
+    assert found["cost"] < 1e-6 < found["cost of others"]["0.5, 0.5"]
+    near = upward(cells["dense"], 1.0)
+    assert 0 < len(near) < len(upward(cells["dense"])) and all(
+        t.tokens >= b.tokens and t.batch >= b.batch for b, t in near
+    )

@@ -96,6 +96,24 @@ def test_the_table_of_costs(scenario, words):
     assert float(line.split(" | ")[1]) == pytest.approx(own["moved"], abs=0.006)
 
 
+@pytest.mark.parametrize(
+    ("moves", "words"),
+    [
+        ("moe, within 1.5 octaves of the best batch", "MoE, within 1.5 octaves of the best batch"),
+        ("dense, within 1.5 octaves of the best batch", "dense, the same"),
+        ("moe, all batches", "MoE, all batches"),
+        ("dense, all batches", "dense, all batches"),
+    ],
+)
+def test_the_pair_that_costs_least(moves, words):
+    own = FOUND["cheapest exponents"][moves]
+    pair = " | ".join(f"{number(own[term]['value'])} [{interval(*own[term]['interval'])}]" for term in ("p", "q"))
+    others = " | ".join(
+        f"{own['cost of others'][k]:.4f}" for k in ("0.5, 0.5", "0.5, 0.25", "0.5, 0", "0.35, 0", "0, 0")
+    )
+    assert f"| {words} ({own['pairs']:,}) | {pair} | {own['cost']:.4f} | {others} |" in PAGE
+
+
 def test_shapes_sizes_and_other_sources():
     for scenario, words in (
         ("all at once: small dense → wider and deeper dense", "{} nats with p = q = ½, {} with (½, 0), {} with (½, ¼)"),
