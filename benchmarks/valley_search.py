@@ -260,7 +260,7 @@ def joint(material: Material, levels: Sequence[float], count: int) -> dict[str, 
             search.results[-1] = replace(last, loss=last.loss + depth[cell])
         said = verdict(space, search.results)
         assert said.best and said.best.valley
-        best = said.best.weight_decay, said.best.init_std
+        best = said.best.values.weight_decay, said.best.values.init_std
         lr = said.best.valley.minimum
         lost.append(depth[best] - min(depth.values()) + float(truth[best].shape.at(np.array([lr - truth[best].at]))[0]))
         hits.append(covers(said.interval, truth[best].at))

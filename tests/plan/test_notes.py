@@ -50,3 +50,41 @@ def test_what_no_rule_reads_is_said_where_it_changes() -> None:
 def test_notes_make_no_other_plan() -> None:
     noted = make(base_training=mue.Training(256, 5000), training=mue.Training(256, 20000))
     assert noted.notes and replace(noted, notes=()).hash == noted.hash
+
+
+def short(notes: tuple[str, ...]) -> list[str]:
+    return [note.split("'s run is short")[0].removeprefix("the ") for note in notes if "is short for its betas" in note]
+
+
+@pytest.mark.parametrize(
+    ("steps", "target_steps", "betas", "options", "warned"),
+    [
+        (240, 240, (0.9, 0.95), {}, ["base"]),  # the same run twice: said once
+        (240, 960, (0.9, 0.95), {}, ["base", "target"]),  # and the rule carries the fault along
+        (240, 960, (0.9, 0.95), {"betas": "unchanged"}, ["base", "target"]),  # 1.04 % of 960
+        (240, 1000, (0.9, 0.95), {"betas": "unchanged"}, ["base"]),  # 1 % exactly
+        (999, 1000, (0.9, 0.95), {}, ["base", "target"]),
+        (1000, 4000, (0.9, 0.95), {}, []),
+        (4000, 16_000, (0.9, 0.99), {}, []),
+        (4000, 1000, (0.9, 0.999), {"betas": "unchanged"}, ["base", "target"]),  # β2: a quarter of the run, all of it
+        (10_000, 5000, (0.9, 0.999), {"betas": "unchanged"}, ["target"]),  # a fifth
+        (10_000, 40_000, (0.98, 0.99), {"betas": "unchanged"}, []),
+    ],
+)
+def test_betas_that_are_long_for_a_run_are_warned_of(
+    steps: int, target_steps: int, betas: tuple[float, float], options: dict[str, str], warned: list[str]
+) -> None:
+    """Nobody tuned (0.9, 0.95) for a run of 240 steps, and a rule that stretches them makes it worse."""
+    batch = 2**18
+    runs = {"base_training": mue.Training(batch, steps), "training": mue.Training(batch, target_steps)}
+    plan = make(tuned=TUNED.replace(betas=betas), **runs, **options)
+    assert short(plan.notes) == warned
+    assert replace(plan, notes=()).hash == plan.hash
+
+
+def test_betas_are_warned_of_only_where_somebody_averages_over_steps() -> None:
+    runs = {"base_training": mue.Training(2**18, 200), "training": mue.Training(2**18, 200)}
+    assert short(make(**runs).notes) and not short(make().notes)  # without runs there are no steps
+    assert not short(make(tuned=TUNED.replace(optimizer="lion"), **runs).notes)
+    chain = mue.transfer(make(**runs), TARGET, training=mue.Training(2**18, 50_000), betas="unchanged")
+    assert short(chain.notes) == ["base"]

@@ -46,7 +46,7 @@ def sweep(
     log: Log = None,
     change: Set = None,
 ) -> None:
-    """Sweep lr × weight decay × init std of the base, fit the valley, and write a report.
+    """Sweep lr × weight decay × init std (× betas) of the base, fit the valley, and write a report.
 
     Finished runs are never run again: interrupt it, kill it, widen the grid, and start it again with the same --out.
     Start it again while it runs, here or on other machines with the same --storage, and the workers share the work.
@@ -68,6 +68,7 @@ def sweep(
       lr = \\[0.001, 0.002, 0.004, 0.008]
       weight_decay = \\[0.1]
       init_std = \\[0.05, 0.1]
+      # betas = \[\[0.9, 0.95], \[0.8, 0.9]]  # a fourth axis, for a base of few steps
       # sampler = "valley"  # look for the minimum between the ends of lr instead ...
       # precision = 0.25    # ... until its 95 % interval is within this many octaves on each side
       # stop_early = true   # give up runs that can no longer move the minimum
@@ -115,9 +116,11 @@ def sweep(
     page = sweep_report(
         folder, csv=csv, result=result
     )  # first: what is printed may go nowhere, and the report is there
-    console.print(f"[bold]{result.verdict}[/]\n{tuned_words(result.tuned)}", highlight=False, soft_wrap=True)
+    console.print(f"[bold]{result.verdict}[/]\n{tuned_words(result)}", highlight=False, soft_wrap=True)
     for warning in result.warnings:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
+    for advice in result.advice:
+        console.print(advice, highlight=False, soft_wrap=True)
     if why := sampler_of(result.spec.grid).why_done(result.trials):
         console.print(f"the search ended: {why.partition(': ')[0]}", highlight=False)
     say_paths(

@@ -11,6 +11,7 @@ from mue.rules.roles import ROLES
 from mue.rules.sde import kept_and_lost
 from mue.rules.table import CELLS, FIELDS, Rule
 from mue.shapes import HParams, Training, Transformer
+from mue.util.text import number
 
 
 def notes(
@@ -57,6 +58,58 @@ def notes(
                 f"measured gates: F = {block.gate_variance:.4g}, R = ā/m1 = {block.route_scale:.4g}, down init × κ^-1/2 = {block.kappa**-0.5:.4g}"
             )
     return tuple(dict.fromkeys(found))
+
+
+# Part of a run that an average of Adam's over 1/(1-β) steps may last, for β1 and β2. In byte models of 240 to 2,400 steps β1's
+# cost nothing below 0.9 %, 0.01 to 0.05 nats at 1.7 % and 0.06 to 0.1 at 3 to 4 %; β2's 0.01 at 17 % (docs/LOG.md, "Betas
+# and the length of a run").
+LONGEST = (0.01, 0.1)
+_ADAMS = ("adamw", "adamw-independent", "adam-l2", "nadamw")
+
+
+def long_averages(betas: tuple[float, float], steps: int) -> str:
+    """Which of Adam's averages last long for a run, in words; empty where none does.
+
+    Args:
+        betas: of the run. steps: its length.
+    """
+    found = [
+        f"1/(1-β{i}) = {number(1 / (1 - beta))} steps are {100 / (1 - beta) / steps:.2g} % of {steps:,} (a run bears {100 * longest:g} %)"
+        for i, (beta, longest) in enumerate(zip(betas, LONGEST, strict=True), start=1)
+        if 1 / (1 - beta) > longest * steps * (1 + 1e-9)
+    ]
+    return ", ".join(found)
+
+
+def betas_notes(
+    optimizer: str,
+    base: tuple[tuple[float, float], Training | None],
+    target: tuple[tuple[float, float], Training | None],
+) -> tuple[str, ...]:
+    """A warning where the betas of the base or of the target are long for its run: nobody tuned them there.
+
+    Args:
+        optimizer: of both. base, target: the betas and the run of each.
+    """
+    if optimizer not in _ADAMS:
+        return ()
+    on_base, on_target = (long_averages(betas, run.steps) if run else "" for betas, run in (base, target))
+    found = []
+    if on_base:
+        found.append(
+            f"the base's run is short for its betas, {on_base}: betas from longer runs do not fit it, and whatever the rule"
+            " carries goes on from there; sweep them ([sweep] betas), or train the base for longer"
+        )
+    if on_target and target != base:
+        found.append(
+            f"the target's run is short for its betas, {on_target}:"
+            + (
+                ' they were carried there; see betas = "unchanged"'
+                if target[0] != base[0]
+                else " train for longer, or tune them"
+            )
+        )
+    return tuple(found)
 
 
 def _unscaled(base: Transformer, target: Transformer) -> list[str]:

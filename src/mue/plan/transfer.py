@@ -16,7 +16,7 @@ from fractions import Fraction
 from mue.plan.base import base_of
 from mue.plan.blocks import Transition, block_plan, carried_betas, check_output_multiplier, merge
 from mue.plan.convention import Convention
-from mue.plan.notes import batch_notes, notes
+from mue.plan.notes import batch_notes, betas_notes, notes
 from mue.plan.per_role import split_by_third
 from mue.plan.plan import Inputs, PlanData
 from mue.plan.ratios import refuse
@@ -152,6 +152,8 @@ def plan_of(inputs: Inputs) -> PlanData:
     check_output_multiplier(target, blocks)
 
     # 5. What holds for the whole model, in the forward pass and in Adam:
+    #    averages that last the same part of a run: 1-β × T*/T (2605.23893, Table 2; the rule's option may say otherwise)
+    betas = carried_betas(base.betas, rule, transition, ratios)
     return PlanData(
         inputs=replace(inputs, options=as_json(rule.options)),  # all of them: a new default changes no stored plan
         rule=rule,
@@ -167,8 +169,8 @@ def plan_of(inputs: Inputs) -> PlanData:
         # q·k is a sum over d_head: trained queries and keys are aligned, so the scale falls as 1/d_head (µP; conventions 8)
         attention_scale=base.attention_scale
         * (base.shape.head_dim / target.head_dim) ** float(rule.attention_exponent),
-        # averages that last the same part of a run: 1-β × T*/T (2605.23893, Table 2; the rule's option may say otherwise)
-        betas=carried_betas(base.betas, rule, transition, ratios),
+        betas=betas,
         notes=notes(rule, base.shape, target, base.tuned, ratios, planned_base=base.plan is not None)
-        + batch_notes(("base", inputs.base_training, base.shape), ("target", inputs.training, target)),
+        + batch_notes(("base", inputs.base_training, base.shape), ("target", inputs.training, target))
+        + betas_notes(base.tuned.optimizer, (base.betas, base.training), (betas, transition.training)),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,15 @@ def test_a_grid_has_one_seed_and_a_valley_search_three() -> None:
         ({**VALLEY, "extend": 1}, r"\[sweep\] extend must be true or false, got 1"),
         ({"runner": "gpu"}, r"runner must be one of auto, processes, stacked, got 'gpu'"),
         ({"presicion": 1}, r"presicion.*precision"),
+        (
+            {"betas": [0.9, 0.95]},
+            r"\[sweep\] betas must list pairs .* e.g. betas = \[\[0.9, 0.95\], .*got \[0.9, 0.95\]",
+        ),
+        ({"betas": []}, r"\[sweep\] betas must list pairs"),
+        ({"betas": "linear"}, r"\[sweep\] betas must list pairs .*got 'linear'"),
+        ({"betas": [[0.9, 0.95, 0.99]]}, r"\[sweep\] betas must list pairs"),
+        ({"betas": [[0.9, 1.0]]}, r"\[sweep\] betas must .*1"),
+        ({"betas": [[0.9, "0.95"]]}, r"\[sweep\] betas must be a .*number"),
     ],
 )
 def test_a_mistake_is_named(sweep: dict[str, Any], words: str) -> None:
@@ -56,8 +66,23 @@ def test_a_mistake_is_named(sweep: dict[str, Any], words: str) -> None:
         spec(**sweep)
 
 
+def test_betas_are_looked_for_or_given_and_not_both() -> None:
+    data = tomllib.loads(EXPERIMENT)
+    data["sweep"]["betas"] = [[0.9, 0.95], [0.8, 0.9], [0.9, 0.95]]
+    found = sweep_from(data, HERE)
+    assert found.grid.betas == ((0.9, 0.95), (0.8, 0.9))  # each once
+    assert SweepSpec.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    with pytest.raises(ValueError, match=r"\[tuned\] betas is what the sweep looks for"):
+        sweep_from({**data, "tuned": {**data.get("tuned", {}), "betas": [0.9, 0.95]}}, HERE)
+    # a sweep without them is the experiment it always was; with them it is one, whichever pairs are asked for
+    other = sweep_from({**data, "sweep": {**data["sweep"], "betas": [[0.5, 0.9]]}}, HERE)
+    assert found.identity("x") == other.identity("x") and "betas" not in found.identity("x")["tuned"]
+    assert spec().identity("x")["tuned"]["betas"] == [0.9, 0.95] and "betas" not in spec().to_dict()["grid"]
+
+
 def test_the_documented_search_is_a_sweep_file() -> None:
     page = (ROOT / "docs" / "sweeps.md").read_text(encoding="utf-8")
-    table = tomllib.loads(page.partition("```toml\n")[2].partition("```")[0])
-    grid = spec(**table["sweep"]).grid
+    betas, search = (tomllib.loads(block.partition("```")[0])["sweep"] for block in page.split("```toml\n")[1:])
+    assert spec(**betas).grid.betas == ((0.9, 0.95), (0.8, 0.9))
+    grid = spec(**search).grid
     assert grid.sampler == "valley" and grid.options["extend"] and grid.stop_early and grid.trials == 40

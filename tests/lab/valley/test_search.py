@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mue.lab.valley.cell import CellValues
 from mue.lab.valley.search import Observation, Proposal, Space, Verdict, next_points, verdict
 
 Loss = Callable[[Proposal], float]
@@ -159,7 +160,7 @@ def test_cells_that_cannot_be_best_get_few_runs() -> None:
         return valley(-6 + 0.5 * cell[0], depth=depth[cell])(proposal)
 
     end = said(space, loss, workers=2)
-    assert end.best and (end.best.weight_decay, end.best.init_std) == (0.1, 0.1) and end.done
+    assert end.best and end.best.values == CellValues(0.1, 0.1) and end.done
     assert end.interval[0] <= -5.95 <= end.interval[1]
     assert all(c.runs < end.best.runs for c in end.cells if c is not end.best)
 

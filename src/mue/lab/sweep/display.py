@@ -21,6 +21,7 @@ from mue.lab.report.progress import Pace
 from mue.lab.sweep.listener import SweepListener
 from mue.lab.sweep.trial import OPEN, Point, Trial
 from mue.lab.train.run import Run
+from mue.lab.valley.cell import BETAS, CellValues
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _COLUMNS = 32  # of a valley, so that a row fits into 80: more learning rates than that share columns
@@ -79,6 +80,8 @@ class SweepDisplay(SweepListener):
         when = f"{result.get('seconds', 0):.0f} s" if fresh else "done before"
         tuned = run.plan.tuned
         point = {"lr": tuned.lr, "weight_decay": tuned.weight_decay, "init_std": tuned.init_std}
+        if any(name in trial.point for trial in self.trials[:1] for name in BETAS):
+            point |= dict(zip(BETAS, tuned.betas, strict=True))
         words = point_words({**point, "seed": run.settings.seed})
         line = f"  {words:<44}  {loss_words(result)}  [dim]{when}, {run.key[:8]}[/]"
         self.console.print(line, highlight=False, soft_wrap=True)
@@ -92,7 +95,7 @@ class SweepDisplay(SweepListener):
 
 def point_words(point: Point) -> str:
     """A trial's point in short words."""
-    short = {"weight_decay": "wd", "init_std": "std"}
+    short = {"weight_decay": "wd", "init_std": "std", "beta1": "β1", "beta2": "β2"}
     return " ".join(f"{short.get(k, k)} {v:.4g}" for k, v in point.items())
 
 
@@ -119,9 +122,9 @@ def sweep_table(trials: Sequence[Trial], title: str, steps: int, seconds: float 
     if seconds is not None:
         facts.append(f"{int(seconds) // 60}:{int(seconds) % 60:02d}")
     parts: list[RenderableType] = [Text.assemble((title, "bold"), "  ", " · ".join(facts))]
-    cells: dict[tuple[float, float], list[Trial]] = {}
+    cells: dict[CellValues, list[Trial]] = {}
     for trial in trials:
-        cells.setdefault((trial.point["weight_decay"], trial.point["init_std"]), []).append(trial)
+        cells.setdefault(CellValues.of(trial.point), []).append(trial)
     if cells:
         parts.append(_cells(cells))
     running = [t for t in trials if t.state == "RUNNING"]
@@ -130,28 +133,29 @@ def sweep_table(trials: Sequence[Trial], title: str, steps: int, seconds: float 
     return Group(*parts)
 
 
-def _cells(cells: Mapping[tuple[float, float], Sequence[Trial]]) -> Table:
+def _cells(cells: Mapping[CellValues, Sequence[Trial]]) -> Table:
     """The cells with the lowest runs, each with its valley. Nothing is fitted: the table is drawn twice a second."""
     best = {cell: min(found, key=lambda t: t.loss) for cell, found in cells.items()}
     shown = sorted(cells, key=lambda cell: (best[cell].loss, cell))
     floor = min(t.loss for t in best.values())
     table = Table(box=None, header_style="dim", pad_edge=False)
-    for name, side in (("  weight decay", "right"), ("init std", "right"), ("valley over lr", "left")):
-        table.add_column(name, justify=side)  # type: ignore[arg-type]
+    names = list(next(iter(cells)).columns)
+    for name in names:
+        table.add_column(f"  {name}" if name == names[0] else name, justify="right")
+    table.add_column("valley over lr")
     table.add_column("lowest run", justify="right")
     table.add_column("at lr", justify="right")
     for cell in shown[:_CELLS]:
         loss = best[cell].loss
         found = math.isfinite(loss)
         table.add_row(
-            f"{cell[0]:g}",
-            f"{cell[1]:g}",
+            *cell.columns.values(),
             Text(sparkline(cells[cell], floor), style="cyan"),
             f"{loss:.4f}" if found else "–",
             f"{best[cell].point['lr']:.3g}" if found else "–",
         )
     if len(shown) > _CELLS:
-        table.add_row("", "", Text(f"and {len(shown) - _CELLS} cells more", style="dim"))
+        table.add_row(*[""] * len(names), Text(f"and {len(shown) - _CELLS} cells more", style="dim"))
     return table
 
 
@@ -161,7 +165,7 @@ def sparkline(trials: Sequence[Trial], floor: float) -> str:
     × diverged, ╌ stopped early, ○ running, · waiting. What is far above the valley is cut at █.
 
     Args:
-        trials: of one weight decay and init std. floor: the lowest loss of all cells, so that their lines compare.
+        trials: of one cell. floor: the lowest loss of all cells, so that their lines compare.
     """
     places: dict[float, list[Trial]] = {}
     for trial in trials:

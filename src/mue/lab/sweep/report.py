@@ -20,26 +20,16 @@ from mue.lab.sweep.state import SweepState
 from mue.lab.sweep.trial import OPEN, State, Trial
 from mue.lab.train.run import Settings
 from mue.lab.train.task import task_of
+from mue.lab.valley.cell import BETAS, CellValues, betas_words
 from mue.util.files import write_atomic
 
 _VALLEYS = 8  # drawn: as many as plots.CYCLE has colours
 _DRAWN = 500  # runs, as vectors: more make a heavy page
 _ROWS = 100  # of a table: the page stays readable at 10,000 trials, and trials.csv has them all
 _COLUMNS = 20  # of the map
-COLUMNS = (
-    "trial",
-    "state",
-    "lr",
-    "weight_decay",
-    "init_std",
-    "seed",
-    "val_loss",
-    "loss",
-    "step",
-    "seconds",
-    "worker",
-    "run",
-)
+_VALUES, _MEASURED = ("lr", "weight_decay", "init_std", "seed"), ("val_loss", "loss", "step", "seconds")
+COLUMNS = ("trial", "state", *_VALUES, *_MEASURED, "worker", "run")
+"""Of ``trials.csv``; beta1 and beta2 come after them where the sweep looks for betas."""
 
 
 def sweep_report(folder: Path, *, csv: Path | None = None, result: SweepResult | None = None) -> Path:
@@ -67,7 +57,7 @@ def sweep_report(folder: Path, *, csv: Path | None = None, result: SweepResult |
     lead = "no run has a loss yet"
     if any(math.isfinite(t.loss) for t in counted(spec, trials)):
         result = result or summarise(spec, trials)
-        lead = ("so far: " if going else "") + tuned_words(result.tuned)
+        lead = ("so far: " if going else "") + tuned_words(result)
         sections += [sweep_section(result.to_dict(state.identity["data"]), result.cells), *cells_sections(result.cells)]
     if why := sampler_of(spec.grid).why_done(trials):
         sections[:0] = [Section(id="search", title="The search", texts=[text(why + ".")])]
@@ -82,15 +72,16 @@ def write_trials(path: Path, trials: Sequence[Trial]) -> None:
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as file:
             rows = csv_module.writer(file)
-            rows.writerow(COLUMNS)
-            rows.writerows(_row(trial) for trial in trials)
+            betas = [name for name in BETAS if trials and name in trials[0].point]
+            rows.writerow([*COLUMNS, *betas])
+            rows.writerows([*_row(trial), *(trial.point.get(name) for name in betas)] for trial in trials)
 
     write_atomic(path, write)
 
 
 def _row(trial: Trial) -> list[Any]:
-    result, point = trial.result or {}, [trial.point[name] for name in COLUMNS[2:6]]
-    measured = [result.get(name) for name in COLUMNS[6:10]]
+    result, point = trial.result or {}, [trial.point[name] for name in _VALUES]
+    measured = [result.get(name) for name in _MEASURED]
     state = "diverged" if trial.state == "COMPLETE" and not math.isfinite(trial.loss) else trial.state.lower()
     return [trial.number, state, *point, *measured, trial.owner, result.get("key")]
 
@@ -105,13 +96,14 @@ def sweep_section(result: Mapping[str, Any], cells: Sequence[Cell]) -> Section:
     ranked = _ranked(cells)
     drawn = [
         {
-            "label": f"wd {cell.weight_decay:.3g}, std {cell.init_std:.3g}",
+            "label": _label(cell.values),
             "points": [(p.log2_lr, p.loss) for p in cell.points],
             "valley": cell.valley,
         }
         for cell in ranked[:_VALLEYS]
     ]
-    best = [cell.place for cell in ranked].index((tuned["weight_decay"], tuned["init_std"]))
+    looked_for = tuple(tuned["betas"]) if ranked[0].values.betas else ()
+    best = [cell.values for cell in ranked].index(CellValues(tuned["weight_decay"], tuned["init_std"], looked_for))
     stopped = f", {result['stopped']} stopped early" if result.get("stopped") else ""
     rest = f" The {_VALLEYS} deepest of {len(ranked)} cells are drawn." if len(ranked) > _VALLEYS else ""
     return Section(
@@ -124,11 +116,17 @@ def sweep_section(result: Mapping[str, Any], cells: Sequence[Cell]) -> Section:
             ),
             text(result["verdict"] + ".", warn=result["edge"] is not None),
             *(text(warning + ".", warn=True) for warning in result.get("warnings", ())),
+            *(text(advice + ".") for advice in result.get("advice", ())),
         ],
         figure=plots.sweep_figure(drawn, best, task_of(Settings(**result["identity"]["settings"])).unit),
         in_page="svg" if result["runs"] <= _DRAWN else "png",
         caption="Points are runs, lines the fitted valleys, ▼ the fitted minima. ▲ marks runs above the picture, × those that diverged or were stopped.",
     )
+
+
+def _label(values: CellValues) -> str:
+    betas = f", β {betas_words(values.betas)}" if values.betas else ""
+    return f"wd {values.weight_decay:.3g}, std {values.init_std:.3g}{betas}"
 
 
 def _ranked(cells: Sequence[Cell]) -> list[Cell]:
@@ -137,18 +135,18 @@ def _ranked(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def cells_sections(cells: Sequence[Cell]) -> list[Section]:
-    """The cells beside each other, where there is more than one: as a map where both axes have values, and as a table."""
+    """The cells beside each other, where there is more than one: as a table, and as a map of the best betas where both axes have values."""
     if len(cells) < 2:
         return []
-    lowest = {cell.place: cell.lowest for cell in cells}
+    betas = _ranked(cells)[0].values.betas
+    lowest = {(c.values.weight_decay, c.values.init_std): c.lowest for c in cells if c.values.betas == betas}
     rows = []
     for cell in _ranked(cells)[:_ROWS]:
         found, valley = ["–", "–", "–"], cell.valley
         if valley is not None and math.isfinite(valley.minimum):
             low, high = (f"{2.0**x:.3g}" if math.isfinite(x) else "open" for x in valley.interval)
             found = [f"{2.0**valley.minimum:.3g}", f"{low} to {high}", f"{valley.loss_at_minimum:.4f}"]
-        place = [f"{cell.weight_decay:g}", f"{cell.init_std:g}", str(len(cell.points))]
-        rows.append([*place, *found, _loss_words(cell.lowest)])
+        rows.append([*cell.values.columns.values(), str(len(cell.points)), *found, _loss_words(cell.lowest)])
     fitted = sum(cell.valley is not None for cell in cells)
     words = f"Of {len(cells)} cells the {fitted} with the lowest runs are fitted." if fitted < len(cells) else ""
     columns = len({std for _, std in lowest})
@@ -157,16 +155,16 @@ def cells_sections(cells: Sequence[Cell]) -> list[Section]:
     )
     table = Section(
         id="cells",
-        title="Weight decay and init std: the fitted minima",
+        title=f"Weight decay{', init std and betas' if betas else ' and init std'}: the fitted minima",
         texts=[text(words)] if words else [],
-        header=["weight decay", "init std", "runs", "lr of the minimum", "95 % interval", "loss there", "lowest run"],
+        header=[*cells[0].values.columns, "runs", "lr of the minimum", "95 % interval", "loss there", "lowest run"],
         rows=rows,
         fold=f"{len(rows)} of {len(cells)} cells" if len(cells) > 12 else "",
     )
-    return [table, *_map(lowest)]
+    return [table, *_map(lowest, f", at betas {betas_words(betas)}" if betas else "")]
 
 
-def _map(lowest: Mapping[tuple[float, float], float]) -> list[Section]:
+def _map(lowest: Mapping[tuple[float, float], float], where: str) -> list[Section]:
     """The lowest loss over (weight decay, init std) as a shaded table; nothing where one has one value only, or too many."""
     decays, stds = sorted({wd for wd, _ in lowest}), sorted({std for _, std in lowest})
     finite = sorted(loss for loss in lowest.values() if math.isfinite(loss))
@@ -178,7 +176,7 @@ def _map(lowest: Mapping[tuple[float, float], float]) -> list[Section]:
     return [
         Section(
             id="map",
-            title="Weight decay (down) by init std (across): the lowest run of each cell",
+            title="Weight decay (down) by init std (across): the lowest run of each cell" + where,
             header=["", *(f"{std:.3g}" for std in stds)],
             rows=[
                 [f"{wd:.3g}", *("" if x is None else _loss_words(x) for x in row)]
@@ -237,13 +235,30 @@ def trials_section(trials: Sequence[Trial]) -> Section:
     for trial in best:
         ended = {"COMPLETE": "diverged", "PRUNED": "stopped"}.get(trial.state, trial.state.lower())
         loss = f"{trial.loss:.4f}" if math.isfinite(trial.loss) else ended
+        values = CellValues.of(trial.point)
         point = [f"{trial.point[k]:.4g}" for k in ("lr", "weight_decay", "init_std")]
-        rows.append([str(trial.number), *point, str(trial.seed), loss, (trial.result or {}).get("key", "–")])
+        rows.append(
+            [
+                str(trial.number),
+                *point,
+                *([betas_words(values.betas)] if values.betas else []),
+                str(trial.seed),
+                loss,
+                (trial.result or {}).get("key", "–"),
+            ]
+        )
     return Section(
         id="trials",
         title="Trials",
         texts=[text(f"All {len(trials):,} are in trials.csv beside this page.")],
-        header=["trial", "lr", "weight decay", "init std", "seed", "validation loss", "run"],
+        header=[
+            "trial",
+            "lr",
+            *(CellValues.of(best[0].point).columns if best else ()),
+            "seed",
+            "validation loss",
+            "run",
+        ],
         rows=rows,
         fold="every trial" if len(best) == len(trials) else f"the best {len(rows)}",
     )

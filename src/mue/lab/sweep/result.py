@@ -12,6 +12,8 @@ from mue.lab.sweep.spec import SweepSpec
 from mue.lab.sweep.trial import Trial, name_of
 from mue.lab.train.task import task_of
 from mue.lab.valley import LossPoint, Valley, fit_valley
+from mue.lab.valley.cell import CellValues
+from mue.plan.notes import long_averages
 from mue.shapes import HParams
 
 # Cells that are fitted, and of a sweep of so many runs: a fit takes tens of milliseconds, a report of 10,000 trials is
@@ -23,14 +25,14 @@ _DIP = 0.5
 
 @dataclass(frozen=True)
 class Cell:
-    """All runs with one weight decay and init std, and the valley fitted over their learning rates.
+    """All runs with one weight decay and init std (and one pair of betas), and the valley fitted over their learning rates.
 
     Attributes:
+        values: what they share.
         points: by learning rate, then seed. valley: None where no run has a loss, and in a sweep of many cells where others lie lower.
     """
 
-    weight_decay: float
-    init_std: float
+    values: CellValues
     points: tuple[LossPoint, ...]
     valley: Valley | None
 
@@ -44,16 +46,10 @@ class Cell:
         """Loss of the best run; inf where none has one."""
         return min(p.loss for p in self.points)
 
-    @property
-    def place(self) -> tuple[float, float]:
-        """(weight decay, init std)."""
-        return self.weight_decay, self.init_std
-
     def to_dict(self) -> dict[str, Any]:
         """For JSON: a run without a loss has null."""
         return {
-            "weight_decay": self.weight_decay,
-            "init_std": self.init_std,
+            **self.values.tuned,
             "points": [
                 {"lr": 2.0**p.log2_lr, "seed": p.seed, "loss": p.loss if math.isfinite(p.loss) else None}
                 for p in self.points
@@ -69,7 +65,8 @@ class Cell:
             for p in data["points"]
         )
         valley = data["valley"] and Valley.from_dict(data["valley"], points)
-        return cls(data["weight_decay"], data["init_std"], points, valley)
+        values = CellValues(data["weight_decay"], data["init_std"], tuple(data.get("betas", ())))
+        return cls(values, points, valley)
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,7 @@ class SweepResult:
     """A finished sweep.
 
     Attributes:
-        spec: what was asked for. cells: by weight decay, then init std. best: the deepest of them. tuned: the values it gives.
+        spec: what was asked for. cells: in the order of their values. best: the deepest of them. tuned: the values it gives.
         runs, diverged: how many ran to their end, and how many of these have no loss.
         stopped: how many were given up early as hopeless: no loss, but known to be high where they are, as a diverged run is.
         trials: what it was fitted from, and whatever else the storage holds.
@@ -97,7 +94,7 @@ class SweepResult:
         """The best cell's valley in a sentence."""
         valley = self.best.valley
         assert valley is not None
-        return f"weight decay {self.best.weight_decay:g}, init std {self.best.init_std:g}: {valley.verdict}"
+        return f"{self.best.values}: {valley.verdict}"
 
     @property
     def warnings(self) -> list[str]:
@@ -122,12 +119,21 @@ class SweepResult:
             )
         return found
 
+    @property
+    def advice(self) -> list[str]:
+        """What the sweep did not look for and might have. No warning: a plan made of its values says it of itself."""
+        long = "" if self.spec.grid.betas else long_averages(self.tuned.betas, self.spec.training.steps)
+        return (
+            [f"betas were not looked for, and the runs are short for them, {long}: try [sweep] betas"] if long else []
+        )
+
     def to_dict(self, data_hash: str) -> dict[str, Any]:
         """What ``result.json`` of a sweep holds. ``data_hash``: of the corpus it trained on."""
         return {
             "tuned": self.tuned.to_dict(),
             "verdict": self.verdict,
             "warnings": self.warnings,
+            "advice": self.advice,
             "edge": self.best.valley.edge if self.best.valley else None,
             "runs": self.runs,
             "diverged": self.diverged,
@@ -148,7 +154,7 @@ def counted(spec: SweepSpec, trials: Sequence[Trial]) -> list[Trial]:
 
 
 def summarise(spec: SweepSpec, trials: Sequence[Trial]) -> SweepResult:
-    """Fit a valley in each (weight decay, init std) cell; the deepest fitted minimum wins.
+    """Fit a valley in each cell (weight decay, init std, perhaps betas); the deepest fitted minimum wins.
 
     The tuned lr is the fitted minimum, held inside the grid (an edge is reported by the valley's verdict).
 
@@ -160,13 +166,13 @@ def summarise(spec: SweepSpec, trials: Sequence[Trial]) -> SweepResult:
     """
     ended = counted(spec, trials)
     found = [t for t in ended if t.state == "COMPLETE"]
-    groups: dict[tuple[float, float], list[LossPoint]] = {}
+    groups: dict[CellValues, list[LossPoint]] = {}
     for trial in ended:
-        cell = groups.setdefault((trial.point["weight_decay"], trial.point["init_std"]), [])
+        cell = groups.setdefault(CellValues.of(trial.point), [])
         cell.append(LossPoint(math.log2(trial.point["lr"]), trial.loss, trial.seed))
     lowest = sorted(groups, key=lambda cell: (min(p.loss for p in groups[cell]), cell))
     lowest = lowest[: FITTED_OF_MANY if len(found) > MANY else FITTED]
-    cells = tuple(_cell(*cell, groups[cell], fit=cell in lowest) for cell in sorted(groups))
+    cells = tuple(_cell(cell, groups[cell], fit=cell in lowest) for cell in sorted(groups))
     fitted = [cell for cell in cells if cell.valley is not None]
     if not fitted:
         raise ValueError("every run of the sweep diverged: lower the learning rates under [sweep] lr")
@@ -174,17 +180,17 @@ def summarise(spec: SweepSpec, trials: Sequence[Trial]) -> SweepResult:
     assert best.valley is not None
     low, high = min(p.log2_lr for p in best.points), max(p.log2_lr for p in best.points)
     lr = 2.0 ** min(max(best.valley.minimum, low), high)  # beyond the outermost runs the curve is a guess
-    tuned = spec.defaults.replace(lr=lr, weight_decay=best.weight_decay, init_std=best.init_std)
+    tuned = spec.defaults.replace(lr=lr, **best.values.tuned)
     diverged = sum(not math.isfinite(trial.loss) for trial in found)
     return SweepResult(spec, cells, best, tuned, len(found), diverged, len(ended) - len(found), tuple(trials))
 
 
-def _cell(wd: float, std: float, points: list[LossPoint], *, fit: bool) -> Cell:
+def _cell(values: CellValues, points: list[LossPoint], *, fit: bool) -> Cell:
     ordered = tuple(sorted(points, key=lambda p: (p.log2_lr, p.seed)))
     finite = any(math.isfinite(p.loss) for p in ordered)
-    return Cell(wd, std, ordered, fit_valley(ordered) if fit and finite else None)
+    return Cell(values, ordered, fit_valley(ordered) if fit and finite else None)
 
 
-def tuned_words(tuned: HParams) -> str:
+def tuned_words(result: SweepResult) -> str:
     """What a sweep found, in a line."""
-    return f"tuned: lr {tuned.lr:.4g}, weight decay {tuned.weight_decay:g}, init std {tuned.init_std:g}"
+    return f"tuned: lr {result.tuned.lr:.4g}, {result.best.values}"

@@ -19,7 +19,7 @@ from mue.lab.valley.search import Space
 from mue.util.registry import Registry
 
 AXES = ("lr", "weight_decay", "init_std")
-"""The tuned values that a sweep looks for; all others are given."""
+"""The tuned values that every sweep looks for. Betas are one more where a grid has them; all others are given."""
 _STORED = {
     "precision": Space.precision,
     "extend": Space.extend,
@@ -32,6 +32,7 @@ class Grid:
 
     Attributes:
         lr, weight_decay, init_std: ascending values: all of them are visited, or they span the ranges that are sampled.
+        betas: pairs to choose among; none: they are as ``[tuned]`` has them.
         seeds: of the runs at one place. sampler: a name in :data:`SAMPLERS`. trials: at most so many (None: every place).
         options: the sampler's own keys. stop_early: give up runs that can no longer move the minimum.
         runner: how runs are trained (``mue.lab.runners.runner``).
@@ -46,10 +47,11 @@ class Grid:
     options: Mapping[str, Any] = field(default_factory=dict)
     stop_early: bool = False
     runner: str = "auto"
+    betas: tuple[tuple[float, float], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON, options among the rest; :meth:`from_dict` reads it back."""
-        own = {f.name: getattr(self, f.name) for f in fields(self)}
+        """For JSON, options among the rest; :meth:`from_dict` reads it back. What no grid had before is there where it is used."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "betas" or self.betas}
         options, *last = (own.pop(name) for name in ("options", "stop_early", "runner"))
         return own | _STORED | dict(options) | dict(zip(("stop_early", "runner"), last, strict=True))
 
@@ -60,6 +62,7 @@ class Grid:
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
         options = {key: stored.pop(key) for key in SAMPLERS.lookup(data["sampler"]).keys if key in stored}
+        stored |= {"betas": tuple(map(tuple, stored["betas"]))} if "betas" in stored else {}
         fields_of_grid = {key: value for key, value in stored.items() if key not in _STORED}
         return cls(**fields_of_grid, options=options)
 

@@ -13,13 +13,14 @@ from mue.lab.sweep.sampler import AXES, SAMPLERS, Grid, Sampler, sampler_of
 from mue.lab.sweep.trial import Point
 from mue.lab.train.run import Run, Settings
 from mue.lab.train.spec import settings_from
+from mue.lab.valley.cell import tuned_from_point
 from mue.plan.plan import PlanData
 from mue.plan.toml import TABLES, check_keys, lr_grid, shape_from, table_of, training_from, tuned_from
 from mue.plan.transfer import transfer
 from mue.shapes import HParams, Training, Transformer, shape_from_dict
-from mue.util.errors import positive_int, true_or_false
+from mue.util.errors import positive, positive_int, true_or_false
 
-_KEYS = ("lr", "weight_decay", "init_std", "seeds", "sampler", "trials", "stop_early", "runner")
+_KEYS = ("lr", "weight_decay", "init_std", "betas", "seeds", "sampler", "trials", "stop_early", "runner")
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class SweepSpec:
 
     Attributes:
         base, training: its shape, and how long it is trained.
-        defaults: the tuned values, of which the grid's points replace lr, weight decay and init std.
+        defaults: the tuned values, of which the grid's points replace lr, weight decay, init std and, where it has them, betas.
         grid: what is visited. settings: of every run, but for the seed, which is the point's.
         source: where the data is, as :func:`mue.lab.data.spec.open_corpus` takes it.
     """
@@ -68,7 +69,8 @@ class SweepSpec:
         Args:
             data_hash: of the corpus.
         """
-        fixed = {k: v for k, v in self.defaults.to_dict().items() if k not in AXES}
+        axes = (*AXES, "betas") if self.grid.betas else AXES
+        fixed = {k: v for k, v in self.defaults.to_dict().items() if k not in axes}
         settings = {k: v for k, v in self.settings.to_dict().items() if k != "seed"}
         training = {"batch": self.training.batch, "steps": self.training.steps}
         return {
@@ -85,7 +87,7 @@ class SweepSpec:
         Args:
             data: as a run keeps it (:func:`mue.lab.data.spec.describe_data`).
         """
-        tuned = self.defaults.replace(**{k: v for k, v in point.items() if k != "seed"})
+        tuned = self.defaults.replace(**tuned_from_point(point))
         plan = base_plan(self.base, self.training, tuned)
         return Run(plan, replace(self.settings, seed=int(point["seed"])), data)
 
@@ -115,7 +117,9 @@ def sweep_from(data: Mapping[str, Any], folder: Path) -> SweepSpec:
         raise ValueError("a sweep needs [base.training] with batch (tokens per step) and steps")
     grid = _grid(table)
     given = table_of(data, "tuned")
-    defaults = {"lr": grid.lr[0], "weight_decay": grid.weight_decay[0], "init_std": grid.init_std[0]}
+    defaults: dict[str, Any] = {"lr": grid.lr[0], "weight_decay": grid.weight_decay[0], "init_std": grid.init_std[0]}
+    if grid.betas:
+        defaults["betas"] = grid.betas[0]
     for key in defaults:
         if key in given:
             raise ValueError(f"[tuned] {key} is what the sweep looks for: put its values under [sweep] {key}")
@@ -148,6 +152,7 @@ def _grid(table: Mapping[str, Any]) -> Grid:
         lr=tuple(lr_grid(table["lr"], "[sweep] lr")),
         weight_decay=tuple(lr_grid(table["weight_decay"], "[sweep] weight_decay")),
         init_std=tuple(lr_grid(table["init_std"], "[sweep] init_std")),
+        betas=_betas(table),
         seeds=tuple(dict.fromkeys(seeds)),
         sampler=name,
         trials=_trials(table, sampler),
@@ -157,6 +162,19 @@ def _grid(table: Mapping[str, Any]) -> Grid:
     )
     sampler_of(grid)  # says what it cannot sample
     return grid
+
+
+def _betas(table: Mapping[str, Any]) -> tuple[tuple[float, float], ...]:
+    """The pairs of betas that are looked for, each once, in the file's order; none where the table does not say."""
+    given, example = table.get("betas", []), "betas = [[0.9, 0.95], [0.8, 0.9]]"
+    pairs = given if isinstance(given, list) and ("betas" not in table or given) else [None]
+    found = []
+    for pair in pairs:
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise ValueError(f"[sweep] betas must list pairs of (beta1, beta2), e.g. {example}, got {given!r}")
+        beta1, beta2 = (positive("[sweep] betas", beta, zero=True, below=1) for beta in pair)
+        found.append((beta1, beta2))
+    return tuple(dict.fromkeys(found))
 
 
 def _trials(table: Mapping[str, Any], sampler: type[Sampler]) -> int | None:

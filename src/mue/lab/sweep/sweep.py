@@ -1,4 +1,4 @@
-"""The one sweep: learning rate × weight decay × init std of the base, by any number of workers, fitted as valleys.
+"""The one sweep: learning rate × weight decay × init std (× betas) of the base, by any number of workers, fitted as valleys.
 
 Rerunning a sweep goes on where it stopped, and a finished run never runs again: if the storage is lost, the results in the
 folder's runs are found and told anew.

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 Point = dict[str, float]
-"""The values that a sweep looks for (lr, weight decay, init std), and the seed."""
+"""The values that a sweep looks for (lr, weight decay, init std, perhaps beta1 and beta2), and the seed."""
 State = Literal["WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL"]
 """Optuna's words: PRUNED was stopped early, FAIL was withdrawn."""
 OPEN = ("WAITING", "RUNNING")

@@ -23,6 +23,7 @@ from mue.lab.sweep.storage import StorageError
 from mue.lab.sweep.trial import OPEN, State, Trial
 from mue.lab.sweep.trials import Trials
 from mue.lab.train.run import Run, Store
+from mue.lab.valley.cell import CellValues
 from mue.lab.valley.pruning import Curve, PartialRun, hopeless, rung
 
 _LOOK = 2.0  # seconds between two looks at the other workers' trials; of 10,000 one takes less than a second
@@ -169,7 +170,7 @@ class Worker:
         if passed <= self.rungs.get(run.key, 0):
             return False
         self.rungs[run.key] = passed
-        cell = [t for t in self.trials.all() if _cell(t) == _cell(trial)]
+        cell = [t for t in self.trials.all() if CellValues.of(t.point) == CellValues.of(trial.point)]
         curves = self.trials.curves(cell)
         others = [_partial_run(t, curves[t.id]) for t in cell if t.id in curves]
         return hopeless(_partial_run(trial, self._curve(run.key)), others, steps)
@@ -229,10 +230,6 @@ class Worker:
         self.listener.look([_with(t, own.get(t.id)) for t in found])
         self.looked = time.monotonic()
         return found
-
-
-def _cell(trial: Trial) -> tuple[float, float]:
-    return trial.point["weight_decay"], trial.point["init_std"]
 
 
 def _partial_run(trial: Trial, curve: Curve) -> PartialRun:

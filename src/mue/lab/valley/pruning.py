@@ -59,7 +59,7 @@ def hopeless(run: PartialRun, others: Sequence[PartialRun], steps: int) -> bool:
 
     Args:
         run: as far as it is. One that may have diverged (a loss that is not finite) is not ours to judge.
-        others: those of the same valley (one weight decay, one init std) that have ended; the stopped ones have no loss.
+        others: those of the same valley (one cell) that have ended; the stopped ones have no loss.
         steps: length of a whole run.
 
     Returns:

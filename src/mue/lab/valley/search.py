@@ -6,8 +6,8 @@
     print(verdict(space, results).why)
 
 A search starts with three learning rates far apart and halves the bracket around the lowest; from then on each run goes
-where it narrows the place of the minimum most (``mue.lab.valley.placement``). A cell is one weight decay and init std: those
-that may still be the best share the runs. Both functions are pure: the same results in any order give the same answer,
+where it narrows the place of the minimum most (``mue.lab.valley.placement``). A cell is one weight decay and init std (and one
+pair of betas, where they are looked for): those that may still be the best share the runs. Both functions are pure: the same results in any order give the same answer,
 so any number of workers may ask, and a search that was killed goes on from its results alone. Learning rates lie on a
 lattice of about an eighth of an octave.
 """
@@ -19,6 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from mue.lab.valley.cell import CellValues
 from mue.lab.valley.fit import Valley
 from mue.lab.valley.search_cell import Lattice, SearchCell
 from mue.lab.valley.window import LossPoint
@@ -42,7 +43,7 @@ class Space:
     """What a search may ask for, and what it is to reach.
 
     Attributes:
-        lr: the ends of the range. weight_decay, init_std: the values to choose among.
+        lr: the ends of the range. weight_decay, init_std, betas: the values to choose among; betas empty: not looked for.
         seeds: of the replicates; the more, the better, since runs of one seed err together.
         precision: octaves; the search stops when the 95 % interval of the minimum is no wider than twice this.
         budget: runs in all, diverged and stopped ones included. Intervals of small, noisy proxies are an octave or two
@@ -57,23 +58,30 @@ class Space:
     precision: float = 0.25
     budget: int = 40
     extend: bool = False
+    betas: tuple[tuple[float, ...], ...] = ()
 
     def __post_init__(self) -> None:
         low, high = self.lr
         if not (0 < low < high and math.isfinite(high)):
             raise ValueError(f"lr must be the two ends of a range, the lower first, got {low:g} and {high:g}")
-        for name in ("weight_decay", "init_std", "seeds"):
-            if not getattr(self, name) or len(set(getattr(self, name))) < len(getattr(self, name)):
-                raise ValueError(f"{name} must list at least one value and none twice, got {list(getattr(self, name))}")
+        for name in ("weight_decay", "init_std", "seeds", "betas"):
+            values = getattr(self, name)
+            if not (values or name == "betas") or len(set(values)) < len(values):
+                raise ValueError(f"{name} must list at least one value and none twice, got {list(values)}")
         if not (math.isfinite(self.precision) and self.precision > 0):
             raise ValueError(f"precision must be a positive number of octaves, got {self.precision}")
         if self.budget < 1:
             raise ValueError(f"the budget must be at least one run, got {self.budget}")
 
     @property
-    def cells(self) -> tuple[tuple[float, float], ...]:
-        """Every (weight decay, init std)."""
-        return tuple((wd, std) for std in self.init_std for wd in self.weight_decay)
+    def cells(self) -> tuple[CellValues, ...]:
+        """Every combination of weight decay, init std and, where they are looked for, betas."""
+        return tuple(
+            CellValues(wd, std, betas)
+            for betas in self.betas or ((),)
+            for std in self.init_std
+            for wd in self.weight_decay
+        )
 
 
 @dataclass(frozen=True)
@@ -84,11 +92,22 @@ class Proposal:
     weight_decay: float
     init_std: float
     seed: int
+    betas: tuple[float, ...] = ()
+
+    @classmethod
+    def at(cls, lr: float, cell: CellValues, seed: int) -> Proposal:
+        """In a cell."""
+        return cls(lr, cell.weight_decay, cell.init_std, seed, cell.betas)
 
     @property
-    def values(self) -> dict[str, float]:
-        """The tuned values, as a sweep names them."""
-        return {"lr": self.lr, "weight_decay": self.weight_decay, "init_std": self.init_std}
+    def cell(self) -> CellValues:
+        """In which cell it is."""
+        return CellValues(self.weight_decay, self.init_std, self.betas)
+
+    @property
+    def point(self) -> dict[str, float]:
+        """The values and the seed, as a sweep names them."""
+        return {"lr": self.lr, **self.cell.point, "seed": self.seed}
 
 
 @dataclass(frozen=True)
@@ -101,10 +120,9 @@ class Observation:
 
 @dataclass(frozen=True)
 class CellResult:
-    """The valley of one weight decay and init std; None where no run has a loss yet."""
+    """The valley of one cell; None where no run has a loss yet."""
 
-    weight_decay: float
-    init_std: float
+    values: CellValues
     valley: Valley | None
     runs: int
 
@@ -168,15 +186,15 @@ class _Search:
 
     @cached_property
     def cells(self) -> tuple[SearchCell, ...]:
-        def cell(wd: float, std: float) -> SearchCell:
-            ended = (r for r in self.results if (r.proposal.weight_decay, r.proposal.init_std) == (wd, std))
+        def cell(values: CellValues) -> SearchCell:
+            ended = (r for r in self.results if r.proposal.cell == values)
             points = [LossPoint(math.log2(r.proposal.lr), r.loss, r.proposal.seed) for r in ended]
-            under_way = [(math.log2(a.lr), a.seed) for a in self.running if (a.weight_decay, a.init_std) == (wd, std)]
+            under_way = [(math.log2(a.lr), a.seed) for a in self.running if a.cell == values]
             return SearchCell(
-                wd, std, tuple(sorted(points, key=lambda p: (p.log2_lr, p.seed))), tuple(sorted(under_way))
+                values, tuple(sorted(points, key=lambda p: (p.log2_lr, p.seed))), tuple(sorted(under_way))
             )
 
-        return tuple(cell(wd, std) for wd, std in self.space.cells)
+        return tuple(cell(values) for values in self.space.cells)
 
     @cached_property
     def best(self) -> SearchCell | None:
@@ -216,7 +234,7 @@ class _Search:
         return None
 
     def _asked(self, cell: SearchCell, place: tuple[float, int]) -> Proposal:
-        return Proposal(2.0 ** place[0], cell.weight_decay, cell.init_std, place[1])
+        return Proposal.at(2.0 ** place[0], cell.values, place[1])
 
     def _coarse(self, cell: SearchCell) -> tuple[float, int] | None:
         """The next learning rate to begin with: over the range, or near the minimum of another cell; the ends last."""
@@ -239,7 +257,7 @@ class _Search:
 
     def verdict(self) -> Verdict:
         """What is known, and whether to go on: precise enough, at an edge, spent, or none of these."""
-        cells = tuple(CellResult(c.weight_decay, c.init_std, c.valley, len(c.points)) for c in self.cells)
+        cells = tuple(CellResult(c.values, c.valley, len(c.points)) for c in self.cells)
         spent = len(self.results) >= self.space.budget
         if self.best is None or self.best.valley is None:
             why = "every run diverged: search smaller learning rates" if self.results else "no run has ended yet"

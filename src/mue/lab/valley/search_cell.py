@@ -1,4 +1,4 @@
-"""One cell of a valley search (a weight decay and an init std): what its runs say, and what it would ask for next."""
+"""One cell of a valley search (a weight decay, an init std, perhaps betas): what its runs say, and what it would ask for next."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from mue.lab.valley.cell import CellValues
 from mue.lab.valley.fit import Valley, fit_with_posterior
 from mue.lab.valley.placement import most_informative
 from mue.lab.valley.posterior import Posterior
@@ -54,10 +55,9 @@ class Lattice:
 
 @dataclass(frozen=True)
 class SearchCell:
-    """The runs of one weight decay and init std: those that ended, and where those under way are."""
+    """The runs of one cell: those that ended, and where those under way are."""
 
-    weight_decay: float
-    init_std: float
+    values: CellValues
     points: tuple[LossPoint, ...]
     under_way: tuple[Place, ...]
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from mue.lab.sweep.sampler import SAMPLERS, Sampler
 from mue.lab.sweep.trial import Point, Trial
+from mue.lab.valley.cell import CellValues
 
 
 @SAMPLERS.register("grid", place=0)
@@ -24,8 +25,8 @@ class GridSampler(Sampler):
         grid = self.grid
         middle = (len(grid.lr) - 1) / 2
         outwards = sorted(grid.lr, key=lambda lr: abs(grid.lr.index(lr) - middle))
-        points = itertools.product(grid.init_std, grid.weight_decay, outwards, grid.seeds)
-        return [{"lr": lr, "weight_decay": wd, "init_std": std, "seed": seed} for std, wd, lr, seed in points]
+        points = itertools.product(grid.betas or ((),), grid.init_std, grid.weight_decay, outwards, grid.seeds)
+        return [{"lr": lr, **CellValues(wd, std, betas).point, "seed": seed} for betas, std, wd, lr, seed in points]
 
     def propose(self, trials: Sequence[Trial], n: int) -> list[Point]:
         return []

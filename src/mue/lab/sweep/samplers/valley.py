@@ -7,6 +7,7 @@ from typing import Any
 
 from mue.lab.sweep.sampler import SAMPLERS, Grid, Sampler
 from mue.lab.sweep.trial import OPEN, Point, Trial
+from mue.lab.valley.cell import CellValues
 from mue.lab.valley.search import Observation, Proposal, Space, next_points, verdict
 from mue.util.errors import positive, true_or_false
 
@@ -27,6 +28,7 @@ class ValleySampler(Sampler):
             lr=(grid.lr[0], grid.lr[-1]),
             weight_decay=grid.weight_decay,
             init_std=grid.init_std,
+            betas=grid.betas,
             seeds=grid.seeds,
             budget=grid.trials or Space.budget,
             **grid.options,
@@ -41,7 +43,7 @@ class ValleySampler(Sampler):
 
     def propose(self, trials: Sequence[Trial], n: int) -> list[Point]:
         running = [_asked(t.point) for t in trials if t.state in OPEN]
-        return [{**a.values, "seed": a.seed} for a in next_points(self.space, _observed(trials), running, n)]
+        return [a.point for a in next_points(self.space, _observed(trials), running, n)]
 
     def why_done(self, trials: Sequence[Trial]) -> str | None:
         return verdict(self.space, _observed(trials)).why
@@ -53,4 +55,4 @@ def _observed(trials: Sequence[Trial]) -> list[Observation]:
 
 
 def _asked(point: Point) -> Proposal:
-    return Proposal(point["lr"], point["weight_decay"], point["init_std"], int(point["seed"]))
+    return Proposal.at(point["lr"], CellValues.of(point), int(point["seed"]))
