@@ -95,7 +95,7 @@ def test_tables_and_pages_show_them(
     monkeypatch.setattr(plots, "sweep_figure", noting)
     page = sweep_report(tmp_path).read_text()
     assert "Weight decay, init std and betas: the fitted minima" in page and "at betas 0.8/0.9" in page
-    assert "0.6/0.8" in page and "wd 0.1, std 0.02, β 0.9/0.95" in drawn
+    assert "0.6/0.8" in page and "wd 0.1, std 0.02, β 0.8/0.9" in drawn
     with (tmp_path / "trials.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert {(float(row["beta1"]), float(row["beta2"])) for row in rows} == set(PAIRS)
