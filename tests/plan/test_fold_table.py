@@ -37,7 +37,7 @@ class Net(torch.nn.Module):
         for step in range(steps):
             x = torch.randn(12, 6, generator=torch.Generator().manual_seed(step))
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * (1 - step / 300)
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - step / 300)
             optimizer.zero_grad()
             (self(x) - x[:, :5].sin()).square().mean().backward()
             optimizer.step()
@@ -49,9 +49,7 @@ def net_groups(optimizer: str, net: Net, cs: tuple[float, ...], lr: float, eps: 
     for w, c in zip(net.weights, cs, strict=True):
         a, b, e = fold_numbers(optimizer, c, lr, 0.5, eps)
         extra = {"eps": (e, 1e-3 * c)} if optimizer == "adafactor" else {"eps": e}
-        made.append(
-            {"params": [w], "lr": a, "initial_lr": a, "weight_decay": b, "momentum": 0.9, "betas": (0.9, 0.95), **extra}
-        )
+        made.append({"params": [w], "lr": a, "weight_decay": b, "momentum": 0.9, "betas": (0.9, 0.95), **extra})
     return made
 
 
@@ -108,7 +106,7 @@ def test_control_forgetting_a_cell(optimizer: str, forgotten: str) -> None:
         for p in g["params"]:
             value = g[forgotten]
             back = (value[0] / c[p] ** power, value[1]) if isinstance(value, tuple) else value / c[p] ** power
-            wrong.append({**g, "params": [p], forgotten: back, **({"initial_lr": back} if forgotten == "lr" else {})})
+            wrong.append({**g, "params": [p], forgotten: back})
     train(one, [MAKE[optimizer](plan.param_groups(one))], 40)
     train(two, [MAKE[optimizer](wrong)], 40)
     visible = distance(one, two, folded) > 1e-6
@@ -126,7 +124,7 @@ def test_control_copying_adamw_to_another_optimizer() -> None:
         for g in folded.param_groups(two):
             for p in g["params"]:
                 lr = g["lr"] / c[p] ** FOLDS[optimizer].lr * c[p] ** FOLDS["adamw"].lr
-                copied.append({**g, "params": [p], "lr": lr, "initial_lr": lr})
+                copied.append({**g, "params": [p], "lr": lr})
         train(one, [MAKE[optimizer](plan.param_groups(one))], 20)
         train(two, [MAKE[optimizer](copied)], 20)
         assert distance(one, two, folded) > 1e-2, optimizer
@@ -148,7 +146,7 @@ def updated(plan: mue.Plan, make: Callable[[list[dict[str, Any]]], list[Optimize
         for own, _ in optimizers:
             for optimizer in own:
                 for group in optimizer.param_groups:
-                    group["lr"] = group["initial_lr"] * (1 - step / 200)
+                    group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - step / 200)
                 optimizer.step()
     return distance(one, two, folded)
 

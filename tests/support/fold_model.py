@@ -147,7 +147,7 @@ def train(
     for step in range(start, start + steps):
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * (1 - step / schedule if schedule else 1)
+                group["lr"] = group.setdefault("initial_lr", group["lr"]) * (1 - step / schedule if schedule else 1)
             optimizer.zero_grad()
         batch = tokens(seed=step)
         loss = F.cross_entropy(model(batch[:, :-1]).flatten(0, 1), batch[:, 1:].flatten())

@@ -42,7 +42,7 @@ class IndependentAdamW(Rule):
     """AdamW as its paper has it (1711.05101): the decay follows the schedule and not the learning rate."""
 
     def move(self, p: Tensor, g: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
-        phase = group["lr"] / group["initial_lr"]
+        phase = group["lr"] / group.get("initial_lr", group["lr"])
         p.mul_(1 - group["weight_decay"] * phase).sub_(group["lr"] * adam_ratio(g, group, state))
 
 

@@ -11,7 +11,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from mue.checks.calls import check_calls
 from mue.checks.context import Context, Loss
+from mue.checks.optimizers import unwrapped
 from mue.checks.registry import CHECKS, Check
 from mue.checks.report import FAIL, SKIP, CheckError, Finding, Report
 from mue.plan.plan import PlanData
@@ -42,7 +44,8 @@ def check(
         model: as it will be trained, drawn by ``plan.init_``, on any device.
         plan: as it was applied: the folded one for stock forward code.
         batch: what the model is called with: a mapping (keywords), a tuple (arguments) or a tensor. 2 × 64 tokens do.
-        optimizer: the one that will train, or several. scheduler: on it, or a function of the step that sets the rates.
+        optimizer: the one that will train, or several, or what wraps them. scheduler: on it, or a function of the step that
+            sets the rates, or one for each optimizer.
         checkpoint: a path or mapping that has to carry the plan's hash.
         clip: the call that clips, e.g. ``lambda: clip_grad_norm_(model.parameters(), 1.0)``.
         loss: ``(model, batch) -> scalar``; by default what the model returns as ``loss``.
@@ -54,13 +57,14 @@ def check(
     Raises:
         CheckError: something is wired wrong, or could not be looked at; names the tensor or module, what was expected and
             measured, the likeliest causes and the line that mends it.
-        ValueError: an unknown name in ``only`` or ``skip``.
+        ValueError: an unknown name in ``only`` or ``skip``; an argument that is not what it has to be.
 
     What each check measures stands in its own file, and in docs/checks.md.
     """
     for name in (*only, *skip):
         CHECKS.lookup(name)
-    optimizers = () if optimizer is None else (optimizer,) if isinstance(optimizer, Optimizer) else tuple(optimizer)
+    optimizers = () if optimizer is None else tuple(unwrapped(optimizer))
+    check_calls(scheduler, clip, loss)
     ctx = Context(model, plan, batch, optimizers, scheduler, checkpoint, clip, loss, tokens)
     wanted = [c for c in CHECKS.values() if c.name not in skip and (not only or c.name in only)]
     findings: list[Finding] = []

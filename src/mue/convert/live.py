@@ -84,7 +84,8 @@ def _carry(
     old, old_group = states[source]
     new, new_group = goals[target]
     if old_group.get("initial_lr"):  # the schedule's phase
-        new_group["lr"] = new_group.get("initial_lr", new_group["lr"]) * old_group["lr"] / old_group["initial_lr"]
+        peak = new_group.setdefault("initial_lr", new_group["lr"])
+        new_group["lr"] = peak * old_group["lr"] / old_group["initial_lr"]
     new.state[target] = {k: rescale_state(name, k, v, ratio, powers) for k, v in old.state.get(source, {}).items()}
 
 

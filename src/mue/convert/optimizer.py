@@ -90,10 +90,11 @@ def _by_order(groups: Sequence[Mapping[str, Any]], how: Conversion) -> list[list
 
 
 def _check_group(name: str, group: Mapping[str, Any], planned: Mapping[str, Any]) -> None:
-    for key in ("initial_lr", "weight_decay", "eps"):
-        if key in group and key in planned and not _close(group[key], planned[key]):
+    # what a scheduler multiplies is the planned rate, or the run had another one
+    for key, meant in (("initial_lr", "lr"), ("weight_decay", "weight_decay"), ("eps", "eps")):
+        if key in group and meant in planned and not _close(group[key], planned[meant]):
             raise ValueError(
-                f"the optimizer's group of {name} has {key} = {group[key]}, the plan {planned[key]}: only a run with the"
+                f"the optimizer's group of {name} has {key} = {group[key]}, the plan {planned[meant]}: only a run with the"
                 " plan's own groups can be converted"
             )
 
@@ -125,8 +126,8 @@ def _group(
     made = {k: v for k, v in after.settings.items() if k in SETTINGS}
     like = old[0]["lr"]
     made["lr"] = like.new_tensor(made["lr"] * phases[0]) if isinstance(like, Tensor) else made["lr"] * phases[0]
-    if "initial_lr" not in old[0]:
-        del made["initial_lr"]
+    if "initial_lr" in old[0]:
+        made["initial_lr"] = after.settings["lr"]
     if "roles" not in old[0]:
         del made["roles"]
     named = {"param_names": list(names)} if "param_names" in old[0] else {}

@@ -80,9 +80,10 @@ def _generator(seed: int, name: str, expert: int | None) -> torch.Generator:
 def param_groups(plan: PlanData, model: nn.Module) -> list[dict[str, Any]]:
     """Optimizer groups, one per distinct setting, so fused updates stay fused.
 
-    Each group has ``params, lr, weight_decay, eps, betas``, its ``roles``, and ``initial_lr`` for schedulers, and for other
-    optimizers than AdamW what torch's own call theirs: ``momentum`` (SGD, Muon), the pair of ``eps`` (Adafactor),
-    ``algorithm`` (``"muon"`` or ``"adamw"``: give each kind to its optimizer).
+    Each group has ``params, lr, weight_decay, eps, betas`` and its ``roles``, and for other optimizers than AdamW what torch's
+    own call theirs: ``momentum`` (SGD, Muon), the pair of ``eps`` (Adafactor), ``algorithm`` (``"muon"`` or ``"adamw"``: give
+    each kind to its optimizer). ``initial_lr`` is not in them: schedulers put it there from the ``lr`` that they find, which is
+    then also the one that was changed by hand.
 
     Args:
         plan: folded or not, as the model's forward pass is. model: the planned one, on its final device.
@@ -107,8 +108,6 @@ def grouped(plan: PlanData, tensors: Iterable[TensorPlan]) -> list[dict[str, Any
         group: dict[str, Any] = {
             "params": [],
             "lr": values.lr,
-            # what torch's schedulers multiply, also when they are built after a resume
-            "initial_lr": values.lr,
             "weight_decay": values.weight_decay,
             "eps": values.eps,
             "betas": plan.betas,

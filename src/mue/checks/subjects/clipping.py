@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import traceback
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -68,12 +70,28 @@ def _measured(ctx: Context, threshold: float, c: Mapping[Tensor, float]) -> Find
             p.grad.mul_(FORCE * threshold / norm)
         before = [p.grad.detach().clone() for p in held if p.grad is not None]
         assert ctx.clip is not None
-        ctx.clip()
+        try:
+            ctx.clip()
+        except Exception as error:  # the user's own call: what is wrong is in it, not in the model
+            return _raised(error)
         factors = [_factor(p.grad, b) for p, b in zip(held, before, strict=True)]
     finally:
         for p, grad in zip(parameters, saved, strict=True):
             p.grad = grad
     return _judged(ctx, held, [f for f in factors if f is not None])
+
+
+def _raised(error: Exception) -> Finding:
+    line = traceback.extract_tb(error.__traceback__)[-1]
+    return Finding(
+        NAME,
+        FAIL,
+        "the call that clips",
+        "clip= clips the gradients of the model when it is called",
+        f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]} ({Path(line.filename).name}:{line.lineno})",
+        ("its arguments are not those of the function that it calls",),
+        "clip=lambda: " + MEND,
+    )
 
 
 def _judged(ctx: Context, held: list[Tensor], factors: list[float]) -> Finding:

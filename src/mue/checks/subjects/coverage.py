@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from mue.checks.context import Context
 from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, WARN, Finding, several
-from mue.layouts.layout import canonical
+from mue.layouts.layout import ParamInfo, canonical
+from mue.rules.roles import ROLES
 
 NAME = "coverage"
 _OTHER = ("the model was built from another shape or plan (a stale plan)", "its layout table is out of date")
@@ -16,13 +17,13 @@ _OTHER = ("the model was built from another shape or plan (a stale plan)", "its 
 
 @check_of(NAME, place=1)
 def coverage(ctx: Context) -> Iterator[Finding]:
-    """Every trainable tensor has exactly one role, sizes and declared multipliers are the plan's, nothing is frozen (C1–C4)."""
+    """Every trainable tensor has exactly one role, sizes and declared multipliers are the plan's, what trains can (C1–C4)."""
     try:
         placed, plans = ctx.placed, ctx.tensor_plans
     except ValueError as error:
         yield from _faults(str(error))
         return
-    frozen = [p.name for p in placed if not p.parameter.requires_grad]
+    frozen = [p.name for p in placed if ROLES[p.role].trained and not p.parameter.requires_grad]
     if frozen:
         yield Finding(
             NAME,
@@ -33,6 +34,9 @@ def coverage(ctx: Context) -> Iterator[Finding]:
             ("frozen by hand or by a loader", "made under torch.no_grad or as a buffer"),
             f"model.get_parameter({frozen[0]!r}).requires_grad_(True)",
         )
+    trainable = [p for p in placed if not ROLES[p.role].trained and p.parameter.requires_grad]
+    if trainable:
+        yield _trainable(trainable)
     if ctx.plan.inputs.base is not None and _nothing_changes(ctx):
         yield Finding(
             NAME,
@@ -45,8 +49,23 @@ def coverage(ctx: Context) -> Iterator[Finding]:
         )
     total = sum(p.parameter.numel() for p in placed)
     roles = len({p.role for p in placed})
-    if not frozen:
+    if not frozen and not trainable:
         yield Finding(NAME, PASS, measured=f"{len(plans)} tensors, {total:,} parameters, {roles} roles")
+
+
+def _trainable(found: list[ParamInfo]) -> Finding:
+    """A trained bias under a role that no optimizer moves would keep its first value, and nothing else would say so."""
+    name, role = found[0].name, found[0].role
+    return Finding(
+        NAME,
+        FAIL,
+        several([p.name for p in found]),
+        f"requires_grad = False: a {role} is moved by load statistics and is in no optimizer group",
+        f"{len(found)} can be trained (requires_grad = True)",
+        (f"a bias that the loss trains was declared {role}", "a balance bias made as an ordinary parameter"),
+        f"one that is trained: Layout({found[0].layout.pattern!r}, 'bias', {found[0].layout.axes});"
+        f" a balance bias: model.get_parameter({name!r}).requires_grad_(False)",
+    )
 
 
 def _nothing_changes(ctx: Context) -> bool:

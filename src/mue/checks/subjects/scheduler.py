@@ -1,117 +1,197 @@
-"""Does the scheduler keep the ratios between groups? It is stepped through its whole run, and put back."""
+"""Does the scheduler keep the ratios between groups, and does it reach their planned peaks? It is stepped through its whole run."""
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from mue.checks.context import Context
 from mue.checks.registry import check_of
-from mue.checks.report import FAIL, PASS, SKIP, Finding, several
+from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
+from mue.checks.report import SKIP as UNMEASURED
+from mue.checks.schedule import LONGEST, Offence, Walk, feeds_on_loss, planned_peak, stated_peak, walk
 from mue.layouts.layout import canonical
 
 NAME = "scheduler"
-STEPS = 2000  # where neither scheduler nor plan says how long it is; never more than five times that are walked
-_LENGTH = ("T_max", "total_steps", "total_iters")  # as torch's schedulers (cosine, OneCycle, linear) call their length
+MEND = "torch.optim.lr_scheduler.LambdaLR(optimizer, factor)  # factor(step) has its peak at 1"
+SHORTFALL = 0.95  # a peak that lies between two steps (OneCycleLR of few steps) is missed by less than that
+LENGTHS = 0.1  # by how much a schedule's length may differ from the plan's steps
 
 
 @check_of(NAME, place=5, needs=("roles", "plan"))
 def scheduler(ctx: Context) -> Iterator[Finding]:
-    """After every step all rates are one and the same multiple of their planned peaks, and nothing else changed (C6)."""
-    if ctx.scheduler is None or not ctx.optimizers:
-        yield Finding(NAME, SKIP, measured="no scheduler was given")
+    """After every step all rates are one multiple of their planned peaks, at most 1, and nothing else changed (C6)."""
+    seen = walk(ctx)
+    if seen is None:
+        text = "no scheduler was given" if ctx.scheduler is None else "no optimizer was given"
+        yield Finding(NAME, SKIP, measured=text)
         return
-    groups = [g for o in ctx.optimizers for g in o.param_groups if g["params"]]
-    saved = [{k: copy.deepcopy(v) for k, v in g.items() if k != "params"} for g in groups]
-    state = copy.deepcopy(ctx.scheduler.state_dict()) if hasattr(ctx.scheduler, "state_dict") else None
-    steps = min(_steps(ctx), STEPS * 5)
-    try:
-        found = _walk(ctx, groups, steps)
-    finally:
-        for group, before in zip(groups, saved, strict=True):
-            group.update(before)
-        if state is not None:
-            ctx.scheduler.load_state_dict(state)
-    yield found or Finding(NAME, PASS, measured=f"ratios kept over {steps} steps")
+    broken = _cannot_run(ctx, seen) or (_offended(ctx, seen.offence) if seen.offence is not None else None)
+    if broken is not None:
+        yield broken
+        return
+    found = _peak(ctx, seen)
+    if found is not None:
+        yield found
+    if found is None or found.status == WARN:
+        yield Finding(NAME, PASS, measured=f"ratios kept over {len(seen.factors)} steps")
+    if ctx.plan.training is not None and not seen.begun and not feeds_on_loss(ctx.scheduler):
+        yield from _length(ctx, seen, ctx.plan.training.steps)
+        yield from _warmup(ctx, seen, ctx.plan.training.steps)
 
 
-def _steps(ctx: Context) -> int:
-    own = [getattr(ctx.scheduler, name, None) for name in _LENGTH]
-    planned = ctx.plan.training.steps if ctx.plan.training else STEPS
-    return max([n for n in own if isinstance(n, int)] or [min(planned, STEPS)])
+def _name(ctx: Context) -> str:
+    given = ctx.scheduler[0] if isinstance(ctx.scheduler, list | tuple) else ctx.scheduler
+    return type(given).__name__
 
 
-def _stepper(given: Any) -> Callable[[int], Any]:
-    if not hasattr(given, "step"):
-        return given  # type: ignore[no-any-return]  # a function of the step, as hand-written loops have
-    if type(given).__name__ == "ReduceLROnPlateau":
-        return lambda step: given.step(1.0)  # a metric that never improves: it reduces as often as it can
-    return lambda step: given.step()
-
-
-def _walk(ctx: Context, groups: list[dict[str, Any]], steps: int) -> Finding | None:
-    """The first step at which something is wrong, or None.
-
-    Peaks are the planned rates, not those that the groups have.
-    """
-    peaks = [ctx.expected[id(g["params"][0])]["lr"] if id(g["params"][0]) in ctx.expected else g["lr"] for g in groups]
-    fixed = [{k: g.get(k) for k in ("betas", "weight_decay", "eps", "momentum")} for g in groups]
-    step_once = _stepper(ctx.scheduler)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for step in range(steps + 1):
-            found = _ratios(ctx, groups, peaks, step) or _fixed(ctx, groups, fixed, step)
-            if found is not None:
-                return found
-            if step < steps:
-                step_once(step)
-    return None
-
-
-def _ratios(ctx: Context, groups: list[dict[str, Any]], peaks: list[float], step: int) -> Finding | None:
-    factors = [float(g["lr"]) / peak for g, peak in zip(groups, peaks, strict=True) if peak]
-    middle = sorted(factors)[len(factors) // 2]
-    # against the middle one, so that a single wrong group is named and not all the others
-    off = [g for g, f in zip(groups, factors, strict=False) if abs(f - middle) > 1e-5 * max(abs(f), abs(middle))]
-    if not off:
+def _cannot_run(ctx: Context, seen: Walk) -> Finding | None:
+    if seen.idle:
+        return Finding(
+            NAME,
+            FAIL,
+            "the given function of the step",
+            "it sets the rates of the optimizer's groups",
+            "it returns a value, and no rate changes",
+            ("it returns the factor or the rate, and something else writes it",),
+            "def schedule(step): [g.update(lr=peak * factor(step)) for g, peak in zip(optimizer.param_groups, peaks)]",
+        )
+    if seen.error is None or seen.ended:
         return None
-    spread = f"factors on the planned peaks from {min(factors):.4g} to {max(factors):.4g}"
-    same = len({float(g["lr"]) for g in groups}) == 1
     return Finding(
         NAME,
         FAIL,
-        f"{type(ctx.scheduler).__name__} at step {step}: {_names(ctx, off)}",
-        "every lr at the same multiple of its planned peak",
-        f"{spread}; all rates are {float(groups[0]['lr']):.4g}" if same else spread,
-        (
-            "the scheduler writes an absolute lr (OneCycleLR's max_lr, a hand-written loop) instead of a factor"
-            if same
-            else "a floor or peak given as an absolute lr (eta_min, end_lr) instead of a factor",
-            "lambdas that differ by group",
-            "the groups' lr are not the planned ones: see groups",
-        ),
-        'for g in optimizer.param_groups: g["lr"] = g["initial_lr"] * factor(step)  # or LambdaLR',
+        f"{_name(ctx)} at step {len(seen.factors)}",
+        "a scheduler with step(), or a function of the step that sets the rates",
+        f"{type(seen.error).__name__}: {(str(seen.error) or 'no message').splitlines()[0]}",
+        ("another object than the scheduler was given", "the scheduler belongs to another optimizer"),
+        MEND,
     )
 
 
-def _fixed(ctx: Context, groups: list[dict[str, Any]], fixed: list[dict[str, Any]], step: int) -> Finding | None:
-    for group, before in zip(groups, fixed, strict=True):
-        changed = [k for k, v in before.items() if group.get(k) != v]
-        if changed:
-            return Finding(
-                NAME,
-                FAIL,
-                f"{type(ctx.scheduler).__name__} at step {step}: {_names(ctx, [group])}",
-                f"{changed[0]} {before[changed[0]]}, as planned",
-                f"{changed[0]} {group.get(changed[0])}",
-                ("the scheduler cycles momentum too (OneCycleLR's default)", "a schedule of weight decay"),
-                "switch it off (cycle_momentum=False)",
-            )
-    return None
+def _offended(ctx: Context, offence: Offence) -> Finding:
+    where = f"{_name(ctx)} at step {offence.step}: {_names(ctx, offence.groups)}"
+    if offence.key != "lr":
+        return Finding(
+            NAME,
+            FAIL,
+            where,
+            f"{offence.key} {offence.before}, as planned",
+            f"{offence.key} {offence.after}",
+            ("the scheduler cycles momentum too (OneCycleLR's default)", "a schedule of weight decay"),
+            "switch it off (cycle_momentum=False)",
+        )
+    groups = [g for o in ctx.optimizers for g in o.param_groups if g["params"]]
+    factors = offence.after
+    rates = {f * planned_peak(ctx, g) for f, g in zip(factors, groups, strict=True)}
+    same = max(rates) - min(rates) <= 1e-9 * max(rates)
+    spread = f"factors on the planned peaks from {min(factors):.6g} to {max(factors):.6g}"
+    return Finding(
+        NAME,
+        FAIL,
+        where,
+        "every lr at the same multiple of its planned peak",
+        f"{spread}; all rates are {max(rates):.4g}" if same else spread,
+        (
+            "the scheduler writes one absolute lr (OneCycleLR's max_lr, a hand-written loop) instead of a factor"
+            if same
+            else "a floor or peak given as one absolute lr (eta_min, end_lr, base_lr) instead of one for each group",
+            "lambdas that differ by group",
+            "the groups' lr are not the planned ones: see groups",
+        ),
+        MEND + ", or a list of peaks: max_lr=[g['lr'] for g in optimizer.param_groups]",
+    )
 
 
 def _names(ctx: Context, groups: list[dict[str, Any]]) -> str:
     held = [p for g in groups for p in g["params"]]
     return several([canonical(ctx.names[id(p)].name) for p in held if id(p) in ctx.names] or ["a group"])
+
+
+# ---- its height ------------------------------------------------------------------------------------------------------------
+
+
+def _peak(ctx: Context, seen: Walk) -> Finding | None:
+    """Whether the highest rates are the planned ones; a fault, or None.
+
+    A group that states its peak may miss it between two steps, or have it behind it or beyond what was walked.
+    """
+    highest = max(seen.factors)
+    groups = [g for o in ctx.optimizers for g in o.param_groups if g["params"]]
+    stated = all(abs(stated_peak(g) / planned_peak(ctx, g) - 1) <= 1e-5 for g in groups)
+    rising = len(seen.factors) >= LONGEST and seen.factors[-1] >= highest * (1 - 1e-6)
+    if highest <= 1 + 1e-3 and (highest >= (SHORTFALL if stated else 1 - 1e-3) or (stated and (seen.begun or rising))):
+        return None
+    if highest < 1 and (seen.begun or rising):
+        why = "it has begun already" if seen.begun else f"it still rises at step {LONGEST:,}"
+        return Finding(
+            NAME,
+            UNMEASURED,
+            f"{_name(ctx)}: highest rates",
+            "the planned peaks",
+            why,
+            mend="check it before its first step",
+        )
+    return Finding(
+        NAME,
+        # a factor that stays below 1 on the planned rates is a form of schedule (warmup times decay): it is said, and no fault
+        WARN if stated and highest < 1 else FAIL,
+        f"{_name(ctx)}: highest rates",
+        "the planned peaks",
+        f"{highest:.4g} × the planned peaks",
+        ("the factor's highest value is not 1",)
+        if stated
+        else (
+            "lr was changed by hand after the groups were built",
+            "max_lr is not the planned peak",
+            "a stale plan",
+        ),
+        MEND,
+    )
+
+
+# ---- its length ------------------------------------------------------------------------------------------------------------
+
+
+def _length(ctx: Context, seen: Walk, steps: int) -> Iterator[Finding]:
+    """A warning where the schedule is for a run of another length than the plan's."""
+    f = seen.factors[:steps]
+    highest = max(f)
+    text = ""
+    at_end = seen.factors[min(seen.length, len(seen.factors)) - 1] if seen.length else highest
+    # a length that ends at the peak is that of a warmup (LinearLR), not of the run
+    if seen.length and at_end < 0.9 * highest and abs(seen.length / steps - 1) > LENGTHS:
+        text = f"it is of {seen.length:,} steps"
+    elif len(f) < steps and seen.ended:
+        text = f"it cannot be stepped past {len(f):,}"
+    elif len(f) == steps and f[-1] < 0.99 * highest:
+        tail = next((i for i in range(steps - 1, -1, -1) if abs(f[i] - f[-1]) > 1e-6 * highest), -1) + 1
+        # nothing is learned at a rate of 0; a low constant may be meant (steps), unless it is most of the run
+        if tail < (steps * (1 - LENGTHS) if f[-1] <= 1e-6 * highest else steps / 2):
+            text = f"it is over at step {tail:,}: from there on {f[-1]:.3g} × the peak"
+    if text:
+        yield Finding(
+            NAME,
+            WARN,
+            f"{_name(ctx)}: length",
+            f"a schedule over the plan's {steps:,} steps",
+            text,
+            ("built for another run", "stepped once an epoch, or several times a step", "another plan"),
+            f"build it with {steps} steps (plan.training.steps), or plan for the steps that are run",
+        )
+
+
+def _warmup(ctx: Context, seen: Walk, steps: int) -> Iterator[Finding]:
+    """A warning where the peak is reached in less than half of the planned warmup."""
+    planned = ctx.plan.tuned.warmup * steps
+    reached = next(i for i, f in enumerate(seen.factors) if f >= 0.99 * max(seen.factors[:steps])) + 1
+    if planned >= 2 and reached < planned / 2:
+        yield Finding(
+            NAME,
+            WARN,
+            f"{_name(ctx)}: warmup",
+            f"{planned:.0f} steps of warmup ({ctx.plan.tuned.warmup:g} of the run, as the base's)",
+            "none" if reached == 1 else f"the peak is reached at step {reached}",
+            ("the schedule has no warmup", "warmup given in other units than steps"),
+            f"warm up over {planned:.0f} steps, or say how the base was tuned: mue.HParams(warmup=0.0)",
+        )

@@ -13,6 +13,7 @@ from mue.layouts.layout import canonical
 
 NAME = "tied weights"
 _MAY = ("embedding", "head")
+_UNTIE = "a head of its own (tie_word_embeddings=False), then plan.init_(model); or plan with tied=True"
 
 
 @check_of(NAME, place=2, needs=("roles",))
@@ -25,42 +26,66 @@ def tied(ctx: Context) -> Iterator[Finding]:
 
 
 def _head(ctx: Context) -> Iterator[Finding]:
-    """Whether head and embedding, where they are two tensors, have one memory or the same numbers."""
-    embedding = next((p for p in ctx.placed if p.role == "embedding"), None)
+    """Whether head and embedding are one tensor exactly where the plan has them as one, by name, by memory and by numbers."""
+    embedding = next((p for p in ctx.placed if p.role == "embedding" and p.parameter.shape[0] == _vocab(ctx)), None)
+    if embedding is None:
+        embedding = next((p for p in ctx.placed if p.role == "embedding"), None)
     head = next((p for p in ctx.placed if p.role == "head"), None)
     if embedding is None:
         return
-    # without values or memory there is nothing to compare; whether there is a head at all is coverage's
-    if head is None or ctx.meta:
-        return
-    same = head.parameter.shape == embedding.parameter.shape and torch.equal(head.parameter, embedding.parameter)
-    if same or head.parameter.data_ptr() == embedding.parameter.data_ptr():
+    planned = ctx.plan.target.tied
+    measured, where = "", embedding.name if head is None else head.name
+    if head is None:
+        # a head that is the embedding has no parameter of its own; whether it has a name does not matter
+        if not planned:
+            others = [n for n in _names(ctx)[id(embedding.parameter)] if n != embedding.name]
+            measured = f"the head is the embedding ({', '.join(others)})" if others else "no head beside the embedding"
+    elif planned:
+        measured = _how_apart(ctx, head.parameter, embedding.parameter)
+    elif not ctx.meta:  # without values or memory there is nothing that two tensors could share
+        how = _how_apart(ctx, head.parameter, embedding.parameter)
+        measured = "" if how == "a tensor of its own" else how
+    if measured:
         yield Finding(
             NAME,
             FAIL,
-            head.name,
-            f"a tensor of its own beside {embedding.name}"
-            if not ctx.plan.target.tied
-            else f"the same tensor as {embedding.name}",
-            "a copy of it"
-            if head.parameter.data_ptr() != embedding.parameter.data_ptr()
-            else "another parameter on the same memory",
+            where,
+            f"the same tensor as {embedding.name}" if planned else f"a tensor of its own beside {embedding.name}",
+            measured,
             (
                 "tied by copying the values instead of sharing the parameter",
                 "untied by a deep copy, a wrapper or a loader",
-            ),
-            "model.head.weight = model.embedding.weight  # and tied=True in the target"
-            if ctx.plan.target.tied
-            else "plan.init_(model)",
+            )
+            if planned
+            else ("tied in the model (tie_word_embeddings) where the plan has tied=False", "started as a copy"),
+            "model.head.weight = model.embedding.weight  # and tied=True in the target" if planned else _UNTIE,
         )
+
+
+def _vocab(ctx: Context) -> int:
+    return ctx.plan.target.vocab
+
+
+def _how_apart(ctx: Context, head: torch.Tensor, embedding: torch.Tensor) -> str:
+    """In words, what two parameters have in common."""
+    if not ctx.meta and head.data_ptr() == embedding.data_ptr():
+        return "another parameter on the same memory"
+    if not ctx.meta and head.shape == embedding.shape and torch.equal(head, embedding):
+        return "a copy of it"
+    return "a tensor of its own"
+
+
+def _names(ctx: Context) -> dict[int, list[str]]:
+    """Every name of every parameter, by its id."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in ctx.model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(canonical(name))
+    return names
 
 
 def _shared(ctx: Context) -> Iterator[Finding]:
     """Other tensors under two names, or on one memory: each use adds to one gradient, which no rule here plans."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in ctx.model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(canonical(name))
-    for i, many in names.items():
+    for i, many in _names(ctx).items():
         role = ctx.names[i].role if i in ctx.names else ""
         if len(many) > 1 and role not in _MAY:
             yield Finding(

@@ -137,7 +137,12 @@ class TrainingSession:
         self.model.to(self.device)
         # AdamW (1711.05101) with the plan's lr, weight decay and eps for each group of roles.
         # Fused, since its passes over memory are then one: 3 ms of a step of 120 (docs/performance.md).
-        self.optimizer = torch.optim.AdamW(param_groups(run.plan, self.model), fused=True)
+        # the peak beside the rate, for the schedule's factor is multiplied into it anew at every step
+        groups = [
+            {"params": g["params"], "lr": g["lr"], "initial_lr": g["lr"], **g}
+            for g in param_groups(run.plan, self.model)
+        ]
+        self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.step, self.loss, self.val_loss, self.seconds = 0, math.nan, math.nan, 0.0
         self.status: str | None = None
         self.stacked, self.compiled = 1, False

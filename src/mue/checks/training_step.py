@@ -1,0 +1,117 @@
+"""One training step of the given optimizers, undone afterwards: what it did to every tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from mue.checks.context import Context
+from mue.checks.schedule import peak_rate
+from mue.layouts.layout import ParamInfo
+from mue.rules.roles import ROLES
+
+LOW = (torch.bfloat16, torch.float16)
+
+
+@dataclass
+class TensorStep:
+    """What one step did to one tensor: weights before, gradient, change (of its master weights, where there are some)."""
+
+    info: ParamInfo
+    before: Tensor
+    gradient: Tensor | None
+    change: Tensor
+
+
+def training_steps(ctx: Context, optimizers: Sequence[Optimizer]) -> list[TensorStep]:
+    """One step of every optimizer in training mode at peak rates; everything is put back afterwards."""
+    with undone(ctx, optimizers):
+        before = {id(p.parameter): p.parameter.detach().clone() for p in ctx.placed}
+        zero_start = starts_at_zero(ctx)
+        gradients: dict[int, Tensor] = {}
+        for _ in range(3 if zero_start else 1):  # behind a matrix of zeros the first gradient is zero
+            for p in ctx.placed:
+                p.parameter.grad = None
+            ctx.loss_of_batch().backward()  # type: ignore[no-untyped-call]
+            for p in ctx.placed:
+                if p.parameter.grad is not None and (id(p.parameter) not in gradients or zero_start):
+                    gradients[id(p.parameter)] = p.parameter.grad.detach().clone()
+            for optimizer in optimizers:
+                optimizer.step()
+        return [
+            TensorStep(
+                p,
+                before[id(p.parameter)],
+                gradients.get(id(p.parameter)),
+                kept_weights(p.parameter, optimizers) - before[id(p.parameter)],
+            )
+            for p in ctx.placed
+            if ROLES[p.role].trained
+        ]
+
+
+def starts_at_zero(ctx: Context) -> bool:
+    """Whether the plan starts a matrix at zero: the first gradient of what lies before it is then zero."""
+    return any(s.values.init_std == 0 for s in ctx.tensor_plans if ROLES[s.info.role].drawn)
+
+
+def kept_weights(parameter: Tensor, optimizers: Sequence[Optimizer]) -> Tensor:
+    """A low-precision parameter as its optimizer keeps it: float32 master weights in its state, or what it compensates.
+
+    A master is known by its numbers: rounded, they are the parameter. Kahan's compensation is what was rounded off, and
+    the state that holds it is called so (torchdistx, optimi).
+    """
+    here = parameter.detach()
+    if here.dtype not in LOW:
+        return here
+    state: dict[Any, Any] = next((o.state[parameter] for o in optimizers if parameter in o.state), {})
+    like = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == here.shape}
+    for value in like.values():
+        if (
+            value.dtype in (torch.float32, torch.float64)
+            and float((value.to(here.dtype) == here).float().mean()) > 0.99
+        ):
+            return value
+    for key, value in like.items():
+        if "comp" in str(key):
+            return here.float() + value.float()
+    return here
+
+
+@contextmanager
+def undone(ctx: Context, optimizers: Sequence[Optimizer]) -> Iterator[None]:
+    """Weights, buffers, gradients, modes and optimizer state as they were before; rates at their peak meanwhile."""
+    tensors = [(t, t.detach().clone()) for t in (*ctx.model.parameters(), *ctx.model.buffers())]
+    gradients = [(p, p.grad) for p in ctx.model.parameters()]
+    modes = {m: m.training for m in ctx.model.modules()}
+    states = [
+        {p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for p, s in o.state.items()}
+        for o in optimizers
+    ]
+    groups: list[dict[str, Any]] = [g for o in optimizers for g in o.param_groups if g["params"]]
+    rates = [g["lr"] for g in groups]
+    for g in groups:
+        peak = peak_rate(ctx, g)
+        g["lr"] = g["lr"].new_tensor(peak) if isinstance(g["lr"], Tensor) else peak
+    ctx.model.train()
+    try:
+        yield
+    finally:
+        for g, rate in zip(groups, rates, strict=True):
+            g["lr"] = rate
+        with torch.no_grad():
+            for t, value in tensors:
+                t.copy_(value)
+        for p, gradient in gradients:
+            p.grad = gradient
+        for module, mode in modes.items():
+            module.training = mode
+        for o, state in zip(optimizers, states, strict=True):
+            o.state.clear()
+            o.state.update(state)
