@@ -89,7 +89,7 @@ def test_a_decay_below_half_a_step_of_the_weights_fails(dtype: torch.dtype, fuse
     # and it is true: after fifty steps of decay alone nothing has shrunk
     w = torch.randn(64, 64).to(dtype).requires_grad_()
     w.grad = torch.zeros_like(w)
-    start, decayed = w.detach().clone(), torch.optim.AdamW([w], lr=1e-2, weight_decay=0.01, fused=fused)
+    start, decayed = w.detach().clone(), torch.optim.AdamW([w], lr=1e-2, weight_decay=0.01, eps=1e-5, fused=fused)
     for _ in range(50):
         decayed.step()
     assert torch.equal(w, start)

@@ -215,6 +215,7 @@ def test_a_schedule_that_has_begun_is_judged_by_what_it_multiplies() -> None:
     c = bare()
     c.scheduler = in_sequence(c.optimizer)
     for _ in range(200):
+        c.optimizer.step()
         c.scheduler.step()
     report = c.check(only=ONLY)
     assert not report.failures and not report.warnings, report
