@@ -11,8 +11,7 @@ from torch import Tensor
 
 from mue.checks.context import Context
 from mue.checks.optimizers import called, holds_its_own
-from mue.checks.report import FAIL, Finding, several
-from mue.checks.report import SKIP as UNMEASURED
+from mue.checks.report import FAIL, UNMEASURED, Finding, several
 from mue.checks.schedule import peak_rate
 from mue.checks.training_step import LOW, kept_weights, undone
 from mue.layouts.layout import ParamInfo

@@ -8,8 +8,7 @@ from typing import Any
 from mue.checks.context import Context
 from mue.checks.optimizers import algorithm, called, holds_its_own
 from mue.checks.registry import check_of
-from mue.checks.report import FAIL, PASS, SKIP, Finding, several
-from mue.checks.report import SKIP as UNMEASURED
+from mue.checks.report import FAIL, PASS, SKIP, UNMEASURED, Finding, several
 from mue.checks.schedule import stated_peak, walk, writes_peaks
 from mue.rules.roles import ROLES
 from mue.shapes.hparams import DECOUPLED, OPTIMIZERS

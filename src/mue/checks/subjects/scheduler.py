@@ -7,8 +7,7 @@ from typing import Any
 
 from mue.checks.context import Context
 from mue.checks.registry import check_of
-from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
-from mue.checks.report import SKIP as UNMEASURED
+from mue.checks.report import FAIL, PASS, SKIP, UNMEASURED, WARN, Finding, several
 from mue.checks.schedule import LONGEST, Offence, Walk, feeds_on_loss, planned_peak, stated_peak, walk
 from mue.layouts.layout import canonical
 
