@@ -10,8 +10,9 @@ from torch import nn
 
 import mue
 from mue.lab.models.language import LanguageModel
-from mue.layouts.layout import Layout, ParamInfo, canonical, expert_slices, place, unwrap
+from mue.layouts.layout import Layout, ParamInfo, canonical, expert_slices, unwrap
 from mue.layouts.of_model import layout_of, placed
+from mue.layouts.place import place
 
 SHAPES = {
     "dense": mue.Dense(width=32, ffn=48, layers=2, head_dim=16, vocab=40),

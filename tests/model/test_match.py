@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
+import torch
 from torch import nn
 
 import mue
+from mue.fold import fold
 from mue.lab.models.language import LanguageModel
 from mue.layouts.layout import Layout
 from mue.model.apply import init_, param_groups
@@ -132,4 +135,96 @@ def test_what_reads_the_residual_stream_has_its_width() -> None:
         weight = getattr(model.blocks[1].moe, name)
         setattr(model.blocks[1].moe, name, nn.Parameter(weight.new_empty(8, 40, 24)))
     with pytest.raises(ValueError, match=r"blocks\.1\.moe\.experts_up \(8, 40, 24\): residual width 24, planned 64"):
+        match_model(plan, model)
+
+
+# ---- words of a table that are wrong --------------------------------------------------------------------------------------
+
+
+class Renamed(LanguageModel):
+    """The planned model, one role of whose table is another one."""
+
+    def __init__(self, plan: mue.Plan, roles: dict[str, str | None]) -> None:
+        super().__init__(plan.target, plan.multipliers)
+        self.roles = roles
+
+    def layout(self) -> Sequence[Layout]:
+        rows = [replace(r, role=self.roles.get(r.pattern, r.role) or "norm") for r in super().layout()]
+        return [r for r in rows if self.roles.get(r.pattern, "") is not None]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("form", ["folded", "multipliers"])
+def test_a_final_norm_that_is_declared_as_any_norm_is_refused(tied: bool, form: str) -> None:
+    """On a tied, folded plan its gain carries the head multiplier, which would be lost without a word."""
+    plan = mue.transfer(replace(BASE, tied=tied), replace(TARGET, tied=tied), TUNED)
+    plan = fold(plan) if form == "folded" else plan
+    init_(plan, Renamed(plan, {}))
+    wrong = Renamed(plan, {"final_norm.weight": "norm"})
+    for apply in (init_, param_groups):
+        with pytest.raises(ValueError, match=r"final_norm\.weight.*(Give that|give it) th(e|at) role"):
+            apply(plan, wrong)
+    with pytest.raises(ValueError, match=r"final_norm\.weight"):
+        plan.export("torch", wrong)
+
+
+def test_norms_of_blocks_are_no_final_norm() -> None:
+    plan = planned()
+    with pytest.raises(ValueError, match=r"blocks\.0\.ffn_norm\.weight has the role final_norm, but lies in a block"):
+        init_(plan, Renamed(plan, {"blocks.*.ffn_norm.weight": "final_norm"}))
+
+
+class NoFinalNorm(LanguageModel):
+    """A last norm without a gain, as OLMo has it."""
+
+    def __init__(self, plan: mue.Plan) -> None:
+        super().__init__(plan.target, plan.multipliers)
+        self.final_norm = nn.LayerNorm(plan.target.width, elementwise_affine=False)  # type: ignore[assignment]
+
+    def layout(self) -> Sequence[Layout]:
+        return [r for r in super().layout() if r.role != "final_norm"]
+
+
+def test_a_head_multiplier_without_a_gain_to_carry_it_is_refused() -> None:
+    tied = mue.transfer(replace(BASE, tied=True), replace(TARGET, tied=True), TUNED)
+    with pytest.raises(
+        ValueError, match=r"head multiplier \(0\.5\) is in the gain of the final norm.*use an untied head"
+    ):
+        init_(fold(tied), NoFinalNorm(fold(tied)))
+    init_(tied, NoFinalNorm(tied))  # the model multiplies its logits itself
+    init_(fold(planned()), NoFinalNorm(fold(planned())))  # the head's own tensor carries it
+    same = fold(mue.transfer(replace(TARGET, tied=True), replace(TARGET, tied=True), TUNED))
+    init_(same, NoFinalNorm(same))  # 1 has to be carried by nothing
+
+
+def test_a_trained_router_bias_is_no_balance_bias() -> None:
+    """The balance bias is in no optimizer group: one that is to be trained would never move."""
+    plan = planned()
+
+    class Biased(LanguageModel):
+        role = "router_bias"
+
+        def layout(self) -> Sequence[Layout]:
+            return [*super().layout(), Layout("blocks.*.moe.router.bias", self.role, ("vector",))]
+
+    def built_with(role: str, trained: bool) -> Biased:
+        model = Biased(plan.target, plan.multipliers)
+        model.role = role
+        for block in model.blocks:
+            block.moe.router.bias = nn.Parameter(torch.zeros(8), requires_grad=trained)  # type: ignore[union-attr]
+        return model
+
+    with pytest.raises(ValueError, match=r"router\.bias has the role router_bias.*give it the role bias"):
+        param_groups(plan, built_with("router_bias", True))
+    assert len(param_groups(plan, built_with("router_bias", False)))
+    model = built_with("bias", True)
+    held = {id(p) for g in param_groups(plan, model) for p in g["params"]}
+    assert id(model.blocks[0].moe.router.bias) in held  # type: ignore[union-attr]
+
+
+def test_a_model_of_fewer_layers_is_refused() -> None:
+    plan = planned(replace(TARGET, layers=4))
+    model = built(planned())
+    model.multipliers = plan.multipliers
+    with pytest.raises(ValueError, match="the plan has 4 layers, and the model no tensor in layer 2, 3"):
         match_model(plan, model)

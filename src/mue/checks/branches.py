@@ -179,9 +179,8 @@ def expert_parts(placed: Iterable[ParamInfo], layer: int, dtype: torch.dtype) ->
         return
     apart: dict[int, list[tuple[ParamInfo, Tensor]]] = {}
     for p in own:
-        match = p.layout.regex.fullmatch(p.name)
-        assert match is not None
-        apart.setdefault(int(match[2]), []).append((p, p.parameter.detach()))
+        assert p.expert is not None
+        apart.setdefault(p.expert, []).append((p, p.parameter.detach()))
     for expert in sorted(apart):
         yield _expert(apart[expert], "", dtype)
 

@@ -16,7 +16,8 @@ from mue.checks.branches import Branch, Coefficients, branches, solve_coefficien
 from mue.checks.record import Record
 from mue.checks.trace import traced
 from mue.layouts.layout import ParamInfo, unwrap
-from mue.layouts.of_model import placed
+from mue.layouts.of_model import placement_of
+from mue.layouts.place import Placement
 from mue.model.apply import param_groups
 from mue.model.tensor_plan import TensorPlan, tensor_plans
 from mue.plan.plan import PlanData
@@ -42,7 +43,12 @@ class Context:
     @cached_property
     def placed(self) -> list[ParamInfo]:
         """Every trainable parameter with its role, in the model's order; ``ValueError`` where one has none."""
-        return placed(self.model)
+        return self.placement.planned
+
+    @cached_property
+    def placement(self) -> Placement:
+        """That, and what the model's table says to leave alone."""
+        return placement_of(self.model)
 
     @cached_property
     def tensor_plans(self) -> list[TensorPlan]:

@@ -40,8 +40,10 @@ def training_steps(ctx: Context, optimizers: Sequence[Optimizer]) -> list[Tensor
                 p.parameter.grad = None
             ctx.loss_of_batch().backward()  # type: ignore[no-untyped-call]
             for p in ctx.placed:
-                if p.parameter.grad is not None and (id(p.parameter) not in gradients or zero_start):
-                    gradients[id(p.parameter)] = p.parameter.grad.detach().clone()
+                if p.parameter.grad is not None:
+                    gradient, earlier = p.parameter.grad.detach(), gradients.get(id(p.parameter))
+                    # of any of the steps: by the last one an expert's tokens may have gone elsewhere
+                    gradients[id(p.parameter)] = gradient.clone() if earlier is None else earlier.abs() + gradient.abs()
             for optimizer in optimizers:
                 optimizer.step()
         return [

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mue.convert.live import rescale_state, rescale_weight
 from mue.layouts.layout import HasLayout, canonical, unwrap
+from mue.layouts.of_model import placement_of
 from mue.model.apply import grouped
 from mue.model.coefficients import TensorFold, tensor_folds_of
 from mue.model.match import match_sizes
@@ -158,6 +159,7 @@ def conversion(plan: PlanData, form: str, model: nn.Module, route: str = "weight
         a.info.name: TensorChange(b.c / a.c, a.info.gain_offset, state_powers(target, a.info.role))
         for a, b in zip(here, there, strict=True)
     }
+    unplanned = placement_of(model).unplanned  # which travel as they are, like buffers
     first = {id(p): canonical(n) for n, p in model.named_parameters()}
     every = {canonical(n): first[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
     names = {canonical(n) for n in model.state_dict()}
@@ -167,7 +169,7 @@ def conversion(plan: PlanData, form: str, model: nn.Module, route: str = "weight
         form,
         changes,
         {n: f for n, f in every.items() if n != f},
-        frozenset(names - set(every)) | {p.name for p in placed if not ROLES[p.role].trained},
+        frozenset(names - set(every)) | {p.name for p in placed if not ROLES[p.role].trained} | set(unplanned),
         {p.name: tuple(p.parameter.shape) for p in placed},
         _groups(source, here),
         _groups(target, there),

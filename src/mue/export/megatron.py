@@ -66,7 +66,7 @@ MEGATRON = NativeStack(
         ),
     },
     others=(
-        param("embedding.position_embeddings.weight", "embedding", IN_OUT),
+        param("embedding.position_embeddings.weight", "position", IN_OUT),
         param(f"{_M}.mlp.shared_experts.gate_weight", "router"),
         *bias_params(_M, (*_LINEARS, *_LAYERNORMS)),
         *(param(f"{_M}.{x}.layer_norm_bias", "bias", VECTOR) for x in ("self_attention.linear_qkv", "mlp.linear_fc1")),
@@ -189,7 +189,7 @@ def megatron(plan: PlanData, model: Any) -> str:
 def _method(row: ExportRow) -> str:
     """Which of the three init methods Megatron-Core gives a tensor to."""
     last = row.pattern.removesuffix(".weight").rpartition(".")[2]
-    if row.roles == "embedding":
+    if row.roles in ("embedding", "position"):
         return "embedding_init_method"
     return (
         "output_layer_init_method"

@@ -166,7 +166,7 @@ def _tensors(kind: StackModel, target: Transformer) -> Iterator[tuple[Layout, Bl
     """(row, its block, its layer) of every tensor but for the experts' index."""
     for layer, block in enumerate(target.per_layer):
         for row in (*kind.rows, *(kind.moe if block.is_moe else kind.dense)):
-            if "*" in row.pattern and all(ROLES[role].present(block) for role in (row.role, *row.parts)):
+            if "*" in row.pattern and all(ROLES[role].present(block) for role in (row.planned, *row.parts)):
                 yield _ungated(row, target), block, layer
     for row in kind.rows:
         if "*" not in row.pattern and not (row.role == "head" and target.tied):
@@ -187,13 +187,13 @@ def _names(pattern: str, layer: int, block: Block) -> list[str]:
 
 def shape_of(row: Layout, target: Transformer, block: Block) -> tuple[int, ...]:
     """The shape of a row's tensor in a planned model."""
-    if ROLES[row.role].vector:
+    if ROLES[row.planned].vector:
         return (target.head_dim if row.role == "qk_norm" else target.width,)
-    pairs = [_fans(role, target, block) for role in row.parts or (row.role,)]
+    pairs = [_fans(role, target, block) for role in row.parts or (row.planned,)]
     sizes = {
         "in": pairs[0][0],
         "out": sum(out for _, out in pairs),
-        "expert": 1 if ROLES[row.role].kind == "shared" else block.experts,
+        "expert": 1 if ROLES[row.planned].kind == "shared" else block.experts,
     }
     return tuple(_product(sizes, axis) for axis in row.axes)
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
-from mue.layouts.layout import Layout, ParamInfo, pattern_of, place
+from mue.layouts.layout import UNPLANNED, Layout, ParamInfo, pattern_of
 from mue.layouts.observe.describe import Description
+from mue.layouts.place import place
 from mue.layouts.sources import Source, source_of
 from mue.layouts.transformers import gate_moments as measure
 from mue.layouts.transformers.configs import default_config, families_with_experts
@@ -178,7 +179,7 @@ def _rows(model: torch.nn.Module, description: Description) -> tuple[InspectionR
     for pattern, many in shapes.items():
         f = found[pattern]
         fan_in = None
-        if f.row is not None and "vector" not in f.row.axes:
+        if f.row is not None and f.row.role != UNPLANNED and "vector" not in f.row.axes:
             fan_in = ParamInfo(pattern, example[pattern], f.row, None).fan_in
         role, parts, axes = (f.row.role, f.row.parts, f.row.axes) if f.row else (None, (), f.axes)
         rows.append(InspectionRow(pattern, role, parts, axes, many[0], fan_in, len(many), sum(map(prod, many)), f.how))

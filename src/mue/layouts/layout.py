@@ -6,11 +6,11 @@ declaration and never from "the last axis", so fused expert tensors are right by
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
@@ -23,6 +23,13 @@ _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrap
 # The words for an axis. Which one is summed over only a declaration knows: stacks hold experts as (N, out, in),
 # (N, in, out) and (N·in, out) under like names, and code that went by position scaled them wrongly (anchors 0).
 AXES = ("in", "out", "expert", "vector", "expert*in", "expert*out")
+# Words for a row's role beside those of a plan. A table of positions is looked up and added like the embedding, and a plan has the
+# embedding's values for it; it has rows for positions, not for tokens. What is not planned is left alone by everything here.
+POSITION, UNPLANNED = "position", "unplanned"
+LAYOUT_ROLES = (*ROLES, POSITION, UNPLANNED)
+# One dotted part of a name each, but for ** (any number of them).
+_STARS = r"(\*\*|\*|\{\w*\})"
+_MARKS = ("layer", "stage", "expert")
 
 
 @dataclass(frozen=True)
@@ -30,34 +37,38 @@ class Layout:
     """Names matching ``pattern`` have ``role``; ``axes`` says what each axis is.
 
     Attributes:
-        pattern: a canonical name in which ``*`` stands for one dotted part, e.g. ``blocks.*.attention.q``; the first
-            ``*`` of a block's parameter is its layer.
-        role: from :data:`mue.rules.roles.ROLES`.
+        pattern: a canonical name in which ``*`` stands for one dotted part, e.g. ``blocks.*.attention.q``. The first ``*`` is the
+            layer and the second the expert, unless a marked one says so: ``{layer}``, ``{expert}``, and ``{stage}`` where blocks
+            lie in groups, each counted from 0 (``stages.{stage}.blocks.{layer}.up``): layers are then counted through all stages.
+        role: from :data:`mue.rules.roles.ROLES`; or ``"position"``, a learned table of positions; or ``"unplanned"``, to leave
+            adapters, teachers and placeholders alone: no role, no init, no group (``**`` in such a pattern is any number of parts).
         axes: one word per axis of the tensor: ``in``, ``out``, ``expert`` or ``vector``; ``expert*in`` and
             ``expert*out`` where ``stacked`` experts lie one after another along an axis.
         parts: roles of the matrices fused in this tensor along its out axis (gate-up, qkv); ``role`` is the first.
         start: how the tensor starts where the plan does not draw it: a constant (a gain of 1, or 0 where the code adds
-            1 itself), or ``"own"``: as the model's code initialises it (decay rates of a state space, short filters).
+            1 itself), or ``"own"``: as the model's code initialises it (decay rates of a state space, short filters). A matrix is
+            drawn, or starts at 0 (a head or queries, as µP advises).
         after: for the gain of a norm that ends a residual branch (sandwich norms): patterns of the projections whose scale
             it cancels. The fold puts the residual multiplier into this gain instead.
     """
 
     pattern: str
     role: str
-    axes: tuple[str, ...]
+    axes: tuple[str, ...] = ()
     parts: tuple[str, ...] = ()
     start: float | str | None = None
     stacked: int = 1
     after: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        # names are compared without what wrappers add, so a row may have it or not: a part called "module" in front, too
+        object.__setattr__(self, "pattern", canonical(self.pattern))
+        object.__setattr__(self, "after", tuple(canonical(p) for p in self.after))
         for role in (self.role, *self.parts):
-            if role not in ROLES:
-                raise ValueError(f"layout {self.pattern!r}: unknown role {role!r}{nearest(role, ROLES)}")
+            if role not in LAYOUT_ROLES:
+                raise ValueError(f"layout {self.pattern!r}: unknown role {role!r}{nearest(role, LAYOUT_ROLES)}")
         if self.parts and self.parts[0] != self.role:
             raise ValueError(f"layout {self.pattern!r}: role is {self.role!r}, but its first part is {self.parts[0]!r}")
-        if isinstance(self.start, str) and self.start != "own":
-            raise ValueError(f"layout {self.pattern!r}: start must be a number or 'own', got {self.start!r}")
         for axis in self.axes:
             if axis not in AXES:
                 raise ValueError(f"layout {self.pattern!r}: unknown axis {axis!r}{nearest(axis, AXES)}")
@@ -65,14 +76,85 @@ class Layout:
             raise ValueError(
                 f"layout {self.pattern!r}: only a norm's gain can come after projections, not a {self.role}"
             )
-        if ROLES[self.role].drawn and not {"in", "expert*in"} & set(self.axes):
+        self._check_stars()
+        if self.role == UNPLANNED:
+            return
+        if ROLES[self.planned].drawn and not {"in", "expert*in"} & set(self.axes):
             raise ValueError(f"layout {self.pattern!r}: a {self.role} needs an 'in' axis, its fan-in")
+        self._check_start()
+
+    def _check_start(self) -> None:
+        if self.start is None:
+            return
+        if not isinstance(self.start, str):
+            object.__setattr__(self, "start", float(self.start))
+        if ROLES[self.planned].drawn and self.start != 0:
+            raise ValueError(
+                f"layout {self.pattern!r}: {self.role} is a matrix, which is drawn or starts at 0, not at {self.start!r}: leave start"
+                f" out, or leave the tensor alone with the role {UNPLANNED!r}"
+            )
+        if isinstance(self.start, str) and self.start != "own":
+            raise ValueError(f"layout {self.pattern!r}: start must be a number or 'own', got {self.start!r}")
+
+    def _check_stars(self) -> None:
+        marks = re.findall(r"\{(\w*)\}", self.pattern)
+        for mark in marks:
+            if mark not in _MARKS:
+                raise ValueError(
+                    f"layout {self.pattern!r}: unknown mark {{{mark}}}; known: {', '.join(f'{{{m}}}' for m in _MARKS)}"
+                )
+            if marks.count(mark) > 1:
+                raise ValueError(f"layout {self.pattern!r}: {{{mark}}} stands in it twice")
+        if "stage" in marks and "layer" not in marks:
+            raise ValueError(
+                f"layout {self.pattern!r}: {{stage}} needs a {{layer}}, the block's number within its stage"
+            )
+        if "**" in self.pattern and self.role != UNPLANNED:
+            raise ValueError(
+                f"layout {self.pattern!r}: ** stands for any number of parts, which only {UNPLANNED!r} rows may leave open"
+            )
 
     @property
+    def planned(self) -> str:
+        """The role whose values a plan has for it."""
+        return "embedding" if self.role == POSITION else self.role
+
+    @cached_property
     def regex(self) -> re.Pattern[str]:
-        return re.compile(
-            "".join(r"([^.]+)" if part == "*" else re.escape(part) for part in re.split(r"(\*)", self.pattern))
+        """For whole names; its groups are the stars, in order."""
+        parts = (
+            re.escape(p) if i % 2 == 0 else r"(.+)" if p == "**" else r"([^.]+)"
+            for i, p in enumerate(re.split(_STARS, self.pattern))
         )
+        return re.compile("".join(parts))
+
+    @cached_property
+    def stars(self) -> tuple[str, ...]:
+        """What each star is: ``layer``, ``stage``, ``expert``, or ``""`` for one that nothing asks for."""
+        found = ["*" if p.startswith("*") else p[1:-1] for p in re.findall(_STARS, self.pattern)]
+        if "layer" not in found and "*" in found:
+            found[found.index("*")] = "layer"
+        after = found.index("layer") + 1 if "layer" in found else 0
+        if "expert" not in found and "*" in found[after:]:
+            found[found.index("*", after)] = "expert"
+        return tuple("" if star == "*" else star for star in found)
+
+    def number(self, name: str, star: str) -> int | None:
+        """The number that one of the stars stands for in a name that the row matches; None where it is none."""
+        match = self.regex.fullmatch(name)
+        if match is None or star not in self.stars:
+            return None
+        text = match[self.stars.index(star) + 1]
+        return int(text) if text.isdigit() else None
+
+    def starred(self, name: str, first: int) -> str:
+        """A name that the row matches, with ``*`` for its stars from the ``first`` on."""
+        match = self.regex.fullmatch(name)
+        assert match is not None
+        out, at = "", 0
+        for i in range(first, len(self.stars)):
+            out, at = f"{out}{name[at : match.start(i + 1)]}*", match.end(i + 1)
+        return out + name[at:]
 
 
 @runtime_checkable
@@ -84,7 +166,7 @@ class HasLayout(Protocol):
 
 @dataclass(frozen=True)
 class ParamInfo:
-    """One parameter with its role: canonical ``name``, layer (None outside the blocks), axes and shape."""
+    """One parameter with its role: canonical ``name``, layer (counted through the whole model, None outside the blocks), axes and shape."""
 
     name: str
     parameter: Tensor
@@ -93,7 +175,18 @@ class ParamInfo:
 
     @property
     def role(self) -> str:
-        return self.layout.role
+        """As the plan has it: a table of positions is planned as an embedding (``layout.role`` tells them apart)."""
+        return self.layout.planned
+
+    @property
+    def expert(self) -> int | None:
+        """Which expert the whole tensor belongs to, where experts are modules of their own."""
+        return None if self.experts_inside else self.layout.number(self.name, "expert")
+
+    @property
+    def experts_inside(self) -> bool:
+        """Several experts, or one, lie along an axis of this tensor."""
+        return any(axis.startswith("expert") for axis in self.layout.axes)
 
     @property
     def gain_offset(self) -> float:
@@ -168,79 +261,6 @@ def unwrap(model: nn.Module) -> nn.Module:
         if not isinstance(inner, nn.Module):
             return model
         model = inner
-
-
-def place(model: nn.Module, rows: Sequence[Layout]) -> list[ParamInfo]:
-    """Every trainable parameter with its role, in the model's order; a tied parameter once, under its first name.
-
-    Args:
-        model: on any device, wrapped or not.
-        rows: its table; a row that matches nothing is an error, for it is a pattern with a slip in it, and experts
-            missed in silence are what goes wrong with such tables (anchors 0).
-
-    Raises:
-        ValueError: a parameter that no row or more than one row matches, a row that matches nothing, a layout with
-            another number of axes than the tensor. All of a model's faults are listed, not only the first.
-    """
-    table = list(rows)
-    regexes = [row.regex for row in table]
-    used: set[int] = set()
-    faults: list[str] = []
-    placed: list[ParamInfo] = []
-    for raw, parameter in model.named_parameters():  # yields a tied parameter once
-        name = canonical(raw)
-        hits = [(i, m) for i, regex in enumerate(regexes) if (m := regex.fullmatch(name))]
-        used |= {i for i, _ in hits}
-        if not hits:
-            faults.append(_unknown(name, parameter, table))
-        elif len(hits) > 1:
-            faults.append(
-                f"{name} is matched by {len(hits)} rows ({', '.join(table[i].pattern for i, _ in hits)}): keep one"
-            )
-        elif len(table[hits[0][0]].axes) != parameter.dim():
-            row = table[hits[0][0]]
-            faults.append(f"{name} has shape {tuple(parameter.shape)}, but {row.pattern!r} declares axes {row.axes}")
-        else:
-            row, match = table[hits[0][0]], hits[0][1]
-            layer = int(match[1]) if match.lastindex and match[1].isdigit() else None
-            placed.append(ParamInfo(name, parameter, row, layer))
-    patterns = {row.pattern for row in table}
-    faults += [
-        f"layout row {row.pattern!r} comes after {other!r}, which is no row's pattern: write it as that row does"
-        for row in table
-        for other in row.after
-        if other not in patterns
-    ]
-    # a row for a tied head matches no parameter of its own, and is right
-    aliases = _tied_names(model)
-    for i, row in enumerate(table):
-        if i not in used and not any(regexes[i].fullmatch(alias) for alias in aliases):
-            faults.append(
-                f"layout row {row.pattern!r} ({row.role}) matches no parameter: remove it or correct the pattern"
-            )
-    if faults:
-        raise ValueError("this model's parameters do not fit its layout:\n  " + "\n  ".join(faults))
-    return placed
-
-
-def _tied_names(model: nn.Module) -> set[str]:
-    """Names under which an already seen parameter appears again."""
-    every = {canonical(n) for n, _ in model.named_parameters(remove_duplicate=False)}
-    return every - {canonical(n) for n, _ in model.named_parameters()}
-
-
-def _unknown(name: str, parameter: Tensor, table: Iterable[Layout]) -> str:
-    close = difflib.get_close_matches(name, [row.pattern for row in table], n=1, cutoff=0.0)
-    pattern = re.sub(r"\.\d+\.", ".*.", name)
-    axes = (
-        ("out", "in")
-        if parameter.dim() == 2
-        else ("expert", "out", "in")
-        if parameter.dim() == 3
-        else ("vector",) * parameter.dim()
-    )
-    hint = f" (nearest known: {close[0]!r})" if close else ""
-    return f"{name} {tuple(parameter.shape)} has no role{hint}; add e.g. Layout({pattern!r}, ROLE, {axes})"
 
 
 def expert_slices(p: ParamInfo) -> Iterator[tuple[int | None, Tensor]]:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from mue.layouts.layout import HasLayout, Layout, ParamInfo, place, unwrap
+from mue.layouts.layout import HasLayout, Layout, ParamInfo, unwrap
+from mue.layouts.place import Placement, placement
 from mue.layouts.transformers.stock import observe_stock
 
 
@@ -37,6 +38,18 @@ def placed(model: nn.Module) -> list[ParamInfo]:
         model: on any device (meta too), wrapped or not.
 
     Raises:
-        ValueError: as :func:`layout_of` and :func:`mue.layouts.layout.place` do.
+        ValueError: as :func:`layout_of` and :func:`mue.layouts.place.placement` do.
     """
-    return place(model, layout_of(model))
+    return placement_of(model).planned
+
+
+def placement_of(model: nn.Module) -> Placement:
+    """:func:`placed`, with what the model's table says to leave alone (role ``"unplanned"``) beside it.
+
+    Args:
+        model: on any device, wrapped or not.
+
+    Raises:
+        ValueError: as :func:`placed` does.
+    """
+    return placement(model, layout_of(model))

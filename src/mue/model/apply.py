@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import re
+import warnings
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from mue.layouts.layout import ParamInfo, expert_slices
+from mue.layouts.layout import UNPLANNED, ParamInfo, expert_slices
+from mue.layouts.of_model import layout_of, placement_of
 from mue.model.tensor_plan import TensorPlan, tensor_plans
 from mue.plan.plan import PlanData
 from mue.rules.roles import ROLES
@@ -33,9 +34,16 @@ def init_(plan: PlanData, model: nn.Module, seed: int = 0) -> None:
         plan: folded or not, as the model's forward pass is. seed: of every draw.
 
     Raises:
-        ValueError: a parameter without a role, or a model of other shapes or multipliers than planned.
+        ValueError: a parameter without a role, or a model of other shapes or multipliers than planned; one on the meta device,
+            which has no values to draw.
     """
-    for p, values, constant, _ in tensor_plans(plan, model):
+    plans = tensor_plans(plan, model)
+    if shapes := [s.info.name for s in plans if s.info.parameter.is_meta]:
+        raise ValueError(
+            f"{shapes[0]} is on the meta device, as are {len(shapes) - 1} more: there is nothing to draw into. Give the model memory"
+            " first (model.to_empty(device=...)), then plan.init_(model)"
+        )
+    for p, values, constant, _ in plans:
         if not ROLES[p.role].drawn:
             if constant is not None:
                 p.parameter.fill_(constant)
@@ -46,13 +54,15 @@ def init_(plan: PlanData, model: nn.Module, seed: int = 0) -> None:
         name = _name_without_expert(p) if shared else p.name
         sharded = hasattr(p.parameter, "placements")  # a DTensor: every rank draws the whole and keeps its own shard
         whole = (
-            replace(p, parameter=nn.Parameter(torch.empty(p.parameter.shape, dtype=p.parameter.dtype)))
+            replace(p, parameter=nn.Parameter(torch.empty(p.parameter.shape, dtype=p.parameter.dtype, device="cpu")))
             if sharded
             else p
         )
         for expert, part in expert_slices(whole):
             # scaled in fp32 (or better) and rounded once: a bf16 model starts at the rounded weights of the fp32 one
-            noise = torch.randn(part.shape, generator=_generator(seed, name, None if shared else expert))
+            generator = _generator(seed, name, None if shared else expert)
+            # whatever torch.set_default_dtype and torch.set_default_device say
+            noise = torch.randn(part.shape, generator=generator, dtype=torch.float32, device="cpu")
             part.copy_(noise.to(torch.promote_types(part.dtype, noise.dtype)).mul_(std))
         if sharded:
             from torch.distributed.tensor import distribute_tensor
@@ -64,17 +74,14 @@ def init_(plan: PlanData, model: nn.Module, seed: int = 0) -> None:
 
 def _name_without_expert(p: ParamInfo) -> str:
     """One name for the same tensor of every expert of a layer, where experts are modules of their own."""
-    parts, layer = [], str(p.layer)
-    for i, part in enumerate(re.split(r"(\*)", p.layout.pattern)):
-        # the first * of a pattern is the layer, a second one the expert, which stays a * (mue.layouts.layout.Layout)
-        parts.append(layer if part == "*" and i == 1 else part)
-    return "".join(parts)
+    stars = p.layout.stars
+    return p.layout.starred(p.name, stars.index("layer") + 1 if "layer" in stars else 0)
 
 
 def _generator(seed: int, name: str, expert: int | None) -> torch.Generator:
     # by name, not by order or shard (conventions 10); 63 of its bits, which are a positive int64
     digest = hashlib.sha256(f"{seed}/{name}/{'' if expert is None else expert}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 def param_groups(plan: PlanData, model: nn.Module) -> list[dict[str, Any]]:
@@ -90,8 +97,50 @@ def param_groups(plan: PlanData, model: nn.Module) -> list[dict[str, Any]]:
 
     Raises:
         ValueError: a parameter without a role, or a model of other shapes or multipliers than planned.
+
+    Warns:
+        UserWarning: tensors that are trained and not planned, so that they are in no group; stacked or fused matrices under Muon.
     """
-    return [{**g, "params": [p.parameter for p in g["params"]]} for g in grouped(plan, tensor_plans(plan, model))]
+    tensors = tensor_plans(plan, model)
+    if alone := trained_unplanned(model):
+        warnings.warn(
+            f"{_some(alone)} {'is' if len(alone) == 1 else 'are'} unplanned and in no group: give your optimizer a group for"
+            " them, or requires_grad_(False)",
+            stacklevel=3,
+        )
+    if plan.tuned.optimizer == "muon":
+        _warn_of_muon(tensors)
+    return [{**g, "params": [p.parameter for p in g["params"]]} for g in grouped(plan, tensors)]
+
+
+def trained_unplanned(model: nn.Module) -> list[str]:
+    """Names of the parameters that a model's table says to leave alone, and that are to be trained all the same."""
+    if all(row.role != UNPLANNED for row in layout_of(model)):
+        return []
+    return [name for name, p in placement_of(model).unplanned.items() if p.requires_grad]
+
+
+def _warn_of_muon(tensors: Iterable[TensorPlan]) -> None:
+    """Muon orthogonalises a matrix: torch's takes two axes only, and of several matrices in a tensor it would make one."""
+    matrices = [s.info for s in tensors if ROLES[s.info.role].hidden]
+    stacked = [p.name for p in matrices if p.parameter.dim() > 2 or p.layout.stacked > 1]
+    fused = [p.name for p in matrices if p.layout.parts and p.name not in stacked]
+    if stacked:
+        warnings.warn(
+            f"Muon orthogonalises one matrix at a time, and {_some(stacked)} stack several experts (torch.optim.Muon refuses more than"
+            " two axes): use a Muon that goes over the first axis, or experts that are modules of their own",
+            stacklevel=4,
+        )
+    if fused:
+        warnings.warn(
+            f"{_some(fused)} hold several matrices in one tensor, which Muon would orthogonalise as one, and no rate is derived"
+            " for that: give each projection a tensor of its own, or use a Muon that splits them",
+            stacklevel=4,
+        )
+
+
+def _some(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
 def grouped(plan: PlanData, tensors: Iterable[TensorPlan]) -> list[dict[str, Any]]:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 
 from torch import nn
 
-from mue.layouts.layout import HasLayout, ParamInfo, unwrap
-from mue.layouts.of_model import placed
+from mue.layouts.layout import POSITION, HasLayout, ParamInfo, unwrap
+from mue.layouts.of_model import placement_of
+from mue.layouts.place import Placement
 from mue.plan.plan import PlanData
 from mue.plan.values import Multipliers
 from mue.rules.roles import ROLES
 from mue.shapes import Block
+from mue.util.text import number
 
 
 def match_model(plan: PlanData, model: nn.Module) -> list[ParamInfo]:
@@ -27,15 +29,15 @@ def match_model(plan: PlanData, model: nn.Module) -> list[ParamInfo]:
     Raises:
         ValueError: a parameter without a role; a model of other shapes or multipliers than planned, all faults at once.
     """
-    params = placed(model)
-    faults = _shape_faults(plan, params)
-    if isinstance(unwrap(model), HasLayout):
+    found, declared = placement_of(model), isinstance(unwrap(model), HasLayout)
+    faults = _shape_faults(plan, found, declared)
+    if declared:
         faults += _multiplier_faults(plan, model)
     else:
         from mue.model.stock import stock_faults  # on use: what observes stock models takes a moment to import
 
         faults += stock_faults(plan, model)
-    return _or_refused(plan, params, faults)
+    return _or_refused(plan, found.planned, faults)
 
 
 def match_sizes(plan: PlanData, model: nn.Module) -> list[ParamInfo]:
@@ -47,8 +49,8 @@ def match_sizes(plan: PlanData, model: nn.Module) -> list[ParamInfo]:
     Raises:
         ValueError: a parameter without a role; a model of other shapes than planned, all faults at once.
     """
-    params = placed(model)
-    return _or_refused(plan, params, _shape_faults(plan, params))
+    found = placement_of(model)
+    return _or_refused(plan, found.planned, _shape_faults(plan, found, isinstance(unwrap(model), HasLayout)))
 
 
 def _or_refused(plan: PlanData, params: list[ParamInfo], faults: list[str]) -> list[ParamInfo]:
@@ -59,43 +61,131 @@ def _or_refused(plan: PlanData, params: list[ParamInfo], faults: list[str]) -> l
     return params
 
 
-def _shape_faults(plan: PlanData, params: list[ParamInfo]) -> list[str]:
-    """All ways in which the tensors are not the target's, one line each: roles, sizes, what is missing, tied or not."""
-    layers = plan.target.per_layer
+def _shape_faults(plan: PlanData, found: Placement, declared: bool) -> list[str]:
+    """All ways in which the tensors are not the target's, one line each: roles, sizes, what is missing, tied or not.
+
+    ``declared``: by the model's own table, in which a word may be wrong; what was observed of a stock model is not asked for that.
+    """
+    params, layers = found.planned, plan.target.per_layer
+    # a table of positions is planned as an embedding, but is not the one of tokens
+    here = {role for p in params for role in (p.layout.role, *p.layout.parts)}
+    if plan.target.tied and "head" in here and "embedding" not in here:
+        head = next(p.name for p in params if p.role == "head")
+        return [f"{head} is the head and, with tied embeddings, the embedding as well: give its row the role embedding"]
     routers: dict[int | None, list[ParamInfo]] = {}
     for p in params:
         if p.role == "router":
             routers.setdefault(p.layer, []).append(p)
-    faults = [fault for p in params if (fault := _misfit(plan, layers, p, routers.get(p.layer, [])))]
-    here = {role for p in params for role in (p.role, *p.layout.parts)}
+    # a model of one block needs no star for it
+    only = layers[0] if not found.layers and len(layers) == 1 else None
+    faults = [fault for p in params if (fault := _misfit(plan, layers, only, p, routers.get(p.layer, [])))]
+    faults += (
+        _missing(plan, here)
+        + _absent_layers(plan, found.layers)
+        + _latent_faults(plan, params)
+        + _expert_faults(layers, only, params)
+    )
+    faults += _final_norm_faults(plan, params, declared)
+    if declared:
+        faults += [
+            f"{p.name} has the role router_bias, the balance bias that load statistics move and no optimizer, but it is to be trained"
+            " (requires_grad = True): give it the role bias, or requires_grad_(False) if it balances"
+            for p in params
+            if p.role == "router_bias" and p.parameter.requires_grad
+        ]
+    return faults
+
+
+def _missing(plan: PlanData, here: set[str]) -> list[str]:
+    """Roles of the plan that no tensor of the model has, and whether its head is its embedding."""
     tied = plan.target.tied
-    for role, planned in plan.roles.items():
-        if planned.count and role not in here and ROLES[role].drawn:
-            faults.append(f"the plan has {planned.count} tensors of role {role}, the model none")
+    faults = [
+        f"the plan has {planned.count} tensors of role {role}, the model none"
+        for role, planned in plan.roles.items()
+        if planned.count and role not in here and ROLES[role].drawn
+    ]
     # a tied head is placed once, under the embedding's name
     if tied != ("head" not in here):
         faults.append(
             f"the plan's target has tied = {str(tied).lower()}, the model's head is {'its embedding' if 'head' not in here else 'a tensor of its own'}"
         )
-    return faults + _latent_faults(plan, params)
+    return faults
 
 
-def _misfit(plan: PlanData, layers: Sequence[Block], p: ParamInfo, routers: list[ParamInfo]) -> str | None:
+def _absent_layers(plan: PlanData, here: Collection[int]) -> list[str]:
+    """Layers of the plan that the model has nothing in; one block without a number is layer 0."""
+    absent = sorted(set(range(plan.target.layers)).difference(here))
+    if not absent or (not here and plan.target.layers == 1):
+        return []
+    return [
+        f"the plan has {plan.target.layers} layers, and the model no tensor in layer {', '.join(map(str, absent[:8]))}: the first *"
+        " of a pattern is the layer, unless a marked one is ({layer}, and {stage} where blocks lie in groups)"
+    ]
+
+
+def _expert_faults(layers: Sequence[Block], only: Block | None, params: Iterable[ParamInfo]) -> list[str]:
+    """Where experts are modules of their own, their number is that of their tensors."""
+    counted: dict[tuple[int | None, str], set[int]] = {}
+    for p in params:
+        if ROLES[p.role].kind == "expert" and p.expert is not None:
+            counted.setdefault((p.layer, p.role), set()).add(p.expert)
+    faults = []
+    for (layer, role), experts in counted.items():
+        block = only if layer is None else layers[layer] if layer < len(layers) else None
+        if block is not None and block.experts and len(experts) != block.experts:
+            where = "" if layer is None else f" in layer {layer}"
+            faults.append(
+                f"the model has {len(experts)} tensors of role {role}{where}, planned {block.experts} experts"
+            )
+    return faults
+
+
+def _final_norm_faults(plan: PlanData, params: Iterable[ParamInfo], declared: bool) -> list[str]:
+    """The last norm's gain has a role of its own: on a tied, folded plan it carries the head multiplier."""
+    params = list(params)
+    final = [p for p in params if p.role == "final_norm"]
+    inside = [p.name for p in final if p.layer is not None]
+    if inside and declared:
+        return [f"{inside[0]} has the role final_norm, but lies in a block: give the norms of blocks the role norm"]
+    if final:
+        return []
+    folded = plan.folding.coefficients[0].get("final_norm") if plan.folding is not None else None
+    outside = [p.name for p in params if p.role == "norm" and p.layer is None]
+    if folded is not None:
+        named = f": is it {outside[0]}? Give that the role final_norm" if outside else ": use an untied head"
+        return [
+            f"the plan's head multiplier ({number(folded)}) is in the gain of the final norm, as its head is tied, and the model has"
+            f" no tensor of role final_norm{named}"
+        ]
+    if declared and outside and plan.target.layers > 1:
+        return [
+            f"{outside[0]} has the role norm, but lies outside the blocks, and no tensor is the final_norm: give it that role"
+        ]
+    return []
+
+
+def _misfit(
+    plan: PlanData, layers: Sequence[Block], only: Block | None, p: ParamInfo, routers: list[ParamInfo]
+) -> str | None:
     """What is wrong with one tensor, or None.
 
     Only matrices are asked for their sizes: norms and biases follow what they stand on.
     """
     if p.layer is not None and p.layer >= len(layers):
-        return f"{p.name} is in layer {p.layer}, the plan has {len(layers)} layers"
+        hint = "" if "{" in p.layout.pattern else "; if its first * is no layer, mark it: {expert}, {stage}"
+        return f"{p.name} is in layer {p.layer}, the plan has {len(layers)} layers{hint}"
     if not ROLES[p.role].drawn:
         return None
     for role in p.layout.parts or (p.role,):
         if not plan.role(role, p.layer).count:
             where = "" if p.layer is None else f" in layer {p.layer}"
             return f"{p.name} has role {role}, which the plan does not have{where}"
-    for what, found, wanted in _expected(plan, layers[p.layer] if p.layer is not None else None, p, routers):
+    for what, found, wanted in _expected(plan, only if p.layer is None else layers[p.layer], p, routers):
         if found not in wanted:
-            return f"{p.name} {tuple(p.parameter.shape)}: {what} {found}, planned {wanted[0]}"
+            hint = (
+                "; a table of positions has the role position" if (p.role, what) == ("embedding", "vocabulary") else ""
+            )
+            return f"{p.name} {tuple(p.parameter.shape)}: {what} {found}, planned {wanted[0]}{hint}"
     return None
 
 
@@ -106,8 +196,8 @@ def _expected(
     t = plan.target
     kind, part = ROLES[p.role].kind, ROLES[p.role].part
     if kind == "embedding":
-        positions = "position" in p.name or "wpe" in p.name  # a table of positions has as many rows as a sequence
-        rows = [] if positions else [("vocabulary", p.fan_in, (t.vocab,))]
+        # a table of positions has as many rows as the longest sequence, which a plan does not know
+        rows = [] if p.layout.role == POSITION else [("vocabulary", p.fan_in, (t.vocab,))]
         return [*rows, ("width", p.fan_out, (t.width,))]
     if kind == "head":
         return [("vocabulary", p.fan_out, (t.vocab,)), ("width", p.fan_in, (t.width,))]
@@ -128,8 +218,7 @@ def _expected(
         ("hidden width", found * many, (hidden or 0,)),
         ("residual width", p.fan_out if part == "down" else p.fan_in, (t.width,)),
     ]
-    # where experts are modules of their own, no tensor shows their number
-    if kind == "expert" and "experts.*" not in p.layout.pattern and not p.layout.pattern.endswith("*"):
+    if kind == "expert" and p.expert is None:
         sizes.append(("experts", p.experts, (block.experts,)))
     return sizes
 

@@ -14,6 +14,7 @@ from mue.layouts.transformers.shape import Routers
 from mue.layouts.transformers.stock import is_stock, observe_stock
 from mue.plan.fold import unfold
 from mue.plan.plan import PlanData
+from mue.shapes import MEASURED
 from mue.util.text import number
 
 
@@ -35,10 +36,46 @@ def stock_faults(plan: PlanData, model: nn.Module) -> list[str]:
         for s in scalings(config)
         if s.active
     ]
+    faults += _gate_faults(plan, known.routing)
     multipliers = plan.multipliers
     if multipliers.residual != 1 or multipliers.head != 1 or any(a != 1 for a in multipliers.output):
         return [*faults, "a stock model has no forward multipliers: use mue.fold.fold(plan)"]
     return faults + _route_faults(multipliers.route, known.routing) + _norm_faults(plan, known.description)
+
+
+def _gate_faults(plan: PlanData, routing: Routers | None) -> list[str]:
+    """The model's routers must choose as many experts, score them and weigh them as planned: init and rates follow from all three.
+
+    What could not be observed (scores behind other kernels, weights that were not watched) is for ``mue.check`` to measure.
+    """
+    blocks = [block for block in plan.target.blocks if block.experts]
+    if routing is None or not blocks:
+        return []
+    faults = []
+    active = sorted({block.active for block in blocks} - {routing.active})
+    if active:
+        faults.append(
+            f"the model's routers choose {routing.active} experts per token, the plan has {', '.join(map(str, active))} active:"
+            " set the config's number of experts per token to that, or plan for what the model has"
+        )
+    if routing.normalised is False and any(block.gates != MEASURED for block in blocks):
+        faults.append(f"the plan's gates sum to one; the model's {routing.advice}")
+    moments = {block.gate_moments[0] for block in blocks if block.gate_moments is not None}
+    # 1 %: what measuring random routers is off by
+    if routing.normalised and routing.scale and any(abs(m1 - routing.scale) > 1e-2 * routing.scale for m1 in moments):
+        faults.append(
+            f"the plan has measured gates with E[Σw] = {', '.join(map(number, sorted(moments)))}, and the model's sum to"
+            f" {number(routing.scale)} for every token: plan without gates and gate_moments"
+        )
+    # one expert with a normalised weight has the weight 1, whatever its score
+    scores = {block.router_kind.score for block in blocks if block.active > 1 or not block.normalize}
+    if routing.score is not None and scores - {None, routing.score}:
+        planned = ", ".join(sorted(s for s in scores if s not in (None, routing.score)))
+        faults.append(
+            f"the model's routers score with {routing.score}, the plan's with {planned}: plan with router = {routing.score!r},"
+            " or set what the config calls its scoring function"
+        )
+    return faults
 
 
 def _route_faults(planned: Iterable[float], routing: Routers | None) -> list[str]:

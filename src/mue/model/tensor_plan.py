@@ -11,6 +11,7 @@ from torch import nn
 from mue.layouts.layout import ParamInfo
 from mue.model.coefficients import TensorFold, tensor_folds
 from mue.plan.fold import folded_values
+from mue.plan.fold_table import fold_of
 from mue.plan.plan import PlanData
 from mue.plan.values import Values
 from mue.rules.roles import ROLES
@@ -59,6 +60,13 @@ def _tensor_plan(plan: PlanData, p: ParamInfo, own: float) -> TensorPlan:
     values = _for_own_fan_in(plan, p, _of_all_parts(plan, p))
     if own != 1:
         values = folded_values(plan, p.role, values, own)
+    if ROLES[p.role].drawn and p.layout.start == 0:
+        if fold_of(plan.tuned.optimizer).lr == 0:
+            raise ValueError(
+                f"{p.name} starts at 0, and {plan.tuned.optimizer} moves a weight in proportion to its size, so it would stay there:"
+                " leave its start out"
+            )
+        values = replace(values, init_std=0.0)
     if ROLES[p.role].drawn:
         # Adafactor's floor eps2 is on rms(W), so it goes with the size the weight starts at (mue.plan.fold_table,
         # floor)

@@ -19,6 +19,7 @@ from dataclasses import replace
 from itertools import groupby
 
 from mue.plan.convention import Convention
+from mue.plan.fold_table import fold_of
 from mue.plan.plan import PlanData
 from mue.plan.values import Values
 from mue.rules.roles import ROLES
@@ -44,6 +45,10 @@ def check_roles(tuned: HParams, base: Transformer) -> None:
             if ROLES[role].vector and name.removesuffix(TIMES) in ("init_std", "weight_decay"):
                 raise ValueError(
                     f"tuned.roles.{where}.{name}: gains start at 1 and biases at 0, and neither is decayed; leave it out"
+                )
+            if name == "init_std" and values[name] == 0 and fold_of(tuned.optimizer).lr == 0:
+                raise ValueError(
+                    f"tuned.roles.{where}.init_std = 0: {tuned.optimizer} moves a weight in proportion to its size, so it would stay 0"
                 )
             if name == f"weight_decay{TIMES}" and overrides(tuned, role, "weight_decay", third)[0][1] == 0:
                 raise ValueError(f"tuned.roles.{where}.{name} multiplies a weight decay of 0; leave it out")

@@ -83,7 +83,8 @@ class HParams:
             CompleteP's code has (transfer-rules 2).
         roles: per-role values: ``{"embedding": {"lr": 3e-3}}`` replaces the global one, ``{"head": {"lr_times": 2}}``
             multiplies what it would be otherwise, ``{"first_third": {"ffn_up": {"lr_times": 1.5}}}`` does so in the first
-            third of the layers, of the base's as of the target's (``"first_third.ffn_up"`` once it is stored).
+            third of the layers, of the base's as of the target's (``"first_third.ffn_up"`` once it is stored). A role's ``init_std``
+            may be 0: a head or queries that start at zero.
         optimizer, clip, warmup, floor, balance, z, bias_speed: carried to the target unchanged: optimizer name,
             clipping threshold (None: off), warmup and lr floor as fractions, balance-loss and z-loss coefficients,
             speed of the balance bias per step.
@@ -158,7 +159,9 @@ def _role(role: str, values: object) -> dict[str, float]:
             raise ValueError(f"unknown key {key!r} in tuned.roles.{role}{nearest(key, known)}")
         if key + TIMES in values:
             raise ValueError(f"tuned.roles.{role} has {key} and {key}{TIMES}: the value is the product, give that")
-    checked = {k: positive(f"tuned.roles.{role}.{k}", v, zero=k == "weight_decay") for k, v in values.items()}
+    checked = {
+        k: positive(f"tuned.roles.{role}.{k}", v, zero=k in ("weight_decay", "init_std")) for k, v in values.items()
+    }
     return {k: checked[k] for k in known if k in checked and not (k.endswith(TIMES) and checked[k] == 1)}
 
 

@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mue.layouts.layout import Layout, place
+from mue.layouts.layout import Layout
 from mue.layouts.observe.axis_sizes import axis_sizes
 from mue.layouts.observe.decide import decide
 from mue.layouts.observe.describe import Description, describe
+from mue.layouts.place import place
 from support.layout_models import UP, Config, Strange
 
 

@@ -11,9 +11,10 @@ pytest.importorskip("transformers", reason="model families need the hf extra")
 
 import torch
 
-from mue.layouts.layout import Layout, place
+from mue.layouts.layout import Layout
 from mue.layouts.observe.describe import Description
 from mue.layouts.of_model import placed
+from mue.layouts.place import place
 from mue.layouts.transformers import stock
 from mue.layouts.transformers.configs import build, causal_families, default_config, families_with_experts
 from mue.layouts.transformers.describe import describe_config
@@ -79,7 +80,7 @@ def test_every_parameter_is_described_or_refused_by_name(family: str) -> None:
     roles: dict[str, int] = {}
     for row in described(family).layout():
         roles[row.role] = roles.get(row.role, 0) + 1
-        assert row.role in ROLES
+        assert row.planned in ROLES
     assert {"embedding", "final_norm"} <= set(roles)
     if family not in DENSE:
         assert {"router", "expert_down"} <= set(roles)

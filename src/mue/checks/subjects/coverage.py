@@ -50,7 +50,18 @@ def coverage(ctx: Context) -> Iterator[Finding]:
     total = sum(p.parameter.numel() for p in placed)
     roles = len({p.role for p in placed})
     if not frozen and not trainable:
-        yield Finding(NAME, PASS, measured=f"{len(plans)} tensors, {total:,} parameters, {roles} roles")
+        yield Finding(
+            NAME, PASS, measured=f"{len(plans)} tensors, {total:,} parameters, {roles} roles{_left_alone(ctx)}"
+        )
+
+
+def _left_alone(ctx: Context) -> str:
+    """What the model's table calls unplanned, for the same line: named, and whether it is trained by somebody else."""
+    alone = ctx.placement.unplanned
+    if not alone:
+        return ""
+    trained = sum(p.requires_grad for p in alone.values())
+    return f"; left alone: {several(list(alone))} ({trained} of {len(alone)} trained, by groups that are no plan's)"
 
 
 def _trainable(found: list[ParamInfo]) -> Finding:

@@ -42,7 +42,8 @@ def _membership(ctx: Context) -> Iterator[Finding]:
     held = [id(p) for p, _ in _held(ctx)]
     missing = [p.name for p in ctx.placed if ROLES[p.role].trained and id(p.parameter) not in set(held)]
     twice = [ctx.names[i].name for i in set(held) if i in ctx.names and held.count(i) > 1]
-    strange = [tuple(p.shape) for p, _ in _held(ctx) if id(p) not in ctx.names]
+    known = {*ctx.names, *map(id, ctx.placement.unplanned.values())}
+    strange = [tuple(p.shape) for p, _ in _held(ctx) if id(p) not in known]
     own = next((o for o in ctx.optimizers if holds_its_own(o)), None)
     if own is not None and not any(i in ctx.names for i in held):
         yield Finding(

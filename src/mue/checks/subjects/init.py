@@ -70,7 +70,7 @@ def _wrong(ctx: Context, s: TensorPlan) -> Iterator[tuple[str, str, str]]:
             yield where, f"std {planned:.4g} ± {100 * bound:.2g} %", f"std {std:.3g} (× {_times(std, planned)})"
         # a thousandth of the std changes nothing, however surely it is measured on a large tensor
         elif abs(mean) > SIGMAS * planned / math.sqrt(n) + 1e-3 * planned:
-            yield where, "mean 0", f"mean {mean:.3g}, {abs(mean) / planned:.2g} of the std"
+            yield where, "mean 0", f"mean {mean:.3g}, {_times(abs(mean), planned)} of the std"
 
 
 def _times(a: float, b: float) -> str:

@@ -67,7 +67,7 @@ def decide(f: Facts) -> Decision:
         if "vocabulary" in f.follows[0]:
             return Decision("embedding", ("in", "out"), "rows looked up, as many as the vocabulary")
         if not f.layered and f.named(names.POSITION):
-            return Decision("embedding", ("in", "out"), "rows looked up, positions by name")
+            return Decision("position", ("in", "out"), "rows looked up, positions by name")
         return Decision(None, ("in", "out"), "rows looked up, but they are neither the vocabulary nor positions")
     # Its fan-in is the filter's length, which no width changes: nothing to scale, as with a gain.
     if f.use.convolved:

@@ -48,7 +48,7 @@ def post_norms(
     after: dict[str, set[str]] = {}
     lost: set[str] = set()
     for kind in KINDS:
-        projections = {pattern for pattern, row in rows.items() if ROLES[row.role].part == kind}
+        projections = {pattern for pattern, row in rows.items() if row.role in ROLES and ROLES[row.role].part == kind}
         for layer in _layers(model, rows, projections):
             here = sorted(projections & set(layer.weights))
             found = _ends(model, run, layer, here)

@@ -108,7 +108,7 @@ def shape_of(
     blocks = _merged([_block(i, layers[i], routing, gate_moments) for i in sorted(layers)])
     width = size_of(config, "width") or 0
     roles = {p.role for p in placed}
-    vocabulary = next(p.fan_in for p in placed if p.role == "embedding")
+    vocabulary = next(p.fan_in for p in placed if p.layout.role == "embedding")
     common: dict[str, Any] = {
         "width": width,
         **_heads(config, layers),
