@@ -7,7 +7,8 @@ from typing import Any
 from mue.export.file_text import clipping, commonest
 from mue.export.hf_model import transformers_model
 from mue.export.registry import STACKS
-from mue.export.rows import folded, rows
+from mue.export.rows import folded, refuse_trained_alone, rows
+from mue.export.scale import own_scale
 from mue.plan.plan import PlanData
 from mue.util.text import yaml_number
 
@@ -17,7 +18,8 @@ def automodel(plan: PlanData, model: Any) -> str:
     """The YAML text. The base values are those of most rows; eps has no place per pattern and is the smallest one."""
     plan = folded(plan)
     module, name = transformers_model(plan.target, model)
-    found = rows(plan, module)
+    refuse_trained_alone(module, "automodel")
+    found, scale = rows(plan, module), own_scale(plan, module)
     lr, wd, _ = commonest(found).setting
     # too small an eps does nothing where √v is far larger; too large a one slows
     # experts, whose gradients are small (transfer-rules 1.9)
@@ -31,7 +33,7 @@ def automodel(plan: PlanData, model: Any) -> str:
     std = "\n".join(f"#   {row.regex}: {yaml_number(row.std)}" for row in found if row.std is not None)
     return f"""# {plan.target.name}: hyperparameters of plan {plan.hash} ({plan.rule.name}), written by mue export. Do not edit.
 # For {name}. What this stack cannot express:
-#  - eps per pattern: the smallest of the plan is used for all;
+{f"#  - {scale};" + chr(10) if scale else ""}#  - eps per pattern: the smallest of the plan is used for all;
 #  - {clipping(plan)};
 #  - init: draw these standard deviations before training (mue export --to torch writes a file that does)
 {std}

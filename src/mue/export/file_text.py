@@ -9,14 +9,18 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from mue.export.rows import ExportRow
+from torch import nn
+
+from mue.export.rows import ExportRow, left_alone, rows
+from mue.export.scale import own_scale
 from mue.plan.plan import PlanData
 from mue.plan.values import Folding
 from mue.util.text import number
 
 # For files whose patterns are regular expressions; the other reading of ROWS is that of OLMo-core's globs.
 REGEX = "re.fullmatch(row[0], _name(name))"
-_MATCH = '''FROZEN = r"(e_score_correction_bias|expert_bias)$"  # moved by load statistics, never by the optimizer
+_FROZEN = "(e_score_correction_bias|expert_bias)$"
+_MATCH = '''FROZEN = r"{FROZEN}"  # moved by load statistics, never by the optimizer
 
 
 def _name(name):
@@ -31,7 +35,7 @@ def _rows(model):
     for name, parameter in model.named_parameters():
         hits = [i for i, row in enumerate(ROWS) if {MATCH}]
         if len(hits) != 1:
-            if not parameter.requires_grad or re.search(FROZEN, name):
+            if not parameter.requires_grad or re.search(FROZEN, _name(name)):
                 continue
             raise ValueError(f"{name} matches {len(hits)} rows of this plan; it was written for another model")
         found.append((hits[0], parameter))
@@ -48,6 +52,8 @@ def init_(model, seed=0):
     """Draw every parameter as planned. Build the model with its own initialisation first: some rows keep it."""
     torch.manual_seed(seed)
     for i, parameter in _rows(model):
+        if parameter.is_meta:
+            raise ValueError("a model on the meta device has no values to draw: model.to_empty(device=...) first")
         std, constant = ROWS[i][4:6]
         if std is not None:
             parameter.normal_(0.0, std)
@@ -67,19 +73,28 @@ def param_groups(model):
 '''
 
 
-def loop_file(plan: PlanData, rows: Sequence[ExportRow], model: str, use: str, code: str = "") -> str:
+def loop_file(plan: PlanData, module: nn.Module, name: str, use: str, code: str = "") -> str:
     """A file with ``init_`` and ``param_groups`` for a training loop of one's own.
 
     Args:
-        plan: folded. model: for whom, in words. use: lines that show how to call it. code: what the file has besides.
+        plan: folded. module: the planned model. name: for whom, in words. use: lines that show how to call it. code: what the
+            file has besides.
     """
+    found, alone = rows(plan, module), left_alone(module)
     cannot = ["a learning-rate schedule must multiply every group's own lr, never set one lr for all", clipping(plan)]
-    start = head(plan, model, use, cannot, ("re", "", "torch")) + table(plan, rows)
-    return start + matching() + INIT + _GROUPS + code
+    if alone:
+        cannot.append(f"groups of what the model leaves unplanned ({', '.join(alone)}): give your optimizer your own")
+    start = head(plan, name, use, cannot, ("re", "", "torch"), own_scale(plan, module)) + table(plan, found)
+    return start + matching(alone=alone) + INIT + _GROUPS + code
 
 
-def head(plan: PlanData, model: str, use: str, cannot: Sequence[str], imports: Sequence[str]) -> str:
-    """The docstring and the imports: bare names of modules, or whole lines; ``""`` leaves a line free."""
+def head(plan: PlanData, model: str, use: str, cannot: Sequence[str], imports: Sequence[str], scale: str = "") -> str:
+    """The docstring and the imports: bare names of modules, or whole lines; ``""`` leaves a line free.
+
+    ``scale``: what the forward code has to do about the attention scale, where it has to do anything.
+    """
+    stays = "the model's forward code stays as it is" + (", but for the attention scale" if scale else "")
+    cannot = [scale, *cannot] if scale else cannot
     lines = "\n".join(textwrap.fill(line, 116, initial_indent=" - ", subsequent_indent="   ") for line in cannot)
     same = ", ".join(f"{name} {number(value) if value is not None else 'off'}" for name, value in _same(plan).items())
     needed = "\n".join(line if " " in line or not line else f"import {line}" for line in imports)
@@ -89,7 +104,7 @@ For {model}.
 
 {use}
 
-Multipliers are folded into these values; the model's forward code stays as it is. What this file cannot say:
+Multipliers are folded into these values; {stays}. What this file cannot say:
 {lines}
 Taken from the base unchanged, and yours to set: {same}.
 """
@@ -144,9 +159,14 @@ def table(plan: PlanData, rows: Sequence[ExportRow], globs: Callable[[ExportRow]
     )
 
 
-def matching(match: str = REGEX, every_row: bool = True) -> str:
-    """Code of ``_rows``; ``every_row``: a row that matches nothing is an error too."""
-    text = _MATCH.replace("{MATCH}", match).replace("{ALL}", ", and each row something" if every_row else "")
+def matching(match: str = REGEX, every_row: bool = True, alone: Sequence[str] = ()) -> str:
+    """Code of ``_rows``; ``every_row``: a row that matches nothing is an error too; ``alone``: regexes of what is not planned."""
+    frozen = "|".join([_FROZEN, *(f"^{regex}$" for regex in alone)])
+    text = (
+        _MATCH.replace("{FROZEN}", frozen)
+        .replace("{MATCH}", match)
+        .replace("{ALL}", ", and each row something" if every_row else "")
+    )
     return text.replace("{UNUSED}", _UNUSED if every_row else "")
 
 

@@ -121,6 +121,8 @@ def _draws(parameter):
 def init_(model):
     """Draw what the three init methods of TRANSFORMER cannot; the other parameters keep their start."""
     for i, parameter in _rows(model):
+        if parameter.is_meta:
+            raise ValueError("a model on the meta device has no values to draw: model.to_empty(device=...) first")
         std, constant = ROWS[i][4:6]
         if std is not None:
             with _draws(parameter):
@@ -200,6 +202,11 @@ def _method(row: ExportRow) -> str:
 
 def _std(found: Sequence[ExportRow], method: str) -> float:
     stds = [row.std for row in found if row.std is not None and _method(row) == method]
+    if not stds:
+        raise ValueError(
+            f"no matrix of this model is one that Megatron-Core draws by its {method} (it goes by names like linear_proj and"
+            ' linear_fc2): give a model that it built, one of its own by name, or export("torch") for a model of yours'
+        )
     return Counter(stds).most_common(1)[0][0]
 
 

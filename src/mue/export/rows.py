@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from mue.layouts.layout import ParamInfo
+from mue.layouts.layout import UNPLANNED, ParamInfo
+from mue.layouts.of_model import layout_of
+from mue.model.apply import trained_unplanned
 from mue.model.tensor_plan import TensorPlan, tensor_plans
 from mue.plan.fold import fold, folded_values
 from mue.plan.plan import PlanData
@@ -77,7 +79,7 @@ def rows(plan: PlanData, model: nn.Module, extra: Mapping[str, float] | None = N
         raise ValueError(
             f"exports speak AdamW, and this plan is for {plan.tuned.optimizer!r}: use mue.model.apply in your own loop"
         )
-    kinds: dict[str, dict[ExportRow, list[ParamInfo]]] = {}
+    kinds: dict[str, dict[ExportRow, list[ParamInfo]]] = {}  # by pattern
     for s in tensor_plans(plan, model):
         if not ROLES[s.info.role].trained:
             continue
@@ -87,7 +89,7 @@ def rows(plan: PlanData, model: nn.Module, extra: Mapping[str, float] | None = N
                 f"{s.info.name}: experts that start from one draw cannot be exported; call plan.init_ instead"
             )
         row = _row(plan, s, (extra or {}).get(s.info.layout.pattern, 1.0))
-        kinds.setdefault(s.info.layout.pattern, {}).setdefault(row, []).append(s.info)
+        kinds.setdefault(row.pattern, {}).setdefault(row, []).append(s.info)
     return [
         # one setting for all its layers: the row holds in any, and the file is as short as the plan is uniform
         replace(row, layers=None if len(settled) == 1 else _layers(placed))
@@ -103,7 +105,7 @@ def _row(plan: PlanData, s: TensorPlan, c: float) -> ExportRow:
     layout = s.info.layout
     constant = None if s.constant is None else s.constant * c
     return ExportRow(
-        layout.pattern,
+        _pattern(s.info),
         None,
         " + ".join(layout.parts) or layout.role,
         v.lr,
@@ -114,5 +116,29 @@ def _row(plan: PlanData, s: TensorPlan, c: float) -> ExportRow:
     )
 
 
+def _pattern(p: ParamInfo) -> str:
+    """The row's pattern; where it has marked stars, that of one stage, whose first star is the layer."""
+    stars = p.layout.stars
+    if "{" not in p.layout.pattern:
+        return p.layout.pattern
+    return p.layout.starred(p.name, stars.index("layer") if "layer" in stars else 0)
+
+
 def _layers(placed: Sequence[ParamInfo]) -> tuple[int, ...]:
-    return tuple(sorted({p.layer for p in placed if p.layer is not None}))
+    """The numbers that the names have for their layers: within a stage, where there are some."""
+    numbers = {p.layout.number(p.name, "layer") for p in placed}
+    return tuple(sorted(n for n in numbers if n is not None))
+
+
+def left_alone(model: nn.Module) -> list[str]:
+    """Regular expressions for the whole names of what a model's table says to leave alone."""
+    return [row.regex.pattern for row in layout_of(model) if row.role == UNPLANNED]
+
+
+def refuse_trained_alone(model: nn.Module, stack: str) -> None:
+    """``ValueError`` for a stack that has a group for every trained tensor, where the model trains some that are not planned."""
+    if trained := trained_unplanned(model):
+        raise ValueError(
+            f"{trained[0]} is unplanned and trained, and {stack} would train it with settings of the plan: requires_grad_(False), or"
+            ' export("torch") for a loop of your own'
+        )

@@ -7,7 +7,10 @@ from __future__ import annotations
 
 import math
 
+from torch import nn
+
 from mue.export.skeleton import Skeleton
+from mue.layouts.layout import HasLayout, unwrap
 from mue.plan.plan import PlanData
 from mue.util.text import number
 
@@ -40,6 +43,24 @@ def query_scale(plan: PlanData, model: Skeleton) -> tuple[Extra, list[str]]:
             f" head_dim {plan.target.head_dim}, or a model with norms of queries and keys"
         )
     return {queries[0].pattern: c}, [_scale_note(plan, f"the query projection is {number(c)} times as large")]
+
+
+def own_scale(plan: PlanData, model: nn.Module) -> str:
+    """The line on the attention scale for a model that describes itself, or ``""`` where there is nothing to do.
+
+    No weight carries the scale there: whether the forward code has the planned one already cannot be seen from parameters. On a
+    stock model the queries, or the gain of their norm, carry it (:func:`mue.model.stock.query_coefficients`).
+
+    Args:
+        plan: folded or not. model: what the file is written for.
+    """
+    usual = plan.target.head_dim**-0.5
+    if not isinstance(unwrap(model), HasLayout) or math.isclose(plan.attention_scale, usual):
+        return ""
+    return (
+        f"the attention scale: queries times keys are to be multiplied by {plan.attention_scale!r}, and not by the usual 1/√head_dim ="
+        f" {number(usual)}: set it in the model's forward code (scale= of scaled_dot_product_attention)"
+    )
 
 
 def _scale_note(plan: PlanData, change: str) -> str:

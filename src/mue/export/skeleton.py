@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from mue.export.rows import refuse_trained_alone
 from mue.export.stack_model import StackModel
 from mue.layouts.layout import HasLayout, Layout, canonical
+from mue.layouts.of_model import placed
 from mue.rules.roles import ROLES
 from mue.shapes import Block, Transformer
 from mue.util.errors import nearest
@@ -119,8 +121,10 @@ class NativeStack:
 def with_rows(model: HasLayout) -> Skeleton:
     """A model that says itself what its parameters are, where the stack's tables do not know it."""
     assert isinstance(model, nn.Module)
-    shapes = {canonical(n): tuple(p.shape) for n, p in model.named_parameters() if p.requires_grad}
-    return Skeleton(shapes, model.layout(), type(model).__name__)
+    refuse_trained_alone(model, "a stack's own file")
+    planned = [p for p in placed(model) if p.parameter.requires_grad]
+    rows = list(dict.fromkeys(p.layout for p in planned))
+    return Skeleton({p.name: tuple(p.parameter.shape) for p in planned}, _ends(rows), type(model).__name__)
 
 
 def shaped(kind: StackModel, target: Transformer, title: str) -> Skeleton:

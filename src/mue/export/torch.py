@@ -9,7 +9,7 @@ from torch import nn
 from mue.export.file_text import loop_file
 from mue.export.hf_model import transformers_model
 from mue.export.registry import STACKS
-from mue.export.rows import folded, rows
+from mue.export.rows import folded
 from mue.export.skeleton import shaped
 from mue.export.stack_model import EXPERT_OUT_IN, IN_OUT, VECTOR, StackModel, norm_params, param
 from mue.plan.plan import PlanData
@@ -23,7 +23,7 @@ def torch(plan: PlanData, model: Any) -> str:
     """The file's text. Without a model it is written for the lab's LanguageModel, which has every shape that can be planned."""
     plan = folded(plan)
     module, name = _language_model(plan.target) if model is None else transformers_model(plan.target, model)
-    return loop_file(plan, rows(plan, module), name, _USE)
+    return loop_file(plan, module, name, _USE)
 
 
 def _language_model(target: Transformer) -> tuple[nn.Module, str]:

@@ -87,7 +87,7 @@ def set_init(model):
             parameter = f"{path}.{name}".replace(".qk_norm.", ".q_norm.").replace(".wkv.", ".wk.")
             for pattern, _, _, _, std, constant in ROWS:
                 if re.fullmatch(pattern, parameter) and (std is not None or constant is not None):
-                    start = partial(nn.init.normal_, std=std) if std else partial(nn.init.constant_, val=constant)
+                    start = partial(nn.init.normal_, std=std) if std is not None else partial(nn.init.constant_, val=constant)
                     config.param_init = {**config.param_init, name: start}
     if model.enable_weight_tying:  # the head's start is drawn last, into the same tensor
         model.lm_head.param_init = model.tok_embeddings.param_init

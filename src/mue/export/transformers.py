@@ -7,7 +7,7 @@ from typing import Any
 from mue.export.file_text import loop_file
 from mue.export.hf_model import transformers_model
 from mue.export.registry import STACKS
-from mue.export.rows import folded, rows
+from mue.export.rows import folded
 from mue.plan.plan import PlanData
 
 _USE = "    init_(model)\n    trainer = Trainer(model=model, args=args, **trainer_arguments(model, schedule))"
@@ -28,4 +28,4 @@ def transformers(plan: PlanData, model: Any) -> str:
     """The file's text."""
     plan = folded(plan)
     module, name = transformers_model(plan.target, model)
-    return loop_file(plan, rows(plan, module), name, _USE, _CODE)
+    return loop_file(plan, module, name, _USE, _CODE)

@@ -78,6 +78,23 @@ def test_a_balance_loss_that_no_router_reads_is_refused(corpus: Corpus) -> None:
         assert run(*routers).settings.balance == "loss"
 
 
+def test_a_z_loss_without_logits_is_refused(corpus: Corpus) -> None:
+    """It is a loss on a router's logits: one that draws or hashes has none, and the coefficient was read by nothing."""
+    data, training = describe_data({"source": []}, corpus), mue.Training(128, 10)
+
+    def run(*routers: str, z: float = 1e-3) -> Run:
+        blocks = tuple(mue.Block(layers=1, experts=4, active=2, expert=16, router=router) for router in routers)
+        shape = mue.Mixed(32, blocks, head_dim=16, sequence=32) if routers else BASE
+        plan = mue.transfer(BASE, shape, TUNED.replace(z=z), base_training=training, training=training)
+        return Run(plan, SETTINGS, data)
+
+    with pytest.raises(
+        ValueError, match=r"z = 0\.001 is the coefficient of a loss on a router's logits, and the hash router"
+    ):
+        run("hash", "random")
+    assert run("hash", "softmax") and run("sigmoid") and run() and run("hash", z=0.0)
+
+
 def test_whole_numbers_of_settings_are_plain_ones() -> None:
     assert (
         Settings(eval_sequences=64.0, eval_every=10.0).to_dict() == Settings(eval_sequences=64, eval_every=10).to_dict()

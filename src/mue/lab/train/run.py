@@ -98,6 +98,11 @@ class Run:
                 f'[run] balance = "loss" trains the matrix of a router, and the {routers[0].name} router of {self.plan.target.name}'
                 " has none: leave it out, and [tuned] balance with it"
             )
+        if tuned.z and routers and not any(kind.matrix for kind in routers):
+            raise ValueError(
+                f"z = {tuned.z:g} is the coefficient of a loss on a router's logits, and the {routers[0].name} router of"
+                f" {self.plan.target.name} has none: leave it out"
+            )
         if self.settings.consistency and not any(kind.stochastic for kind in routers):
             raise ValueError(
                 f"consistency = {self.settings.consistency:g} compares two draws of the experts, and no router of"
