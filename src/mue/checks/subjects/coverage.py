@@ -90,7 +90,7 @@ def _faults(text: str) -> Iterator[Finding]:
     """One finding for each line of a refusal, which names its tensor first."""
     head, *lines = text.split("\n")
     for line in lines or [head]:
-        # the refusals' own wording (mue.layouts.layout.place, mue.model.match): the tensor first, the way out last
+        # the refusals' own wording (mue.layouts.place.place, mue.model.match): the tensor first, the way out last
         name = re.match(r"\s*(\w+(?:\.[\w*]+)+|\w+(?= \(\d))", line)
         multiplier = re.search(r"the model's (\w+) multiplier", line)
         where = canonical(name[1]) if name else f"{multiplier[1]} multiplier" if multiplier else head.rstrip(":")

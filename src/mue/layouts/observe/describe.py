@@ -61,7 +61,7 @@ class Description:
         return [p for p in self.patterns if p.row is None]
 
     def layout(self) -> list[Layout]:
-        """The table for :func:`mue.layouts.layout.place`.
+        """The table for :func:`mue.layouts.place.place`.
 
         Raises:
             ValueError: parameters without a role, each with the reason and the line that settles it.

@@ -92,7 +92,7 @@ def shape_of(
     """The shape that a plan needs.
 
     Args:
-        placed: the full model's parameters (:func:`mue.layouts.layout.place`; the meta device will do).
+        placed: the full model's parameters (:func:`mue.layouts.place.place`; the meta device will do).
         routing: from :func:`routers`.
         gate_moments: (E[Σw], E[Σw²]) at init, for gates that do not sum to one.
         sequence: tokens of a training sequence (for FLOPs only).
