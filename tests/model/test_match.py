@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
-import torch
 from torch import nn
 
 import mue
@@ -195,31 +194,6 @@ def test_a_head_multiplier_without_a_gain_to_carry_it_is_refused() -> None:
     init_(fold(planned()), NoFinalNorm(fold(planned())))  # the head's own tensor carries it
     same = fold(mue.transfer(replace(TARGET, tied=True), replace(TARGET, tied=True), TUNED))
     init_(same, NoFinalNorm(same))  # 1 has to be carried by nothing
-
-
-def test_a_trained_router_bias_is_no_balance_bias() -> None:
-    """The balance bias is in no optimizer group: one that is to be trained would never move."""
-    plan = planned()
-
-    class Biased(LanguageModel):
-        role = "router_bias"
-
-        def layout(self) -> Sequence[Layout]:
-            return [*super().layout(), Layout("blocks.*.moe.router.bias", self.role, ("vector",))]
-
-    def built_with(role: str, trained: bool) -> Biased:
-        model = Biased(plan.target, plan.multipliers)
-        model.role = role
-        for block in model.blocks:
-            block.moe.router.bias = nn.Parameter(torch.zeros(8), requires_grad=trained)  # type: ignore[union-attr]
-        return model
-
-    with pytest.raises(ValueError, match=r"router\.bias has the role router_bias.*give it the role bias"):
-        param_groups(plan, built_with("router_bias", True))
-    assert len(param_groups(plan, built_with("router_bias", False)))
-    model = built_with("bias", True)
-    held = {id(p) for g in param_groups(plan, model) for p in g["params"]}
-    assert id(model.blocks[0].moe.router.bias) in held  # type: ignore[union-attr]
 
 
 def test_a_model_of_fewer_layers_is_refused() -> None:

@@ -86,13 +86,6 @@ def _shape_faults(plan: PlanData, found: Placement, declared: bool) -> list[str]
         + _expert_faults(layers, only, params)
     )
     faults += _final_norm_faults(plan, params, declared)
-    if declared:
-        faults += [
-            f"{p.name} has the role router_bias, the balance bias that load statistics move and no optimizer, but it is to be trained"
-            " (requires_grad = True): give it the role bias, or requires_grad_(False) if it balances"
-            for p in params
-            if p.role == "router_bias" and p.parameter.requires_grad
-        ]
     return faults
 
 

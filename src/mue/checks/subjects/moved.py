@@ -159,10 +159,7 @@ def _live(s: TensorStep) -> Iterator[tuple[int | None, str, bool]]:
 
 def _own_expert(p: ParamInfo) -> int | None:
     """Index of the expert whose own module this tensor is in."""
-    if ROLES[p.role].kind != "expert" or "experts.*" not in p.layout.pattern:
-        return None
-    match = p.layout.regex.fullmatch(p.name)
-    return int(match[2]) if match and match.lastindex and match.lastindex > 1 and match[2].isdigit() else None
+    return p.expert if ROLES[p.role].kind == "expert" else None
 
 
 def _has_tokens(ctx: Context, layer: int | None, expert: int) -> bool:
