@@ -10,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from mue.lab.data.spec import open_corpus
+from mue.lab.sweep.spec import sweep_from
+from mue.lab.sweep.state import SweepState
 from mue.lab.sweep.tuned import tuned_of
+from mue.plan.toml import read_toml
 from support.command_line import in_process, refused, run
 
 
@@ -74,6 +78,22 @@ def test_sweep_report_and_plan_from_it(
     wider = run("sweep", experiment, "--out", out)
     assert wider.returncode == 0, wider.stderr
     assert len(list(out.glob("runs/*/result.json"))) == 8
+
+
+def test_another_grid_in_a_shared_storage_needs_a_name(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec, shared = sweep_from(read_toml(experiment), tmp_path), f"sqlite:///{tmp_path / 'shared.db'}"
+    first = SweepState.start(tmp_path / "first", spec, open_corpus(spec.source), shared)
+    first.ask(first.open_trials(), first)
+    experiment.write_text(experiment.read_text().replace("0.032]", "0.5]"))
+    out = tmp_path / "second"
+    refused(
+        in_process(capsys, monkeypatch, "sweep", experiment, "-o", out, "--storage", shared),
+        "lr differ",
+        "--study NAME",
+    )
+    assert not out.exists()
 
 
 def test_a_sampler_goes_on_and_ends(experiment: Path, tmp_path: Path) -> None:

@@ -25,6 +25,10 @@ _Storage = Annotated[
         "--storage", help="Where the trials are: sqlite:///FILE, or postgresql://USER@HOST/NAME for a cluster."
     ),
 ]
+_Study = Annotated[
+    str | None,
+    typer.Option("--study", help="This sweep's name in the storage, where several of one base share it."),
+]
 _Lease = Annotated[
     float | None,
     typer.Option(
@@ -40,6 +44,7 @@ def sweep(
     out: _Out = None,
     resume: _Resume = None,
     storage: _Storage = None,
+    study: _Study = None,
     workers: Workers = None,
     lease: _Lease = None,
     csv: _Csv = None,
@@ -108,6 +113,7 @@ def sweep(
             folder,
             corpus,
             storage=storage,
+            study=study,
             lease=lease,
             workers=workers,
             listener=listener,

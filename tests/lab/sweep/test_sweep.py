@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from mue.lab.sweep.report import sweep_report
 from mue.lab.sweep.result import SweepResult
 from mue.lab.sweep.sampler import sampler_of
 from mue.lab.sweep.spec import SweepSpec, sweep_from
-from mue.lab.sweep.state import SweepState
+from mue.lab.sweep.state import SweepState, join
 from mue.lab.sweep.storage import Database
 from mue.lab.sweep.sweep import run_sweep
 from mue.lab.sweep.trial import Trial
@@ -26,7 +27,7 @@ from mue.lab.sweep.tuned import tuned_of
 from mue.lab.sweep.worker import Worker
 from mue.lab.train.run import Run
 from mue.plan.toml import read_toml
-from mue.util.files import write_json
+from mue.util.files import digest, write_json
 from support.scripted_runner import Heard, Scripted, done
 
 
@@ -78,8 +79,17 @@ class Interrupting(Heard):
             raise KeyboardInterrupt
 
 
-def run(spec: SweepSpec, out: Path, listener: Heard | None = None, *, resume: bool = False) -> SweepResult:
-    return run_sweep(spec, out, open_corpus(spec.source), listener=listener, resume=resume)
+def run(
+    spec: SweepSpec,
+    out: Path,
+    listener: Heard | None = None,
+    *,
+    resume: bool = False,
+    storage: str | None = None,
+    study: str | None = None,
+) -> SweepResult:
+    corpus = open_corpus(spec.source)
+    return run_sweep(spec, out, corpus, listener=listener, resume=resume, storage=storage, study=study)
 
 
 def test_points_that_are_no_longer_asked_for_are_not_trained(
@@ -92,7 +102,7 @@ def test_points_that_are_no_longer_asked_for_are_not_trained(
     swept = run(asking(spec, 3), tmp_path, heard)
     assert set(trained) == began | set(lrs(3))
     assert any("not in the file any more" in words for words in heard.words)
-    assert len(swept.best.points) == 3
+    assert len(swept.best.points) == len(set(trained)), "what was trained counts, asked for or not"
     assert {t.point["lr"] for t in SweepState.load(tmp_path).read_trials().all()} == set(trained)
     swept = run(spec, tmp_path)
     assert sorted(trained) == sorted(lrs(5)) and len(swept.best.points) == 5  # each of them once
@@ -122,7 +132,7 @@ def test_a_grid_widened_beside_a_worker_is_what_counts(spec: SweepSpec, tmp_path
     about = json.loads((tmp_path / "sweep.json").read_text())
     write_json(tmp_path / "sweep.json", {**about, "spec": own.to_dict()})  # a machine that was not told
     assert run(own, tmp_path, resume=True).spec.grid == replace(spec.grid, runner="stacked")
-    assert len(run(narrow, tmp_path).best.points) == 3  # the control: started with it, it is what counts
+    assert run(narrow, tmp_path).spec.grid == narrow.grid  # the control: started with it, it is what is asked for
 
 
 def test_a_grid_widened_as_a_worker_ends_is_worked_on(
@@ -149,10 +159,95 @@ def test_a_report_of_a_new_grid_without_a_result(spec: SweepSpec, tmp_path: Path
     other = replace(spec, grid=replace(spec.grid, lr=(0.5, 1.0)))
     trials = SweepState.load(tmp_path).read_trials()
     trials.ask({"identity": {}, "spec": other.to_dict()}, sampler_of(other.grid).points(), only=True)
-    assert "no run has a loss yet" in sweep_report(tmp_path).read_text()
+    assert "so far: tuned" in sweep_report(tmp_path).read_text()  # by the three runs that have ended
     trials.ask({"identity": {}, "spec": {**other.to_dict(), "grid": {"new": 1}}}, [], only=False)
     with pytest.raises(ValueError, match="another version of mue"):
         sweep_report(tmp_path)
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'shared.db'}"
+
+
+def test_another_grid_from_another_folder_is_refused_and_not_adopted(
+    spec: SweepSpec, tmp_path: Path, trained: list[float], shared: str
+) -> None:
+    """Whichever of the two has ended; what was trained stays, and a folder that has had part in it may change it."""
+    mine, theirs = spec, replace(spec, grid=replace(spec.grid, lr=(0.001, 0.5)))
+    with pytest.raises(KeyboardInterrupt):
+        run(mine, tmp_path / "mine", Interrupting(2), storage=shared)
+    for _ in ("while mine is open", "after it has ended"):
+        with pytest.raises(
+            ValueError,
+            match=r"holds another sweep of this base \(lr differ: lr is \[0.00195.* there, \[0.001, 0.5\] here\): .* --study NAME",
+        ):
+            run(theirs, tmp_path / "theirs", storage=shared)
+        assert not (tmp_path / "theirs").exists() and 0.5 not in trained
+        swept = run(mine, tmp_path / "mine", storage=shared)
+        assert sorted(trained) == sorted(lrs(5)) and swept.spec.grid == mine.grid
+    run(mine, tmp_path / "ours", storage=shared)  # the control: the same grid takes part
+    wider = asking(spec, 6)
+    assert run(wider, tmp_path / "ours", storage=shared).spec.grid == wider.grid, "and may change it from then on"
+
+
+def test_sweeps_of_one_base_under_names_of_their_own(
+    spec: SweepSpec, tmp_path: Path, trained: list[float], shared: str
+) -> None:
+    mine, theirs = spec, replace(spec, grid=replace(spec.grid, lr=(0.001, 0.5)))
+    run(mine, tmp_path / "mine", storage=shared)
+    for _ in ("first", "again, from what the folder says"):
+        swept = run(theirs, tmp_path / "theirs", storage=shared, study="theirs" if _ == "first" else None)
+        assert {t.point["lr"] for t in swept.trials} == {0.001, 0.5}
+    assert len(run(mine, tmp_path / "mine").trials) == 5
+    with pytest.raises(ValueError, match=r"the sweep of .*theirs is called theirs, not other: leave --study out"):
+        run(theirs, tmp_path / "theirs", storage=shared, study="other")
+    longer = replace(theirs, training=replace(theirs.training, steps=41))
+    with pytest.raises(ValueError, match=r"theirs in .*shared.db is a sweep of another experiment \(training differ\)"):
+        run(longer, tmp_path / "longer", storage=shared, study="theirs")
+    with pytest.raises(ValueError, match=r"choose one of the sweeps in .* with --study:\n.*\n  theirs "):
+        join(tmp_path / "seen", shared, None)
+    join(tmp_path / "seen", shared, "theirs")
+    assert "All 2 are in trials.csv" in sweep_report(tmp_path / "seen").read_text()
+    assert replace(SweepState.load(tmp_path / "seen"), folder=tmp_path / "theirs") == SweepState.load(
+        tmp_path / "theirs"
+    )
+
+
+def test_of_two_grids_at_once_one_is_refused(spec: SweepSpec, tmp_path: Path, shared: str) -> None:
+    """Judged where the study is held, or both would find nothing there and the second would take the first's place."""
+    corpus, gate, refused = open_corpus(spec.source), threading.Barrier(2), list[str]()
+    Database(shared).study(digest(spec.identity(corpus.hash)))
+
+    def start(count: int) -> None:
+        state = SweepState.start(tmp_path / f"of {count}", asking(spec, count), corpus, shared)
+        trials = state.open_trials()
+        before = state.with_current_grid(trials)
+        gate.wait()
+        try:
+            state.ask(trials, before)
+        except ValueError as error:
+            refused.append(str(error))
+
+    threads = [threading.Thread(target=start, args=(count,)) for count in (3, 4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(refused) == 1 and "lr differ" in refused[0]
+    assert len(list(tmp_path.glob("of */sweep.json"))) == 1
+
+
+@pytest.mark.parametrize("name", ["a?b", "a%20b", "a{b}", "a b#c", "[a];b", "file:a&b=c", "%s {0}"])
+def test_a_folder_may_have_any_name(spec: SweepSpec, tmp_path: Path, trained: list[float], name: str) -> None:
+    """Its storage is in it, whatever a URL would make of the name; so is one that is named by --storage."""
+    folder = tmp_path / name / "s"
+    run(asking(spec, 2), folder)
+    assert (folder / "optuna.db").exists() and sweep_report(folder).exists()
+    run(asking(spec, 2), tmp_path / "second", storage=f"sqlite:///{tmp_path / name / 'shared.db'}")
+    assert (tmp_path / name / "shared.db").exists()
+    assert {p.name for p in tmp_path.iterdir()} >= {name, "second"}
+    assert not [p for p in tmp_path.iterdir() if p.is_file() and p.name not in ("experiment.toml",)]
 
 
 def test_a_damaged_storage_names_the_remedy(spec: SweepSpec, tmp_path: Path, trained: list[float]) -> None:

@@ -55,7 +55,7 @@ def sweep_report(folder: Path, *, csv: Path | None = None, result: SweepResult |
     going = sum(t.state in OPEN for t in trials)
     sections = []
     lead = "no run has a loss yet"
-    if any(math.isfinite(t.loss) for t in counted(spec, trials)):
+    if any(math.isfinite(t.loss) for t in counted(trials)):
         result = result or summarise(spec, trials)
         lead = ("so far: " if going else "") + tuned_words(result)
         sections += [sweep_section(result.to_dict(state.identity["data"]), result.cells), *cells_sections(result.cells)]

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mue.lab.sweep.sampler import sampler_of
 from mue.lab.sweep.spec import SweepSpec
-from mue.lab.sweep.trial import Trial, name_of
+from mue.lab.sweep.trial import Trial
 from mue.lab.train.task import task_of
 from mue.lab.valley import LossPoint, Valley, fit_valley
 from mue.lab.valley.cell import CellValues
@@ -144,13 +143,9 @@ class SweepResult:
         }
 
 
-def counted(spec: SweepSpec, trials: Sequence[Trial]) -> list[Trial]:
-    """The ended trials that count: of a grid what is in the file, of a search every one.
-
-    Workers of a grid that was narrowed may still end what nobody asks for any more.
-    """
-    asked = {name_of(point) for point in sampler_of(spec.grid).points()}
-    return [t for t in trials if t.result is not None and (not asked or t.name in asked)]
+def counted(trials: Sequence[Trial]) -> list[Trial]:
+    """The ended trials: all of them count, whether the file still asks for them or not, for each is a run of this base."""
+    return [t for t in trials if t.result is not None]
 
 
 def summarise(spec: SweepSpec, trials: Sequence[Trial]) -> SweepResult:
@@ -164,7 +159,7 @@ def summarise(spec: SweepSpec, trials: Sequence[Trial]) -> SweepResult:
     Raises:
         ValueError: no run has a loss.
     """
-    ended = counted(spec, trials)
+    ended = counted(trials)
     found = [t for t in ended if t.state == "COMPLETE"]
     groups: dict[CellValues, list[LossPoint]] = {}
     for trial in ended:

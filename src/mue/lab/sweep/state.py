@@ -11,7 +11,9 @@ runs/ in the folder                 the runs that this machine trained (``mue.la
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,14 @@ class SweepState:
         folder: this machine's. spec: the sweep as it was asked for here (:meth:`with_current_grid`: anywhere).
         identity: what must not change under it (:meth:`SweepSpec.identity`).
         storage: the URL of the storage it shares with others; None for a file in the folder.
+        study: its name in the storage, where it was given one; None: it is named by its identity.
     """
 
     folder: Path
     spec: SweepSpec
     identity: dict[str, Any]
     storage: str | None
+    study: str | None = None
 
     @classmethod
     def load(cls, folder: Path) -> SweepState:
@@ -55,35 +59,37 @@ class SweepState:
         again = f"start it with mue sweep FILE --out {folder}"
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            return cls(folder, SweepSpec.from_dict(stored["spec"]), stored["identity"], stored["storage"])
+            spec = SweepSpec.from_dict(stored["spec"])
+            return cls(folder, spec, stored["identity"], stored["storage"], stored.get("study"))
         except FileNotFoundError:
             raise ValueError(f"{folder} holds no sweep (no {SWEEP_FILE}): {again}") from None
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is not a whole sweep's ({type(error).__name__}: {error}): {again}") from error
 
     @classmethod
-    def start(cls, folder: Path, spec: SweepSpec, corpus: Corpus, storage: str | None) -> SweepState:
+    def start(
+        cls, folder: Path, spec: SweepSpec, corpus: Corpus, storage: str | None, study: str | None = None
+    ) -> SweepState:
         """The sweep of ``spec`` in its folder, new or gone on with. Nothing is written.
 
         Args:
-            storage: of a new sweep; one that is there knows its own.
+            storage, study: of a new sweep; one that is there knows its own.
 
         Raises:
-            ValueError: the folder belongs to another experiment or storage; the data is too short for a new one.
+            ValueError: the folder belongs to another experiment, storage or study; the data is too short for a new one.
         """
         path, own = folder / SWEEP_FILE, spec.identity(corpus.hash)
         if not path.exists():
             point = {**{axis: getattr(spec.grid, axis)[0] for axis in AXES}, "seed": spec.grid.seeds[0]}
             run = spec.run_at(point, describe_data(spec.source, corpus))
             task_of(spec.settings).batches(run, corpus)  # before the folder is made
-            return cls(folder, spec, own, storage)
+            return cls(folder, spec, own, storage, study)
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))
-            before, kept = stored["identity"], stored.get("storage")
+            before, kept, called = stored["identity"], stored.get("storage"), stored.get("study")
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): choose another folder with --out, or remove it") from error
-        if digest(before) != digest(own):
-            wrong = [k for k in own if digest(before.get(k)) != digest(own[k])]
+        if wrong := _differing(before, own):
             raise ValueError(
                 f"{folder} holds a sweep of another experiment ({', '.join(wrong)} differ): choose another folder with --out"
             )
@@ -91,7 +97,11 @@ class SweepState:
             raise ValueError(
                 f"the trials of {folder} are in {kept or 'its own file'}, not in {without_password(storage)}: choose another folder with --out"
             )
-        return cls(folder, spec, own, storage or kept)
+        if study is not None and study not in (called, digest(own) if called is None else None):
+            raise ValueError(
+                f"the sweep of {folder} is called {called or digest(own)}, not {study}: leave --study out, or choose another folder with --out"
+            )
+        return cls(folder, spec, own, storage or kept, called)
 
     @property
     def about(self) -> dict[str, Any]:
@@ -101,7 +111,8 @@ class SweepState:
     def save(self) -> None:
         """Write the folder's ``sweep.json``. Passwords stay out of it."""
         storage = None if self.storage is None else without_password(self.storage)
-        write_json(self.folder / SWEEP_FILE, {**self.about, "storage": storage})
+        named = {} if self.study is None else {"study": self.study}
+        write_json(self.folder / SWEEP_FILE, {**self.about, "storage": storage, **named})
 
     def save_result(self, result: SweepResult) -> None:
         """Write the folder's ``result.json``."""
@@ -133,8 +144,9 @@ class SweepState:
 
     def _trials(self, lease: float | None, trouble: Trouble | None, *, make: bool) -> Trials:
         url = self.storage or f"sqlite:///{self.folder.absolute() / 'optuna.db'}"
-        # The study is named by what must not change, so that machines find each other's without being told a name.
-        return Trials(Database(url, trouble=trouble, make=make), digest(self.identity), lease, make=make)
+        # Named by what must not change, unless a name is given: machines find each other's without being told one.
+        name = self.study or digest(self.identity)
+        return Trials(Database(url, trouble=trouble, make=make), name, lease, make=make)
 
     def ask(self, trials: Trials, before: SweepState) -> int:
         """From now on this grid is what is asked for, in the folder and in the storage.
@@ -144,12 +156,40 @@ class SweepState:
 
         Returns:
             How many open trials of ``before`` were withdrawn.
+
+        Raises:
+            ValueError: it is somebody else's sweep: another experiment under this name, or, where the folder had no part in it
+                until now, another grid. Nothing was written then.
         """
-        self.save()
         points = sampler_of(self.spec.grid).points()
         # Else what waits belongs to a search, which knows its points by itself.
         listed = bool(points or sampler_of(before.spec.grid).points())
-        return trials.ask(self.about, points, only=listed)
+        check = partial(self._check_ours, where=trials.database.name, new=not (self.folder / SWEEP_FILE).exists())
+        gone = trials.ask(self.about, points, only=listed, check=check)
+        self.save()
+        return gone
+
+    def _check_ours(self, about: Mapping[str, Any] | None, *, where: str, new: bool) -> None:
+        """Refuse a study that is a sweep of something else, or of somebody else.
+
+        Args:
+            about: what it is a sweep of; None: nothing yet. where: the storage, for messages.
+            new: the folder had no part in it until now, so that its grid may be no change of the one there.
+        """
+        if about is None:
+            return
+        if self.study is not None and (wrong := _differing(about["identity"], self.identity)):
+            raise ValueError(
+                f"{self.study} in {where} is a sweep of another experiment ({', '.join(wrong)} differ): choose another name with --study"
+            )
+        # How runs are laid out may differ from machine to machine.
+        there, here = ({**grid, "runner": None} for grid in (about["spec"]["grid"], self.spec.grid.to_dict()))
+        if new and (wrong := _differing(there, here)):
+            key = wrong[0]
+            raise ValueError(
+                f"{where} holds another sweep of this base ({', '.join(wrong)} differ: {key} is {_listed(there.get(key))} there,"
+                f" {_listed(here.get(key))} here): give this one a name of its own with --study NAME, or take part in that one with its file"
+            )
 
     def with_current_grid(self, trials: Trials) -> SweepState:
         """The sweep with the grid of the file that was started last, on whatever machine: that is what is asked for.
@@ -190,7 +230,17 @@ def join(folder: Path, storage: str, study: str | None) -> None:
     if study not in found and (study or len(found) > 1):
         lines = [f"{name} ({_described(about['identity'])})" for name, about in found.items()]
         raise ValueError(f"choose one of the sweeps in {database.name} with --study:\n  " + "\n  ".join(lines))
-    write_json(path, {**found[study or next(iter(found))], "storage": database.name})
+    name = study or next(iter(found))
+    named = {} if name == digest(found[name]["identity"]) else {"study": name}
+    write_json(path, {**found[name], "storage": database.name, **named})
+
+
+def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    return [key for key in {**here, **there} if digest(there.get(key)) != digest(here.get(key))]
+
+
+def _listed(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
 
 
 def _described(identity: dict[str, Any]) -> str:

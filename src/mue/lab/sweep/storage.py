@@ -223,8 +223,12 @@ class Database:
         import optuna
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
+        # A file's name is taken as it is: in a URL SQLAlchemy would end it at a "?" and read "%20" as a blank, and Optuna
+        # would fill in what stands in braces.
+        file: dict[str, Any] = {"creator": lambda: sqlite3.connect(_file(self.url), timeout=_BUSY_SECONDS)}
+        how = ("sqlite://", file) if self.sqlite else (for_optuna(self.url), None)
         with self._making():
-            storage = optuna.storages.RDBStorage(for_optuna(self.url))
+            storage = optuna.storages.RDBStorage(*how)
             optuna.create_study(storage=storage, study_name=name, load_if_exists=True)
             storage.engine.dispose()  # SQLAlchemy's pool would keep its connections as long as we live
 
@@ -251,9 +255,9 @@ def without_password(url: str) -> str:
     Raises:
         ValueError: it is none of ours.
     """
-    parts = urlsplit(url)
-    if parts.scheme == "sqlite" and parts.path.strip("/"):
+    if url.startswith("sqlite:///") and _file(url).strip("/"):
         return f"sqlite:///{Path(_file(url)).absolute()}"
+    parts = urlsplit(url)
     if parts.scheme not in ("postgresql", "postgres"):
         raise ValueError(f"--storage takes {_FORMS}, not {parts.scheme or url!r}")
     login, _, host = parts.netloc.rpartition("@")

@@ -29,6 +29,7 @@ def run_sweep(
     corpus: Corpus,
     *,
     storage: str | None = None,
+    study: str | None = None,
     lease: float | None = None,
     workers: int | None = None,
     listener: SweepListener | None = None,
@@ -40,16 +41,17 @@ def run_sweep(
     Args:
         out: this machine's folder: checkpoints, metrics, and in the end ``result.json``. Workers on one machine may share it.
         storage: the URL of one to share with other machines; None: what the folder says, for a new one a file in it.
+        study: the sweep's name in the storage, where several of one base share it; None: what the folder says, for a new one its identity.
         lease: seconds without a sign of life until a worker's runs go to others.
         workers, checkpoint_seconds: as the runner takes them (``mue.lab.runners.runner``).
         resume: the grid is not ``spec``'s but that of whoever started last.
 
     Raises:
-        ValueError: the folder belongs to another experiment; every run diverged.
+        ValueError: the folder belongs to another experiment, the study to another sweep; every run diverged.
         mue.lab.sweep.storage.StorageError: the storage was lost for longer than an hour.
     """
     listener = listener or SweepListener()
-    state = SweepState.start(out, spec, corpus, storage)
+    state = SweepState.start(out, spec, corpus, storage, study)
     trials = state.open_trials(lease, partial(_trouble, listener))
     before = state.with_current_grid(trials)
     if resume:

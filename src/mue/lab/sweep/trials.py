@@ -10,7 +10,7 @@ A point (learning rate, weight decay, ..., seed) has one trial however many work
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from mue.lab.sweep.storage import Database, Execute, MissingError, Rows
@@ -76,7 +76,14 @@ class Trials:
             raise ValueError(f"this sweep's first worker set a lease of {stored:g} s, not {lease:g}: leave --lease out")
         self.lease = stored
 
-    def ask(self, about: Mapping[str, Any], points: Sequence[Point], *, only: bool) -> int:
+    def ask(
+        self,
+        about: Mapping[str, Any],
+        points: Sequence[Point],
+        *,
+        only: bool,
+        check: Callable[[dict[str, Any] | None], None] | None = None,
+    ) -> int:
         """From now on these points are asked for, and ``about`` is what this study is a sweep of: said to machines that know
         no more than the storage (:meth:`Database.studies`).
 
@@ -87,6 +94,7 @@ class Trials:
             about: JSON-ready. points: in the order they are to be started.
             only: whatever else waits is withdrawn, and what is under way is not begun again if its worker loses it:
                 nobody claims it until it is added again.
+            check: called with what the study was a sweep of until now; where it raises, nothing changes.
 
         Returns:
             How many were withdrawn.
@@ -94,6 +102,8 @@ class Trials:
 
         def work(execute: Execute) -> int:
             self._hold(execute)
+            if check:
+                check(self._attribute(execute, "sweep"))
             execute(
                 "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (:study, 'sweep', :value)"
                 " ON CONFLICT (study_id, key) DO UPDATE SET value_json = excluded.value_json",
