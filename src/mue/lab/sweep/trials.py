@@ -44,6 +44,10 @@ _SET = (
     "INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (:trial, :key, :value)"
     " ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json"
 )
+About = Mapping[str, Any]  # what a study says it is a sweep of
+Check = Callable[
+    [About | None], None
+]  # raises where that (None: nothing yet) is not to be replaced; then nothing changes
 
 
 class Trials:
@@ -76,14 +80,7 @@ class Trials:
             raise ValueError(f"this sweep's first worker set a lease of {stored:g} s, not {lease:g}: leave --lease out")
         self.lease = stored
 
-    def ask(
-        self,
-        about: Mapping[str, Any],
-        points: Sequence[Point],
-        *,
-        only: bool,
-        check: Callable[[dict[str, Any] | None], None] | None = None,
-    ) -> int:
+    def ask(self, about: About, points: Sequence[Point], *, only: bool, check: Check = lambda was: None) -> int:
         """From now on these points are asked for, and ``about`` is what this study is a sweep of: said to machines that know
         no more than the storage (:meth:`Database.studies`).
 
@@ -91,10 +88,9 @@ class Trials:
         (docs/LOG.md, "A sweep's layouts once more").
 
         Args:
-            about: JSON-ready. points: in the order they are to be started.
+            about: JSON-ready. points: in the order they are to be started. check: of what it was a sweep of until now.
             only: whatever else waits is withdrawn, and what is under way is not begun again if its worker loses it:
                 nobody claims it until it is added again.
-            check: called with what the study was a sweep of until now; where it raises, nothing changes.
 
         Returns:
             How many were withdrawn.
@@ -102,8 +98,7 @@ class Trials:
 
         def work(execute: Execute) -> int:
             self._hold(execute)
-            if check:
-                check(self._attribute(execute, "sweep"))
+            check(self._attribute(execute, "sweep"))
             execute(
                 "INSERT INTO study_user_attributes (study_id, key, value_json) VALUES (:study, 'sweep', :value)"
                 " ON CONFLICT (study_id, key) DO UPDATE SET value_json = excluded.value_json",
