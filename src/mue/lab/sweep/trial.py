@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -13,6 +13,10 @@ Point = dict[str, float]
 State = Literal["WAITING", "RUNNING", "COMPLETE", "PRUNED", "FAIL"]
 """Optuna's words: PRUNED was stopped early, FAIL was withdrawn."""
 OPEN = ("WAITING", "RUNNING")
+About = Mapping[str, Any]
+"""What a study says it is a sweep of, beside its trials."""
+Check = Callable[[About | None], None]
+"""Raises where that (None: nothing yet) is not to be replaced by what is asked now."""
 
 
 @dataclass(frozen=True)

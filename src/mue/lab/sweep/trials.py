@@ -10,11 +10,11 @@ A point (learning rate, weight decay, ..., seed) has one trial however many work
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from mue.lab.sweep.storage import Database, Execute, MissingError, Rows
-from mue.lab.sweep.trial import OPEN, Point, State, Trial, name_of
+from mue.lab.sweep.trial import OPEN, About, Check, Point, State, Trial, name_of
 from mue.lab.valley.pruning import Curve
 
 LEASE = 60.0  # seconds; a worker gives a sign of life at least four times in it (mue.lab.sweep.heartbeat)
@@ -44,10 +44,6 @@ _SET = (
     "INSERT INTO trial_user_attributes (trial_id, key, value_json) VALUES (:trial, :key, :value)"
     " ON CONFLICT (trial_id, key) DO UPDATE SET value_json = excluded.value_json"
 )
-About = Mapping[str, Any]  # what a study says it is a sweep of
-Check = Callable[
-    [About | None], None
-]  # raises where that (None: nothing yet) is not to be replaced; then nothing changes
 
 
 class Trials:
