@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 import mue
@@ -25,7 +26,10 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "sandwich norms": {"ends": True},
     "sandwich norms in a parallel block": {"ends": True, "block": "parallel"},
     "a norm after the embedding": {"entry": True},
+    "a norm after the embedding, parallel": {"entry": True, "block": "parallel"},
     "a norm after embedding and positions": {"entry": True, "positions": "table", "block": "in place"},
+    "a norm inside the feed-forward": {"inner": True},
+    "an activation of its own": {"activation": torch.sin, "block": "in place"},
     "tied": {"tied": True},
     "softcapped": {"softcap": 5.0},
 }

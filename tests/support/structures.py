@@ -48,7 +48,8 @@ class Structure(nn.Module):
         multipliers: the plan's.
         positions: "", "table" (looked up), "parameter" (sliced) or "waves" (a buffer). block: "serial", "parallel" (one sum),
             "in place" (Falcon), "in turn" (Command-R) or "after" (a norm after each addition).
-        ends: a norm ends each branch (sandwich). entry: a norm after the embedding. output: of :data:`OUTPUTS`.
+        ends: a norm ends each branch (sandwich). entry: a norm after the embedding. inner: one inside the feed-forward.
+        activation: of the feed-forward. output: of :data:`OUTPUTS`.
         softcap: on logits. wrong: by what one of "attention", "feed-forward", "stream", "embedding", "head" or "attention scale"
             is multiplied that should not be; with "loss", the head's in the loss alone.
     """
@@ -61,6 +62,8 @@ class Structure(nn.Module):
         block: str = "serial",
         ends: bool = False,
         entry: bool = False,
+        inner: bool = False,
+        activation: Callable[[Tensor], Tensor] = F.gelu,
         tied: bool = False,
         output: str = "dict",
         softcap: float = 0.0,
@@ -68,7 +71,7 @@ class Structure(nn.Module):
     ) -> None:
         super().__init__()
         self.m, self.positions, self.block, self.tied = multipliers, positions, block, tied
-        self.output, self.softcap, self.wrong = output, softcap, wrong or {}
+        self.output, self.softcap, self.wrong, self.activation = output, softcap, wrong or {}, activation
         self.embed = nn.Embedding(V, D)
         if positions == "table":
             self.wpe = nn.Embedding(T, D)
@@ -83,6 +86,8 @@ class Structure(nn.Module):
                 setattr(b, name, nn.Linear(D, D, bias=False))
             b.up, b.down = nn.Linear(D, 2 * D, bias=False), nn.Linear(2 * D, D, bias=False)
             b.norm1, b.norm2 = nn.RMSNorm(D), nn.LayerNorm(D)
+            if inner:
+                b.norm3 = nn.RMSNorm(2 * D)
             if ends:
                 b.end1, b.end2 = nn.RMSNorm(D), nn.RMSNorm(D)
         self.norm = nn.RMSNorm(D)
@@ -122,7 +127,9 @@ class Structure(nn.Module):
         return self.end(b, "end1", self.attention(b, x), "attention"), self.feed_forward(b, y)
 
     def feed_forward(self, b: Any, y: Tensor) -> Tensor:
-        return self.end(b, "end2", b.down(F.gelu(b.up(y))) * self.m.output[0], "feed-forward")
+        hidden = self.activation(b.up(y))
+        hidden = b.norm3(hidden) if hasattr(b, "norm3") else hidden
+        return self.end(b, "end2", b.down(hidden) * self.m.output[0], "feed-forward")
 
     def end(self, b: Any, norm: str, out: Tensor, kind: str) -> Tensor:
         return (getattr(b, norm)(out) if hasattr(b, norm) else out) * (self.m.residual * self.off(kind))

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mue.checks.branches import Branch, Coefficients, branches, solve_coefficients
+from mue.checks.branches import Branch, branches
 from mue.checks.record import Record
+from mue.checks.solve import Coefficients, own_activations, solve_coefficients
 from mue.checks.trace import traced
 from mue.layouts.layout import ParamInfo, unwrap
 from mue.layouts.of_model import placement_of
@@ -95,9 +96,10 @@ class Context:
         """Layer → what its feed-forward branch is made of."""
         found: dict[int, Coefficients | None] = {}
         likely: Coefficients | None = None
+        own = own_activations(unwrap(self.model))
         for b in self.branches:
             if b.kind == "feed-forward":
-                likely = found[b.layer] = solve_coefficients(b, self.placed, self.tokens, likely)
+                likely = found[b.layer] = solve_coefficients(b, self.placed, self.tokens, likely, own)
         return found
 
     @cached_property

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from mue.checks.branches import Branch, Coefficients, branches, columns, solve_coefficients
+from mue.checks.branches import Branch, branches
 from mue.checks.context import Loss, evaluating, forward, logits_of, loss_of
 from mue.checks.record import Record
+from mue.checks.solve import Coefficients, columns, solve_coefficients
 from mue.checks.trace import traced
 from mue.layouts.layout import ParamInfo, unwrap
 from mue.layouts.of_model import placed
@@ -122,7 +123,7 @@ def _parts(record: Record, placed: list[ParamInfo], tokens: int = 32) -> list[tu
     for b in branches(record):
         if b.kind == "feed-forward":
             c = solve_coefficients(b, placed, tokens, found[-1][1] if found else None)
-            if c is not None and c.fits:
+            if c is not None and c.fits and not c.watched:
                 found.append((b, c))
     return found
 
@@ -155,10 +156,8 @@ def _by_weights(
 
 
 def _output(placed: list[ParamInfo], b: Branch, c: Coefficients) -> Tensor:
-    given = b.given
-    assert given is not None
     # with the gates of the first look: their change is another quantity
-    x = given[: max(c.routed.shape[0], 1)].double()
-    routed, single = columns(b.layer, placed, x, c.activation, c.swapped)
+    x = c.given.double()
+    routed, single = columns(b.layer, placed, x, c.activation, c.shared)
     out = torch.zeros_like(x) if routed is None else torch.einsum("ntd,tn->td", routed, c.routed)
     return out if single is None or c.single is None else out + single * c.single[:, None]

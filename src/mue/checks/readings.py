@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mue.checks.branches import Branch, Coefficients, fit_ratio, fit_sum
+from mue.checks.branches import Branch, fit_ratio, fit_sum
 from mue.checks.context import Context
 from mue.checks.record import Normed, Product
+from mue.checks.solve import EVEN, Coefficients, single_multiplier
 from mue.layouts.layout import ParamInfo
 from mue.plan.fold import unfold
 from mue.rules.roles import ROLES
@@ -94,19 +95,7 @@ def _no_multiple(where: str, residue: float) -> Missed:
     )
 
 
-def shared_gate(b: Branch, like: Tensor) -> Tensor | None:
-    """σ of the shared experts' own gate, token by token (Qwen2-MoE); None where they have none."""
-    gates = [p for p in b.products if p.info.role == "router" and p.info.fan_out == 1]
-    return None if not gates else torch.sigmoid(gates[-1].out.reshape(-1)[: like.shape[0]].double())
-
-
-def single_multiplier(b: Branch, single: Tensor) -> Tensor:
-    """(T,) what multiplies the dense or shared feed-forward, its own gate taken out."""
-    gate = shared_gate(b, single)
-    return single if gate is None or gate.shape != single.shape else single / gate
-
-
-def feed_forward(ctx: Context, b: Branch, c: Coefficients) -> Iterator[Reading]:
+def feed_forward(ctx: Context, b: Branch, c: Coefficients) -> Iterator[Reading | Missed]:
     """What a branch's coefficients say: for the dense or shared experts A·l^-α, for the routed sum that times R.
 
     R and a are among the suspects on the shared experts' reading as well: R on both is the likeliest slip of a rule
@@ -120,7 +109,15 @@ def feed_forward(ctx: Context, b: Branch, c: Coefficients) -> Iterator[Reading]:
         if kind == "shared":
             factors["R (meant for the routed sum only)"] = m.route[b.layer]
         quantity = "shared experts" if kind == "shared" else "feed-forward branch"
-        yield Reading(names[kind], quantity, A * residual, _median(single_multiplier(b, c.single)), factors)
+        single = single_multiplier(b, c.single)
+        spread = float(single.std(correction=0) / single.mean().abs()) if single.numel() > 1 else 0.0
+        if spread > max(EVEN, ctx.tolerance):
+            share = f"it differs from token to token by {100 * spread:.2g} %"
+            yield Missed(
+                names[kind], "one multiplier for all tokens", share, ("a norm or a gate inside the feed-forward",)
+            )
+        else:
+            yield Reading(names[kind], quantity, A * residual, _median(single), factors)
     if c.routed.shape[1]:
         block = ctx.plan.target.per_layer[b.layer]
         factors = {"output multiplier A": A, "route scale R": m.route[b.layer], "residual multiplier": m.residual}

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mue.checks.context import Context, evaluating
 from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
 from mue.layouts.layout import HasLayout, canonical, unwrap
+from mue.layouts.transformers.shape import Routers
 from mue.layouts.transformers.stock import is_stock, observe_stock
 from mue.shapes.block import MEASURED, Block
 from mue.shapes.routers import RouterKind
@@ -157,34 +158,45 @@ def _stock_routers(ctx: Context) -> Iterator[Finding]:
         yield Finding(NAME, SKIP, measured="the routers could not be watched: give a batch")
         return
     names = several([p.name for p in ctx.placed if p.role == "router"], 1)
-    planned = {b.active for b in ctx.plan.target.per_layer if b.experts}
-    measured = all(b.gates == MEASURED for b in ctx.plan.target.per_layer if b.experts)
+    wrong = list(_against_observed(ctx, known))
+    yield from (Finding(NAME, FAIL, names, *fault) for fault in wrong)
+    if known.normalised is None:
+        mend = "give a batch, so that they can be measured"
+        yield Finding(NAME, WARN, names, "weights that sum to one", known.advice, (), mend)
+    elif not wrong:
+        yield Finding(NAME, PASS, measured=f"observed on a tiny model of this config: {known.advice}")
+
+
+def _against_observed(ctx: Context, known: Routers) -> Iterator[tuple[str, str, tuple[str, ...], str]]:
+    """(expected, measured, causes, mend) of what the plan says of the routers and a tiny model of the config does not do."""
+    blocks = [b for b in ctx.plan.target.per_layer if b.experts]
+    planned, scores = {b.active for b in blocks}, {b.router_kind.score for b in blocks} - {None}
+    again = "plan again from mue inspect's shape"
     if {known.active} != planned:
-        yield Finding(
-            NAME,
-            FAIL,
-            names,
+        yield (
             f"{several(map(str, planned))} experts per token",
             str(known.active),
             ("planned for another top-k",),
-            "plan again from mue inspect's shape",
+            again,
         )
-    elif known.normalised is None:
-        yield Finding(
-            NAME, WARN, names, "weights that sum to one", known.advice, (), "give a batch, so that they can be measured"
+    if known.score is not None and scores and scores != {known.score}:
+        yield (
+            f"{several(map(str, sorted(map(str, scores))))} scores",
+            f"{known.score} scores",
+            ("planned for another router",),
+            f'router = "{known.score}" in the target',
         )
-    elif not known.normalised and not measured:
-        yield Finding(
-            NAME,
-            FAIL,
-            names,
-            "weights that sum to one over the active experts",
-            known.advice,
-            ("the family does not renormalise, or its switch is off",),
-            known.advice,
-        )
-    else:
-        yield Finding(NAME, PASS, measured=f"observed on a tiny model of this config: {known.advice}")
+    if all(b.gates == MEASURED for b in blocks):
+        return
+    if known.normalised is False:
+        expected = "weights that sum to one over the active experts"
+        yield expected, known.advice, ("the family does not renormalise, or its switch is off",), known.advice
+    elif known.scale is not None:
+        R = {r for r, b in zip(ctx.plan.multipliers.route, ctx.plan.target.per_layer, strict=True) if b.experts}
+        # the observed scale is kept to four decimals (mue.layouts.transformers.shape)
+        if any(abs(known.scale - r) > 1e-3 * r for r in R):
+            wanted = f"weights that sum to R = {several(map(number, sorted(R)))}"
+            yield wanted, number(known.scale), ("the config's own route scale is not the planned one",), known.advice
 
 
 def not_constant(where: str, mean: float, spread: float, expected: float) -> Finding:

@@ -86,7 +86,7 @@ class Trace(Known):  # type: ignore[no-untyped-call]
         onto = max(orders) >= 0
         if not onto:
             onto = self._renewed(a, b) or self._renewed(b, a)
-            orders = [int(self._renewed(a, b)), 0] if onto else orders
+            orders = [int(self._renewed(a, b)), int(self._renewed(b, a))] if onto else orders
             if not onto and not self._apart(a, b):
                 return None
         scaled = b if factor == 1 else self._times(b, factor)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mue.checks import readings as read
-from mue.checks.branches import Branch, Coefficients
+from mue.checks.branches import Branch
 from mue.checks.context import Context
 from mue.checks.readings import Missed, Reading
 from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, UNMEASURED, WARN, Finding, several
+from mue.checks.solve import Coefficients, as_declared
 from mue.layouts.layout import HasLayout, unwrap
 from mue.rules.roles import ROLES
 from mue.util.text import number
@@ -111,44 +112,64 @@ def _feed_forward(ctx: Context, b: Branch, c: Coefficients | None) -> Iterator[R
         yield from (Missed(name, "the branch is made of its weights", why) for name in names)
         return
     if not c.fits:
-        yield from _unfit(ctx, c, names)
+        yield from _unfit(ctx, b, c, names)
         return
-    if c.swapped:
-        yield _swapped(ctx, b, c)
+    yield from _misused(b, c)
+    yield from _swapped(ctx, b, c)
     yield from read.feed_forward(ctx, b, c)
     yield from read.after_norm(ctx, b, names[0])
 
 
-def _swapped(ctx: Context, b: Branch, c: Coefficients) -> Finding:
-    gate = next(
-        p.name
-        for p in ctx.placed
-        if p.layer == b.layer and any(ROLES[r].part == "gate" for r in (p.role, *p.layout.parts))
-    )
-    return Finding(
-        NAME,
-        FAIL,
-        gate,
-        f"{c.activation}(gate x) · up x",
-        f"{c.activation}(up x) · gate x reproduces the branch",
-        ("gate and up are swapped in the code", "swapped in the layout, or when a fused tensor was split or loaded"),
-        "swap the two names in the layout, or the two halves of the tensor",
-    )
+def _swapped(ctx: Context, b: Branch, c: Coefficients) -> Iterator[Finding]:
+    """Gate and up in each other's place, in the routed experts, in the dense or shared feed-forward, or in both."""
+    kinds = {ROLES[p.role].kind for p in ctx.placed if p.layer == b.layer}
+    for own, activation in ((("expert",), c.activation), (("ffn", "shared"), c.shared)):
+        gates = [
+            p.name
+            for p in ctx.placed
+            if p.layer == b.layer
+            and ROLES[p.role].kind in own
+            and any(ROLES[r].part == "gate" for r in (p.role, *p.layout.parts))
+        ]
+        if not gates or not activation.swapped or not kinds & set(own):
+            continue
+        yield Finding(
+            NAME,
+            FAIL,
+            gates[0],
+            f"{activation.name}(gate x) · up x",
+            f"{activation.name}(up x) · gate x reproduces the branch",
+            (
+                "gate and up are swapped in the code",
+                "swapped in the layout, or when a fused tensor was split or loaded",
+            ),
+            "swap the two names in the layout, or the two halves of the tensor",
+        )
 
 
-def _unfit(ctx: Context, c: Coefficients, names: list[str]) -> Iterator[Missed | Finding]:
-    """A branch that its own weights do not explain: a fault where our own layer is, else perhaps an unknown activation."""
-    expected = "the branch is made of its weights, with one of the known activations"
-    measured = f"{100 * c.residual:.2g} % of it is unexplained (best: {c.activation})"
-    causes = (
-        "an axis of a stacked tensor is declared or used the wrong way round",
-        "experts in another order than declared",
-        "an activation that is not known here",
-    )
-    if isinstance(unwrap(ctx.model), HasLayout):
-        mend = "compare the layout's axes with the code that multiplies"
-        yield Finding(NAME, FAIL, several(names), expected, measured, causes, mend)
-    else:
+def _misused(b: Branch, c: Coefficients) -> Iterator[Finding]:
+    """Matrices of a branch whose activation is not known, that were not summed over the axis that was declared."""
+    wrong = [p.info.name for p in b.products if as_declared(p) is False] if c.watched or not c.fits else []
+    if wrong:
+        yield Finding(
+            NAME,
+            FAIL,
+            several(dict.fromkeys(wrong)),
+            "the product over the axis that is declared as in",
+            "another product was computed",
+            ("an axis is declared or used the wrong way round", "experts in another order than declared"),
+            "compare the layout's axes with the code that multiplies",
+        )
+
+
+def _unfit(ctx: Context, b: Branch, c: Coefficients, names: list[str]) -> Iterator[Missed | Finding]:
+    """A branch that its own weights do not explain: a fault where one is used otherwise than declared, else not known."""
+    wrong = list(_misused(b, c))
+    yield from wrong
+    if not wrong:
+        expected = "the branch is made of its weights, with one of the known activations"
+        measured = f"{100 * c.residual:.2g} % of it is unexplained (best: {c.activation.name})"
+        causes = ("an activation that is not known here", "something inside the feed-forward beside its weights")
         yield from (Missed(name, expected, measured, causes) for name in names)
 
 
