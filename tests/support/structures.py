@@ -99,9 +99,9 @@ class Structure(nn.Module):
         Row = mue.Layout
         rows = [Row("embed.weight", "embedding", ("in", "out"))]
         if self.positions == "table":
-            rows.append(Row("wpe.weight", "embedding", ("in", "out")))
+            rows.append(Row("wpe.weight", "position", ("in", "out")))
         elif self.positions == "parameter":
-            rows.append(Row("wpe", "embedding", ("vector", "in", "out")))
+            rows.append(Row("wpe", "position", ("vector", "in", "out")))
         rows += [Row(f"blocks.*.{x}.weight", f"attention_{x}", ("out", "in")) for x in "qkvo"]
         rows += [Row(f"blocks.*.{x}.weight", f"ffn_{x}", ("out", "in")) for x in ("up", "down")]
         names = [n for n, _ in self.named_parameters()]

@@ -13,7 +13,7 @@ from mue.checks.branches import Branch, fit_ratio, fit_sum
 from mue.checks.context import Context
 from mue.checks.record import Normed, Product
 from mue.checks.solve import EVEN, Coefficients, single_multiplier
-from mue.layouts.layout import ParamInfo
+from mue.layouts.layout import POSITION, ParamInfo
 from mue.plan.fold import unfold
 from mue.rules.roles import ROLES
 
@@ -189,7 +189,8 @@ def head(ctx: Context) -> Iterator[Reading | Missed]:
     """By what the product of the head was multiplied, from the final norm to the loss, and to what the model returns."""
     record = ctx.seen[0]
     weight = next((p for p in ctx.placed if p.role == "head"), None)
-    weight = weight or next((p for p in ctx.placed if p.role == "embedding"), None)
+    tables = [p for p in ctx.placed if p.role == "embedding" and p.layout.role != POSITION]
+    weight = weight or (tables[0] if tables else None)
     if weight is None:
         return
     products = [p for p in record.products if p.info.parameter is weight.parameter]

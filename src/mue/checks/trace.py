@@ -273,6 +273,10 @@ class Trace(Known):  # type: ignore[no-untyped-call]
                 self._chains[key_of(out)] = found, 1.0
                 self._keep(found, "given", "out")
                 return True
+        # of a matrix that is nobody's (an adapter that is not planned), or of two activations: the stream no longer
+        origin = self._origins.pop(key_of(out), None)
+        if origin is not None and origin.products:
+            self._origins[key_of(out)] = Origin(origin.products)
         if kernel in ("bmm", "baddbmm"):
             # baddbmm: without the mask or the positions that come with it
             self._scores = Scores(out.clone() if kernel == "bmm" else left @ right)
