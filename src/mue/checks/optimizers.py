@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 # What packages put around an algorithm's name for another implementation of it: apex, DeepSpeed, Transformer Engine (Fused, CPU),
 # bitsandbytes (Paged, 8bit), torchao (8bit, 4bit, Fp8), Keller Jordan's Muon (SingleDevice), torchdistx (AnyPrecision).
@@ -12,7 +15,7 @@ _FRONT = r"^(?:fused|paged|deepspeed|cpu|singledevice|distributed|anyprecision|t
 _BACK = r"(?:\d+bit|\d+bits|fp8|bf16|optimizer|withauxadam)+$"
 # Algorithms by name. To itself: one that no plan is written for, so that it is another one for every plan.
 _OTHERS = """
-    adabelief adabound adadelta adafactorschedulefree adagrad adahessian adai adalomo adamax adamini adamp
+    adabelief adabound adadelta adafactorschedulefree adagrad adahessian adai adalomo adamax adammini adamp
     adamwschedulefree adamwsn adan ademamix adopt apollo asgd came dadaptadam dadaptadamw dadaptlion dion ftrl
     galoreadamw galoreadamw8bit kron laprop lars lbfgs lomo lookahead madgrad mars nadam novograd onebitadam padam
     prodigy psgd qhadam radam radamschedulefree ranger ranger21 rmsprop rmsproptf rprop scion sgdp sgdschedulefree
@@ -59,8 +62,16 @@ def algorithm(optimizer: Any, group: dict[str, Any]) -> str | None:
         name = ALGORITHMS.get(_plain(kind.__name__))
         if name is not None:
             return _with_decay(name, kind, optimizer, group)
+        if _step(kind) is not _step(kind.__mro__[1]):  # it makes a step of its own, whatever else it inherits
+            break
     inside = next((getattr(optimizer, n) for n in _ONE if hasattr(getattr(optimizer, n, None), "param_groups")), None)
     return algorithm(inside, group) if inside is not None else None
+
+
+def _step(kind: type) -> Any:
+    """A class's step without what torch puts around it when the first optimizer of that class is built."""
+    step = getattr(kind, "step", None)
+    return inspect.unwrap(step) if callable(step) else step
 
 
 def _plain(name: str) -> str:
@@ -89,7 +100,16 @@ def _has(optimizer: Any, group: dict[str, Any], key: str) -> bool:
 def called(optimizer: Any) -> str:
     """An optimizer's class as a user imports it."""
     kind = type(optimizer)
-    return f"torch.optim.{kind.__name__}" if f"{kind.__module__}.".startswith("torch.optim.") else kind.__qualname__
+    return f"torch.optim.{kind.__name__}" if f"{kind.__module__}.".startswith("torch.optim.") else kind.__name__
+
+
+def is_torchs_adamw(optimizer: Any) -> bool:
+    """Whether the step is that of ``torch.optim.AdamW``, exactly: itself, a subclass with its step, or a wrapper around it."""
+    inside = next(
+        (getattr(optimizer, n) for n in _ONE if hasattr(getattr(optimizer, n, None), "param_groups")), optimizer
+    )
+    adamw = all(algorithm(inside, g) == "adamw" for g in inside.param_groups)
+    return adamw and _step(type(inside)) is _step(torch.optim.AdamW)
 
 
 def unwrapped(optimizer: Any) -> Iterator[Any]:

@@ -12,25 +12,50 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mue.checks.context import Context
+from mue.checks.optimizers import algorithm
 from mue.checks.schedule import peak_rate
 from mue.layouts.layout import ParamInfo
+from mue.model.apply import param_groups
 from mue.rules.roles import ROLES
 
 LOW = (torch.bfloat16, torch.float16)
+AGAIN = (
+    -0.3
+)  # what the gradients of a second step are of the first ones: with the same ones AdamW steps as a sign would
 
 
 @dataclass
 class TensorStep:
-    """What one step did to one tensor: weights before, gradient, change (of its master weights, where there are some)."""
+    """What one step did to one tensor: weights before, gradient, change (of its master weights, where there are some).
+
+    ``second`` is the change of one step more with :data:`AGAIN` times the gradients, made where the optimizer's class is not known.
+    """
 
     info: ParamInfo
     before: Tensor
     gradient: Tensor | None
     change: Tensor
+    second: Tensor | None = None
 
 
-def training_steps(ctx: Context, optimizers: Sequence[Optimizer]) -> list[TensorStep]:
-    """One step of every optimizer in training mode at peak rates; everything is put back afterwards."""
+def stepped(ctx: Context) -> list[Optimizer]:
+    """The optimizers that were given, or the planned one where it can be built here."""
+    if ctx.optimizers or ctx.plan.tuned.optimizer != "adamw":
+        return list(ctx.optimizers)
+    if "optimizer" not in ctx.extra:
+        ctx.extra["optimizer"] = torch.optim.AdamW(param_groups(ctx.plan, ctx.model))
+    return [ctx.extra["optimizer"]]
+
+
+def training_steps(ctx: Context) -> list[TensorStep]:
+    """One step of every optimizer in training mode at peak rates, once for all checks that ask; everything is put back."""
+    if "steps" not in ctx.extra:
+        ctx.extra["steps"] = _made(ctx, stepped(ctx))
+    found: list[TensorStep] = ctx.extra["steps"]
+    return found
+
+
+def _made(ctx: Context, optimizers: Sequence[Optimizer]) -> list[TensorStep]:
     with undone(ctx, optimizers):
         before = {id(p.parameter): p.parameter.detach().clone() for p in ctx.placed}
         zero_start = starts_at_zero(ctx)
@@ -46,7 +71,7 @@ def training_steps(ctx: Context, optimizers: Sequence[Optimizer]) -> list[Tensor
                     gradients[id(p.parameter)] = gradient.clone() if earlier is None else earlier.abs() + gradient.abs()
             for optimizer in optimizers:
                 optimizer.step()
-        return [
+        steps = [
             TensorStep(
                 p,
                 before[id(p.parameter)],
@@ -56,6 +81,14 @@ def training_steps(ctx: Context, optimizers: Sequence[Optimizer]) -> list[Tensor
             for p in ctx.placed
             if ROLES[p.role].trained
         ]
+        if any(algorithm(o, g) is None for o in optimizers for g in o.param_groups):
+            for s in steps:
+                s.info.parameter.grad = None if s.gradient is None else AGAIN * s.gradient
+            for optimizer in optimizers:
+                optimizer.step()
+            for s in steps:
+                s.second = kept_weights(s.info.parameter, optimizers) - s.before - s.change
+        return steps
 
 
 def starts_at_zero(ctx: Context) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from mue.checks.adamw_step import FAR, NEAR, distance
 from mue.checks.context import Context
 from mue.checks.optimizers import algorithm, called, holds_its_own
 from mue.checks.registry import check_of
@@ -105,7 +106,7 @@ def _kinds(ctx: Context) -> Iterator[Finding]:
                 continue
             found.setdefault((kind, planned), []).extend(ctx.names[id(p)].name for p in held)
         for (kind, planned), names in found.items():
-            yield _unknown(o, planned) if kind is None else _another(ctx, o, kind, planned, names)
+            yield from _unknown(ctx, o, planned) if kind is None else [_another(ctx, o, kind, planned, names)]
 
 
 def _planned(ctx: Context, expected: dict[str, Any]) -> str:
@@ -114,13 +115,30 @@ def _planned(ctx: Context, expected: dict[str, Any]) -> str:
     return name
 
 
-def _unknown(optimizer: Any, planned: str) -> Finding:
-    return Finding(
+def _unknown(ctx: Context, optimizer: Any, planned: str) -> Iterator[Finding]:
+    """A class that no name tells is measured: its first two steps are AdamW's, or those of something else."""
+    off = distance(ctx, optimizer)
+    if off is not None and off <= NEAR:
+        return
+    if off is not None and off > FAR:
+        yield Finding(
+            NAME,
+            FAIL,
+            f"optimizer {called(optimizer)}",
+            f"{planned}, for which the rates are planned",
+            f"its first two steps are {100 * off:.0f} % off those of {planned} with the planned values",
+            (f"another algorithm than {planned}", "its rates are not the planned ones: see the other findings"),
+            MEND,
+        )
+        return
+    yield Finding(
         NAME,
         UNMEASURED,
         f"optimizer {called(optimizer)}",
         f"{planned}, for which the rates are planned",
-        "a class that is not known here: how it steps and decays is not seen",
+        "a class that is not known here: how it steps and decays is not seen"
+        if off is None
+        else f"its first two steps, or its decay, are near those of {planned} and not the same ({100 * off:.0f} %)",
         mend=f"make sure that its update is {planned}'s",
     )
 

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
-import torch
-from torch import Tensor
 from torch.optim import Optimizer
 
+from mue.checks.adamw_step import first_step_fault
 from mue.checks.context import Context
+from mue.checks.optimizers import is_torchs_adamw
 from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
 from mue.checks.rounding import decay_lost
-from mue.checks.training_step import LOW, TensorStep, starts_at_zero, training_steps
+from mue.checks.training_step import LOW, TensorStep, starts_at_zero, stepped, training_steps
 from mue.layouts.layout import ParamInfo, expert_slices
-from mue.model.apply import param_groups
 from mue.rules.roles import ROLES
 
 NAME = "moved"
@@ -25,21 +23,17 @@ LOST = 0.5  # share of elements whose step may vanish in rounding: with more, le
 @check_of(NAME, place=10, needs=("roles", "plan", "values", "batch"))
 def moved(ctx: Context) -> Iterator[Finding]:
     """Every parameter has a gradient and moves; experts without tokens are told apart; the step has its planned size (C7)."""
-    optimizers = list(ctx.optimizers) or _planned_optimizer(ctx)
+    optimizers = stepped(ctx)
     if not optimizers:
         yield Finding(NAME, SKIP, measured=f"give the optimizer: none is built here for {ctx.plan.tuned.optimizer}")
         return
     fresh = not any(o.state for o in optimizers)
-    steps = training_steps(ctx, optimizers)
+    steps = training_steps(ctx)
     decay = list(decay_lost(ctx))
     for finding in _not_finite(steps) or _findings(ctx, steps, optimizers, fresh):
         if finding.status != PASS or all(f.status != FAIL for f in decay):
             yield finding
     yield from decay
-
-
-def _planned_optimizer(ctx: Context) -> list[Optimizer]:
-    return [torch.optim.AdamW(param_groups(ctx.plan, ctx.model))] if ctx.plan.tuned.optimizer == "adamw" else []
 
 
 def _findings(ctx: Context, steps: list[TensorStep], optimizers: list[Optimizer], fresh: bool) -> Iterator[Finding]:
@@ -52,11 +46,13 @@ def _findings(ctx: Context, steps: list[TensorStep], optimizers: list[Optimizer]
     exact = (
         fresh
         and not starts_at_zero(ctx)
-        and all(type(o) is torch.optim.AdamW for o in optimizers)
+        and all(is_torchs_adamw(o) for o in optimizers)
         and ctx.plan.tuned.optimizer == "adamw"
     )
     wrong = [
-        f for s in steps if exact and not any(s is other for other, _ in lost) and (f := _size(ctx, s)) is not None
+        f
+        for s in steps
+        if exact and not any(s is other for other, _ in lost) and (f := first_step_fault(ctx, s)) is not None
     ]
     if still:
         yield Finding(
@@ -196,35 +192,6 @@ def _lost_finding(lost: list[tuple[TensorStep, float]]) -> Finding:
         if rounding
         else "see groups",
     )
-
-
-def _size(ctx: Context, s: TensorStep) -> tuple[str, str, str] | None:
-    """(name, expected, measured) where the step is not AdamW's first one with the planned values."""
-    planned = ctx.expected.get(id(s.info.parameter))
-    if planned is None or s.gradient is None:
-        return None
-    wide = torch.promote_types(s.before.dtype, torch.float32)  # a hundredth is asked for
-    g, w = s.gradient.to(wide), s.before.to(wide)
-    # AdamW's first step: after bias correction m = g and √v = |g|, whatever the betas
-    step = planned["lr"] * g / (g.abs() + planned["eps"])
-    decay = planned["lr"] * planned["weight_decay"]
-    wanted = -step - decay * w
-    size, off = _rms(wanted), _rms(s.change.to(wide) - wanted)
-    digits = torch.finfo(s.before.dtype).eps
-    # a hundredth of the step, and what the stored weight rounds off it
-    if off > 1e-2 * size + 2 * digits * _rms(w):
-        return s.info.name, f"rms {size:.4g}", f"rms {_rms(s.change):.4g}, off by {off:.4g}"
-    # The decay is a small part of the step, but the only part along the weights themselves.
-    square = float((w * w).sum())
-    shrunk = -float(((s.change.to(wide) + step) * w).sum()) / square if square else decay
-    # 5 % of the decay, beside what rounding of the step and of the stored weight can leave along w
-    if abs(shrunk - decay) > 0.05 * decay + 1e-3 * planned["lr"] + 4 * digits:
-        return s.info.name, f"shrunk by lr·wd = {decay:.4g}", f"shrunk by {shrunk:.4g}"
-    return None
-
-
-def _rms(x: Tensor) -> float:
-    return float(torch.linalg.vector_norm(x)) / math.sqrt(max(x.numel(), 1))
 
 
 def _grouped(wrong: list[tuple[str, str, str]]) -> Iterator[Finding]:
