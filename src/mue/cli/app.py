@@ -81,14 +81,14 @@ def with_sweep(data: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any
     """Put a sweep's tuned values in the place of a file's.
 
     Args:
-        data: the file's tables. folder: the sweep's; None: the file has its own values.
+        data: the file's tables, of a command that trains with [data]. folder: the sweep's; None: the file has its own values.
 
     Returns:
         The tables, with the sweep's ``[base.training]`` where only the target has one, and the tuned values (None
         without a sweep).
 
     Raises:
-        ValueError: the sweep tuned another base than the file's; the text names the difference.
+        ValueError: the sweep tuned another base than the file's, or for other runs; the text names the difference.
     """
     if folder is None:
         return data, None
@@ -122,7 +122,14 @@ def with_sweep(data: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any
     if training is None and "training" in table_of(data, "target"):
         run = {"batch": found.training.batch, "steps": found.training.steps}
         data = {**data, "base": {**base, "training": run}}
-    for note in found.notes:
+    notes = list(found.notes)
+    if "data" in data:
+        from mue.lab.train.spec import settings_from
+
+        notes += found.check_settings(settings_from(data), str(folder))
+    elif unusual := found.unusual():
+        notes.append(f"these values were tuned with {unusual}: they are for runs with the same")
+    for note in notes:
         print(f"note: {note}", file=sys.stderr)
     return data, found.tuned
 

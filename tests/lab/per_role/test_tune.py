@@ -21,7 +21,7 @@ import mue
 from conftest import EXPERIMENT
 from mue.lab.data import Corpus
 from mue.lab.data.spec import open_corpus
-from mue.lab.per_role.report import roles_report
+from mue.lab.per_role.report import roles_report, roles_sections
 from mue.lab.per_role.tune import RolesSpec, roles_from, tune_roles
 from mue.lab.runners.listener import RunListener
 from mue.lab.sweep.tuned import tuned_of
@@ -131,6 +131,10 @@ def test_a_search_ends_in_tables_that_a_plan_reads(finished: Path) -> None:
         and "one global value" in page
         and (out / "roles.png").stat().st_size > 5000
     )
+    assert "in nats per token" in page and "nats," not in page and "nats (" not in page
+    windows = {**result["identity"], "settings": {**result["identity"]["settings"], "task": "order"}}
+    captions = " ".join(section.caption for section in roles_sections({**result, "identity": windows}))
+    assert "in nats per window" in captions  # the task's own, whatever it is
 
 
 def test_it_goes_on_where_it_stopped(finished: Path, tmp_path: Path) -> None:

@@ -12,6 +12,8 @@ from matplotlib.figure import Figure
 
 from mue.lab.report import plots
 from mue.lab.report.page import Section, text, write_report
+from mue.lab.train.run import Settings
+from mue.lab.train.task import task_of
 from mue.util.text import number
 
 
@@ -48,24 +50,25 @@ def roles_sections(result: Mapping[str, Any]) -> list[Section]:
         )
     ]
     bought = [row for row in result["multipliers"] if row["gain"] is not None]
+    unit = task_of(Settings(**result["identity"]["settings"])).unit
     if bought:
-        sections[0].figure = bought_figure(bought)
+        sections[0].figure = bought_figure(bought, unit)
         sections[0].caption = (
-            "Validation loss saved by each multiplier, in nats: its mean over half of the others on and half off, on seeds the"
+            f"Validation loss saved by each multiplier, in {unit}: its mean over half of the others on and half off, on seeds the"
             " search had not seen, with simultaneous intervals. Grey: dropped again, for it bought nothing."
         )
-        sections[0].header = ["multiplier", "×", "bought (nats)", "interval", "kept"]
+        sections[0].header = ["multiplier", "×", f"bought ({unit})", "interval", "kept"]
         sections[0].rows = [
             [r["name"], number(r["times"]), f"{r['gain']:+.4f}", _interval(r), "yes" if r["kept"] else "no"]
             for r in bought
         ]
     if result["confirmed"]:
-        sections.append(_confirmation(result["confirmed"]))
-    sections.append(_rounds(result))
+        sections.append(_confirmation(result["confirmed"], unit))
+    sections.append(_rounds(result, unit))
     return sections
 
 
-def _confirmation(confirmed: Mapping[str, Any]) -> Section:
+def _confirmation(confirmed: Mapping[str, Any], unit: str) -> Section:
     """Each set of tuned values with its losses, seed by seed, and the two gains that decide."""
     arms = {arm: [x for x in losses if x is not None] for arm, losses in confirmed["losses"].items()}
     rows = [
@@ -73,8 +76,8 @@ def _confirmation(confirmed: Mapping[str, Any]) -> Section:
         for arm, xs in arms.items()
     ]
     facts = [
-        ("gain on the base as it was", _gain(confirmed["gain"])),
-        (f"gain on {confirmed['best']}", _gain(confirmed["gain_on_best"])),
+        ("gain on the base as it was", _gain(confirmed["gain"], unit)),
+        (f"gain on {confirmed['best']}", _gain(confirmed["gain_on_best"], unit)),
     ]
     return Section(
         id="confirmation",
@@ -86,7 +89,7 @@ def _confirmation(confirmed: Mapping[str, Any]) -> Section:
     )
 
 
-def _rounds(result: Mapping[str, Any]) -> Section:
+def _rounds(result: Mapping[str, Any], unit: str) -> Section:
     """The slopes of every coordinate, round by round, and the joint steps."""
     rounds = result["rounds"]
     facts = []
@@ -94,7 +97,9 @@ def _rounds(result: Mapping[str, Any]) -> Section:
         taken = next((g for g in made["tried"] if g["point"] == made["taken"]), None)
         best = taken or max(made["tried"], key=lambda g: g["gain"] or float("-inf"), default=None)
         what = (
-            "nothing stood out of the noise" if best is None else f"{'taken' if taken else 'not taken'}: {_gain(best)}"
+            "nothing stood out of the noise"
+            if best is None
+            else f"{'taken' if taken else 'not taken'}: {_gain(best, unit)}"
         )
         facts.append((f"round {i + 1}, ± {made['step']:g} octaves", f"{what}; noise of a slope {made['noise']:.4f}"))
     rows = [[label, *(f"{made['slopes'][i]:+.4f}" for made in rounds)] for i, label in enumerate(result["coordinates"])]
@@ -104,13 +109,13 @@ def _rounds(result: Mapping[str, Any]) -> Section:
         facts=facts,
         header=["multiplier", *(f"slope, round {i + 1}" for i in range(len(rounds)))],
         rows=rows,
-        fold="every slope (nats for one step up)",
+        fold="every slope (loss for one step up)",
     )
 
 
-def _gain(gain: Mapping[str, Any]) -> str:
+def _gain(gain: Mapping[str, Any], unit: str) -> str:
     return (
-        "diverged" if gain["gain"] is None else f"{gain['gain']:+.4f} nats ({_interval(gain)}, {gain['seeds']} seeds)"
+        "diverged" if gain["gain"] is None else f"{gain['gain']:+.4f} {unit} ({_interval(gain)}, {gain['seeds']} seeds)"
     )
 
 
@@ -118,8 +123,8 @@ def _interval(gain: Mapping[str, Any]) -> str:
     return " … ".join("?" if x is None else f"{x:+.4f}" for x in (gain["low"], gain["high"]))
 
 
-def bought_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """One line for each multiplier, the best on top: its share of the gain and the interval."""
+def bought_figure(rows: Sequence[Mapping[str, Any]], unit: str) -> Figure:
+    """One line for each multiplier, the best on top: its share of the gain and the interval, in ``unit`` of the loss."""
     rows = sorted(rows, key=lambda r: r["gain"])
     with mpl.rc_context(plots.STYLE):
         fig, (axes,) = plots.figure(6.6, 0.9 + 0.24 * len(rows))
@@ -131,5 +136,5 @@ def bought_figure(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.axvline(0, color=plots.INK, lw=0.8)
         axes.set_yticks(range(len(rows)), [f"{r['name']} × {number(r['times'])}" for r in rows])
         axes.grid(visible=False, axis="y")
-        axes.set_xlabel("validation loss saved (nats)")
+        axes.set_xlabel(f"validation loss saved, {unit}")
         return fig

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mue.lab.sweep.state import RESULT_FILE, SWEEP_FILE, SweepState
+from mue.lab.train.run import Settings
 from mue.shapes import HParams, Training, Transformer, shape_from_dict
 from mue.util.files import digest
 
@@ -19,12 +20,49 @@ class TunedResult:
 
     Attributes:
         tuned: its values. notes: what speaks against them, a sentence each. base, training: what they were tuned on.
+        settings: what else the runs had that gave them.
     """
 
     tuned: HParams
     notes: tuple[str, ...]
     base: Transformer
     training: Training
+    settings: Settings
+
+    def check_settings(self, settings: Settings, where: str) -> tuple[str, ...]:
+        """Refuse to train with the values under another schedule or on another task than they were tuned for.
+
+        Args:
+            settings: of the run that is to use them. where: the sweep's folder, for messages.
+
+        Returns:
+            What else differs and matters less, a sentence each: the precision, which changes rounding and not the problem.
+
+        Raises:
+            ValueError: names the setting, both values and the fix.
+        """
+        for name in self._deciding():
+            there, here = getattr(self.settings, name), getattr(settings, name)
+            if there != here:
+                raise ValueError(
+                    f"{where} was tuned with {name} = {_toml(there)}, this trains with {_toml(here)}: put {name} = {_toml(there)}"
+                    " under [run], or sweep with this one"
+                )
+        if self.settings.precision == settings.precision:
+            return ()
+        return (f"{where} was tuned in {self.settings.precision}, this trains in {settings.precision}",)
+
+    def unusual(self) -> str:
+        """The settings that a reader of a plan would not guess, as ``[run]`` has them; "" where there are none."""
+        usual = Settings()
+        names = [n for n in (*self._deciding(), "precision") if getattr(self.settings, n) != getattr(usual, n)]
+        return ", ".join(f"{name} = {_toml(getattr(self.settings, name))}" for name in names)
+
+    def _deciding(self) -> list[str]:
+        """The settings that decide what is tuned: a decay only of the schedule that has one, balance only of experts."""
+        experts = any(block.experts for block in self.base.blocks)
+        decays = self.settings.schedule == "wsd"
+        return ["task", "schedule", *["decay"] * decays, *["balance", "consistency"] * experts]
 
 
 def tuned_of(folder: Path) -> TunedResult:
@@ -50,9 +88,14 @@ def tuned_of(folder: Path) -> TunedResult:
             )
         if _changed(folder, data.get("asked")):
             notes.append(f"this sweep has been changed since: finish it with mue sweep --resume {folder}")
-        return TunedResult(tuned, tuple(notes), shape_from_dict(identity["base"]), Training(**identity["training"]))
+        base, settings = shape_from_dict(identity["base"]), Settings(**identity.get("settings", {}))
+        return TunedResult(tuned, tuple(notes), base, Training(**identity["training"]), settings)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the result of a sweep ({error}): run the sweep again") from error
+
+
+def _toml(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else f"{value:g}"
 
 
 def _changed(folder: Path, asked: Mapping[str, Any] | None) -> bool:
