@@ -22,7 +22,7 @@ class Scripted:
         self.stopped: list[str] = []
         self.turns = 0
 
-    def submit(self, run: Run) -> None:
+    def submit(self, run: Run, *, keep_weights: bool = False) -> None:
         assert run.key not in self.flying, "one key is in flight only once"
         self.flying[run.key] = run
         self.submitted.append(run.key)

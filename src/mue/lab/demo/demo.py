@@ -1,19 +1,20 @@
-"""The whole idea on real text in a few minutes: sweep a dense base, transfer, train the MoE, look at the valley."""
+"""The whole idea on real text in a few minutes: sweep a dense base, transfer, train the MoE three ways, look at the valleys."""
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from torch import nn
 
 from mue.lab.data import Corpus
 from mue.lab.data.spec import describe_data, open_corpus
-from mue.lab.demo.report import findings, write_demo_report
+from mue.lab.demo.report import APPROACHES, findings, write_demo_report
 from mue.lab.report.progress import RunProgress
 from mue.lab.report.tables import plan_table
 from mue.lab.runners.run_all import run_all
@@ -23,6 +24,7 @@ from mue.lab.sweep.spec import SweepSpec, base_plan, sweep_from
 from mue.lab.sweep.sweep import run_sweep
 from mue.lab.train.provenance import provenance
 from mue.lab.train.run import Run, Store
+from mue.lab.train.sample import sample_bytes, trained_model, untrained_model
 from mue.lab.valley.multiplier_check import MultiplierCheck
 from mue.plan.plan import PlanData
 from mue.plan.replan import scaled
@@ -31,9 +33,10 @@ from mue.plan.transfer import transfer
 from mue.shapes import Dense, Training, Transformer
 from mue.util.files import write_json
 
-# Two octaves to each side: about an octave is what the rules differ by (docs/LOG.md, "The demo's valley check").
-MULTIPLIERS = (0.25, 0.5, 1.0, 2.0, 4.0)
-RULES = ("complete-mue", "standard")
+MULTIPLIERS = (0.5, 1.0, 2.0)  # of the transferred rate: an octave to each side shows where the valley lies
+SEEDS = (0, 1)  # of the runs at transferred values; the valleys are of the first
+PROMPT = "def read_lines(self, path):\n"
+_SAMPLE = 160  # bytes
 _KEPT = (  # of a run's result
     "key",
     "plan",
@@ -59,11 +62,7 @@ class Experiment:
 
 
 def experiment(out: Path) -> Experiment:
-    """``demo.toml`` of this package, with its data cache under ``out``.
-
-    Its base has unit expansion, as the paper's proxy. From a stock-like base (e* = 3) the minimum lay at 1.5 times the
-    transferred rate instead of 1.2 (docs/LOG.md, "The demo's valley check").
-    """
+    """``demo.toml`` of this package, with its data cache under ``out``."""
     import tomllib
 
     data: dict[str, Any] = tomllib.loads(files("mue.lab.demo").joinpath("demo.toml").read_text(encoding="utf-8"))
@@ -99,23 +98,27 @@ def demo(out: Path, console: Console, *, workers: int | None = None) -> Path:
         swept = run_sweep(spec, out, corpus, workers=workers, listener=display)
     console.print(f"  [bold]{swept.verdict}[/]", highlight=False)
 
-    console.rule("[bold]3  transfer to the MoE")
+    console.rule("[bold]3  transfer to a MoE four times as wide")
     plan = _transfer(ours, swept, ours.target, "complete-mue")
     console.print(plan_table(plan, width=console.width))
     plan.save(out / "plan.json")
 
-    console.rule("[bold]4, 5  train with those values; check the valley")
+    console.rule("[bold]4  train it three ways, nothing retuned, and an octave to each side")
     store = Store(out)
     named = _runs(ours, swept, plan, describe_data(spec.source, corpus))
-    with RunProgress(console, "dense baseline, MoE, valley check", list(named.values()), _label) as progress:
-        by_key = run_all(list(named.values()), store, workers=workers, listener=progress)
+    with RunProgress(console, "MoE three ways, dense model", list(named.values()), _label) as progress:
+        by_key = run_all(
+            list(named.values()), store, workers=workers, listener=progress, keep_weights={named["MoE"].key}
+        )
     results = {name: by_key[run.key] for name, run in named.items()}
     checks = {
-        rule: MultiplierCheck.of({m: results[f"{rule} × {m:g}"]["val_loss"] for m in MULTIPLIERS}) for rule in RULES
+        rule: MultiplierCheck.of({m: results[f"{rule} × {m:g}"]["val_loss"] for m in MULTIPLIERS})
+        for rule in APPROACHES
     }
 
     seconds = _total_seconds(out / "demo.json", time.monotonic() - started, fresh=progress.fresh + display.fresh)
     summary = _summary(swept, plan, results, checks, corpus, seconds)
+    summary["samples"] = _samples(named["MoE"], store)
     write_json(out / "demo.json", summary)
     path = write_demo_report(store, named, results, summary, swept.cells, checks)
     _say(console, summary, path, seconds)
@@ -139,7 +142,10 @@ def _transfer(ours: Experiment, swept: SweepResult, target: Transformer, rule: s
 
 
 def _runs(ours: Experiment, swept: SweepResult, plan: PlanData, data: dict[str, Any]) -> dict[str, Run]:
-    """Every run after the sweep by name; the transferred MoE is the check's run at multiplier 1."""
+    """Every run after the sweep by name; the transferred MoE is complete-mue's run at multiplier 1.
+
+    In the order in which they tell most: an interrupted demo has its headline first.
+    """
     settings = ours.spec.settings
     assert plan.active_width is not None
     shape = ours.target
@@ -152,15 +158,18 @@ def _runs(ours: Experiment, swept: SweepResult, plan: PlanData, data: dict[str, 
         "MoE": Run(plan, settings, data),
         "dense": Run(_transfer(ours, swept, dense, "complete-mue"), settings, data),
     }
-    for rule in RULES:
-        ruled = _transfer(ours, swept, shape, rule)
-        for multiplier in MULTIPLIERS:
-            named[f"{rule} × {multiplier:g}"] = Run(scaled(ruled, multiplier), settings, data)
+    ruled = {rule: _transfer(ours, swept, shape, rule) for rule in APPROACHES}
+    for multiplier in sorted(MULTIPLIERS, key=lambda m: m != 1):
+        for rule in APPROACHES:
+            named[f"{rule} × {multiplier:g}"] = Run(scaled(ruled[rule], multiplier), settings, data)
+    for seed in SEEDS[1:]:
+        for rule in APPROACHES:
+            named[f"{rule}, seed {seed}"] = Run(ruled[rule], replace(settings, seed=seed), data)
     return named
 
 
 def _label(run: Run) -> str:
-    return f"{run.plan.rule.name:<12} {run.plan.target.name:<15} lr {run.plan.tuned.lr:<8.3g}"
+    return f"{run.plan.rule.name:<17} {run.plan.target.name:<15} lr {run.plan.tuned.lr:<8.3g} seed {run.settings.seed}"
 
 
 def _summary(
@@ -181,13 +190,32 @@ def _summary(
         "plan": plan.to_dict(),
         "runs": {name: {k: result[k] for k in _KEPT} for name, result in results.items()},
         "check": {rule: check.to_dict() for rule, check in checks.items()},
+        "transferred": {
+            rule: [results[f"{rule} × 1"]["val_loss"]] + [results[f"{rule}, seed {s}"]["val_loss"] for s in SEEDS[1:]]
+            for rule in APPROACHES
+        },
     }
 
 
+def _samples(run: Run, store: Store) -> dict[str, str]:
+    """What the MoE writes before and after its training; no second where its weights are not there any more."""
+    window = run.plan.target.sequence
+
+    def written(model: nn.Module) -> str:
+        return sample_bytes(model, PROMPT.encode(), _SAMPLE, window=window).decode("utf-8", errors="replace")
+
+    after = trained_model(run, store)
+    return {"prompt": PROMPT, "before": written(untrained_model(run))} | ({"after": written(after)} if after else {})
+
+
 def _say(console: Console, summary: dict[str, Any], path: Path, seconds: float) -> None:
-    console.rule("[bold]6  what came out")
+    console.rule("[bold]5  what came out")
     for sentence in findings(summary):
         console.print(f"  • {sentence}", highlight=False)
+    if "after" in summary["samples"]:
+        console.print(f"\n  it goes on from {PROMPT.strip()!r}:", highlight=False, markup=False)
+        for line in summary["samples"]["after"].splitlines()[:5]:
+            console.print(f"    │ {line}", highlight=False, markup=False)
     console.print(
         f"\n  {seconds:.0f} s in all. The report: [bold]{path}[/] (pictures as PNG beside it)", highlight=False
     )

@@ -86,6 +86,7 @@ class Jobs:
             checkpoint_seconds=job["checkpoint_seconds"],
             stop=lambda: job["id"] in self.stopped,
             compiled=job["compiled"],
+            keep_weights=job["keep_weights"],
         )
 
     def _join(self, job: Job, run: Run, store: Store, corpus: Corpus) -> dict[str, Any] | None:
@@ -94,7 +95,7 @@ class Jobs:
         stack = self.stacks.get(kind) or StackedRuns(
             compiled=job["compiled"], checkpoint_seconds=job["checkpoint_seconds"]
         )
-        result = stack.join(run, store, corpus)
+        result = stack.join(run, store, corpus, keep_weights=job["keep_weights"])
         if stack.sessions:
             self.stacks[kind] = stack
         return result

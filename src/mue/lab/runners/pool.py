@@ -57,6 +57,7 @@ class _RunInFlight:
     """A run under way: in which worker, how far it is, and how often in a row its worker died at that point."""
 
     run: Run
+    keep_weights: bool = False
     worker: int = -1
     step: int = 0
     died_at: int = -1
@@ -88,13 +89,13 @@ class Pool:
     def slots(self) -> int:
         return self.layout.processes * self.layout.stack
 
-    def submit(self, run: Run) -> None:
+    def submit(self, run: Run, *, keep_weights: bool = False) -> None:
         known = self.store.result(run.key)
         if known is not None:
             self.events.append(Done(run, known))
             return
         assert run.key not in self.in_flight
-        self.waiting.append(_RunInFlight(run))
+        self.waiting.append(_RunInFlight(run, keep_weights))
         self.dispatch()
 
     def wait(self, timeout: float | None = None) -> list[Message]:
@@ -177,6 +178,7 @@ class Pool:
                 "threads": self.layout.threads,
                 "stack": self.layout.stack,
                 "compiled": self.layout.compiled,
+                "keep_weights": flight.keep_weights,
             }
             self.send(index, job)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any
 
 from mue.lab.runners.calibrate import cores
@@ -20,6 +20,7 @@ def run_all(
     checkpoint_seconds: float = 10.0,
     listener: RunListener | None = None,
     kind: str = "processes",
+    keep_weights: Container[str] = (),
 ) -> dict[str, dict[str, Any]]:
     """Train every run that has no result yet, and wait for all of them.
 
@@ -27,6 +28,7 @@ def run_all(
         store: where the runs' folders are, finished ones included.
         workers, checkpoint_seconds, kind: as :func:`mue.lab.runners.open.open_runner` takes them.
         listener: told of each run as it goes, and of those that were trained before first.
+        keep_weights: keys of the runs whose ``model.safetensors`` stays in their folder.
 
     Returns:
         Key → result of all runs. Those with the same key are trained once.
@@ -56,7 +58,7 @@ def run_all(
     )
     try:
         for run in todo:
-            runner.submit(run)
+            runner.submit(run, keep_weights=run.key in keep_weights)
         while len(results) < len(distinct):
             for message in runner.wait():
                 if isinstance(message, Done):

@@ -60,8 +60,12 @@ class Runner(Protocol):
     def slots(self) -> int:
         """How many runs it wants in flight at once. More may be submitted; they wait their turn."""
 
-    def submit(self, run: Run) -> None:
-        """Train ``run``; a finished one comes back at once with its stored result. One key is in flight only once."""
+    def submit(self, run: Run, *, keep_weights: bool = False) -> None:
+        """Train ``run``; a finished one comes back at once with its stored result. One key is in flight only once.
+
+        Args:
+            keep_weights: leave ``model.safetensors`` in its folder; of one that was finished before nothing is made anew.
+        """
 
     def wait(self, timeout: float | None = None) -> list[Message]:
         """What has happened, oldest first: blocks until there is something, or ``timeout`` seconds; [] on timeout

@@ -35,8 +35,11 @@ class StackedRuns:
         self.opened: dict[str, ExitStack] = {}
         self.made_seconds = self.step_seconds = 0.0
 
-    def join(self, run: Run, store: Store, corpus: Corpus) -> dict[str, Any] | None:
+    def join(self, run: Run, store: Store, corpus: Corpus, *, keep_weights: bool = False) -> dict[str, Any] | None:
         """Begin a run or go on with it; the next step has it in the stack.
+
+        Args:
+            keep_weights: leave ``model.safetensors`` in its folder when it ends.
 
         Returns:
             Its result, where it has one already.
@@ -48,6 +51,7 @@ class StackedRuns:
             session = open_session(run, store, corpus, opened)
             if not isinstance(session, TrainingSession):
                 return session
+            session.keep_weights = keep_weights
             self.sessions[run.key], self.opened[run.key] = session, opened.pop_all()
         return None
 

@@ -1,6 +1,6 @@
 """A process that trains the runs it is told to: JSON lines in on stdin, JSON lines out on stdout.
 
-In: a job ``{"id", "run", "store", "checkpoint_seconds", "threads", "stack", "compiled"}``, or ``{"stop": id}`` to give one up.
+In: a job ``{"id", "run", "store", "checkpoint_seconds", "threads", "stack", "compiled", "keep_weights"}``, or ``{"stop": id}`` to give one up.
 Out: ``{"id", "step", "loss"}``, then ``{"id", "result"}`` or ``{"id", "error", "kind", "type"}``. A job with ``"stack": 1`` is trained alone, others
 together with those of their kind.
 

@@ -74,7 +74,7 @@ def train(
         session = open_session(run, store, corpus, opened, device)
         if not isinstance(session, TrainingSession):
             return session
-        session.compiled = compiled
+        session.compiled, session.keep_weights = compiled, keep_weights
         if compiled:
             compile_blocks(session.model)
         told = time.monotonic()
@@ -84,7 +84,7 @@ def train(
                 progress(session.step, session.loss)
                 told = time.monotonic()
             session.maybe_checkpoint(checkpoint_seconds, stop())
-        return session.end(keep_weights)
+        return session.end()
 
 
 def open_session(
@@ -120,7 +120,7 @@ class TrainingSession:
         step: steps done. loss: of the last one. val_loss: the last validation's.
         status: None under way, else "finished", "diverged" or "stopped".
         seconds: training time over all sittings; of stacked runs, this one's share.
-        stacked, compiled: how it is trained, for the result.
+        stacked, compiled: how it is trained, for the result. keep_weights: leave ``model.safetensors`` in the run's folder at its end.
     """
 
     def __init__(self, run: Run, folder: Path, corpus: Corpus, device: torch.device | None = None) -> None:
@@ -145,7 +145,7 @@ class TrainingSession:
         self.optimizer = torch.optim.AdamW(groups, fused=True)
         self.step, self.loss, self.val_loss, self.seconds = 0, math.nan, math.nan, 0.0
         self.status: str | None = None
-        self.stacked, self.compiled = 1, False
+        self.stacked, self.compiled, self.keep_weights = 1, False, False
         self.first_loss: float | None = None
         self.steps_above = 0  # in a row, with a loss DIVERGED_NATS above the first
 
@@ -284,17 +284,13 @@ class TrainingSession:
         self.saved_at = time.monotonic()
         self.status = "stopped" if stop else None
 
-    def end(self, keep_weights: bool = False) -> dict[str, Any]:
-        """The result of a run that has ended; it is stored unless the run was stopped.
-
-        Args:
-            keep_weights: leave ``model.safetensors`` in the run's folder.
-        """
+    def end(self) -> dict[str, Any]:
+        """The result of a run that has ended; it is stored unless the run was stopped."""
         result = self._result()
         if self.status == "stopped":
             return result
         self._flush()
-        if keep_weights:
+        if self.keep_weights:
             meta = {"run": self.key, "plan": self.plan.hash}
             checkpoint.save_weights(self.folder / "model.safetensors", self.model, meta)
         write_json(self.folder / "result.json", result)
