@@ -10,6 +10,7 @@ import pytest
 from mue.lab.study.measure import compare, measure
 from mue.lab.study.schedule import Planned, Schedule
 from mue.lab.study.spec import octave
+from mue.lab.study.speed_up import speed_ups
 from support.study import DATA, study, trained
 
 # approach → (where its minimum lies in octaves from the transferred rate, the loss there)
@@ -71,3 +72,25 @@ def test_a_diverged_seed_is_no_number_and_no_comparison() -> None:
     standard = by["width 64, ffn 64", "standard"]
     assert standard.mean == math.inf
     assert not [c for c in compare(list(by.values()), "complete-mue") if c.approach == "standard"]
+
+
+def test_a_speed_up_is_read_where_the_curves_meet() -> None:
+    spec = study(
+        **{'targets = [{ moe = "4e2a", expert = 32 }]': 'targets = [{ moe = "4e2a", expert = 32 }, { ffn = 64 }]'}
+    )
+    schedule = Schedule(spec, DATA)
+    rows = trained(schedule, loss)
+    for cell in schedule.cells:
+        if cell.plan is None or cell.target.axis != "experts":
+            continue
+        gain = 2.0 if "moe" in cell.target.name else 1.0
+        place = schedule.cells.index(cell)
+        for p in schedule.runs_of(place, rows):
+            steps = cell.target.training.steps
+            rows[p.run.key]["curve"] = [
+                [s, 3.0 - 0.2 * math.log(gain * s)] for s in (0.1 * steps, 0.3 * steps, 0.8 * steps, steps)
+            ]
+    (found,) = [g for g in speed_ups(measure(schedule, rows), rows) if g.dense == "ffn 64"]
+    # half the steps for the same loss, each a little dearer for its router
+    moe, dense = (t.shape.flops_per_token for t in spec.targets if t.name in ("moe 4e2a, expert 32", "ffn 64"))
+    assert found.moe == "moe 4e2a, expert 32" and found.factors == pytest.approx([2 * dense / moe] * 2)

@@ -55,7 +55,7 @@ class CellMeasures:
         planned: how many runs were asked for.
         valley: over log2 of the multiplier; None with fewer than three multipliers that have a loss.
         drift, regret, attained: None without a valley. regret_steps: regret in percent of the steps; None where the runs show no fall.
-        tokens_per_parameter: of training, per active parameter.
+        keys_at_1: seed → key of the run at the transferred value.
     """
 
     cell: StudyCell
@@ -66,7 +66,7 @@ class CellMeasures:
     regret: Interval | None = None
     attained: Interval | None = None
     regret_steps: float | None = None
-    keys: tuple[str, ...] = field(default=(), repr=False)
+    keys_at_1: Mapping[int, str] = field(default_factory=dict, repr=False)
 
     @property
     def transferred(self) -> Mapping[int, float]:
@@ -104,8 +104,8 @@ def _measured(schedule: Schedule, place: int, rows: Rows) -> CellMeasures:
     for p in runs:
         if (row := rows.get(p.run.key)) is not None:
             losses.setdefault(p.multiplier, {})[p.seed] = math.inf if row["val_loss"] is None else row["val_loss"]
-    cell, keys = schedule.cells[place], tuple(dict.fromkeys(p.run.key for p in runs))
-    found = CellMeasures(cell, dict(sorted(losses.items())), len(runs), keys=keys)
+    cell, keys = schedule.cells[place], {p.seed: p.run.key for p in runs if p.multiplier == 1.0}
+    found = CellMeasures(cell, dict(sorted(losses.items())), len(runs), keys_at_1=keys)
     points = [LossPoint(octave(m), y, seed) for m, at in losses.items() for seed, y in at.items()]
     if len({p.log2_lr for p in points if math.isfinite(p.loss)}) < 3:
         return found
@@ -125,7 +125,7 @@ def _measured(schedule: Schedule, place: int, rows: Rows) -> CellMeasures:
         regret=regret,
         attained=attained,
         regret_steps=100 * math.expm1(regret.value / slope) if slope and regret.value / slope < 5 else None,
-        keys=keys,
+        keys_at_1=keys,
     )
 
 

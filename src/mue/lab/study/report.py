@@ -12,8 +12,9 @@ from mue.lab.report.page import Section, text, write_report
 from mue.lab.study.figures import colors, headline_figure, valleys_figure
 from mue.lab.study.measure import CellMeasures, Compared, Interval, compare, measure
 from mue.lab.study.rows import StudyFolder
-from mue.lab.study.schedule import Schedule
+from mue.lab.study.schedule import Rows, Schedule
 from mue.lab.study.spec import StudySpec
+from mue.lab.study.speed_up import SpeedUp, speed_ups
 from mue.lab.train.task import task_of
 from mue.util.files import write_json
 
@@ -60,7 +61,7 @@ def _span(x: Interval, digits: int, *, signed: bool = False) -> str:
     return f"{one(x.value)} ({one(x.low)} to {one(x.high)})"
 
 
-def summary(spec: StudySpec, measured: Sequence[CellMeasures], asked: Mapping[str, Any]) -> dict[str, Any]:
+def summary(spec: StudySpec, measured: Sequence[CellMeasures], asked: Mapping[str, Any], rows: Rows) -> dict[str, Any]:
     """The study's numbers for JSON: what pages and documents quote."""
     reference = next(iter(spec.approaches))
     return {
@@ -96,6 +97,16 @@ def summary(spec: StudySpec, measured: Sequence[CellMeasures], asked: Mapping[st
                 for c in compare(measured, reference)
             ]
         },
+        "speed_up": [
+            {
+                "axis": g.axis,
+                "approach": g.approach,
+                "moe": g.moe,
+                "dense": g.dense,
+                "factors": [round(f, 3) for f in g.factors],
+            }
+            for g in speed_ups(measured, rows)
+        ],
     }
 
 
@@ -141,7 +152,7 @@ def study_report(folder: Path, others: Sequence[Path] = ()) -> Path:
     unit = task_of(spec.settings).unit
     colored = colors(list(spec.approaches))
     with_runs = [axis for axis in spec.axes if any(m.losses for m in measured if m.cell.target.axis == axis)]
-    found = summary(spec, measured, asked)
+    found = summary(spec, measured, asked, rows)
     write_json(folder / "study-results.json", found)
     compared = compare(measured, next(iter(spec.approaches)))
     sections = []
@@ -157,6 +168,8 @@ def study_report(folder: Path, others: Sequence[Path] = ()) -> Path:
             )
         )
     sections.append(_against_section(compared))
+    if gains := speed_ups(measured, rows):
+        sections.append(_speed_up_section(gains))
     sections += [
         Section(
             id=f"valleys-{axis}".replace(" ", "-"),
@@ -194,6 +207,23 @@ def _against_section(compared: Sequence[Compared]) -> Section:
             )
         ],
         header=("axis", "target", "approach", "difference (95 % interval), nats", "seeds"),
+        rows=rows,
+    )
+
+
+def _speed_up_section(gains: Sequence[SpeedUp]) -> Section:
+    rows = [
+        [g.axis, g.approach, g.moe, g.dense, f"{g.mean:.2f}×", ", ".join(f"{f:.2f}" for f in g.factors)] for g in gains
+    ]
+    return Section(
+        id="speed-up",
+        title="MoE against dense at equal active FLOPs",
+        texts=[
+            text(
+                "Active FLOPs that the dense model spends to its loss at the end of the stable phase, over what the MoE spends to the same loss."
+            )
+        ],
+        header=("axis", "approach", "MoE", "dense", "speed-up", "each seed"),
         rows=rows,
     )
 
