@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
@@ -28,11 +29,12 @@ from mue.lab.train.sample import sample_bytes, trained_model, untrained_model
 from mue.lab.valley.multiplier_check import MultiplierCheck
 from mue.plan.plan import PlanData
 from mue.plan.replan import scaled
-from mue.plan.toml import shape_from, table_of, training_from
+from mue.plan.toml import read_toml, shape_from, table_of, training_from
 from mue.plan.transfer import transfer
 from mue.shapes import Dense, Training, Transformer
 from mue.util.files import write_json
 
+FILE = Path(str(files("mue.lab.demo") / "demo.toml"))
 MULTIPLIERS = (0.5, 1.0, 2.0)  # of the transferred rate: an octave to each side shows where the valley lies
 SEEDS = (0, 1)  # of the runs at transferred values; the valleys are of the first
 PROMPT = "def read_lines(self, path):\n"
@@ -61,29 +63,28 @@ class Experiment:
     training: Training
 
 
-def experiment(out: Path) -> Experiment:
-    """``demo.toml`` of this package, with its data cache under ``out``."""
-    import tomllib
-
-    data: dict[str, Any] = tomllib.loads(files("mue.lab.demo").joinpath("demo.toml").read_text(encoding="utf-8"))
-    data["data"]["cache"] = str(out / "data")
+def experiment(out: Path, tables: Mapping[str, Any] | None = None) -> Experiment:
+    """``demo.toml`` of this package, or other tables of its kind, with the data's cache under ``out``."""
+    found = read_toml(FILE) if tables is None else tables
+    data = {**found, "data": {**found["data"], "cache": str(out / "data")}}
     target = table_of(data, "target")
     training = training_from(target, "target")
     assert training is not None
     return Experiment(sweep_from(data, Path()), shape_from(target, "target", ("training",)), training)
 
 
-def demo(out: Path, console: Console, *, workers: int | None = None) -> Path:
+def demo(out: Path, console: Console, *, workers: int | None = None, tables: Mapping[str, Any] | None = None) -> Path:
     """Run the demo into a folder; what is done there is not done again.
 
     Args:
         out: the folder. console: where people are told of it. workers: training processes (None: one for each core).
+        tables: in the place of :data:`FILE`'s.
 
     Returns:
         The report's path.
     """
     started = time.monotonic()
-    ours = experiment(out)
+    ours = experiment(out, tables)
     spec = ours.spec
 
     console.rule("[bold]1  real text")
