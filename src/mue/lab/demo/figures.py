@@ -8,7 +8,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.figure import Figure
 
-from mue.lab.report.plots import DENSE, INK, STYLE, WARM, draw_valley
+from mue.lab.report.plots import CYCLE, INK, STYLE, WARM, draw_valley
 
 
 def outcome_figure(
@@ -45,8 +45,15 @@ def outcome_figure(
                 left.plot([place], [0.97], "x", color=WARM, transform=left.get_xaxis_transform())
         if dense is not None:
             seen.append(dense)
-            left.axhline(dense, color=DENSE, lw=1, ls="--")
-            left.annotate("dense, equal active FLOPs", (len(gained) - 0.45, dense), ha="right", va="bottom", fontsize=8)
+            left.axhline(dense, color=CYCLE[2], lw=1.2, ls="--")
+            left.annotate(
+                "dense, equal active FLOPs",
+                (len(gained) - 0.45, dense),
+                ha="right",
+                va="bottom",
+                fontsize=8,
+                color=CYCLE[2],
+            )
         left.set_xticks(range(len(gained)), [_two_lines(one["label"]) for one in gained], fontsize=8.5)
         left.set_xlim(-0.5, len(gained) - 0.4)
         if seen:
