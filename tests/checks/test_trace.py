@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import mue
 from mue.checks import CheckError
+from mue.checks.context import logits_of
 from support.structures import OUTPUTS, L, structure
 
 FORWARD = ("multipliers", "attention scale")
@@ -75,6 +77,20 @@ def test_the_head_is_read_whatever_the_model_returns(output: str) -> None:
             continue  # what became of that loss nobody was told; it is still read
         found = report({"output": output}, wrong)
         assert any("head.weight" in f.where for f in found.failures), found
+
+
+def test_a_step_needs_the_loss_only_wherever_it_stands() -> None:
+    for output in OUTPUTS:
+        plan, model, batch = structure(output=output)
+        if output == "logits":
+            with pytest.raises(CheckError, match="returned no loss for this batch"):
+                mue.check(model, plan, batch)
+            batch_loss = lambda m, b: F.cross_entropy(m(*b).flatten(0, 1), b[1].flatten())  # noqa: E731
+            assert mue.check(model, plan, batch, loss=batch_loss).ok
+        else:
+            assert mue.check(model, plan, batch).ok
+        logits = logits_of(model(*batch))
+        assert (logits is None) == (output in ("loss", "dict of loss", "dataclass of loss")), output
 
 
 def test_what_was_planned_and_not_measured_is_no_pass(monkeypatch: pytest.MonkeyPatch) -> None:

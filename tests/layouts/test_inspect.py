@@ -17,6 +17,7 @@ import torch
 import mue
 from mue.layouts.inspect import inspect, lines, walk
 from mue.layouts.transformers.configs import build, default_config, read_config
+from mue.layouts.transformers.tiny import shrink
 
 torch.set_num_threads(1)
 
@@ -87,6 +88,11 @@ def test_the_models_own_route_scale_is_seen() -> None:
     found = inspect("deepseek_v3")
     assert found.routing is not None and found.routing.scale == 2.5
     assert [(s.attribute, s.value) for s in found.scalings] == [("routed_scaling_factor", 2.5)]
+
+
+def test_scores_over_the_picked_experts_alone_are_seen() -> None:
+    routing = inspect(shrink(default_config("kolibri1"), 2)).routing
+    assert routing is not None and routing.score == "sigmoid"
 
 
 def test_factors_that_a_model_has_already_come_with_what_switches_them_off() -> None:

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from mue.checks.branches import Branch, branches
 from mue.checks.record import Record
 from mue.checks.solve import Coefficients, own_activations, solve_coefficients
-from mue.checks.trace import traced
+from mue.checks.trace import returned, traced
 from mue.layouts.layout import ParamInfo, unwrap
 from mue.layouts.of_model import placement_of
 from mue.layouts.place import Placement
@@ -133,8 +133,8 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
         return loss(model, batch)
     out = forward(model, batch)
     found = out.get("loss") if isinstance(out, Mapping) else getattr(out, "loss", None)
-    if found is None and isinstance(out, Tensor) and out.dim() == 0:
-        found = out
+    if found is None and isinstance(out, Tensor | tuple | list):  # (logits, loss), (loss, logits, …), a loss alone
+        found = next((t for t in returned(out) if t.dim() == 0 and t.requires_grad), None)
     if not isinstance(found, Tensor):
         raise ValueError(
             f"{type(unwrap(model)).__name__} returned no loss for this batch: put the targets into the batch"
@@ -146,7 +146,7 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
 def logits_of(out: Any) -> Tensor | None:
     """The logits in what a model returned."""
     found = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
-    return found if isinstance(found, Tensor) and found.dim() >= 2 else None
+    return next((t for t in returned(found) if t.dim() >= 2 and t.is_floating_point()), None)
 
 
 @contextmanager

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from mue.layouts.layout import Layout, canonical, pattern_of
 from mue.layouts.observe.axis_sizes import Build, axis_sizes
-from mue.layouts.observe.config import size_of
+from mue.layouts.observe.config import find_integer, size_of
 from mue.layouts.observe.decide import Facts, decide
 from mue.layouts.observe.gates import Gates, record_gates
+from mue.layouts.observe.names import ACTIVE_EXPERTS
 from mue.layouts.observe.param_use import ParamUse, param_use
 from mue.layouts.observe.post_norms import post_norms
 from mue.layouts.observe.run import perturb, run_tokens
@@ -123,7 +124,9 @@ def describe(
         replace(p, row=replace(p.row, after=after[p.pattern])) if p.row and p.pattern in after else p for p in patterns
     ]
     experts = size_of(tiny, "experts")
-    score = {kernel for kernel, size in scores if size == experts}
+    active = find_integer(tiny, ACTIVE_EXPERTS)
+    # over all experts, or, where none ran over as many numbers, over those that were picked
+    score = {kernel for kernel, size in scores if size == experts} or {k for k, size in scores if size == active}
     # two kernels over as many numbers as there are experts (a gate beside the router): which one scores is not known
     return Description(tuple(patterns), gates, sizes.unbuilt, score.pop() if len(score) == 1 else None, cancelled)
 
