@@ -393,3 +393,11 @@ def test_a_name_that_only_sounds_computed_is_planned() -> None:
     model = nn.Module()
     model.weight_orig = nn.Parameter(torch.ones(2, 2))
     assert place(model, [Layout("weight_orig", "head", ("out", "in"))])[0].role == "head"
+
+
+def test_a_computed_weight_without_a_row_is_named_as_what_it_is() -> None:
+    """Also on a model that is observed, where no row has such a name: what to do is the same."""
+    model = nn.Module()
+    model.q = parametrizations.weight_norm(nn.Linear(4, 4, bias=False))
+    with pytest.raises(ValueError, match=r"q\.parametrizations\.weight\.original0 is not the weight"):
+        place(model, [])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 
 import mue
 from mue.fold import fold
@@ -75,3 +76,31 @@ def test_measured_gates_are_accepted_as_they_are() -> None:
 def test_one_expert_of_weight_one_has_no_score_to_compare() -> None:
     config = tiny("qwen3_moe", **{**QWEN, "num_experts_per_tok": 1})
     plan_for(shape_of(config, router="sigmoid")).init_(build(config))
+
+
+def test_an_adapter_beside_a_stock_model_is_left_alone() -> None:
+    config = tiny("qwen3_moe", **QWEN)
+    plan = plan_for(shape_of(config))
+    model = build(config)
+
+    class Adapted(type(model)):  # type: ignore[misc]
+        """The family with a matrix that nothing plans, in every layer."""
+
+        layout_rows = (mue.Layout("model.layers.*.adapter.**", "unplanned"),)
+
+        def __init__(self, config: Any) -> None:
+            super().__init__(config)
+            for layer in self.model.layers:
+                layer.adapter = torch.nn.Linear(config.hidden_size, 4)
+
+        def forward(self, *args: Any, **more: Any) -> Any:
+            for layer in self.model.layers:
+                layer.adapter(torch.ones(config.hidden_size))
+            return super().forward(*args, **more)
+
+    adapted = Adapted(config)
+    before = adapted.model.layers[0].adapter.weight.detach().clone()
+    plan.init_(adapted)
+    assert torch.equal(adapted.model.layers[0].adapter.weight, before)
+    with pytest.warns(UserWarning, match=r"model\.layers\.0\.adapter\.weight and 3 more are unplanned"):
+        plan.param_groups(adapted)

@@ -69,7 +69,7 @@ def placement(model: nn.Module, rows: Sequence[Layout]) -> Placement:
         name = canonical(raw)
         others = aliases.get(id(parameter), ())
         row, fault = _row_of(name, parameter, others, table, used)
-        if row is not None and row.role != UNPLANNED and name in made:
+        if name in made and (row is None or row.role != UNPLANNED):
             row, fault = None, f"{name} is not the weight that the model multiplies by: {made[name]}"
         if row is None:
             faults.append(fault)

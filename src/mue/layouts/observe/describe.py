@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mue.layouts.layout import Layout, canonical, pattern_of
+from mue.layouts.layout import UNPLANNED, Layout, canonical, pattern_of
 from mue.layouts.observe.axis_sizes import Build, axis_sizes
 from mue.layouts.observe.config import find_integer, size_of
 from mue.layouts.observe.decide import Facts, decide
@@ -193,7 +193,7 @@ def _check_rows(rows: Sequence[Layout], shapes: Mapping[str, tuple[int, ...]]) -
                 f"your row {row.pattern!r} ({row.role}) matches no parameter: remove it or correct the pattern"
             )
         for n in hits:
-            if len(row.axes) != len(shapes[n]):
+            if len(row.axes) != len(shapes[n]) and (row.axes or row.role != UNPLANNED):
                 raise ValueError(
                     f"your row {row.pattern!r} declares axes {row.axes}, but {n} has {len(shapes[n])} of them"
                 )
