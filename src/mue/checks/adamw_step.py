@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mue.checks.context import Context
+from mue.checks.optimizers import state_of
 from mue.checks.training_step import AGAIN, TensorStep, starts_at_zero, training_steps
 
 NEAR, FAR = 0.01, 0.2  # relative: AdamW up to rounding; another algorithm, and no approximation of its numbers
@@ -55,7 +56,13 @@ def distance(ctx: Context, optimizer: Any) -> float | None:
         The largest distance of a tensor, at least :data:`NEAR` where only the decay is another; None where it cannot be seen:
         no batch, no weights, a plan for another optimizer, a state, a model that cannot be run.
     """
-    if ctx.batch is None or ctx.meta or ctx.plan.tuned.optimizer != "adamw" or optimizer.state or starts_at_zero(ctx):
+    if (
+        ctx.batch is None
+        or ctx.meta
+        or ctx.plan.tuned.optimizer != "adamw"
+        or state_of(optimizer)
+        or starts_at_zero(ctx)
+    ):
         return None
     held = {id(p) for g in optimizer.param_groups for p in g["params"]}
     try:

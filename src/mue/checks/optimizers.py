@@ -140,6 +140,11 @@ def unwrapped(optimizer: Any) -> Iterator[Any]:
     yield optimizer
 
 
+def state_of(optimizer: Any) -> Any:
+    """Its state by parameter; empty where a wrapper shows none."""
+    return getattr(optimizer, "state", None) or {}
+
+
 def holds_its_own(optimizer: Any) -> bool:
     """Whether it wraps another optimizer, as those do that step master weights or flat shards instead of the parameters."""
     return any(hasattr(getattr(optimizer, n, None), "param_groups") for n in _ONE)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mue.checks.context import Context
-from mue.checks.optimizers import called, holds_its_own
+from mue.checks.optimizers import called, holds_its_own, state_of
 from mue.checks.report import FAIL, UNMEASURED, Finding, several
 from mue.checks.schedule import peak_rate
 from mue.checks.training_step import LOW, kept_weights, undone
@@ -42,7 +42,7 @@ def decay_lost(ctx: Context) -> Iterator[Finding]:
             yield _unmeasured(small, kind, why)
         return
     used = {id(o): o for o in holders.values()}
-    begun = any(o.state for o in used.values())
+    begun = any(state_of(o) for o in used.values())
     lost = _begun(ctx, held) if begun else _fresh(ctx, held)
     if not lost:
         return

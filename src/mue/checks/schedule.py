@@ -7,6 +7,7 @@ multiple is 1. How a scheduler says so (a factor on ``initial_lr``, a list of pe
 from __future__ import annotations
 
 import copy
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -151,7 +152,22 @@ def _stepper(given: Any) -> tuple[Callable[[int], Any], bool]:
         return given, True
     if feeds_on_loss(given):
         return lambda step: given.step(1.0), False  # a metric that never improves: it reduces as often as it can
+    if hasattr(given, "step_update"):  # timm's count steps and epochs themselves, and only one of the two acts
+        return lambda step: (given.step(step + 1), given.step_update(step + 1)), False
+    if _asks_for_step(given.step):
+        return lambda step: given.step(step + 1), False
     return lambda step: given.step(), False
+
+
+def _asks_for_step(step: Callable[..., Any]) -> bool:
+    """Whether ``step`` cannot be called without the number of the step."""
+    try:
+        inspect.signature(step).bind()
+    except TypeError:
+        return True
+    except ValueError:  # some built-in functions tell nobody what they take
+        return False
+    return False
 
 
 def writes_peaks(scheduler: Any) -> bool:
@@ -198,7 +214,7 @@ def _put_back(scheduler: Any, groups: Sequence[dict[str, Any]]) -> Iterator[None
     saved = [{k: copy.deepcopy(v) for k, v in g.items() if k not in ("params", "lr")} for g in groups]
     rates = [(g["lr"], g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"]) for g in groups]
     outer = scheduler if isinstance(scheduler, list | tuple) else [scheduler]
-    states = [copy.deepcopy(s.state_dict()) if hasattr(s, "state_dict") else None for s in outer]
+    states = [_state(s) for s in outer]
     try:
         yield
     finally:
@@ -209,5 +225,18 @@ def _put_back(scheduler: Any, groups: Sequence[dict[str, Any]]) -> Iterator[None
                 rate.copy_(value)
             group.update(before, lr=rate)
         for one, state in zip(outer, states, strict=True):
-            if state is not None:
+            if hasattr(one, "load_state_dict"):
                 one.load_state_dict(state)
+            else:
+                getattr(one, "__dict__", {}).update(state)
+
+
+def _state(scheduler: Any) -> dict[str, Any]:
+    """What a scheduler remembers of its steps: as it says, or, of a class that says nothing, the numbers in it."""
+    if hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict"):
+        return copy.deepcopy(scheduler.state_dict())
+    kept = {
+        k: v for k, v in getattr(scheduler, "__dict__", {}).items() if isinstance(v, int | float | str | list | None)
+    }
+    # a list may be of the optimizer's groups, which are put back on their own
+    return {k: list(v) if isinstance(v, list) else v for k, v in kept.items()}

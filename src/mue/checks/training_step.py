@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from mue.checks.context import Context
-from mue.checks.optimizers import algorithm
+from mue.checks.optimizers import algorithm, state_of
 from mue.checks.schedule import peak_rate
 from mue.layouts.layout import ParamInfo
 from mue.model.apply import param_groups
@@ -105,7 +105,7 @@ def kept_weights(parameter: Tensor, optimizers: Sequence[Optimizer]) -> Tensor:
     here = parameter.detach()
     if here.dtype not in LOW:
         return here
-    state: dict[Any, Any] = next((o.state[parameter] for o in optimizers if parameter in o.state), {})
+    state: dict[Any, Any] = next((state_of(o)[parameter] for o in optimizers if parameter in state_of(o)), {})
     like = {k: v for k, v in state.items() if isinstance(v, Tensor) and v.shape == here.shape}
     for value in like.values():
         if (
@@ -126,7 +126,7 @@ def undone(ctx: Context, optimizers: Sequence[Optimizer]) -> Iterator[None]:
     gradients = [(p, p.grad) for p in ctx.model.parameters()]
     modes = {m: m.training for m in ctx.model.modules()}
     states = [
-        {p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for p, s in o.state.items()}
+        {p: {k: v.clone() if isinstance(v, Tensor) else v for k, v in s.items()} for p, s in state_of(o).items()}
         for o in optimizers
     ]
     groups: list[dict[str, Any]] = [g for o in optimizers for g in o.param_groups if g["params"]]
@@ -148,5 +148,6 @@ def undone(ctx: Context, optimizers: Sequence[Optimizer]) -> Iterator[None]:
         for module, mode in modes.items():
             module.training = mode
         for o, state in zip(optimizers, states, strict=True):
-            o.state.clear()
-            o.state.update(state)
+            if hasattr(o, "state"):
+                o.state.clear()
+                o.state.update(state)

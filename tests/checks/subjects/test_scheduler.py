@@ -54,6 +54,40 @@ class Container:
             s.load_state_dict(dict(state))
 
 
+class Counting:
+    """Of one's own: counts its steps, and says nothing of a state."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer, self.done, self.planned = optimizer, 0, peaks(optimizer)
+        self.write()
+
+    def write(self) -> None:
+        for group, peak in zip(self.optimizer.param_groups, self.planned, strict=True):
+            group["lr"] = peak * warm(self.done)
+
+    def step(self) -> None:
+        self.done += 1
+        self.write()
+
+
+class Told(Counting):
+    """As timm's: it is told the step."""
+
+    def step(self, step: int) -> None:  # type: ignore[override]
+        self.done = step
+        self.write()
+
+
+class ToldTwice(Told):
+    """As timm's with ``t_in_epochs=False``: what epochs do is nothing."""
+
+    def step(self, epoch: int) -> None:  # type: ignore[override]
+        pass
+
+    def step_update(self, step: int) -> None:
+        Told.step(self, step)
+
+
 def warm(step: int) -> float:
     return min(1.0, (step + 1) / WARMUP)
 
@@ -93,6 +127,9 @@ RIGHT: dict[str, Make] = {
     "container": lambda o: Container(torch_schedules.LambdaLR(o, warm)),
     "list": lambda o: [in_sequence(o)],
     "by hand": by_hand,
+    "a class of one's own": Counting,
+    "told the step": Told,
+    "told epoch and step": ToldTwice,
 }
 UNWARMED = {"cosine", "cosine restarts", "steps", "polynomial"}
 
@@ -102,11 +139,13 @@ def test_right_schedules_pass_and_are_put_back(name: str) -> None:
     c = bare()
     c.scheduler = RIGHT[name](c.optimizer)
     before = [{k: v for k, v in g.items() if k != "params"} for g in c.optimizer.param_groups]
+    counted = getattr(c.scheduler, "done", None)
     report = c.check(only=ONLY)
     assert {f.check for f in report.findings if f.status == PASS} == set(ONLY), report
     assert not report.failures, report
     assert [f.where.partition(": ")[2] for f in report.warnings] == ["warmup"] * (name in UNWARMED)
     assert before == [{k: v for k, v in g.items() if k != "params"} for g in c.optimizer.param_groups]
+    assert counted == getattr(c.scheduler, "done", None)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +248,18 @@ def test_a_schedule_without_the_planned_warmup_is_a_warning() -> None:
         (lambda o: torch_schedules.LambdaLR(o, lambda s: min(1.0, (s + 1) / 5)), "the peak is reached at step 5"),
     ):
         assert [(f.status, f.measured) for f in report_of(make).warnings] == [(WARN, text)]
+
+
+def test_rates_that_are_tensors_keep_their_identity() -> None:
+    """A captured graph holds on to them."""
+    c = bare()
+    groups = [{**g, "lr": torch.tensor(g["lr"], dtype=torch.float64)} for g in c.plan.param_groups(c.model)]
+    c.optimizer = torch.optim.AdamW(groups, foreach=False)
+    c.scheduler = torch_schedules.LambdaLR(c.optimizer, warm)
+    rates = [(g["lr"], float(g["lr"])) for g in c.optimizer.param_groups]
+    report = c.check(only=ONLY)
+    assert report.ok and not report.warnings, report
+    assert all(g["lr"] is r and float(r) == v for g, (r, v) in zip(c.optimizer.param_groups, rates, strict=True))
 
 
 def test_a_schedule_that_has_begun_is_judged_by_what_it_multiplies() -> None:

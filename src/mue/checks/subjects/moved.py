@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from mue.checks.adamw_step import first_step_fault
 from mue.checks.context import Context
-from mue.checks.optimizers import is_torchs_adamw
+from mue.checks.optimizers import is_torchs_adamw, state_of
 from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
 from mue.checks.rounding import decay_lost
@@ -27,7 +27,7 @@ def moved(ctx: Context) -> Iterator[Finding]:
     if not optimizers:
         yield Finding(NAME, SKIP, measured=f"give the optimizer: none is built here for {ctx.plan.tuned.optimizer}")
         return
-    fresh = not any(o.state for o in optimizers)
+    fresh = not any(state_of(o) for o in optimizers)
     steps = training_steps(ctx)
     decay = list(decay_lost(ctx))
     for finding in _not_finite(steps) or _findings(ctx, steps, optimizers, fresh):
