@@ -213,8 +213,9 @@ def _put_back(scheduler: Any, groups: Sequence[dict[str, Any]]) -> Iterator[None
     """Groups and schedulers as they were, also tensors that an optimizer holds on to (capturable ones)."""
     saved = [{k: copy.deepcopy(v) for k, v in g.items() if k not in ("params", "lr")} for g in groups]
     rates = [(g["lr"], g["lr"].clone() if isinstance(g["lr"], Tensor) else g["lr"]) for g in groups]
-    outer = scheduler if isinstance(scheduler, list | tuple) else [scheduler]
-    states = [_state(s) for s in outer]
+    # each on its own, for a container's state may be less than theirs (torchtitan's is the number of the step)
+    every = list(leaves(scheduler))
+    states = [_state(s) for s in every]
     try:
         yield
     finally:
@@ -224,16 +225,20 @@ def _put_back(scheduler: Any, groups: Sequence[dict[str, Any]]) -> Iterator[None
             if isinstance(rate, Tensor):
                 rate.copy_(value)
             group.update(before, lr=rate)
-        for one, state in zip(outer, states, strict=True):
-            if hasattr(one, "load_state_dict"):
+        for one, state in zip(every, states, strict=True):
+            if _has_state(one):
                 one.load_state_dict(state)
             else:
                 getattr(one, "__dict__", {}).update(state)
 
 
+def _has_state(scheduler: Any) -> bool:
+    return hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict")
+
+
 def _state(scheduler: Any) -> dict[str, Any]:
     """What a scheduler remembers of its steps: as it says, or, of a class that says nothing, the numbers in it."""
-    if hasattr(scheduler, "state_dict") and hasattr(scheduler, "load_state_dict"):
+    if _has_state(scheduler):
         return copy.deepcopy(scheduler.state_dict())
     kept = {
         k: v for k, v in getattr(scheduler, "__dict__", {}).items() if isinstance(v, int | float | str | list | None)
