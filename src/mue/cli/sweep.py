@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from mue.cli.app import Log, Workers, app, say_data, say_paths
 from mue.cli.files import Set, read_tables
@@ -124,9 +125,8 @@ def sweep(
     )  # first: what is printed may go nowhere, and the report is there
     console.print(f"[bold]{result.verdict}[/]\n{tuned_words(result)}", highlight=False, soft_wrap=True)
     for warning in result.warnings:
-        console.print(f"[yellow]warning:[/] {warning}", highlight=False, soft_wrap=True)
-    for advice in result.advice:
-        console.print(advice, highlight=False, soft_wrap=True)
+        console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
+    say_paths(console, *result.advice)  # with the names of tables in it
     if why := sampler_of(result.spec.grid).why_done(result.trials):
         console.print(f"the search ended: {why.partition(': ')[0]}", highlight=False)
     say_paths(

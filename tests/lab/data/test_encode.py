@@ -10,7 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+import mue
 from mue.lab.data import load_corpus
+from mue.lab.tasks.language import text_windows
+from mue.lab.train.run import Run, Settings
 from support.text_folders import folder, tokenizer_file
 
 
@@ -142,3 +145,20 @@ def test_characters_without_a_token_are_counted(tmp_path: Path, unk: str | None)
     assert corpus.skipped == {"character that the tokenizer does not know": 60}
     wide = load_corpus(source, cache=tmp_path / "c", tokenizer=tokenizer_file(tmp_path / "t.json", ["<|endoftext|>"]))
     assert wide.skipped == {}
+
+
+def test_a_vocabulary_larger_than_the_models_is_refused_before_training(tmp_path: Path) -> None:
+    path = tokenizer_file(tmp_path / "t.json", ["<|endoftext|>"])
+    source = folder(tmp_path, {"a.txt": "some text and more text\n" * 400}) / "a.txt"
+    corpus = load_corpus(source, cache=tmp_path / "c", tokenizer=path)
+    for vocab in (corpus.vocab - 1, corpus.vocab):
+        base, training = mue.Dense(32, 32, 1, head_dim=16, sequence=16, vocab=vocab), mue.Training(64, 5)
+        plan = mue.transfer(base, base, mue.HParams(0.01, 0.1, 0.1), base_training=training, training=training)
+        run = Run(plan, Settings(), corpus.describe())
+        if vocab == corpus.vocab:
+            assert text_windows(run, corpus).at(0)[0].shape == (4, 16)
+            continue
+        with pytest.raises(
+            ValueError, match=f"the data has {corpus.vocab} tokens, the model a vocabulary of {vocab}: raise"
+        ):
+            text_windows(run, corpus)

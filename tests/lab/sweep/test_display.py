@@ -89,3 +89,9 @@ def spec(experiment: Path) -> SweepSpec:
 
 def a_run(spec: SweepSpec) -> Run:
     return spec.run_at(sampler_of(spec.grid).points()[0], describe_data(spec.source, open_corpus(spec.source)))
+
+
+def test_what_is_said_is_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    """A storage's name may have brackets in it."""
+    SweepDisplay(Console(width=200), "sweep", 10).say("the storage runs/[b]/x.db does not answer: see [sweep]")
+    assert capsys.readouterr().out == "  the storage runs/[b]/x.db does not answer: see [sweep]\n"

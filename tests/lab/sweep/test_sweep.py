@@ -330,3 +330,4 @@ def test_the_terminal_says_what_speaks_against_it(
         said = capsys.readouterr().out
         assert not end.value.code and ("the loss of guessing" in said) == speaks
         assert f"report: {out}/report.html" in said  # whatever is in the name
+        assert "try [sweep] betas" in said  # names of tables are no markup

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -87,7 +88,7 @@ class SweepDisplay(SweepListener):
         self.console.print(line, highlight=False, soft_wrap=True)
 
     def say(self, text: str) -> None:
-        self.console.print(f"  [dim]{text}[/]", highlight=False, soft_wrap=True)
+        self.console.print(f"  [dim]{escape(text)}[/]", highlight=False, soft_wrap=True)
 
     def _table(self) -> RenderableType:
         return sweep_table(self.trials, self.title, self.steps, time.monotonic() - self.started)
