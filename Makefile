@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 STACKS := $(VENV)-stacks
 STACK_TESTS := tests/export/test_torchtitan.py tests/export/test_megatron.py tests/export/test_olmo.py
 
-.PHONY: demo test slow stacks check clean postgresql
+.PHONY: demo test slow stacks check wheel clean postgresql
 
 demo: $(VENV)/.kernel
 	$(BIN)/mue demo
@@ -40,6 +40,12 @@ check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
+
+# dist/mue-VERSION-py3-none-any.whl; `pip install 'dist/….whl[lab]'` puts it into an environment of yours.
+wheel: | $(BIN)/python
+	rm -rf build  # what an earlier build left there would be packed, too
+	$(BIN)/python -m pip --disable-pip-version-check wheel -q --no-deps -w dist .
+	@ls dist/*.whl
 
 clean:
 	rm -rf $(VENV) $(STACKS) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -51,6 +51,11 @@ _ON_USE = {"Layout": "mue.layouts.layout", "check": "mue.checks", "coordinate_ch
 _FOLDERS = ("fold", "moe", "layouts")
 
 
+def __dir__() -> list[str]:
+    """What there is for users, whether it has been imported yet or not."""
+    return sorted((*__all__, *_FOLDERS, "__doc__", "__file__", "__name__", "__path__", "__version__"))
+
+
 def __getattr__(name: str) -> Any:
     if name in _ON_USE:
         return getattr(import_module(_ON_USE[name]), name)

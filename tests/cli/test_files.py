@@ -104,6 +104,7 @@ def test_every_command_with_a_toml_file_has_it(
     grid = "[sweep]\nlr = [1e-3]\nweight_decay = [0.1]\ninit_std = [0.1]\n"
     sweep_file.write_text(PLAN.partition("[tuned]")[0] + grid)
     commands = {
+        "demo": ("-o", tmp_path / "d"),
         "plan": (plan_file,),
         "rules": (plan_file,),
         "sweep": (sweep_file, "-o", tmp_path / "s"),

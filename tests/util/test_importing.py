@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 
+import mue
+from mue.util import importing
+from mue.util.errors import positive_int
 from mue.util.importing import UserCodeError, imported, user_code
 
 
@@ -74,3 +77,33 @@ def test_what_their_code_raises_is_one_line_with_theirs(
 def test_an_interrupt_is_none_of_their_mistakes() -> None:
     with pytest.raises(KeyboardInterrupt), user_code("theirs"):
         raise KeyboardInterrupt
+
+
+OURS = """
+import mue
+from mue.lab.models.language import LanguageModel
+def build(plan):
+    model = LanguageModel(mue.Dense(32, 64, 2, head_dim=16), plan.multipliers)
+    plan.init_(model)
+"""
+
+
+def test_an_answer_of_ours_keeps_its_lines_and_gets_theirs(tmp_path: Path) -> None:
+    """It lists every fault of their model: cut after three hundred characters it would be half an answer."""
+    shape = mue.Dense(64, 64, 2, head_dim=16)
+    plan = mue.transfer(shape, shape, mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.1))
+    (tmp_path / "answered.py").write_text(OURS)
+    with pytest.raises(UserCodeError) as found, user_code("answered.py:build"):
+        imported(f"{tmp_path / 'answered.py'}:build")(plan)
+    text = str(found.value)
+    assert (
+        "answered.py, line 6, `plan.init_(model)`: this model is not the planned" in text and "ValueError" not in text
+    )
+    assert text.count("\n") > 3 and str(found.value.__cause__) in text
+
+
+def test_an_answer_of_ours_to_code_of_nobodys_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importing, "_installed", lambda: (str(Path(__file__).parent),))  # this file is nobody's
+    with pytest.raises(ValueError, match=r"^width must be") as found, user_code("nobody"):
+        positive_int("width", 0)
+    assert not isinstance(found.value, UserCodeError)

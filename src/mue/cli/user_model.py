@@ -43,5 +43,5 @@ def arguments(model: str, plan: Plan) -> dict[str, Any]:
     from mue.layouts.transformers.configs import build, read_config
 
     config = read_config(model)
-    with torch.device("meta"):  # shapes and names without weights, so that a model of any size fits
+    with torch.device("meta"), user_code(model):  # shapes and names without weights, so that a model of any size fits
         return {"model": build(config)}

@@ -19,6 +19,7 @@ from torch import Tensor
 from mue.convert.forms import Conversion
 from mue.convert.optimizer import convert_optimizer, convert_scheduler, is_optimizer, is_scheduler
 from mue.convert.rewrite import Through, rewrite
+from mue.layouts.torch_file import read_torch
 from mue.util.files import write_atomic, write_json
 from mue.util.safetensors import read_header
 
@@ -144,10 +145,7 @@ def _file(source: Path, target: Path, how: Conversion, names: Names, report: Con
     if source.suffix == ".safetensors":
         _safetensors(source, target, how, names, report)
         return
-    try:
-        data = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError:  # the format of before torch 1.6 cannot be mapped
-        data = torch.load(source, map_location="cpu", weights_only=True)
+    data = read_torch(source, "cpu", mmap=True)
     if isinstance(data, Mapping):
         how.check_mark(str(source), {**getattr(data, "_metadata", {}), **data})
     found = _Walk(how, names, report)

@@ -11,6 +11,7 @@ from torch import nn
 from mue.layouts.transformers.configs import build, default_config, read_config
 from mue.shapes import Transformer
 from mue.shapes.block import Block
+from mue.util.importing import user_code
 
 
 def transformers_model(target: Transformer, given: Any) -> tuple[nn.Module, str]:
@@ -28,7 +29,7 @@ def transformers_model(target: Transformer, given: Any) -> tuple[nn.Module, str]
     config, sizes = _config_of(target) if given is None else (given, "")
     config = read_config(config) if isinstance(config, str | Path) else config
     # names and shapes are all that an export reads, and a model may be larger than this machine
-    with torch.device("meta"):
+    with torch.device("meta"), user_code(type(config).__name__):
         module = build(config)
     return module, f"{type(module).__name__}{sizes}"
 

@@ -161,8 +161,10 @@ def megatron(plan: PlanData, model: Any) -> str:
     stds = {
         method: _std(found, method) for method in ("init_method", "output_layer_init_method", "embedding_init_method")
     }
-    # Megatron draws by three methods; the std that most matrices of a method have is left to it, the rest is drawn anew
-    drawn = [row for row in found if row.std is not None and row.std != stds[_method(row)]]
+    # Megatron draws by three methods; the std that most matrices of a method have is left to it, the rest is drawn anew. A model
+    # of somebody's own need not ask those methods.
+    left = made.stacks_own
+    drawn = [row for row in found if row.std is not None and not (left and row.std == stds[_method(row)])]
     # gains of 1 and biases of 0 are what Megatron starts with by itself
     kept = [
         row if row in drawn else replace(row, std=None, constant=None if row.constant in (0.0, 1.0) else row.constant)

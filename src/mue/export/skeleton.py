@@ -11,7 +11,7 @@ from torch import nn
 
 from mue.export.rows import refuse_trained_alone
 from mue.export.stack_model import StackModel
-from mue.layouts.layout import HasLayout, Layout, canonical
+from mue.layouts.layout import HasLayout, Layout, canonical, unwrap
 from mue.layouts.of_model import placed
 from mue.rules.roles import ROLES
 from mue.shapes import Block, Transformer
@@ -19,11 +19,17 @@ from mue.util.errors import nearest
 
 
 class Skeleton(nn.Module):
-    """Parameters of given shapes under given dotted names, on the meta device, and the rows that describe them."""
+    """Parameters of given shapes under given dotted names, on the meta device, and the rows that describe them.
 
-    def __init__(self, shapes: Mapping[str, tuple[int, ...]], rows: Sequence[Layout], title: str) -> None:
+    ``own``: the model that says itself what it is, where it is one; what it multiplies by in its forward pass is compared with the plan.
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, ...]], rows: Sequence[Layout], title: str, own: nn.Module | None = None
+    ) -> None:
         super().__init__()
-        self.rows, self.title = tuple(rows), title
+        self.rows, self.title, self.multipliers = tuple(rows), title, getattr(own, "multipliers", None)
+        self.stacks_own = own is None  # built by the stack, whose initialisation it then has
         for name, shape in shapes.items():
             *path, last = name.split(".")
             module: nn.Module = self
@@ -124,7 +130,8 @@ def with_rows(model: HasLayout) -> Skeleton:
     refuse_trained_alone(model, "a stack's own file")
     planned = [p for p in placed(model) if p.parameter.requires_grad]
     rows = list(dict.fromkeys(p.layout for p in planned))
-    return Skeleton({p.name: tuple(p.parameter.shape) for p in planned}, _ends(rows), type(model).__name__)
+    shapes = {p.name: tuple(p.parameter.shape) for p in planned}
+    return Skeleton(shapes, _ends(rows), type(model).__name__, unwrap(model))
 
 
 def shaped(kind: StackModel, target: Transformer, title: str) -> Skeleton:

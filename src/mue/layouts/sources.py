@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import nn
@@ -19,8 +19,9 @@ from mue.layouts.observe.describe import Description, ParamPattern
 from mue.layouts.transformers.configs import build, config_of, read_config
 from mue.layouts.transformers.describe import describe_config
 from mue.layouts.transformers.disk import has_weights
+from mue.util.errors import nearest
 from mue.util.files import read_text
-from mue.util.importing import imported
+from mue.util.importing import imported, user_code
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,11 @@ class Source:
     def describe(self, config: Any = None) -> Description:
         """Every parameter's row; of the same model with another config where one is given."""
         if self.declared is None:
-            return describe_config(self.config if config is None else config, self.rows, self.build)
+            with user_code(self.name):
+                return describe_config(self.config if config is None else config, self.rows, self.build)
         patterns = {pattern_of(n): (n, tuple(p.shape)) for n, p in self.declared.named_parameters()}
-        table = list(self.declared.layout())  # type: ignore[operator]
+        with user_code(f"{self.name}.layout"):
+            table = list(self.declared.layout())  # type: ignore[operator]
         found = []
         for pattern, (name, shape) in patterns.items():
             row = next((r for r in table if r.regex.fullmatch(name)), None)
@@ -90,7 +93,7 @@ def source_of(given: str | Path | Any, rows: Sequence[Layout] = (), config: str 
         inspect.signature(made).bind()
     except TypeError as error:
         raise ValueError(f"{given} is called without arguments, which it does not take ({error})") from None
-    with torch.device("meta"):
+    with torch.device("meta"), user_code(str(given)):
         result = made()
     result = result.get("model", result) if isinstance(result, dict) else result
     return _of_model(result, rows) if isinstance(result, nn.Module) else source_of(result, rows)
@@ -106,18 +109,77 @@ def _of_class(kind: type[nn.Module], rows: Sequence[Layout], config: str | Path 
         default = getattr(kind, "config_class", None)
         if default is None:
             raise ValueError(f"{kind.__name__} is a class: give --config, a JSON file with the config it is built from")
-        return _with_class(kind, default(), rows)
-    data = json.loads(read_text(config))
-    own = config_of(data, str(config)) if "model_type" in data else SimpleNamespace(**data)
-    return _with_class(kind, own, rows)
+        with user_code(kind.__name__):
+            own = default()
+        return _with_class(kind, own, rows)
+    data = _json_object(Path(config))
+    if "model_type" in data:
+        return _with_class(kind, config_of(data, str(config)), rows)
+    made = _config_class(kind)
+    if made is not None:
+        numbers = _known(made, data, config)
+        with user_code(f"{config} as {made.__name__}"):
+            own = made(**numbers)
+        return _with_class(kind, own, rows)
+    own = _Config(_file=str(config), **data)
+    if not _takes_keywords(kind):
+        return _with_class(kind, own, rows)
+    _known(kind, data, config)
+    return _with_class(kind, own, rows, lambda c: kind(**{k: v for k, v in vars(c).items() if k != "_file"}))
 
 
-def _with_class(kind: Any, config: Any, rows: Sequence[Layout]) -> Source:
-    def make(config: Any) -> nn.Module:
-        made: nn.Module = kind(config)
-        return made
+class _Config(SimpleNamespace):
+    """What a JSON file holds as attributes, for a class that does not say what its config is."""
 
-    with torch.device("meta"):
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"{vars(self).get('_file', 'the config')} has no {name!r}")
+
+
+def _json_object(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(read_text(path))
+    except FileNotFoundError:
+        raise ValueError(f"{path} does not exist") from None
+    except ValueError as error:  # not UTF-8, or not JSON
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} holds a {type(data).__name__}, and a config is an object: {{...}}")
+    return data
+
+
+def _config_class(kind: type[nn.Module]) -> Any:
+    """The class that a model's first argument is declared to be (``def __init__(self, config: MyConfig)``); None where it says nothing."""
+    [_, *parameters] = inspect.signature(kind.__init__).parameters
+    try:
+        said = get_type_hints(kind.__init__).get(parameters[0]) if parameters else None
+    except NameError:  # a name for type checkers only
+        return None
+    return said if isinstance(said, type) and said.__module__ not in ("builtins", "typing", "types") else None
+
+
+def _takes_keywords(kind: type[nn.Module]) -> bool:
+    """Is the class built from numbers by name (``width, layers, ...``), and not from one object?"""
+    [_, *parameters] = inspect.signature(kind.__init__).parameters.values()
+    return sum(p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD for p in parameters) != 1
+
+
+def _known(made: Any, data: dict[str, Any], config: str | Path) -> dict[str, Any]:
+    """The data, if ``made`` takes and has all of it; a misspelt or missing key is named here, not by an error of Python's."""
+    parameters = inspect.signature(made).parameters.values()
+    names = [p.name for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+        for key in data:
+            if key not in names:
+                raise ValueError(f"{config}: {made.__name__} knows no {key!r}{nearest(key, names)}")
+    lacking = [p.name for p in parameters if p.name in names and p.default is p.empty and p.name not in data]
+    if lacking:
+        raise ValueError(f"{config} lacks {', '.join(map(repr, lacking))}, which {made.__name__} needs")
+    return data
+
+
+def _with_class(kind: Any, config: Any, rows: Sequence[Layout], build: Build | None = None) -> Source:
+    make: Build = build or kind
+    with torch.device("meta"), user_code(kind.__name__):
         model = make(config)
     if isinstance(model, HasLayout):
         return _of_model(model, rows)

@@ -251,8 +251,9 @@ def _multiplier_faults(plan: PlanData, model: nn.Module) -> list[str]:
         output=own.output or ones,
         route=own.route or ones,
     )
+    folded = "plan" if plan.folding is None else f"mue.fold.fold(plan, {plan.folding.route!r})"
     return [
-        f"the model's {name} multiplier is {getattr(own, name)}, planned {getattr(planned, name)}: build it with plan.multipliers"
+        f"the model's {name} multiplier is {getattr(own, name)}, planned {getattr(planned, name)}: build it with {folded}.multipliers"
         for name in ("residual", "head", "attention_scale", "output", "route")
         # exactly: both come from one plan, or the model was built from another
         if getattr(own, name) != getattr(planned, name)

@@ -10,7 +10,7 @@ from mue.rules.options import as_json
 from mue.rules.roles import ROLES
 from mue.rules.table import CELLS, FACTORS, FIELDS, MARKS
 from mue.shapes import DEFAULT_HEAD_DIM, HParams, Transformer
-from mue.util.text import number, text_table
+from mue.util.text import below_one, number, text_table
 
 COLUMNS = ["role", "tensors", *CELLS.values(), *FACTORS.values(), "marks", "source"]
 
@@ -35,7 +35,7 @@ def header(plan: PlanData) -> list[tuple[str, str]]:
         ("route scale R", " / ".join(number(b.route_scale) for b in plan.blocks)),
         ("residual, head multiplier", f"{number(plan.residual_multiplier)}, {number(plan.head_multiplier)}"),
         ("attention scale", number(plan.attention_scale)),
-        ("betas", ", ".join(number(b) for b in plan.betas)),
+        ("betas", ", ".join(map(below_one, plan.betas))),
         (
             "drift, reported only",
             f"σ0 experts × {drift['sigma0_experts']}, σ0 others × {drift['sigma0_other']}, up/gate update × {drift['up_gate']}",
@@ -60,7 +60,7 @@ def _taken(base: Transformer, tuned: HParams) -> str:
     defaults = [name for name, same in own if same]
     taken = (
         f"{base.num_heads} heads of {base.head_dim}, vocab {base.vocab}, sequence {base.sequence},"
-        f" betas {', '.join(map(number, tuned.betas))}, eps {number(tuned.eps)}"
+        f" betas {', '.join(map(below_one, tuned.betas))}, eps {number(tuned.eps)}"
     )
     return taken + (f" (mue's defaults, if you gave no other: {', '.join(defaults)})" if defaults else "")
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from mue.util.errors import nearest
 
+_OURS = str(Path(__file__).parents[1])
 _LONGEST = 300  # characters of an exception's text: torch lists every key of a state dict
 
 
@@ -90,6 +91,9 @@ def user_code(name: str) -> Iterator[None]:
     except (KeyboardInterrupt, GeneratorExit, UserCodeError):
         raise
     except BaseException as error:
+        frames = _frames(error)
+        if _is_ours(error) and all(file.startswith(_installed()) for file, _ in frames):
+            raise  # an answer of ours, to code of nobody's
         told = where_raised(error)
         raise UserCodeError(told if told.startswith(f"{name}, line ") else f"{name}: {told}") from error
 
@@ -99,19 +103,28 @@ def where_raised(error: BaseException) -> str:
 
     Args:
         error: with its traceback. Of frames in installed packages, the standard library and ours none is the user's, but
-            where there are no others.
+            where there are no others. A ValueError of ours is an answer, and keeps its lines.
     """
     kind, text = type(error).__name__, " ".join(str(error).split())
     said = f"{kind}: {text[:_LONGEST]}{'…' if len(text) > _LONGEST else ''}" if text else kind
     if isinstance(error, SyntaxError) and error.filename:  # raised by the compiler, so no frame is theirs
         return _placed(error.filename, error.lineno, f"{kind}: {error.msg}")
-    frames = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
-    ours = str(Path(__file__).parents[1])
-    others = [frame for frame in frames if not frame[0].startswith((ours, "<"))]
-    if not others:
-        return said
-    theirs = [frame for frame in others if not frame[0].startswith(_installed())]
-    return _placed(*(theirs or others)[-1], said)
+    frames = _frames(error)
+    theirs = [frame for frame in frames if not frame[0].startswith(_installed())] or frames
+    said = str(error) if _is_ours(error) else said
+    return _placed(*theirs[-1], said) if theirs else said
+
+
+def _frames(error: BaseException) -> list[tuple[str, int]]:
+    """File and line of every frame that is not ours, from the outermost."""
+    every = [(f.f_code.co_filename, line) for f, line in traceback.walk_tb(error.__traceback__)]
+    return [frame for frame in every if not frame[0].startswith((_OURS, "<"))]
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Was it raised by a file of ours, on purpose?"""
+    *_, (last, _) = traceback.walk_tb(error.__traceback__)
+    return isinstance(error, ValueError) and last.f_code.co_filename.startswith(_OURS)
 
 
 def _placed(file: str, line: int | None, said: str) -> str:

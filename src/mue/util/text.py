@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 
@@ -24,6 +25,17 @@ def yaml_number(value: float) -> str:
     """
     digits, e, exponent = repr(float(value)).partition("e")
     return f"{digits if '.' in digits or not e else digits + '.0'}{e}{exponent}"
+
+
+def below_one(value: float) -> str:
+    """A number whose distance to 1 is what counts (Adam's betas), with three digits of that distance.
+
+    Args:
+        value: from 0 to 1. With as many digits as :func:`number` has, 0.99995 would be 1.
+    """
+    distance = 1 - value
+    digits = max(4, 3 - math.floor(math.log10(distance)) - 1) if distance > 0 else 4
+    return f"{value:.{digits}f}".rstrip("0").rstrip(".")
 
 
 def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -76,10 +76,10 @@ def stored_hash(given: Any) -> str | None:
         data = json.loads(path.read_text(encoding="utf-8"))
         own = data.get("hash") if "inputs" in data else None  # a saved plan
         return own if isinstance(own, str) else _search(data)
-    import torch
+    from mue.layouts.torch_file import read_torch
 
     # no weights are read, and no code of the file runs
-    loaded = torch.load(path, map_location="meta", weights_only=True)
+    loaded = read_torch(path, "meta")
     return _search(loaded) if isinstance(loaded, Mapping) else None
 
 

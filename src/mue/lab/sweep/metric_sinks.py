@@ -26,14 +26,17 @@ def open_sinks(kinds: Sequence[str], folder: Path) -> list[MetricSink]:
     Raises:
         ValueError: an unknown kind, or a package that is not installed.
     """
-    known: dict[str, type[MetricSink]] = {"tensorboard": TensorBoard, "wandb": WandB}
     for kind in kinds:
-        if kind not in known:
-            raise ValueError(f"--log takes {' or '.join(known)}, not {kind!r}; metrics.jsonl is always written")
+        if kind not in KINDS:
+            raise ValueError(f"--log takes {' or '.join(KINDS)}, not {kind!r}; metrics.jsonl is always written")
+    return [_opened(kind, folder) for kind in dict.fromkeys(kinds)]
+
+
+def _opened(kind: str, folder: Path) -> MetricSink:
     try:
-        return [known[kind](folder) for kind in dict.fromkeys(kinds)]
+        return KINDS[kind](folder)
     except ImportError as error:
-        raise ValueError(f"--log {error.name} needs its package: pip install {error.name}") from error
+        raise ValueError(f"--log {kind} needs the {kind} extra: pip install 'mue[{kind}]' ({error})") from error
 
 
 class MetricSink(RunListener, ABC):
@@ -123,3 +126,7 @@ def scalars(row: dict[str, Any]) -> dict[str, float]:
     for layer, shares in enumerate(row.get("load", ())):
         out[f"load/layer {layer}"] = max(shares) * len(shares)
     return out
+
+
+KINDS: dict[str, type[MetricSink]] = {"tensorboard": TensorBoard, "wandb": WandB}
+"""What ``--log`` takes; the package of each is in the extra of its name."""

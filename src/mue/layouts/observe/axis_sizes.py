@@ -52,7 +52,8 @@ def axis_sizes(build: Build, config: Any) -> AxisSizes:
     width = size_of(config, "width")
     if width is None:
         raise ValueError(
-            f"{type(config).__name__} has no number for the residual width (looked for {DIMENSIONS['width'].replace('|', ', ')})"
+            f"{type(config).__name__} has no number for the residual width (looked for {DIMENSIONS['width'].replace('|', ', ')}):"
+            " call it so, or give the model a method layout() that says what its parameters are"
         )
     first = parameter_shapes(build, config)
     grows: dict[str, list[set[str]]] = {n: [set() for _ in shape] for n, shape in first.items()}

@@ -14,6 +14,7 @@ from mue.layouts.observe.config import attributes, subconfigs, text_config
 from mue.layouts.transformers.family import family_of
 from mue.util.errors import nearest
 from mue.util.files import read_text
+from mue.util.importing import user_code
 
 
 def _transformers() -> Any:
@@ -84,7 +85,8 @@ def config_of(data: Any, where: str) -> Any:
         raise ValueError(
             f"{where}: this transformers does not know model_type {family!r}{nearest(family, list(known))}"
         )
-    return known[family].from_dict(data)
+    with user_code(where):
+        return known[family].from_dict(data)
 
 
 def build(config: Any) -> nn.Module:

@@ -9,9 +9,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from mue.layouts.torch_file import read_torch
 from mue.util.safetensors import read_header
 
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -150,7 +150,9 @@ def _shapes(path: Path) -> dict[str, tuple[int, ...]]:
         header = read_header(path)
         return {name: header.shape(name) for name in header.entries}
     # names and sizes without the numbers
-    data = torch.load(path, map_location="meta", weights_only=True)
+    data = read_torch(path, "meta")
+    if not isinstance(data, Mapping):
+        raise ValueError(f"{path} holds a {type(data).__name__}, and no weights by name")
     return {name: tuple(value.shape) for name, value in data.items() if isinstance(value, Tensor)}
 
 
