@@ -25,8 +25,8 @@ data = { source = "stdlib" }
 sweep = { lr = [0.01, 0.02], weight_decay = [0.1], init_std = [0.1], runner = "processes" }
 """
 # The demo's own runs are minutes; these are the same, of four steps each, from a grid of three.
-SHORT = ("base.training.steps=4", "target.training.steps=4", "sweep.lr=[0.004, 0.008, 0.016]", "sweep.weight_decay=[0.1]",
-         "sweep.init_std=[0.1]", "run.eval_sequences=4")  # fmt: skip
+SHORT = ("base.training.steps=4", "target.training.steps=4", "base.training.batch=512", "target.training.batch=512",
+         "sweep.lr=[0.004, 0.008, 0.016]", "sweep.init_std=[0.1]", "run.eval_sequences=4")  # fmt: skip
 
 
 def packaged() -> list[str]:

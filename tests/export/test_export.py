@@ -255,3 +255,13 @@ def test_the_command_explains_mistakes(
     assert not out.exists()
     code, _, err = said()
     assert code == 2 and "--to" in err
+
+
+@pytest.mark.parametrize("to", HAVE_MODELS)
+def test_multipliers_in_the_forward_pass_are_not_exported_a_second_time(to: str) -> None:
+    """Those stacks read names and shapes of a model, and did not see that it multiplies by what the file folds into its values."""
+    route = "weights" if to == "olmo-core" else "model"  # who carries R there
+    with pytest.raises(ValueError, match=rf"output multiplier is .*build it with mue\.fold\.fold\(plan, '{route}'\)"):
+        export(PLAN, to, LanguageModel(TARGET, PLAN.multipliers))
+    if to != "megatron":  # which refuses the names of this model
+        assert "ROWS" in export(PLAN, to, LanguageModel(TARGET, fold(PLAN, route).multipliers))

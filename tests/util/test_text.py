@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mue.util.text import number, text_table, yaml_number
+from mue.util.text import below_one, number, text_table, yaml_number
 
 
 @pytest.mark.parametrize(
@@ -31,3 +31,20 @@ def test_columns_are_as_wide_as_their_widest_cell_and_lines_end_without_spaces()
 def test_a_row_of_another_length_is_our_mistake() -> None:
     with pytest.raises((ValueError, IndexError)):
         text_table(["role", "lr"], [["head"]])
+
+
+@pytest.mark.parametrize(
+    ("value", "printed"),
+    [
+        (0.9, "0.9"),
+        (0.95, "0.95"),
+        (0.99995, "0.99995"),
+        (0.99998437, "0.9999844"),
+        (1 - 1e-9, "0.999999999"),
+        (0.0, "0"),
+        (1.0, "1"),
+    ],
+)
+def test_the_distance_to_one_is_printed(value: float, printed: str) -> None:
+    """Betas of 0.99995 and 0.99998 were printed as 1, and as each other."""
+    assert below_one(value) == printed

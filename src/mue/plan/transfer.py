@@ -81,6 +81,7 @@ def transfer(
             raise TypeError(
                 f"transfer() got an unexpected keyword argument {name!r}{nearest(name, dict.fromkeys((*_KEYWORDS, *OPTIONS)))}"
             )
+    _check_kinds(base, target, tuned, base_training, training)
     options = more | {
         "depth_exponent": depth_exponent,
         "batch_exponent": batch_exponent,
@@ -105,6 +106,21 @@ def transfer(
             options={name: value for name, value in options.items() if value is not None},
         )
     )
+
+
+def _check_kinds(base: object, target: object, tuned: object, *runs: object) -> None:
+    """Refuse what is no number of ours: a model, a dictionary."""
+    for name, given in (("base", base), ("target", target)):
+        if not isinstance(given, Transformer) and not (name == "base" and isinstance(given, PlanData)):
+            raise ValueError(
+                f"{name} is a {type(given).__name__}: a transfer goes by numbers, so give mue.Dense(width=..., ...) or mue.MoE.parse(...)"
+                f"{', or a plan' if name == 'base' else ''} (mue inspect shows those of a model)"
+            )
+    if not isinstance(tuned, HParams | None):
+        raise ValueError(f"tuned is a {type(tuned).__name__}: give mue.HParams(lr=..., weight_decay=..., init_std=...)")
+    for run in runs:
+        if not isinstance(run, Training | None):
+            raise ValueError(f"a run is a {type(run).__name__}: give mue.Training(batch=tokens per step, steps=...)")
 
 
 _KEYWORDS = tuple(name for name in inspect.signature(transfer).parameters if name != "more")
