@@ -56,9 +56,10 @@ class Coefficients:
     def active(self) -> Tensor:
         """(T, N) which experts a token really uses."""
         size = self.routed.abs()
-        # what the solution leaves for an unused expert is rounding; a hundredth of the largest weight is far above that
+        # what the solution leaves for an unused expert is rounding; a hundredth of the largest weight is far above that, but
+        # for weights in bf16, whose rounding shows in what the solution leaves of the branch as well
         largest = size.amax(1, keepdim=True) if size.shape[1] else size
-        return size > 1e-2 * largest.clamp(min=1e-30)
+        return size > max(1e-2, 8 * self.residual) * largest.clamp(min=1e-30)
 
 
 @dataclass(frozen=True)
