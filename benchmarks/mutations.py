@@ -1,19 +1,20 @@
-"""The mutation table: every fault of tests/support/wiring_faults.py in every family, and right models over 20 seeds.
+"""The mutation table: every possible fault of tests/support/wiring in every family, and every right model in each of its forms.
 
-    python benchmarks/mutations.py [--quick] [--out docs/results/checks.json]
+    python benchmarks/mutations.py [--families qwen3_moe,gpt2] [--workers 2] [--out docs/results/checks.json]
+    python benchmarks/mutations.py --listing   # which faults are impossible where, and why; committed before the run
 
-Families of transformers are left out, and said so, where it is not installed.
+Families of transformers need the hf extra. With --families, the rows of those alone are made again.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
-import re
 import sys
 import time
 import warnings
+from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,113 +23,196 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from mue.checks import Report  # noqa: E402
+from mue.checks.report import FAIL, PASS, UNMEASURED, WARN, Report  # noqa: E402
 from mue.lab.train.provenance import provenance  # noqa: E402
 from mue.util.files import write_json  # noqa: E402
-from support.wiring_cases import FAMILIES, OURS, right  # noqa: E402
-from support.wiring_faults import broken, load  # noqa: E402
-
-FAULTS = load()
-
-
-def families() -> tuple[str, ...]:
-    return FAMILIES if importlib.util.find_spec("transformers") else tuple(OURS)
+from support.wiring.case import OURS, forms, right, runs_in_bf16  # noqa: E402
+from support.wiring.families import LISTING, accepted  # noqa: E402
+from support.wiring.fault import broken, load, names_it, possible  # noqa: E402
 
 
 def row(name: str, family: str) -> dict[str, Any]:
-    """One fault in one family: was it caught, was the culprit named, by which check, in how many seconds."""
-    made = broken(name, family)
+    """One fault in one family: was it caught, was the culprit named, by which check, in how many seconds.
+
+    Only those checks run that are meant to name it, so that none other can take the credit.
+    """
+    made, culprit = broken(name, family)
     start = time.perf_counter()
-    report = made.check()
+    report = made.check(only=load()[name].checks)
     seconds = time.perf_counter() - start
-    named = [f.check for f in report.failures if re.search(FAULTS[name].culprit, f.where)]
+    found = names_it(report, culprit)
     return {
         "fault": name,
         "family": family,
-        "caught": not report.ok,
-        "named": bool(named),
-        "by": (named or [f.check for f in report.failures] or [""])[0],
-        "also": sorted({f.check for f in report.failures} - set(named[:1])),
-        "where": next((f.where for f in report.failures if re.search(FAULTS[name].culprit, f.where)), ""),
+        "form": made.form,
+        "caught": bool(report.failures),
+        "named": bool(found),
+        "by": found[0].check if found else next((f.check for f in report.failures), ""),
+        "where": found[0].where if found else "",
         "seconds": round(seconds, 3),
     }
 
 
-def run(seeds: int = 20, only: str = "") -> dict[str, Any]:
-    """The whole table.
+def judged(report: Report) -> dict[str, Any]:
+    """What a right model's report says: alarms, notices of the family's own factors, and what was not measured.
 
-    Args:
-        seeds: of right models of each family, in which every finding is a false alarm. only: a pattern of fault names.
+    A warning on a right model is a notice: each says what the family's own code does beside the plan.
     """
-    here = families()
-    rows = [row(n, f) for n, fault in FAULTS.items() for f in fault.families if f in here and re.search(only, n)]
-    alarms: list[dict[str, Any]] = []
-    clean = 0
-    for family, seed, report in right(here, range(seeds)):
-        clean += 1
-        alarms += [{"family": family, "seed": seed, "finding": f.to_dict()} for f in _alarms(report)]
+    of = {status: [f for f in report.findings if f.status == status] for status in (PASS, FAIL, WARN, UNMEASURED)}
+    return {
+        "alarms": [f.to_dict() for f in of[FAIL]],
+        "notices": [f"{f.check}: {f.measured}" for f in of[WARN]],
+        "measured": sum(f.count for f in (*of[PASS], *of[WARN])),
+        "unmeasured": [
+            {"check": f.check, "where": f.where, "why": f.measured, "count": f.count} for f in of[UNMEASURED]
+        ],
+    }
+
+
+def family(name: str) -> dict[str, Any]:
+    """All rows of a family, and its right models."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    start = time.process_time()
+    rows = [row(fault, name) for fault, _ in possible((name,))]
+    models = [
+        {"family": name, "form": c.form, "precision": "autocast bf16" if c.autocast else "float32", **judged(c.check())}
+        for c in right(name)
+    ]
+    return {"rows": rows, "right": models, "seconds": round(time.process_time() - start, 1)}
+
+
+def facts(name: str) -> dict[str, Any]:
+    """What decides a family's part of the listing: its forms, whether its code runs in bf16, and why faults are impossible."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    why = {fault: reason for fault, one in load().items() if (reason := one.impossible(name))}
+    return {"forms": forms(name), "autocast": runs_in_bf16(name), "impossible": why}
+
+
+def write_listing(families: list[str], workers: int) -> None:
+    """Which faults are impossible in which families, with the reasons, beside the families that are refused."""
+    with ProcessPoolExecutor(workers) as pool:
+        found = dict(zip(families, pool.map(facts, families), strict=True))
+    old = json.loads(LISTING.read_text(encoding="utf-8"))
+    kept = {
+        fault: {why: set(many) - set(found) for why, many in old["impossible"].get(fault, {}).items()}
+        for fault in load()
+    }
+    for name, fact in found.items():
+        for fault, reason in fact["impossible"].items():
+            kept[fault].setdefault(reason, set()).add(name)
+    old["forms"].update({name: list(fact["forms"]) for name, fact in found.items()})
+    dry = {name for name, fact in found.items() if not fact["autocast"]}
+    old["no autocast"] = sorted(dry | (set(old["no autocast"]) - set(found)))
+    old["impossible"] = {
+        fault: {why: sorted(many) for why, many in reasons.items() if many} for fault, reasons in kept.items()
+    }
+    write_json(LISTING, old)
+
+
+def summary(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The whole table of all families."""
+    rows = [r for part in parts.values() for r in part["rows"]]
+    models = [m for part in parts.values() for m in part["right"]]
     caught, named = sum(r["caught"] for r in rows), sum(r["named"] for r in rows)
+    unmeasured = Counter({(u["check"], u["why"]): 0 for m in models for u in m["unmeasured"]})
+    for m in models:
+        for u in m["unmeasured"]:
+            unmeasured[u["check"], u["why"]] += u["count"]
+    planned = sum(m["measured"] for m in models) + sum(unmeasured.values())
     return {
         "faults": len({r["fault"] for r in rows}),
-        "families": list(here),
+        "families": list(parts),
         "runs": len(rows),
         "caught": caught / max(1, len(rows)),
         "caught_and_named": named / max(1, len(rows)),
-        "right_models": clean,
-        "false_alarms": alarms,
+        "right_models": len(models),
+        "false_alarms": sum(len(m["alarms"]) for m in models),
+        "planned_quantities": planned,
+        "unmeasured": sum(unmeasured.values()) / max(1, planned),
+        "unmeasured_why": {f"{check}: {why}": n for (check, why), n in unmeasured.most_common()},
+        "notices": dict(Counter(n for m in models for n in m["notices"]).most_common()),
+        "seconds": round(sum(part["seconds"] for part in parts.values()), 1),
+        "right": models,
         "rows": rows,
         "command": "python benchmarks/mutations.py",
         **provenance(),
     }
 
 
-def _alarms(report: Report) -> list[Any]:
-    return [*report.failures, *report.warnings]
-
-
 def markdown(result: dict[str, Any]) -> str:
-    """One line per fault: families, caught, named, by which check, seconds."""
+    """One line per fault: in how many families it was caught and named, by which check, and where not."""
     head = (
-        f"{result['faults']} faults, {result['runs']} runs in {len(result['families'])} families:"
+        f"{result['faults']} faults, {result['runs']} pairs of fault and family in {len(result['families'])} families:"
         f" {100 * result['caught']:.1f} % caught, {100 * result['caught_and_named']:.1f} % caught and named;"
-        f" {len(result['false_alarms'])} false alarms on {result['right_models']} right models (20 seeds of each family).\n"
+        f" {result['false_alarms']} false alarms on {result['right_models']} right models; of {result['planned_quantities']:,}"
+        f" planned quantities in them {100 * result['unmeasured']:.2f} % could not be measured.\n"
     )
-    lines = [head, "| fault | families | caught | named | by | seconds |", "|---|---|---|---|---|---|"]
+    lines = [head, "| fault | families | caught | named | by | not named in |", "|---|---|---|---|---|---|"]
     for name in dict.fromkeys(r["fault"] for r in result["rows"]):
         rows = [r for r in result["rows"] if r["fault"] == name]
-        by = ", ".join(dict.fromkeys(r["by"] for r in rows))
-        counts = [f"{sum(r[k] for r in rows)}/{len(rows)}" for k in ("caught", "named")]
-        where = ", ".join(r["family"] for r in rows)
-        lines.append(f"| {name} | {where} | {counts[0]} | {counts[1]} | {by} | {max(r['seconds'] for r in rows):.2f} |")
+        by = ", ".join(dict.fromkeys(r["by"] for r in rows if r["named"]))
+        left = [r["family"] for r in rows if not r["named"]]
+        missed = ", ".join(left[:6]) + (f" and {len(left) - 6} more" if len(left) > 6 else "")
+        lines.append(
+            f"| {name} | {len(rows)} | {sum(r['caught'] for r in rows)} | {sum(r['named'] for r in rows)} | {by} | {missed} |"
+        )
     return "\n".join(lines)
+
+
+def write_page(result: dict[str, Any]) -> None:
+    page = ROOT / "docs/checks.md"
+    head, _, rest = page.read_text(encoding="utf-8").partition("<!-- mutations -->\n")
+    text = head + "<!-- mutations -->\n" + markdown(result) + "\n" + rest[rest.find("<!-- end -->") :]
+    page.write_text(text, encoding="utf-8")
+
+
+def kept(path: Path) -> dict[str, dict[str, Any]]:
+    """The parts of an earlier run, by family."""
+    parts: dict[str, dict[str, Any]] = {}
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        for kind in ("rows", "right"):
+            for item in old.get(kind, []) if "unmeasured_why" in old else ():
+                empty: dict[str, Any] = {"rows": [], "right": [], "seconds": 0.0}
+                parts.setdefault(item["family"], empty)[kind].append(item)
+    return parts
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=ROOT / "docs/results/checks.json")
-    parser.add_argument("--quick", action="store_true", help="three seeds, nothing written")
-    parser.add_argument("--only", default="", help="a pattern of fault names; nothing written")
+    parser.add_argument("--families", default="", help="these alone, with commas between them")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--listing", action="store_true", help="write which faults are impossible where, and end")
     given = parser.parse_args()
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    result = run(3 if given.quick else 20, given.only)
-    for r in result["rows"]:
-        if not r["named"]:
-            print("NOT NAMED" if r["caught"] else "MISSED", r["fault"], "|", r["family"], "|", r["by"])
-    for alarm in result["false_alarms"]:
-        print("FALSE ALARM", alarm)
-    print({k: v for k, v in result.items() if k not in ("rows", "false_alarms")})
-    if not (given.quick or given.only):
-        write_json(given.out, result)
-        page = ROOT / "docs/checks.md"
-        if page.exists():
-            text = page.read_text(encoding="utf-8")
-            head, _, rest = text.partition("<!-- mutations -->\n")
-            page.write_text(
-                head + "<!-- mutations -->\n" + markdown(result) + "\n" + rest[rest.find("<!-- end -->") :],
-                encoding="utf-8",
-            )
-        print(json.dumps({"written": str(given.out)}))
+    every = (*OURS, *accepted())
+    wanted = [name for name in every if not given.families or name in given.families.split(",")]
+    if given.listing:
+        write_listing(wanted, given.workers)
+        return
+    parts = kept(given.out) if given.families else {}
+    with ProcessPoolExecutor(given.workers) as pool:
+        for name, part in zip(wanted, pool.map(family, wanted), strict=True):
+            parts[name] = part
+            bad = [r["fault"] for r in part["rows"] if not r["named"]]
+            print(f"{name}: {len(part['rows'])} faults, not named: {', '.join(bad) or 'none'}", flush=True)
+            for m in part["right"]:
+                for f in m["alarms"]:
+                    print(
+                        f"  FALSE ALARM {m['form']}, {m['precision']}: {f['check']}: {f['where']}: {f['measured']}"[
+                            :300
+                        ]
+                    )
+                for u in m["unmeasured"]:
+                    print(f"  unmeasured {m['form']}, {m['precision']}: {u['check']}: {u['where']}: {u['why']}"[:300])
+    result = summary({name: parts[name] for name in every if name in parts})
+    print({k: v for k, v in result.items() if k not in ("rows", "right", "families")})
+    write_json(given.out, result)
+    if given.out == ROOT / "docs/results/checks.json":
+        write_page(result)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from support.wiring_cases import case
+from support.wiring.case import case
 
 
 def test_multipliers_are_measured_to_many_digits() -> None:

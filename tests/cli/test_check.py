@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from support.wiring_cases import case
+from support.wiring.case import case
 
 BUILD = """
 import torch, mue

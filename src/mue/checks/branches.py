@@ -49,6 +49,10 @@ class Branch:
         """The last product with a parameter of one of ``roles``."""
         return next((p for p in reversed(self.products) if p.info.role in roles), None)
 
+    def scores(self, experts: int) -> Product | None:
+        """The product that scores so many experts; the shared experts' own gate is a router of one."""
+        return next((p for p in reversed(self.products) if p.info.role == "router" and p.info.fan_out == experts), None)
+
     @property
     def givens(self) -> list[Tensor]:
         """(T, D) each: what the feed-forward may read, the likeliest first.

@@ -122,6 +122,7 @@ class Record:
     Attributes:
         entered: name of an embedding → by what its rows were multiplied on their way into the stream.
         losses, returned: the product that a loss, or the model's caller, was given, and by what it was multiplied.
+        entropies: of each cross-entropy: its mean, and over how many targets.
         lookup: the first embedding's rows. stream: as it was left last.
     """
 
@@ -132,6 +133,7 @@ class Record:
     entered: dict[str, float] = field(default_factory=dict)
     losses: list[tuple[Product, float]] = field(default_factory=list)
     returned: list[tuple[Product, float]] = field(default_factory=list)
+    entropies: list[tuple[float, int]] = field(default_factory=list)
     lookup: Tensor | None = None
     stream: Tensor | None = None
 

@@ -186,8 +186,9 @@ def _single(branch: Branch, tokens: int) -> Tensor | None:
 
 
 def _logits(branch: Branch, tokens: int) -> Tensor | None:
-    product = branch.last("router")
-    if product is None or product.out.shape[-1] < 2 or product.out.numel() % branch.made.shape[0]:
+    # the shared experts' own gate is a router of one
+    product = next((p for p in reversed(branch.products) if p.info.role == "router" and p.info.fan_out > 1), None)
+    if product is None or product.out.numel() % branch.made.shape[0]:
         return None
     return product.out.reshape(branch.made.shape[0], -1)[:tokens]
 

@@ -62,6 +62,8 @@ class Trace(Known):  # type: ignore[no-untyped-call]
         origin = Origin.union(self._origins.get(key_of(t)) for t in given)
         for t in outs:
             self._forget(kernel, t, given, origin)
+        if kernel == "nll_loss_forward":
+            self._entropy(args, outs[0])
         if joined is not None and outs:
             self._add(kernel, joined, outs[0])
         elif outs:
@@ -305,6 +307,13 @@ class Trace(Known):  # type: ignore[no-untyped-call]
         scale = kwargs.get("scale")
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
         self.record.softmaxes.append(Softmax(products, q=q, k=k, scale=scale))
+
+    def _entropy(self, args: tuple[Any, ...], out: Tensor) -> None:
+        """The mean of a cross-entropy, whatever its own reduction is (0: none, 1: mean, 2: sum), and its number of targets."""
+        _, targets, _, reduction, ignored = args
+        count = int((targets != ignored).sum())
+        total = float(out.double().sum())
+        self.record.entropies.append((total if reduction == 1 else total / max(count, 1), count))
 
     def _result(self, t: Tensor, into: list[tuple[Product, float]]) -> None:
         source, factor = self._chains.get(key_of(t), (None, 1.0))

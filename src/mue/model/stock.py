@@ -9,6 +9,7 @@ from torch import nn
 from mue.layouts.layout import ParamInfo, unwrap
 from mue.layouts.observe.config import integers, text_config
 from mue.layouts.observe.describe import Description
+from mue.layouts.transformers.family import family_of
 from mue.layouts.transformers.scalings import scalings
 from mue.layouts.transformers.shape import Routers
 from mue.layouts.transformers.stock import is_stock, observe_stock
@@ -130,7 +131,9 @@ def query_coefficients(plan: PlanData, model: nn.Module, params: Iterable[ParamI
     # The planned scale is ∝ 1/d_head (conventions 8), so the ratio carries it over.
     wanted = plan.attention_scale * t.head_dim / size
     scales = [getattr(m, "scaling", None) for m in inner.modules()]
-    found = {x for x in scales if isinstance(x, float)} or {size**-0.5}
+    found = {x for x in scales if isinstance(x, float)} or {
+        family_of(str(getattr(inner.config, "model_type", ""))).attention_scale or size**-0.5
+    }
     # one number computed in two ways: anything beyond rounding is another scale
     if all(abs(x - wanted) <= 1e-9 * wanted for x in found):
         return {}

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from mue.checks.subjects.checkpoint import stored_hash
-from support.wiring_cases import case
+from support.wiring.case import case
 
 
 def test_plan_hashes_are_found_in_every_kind_of_checkpoint(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 import mue
 from mue.checks import CheckError
 from mue.lab.models.language import LanguageModel
-from support.wiring_cases import BASE, OURS, TUNED, case
+from support.wiring.case import BASE, OURS, TUNED, case
 
 
 def test_clipping_is_warned_of_where_it_cannot_be_measured(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import nn
 import mue
 from mue.checks.report import PASS
 from mue.lab.models.language import LanguageModel
-from support.wiring_cases import BASE, TUNED
+from support.wiring.case import BASE, TUNED
 
 SHAPE = mue.MoE.parse("8e2a", width=64, expert=48, layers=2, head_dim=16, sequence=32, vocab=96)
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 import mue
 from mue.checks.report import FAIL, PASS, UNMEASURED
 from mue.lab.models.language import LanguageModel
-from support.wiring_cases import BASE, Case, case
+from support.wiring.case import BASE, Case, case
 
 Groups = list[dict[str, Any]]
 

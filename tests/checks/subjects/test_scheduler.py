@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler as torch_schedules
 from mue.checks import Report
 from mue.checks.report import PASS, UNMEASURED, WARN
 from mue.checks.schedule import leaves
-from support.wiring_cases import Case, case
+from support.wiring.case import Case, case
 
 STEPS, WARMUP = 400, 20  # the case's plan: 5 % of its steps
 ONLY = ["groups", "scheduler", "moved"]

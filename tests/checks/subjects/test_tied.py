@@ -8,7 +8,7 @@ from torch import nn
 
 import mue
 from mue.lab.models.language import LanguageModel
-from support.wiring_cases import BASE, TUNED
+from support.wiring.case import BASE, TUNED
 
 
 @pytest.mark.parametrize("tied", [False, True])

@@ -12,7 +12,7 @@ from mue.checks.context import Context
 from mue.checks.readings import EPSILONS
 from mue.checks.record import Product, Softmax
 from mue.checks.registry import check_of
-from mue.checks.report import FAIL, PASS, SKIP, UNMEASURED, Finding, several
+from mue.checks.report import FAIL, PASS, SKIP, UNMEASURED, WARN, Finding, several
 from mue.layouts.layout import HasLayout, unwrap
 from mue.layouts.observe.config import integers, text_config
 from mue.layouts.transformers.stock import is_stock
@@ -27,6 +27,8 @@ def attention(ctx: Context) -> Iterator[Finding]:
     """Measured scale on q·k against plan.attention_scale, from the weights where they can be followed (C11)."""
     found: dict[tuple[float, str], list[str]] = {}
     read: set[int] = set()
+    rotated = _rotated(ctx)
+    own: dict[str, float] = {}
     for s in ctx.seen[0].softmaxes:
         query = next((p.info for p in s.products if p.info.role == "attention_q"), None)
         measured = None if query is None else _measured(ctx, s)
@@ -34,6 +36,9 @@ def attention(ctx: Context) -> Iterator[Finding]:
             continue
         read.add(query.layer)
         expected = _expected(ctx, s.products)
+        if rotated != 1 and abs(measured - expected * rotated) <= max(2e-2, ctx.tolerance) * expected * rotated:
+            own[query.name] = expected
+            continue
         # 2 %: q·k is made again with an epsilon of our own in the norms, and the scales that get confused (1/√E, 1/E,
         # 1, twice) lie factors apart
         if not abs(measured - expected) <= max(2e-2, ctx.tolerance) * expected:
@@ -49,13 +54,31 @@ def attention(ctx: Context) -> Iterator[Finding]:
             "pass scale=plan.attention_scale to scaled_dot_product_attention, and scale nowhere else",
             len(names),
         )
+    if own:
+        yield Finding(
+            NAME,
+            WARN,
+            several(own),
+            f"q·k times {number(next(iter(own.values())))}",
+            f"times {number(rotated)} as well, by which the family's own rotations multiply it",
+            ("positions that stretch the context (YaRN) make attention sharper",),
+            "tune the base with the same positions, or set attention_factor = 1 in the config's rope parameters",
+        )
     queries = {p.layer: p.name for p in reversed(ctx.placed) if p.role == "attention_q" and p.layer is not None}
     for layer in sorted(set(queries) - read):
         yield Finding(NAME, UNMEASURED, queries[layer], "a softmax over q·k", "none was recognised, or its scale not")
-    if read and not found:
+    if read and not found and len(read) > len(own):
         yield Finding(NAME, PASS, measured=f"{len(read)} attentions", count=len(read))
     elif not queries:
         yield Finding(NAME, SKIP, measured="no queries")
+
+
+def _rotated(ctx: Context) -> float:
+    """By what a stock family's own rotations multiply q·k; YaRN's stretch both of them by one number."""
+    if isinstance(unwrap(ctx.model), HasLayout):
+        return 1.0
+    own = {getattr(m, "attention_scaling", 1.0) for m in unwrap(ctx.model).modules()} - {1.0}
+    return float(own.pop()) ** 2 if len(own) == 1 else 1.0
 
 
 def _causes(ctx: Context, measured: float, expected: float) -> tuple[str, ...]:
@@ -107,7 +130,8 @@ def _measured(ctx: Context, s: Softmax) -> float | None:
 
 def _ratio(ctx: Context, s: Softmax, diagonal: Tensor) -> tuple[float, float]:
     """(c, residue) of a diagonal against q·k from the weights and norms, whose epsilon is not known."""
-    owns = [_products(ctx, s, diagonal, eps) for eps in EPSILONS]
+    latent = _latent(s, diagonal)
+    owns = [_products(ctx, s, diagonal, eps) for eps in EPSILONS] if latent is None else [latent]
     return min((fit_ratio(diagonal, own) for own in owns if own is not None), key=lambda f: f[1], default=(0.0, 1.0))
 
 
@@ -139,6 +163,26 @@ def _products(ctx: Context, s: Softmax, diagonal: Tensor, eps: float) -> Tensor 
         _normed(x.reshape(B, T, -1, E).double(), g, eps).transpose(1, 2) for x, g in zip((q, k), gains, strict=True)
     )
     return (a * b.repeat_interleave(H // b.shape[1], 1)).sum(-1)
+
+
+def _latent(s: Softmax, diagonal: Tensor) -> Tensor | None:
+    """(B, H, T) of q·k of latent attention: keys of each head out of the latent, and a rotated part that all heads share."""
+    B, H, T = diagonal.shape
+    keys = [p for p in s.products if p.info.role == "attention_k" and p.info.layout.parts]
+    queries = [p for p in s.products if p.info.role == "attention_q" and not p.info.layout.parts]
+    if len(keys) != 2 or len(queries) != 1:
+        return None
+    narrow, wide = keys  # into the latent, and out of it
+    if wide.given.shape[-1] > narrow.out.shape[-1]:
+        narrow, wide = wide, narrow
+    q = queries[0].out.reshape(B, T, H, -1).double()
+    rotated = narrow.out.shape[-1] - wide.given.shape[-1]
+    plain = q.shape[-1] - rotated
+    if rotated <= 0 or plain <= 0 or wide.out.numel() % (B * T * H):
+        return None
+    k = wide.out.reshape(B, T, H, -1)[..., :plain].double()
+    shared = narrow.out.reshape(B, T, 1, -1)[..., -rotated:].double()
+    return ((q[..., :plain] * k).sum(-1) + (q[..., plain:] * shared).sum(-1)).transpose(1, 2)
 
 
 def _projected(ctx: Context, s: Softmax, part: str) -> Tensor | None:

@@ -105,7 +105,7 @@ def _layer(ctx: Context, b: Branch, c: Coefficients, block: Block) -> Iterator[F
 
 def _other_input(b: Branch, c: Coefficients, where: str) -> Iterator[Finding]:
     """A router must read what its experts read: after the norm, not before (some families give it a norm of its own)."""
-    product = b.last("router")
+    product = b.scores(c.routed.shape[1])
     if product is None or product.given.numel() != b.made.numel() or product.transposed:
         return
     given = product.given.reshape(b.made.shape)[: len(c.given)]
@@ -147,7 +147,7 @@ def _against_scores(
     b: Branch, c: Coefficients, score: str, mine: Tensor, bound: float, where: str
 ) -> Iterator[Finding]:
     """Weights (T, N) against the planned score of the router's own logits."""
-    product = b.last("router")
+    product = b.scores(c.routed.shape[1])
     logits = None if product is None else product.out.reshape(-1, product.out.shape[-1])
     if logits is None or logits.shape[1] != c.routed.shape[1] or logits.shape[0] != b.out.shape[0]:
         return

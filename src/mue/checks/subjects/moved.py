@@ -13,7 +13,8 @@ from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
 from mue.checks.rounding import decay_lost
 from mue.checks.training_step import LOW, TensorStep, starts_at_zero, stepped, training_steps
-from mue.layouts.layout import ParamInfo, expert_slices
+from mue.layouts.layout import ParamInfo, expert_slices, pattern_of
+from mue.layouts.transformers.idle import idle_in_family
 from mue.rules.roles import ROLES
 
 NAME = "moved"
@@ -109,6 +110,7 @@ def _still(ctx: Context, steps: list[TensorStep]) -> tuple[list[str], list[Findi
     """Names without a gradient that should have one, warnings for those that cannot, and how many experts were idle."""
     still: list[str] = []
     warned: list[Finding] = []
+    choosing: list[str] = []
     idle: set[tuple[int | None, int]] = set()
     blocks = ctx.plan.target.per_layer
     moved = {(s.info.layer, expert) for s in steps for expert, _, live in _live(s) if live}
@@ -136,9 +138,25 @@ def _still(ctx: Context, steps: list[TensorStep]) -> tuple[list[str], list[Findi
                         'at least 2 active experts, or gates = "measured" without renormalisation',
                     )
                 )
+            elif pattern_of(p.name) in idle_in_family(ctx.model):
+                choosing.append(name)
             else:
                 still.append(name)
+    if choosing:
+        warned.append(_choosing(choosing))
     return still, warned, len(idle)
+
+
+def _choosing(names: list[str]) -> Finding:
+    return Finding(
+        NAME,
+        WARN,
+        several(names),
+        "a gradient",
+        f"{len(names)} get none in the family's own code: they choose what others see, and have a loss of their own, or none",
+        ("an indexer of sparse attention",),
+        "train them with their own loss, or leave them out of the optimizer: weight decay alone would move them",
+    )
 
 
 def _live(s: TensorStep) -> Iterator[tuple[int | None, str, bool]]:

@@ -31,7 +31,7 @@ def multipliers(ctx: Context) -> Iterator[Finding]:
     yield from troubles
     wrong: dict[tuple[str, str, str], list[Reading]] = {}
     for r in readings:
-        if not abs(r.measured - r.expected) <= ctx.tolerance * abs(r.expected):
+        if not abs(r.measured - r.expected) <= max(ctx.tolerance, r.within) * abs(r.expected):
             wrong.setdefault((r.quantity, number(r.expected), number(r.measured)), []).append(r)
     for (quantity, expected, measured), many in wrong.items():
         yield Finding(

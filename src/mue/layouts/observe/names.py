@@ -97,11 +97,13 @@ TINY_SIZES: tuple[tuple[str, int], ...] = (
 )
 
 # Factors that a model of its own has: attribute, what it multiplies, and the number that switches it off (None: there is none,
-# or nothing has to be switched off).
-SCALINGS: tuple[tuple[str, str, float | None], ...] = (
+# or nothing has to be switched off), or the size of the config that it is divided by, or by whose root.
+SCALINGS: tuple[tuple[str, str, float | str | None], ...] = (
     (r"routed_scaling_factor|moe_routed_scaling_factor|router_scaling_factor|route_scale", "routed sum", None),
     (r"embedding_multiplier|scale_emb|embedding_scale|embed_scale", "embedding", 1.0),
-    (r"residual_multiplier|residual_scale|scale_depth", "residual branches", 1.0),
+    (r"residual_multiplier|residual_scale", "residual branches", 1.0),
+    (r"scale_depth", "residual branches (over √layers)", "√layers"),  # MiniCPM
+    (r"dim_model_base", "logits (over the width)", "width"),
     (r"attention_multiplier|attention_scaling", "attention logits", None),
     (r"query_pre_attn_scalar", "attention logits (as 1/√x)", None),
     (r"logits_scaling", "logits (as 1/x)", 1.0),

@@ -25,12 +25,14 @@ class Family:
             same in the configs that are nested in it.
         tiny: attributes that the family's own code needs in a tiny model, wherever in the config they stand.
         rows: for parameters whose role cannot be decided. A user's own rows win over them.
+        attention_scale: what the family's code multiplies q·k by, where it is not 1/√(head size) and no module says so.
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
     nested_defaults: Mapping[str, Any] = field(default_factory=dict)
     tiny: Mapping[str, Any] = field(default_factory=dict)
     rows: tuple[Layout, ...] = ()
+    attention_scale: float | None = None
 
 
 FAMILIES: Registry[Callable[[], Family]] = Registry("model family", home="mue.layouts.transformers.families")

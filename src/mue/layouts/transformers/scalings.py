@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
-from mue.layouts.observe.config import text_config
-from mue.layouts.observe.names import SCALINGS
+from mue.layouts.observe.config import find_integer, size_of, text_config
+from mue.layouts.observe.names import LAYERS, SCALINGS
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Scaling:
 
     @property
     def active(self) -> bool:
-        return self.neutral is not None and self.value != self.neutral
+        # a root that was copied from our message is not exact
+        return self.neutral is not None and not math.isclose(self.value, self.neutral, rel_tol=1e-5)
 
 
 def scalings(config: Any) -> list[Scaling]:
@@ -42,6 +44,16 @@ def scalings(config: Any) -> list[Scaling]:
             continue
         for pattern, what, neutral in SCALINGS:
             if re.fullmatch(pattern, key):
-                found.append(Scaling(key, what, float(value), neutral))
+                found.append(Scaling(key, what, float(value), _number(config, neutral)))
                 break
     return found
+
+
+def _number(config: Any, neutral: float | str | None) -> float | None:
+    """The number that switches a factor off; one that the code divides by a size is off at that size."""
+    if neutral == "√layers":
+        return math.sqrt(find_integer(config, LAYERS) or 1)
+    if isinstance(neutral, str):
+        size = size_of(config, neutral)
+        return None if size is None else float(size)
+    return neutral
