@@ -119,12 +119,13 @@ def owner(model: nn.Module, p: ParamInfo) -> nn.Module:
 def own_embedding(stock: nn.Module) -> float:
     """The number that the family's own code multiplies its embedding by (Gemma's √width); 1 where it adds something to it."""
     tokens = tokens_of(0)
-    seen = stock.eval()(input_ids=tokens, output_hidden_states=True).hidden_states
-    rows = stock.get_input_embeddings().weight[tokens]
-    if not seen or seen[0].shape != rows.shape:
-        return 1.0
-    c, residue = fit_ratio(seen[0], rows)
-    return c if residue < 1e-3 and abs(c - 1) > 1e-3 else 1.0
+    table = stock.get_input_embeddings()
+    rows, seen = table.weight[tokens], stock.eval()(input_ids=tokens, output_hidden_states=True).hidden_states
+    for found in (*(seen or ())[:1], table(tokens)):  # in the model's code, or in the table's own
+        c, residue = fit_ratio(found, rows) if found.shape == rows.shape else (1.0, 1.0)
+        if residue < 1e-3 and abs(c - 1) > 1e-3:
+            return c
+    return 1.0
 
 
 def cancelled(model: nn.Module) -> bool:
