@@ -38,6 +38,36 @@ def test_conversion_in_mid_training_both_ways(optimizer: str) -> None:
     assert distance(straight, three, plan) < 1e-12
 
 
+@pytest.mark.parametrize("kind", ["none", "factor", "one cycle", "cyclic"])
+def test_the_phase_of_any_schedule_is_carried(kind: str) -> None:
+    """Whatever a scheduler leaves in the groups, the rate in the other form is the same multiple of its planned peak."""
+    plan = planned("adamw")
+    folded = fold(plan)
+    one, two = model_of(plan), Decoder(plan.target, folded.multipliers)
+    first = torch.optim.AdamW(plan.param_groups(one))
+    second = torch.optim.AdamW(folded.param_groups(two))
+    peaks = [g["lr"] for g in first.param_groups]
+    wanted = [g["lr"] for g in second.param_groups]
+    schedules = torch.optim.lr_scheduler
+    if kind == "none":
+        for g in first.param_groups:
+            g["lr"] *= 0.25
+    elif kind == "factor":
+        schedules.LambdaLR(first, lambda step: 0.25)
+    elif kind == "one cycle":
+        schedules.OneCycleLR(first, peaks, total_steps=50, div_factor=4, cycle_momentum=False)
+    else:
+        schedules.CyclicLR(first, [p / 4 for p in peaks], peaks, cycle_momentum=False)
+    train_once(one, first)
+    convert(one, plan, two, folded, first, second)
+    assert [g["lr"] for g in second.param_groups] == pytest.approx([0.25 * w for w in wanted])
+
+
+def train_once(model: Decoder, optimizer: torch.optim.Optimizer) -> None:
+    model(tokens()).sum().backward()
+    optimizer.step()
+
+
 def test_control_conversion_without_the_state() -> None:
     plan = planned("adamw")
     one, folded = model_of(plan), fold(plan)

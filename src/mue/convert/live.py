@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from mue.model.apply import param_groups
 from mue.model.coefficients import tensor_folds
 from mue.plan.fold import state_powers
 from mue.plan.plan import PlanData
@@ -43,6 +44,7 @@ def convert(
     here = {f.info.name: f for f in tensor_folds(source_plan, source)}
     states = _by_parameter(source_optimizer)
     goals = _by_parameter(target_optimizer)
+    before, after = _rates(source_plan, source), _rates(target_plan, target)
     with torch.no_grad():
         for f in tensor_folds(target_plan, target):
             p = f.info
@@ -51,9 +53,15 @@ def convert(
             q, ratio = here[p.name].info.parameter, f.c / here[p.name].c
             offset = p.gain_offset or (gain_offset if p.role == "final_norm" else 0.0)
             p.parameter.copy_(rescale_weight(q, ratio, offset))
-            if states and goals:
+            if states and goals and p.parameter in after:  # a balance bias is in no optimizer
                 powers = state_powers(target_plan, p.role)
-                _carry(p.name, q, states, p.parameter, goals, ratio, powers)
+                rates = before[q], after[p.parameter]
+                _carry(p.name, q, states, p.parameter, goals, ratio, powers, rates)
+
+
+def _rates(plan: PlanData, model: nn.Module) -> dict[Tensor, float]:
+    """Parameter → its planned peak."""
+    return {p: float(group["lr"]) for group in param_groups(plan, model) for p in group["params"]}
 
 
 def rescale_weight(weight: Tensor, ratio: float, offset: float = 0.0) -> Tensor:
@@ -76,16 +84,18 @@ def _carry(
     goals: Mapping[Tensor, tuple[Optimizer, dict[str, Any]]],
     ratio: float,
     powers: Mapping[str, int],
+    rates: tuple[float, float],
 ) -> None:
-    """One parameter's optimizer state and rate into the other form; ``ratio`` is c there over c here."""
+    """One parameter's optimizer state and rate into the other form; ``ratio`` is c there over c here, ``rates`` its peaks."""
     for side, table in ((source, states), (target, goals)):
         if side not in table:
             raise ValueError(f"{name} is in no optimizer of the {'source' if side is source else 'target'}")
     old, old_group = states[source]
     new, new_group = goals[target]
-    if old_group.get("initial_lr"):  # the schedule's phase
-        peak = new_group.setdefault("initial_lr", new_group["lr"])
-        new_group["lr"] = peak * old_group["lr"] / old_group["initial_lr"]
+    # By the planned peaks, for what a group has beside its rate is its scheduler's own: OneCycleLR's initial_lr is where it starts.
+    new_group["lr"] = rates[1] * old_group["lr"] / rates[0]
+    if "initial_lr" in old_group:
+        new_group.setdefault("initial_lr", rates[1])
     new.state[target] = {k: rescale_state(name, k, v, ratio, powers) for k, v in old.state.get(source, {}).items()}
 
 
