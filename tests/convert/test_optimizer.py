@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
+import mue
 from mue.convert.checkpoint import convert_checkpoint
 from mue.fold import coefficients, fold
-from support.checkpoints import K, Run, how, planned
+from support.checkpoints import K, Run, distance, how, planned
 from support.precision import close
 
 pytestmark = pytest.mark.usefixtures("in_float64")
@@ -55,6 +56,31 @@ def test_optimizers_that_know_their_parameters_by_name(names: str, tmp_path: Pat
         assert not close(
             moved, one.optimizer.state[p]["exp_avg_sq"] / (1.01 * c[n]) ** 2, operations=4
         )  # nor both zero
+
+
+def test_a_run_under_one_cycle_goes_on_in_the_other_form(tmp_path: Path) -> None:
+    """Its rates are the groups' own: where it starts, its peak and where it ends."""
+
+    def cycled(plan: mue.Plan, seed: int | None = 0) -> Run:
+        made = Run(plan, seed)
+        made.optimizer = torch.optim.AdamW(plan.param_groups(made.model), amsgrad=True)
+        peaks = [g["lr"] for g in made.optimizer.param_groups]
+        made.scheduler = OneCycleLR(made.optimizer, peaks, total_steps=40, cycle_momentum=False)
+        return made
+
+    plan = planned()
+    straight, one, two = cycled(plan), cycled(plan), cycled(fold(plan), None)
+    straight.train(0, 2 * K)
+    one.train(0, K)
+    torch.save(one.state(), tmp_path / "a.pt")
+    convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", how(plan, "folded"))
+    two.load(torch.load(tmp_path / "b.pt", weights_only=True))
+    two.train(K, K)
+    assert distance(straight, two) < 1e-9
+    two.optimizer.param_groups[0]["max_lr"] *= 2  # a control: another peak is another run
+    two.train(2 * K, 3)
+    straight.train(2 * K, 3)
+    assert distance(straight, two) > 1e-6
 
 
 def test_an_optimizer_that_is_not_the_plans_is_refused(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from torch import Tensor
 from mue.convert.forms import Conversion, Group
 from mue.layouts.layout import canonical
 
-SETTINGS = ("lr", "initial_lr", "weight_decay", "eps", "roles")  # what the plan decides; the rest of a group travels
+SETTINGS = ("lr", "weight_decay", "eps", "roles")  # what the plan decides; the rest of a group travels
+RATES = ("initial_lr", "max_lr", "min_lr")  # what schedulers put beside the rate, OneCycleLR the last two
 
 
 def is_optimizer(data: object) -> bool:
@@ -90,8 +91,9 @@ def _by_order(groups: Sequence[Mapping[str, Any]], how: Conversion) -> list[list
 
 
 def _check_group(name: str, group: Mapping[str, Any], planned: Mapping[str, Any]) -> None:
-    # what a scheduler multiplies is the planned rate, or the run had another one
-    for key, meant in (("initial_lr", "lr"), ("weight_decay", "weight_decay"), ("eps", "eps")):
+    # The peak that a group states is the planned rate, or the run had another one. OneCycleLR's initial_lr is where it starts.
+    peak = "max_lr" if "max_lr" in group else "initial_lr"
+    for key, meant in ((peak, "lr"), ("weight_decay", "weight_decay"), ("eps", "eps")):
         if key in group and meant in planned and not _close(group[key], planned[meant]):
             raise ValueError(
                 f"the optimizer's group of {name} has {key} = {group[key]}, the plan {planned[meant]}: only a run with the"
@@ -115,19 +117,21 @@ def _group(
 ) -> dict[str, Any]:
     """One group of the new form from the old groups of its parameters, which must agree in all that the plan leaves open."""
     # where in its schedule the run is: the same multiple of the peak goes on in the other form
-    phases = [float(g["lr"]) / planned[n].settings["lr"] for n, g in zip(names, old, strict=True)]
-    travels = [{k: v for k, v in g.items() if k not in (*SETTINGS, "params", "param_names")} for g in old]
+    peaks = [planned[n].settings["lr"] for n in names]
+    phases = [{k: float(g[k]) / peak for k in ("lr", *RATES) if k in g} for g, peak in zip(old, peaks, strict=True)]
+    travels = [{k: v for k, v in g.items() if k not in (*SETTINGS, *RATES, "params", "param_names")} for g in old]
     for n, phase, rest in zip(names, phases, travels, strict=True):
-        if not _close(phase, phases[0]) or rest != travels[0]:
+        alike = phase.keys() == phases[0].keys() and all(_close(v, phases[0][k]) for k, v in phase.items())
+        if not alike or rest != travels[0]:
             raise ValueError(
                 f"{names[0]} and {n} share a group in the other form, but not their schedule or settings here: use the"
                 " plan's groups, with one schedule for all"
             )
     made = {k: v for k, v in after.settings.items() if k in SETTINGS}
-    like = old[0]["lr"]
-    made["lr"] = like.new_tensor(made["lr"] * phases[0]) if isinstance(like, Tensor) else made["lr"] * phases[0]
-    if "initial_lr" in old[0]:
-        made["initial_lr"] = after.settings["lr"]
+    like, peak = old[0]["lr"], made["lr"]
+    made["lr"] = like.new_tensor(peak * phases[0]["lr"]) if isinstance(like, Tensor) else peak * phases[0]["lr"]
+    # 1 to the digits of a rate that went through float32
+    made.update({k: peak if _close(phases[0][k], 1) else peak * phases[0][k] for k in RATES if k in phases[0]})
     if "roles" not in old[0]:
         del made["roles"]
     named = {"param_names": list(names)} if "param_names" in old[0] else {}
