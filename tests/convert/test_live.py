@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import mue
 from mue.fold import convert, fold
+from mue.lab.models.language import LanguageModel
 from support.fold_model import Decoder, tokens, train
 from support.fold_plans import BASE, MAKE, MOE, OPERATIONS, TUNED, distance, model_of, planned, twins
 from support.precision import close
@@ -122,3 +125,26 @@ def test_a_final_norm_that_multiplies_by_one_plus_w() -> None:
         one.norm.weight.fill_(0.25)  # means a gain of 1.25
     convert(one, plan, two, folded, gain_offset=1.0)
     assert torch.allclose(two.norm.weight, torch.tensor(1.25 / 3 - 1))
+
+
+def test_a_balance_bias_that_is_a_parameter_needs_no_optimizer() -> None:
+    """As ERNIE-4.5 has it: a value that moves with its model, and is in no group."""
+
+    class Biased(LanguageModel):
+        def __init__(self, *args: Any) -> None:
+            super().__init__(*args)
+            self.blocks[0].moe.router.shift = nn.Parameter(torch.ones(4), requires_grad=False)
+
+        def layout(self) -> Any:
+            return [*super().layout(), mue.Layout("blocks.*.moe.router.shift", "router_bias", ("vector",))]
+
+    shape = mue.MoE.parse("4e2a", width=32, expert=16, layers=1, head_dim=16, sequence=16, vocab=64)
+    plan = mue.transfer(mue.Dense(16, 16, 1, head_dim=16, vocab=64), shape, TUNED)
+    folded = fold(plan)
+    one, two = Biased(shape, plan.multipliers), Biased(shape, folded.multipliers)
+    plan.init_(one)
+    optimizers = [torch.optim.AdamW(p.param_groups(m)) for p, m in ((plan, one), (folded, two))]
+    with torch.no_grad():
+        two.blocks[0].moe.router.shift.zero_()
+    convert(one, plan, two, folded, *optimizers)
+    assert bool((two.blocks[0].moe.router.shift == 1).all())
