@@ -178,7 +178,7 @@ class ParamInfo:
         """As the plan has it: a table of positions is planned as an embedding (``layout.role`` tells them apart)."""
         return self.layout.planned
 
-    @property
+    @cached_property
     def expert(self) -> int | None:
         """Which expert the whole tensor belongs to, where experts are modules of their own."""
         return None if self.experts_inside else self.layout.number(self.name, "expert")
