@@ -83,9 +83,11 @@ def loop_file(plan: PlanData, module: nn.Module, name: str, use: str, code: str 
     found, alone = rows(plan, module), left_alone(module)
     cannot = ["a learning-rate schedule must multiply every group's own lr, never set one lr for all", clipping(plan)]
     if alone:
-        cannot.append(f"groups of what the model leaves unplanned ({', '.join(alone)}): give your optimizer your own")
+        cannot.append(
+            f"groups of what the model leaves unplanned ({', '.join(row.pattern for row in alone)}): give your optimizer your own"
+        )
     start = head(plan, name, use, cannot, ("re", "", "torch"), own_scale(plan, module)) + table(plan, found)
-    return start + matching(alone=alone) + INIT + _GROUPS + code
+    return start + matching(alone=[row.regex.pattern for row in alone]) + INIT + _GROUPS + code
 
 
 def head(plan: PlanData, model: str, use: str, cannot: Sequence[str], imports: Sequence[str], scale: str = "") -> str:

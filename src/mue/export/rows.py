@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import nn
 
-from mue.layouts.layout import UNPLANNED, ParamInfo
+from mue.layouts.layout import UNPLANNED, Layout, ParamInfo
 from mue.layouts.of_model import layout_of
 from mue.model.apply import trained_unplanned
 from mue.model.tensor_plan import TensorPlan, tensor_plans
@@ -130,9 +130,9 @@ def _layers(placed: Sequence[ParamInfo]) -> tuple[int, ...]:
     return tuple(sorted(n for n in numbers if n is not None))
 
 
-def left_alone(model: nn.Module) -> list[str]:
-    """Regular expressions for the whole names of what a model's table says to leave alone."""
-    return [row.regex.pattern for row in layout_of(model) if row.role == UNPLANNED]
+def left_alone(model: nn.Module) -> list[Layout]:
+    """The rows of what a model's table says to leave alone."""
+    return [row for row in layout_of(model) if row.role == UNPLANNED]
 
 
 def refuse_trained_alone(model: nn.Module, stack: str) -> None:
