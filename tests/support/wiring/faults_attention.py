@@ -76,7 +76,9 @@ def _(c: Case) -> None:
         return
     for p in c.of("ffn_gate", "shared_gate", "expert_gate"):
         module = c.module(p)
-        if len(p.layout.parts) == 2:
+        if len(p.layout.parts) == 2 and p.name.endswith(".weight"):
+            around(module, lambda old, x: torch.cat(old(x).chunk(2, -1)[::-1], -1))
+        elif len(p.layout.parts) == 2:
             _swap_halves(
                 module,
                 p.name.rpartition(".")[2],

@@ -63,6 +63,7 @@ def _measured(ctx: Context, threshold: float, c: Mapping[Tensor, float]) -> Find
             p.grad = None
         ctx.loss_of_batch().backward()  # type: ignore[no-untyped-call]
         held = [p for p in parameters if p.grad is not None]
+        _weigh_up(held, c)
         norm = _norm(held, c)
         for p in held:
             assert p.grad is not None
@@ -79,6 +80,17 @@ def _measured(ctx: Context, threshold: float, c: Mapping[Tensor, float]) -> Find
         for p, grad in zip(parameters, saved, strict=True):
             p.grad = grad
     return _judged(ctx, held, [f for f in factors if f is not None])
+
+
+def _weigh_up(held: list[Tensor], c: Mapping[Tensor, float]) -> None:
+    """Make the gradients of folded tensors most of the norm: in this batch others (the embedding's) may hide them."""
+    folded = [p for p in held if c.get(p, 1.0) != 1]
+    rest = [p for p in held if c.get(p, 1.0) == 1]
+    mine, others = _norm(folded, c), _norm(rest, c)
+    if folded and rest and 0 < mine < 3 * others:
+        for p in folded:
+            assert p.grad is not None
+            p.grad.mul_(3 * others / mine)
 
 
 def _raised(error: Exception) -> Finding:

@@ -109,8 +109,11 @@ def _other_input(b: Branch, c: Coefficients, where: str) -> Iterator[Finding]:
     if product is None or product.given.numel() != b.made.numel() or product.transposed:
         return
     given = product.given.reshape(b.made.shape)[: len(c.given)]
-    stream = b.added.before.reshape(b.made.shape)[: len(c.given)]
-    if _distance(given.double(), c.given.double()) > 5e-2 and fit_ratio(given, stream)[1] < 5e-2:
+    # the stream as it was left, or, in blocks whose branches are added one after the other, what their norm was given
+    streams = [b.added.before, *(p.normed.given for p in b.products[:1] if p.normed is not None)]
+    rows = [t.reshape(b.made.shape)[: len(c.given)] for t in streams if t.numel() == b.made.numel()]
+    apart = _distance(given.double(), c.given.double()) > 5e-2
+    if apart and any(fit_ratio(given, stream)[1] < 5e-2 for stream in rows):
         yield Finding(
             NAME,
             FAIL,
