@@ -140,7 +140,8 @@ def _given_up(rule: Rule, ratio: Mapping[str, float]) -> list[str]:
     """What of the SDE rule's invariants a choice of exponents, weight decay, eps and betas does not keep."""
     if rule.run is None or all(change == ONE for change in rule.run.changes().values()):
         return []
-    return [f"batch and duration: {kept_and_lost(rule.run, ratio)}"]
+    why = f" (the default, by {rule.run.finding})" if rule.run.finding else ""
+    return [f"batch and duration{why}: {kept_and_lost(rule.run, ratio)}"]
 
 
 def _factors(rule: Rule, role: str) -> list[Monomial]:

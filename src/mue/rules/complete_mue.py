@@ -1,8 +1,10 @@
 """Complete-muE (Peng et al., arXiv 2605.23893), the form we recommend.
 
-The authors' table in ratio form, with the three places where we differ from it: the head (their table counts the
-width factor twice: W1), weight decay under width (they leave it unscaled: W2), and Adam's eps (their table is silent).
-Depth as in CompleteP (2505.01618, Table 1), batch and duration as in the SDE rule (their Table 2).
+The authors' table in ratio form, with the four places where we differ from it: the head (their table counts the
+width factor twice: W1), weight decay under width (they leave it unscaled: W2), Adam's eps (their table is silent), and
+batch and duration, where their Table 2, the SDE rule, is contradicted by what was measured: rates go with the batch as
+ρ_B^0.35 and not with the tokens, weight decay and betas stay as tuned (docs/findings/horizon.md, public-runs.md). The SDE
+rule is there by its options. Depth as in CompleteP (2505.01618, Table 1).
 
     FFN/MoE branch: y = l^-α · A · ( R · Σ π_i E_i(x) + Σ S_k(x) ),  A = A*/ρ_e,  R = a,  Σ π_i = 1
 """
@@ -76,14 +78,14 @@ class _Hidden:
 @RULES.register("complete-mue", place=1)
 def complete_mue(
     depth_exponent: Fraction = Fraction(1),
-    duration_exponent: Fraction = Fraction(1, 2),
+    duration_exponent: Fraction = Fraction(0),
     weight_decay_width: str = "constant-product",
     head: str = "completep",
-    betas: str = "linear",
+    betas: str = "unchanged",
     up_gate_correction: bool = False,
     *,
-    batch_exponent: Fraction = Fraction(1, 2),
-    weight_decay_run: str = "follows-lr",
+    batch_exponent: Fraction = Fraction(7, 20),
+    weight_decay_run: str = "unchanged",
     eps_run: str = "follows-lr",
 ) -> Rule:
     """The recommended rule; every option is a row of :data:`mue.rules.options.OPTIONS`."""

@@ -1,6 +1,6 @@
 """Batch and duration: by how much lr, weight decay, eps and betas move with the run, and what stays the same by that.
 
-    s = ρ_B^p · ρ_D^-q        p = q = 1/2 is the SDE rule: s = √(ρ_B/ρ_D) = √(T*/T)
+    s = ρ_B^p · ρ_D^-q        p = q = 1/2 is the SDE rule: s = √(ρ_B/ρ_D) = √(T*/T); p = 0.35, q = 0 is what was measured
 
 Rates are multiplied by s. Whether the other three follow is a choice of its own for each of them, so that a finding on the lr
 moves none of them unmeasured; with p or q ≠ 1/2 no choice keeps everything, and :meth:`RunFactors.changes` says what is lost.
@@ -17,6 +17,9 @@ from mue.rules.algebra import ONE, Monomial, ratio
 B, D = ratio("ρ_B"), ratio("ρ_D")
 T = D / B  # steps
 HALF = Fraction(1, 2)
+HORIZON = "docs/findings/horizon.md"
+# p, q, weight decay, eps and betas as public runs and our own have them (HORIZON); complete-mue's defaults
+AS_MEASURED = (Fraction(7, 20), Fraction(0), "unchanged", "follows-lr", "unchanged")
 
 AXIS_SOURCES = {
     "ρ_L": "CompleteP 2505.01618 Table 1",
@@ -42,6 +45,7 @@ class RunFactors:
         lr, weight_decay, eps, one_minus_beta: the factors, monomials in ρ_B and ρ_D alone.
         betas: how the last of them is taken: ``"linear"``: (1-β) times it; ``"power"``: β to its power.
         chosen: lr, weight_decay, eps → what was chosen, for those that are not as the SDE rule has them.
+        finding: the page that stands behind the choice, where it is :data:`AS_MEASURED`.
     """
 
     lr: Monomial
@@ -50,6 +54,7 @@ class RunFactors:
     one_minus_beta: Monomial
     betas: str
     chosen: Mapping[str, str]
+    finding: str = ""
 
     def changes(self) -> dict[str, Monomial]:
         """Each of :data:`INVARIANTS` on the target over the base's; 1 where it is kept."""
@@ -80,15 +85,17 @@ def sde(
     }
     epsilons = {"follows-lr": 1 / s, "unchanged": ONE}
     averages = {"linear": s**2, "power": s**2, "constant-timescale": 1 / T, "unchanged": ONE}
-    exponents = f"batch_exponent = {batch_exponent}, duration_exponent = {duration_exponent}, as chosen"
+    measured = (batch_exponent, duration_exponent, weight_decay_run, eps_run, betas) == AS_MEASURED
+    by = f"as measured: {HORIZON}" if measured else "as chosen"
+    exponents = f"batch_exponent = {batch_exponent}, duration_exponent = {duration_exponent}, {by}"
     # what follows a rate that is not the SDE's is not the SDE's either
     chosen = (
         {} if batch_exponent == duration_exponent == HALF else dict.fromkeys(("lr", "weight_decay", "eps"), exponents)
     )
     if weight_decay_run != "follows-lr":
-        chosen["weight_decay"] = f"weight_decay_run = {weight_decay_run}, as chosen"
+        chosen["weight_decay"] = f"weight_decay_run = {weight_decay_run}, {by}"
     if eps_run != "follows-lr":
-        chosen["eps"] = f"eps_run = {eps_run}, as chosen"
+        chosen["eps"] = f"eps_run = {eps_run}, {by}"
     return RunFactors(
         lr=s,
         weight_decay=decays[weight_decay_run],
@@ -96,6 +103,7 @@ def sde(
         one_minus_beta=averages[betas],
         betas="power" if betas == "power" else "linear",
         chosen=chosen,
+        finding=HORIZON if measured else "",
     )
 
 
