@@ -13,6 +13,7 @@ import pytest
 import mue
 from support.command_line import in_process, refused, run
 from support.plan_file import PLAN
+from support.sde import SDE
 
 
 @pytest.fixture
@@ -43,6 +44,7 @@ def test_printed_width_decides_the_columns(plan_file: Path) -> None:
     assert "expert_down" in out
 
 
+SDE_OPTIONS = "[options]\n" + "".join(f"{name} = '{value}'\n" for name, value in SDE.items())
 SPOILED = {
     "misspelt key": (("[base]\nwidth", "[base]\nwidht"), ("widht", "width")),
     "misspelt table": (("[tuned]", "[tunde]"), ("tunde", "tuned")),
@@ -53,7 +55,7 @@ SPOILED = {
     "nan": (("lr = 1e-3", "lr = nan"), ("lr", "finite")),
     "infinite": (("init_std = 0.01", "init_std = inf"), ("init_std", "finite")),
     "heads": (("width = 1024", "width = 1000"), ("1000", "head_dim")),
-    "betas": (("steps = 100000", "steps = 1000"), ("beta1", "2,501 steps")),
+    "betas": (("[target.training]\nbatch = 524288\nsteps = 100000\n", f"[target.training]\nbatch = 524288\nsteps = 1000\n{SDE_OPTIONS}"), ("beta1", "2,501 steps")),
     "one training": (("[target.training]\nbatch = 524288\nsteps = 100000\n", ""), ("base_training",)),
     "gates": (("layers = 8\n[target.training]", 'layers = 8\nrouter = "softmax"\nnormalize = false\n[target.training]'), ("measured",)),
     "rule": (('"complete-mue"', '"complete-mu"'), ("complete-mue",)),

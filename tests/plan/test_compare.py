@@ -9,6 +9,7 @@ import pytest
 import mue
 from mue.plan.compare import compare
 from mue.plan.rules_page import BETWEEN, WIDER, WORKED
+from support.sde import SDE
 
 
 def test_every_rule_is_there_with_numbers_or_a_reason() -> None:
@@ -22,7 +23,7 @@ def test_every_rule_is_there_with_numbers_or_a_reason() -> None:
 
 
 def test_the_table_shows_the_plans_factors() -> None:
-    made = compare(WORKED)
+    made = compare(replace(WORKED, options=SDE))
     header, rows = made.table()
     assert header[:2] == ["role", "factor on"] and all(len(row) == len(header) for row in rows)
     start = next(i for i, row in enumerate(rows) if row[0] == "expert_down")

@@ -12,7 +12,9 @@ from mue.plan.explain import why
 from mue.plan.rules_page import BETWEEN, WORKED
 from mue.plan.transfer import plan_of
 from mue.rules.roles import ROLES
+from mue.rules.sde import HORIZON
 from mue.rules.table import CELLS
+from support.sde import SDE
 
 PLANS = {
     "worked": plan_of(WORKED),
@@ -61,7 +63,9 @@ def test_a_derivation_names_its_steps() -> None:
     assert [round(s.value, 8) for s in steps] == [0.01, 0.00353553, 0.0106066, 0.0106066]
     assert "ρ_e^1/2 = 3" in steps[2].text and "active expansion" in steps[2].text and "Table 1" in steps[2].source
     rates = [s for s in why(PLANS["worked"], "expert_down") if s.number == "lr"]
-    assert "Table 2" in rates[-1].source and "Table 2" not in rates[1].source  # each step its own source
+    assert HORIZON in rates[-1].source and HORIZON not in rates[1].source  # each step its own source
+    rates = [s for s in why(plan_of(replace(WORKED, options=SDE)), "expert_down") if s.number == "lr"]
+    assert "Table 2" in rates[-1].source and "Table 2" not in rates[1].source
     habits = [s.text for s in why(PLANS["habits"], "expert_down")]
     assert "tuned.roles.ffn_down.lr on dense d128 L8" in habits
     assert any("√(2·8)" in t for t in habits) and any("/ lr" in t for t in habits)

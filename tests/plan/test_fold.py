@@ -13,6 +13,7 @@ from mue.fold import fold, fold_numbers, unfold
 from support.fold_model import Decoder, tokens, train
 from support.fold_plans import BASE, MOE, OPERATIONS, TUNED, distance, model_of, planned, twins
 from support.precision import close
+from support.sde import SDE
 
 pytestmark = pytest.mark.usefixtures("in_float64")
 
@@ -112,7 +113,7 @@ def test_the_worked_example_folded() -> None:
         },
     }
     for (which, mode), rows in expected.items():
-        plan = fold(mue.transfer(base, target, lm if which == "lm" else df, weight_decay_width=mode, **runs))
+        plan = fold(mue.transfer(base, target, lm if which == "lm" else df, weight_decay_width=mode, **runs, **SDE))
         for role, (std, lr, wd) in rows.items():
             v = plan.roles[role].values
             assert (v.init_std, v.lr) == pytest.approx((std, lr), rel=3e-6), (which, mode, role)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
 import mue
 from support.plans import BASE, TARGET, TUNED, make
+from support.sde import SDE
 
 
 def test_notes_warn() -> None:
     one = make(target=mue.MoE.parse("16e1a", width=256, expert=64, layers=8))
     assert any("router gets no gradient" in note for note in one.notes)
-    assert not make().notes
+    assert not make(**SDE).notes
     assert any("kv heads" in n for n in make(target=replace(TARGET, kv_heads=2)).notes)
     assert any("gated" in n for n in make(target=replace(TARGET, gated=False)).notes)
     tied = make(rule="complete-mue-paper", target=replace(TARGET, tied=True))
@@ -34,8 +36,32 @@ def test_a_batch_below_one_sequence_is_asked_about() -> None:
     ]
     assert any("give batch = 262,144" in note for note in asked.notes)
     short = make(base=replace(BASE, sequence=256), target=replace(TARGET, sequence=256), **runs)
-    assert not short.notes
-    assert not make(base_training=mue.Training(1024, 5000), training=mue.Training(1024, 20000)).notes
+    other = make(base_training=mue.Training(1024, 5000), training=mue.Training(1024, 20000))
+    assert not any("does it count sequences" in note for note in (*short.notes, *other.notes))
+
+
+@pytest.mark.parametrize(
+    ("batch", "steps", "options", "noted"),
+    [
+        (2**21, 10_000, {}, True),  # 21 B tokens: the best batch by the fit is 0.45 M tokens, this is 4.6 times that
+        (2**19, 40_000, {}, False),  # the same tokens at 1.15 times the best
+        (860_000, 24_386, {}, False),  # an octave above the best is 907,850
+        (960_000, 21_845, {}, True),
+        (2**18, 80_000, {}, False),
+        (2**21, 10_000, {"batch_exponent": 0}, False),  # rates that do not grow with the batch
+        (2**21, 10_000, {"rule": "complete-mue-paper"}, True),
+        (2**21, 10_000, {"rule": "standard"}, False),
+    ],
+)
+def test_a_batch_far_above_the_best_is_warned_of(batch: int, steps: int, options: dict[str, Any], noted: bool) -> None:
+    """Where the batch grows and rates with it: 2503.04715's fit of the best batch, an octave above which rates stop growing."""
+    base = mue.Training(2**16, 40_000)
+    notes = make(base_training=base, training=mue.Training(batch, steps), tuned=TUNED, **options).notes
+    found = [n for n in notes if "Step Law" in n]
+    assert len(found) == noted
+    assert all("0.58·D^0.571" in n and "docs/findings/public-runs.md" in n and f"{batch:,}" in n for n in found)
+    same = make(base_training=mue.Training(batch, 40_000), training=mue.Training(batch, steps), **options)
+    assert not any("Step Law" in n for n in same.notes)  # the rate does not move: nothing to warn of
 
 
 def test_what_no_rule_reads_is_said_where_it_changes() -> None:
@@ -77,7 +103,7 @@ def test_betas_that_are_long_for_a_run_are_warned_of(
     """Nobody tuned (0.9, 0.95) for a run of 240 steps, and a rule that stretches them makes it worse."""
     batch = 2**18
     runs = {"base_training": mue.Training(batch, steps), "training": mue.Training(batch, target_steps)}
-    plan = make(tuned=TUNED.replace(betas=betas), **runs, **options)
+    plan = make(tuned=TUNED.replace(betas=betas), **runs, **SDE | options)
     assert short(plan.notes) == warned
     assert replace(plan, notes=()).hash == plan.hash
 

@@ -18,5 +18,5 @@ def test_retuned_and_scaled_follow_through_a_chain() -> None:
         before, after = chain.roles[role].values, double.roles[role].values
         assert after.lr == (None if before.lr is None else pytest.approx(2 * before.lr))
         assert after.weight_decay == before.weight_decay and after.init_std == before.init_std
-    assert chain.retuned(weight_decay=0.2).roles["head"].values.weight_decay == pytest.approx(0.1)
+    assert chain.retuned(weight_decay=0.2).roles["head"].values.weight_decay == pytest.approx(0.2)
     assert chain.retuned(lr=2e-3).roles["head"].values.lr == chain.roles["head"].values.lr  # its own rate

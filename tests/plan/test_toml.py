@@ -13,6 +13,7 @@ import mue
 from mue.plan.toml import lr_grid, plan_inputs, read_toml
 from mue.plan.transfer import plan_of
 from support.plan_file import PLAN as FILE
+from support.sde import SDE
 
 
 def inputs(text: str) -> Any:
@@ -103,7 +104,12 @@ def test_everything_a_file_may_say() -> None:
         "head": "paper",
         "betas": "power",
         "up_gate_correction": True,
+        "batch_exponent": "7/20",
+        "weight_decay_run": "unchanged",
     }
+
+
+BY_SDE = "[options]\n" + "".join(f"{name} = '{value}'\n" for name, value in SDE.items())
 
 
 def edit(old: str, new: str) -> str:
@@ -165,7 +171,7 @@ BAD: list[tuple[str, str]] = [
     (edit("[base.training]\nbatch = 524288\nsteps = 25000\n", ""), "training is given without base_training"),
     (edit("[target.training]\nbatch = 524288\n", "[target.training]\n"), r"\[target.training\] needs 'batch'"),
     (edit("steps = 25000", "steps = 0"), r"training steps must be"),
-    (edit("steps = 100000", "steps = 2000"), r"beta1 = 0\.9 cannot be carried.*at least 2,501 steps"),
+    (edit("steps = 100000", "steps = 2000") + BY_SDE, r"beta1 = 0\.9 cannot be carried.*at least 2,501 steps"),
     (edit('moe = "128e8a1s"', 'moe = "128e8a1s"\nrouter = "softmax"\nnormalize = false'), 'gates = "measured"'),
     (edit('moe = "128e8a1s"', 'moe = "128e8a1s"\nffn = 3'), r"\[target\] has ffn and moe"),
     (edit('moe = "128e8a1s"\n', ""), r"\[target\] needs ffn \(dense\) or moe and expert"),

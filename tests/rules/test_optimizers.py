@@ -16,6 +16,7 @@ from mue.shapes import OPTIMIZERS
 from support import rule_properties as properties
 from support.optimizer_plans import DENSE, LONG, RUN, SPARSE, WIDE, at, few
 from support.rule_properties import TUNED, Case, plan
+from support.sde import SDE
 
 ROUTED = mue.MoE.parse("64e8a", width=512, expert=128, layers=8)
 
@@ -35,8 +36,8 @@ def test_like_adam() -> None:
                 assert ROLES[role].vector or two.weight_decay == pytest.approx(decay)
                 assert planned.status == "inferred" and optimizer in planned.source
     runs: dict[str, Any] = {"base_training": RUN, "training": LONG}
-    independent = mue.transfer(DENSE, SPARSE, TUNED.replace(optimizer="adamw-independent"), **runs)
-    s2 = 4 / 9  # conventions 7: constant product is s²
+    independent = mue.transfer(DENSE, SPARSE, TUNED.replace(optimizer="adamw-independent"), **runs, **SDE)
+    s2 = 4 / 9  # conventions 7: constant product is s², by the SDE rule
     assert independent.roles["expert_up"].factor.weight_decay == pytest.approx(s2)
     assert independent.roles["head"].factor.weight_decay == pytest.approx(s2)
 

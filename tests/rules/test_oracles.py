@@ -14,6 +14,7 @@ import mue
 from mue.fold import fold
 from mue.rules.roles import of_kind
 from support.fold_model import Decoder, tokens
+from support.sde import SDE
 
 TUNED = mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.02, eps=1e-9)
 few = settings(max_examples=15, deadline=None)
@@ -281,7 +282,7 @@ def test_folded_dense_complete_mue_is_complete_d_p(m_N: int, m_L: int, alpha: fl
     base, target = mue.Dense(width=64, ffn=128, layers=2), mue.Dense(width=64 * m_N, ffn=128 * m_N, layers=2 * m_L)
     runs: dict[str, Any] = {"base_training": mue.Training(1 << 16, 4000), "training": mue.Training(1 << 17, 9000)}
     ours, theirs = (
-        fold(mue.transfer(base, target, TUNED, rule=rule, depth_exponent=alpha, **runs))
+        fold(mue.transfer(base, target, TUNED, rule=rule, depth_exponent=alpha, **runs, **SDE))
         for rule in ("complete-mue", "complete-d-p")
     )
     for role in theirs.rule.rows:

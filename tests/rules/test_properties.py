@@ -19,6 +19,7 @@ from mue.rules.roles import ROLES
 from mue.rules.table import Row, Rule
 from support import rule_properties as properties
 from support.rule_properties import Case, cases, plan, trainings
+from support.sde import SDE
 
 OURS = ["complete-mue", "complete-mue-paper"]
 BASELINES = ["hidden-ratio-only", "standard"]
@@ -191,11 +192,27 @@ def test_the_three_scenarios(
     rule: str, batch: int, steps: Fraction, lr: float, one_minus_beta: float, sigma: float
 ) -> None:
     training = mue.Training(RUN.batch * batch, int(RUN.steps * steps))
-    p = plan(rule, DENSE, Case(DENSE.shape, training))
+    p = plan(rule, DENSE, Case(DENSE.shape, training), **SDE)
     up = p.roles["ffn_up"].factor
     assert (up.lr, up.weight_decay, up.eps, up.init_std) == pytest.approx((lr, lr, 1 / lr, 1), rel=1e-12)
     assert 1 - p.betas[0] == pytest.approx(0.1 * one_minus_beta, rel=1e-12)
     assert p.drift["sigma0_other"] == pytest.approx(sigma, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("batch", "steps", "lr", "sigma"),
+    [(4, Fraction(1, 4), 4**0.35, 1.0), (4, 1, 4**0.35, 0.5), (1, 4, 1.0, 0.5)],
+)
+def test_the_three_scenarios_by_what_was_measured(batch: int, steps: Fraction, lr: float, sigma: float) -> None:
+    """The recommended rule's defaults: rates × ρ_B^0.35 whatever the tokens, eps against it, weight decay and betas as tuned."""
+    p = plan("complete-mue", DENSE, Case(DENSE.shape, mue.Training(RUN.batch * batch, int(RUN.steps * steps))))
+    for role in (r for r in ROLES if ROLES[r].trained and r in p.rule.rows):
+        f = p.roles[role].factor
+        assert (f.lr, f.weight_decay, f.eps, f.init_std) == pytest.approx((lr, 1, 1 / lr, 1), rel=1e-12), role
+    assert p.betas == properties.TUNED.betas
+    assert p.drift["sigma0_other"] == pytest.approx(sigma, rel=1e-12)
+    published = plan("complete-mue-paper", DENSE, Case(DENSE.shape, mue.Training(RUN.batch, RUN.steps * 4)))
+    assert published.roles["head"].factor.lr == 0.5 and published.betas != p.betas  # the authors' table is as it was
 
 
 PRODUCT = [
@@ -350,11 +367,11 @@ def test_beta_domain(rule: str, steps: int, batch: int) -> None:
     target = Case(DENSE.shape, mue.Training(batch, steps))
     tuned = properties.TUNED.replace(betas=(0.99, 0.95))
     if 0.05 * RUN.steps / steps < 1:
-        plan(rule, DENSE, target, tuned)
+        plan(rule, DENSE, target, tuned, **SDE)
         return
     with pytest.raises(ValueError, match=r"beta2 = 0\.95 .*at least 201 steps"):
-        plan(rule, DENSE, target, tuned)
-    plan(rule, DENSE, Case(DENSE.shape, mue.Training(batch, 201)), tuned)
+        plan(rule, DENSE, target, tuned, **SDE)
+    plan(rule, DENSE, Case(DENSE.shape, mue.Training(batch, 201)), tuned, **SDE)
 
 
 # ---- controls: a rule broken on purpose must fail the property that forbids it ----------------------------------------
@@ -363,7 +380,7 @@ N, d, e, L, s2 = (ratio(f"ρ_{x}") for x in ("N", "d", "e", "L", "D"))
 
 
 def broken(change: Callable[[Rule], Rule]) -> Callable[..., Rule]:
-    return lambda: change(mue.get_rule("complete-mue"))
+    return lambda: change(mue.get_rule("complete-mue", **SDE))
 
 
 def rows(rule: Rule, factor: Monomial, field: str, roles: tuple[str, ...] = ROLES) -> Rule:
@@ -448,4 +465,4 @@ def test_control_of_commutation(monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan that forgot its run would not commute: planning without the trainings is another plan."""
     with pytest.raises(AssertionError):
         properties.same(mue.transfer(DENSE.shape, WIDE.shape, properties.TUNED), plan("complete-mue", DENSE, WIDE))
-    assert math.isclose(plan("complete-mue", DENSE, WIDE).roles["head"].factor.lr or 0, (4 / 9) ** 0.5)
+    assert math.isclose(plan("complete-mue", DENSE, WIDE, **SDE).roles["head"].factor.lr or 0, (4 / 9) ** 0.5)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import mue
+from support.sde import SDE
 
 DOWN, UP = ("expert_down", "shared_down"), ("expert_up", "expert_gate", "shared_up", "shared_gate")
 ATTENTION = ("attention_q", "attention_k", "attention_v", "attention_o")
@@ -22,7 +23,8 @@ six = 2e-6  # six printed digits
 
 
 def example(tuned: mue.HParams = LM, base: mue.Dense | None = None, **options: Any) -> mue.Plan:
-    return mue.transfer(base or mue.Dense(width=128, ffn=128, layers=8), TARGET, tuned, **RUNS, **options)
+    """Its numbers are by the SDE rule, as published."""
+    return mue.transfer(base or mue.Dense(width=128, ffn=128, layers=8), TARGET, tuned, **RUNS, **SDE, **options)
 
 
 @pytest.mark.parametrize(
@@ -63,6 +65,21 @@ def test_worked_example(
     assert p.drift == {"sigma0_experts": 2.0, "sigma0_other": 0.5, "up_gate": 3.0}
     if paper:
         assert p.roles["head"].values.eps == pytest.approx(2e-8, rel=six)
+
+
+def test_worked_example_by_what_was_measured() -> None:
+    """Four times the steps move nothing by the defaults: the width's factors alone are left, and betas as tuned."""
+    p = mue.transfer(mue.Dense(width=128, ffn=128, layers=8), TARGET, LM, **RUNS)
+    by_sde = example()
+    for role in (*UP, *ATTENTION, "router", *DOWN):
+        v = p.roles[role].values
+        assert (v.lr, v.weight_decay) == pytest.approx((1.25e-4, 0.8), rel=six), role
+        assert v.init_std == by_sde.roles[role].values.init_std, role
+    head = p.roles["head"].values
+    assert (head.lr, head.weight_decay, p.betas) == (1e-3, 0.1, LM.betas)
+    assert p.output_multiplier == by_sde.output_multiplier and p.route_scale == 8 and p.drift == by_sde.drift
+    as_options = mue.transfer(mue.Dense(width=128, ffn=128, layers=8), TARGET, LM, **RUNS, **mue.rules.SDE)
+    assert as_options.hash == by_sde.hash != p.hash
 
 
 @pytest.mark.parametrize("wd_mode", ["constant-product", "none", "sqrt-width"])

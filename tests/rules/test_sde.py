@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -17,13 +18,16 @@ from hypothesis import strategies as st
 import mue
 from mue.fold import fold
 from mue.plan.explain import RUN, why
+from mue.plan.plan import PlanData
 from mue.plan.replan import inputs_from_dict, retuned
 from mue.plan.transfer import plan_of
 from mue.rules import OPTIONS, RULES, Rule
 from mue.rules.algebra import ONE, ratio
 from mue.rules.roles import ROLES
-from mue.rules.sde import INVARIANTS, kept_and_lost, sde
+from mue.rules.sde import AS_MEASURED, HORIZON, INVARIANTS, kept_and_lost, sde
 from support.optimizer_plans import few
+from support.paths import GOLDEN
+from support.sde import SDE
 
 RULES_OF_RUNS = ["complete-mue", "complete-mue-paper", "complete-d-p"]
 BASE = mue.Dense(width=64, ffn=64, layers=2, head_dim=16)
@@ -55,7 +59,7 @@ def measured(plan: Any, training: mue.Training) -> dict[str, list[float]]:
 
 def said(plan: Any, training: mue.Training) -> dict[str, float]:
     """The same as the plan's note prints it: 1 for what it keeps, the printed power law (and number) for the rest."""
-    notes = [note for note in plan.notes if note.startswith("batch and duration: ")]
+    notes = [note for note in plan.notes if note.startswith("batch and duration")]
     if not notes:
         return dict.fromkeys(INVARIANTS, 1.0)
     (note,) = notes
@@ -109,10 +113,10 @@ def test_power_keeps_what_linear_keeps_to_first_order() -> None:
 
 def test_control_a_wrong_factor_is_no_invariant() -> None:
     training = mue.Training(2**14, 8000)
-    plan = planned("complete-mue", training, weight_decay_run="unchanged")
+    plan = planned("complete-mue", training, **SDE | {"weight_decay_run": "unchanged"})
     with pytest.raises(AssertionError):
         agrees(dict.fromkeys(INVARIANTS, 1.0), measured(plan, training))
-    assert said(planned("complete-mue", training), training) == dict.fromkeys(INVARIANTS, 1.0)  # nothing to say
+    assert said(planned("complete-mue", training, **SDE), training) == dict.fromkeys(INVARIANTS, 1.0)  # nothing to say
 
 
 @pytest.mark.parametrize("name", ["weight_decay_run", "eps_run", "betas"])
@@ -120,13 +124,13 @@ def test_control_a_wrong_factor_is_no_invariant() -> None:
 def test_a_choice_moves_its_own_number_and_no_other(rule: str, name: str) -> None:
     """A finding on the lr moves neither of the others, and one on weight decay, eps or betas moves nothing else."""
     training = mue.Training(2**15, 9000)
-    usual = planned(rule, training)
+    usual = planned(rule, training, **SDE)
     field = {"weight_decay_run": "weight_decay", "eps_run": "eps", "betas": "betas"}[name]
-    changed = planned(rule, training, **{name: "unchanged"})
+    changed = planned(rule, training, **SDE | {name: "unchanged"})
     moved = {path.rsplit(".", 1)[-1].partition("[")[0] for path, _, _ in usual.diff(changed)}
     assert moved == {field, name}
-    kept = dict.fromkeys(("weight_decay_run", "eps_run", "betas"), "unchanged")
-    lr_only = planned(rule, training, **kept).diff(planned(rule, training, **kept, duration_exponent="1/5"))
+    kept = SDE | dict.fromkeys(("weight_decay_run", "eps_run", "betas"), "unchanged")
+    lr_only = planned(rule, training, **kept).diff(planned(rule, training, **kept | {"duration_exponent": "1/5"}))
     assert {path.rsplit(".", 1)[-1] for path, _, _ in lr_only} == {"lr", "duration_exponent"}
 
 
@@ -161,7 +165,8 @@ def test_betas_that_cannot_be_carried_name_what_works(p: str, q: str, batch: int
     tuned = TUNED.replace(betas=(0.9, 0.95))
 
     def at(batch: int, steps: int) -> mue.Plan:
-        return planned("complete-mue", mue.Training(batch, steps), tuned, batch_exponent=p, duration_exponent=q)
+        options = SDE | {"batch_exponent": p, "duration_exponent": q}
+        return planned("complete-mue", mue.Training(batch, steps), tuned, **options)
 
     with pytest.raises(ValueError, match=fix) as error:
         at(batch, 100)
@@ -177,7 +182,7 @@ def test_betas_that_cannot_be_carried_name_what_works(p: str, q: str, batch: int
 def test_an_exponent_next_to_zero_asks_for_no_impossible_number() -> None:
     tuned = TUNED.replace(betas=(0.9, 0.95))
     with pytest.raises(ValueError, match="no run is long enough at this batch"):
-        planned("complete-mue", mue.Training(2**20, 100), tuned, duration_exponent="1/1000")
+        planned("complete-mue", mue.Training(2**20, 100), tuned, **SDE | {"duration_exponent": "1/1000"})
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -185,14 +190,65 @@ def test_an_exponent_next_to_zero_asks_for_no_impossible_number() -> None:
 
 def test_new_options_at_their_old_meaning_are_in_no_file_and_no_hash() -> None:
     for rule in RULES_OF_RUNS:
-        plan = planned(rule, RUN_OF_BASE)
-        explicit = planned(rule, RUN_OF_BASE, batch_exponent=0.5, weight_decay_run="follows-lr", eps_run="follows-lr")
-        assert plan.hash == explicit.hash
+        plan = planned(rule, RUN_OF_BASE, **SDE)
         stored = plan.to_dict()["inputs"]["options"] | plan.to_dict()["options"]
         assert not {"batch_exponent", "weight_decay_run", "eps_run"} & set(stored), rule
-        other = planned(rule, RUN_OF_BASE, eps_run="unchanged")
+        other = planned(rule, RUN_OF_BASE, **SDE | {"eps_run": "unchanged"})
         assert other.hash != plan.hash and other.to_dict()["inputs"]["options"]["eps_run"] == "unchanged"
         assert ("options.eps_run", "follows-lr", "unchanged") in plan.diff(other)
+    today = planned("complete-mue", RUN_OF_BASE).to_dict()["inputs"]["options"]
+    assert (today["batch_exponent"], today["weight_decay_run"]) == ("7/20", "unchanged") and "eps_run" not in today
+
+
+def test_the_defaults_are_what_was_measured_and_name_their_page() -> None:
+    """Each of them by its own page; the rules that publish the SDE rule keep it; and only a run that changes is spoken of."""
+    defaults = mue.get_rule("complete-mue").options
+    assert {name: defaults[name] for name in AS_MEASURED} == AS_MEASURED and defaults["eps_run"] == "follows-lr"
+    for rule in ("complete-mue-paper", "complete-d-p"):
+        assert {name: str(mue.get_rule(rule).options[name]) for name in SDE} == SDE
+    assert {name: str(value) for name, value in mue.rules.SDE.items()} == SDE
+    training = mue.Training(2**15, 9000)
+
+    def notes(training: mue.Training, **options: Any) -> list[str]:
+        return [n for n in planned("complete-mue", training, **options).notes if n.startswith("batch and duration")]
+
+    (note,) = notes(training)
+    assert all(f"{name} = {value}" in note for name, value in AS_MEASURED.items()) and HORIZON in note
+    assert "eps_run" not in note and "keeps η·ε" in note  # nobody measured another
+    assert not notes(training, **SDE) and not notes(RUN_OF_BASE)
+    (other,) = notes(training, betas="linear", batch_exponent="2/5")
+    assert "weight_decay_run = unchanged" in other and "betas =" not in other and "batch_exponent =" not in other
+
+
+def test_a_derivation_says_what_was_left_alone_and_by_what() -> None:
+    plan = planned("complete-mue", mue.Training(2**15, 9000))
+    steps = why(plan, "ffn_up")
+    for number, ratios in (("lr", ["ρ_D"]), ("weight decay", ["ρ_B", "ρ_D"]), ("eps", ["ρ_D"])):
+        left = [s for s in steps if s.number == number and "left as it is" in s.text]
+        assert [s.text.split("for ")[1].split(" =")[0] for s in left] == ratios
+        assert all(HORIZON in s.source for s in left)
+    moved = next(s for s in steps if s.number == "lr" and "× ρ_B^7/20" in s.text)
+    assert HORIZON in moved.source
+    assert [HORIZON in s.source for s in why(plan, RUN) if s.number in ("lr", "weight decay", "beta1")] == [True] * 3
+    by_sde = planned("complete-mue", mue.Training(2**15, 9000), **SDE)
+    assert not any(
+        "left as it is" in s.text or HORIZON in s.source for s in (*why(by_sde, "ffn_up"), *why(by_sde, RUN))
+    )
+    assert not any("left as it is" in s.text for s in why(planned("complete-mue", RUN_OF_BASE), "ffn_up"))
+
+
+def test_a_plan_file_from_before_keeps_its_meaning() -> None:
+    """Written when the SDE rule was complete-mue's default: a plan on a plan, batch and duration changed twice."""
+    plan = mue.Plan.load(GOLDEN / "plan-of-sde-defaults.json")
+    assert {name: str(plan.rule.options[name]) for name in SDE} == SDE
+    stored = json.loads((GOLDEN / "plan-of-sde-defaults.json").read_text(encoding="utf-8"))
+    assert "batch_exponent" not in stored["inputs"]["options"]  # it says nothing of what came later
+    assert plan.hash == stored["hash"] and plan.roles["head"].values.lr == pytest.approx(2**-0.5 * 2**-0.5 * 1e-3)
+    assert plan.betas == pytest.approx((0.975, 0.9875))
+    base = plan.inputs.base
+    assert isinstance(base, PlanData) and base.rule.options["duration_exponent"] == Fraction(1, 2)
+    today = mue.transfer(BASE, BASE, TUNED, base_training=RUN_OF_BASE, training=mue.Training(2**14, 8000))
+    assert today.roles["head"].factor.lr == 1 and today.betas == TUNED.betas  # what the same inputs would mean now
 
 
 @pytest.fixture
@@ -204,15 +260,22 @@ def other_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
         return builder(**options)
 
     signature = inspect.signature(builder)
-    changed = {"duration_exponent": Fraction(0), "batch_exponent": Fraction(2, 5), "weight_decay_run": "unchanged"}
+    changed = {
+        "duration_exponent": Fraction(1, 5),
+        "batch_exponent": Fraction(2, 5),
+        "weight_decay_run": "constant-timescale",
+    }
     parameters = [p.replace(default=changed.get(n, p.default)) for n, p in signature.parameters.items()]
     monkeypatch.setattr(complete_mue, "__signature__", signature.replace(parameters=parameters), raising=False)
     monkeypatch.setitem(RULES._entries, "complete-mue", (1, complete_mue))
 
 
-def test_old_files_keep_their_meaning_when_defaults_change(request: pytest.FixtureRequest, tmp_path: Any) -> None:
+@pytest.mark.parametrize("options", [SDE, {}], ids=["as given", "by default"])
+def test_old_files_keep_their_meaning_when_defaults_change(
+    options: dict[str, str], request: pytest.FixtureRequest, tmp_path: Any
+) -> None:
     training = mue.Training(2**15, 9000)
-    old = planned("complete-mue", training)
+    old = planned("complete-mue", training, **options)
     chain = mue.transfer(old, replace(BASE, width=128), training=training)
     folded = fold(chain)
     for name, plan in (("old", old), ("chain", chain), ("folded", folded)):
@@ -223,14 +286,14 @@ def test_old_files_keep_their_meaning_when_defaults_change(request: pytest.Fixtu
     assert new.rule.options["batch_exponent"] == Fraction(2, 5) and new.hash != old.hash
     for name, plan in (("old", old), ("chain", chain), ("folded", folded)):
         loaded = mue.Plan.load(tmp_path / f"{name}.json")
-        assert loaded.hash == plan.hash and loaded.rule.options["batch_exponent"] == Fraction(1, 2), name
-        assert retuned(loaded, lr=0.02).rule.options["duration_exponent"] == Fraction(1, 2)
+        assert loaded.hash == plan.hash and loaded.rule.options == plan.rule.options, name
+        assert retuned(loaded, lr=0.02).rule.options == plan.rule.options
     again = plan_of(inputs_from_dict(data))
     assert again.hash == old.hash and again.roles["head"].values == old.roles["head"].values
     # and a plan by the new defaults is written down as such
     new.save(tmp_path / "new.json")
     stored = new.to_dict()["inputs"]["options"]
-    assert stored["batch_exponent"] == "2/5" and stored["weight_decay_run"] == "unchanged"
+    assert stored["batch_exponent"] == "2/5" and stored["weight_decay_run"] == "constant-timescale"
     assert mue.Plan.load(tmp_path / "new.json").hash == new.hash
     assert retuned(new, lr=new.tuned.lr).hash == new.hash
 

@@ -15,6 +15,7 @@ import mue
 from mue.rules.roles import ROLES
 from mue.rules.table import ZERO
 from mue.shapes import Transformer
+from support.sde import by_sde
 
 CLOSE = 1e-12  # relative: the roundings of some hundred operations in double, and far below any factor's error
 FIELDS = ("init_std", "lr", "weight_decay", "eps")
@@ -131,7 +132,7 @@ def sde(rule: str, base: Case, target: Case, *, exponent: float = 0.5) -> None:
     With another duration exponent than 1/2 the two invariants of the horizon are lost and the other three stay.
     """
     assert base.shape == target.shape
-    p = plan(rule, base, target, **({} if exponent == 0.5 else {"duration_exponent": exponent}))
+    p = plan(rule, base, target, **by_sde(rule) | ({} if exponent == 0.5 else {"duration_exponent": exponent}))
     B = target.training.batch / base.training.batch
     D = target.training.tokens / base.training.tokens
     T = target.training.steps / base.training.steps
@@ -164,8 +165,8 @@ def commutes(rule: str, base: Case, target: Case) -> None:
 
 
 def constant_product(rule: str, base: Case, target: Case) -> None:
-    """11: lr·wd of every decayed matrix is the base's times s², whatever the width, depth (α = 1) and experts."""
-    p = plan(rule, base, target)
+    """11: by the SDE rule lr·wd of every decayed matrix is the base's times s², whatever the width, depth (α = 1), experts."""
+    p = plan(rule, base, target, **by_sde(rule))
     s2 = base.training.steps / target.training.steps
     for role in p.rule.rows:
         if not ROLES[role].drawn:

@@ -155,7 +155,9 @@ def carried_betas(
 ) -> tuple[float, float]:
     """1-β' = (1-β)·f or β' = β^f, which agrees to first order (transfer-rules 5); f is the rule's, ρ_B/ρ_D = T*/T by the SDE rule.
 
-    So Adam's averages last the same part of a run: (1-β)/η² is kept, as the SDE of Adam wants (2205.10287).
+    By the SDE rule Adam's averages last the same part of a run: (1-β)/η² is kept, as the SDE of Adam wants (2205.10287). By
+    complete-mue's default f is 1: carried betas cost loss where runs get shorter, and gain nothing where they get longer
+    (docs/findings/horizon.md).
 
     Args:
         betas: of the base. ratio: of any block; only batch and duration are read from it.

@@ -11,7 +11,7 @@ from mue.plan.plan import PlanData
 from mue.plan.ratios import ratios
 from mue.rules.algebra import ONE, RATIOS, Monomial
 from mue.rules.roles import ROLES
-from mue.rules.sde import INVARIANTS, T
+from mue.rules.sde import INVARIANTS
 from mue.rules.table import CELLS, FIELDS
 from mue.shapes import Block, Transformer
 from mue.util.errors import nearest
@@ -121,12 +121,25 @@ def _cell(plan: PlanData, role: str, index: int, field: str) -> Iterator[Step]:
         yield Step(name, f"{plan.rule.name} does not give it: left as tuned", value, row.source)
     sources = {ratio: plan.rule.source_of(role, field, ratio) for ratio in RATIOS}
     kind = "shared" if ROLES[role].kind == "shared" else ""
-    value = yield from _product(name, getattr(row, field), _ratios(plan, block, kind), value, sources, row.source)
+    here = _ratios(plan, block, kind)
+    value = yield from _product(name, getattr(row, field), here, value, sources, row.source)
+    yield from _left(plan, name, field, getattr(row, field), here, value)
     if plan.folding is not None and (c := plan.folding.coefficients[index].get(role)):
         source = f"mue.plan.fold_table, {plan.tuned.optimizer}; conventions 7"
         yield Step(name, f"folded with c = {number(c)}", final, source)
         value = final
     _agree(f"{role}.{field}", value, final)
+
+
+def _left(
+    plan: PlanData, name: str, field: str, cell: Monomial, here: dict[str, float], value: float
+) -> Iterator[Step]:
+    """Batch or duration that change, where a choice of the rule leaves a number as it is: that is a step as well."""
+    chosen = plan.rule.run.chosen.get(field) if plan.rule.run is not None else None
+    for ratio in ("ρ_B", "ρ_D"):
+        if chosen and here[ratio] != 1 and not cell.exponent(ratio):
+            text = f"left as it is, for {ratio} = {number(here[ratio])}, {RATIOS[ratio]}"
+            yield Step(name, text, value, chosen)
 
 
 def _base_value(plan: PlanData, role: str, field: str, third: str) -> Steps:
@@ -211,7 +224,7 @@ def _run(plan: PlanData) -> Iterator[Step]:
     for cell in ("lr", "weight_decay", "eps"):
         factor: Monomial = getattr(run, cell)
         yield Step(CELLS[cell], f"× {factor}", factor(ratio), chosen.get(cell, table))
-    of_betas = table if run.one_minus_beta == 1 / T else f"betas = {rule.options['betas']}, as chosen"
+    of_betas = run.chosen_betas or table
     how = "β to the power of" if run.betas == "power" else "1-β ×"
     for i, beta in enumerate(plan.betas, start=1):
         yield Step(f"beta{i}", f"{how} {run.one_minus_beta}", beta, of_betas)

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 
 from mue.plan import per_role
 from mue.plan.ratios import base_block
-from mue.rules.algebra import ONE, Monomial
+from mue.rules.algebra import Monomial
 from mue.rules.roles import ROLES
-from mue.rules.sde import kept_and_lost
+from mue.rules.sde import HORIZON, kept_and_lost
 from mue.rules.table import CELLS, FIELDS, Rule
 from mue.shapes import HParams, Training, Transformer
 from mue.util.text import number
@@ -64,6 +64,9 @@ def notes(
 # cost nothing below 0.9 %, 0.01 to 0.05 nats at 1.7 % and 0.06 to 0.1 at 3 to 4 %; β2's 0.01 at 17 % (docs/LOG.md, "Betas
 # and the length of a run").
 LONGEST = (0.01, 0.1)
+# The batch of the lowest loss, c·D^k tokens for a run of D tokens: the fit of 2503.04715, whose public runs (2 to 100 B tokens)
+# bend where it says (docs/findings/public-runs.md).
+STEP_LAW_BATCH = (0.58, 0.571)
 _ADAMS = ("adamw", "adamw-independent", "adam-l2", "nadamw")
 
 
@@ -137,11 +140,30 @@ def batch_notes(*runs: tuple[str, Training | None, Transformer]) -> tuple[str, .
 
 
 def _given_up(rule: Rule, ratio: Mapping[str, float]) -> list[str]:
-    """What of the SDE rule's invariants a choice of exponents, weight decay, eps and betas does not keep."""
-    if rule.run is None or all(change == ONE for change in rule.run.changes().values()):
+    """What of the base's run a choice of exponents, weight decay, eps and betas does not keep, and what was measured of it."""
+    if rule.run is None or all(change(ratio) == 1 for change in rule.run.changes().values()):
         return []
-    why = f" (the default, by {rule.run.finding})" if rule.run.finding else ""
+    why = f" ({', '.join(rule.run.measured)}, as measured: {HORIZON})" if rule.run.measured else ""
     return [f"batch and duration{why}: {kept_and_lost(rule.run, ratio)}"]
+
+
+def far_batch_notes(rule: Rule, ratio: Mapping[str, float], training: Training | None) -> tuple[str, ...]:
+    """A warning where rates grow with a batch that lies far above the best one for the run's tokens.
+
+    Args:
+        rule: as it reads for the optimizer. ratio: of any block; only the batch is read from it. training: the target's run.
+    """
+    if training is None or ratio["ρ_B"] <= 1:
+        return ()
+    best = STEP_LAW_BATCH[0] * training.tokens ** STEP_LAW_BATCH[1]
+    # an octave above it: nearer the runs behind the fit do not tell
+    if training.batch <= 2 * best or not any(row.lr.exponent("ρ_B") > 0 for row in rule.rows.values()):
+        return ()
+    return (
+        f"the target's batch of {training.batch:,} tokens is {number(training.batch / best)} times what Step Law's fit has as best for"
+        f" {training.tokens:,} tokens (0.58·D^0.571 = {best:,.0f}; 2503.04715): beyond it the best rate follows the batch"
+        " hardly (as B^0.05 in its dense runs, B^0.29 in its MoE runs), so try a lower rate as well (docs/findings/public-runs.md)",
+    )
 
 
 def _factors(rule: Rule, role: str) -> list[Monomial]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from mue.plan.convention import Convention
 from mue.plan.fold import fold
-from mue.plan.plan import FORMAT, Inputs, PlanData, flatten
+from mue.plan.plan import FORMAT, Inputs, PlanData, drop_texts, flatten
 from mue.plan.transfer import plan_of
 from mue.rules.options import read_back
 from mue.rules.registry import RULES
@@ -83,8 +83,9 @@ def load(path: str | os.PathLike[str]) -> PlanData:
             f"{path} is not a saved plan ({error}); write one with plan.save or mue plan --save"
         ) from error
     # 12 digits: the last bits differ between libraries and machines, and mean nothing.
-    stored = rounded(flatten({k: data.get(k) for k in plan.content()}))
-    ours = rounded(flatten(plan.content()))
+    # Texts are left out: a source that is worded better, or a note that is new, refuses no file of before.
+    stored = rounded(flatten(drop_texts({k: data.get(k) for k in plan.content()})))
+    ours = rounded(flatten(drop_texts(plan.content())))
     wrong = next((k for k in ours if ours[k] != stored.get(k)), None)
     if wrong or data.get("hash") != plan.hash:
         raise ValueError(

@@ -68,11 +68,16 @@ def _options() -> str:
     rows = []
     for name, option in OPTIONS.items():
         has = [rule for rule, builder in RULES.items() if name in option_names(builder)]
-        default = {str(as_json(r.options)[name]) for r in all_rules() if name in r.options}
+        default: dict[str, list[str]] = {}
+        for rule in all_rules():
+            if name in rule.options:
+                default.setdefault(str(as_json(rule.options)[name]), []).append(rule.name)
+        # where rules differ, whose it is
+        usual = ", ".join(v if len(default) == 1 else f"{v} ({', '.join(of)})" for v, of in default.items())
         choices = ", ".join(option.choices) or (
             f"[{option.low}, {option.high}]" if option.low is not None else "true, false"
         )
-        rows.append([f"`{name}`", option.meaning, choices, " / ".join(sorted(default)), ", ".join(has)])
+        rows.append([f"`{name}`", option.meaning, choices, usual, ", ".join(has)])
     return "## Options\n\n" + _table(["option", "meaning", "choices", "default", "rules that have it"], rows)
 
 
@@ -80,14 +85,19 @@ RUN = """\
 ## Batch and duration
 
 A change of the run moves lr by s = ρ_B^p · ρ_D^-q (p `batch_exponent`, q `duration_exponent`); weight decay, eps and betas follow
-by choices of their own. Once p or q is not 1/2, no choice keeps everything: the second table says what each value keeps as it was in
-the base's run, and by which factor the rest moves. A plan's notes say it of its own choices, `mue rules CONFIG.toml --why run` step by step.
+by choices of their own. p = q = 1/2 with the rest following is the SDE rule, which `complete-mue-paper` and `complete-d-p` publish;
+`complete-mue` has p = 7/20 and q = 0, and leaves weight decay and betas as tuned, as measured (docs/findings/horizon.md, docs/findings/public-runs.md).
+The SDE rule in `complete-mue` is `mue.transfer(..., **mue.rules.SDE)`, or in a file
+`options = {batch_exponent = 0.5, duration_exponent = 0.5, weight_decay_run = "follows-lr", betas = "linear"}`.
+
+Once p or q is not 1/2, no choice keeps everything: the second table says what each value keeps as it was in the base's run, and by
+which factor the rest moves. A plan's notes say it of its own choices, `mue rules CONFIG.toml --why run` step by step.
 """
 
 
 def _run() -> str:
     kinds = [[f"`{name}`", text] for name, text in INVARIANTS.items()]
-    exponents = [tuple(map(Fraction, pair)) for pair in (("1/2", "1/2"), ("1/2", "3/10"), ("2/5", "0"))]
+    exponents = [tuple(map(Fraction, pair)) for pair in (("1/2", "1/2"), ("1/2", "3/10"), ("7/20", "0"))]
     touched = {"weight_decay_run": ("η·λ·T", "λ/η"), "eps_run": ("η·ε",), "betas": ("(1-β)/η²", "(1-β)·T")}
     rows = [["any", *(kept_and_lost(sde(p, q), among=["T·η²"]) for p, q in exponents)]]
     for name, among in touched.items():

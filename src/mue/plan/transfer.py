@@ -16,7 +16,7 @@ from fractions import Fraction
 from mue.plan.base import base_of
 from mue.plan.blocks import Transition, block_plan, carried_betas, check_output_multiplier, merge
 from mue.plan.convention import Convention
-from mue.plan.notes import batch_notes, betas_notes, notes
+from mue.plan.notes import batch_notes, betas_notes, far_batch_notes, notes
 from mue.plan.per_role import split_by_third
 from mue.plan.plan import Inputs, PlanData
 from mue.plan.ratios import refuse
@@ -57,13 +57,15 @@ def transfer(
         rule: a name from :data:`mue.rules.RULES`.
         convention: the base's habits.
         depth_exponent: CompleteP's α in [1/2, 1], 1 by default.
-        batch_exponent, duration_exponent: p and q of s = ρ_B^p · ρ_D^-q, the run's factor on rates; 1/2 by default. With
-            other values not everything that the SDE rule keeps can be kept; the plan's notes say what is given up.
-        weight_decay_run: ``"follows-lr"`` (default: × s), ``"constant-timescale"`` (keeps η·λ·T) or ``"unchanged"``.
+        batch_exponent, duration_exponent: p and q of s = ρ_B^p · ρ_D^-q, the run's factor on rates; by default 7/20 and 0 in
+            ``complete-mue``, as measured (docs/findings/horizon.md), and 1/2 in rules that publish the SDE rule. With other
+            values than 1/2 not everything that the SDE rule keeps can be kept; the plan's notes say what is given up.
+            ``**mue.rules.SDE`` gives the SDE rule as a whole.
+        weight_decay_run: ``"follows-lr"`` (× s), ``"constant-timescale"`` (keeps η·λ·T) or ``"unchanged"`` (``complete-mue``).
         eps_run: ``"follows-lr"`` (default: × 1/s) or ``"unchanged"``.
         weight_decay_width: ``"constant-product"`` (default), ``"sqrt-width"`` or ``"none"``.
         head: ``"completep"`` (default) or ``"paper"``.
-        betas: ``"linear"`` (default: 1-β × s²), ``"power"``, ``"constant-timescale"`` (keeps (1-β)·T) or ``"unchanged"``.
+        betas: ``"linear"`` (1-β × s²), ``"power"``, ``"constant-timescale"`` (keeps (1-β)·T) or ``"unchanged"`` (``complete-mue``).
         up_gate_correction: experimental correction of the up/gate drift, off by default.
         more: options that came with a rule of their own, by name (:data:`mue.rules.OPTIONS`).
 
@@ -150,8 +152,8 @@ def plan_of(inputs: Inputs) -> PlanData:
     #       ρ_e = e/e*        active expansion: e = H_act/d, with H_act the hidden width that one token passes through
     #                         (H in a dense feed-forward, a·h + n_s·h_s with experts): what MoE and dense have in common
     #                         (Complete-muE, 2605.23893); N, the number of experts, enters nothing
-    #       ρ_B, ρ_D          tokens of a step and of the run; s = √(ρ_B/ρ_D) = √(T*/T) is the factor of the SDE rule on
-    #                         rates (2605.23893, Table 2; the rule's batch_exponent and duration_exponent may say otherwise)
+    #       ρ_B, ρ_D          tokens of a step and of the run; rates take s = ρ_B^p · ρ_D^-q: p = 7/20 and q = 0 were measured
+    #                         (docs/findings/horizon.md), p = q = 1/2 is the SDE rule, s = √(T*/T) (2605.23893, Table 2)
     #    Of these only ρ_e depends on the block. Rather no plan than one by a rule that has no answer to a change:
     # Without a run of its own the target trains as the base did: ρ_B = ρ_D = 1.
     transition = Transition(base.shape, target, base.training, inputs.training or base.training)
@@ -159,7 +161,7 @@ def plan_of(inputs: Inputs) -> PlanData:
     refuse(rule, base.shape, target, ratios)
 
     # 4. Every role of every kind of block: the base's value × the table's factor; and A and R of its feed-forward branch. By
-    #    complete-mue at α = 1, a down projection is drawn with σ*·r^-½·ρ_e^½, moves with η·r^-1·s and decays with λ·r·s, an
+    #    complete-mue at α = 1, a down projection is drawn with σ*·r^-½·ρ_e^½, moves with η·r^-1·s and decays with λ·r, an
     #    expert's as a dense one's, and its branch is multiplied by A = A*/ρ_e and R = a (conventions 3).
     #    A third of the depth that has tuned values of its own makes a kind of block of its own.
     blocks = tuple(
@@ -168,7 +170,8 @@ def plan_of(inputs: Inputs) -> PlanData:
     check_output_multiplier(target, blocks)
 
     # 5. What holds for the whole model, in the forward pass and in Adam:
-    #    averages that last the same part of a run: 1-β × T*/T (2605.23893, Table 2; the rule's option may say otherwise)
+    #    the averages over gradients, as tuned (docs/findings/horizon.md) or, by the SDE rule, as long a part of the run as on
+    #    the base: 1-β × T*/T (2605.23893, Table 2); the rule's option says which
     betas = carried_betas(base.betas, rule, transition, ratios)
     return PlanData(
         inputs=replace(inputs, options=as_json(rule.options)),  # all of them: a new default changes no stored plan
@@ -187,6 +190,7 @@ def plan_of(inputs: Inputs) -> PlanData:
         * (base.shape.head_dim / target.head_dim) ** float(rule.attention_exponent),
         betas=betas,
         notes=notes(rule, base.shape, target, base.tuned, ratios, planned_base=base.plan is not None)
+        + far_batch_notes(rule, ratios, transition.training)
         + batch_notes(("base", inputs.base_training, base.shape), ("target", inputs.training, target))
         + betas_notes(base.tuned.optimizer, (base.betas, base.training), (betas, transition.training)),
     )

@@ -7,6 +7,7 @@ makes of them. Not here: shapes' ratios and the values that follow (``mue.plan``
 from mue.rules.options import OPTIONS, option_names
 from mue.rules.registry import RULES, get_rule
 from mue.rules.roles import ROLES
+from mue.rules.sde import SDE
 from mue.rules.table import AXES, Row, Rule
 
-__all__ = ["AXES", "OPTIONS", "ROLES", "RULES", "Row", "Rule", "get_rule", "option_names"]
+__all__ = ["AXES", "OPTIONS", "ROLES", "RULES", "SDE", "Row", "Rule", "get_rule", "option_names"]

@@ -4,7 +4,7 @@ The authors' table in ratio form, with the four places where we differ from it: 
 width factor twice: W1), weight decay under width (they leave it unscaled: W2), Adam's eps (their table is silent), and
 batch and duration, where their Table 2, the SDE rule, is contradicted by what was measured: rates go with the batch as
 ρ_B^0.35 and not with the tokens, weight decay and betas stay as tuned (docs/findings/horizon.md, public-runs.md). The SDE
-rule is there by its options. Depth as in CompleteP (2505.01618, Table 1).
+rule is there by the options of :data:`mue.rules.SDE`. Depth as in CompleteP (2505.01618, Table 1).
 
     FFN/MoE branch: y = l^-α · A · ( R · Σ π_i E_i(x) + Σ S_k(x) ),  A = A*/ρ_e,  R = a,  Σ π_i = 1
 """
@@ -17,7 +17,7 @@ from fractions import Fraction
 from mue.rules.algebra import ONE, Monomial, ratio
 from mue.rules.registry import RULES
 from mue.rules.roles import of_kind, of_part
-from mue.rules.sde import AXIS_SOURCES, RunFactors, sde
+from mue.rules.sde import AXIS_SOURCES, HORIZON, RunFactors, sde
 from mue.rules.table import FIELDS, INFERRED, PUBLISHED, Row, Rule
 
 d, o, L, e, κ = (ratio(f"ρ_{x}") for x in ("d", "o", "L", "e", "κ"))
@@ -97,7 +97,8 @@ def complete_mue(
     return Rule(
         name="complete-mue",
         title="Complete-muE, recommended form",
-        source="arXiv 2605.23893, Tables 1 and 2; depth 2505.01618; head, weight decay and eps as in CompleteP",
+        source="arXiv 2605.23893, Table 1; depth 2505.01618; head, weight decay and eps as in CompleteP; batch and duration as"
+        f" measured, {HORIZON} (Table 2, the SDE rule, by its options)",
         rows={
             # A token reads one row, no sum over a width: std and lr stay (CompleteP; transfer-rules 1.8). Its gradient
             # does fall with width, hence eps (Complete(d)P's correction of CompleteP, transfer-rules 3).
@@ -105,7 +106,7 @@ def complete_mue(
                 lr=run.lr,
                 weight_decay=run.weight_decay,
                 eps=run.eps / d,
-                source="CompleteP Table 1; batch/duration Table 2",
+                source="CompleteP Table 1",
             ),
             **dict.fromkeys(of_kind("attention"), hidden.row(d, "width µP")),
             # o alone reads heads·d_head numbers, not d (conventions 8)

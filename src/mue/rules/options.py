@@ -76,13 +76,13 @@ _SHARED = {
         Fraction(1),
     ),
     "batch_exponent": Option(
-        "p: rates × s = ρ_B^p · ρ_D^-q; 1/2 by theory (SDE, 2205.10287), 0.37 to 0.40 in the public MoE runs of 2503.04715",
+        "p: rates × s = ρ_B^p · ρ_D^-q; 1/2 by theory (SDE, 2205.10287), 7/20 as measured (docs/findings/horizon.md)",
         Fraction(0),
         Fraction(1),
         before=Fraction(1, 2),
     ),
     "duration_exponent": Option(
-        "q: rates × s = ρ_B^p · ρ_D^-q; 1/2 by theory (SDE), about 0.3 as measured by 2409.19913, about 0 in the runs of 2503.04715",
+        "q: rates × s = ρ_B^p · ρ_D^-q; 1/2 by theory (SDE), about 0.3 by 2409.19913, 0 as measured (docs/findings/horizon.md)",
         Fraction(0),
         Fraction(1),
         before=Fraction(1, 2),

@@ -1,6 +1,6 @@
 """Batch and duration: by how much lr, weight decay, eps and betas move with the run, and what stays the same by that.
 
-    s = ρ_B^p · ρ_D^-q        p = q = 1/2 is the SDE rule: s = √(ρ_B/ρ_D) = √(T*/T); p = 0.35, q = 0 is what was measured
+    s = ρ_B^p · ρ_D^-q        p = q = 1/2 is the SDE rule: s = √(ρ_B/ρ_D) = √(T*/T); p = 7/20, q = 0 is what was measured
 
 Rates are multiplied by s. Whether the other three follow is a choice of its own for each of them, so that a finding on the lr
 moves none of them unmeasured; with p or q ≠ 1/2 no choice keeps everything, and :meth:`RunFactors.changes` says what is lost.
@@ -17,9 +17,22 @@ from mue.rules.algebra import ONE, Monomial, ratio
 B, D = ratio("ρ_B"), ratio("ρ_D")
 T = D / B  # steps
 HALF = Fraction(1, 2)
+SDE: Mapping[str, Fraction | str] = {
+    "batch_exponent": HALF,
+    "duration_exponent": HALF,
+    "weight_decay_run": "follows-lr",
+    "eps_run": "follows-lr",
+    "betas": "linear",
+}
+"""The SDE rule as options, for any rule that has them: ``mue.transfer(..., **mue.rules.SDE)``."""
 HORIZON = "docs/findings/horizon.md"
-# p, q, weight decay, eps and betas as public runs and our own have them (HORIZON); complete-mue's defaults
-AS_MEASURED = (Fraction(7, 20), Fraction(0), "unchanged", "follows-lr", "unchanged")
+# What public runs and our own have as best, complete-mue's defaults. Of eps nothing was measured: it follows the lr as theory has it.
+AS_MEASURED: Mapping[str, Fraction | str] = {
+    "batch_exponent": Fraction(7, 20),
+    "duration_exponent": Fraction(0),
+    "weight_decay_run": "unchanged",
+    "betas": "unchanged",
+}
 
 AXIS_SOURCES = {
     "ρ_L": "CompleteP 2505.01618 Table 1",
@@ -44,8 +57,9 @@ class RunFactors:
     Attributes:
         lr, weight_decay, eps, one_minus_beta: the factors, monomials in ρ_B and ρ_D alone.
         betas: how the last of them is taken: ``"linear"``: (1-β) times it; ``"power"``: β to its power.
-        chosen: lr, weight_decay, eps → what was chosen, for those that are not as the SDE rule has them.
-        finding: the page that stands behind the choice, where it is :data:`AS_MEASURED`.
+        chosen: lr, weight_decay, eps → what was chosen and by what, for those that are not as the SDE rule has them.
+        chosen_betas: the same of betas; empty where they last the same part of the run, as the SDE rule has it.
+        measured: the choices that are :data:`AS_MEASURED`, as ``"name = value"``.
     """
 
     lr: Monomial
@@ -54,7 +68,8 @@ class RunFactors:
     one_minus_beta: Monomial
     betas: str
     chosen: Mapping[str, str]
-    finding: str = ""
+    chosen_betas: str = ""
+    measured: tuple[str, ...] = ()
 
     def changes(self) -> dict[str, Monomial]:
         """Each of :data:`INVARIANTS` on the target over the base's; 1 where it is kept."""
@@ -85,17 +100,26 @@ def sde(
     }
     epsilons = {"follows-lr": 1 / s, "unchanged": ONE}
     averages = {"linear": s**2, "power": s**2, "constant-timescale": 1 / T, "unchanged": ONE}
-    measured = (batch_exponent, duration_exponent, weight_decay_run, eps_run, betas) == AS_MEASURED
-    by = f"as measured: {HORIZON}" if measured else "as chosen"
-    exponents = f"batch_exponent = {batch_exponent}, duration_exponent = {duration_exponent}, {by}"
-    # what follows a rate that is not the SDE's is not the SDE's either
-    chosen = (
-        {} if batch_exponent == duration_exponent == HALF else dict.fromkeys(("lr", "weight_decay", "eps"), exponents)
-    )
-    if weight_decay_run != "follows-lr":
-        chosen["weight_decay"] = f"weight_decay_run = {weight_decay_run}, {by}"
-    if eps_run != "follows-lr":
-        chosen["eps"] = f"eps_run = {eps_run}, {by}"
+    options = {
+        "batch_exponent": batch_exponent,
+        "duration_exponent": duration_exponent,
+        "weight_decay_run": weight_decay_run,
+        "eps_run": eps_run,
+        "betas": betas,
+    }
+
+    def said(*names: str) -> str:
+        measured = all(AS_MEASURED.get(name) == options[name] for name in names)
+        values = ", ".join(f"{name} = {options[name]}" for name in names)
+        return f"{values}, {f'as measured: {HORIZON}' if measured else 'as chosen'}"
+
+    chosen: dict[str, str] = {}
+    if not batch_exponent == duration_exponent == HALF:
+        # what follows a rate that is not the SDE's is not the SDE's either
+        chosen = dict.fromkeys(("lr", "weight_decay", "eps"), said("batch_exponent", "duration_exponent"))
+    for cell, name in (("weight_decay", "weight_decay_run"), ("eps", "eps_run")):
+        if options[name] != SDE[name]:
+            chosen[cell] = said(name)
     return RunFactors(
         lr=s,
         weight_decay=decays[weight_decay_run],
@@ -103,7 +127,8 @@ def sde(
         one_minus_beta=averages[betas],
         betas="power" if betas == "power" else "linear",
         chosen=chosen,
-        finding=HORIZON if measured else "",
+        chosen_betas="" if averages[betas] == 1 / T else said("betas"),
+        measured=tuple(f"{name} = {value}" for name, value in AS_MEASURED.items() if options[name] == value),
     )
 
 
@@ -111,14 +136,14 @@ def kept_and_lost(run: RunFactors, ratios: Mapping[str, float] | None = None, am
     """``"keeps η·ε, …; gives up T·η² (× ρ_D^2/5), …"``: what a choice of factors does to the invariants.
 
     Args:
-        run: the factors. ratios: of a plan, for the size of what is given up in it; None: in general.
+        run: the factors. ratios: of a plan, for what is given up in it and by how much; None: in general.
         among: which of :data:`INVARIANTS`; none: all.
     """
     kept, lost = [], []
     for name, change in run.changes().items():
         if among and name not in among:
             continue
-        if change == ONE:
+        if change == ONE or (ratios is not None and change(ratios) == 1):
             kept.append(f"{name} to first order" if run.betas == "power" and "β" in name else name)
         else:
             lost.append(f"{name} (× {change}{'' if ratios is None else f' = {change(ratios):.4g}'})")

@@ -154,7 +154,7 @@ def case(family: str, seed: int = 0, form: str = "") -> Case:
     stock = None if family in OURS else stock_family(family)
     tokens = tokens_of(seed)
     if stock is None:
-        plan = mue.transfer(BASE, OURS[family], TUNED, **TRAININGS)  # type: ignore[arg-type]
+        plan = mue.transfer(BASE, OURS[family], TUNED, **TRAININGS)
         model: nn.Module = LanguageModel(OURS[family], plan.multipliers)
         batch: Any = (tokens, tokens.roll(-1, 1))
     else:

@@ -20,9 +20,11 @@ from mue.layouts.of_model import placed
 from mue.layouts.transformers.configs import build, default_config
 from mue.layouts.transformers.family import family_of
 from mue.layouts.transformers.tiny import shrink
+from support.sde import SDE
 
 TUNED = mue.HParams(lr=4e-3, weight_decay=0.1, init_std=0.04, eps=1e-10)
-TRAININGS = {"base_training": mue.Training(1024, 100), "training": mue.Training(1024, 400)}
+# by the SDE rule, so that every number moves with the run: whoever forgets one is seen
+TRAININGS: dict[str, Any] = {"base_training": mue.Training(1024, 100), "training": mue.Training(1024, 400), **SDE}
 WIDTH = 32  # of the base
 
 # Twelve that between them have every structure a check has to follow; the whole list is `make slow`.
@@ -121,7 +123,7 @@ def _planned(name: str, config: Any, seen: Inspection) -> Stock:
         (found.shape.head_dim, found.shape.layers),
     ):
         base = mue.Dense(width=WIDTH, ffn=64, layers=layers, head_dim=head_dim, heads=max(1, WIDTH // head_dim))
-        plan = mue.transfer(base, found.shape, TUNED.replace(clip=1.0), **TRAININGS)  # type: ignore[arg-type]
+        plan = mue.transfer(base, found.shape, TUNED.replace(clip=1.0), **TRAININGS)
         try:
             model = build_stock(config)
             fold(plan).init_(model)

@@ -215,7 +215,8 @@ def _replan(c: Case, kinds: tuple[Any, ...]) -> None:
     target, inputs = c.plan.target, c.plan.inputs
     same_in_both = ("width", "head_dim", "heads", "kv_heads", "sequence", "vocab", "tied", "gated")
     other = mue.Mixed(blocks=kinds, **{name: getattr(target, name) for name in same_in_both})
-    plan = mue.transfer(inputs.base, other, inputs.tuned, base_training=inputs.base_training, training=inputs.training)
+    runs: dict[str, Any] = {"base_training": inputs.base_training, "training": inputs.training}
+    plan = mue.transfer(inputs.base, other, inputs.tuned, **runs, **inputs.options)
     c.plan = plan if c.plan.folding is None else fold(plan, c.plan.folding.route)
     c.checkpoint, c.clip = {"plan": c.plan.hash}, None
 

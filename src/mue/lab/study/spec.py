@@ -6,9 +6,9 @@
     reach = 8                          # where the lowest lies at an end, go on by octaves up to so many times (1: stay)
 
     [approaches.complete-mue]          # the rule of that name, with its defaults
-    [approaches."betas as tuned"]
+    [approaches."betas carried"]
     rule = "complete-mue"
-    options = { betas = "unchanged" }
+    options = { betas = "linear" }
     [approaches.step-law]              # standard parametrization, its rate by a fitted law
     rule = "standard"
     law = "step-law"
