@@ -49,6 +49,16 @@ def test_tables_of_other_commands_may_stand_in_the_file(plan_file: Path) -> None
     assert read_plan(plan_file).hash == read_plan(plan_file, ["rule='complete-mue'"]).hash
 
 
+def test_a_file_of_another_kind_says_what_it_may_hold(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text("[study]\nseeds = 2\n")
+    assert read_tables(path, ["study.seeds=3"], ("study",), known=("study", "base")) == {"study": {"seeds": 3}}
+    with pytest.raises(ValueError, match="would change nothing"):
+        read_tables(path, ["base.width=3"], ("study",), known=("study", "base"))
+    with pytest.raises(ValueError, match="unknown key 'study'"):  # the negative control
+        read_tables(path, None, PLAN_TABLES)
+
+
 WRONG = {
     "target": ("write KEY=VALUE",),
     "=3": ("write KEY=VALUE",),

@@ -6,7 +6,8 @@ A command that reads an experiment file gets ``--set`` from two lines, and its o
     def mine(file: File, change: Set = None, seed: Annotated[int | None, typer.Option()] = None) -> None:
         data = read_tables(file, change, ("base", "tuned", "data", "run"), options={"run.seed": seed})
 
-What the values mean is checked by whoever reads the tables, as it is for the file's own: an unknown key is refused there.
+A file of another kind (a study's) says what it may hold: ``read_tables(file, change, TOP, known=TOP)``. What the values mean is
+checked by whoever reads the tables, as it is for the file's own: an unknown key is refused there.
 """
 
 from __future__ import annotations
@@ -36,20 +37,26 @@ Set = Annotated[
 
 
 def read_tables(
-    file: Path, change: Sequence[str] | None, tables: Collection[str], options: Mapping[str, object] | None = None
+    file: Path,
+    change: Sequence[str] | None,
+    tables: Collection[str],
+    options: Mapping[str, object] | None = None,
+    *,
+    known: Collection[str] = TABLES,
 ) -> dict[str, Any]:
     """The tables of an experiment file that a command reads, with what its options put in the place of the file's values.
 
     Args:
         file: TOML. change: what ``--set`` was given, ``KEY=VALUE`` each: a dotted key (a number counts ``[[blocks]]`` from 0) and
-            a TOML value. tables: those of :data:`mue.plan.toml.TABLES` that the command reads; others may stand in the file.
+            a TOML value. tables: those that the command reads; others of ``known`` may stand in the file.
         options: dotted key → the value of an option that stands for it; None: the option was not given.
+        known: all that a file of this kind may hold.
 
     Raises:
         ValueError: no such file or table; a setting that is none, is given twice or that the command would not read.
     """
     data = read_toml(file)
-    check_keys(data, TABLES, "the file's top level")
+    check_keys(data, known, "the file's top level")
     settings = [(f"--set {text}", *_setting(text)) for text in change or ()]
     settings += [
         (f"--{key.rpartition('.')[2]} {value}", key.split("."), value)
@@ -58,12 +65,12 @@ def read_tables(
     ]
     seen: dict[tuple[str, ...], str] = {}
     for said, path, value in settings:
-        if path[0] in TABLES and path[0] not in tables:
+        if path[0] in known and path[0] not in tables:
             raise ValueError(f"{said} would change nothing: this command reads {', '.join(tables)}, and not {path[0]}")
         if (before := seen.setdefault(tuple(path), said)) is not said:
             raise ValueError(f"{said} and {before} set the same value: give one of them")
         _put(data, path, value, said)
-    check_keys(data, TABLES, "the file's top level")  # again: a setting may have added one
+    check_keys(data, known, "the file's top level")  # again: a setting may have added one
     return {key: value for key, value in data.items() if key in tables}
 
 
