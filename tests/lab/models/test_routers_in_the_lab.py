@@ -75,7 +75,8 @@ def shape(router: str) -> mue.MoE:
 
 
 def run(corpus: Corpus, router: str, **settings: object) -> Run:
-    tuned = mue.HParams(lr=0.01, weight_decay=0.1, init_std=0.1, z=1e-3)
+    z = 1e-3 if ROUTERS[router].matrix else 0.0  # a loss on logits, which a router without a matrix has none of
+    tuned = mue.HParams(lr=0.01, weight_decay=0.1, init_std=0.1, z=z)
     training = mue.Training(128, STEPS)
     plan = mue.transfer(BASE, shape(router), tuned, base_training=training, training=training)
     given = Settings(**{"eval_every": 6, "eval_sequences": 8, "log_every": 1, **settings})  # type: ignore[arg-type]

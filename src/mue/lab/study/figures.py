@@ -106,7 +106,7 @@ def valleys_figure(measured: Sequence[CellMeasures], axis: str, colored: Mapping
     cells = [m for m in measured if m.cell.target.axis == axis and any(m.losses.values())]
     targets = list(dict.fromkeys(m.cell.target.name for m in cells))
     with mpl.rc_context(STYLE):
-        columns = min(4, max(1, len(targets)))
+        columns = 3 if len(targets) <= 3 else 4  # one panel alone would fill the page
         lines = max(1, -(-len(targets) // columns))
         fig = Figure(figsize=(3.0 * columns + 0.5, 2.9 * lines + 0.6), layout="constrained")
         panels = fig.subplots(lines, columns, squeeze=False)
@@ -129,7 +129,8 @@ def valleys_figure(measured: Sequence[CellMeasures], axis: str, colored: Mapping
             _cut(panel, here)
             panel.set_title(_wrapped(target) if target != BASE else "the base itself", fontsize=9)
         _legend(fig, panels.flat)
-        fig.supxlabel("multiplier of the transferred learning rate", fontsize=9, color=INK)
+        for panel in panels[-1]:
+            panel.set_xlabel("multiplier of the transferred rate", fontsize=8)
         fig.supylabel(f"validation loss, {unit}", fontsize=9, color=INK)
         return fig
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from mue.lab.study.figures import colors, headline_figure, valleys_figure
 from mue.lab.study.measure import CellMeasures, Compared, Interval, compare, measure
 from mue.lab.study.rows import StudyFolder
 from mue.lab.study.schedule import Rows, Schedule
-from mue.lab.study.spec import StudySpec
+from mue.lab.study.spec import BASE, StudySpec
 from mue.lab.study.speed_up import SpeedUp, speed_ups
 from mue.lab.train.task import task_of
 from mue.util.files import write_json
@@ -151,7 +152,11 @@ def study_report(folder: Path, others: Sequence[Path] = ()) -> Path:
     measured = measure(Schedule(spec, asked["data"]), rows)
     unit = task_of(spec.settings).unit
     colored = colors(list(spec.approaches))
-    with_runs = [axis for axis in spec.axes if any(m.losses for m in measured if m.cell.target.axis == axis)]
+    with_runs = [
+        axis
+        for axis in spec.axes
+        if any(m.losses for m in measured if m.cell.target.axis == axis and m.cell.target.name != BASE)
+    ]
     found = summary(spec, measured, asked, rows)
     write_json(folder / "study-results.json", found)
     compared = compare(measured, next(iter(spec.approaches)))
@@ -172,7 +177,7 @@ def study_report(folder: Path, others: Sequence[Path] = ()) -> Path:
         sections.append(_speed_up_section(gains))
     sections += [
         Section(
-            id=f"valleys-{axis}".replace(" ", "-"),
+            id="valleys-" + "-".join(re.findall(r"\w+", axis)),
             title=f"Valleys: {axis}",
             figure=valleys_figure(measured, axis, colored, unit),
             caption="Every run is a dot; ▼ the minimum of the fitted curve; 1× is the transferred value. ▲ lies above the picture, ✕ diverged.",
@@ -203,7 +208,7 @@ def _against_section(compared: Sequence[Compared]) -> Section:
         title=f"Paired with {reference}",
         texts=[
             text(
-                f"Loss at transferred values minus that of {reference}, seed by seed; above 0 {reference} is better. The spread is pooled over the study."
+                f"Loss at transferred values minus that of {reference}, seed by seed; above 0 {reference} is better. The spread of these differences is pooled over each axis."
             )
         ],
         header=("axis", "target", "approach", "difference (95 % interval), nats", "seeds"),
