@@ -20,7 +20,7 @@ from support.wiring.fault import broken, load, names_it, possible
 torch.set_num_threads(1)
 HF = importlib.util.find_spec("transformers") is not None
 HERE = (*OURS, *NAMED) if HF else tuple(OURS)
-SHARE = 5  # one in so many pairs of fault and family in `make test`
+SHARE = 6  # one in so many pairs of fault and family in `make test`
 STRUCTURE = {"multipliers", "loss", "attention scale", "moved", "init", "groups", "scheduler", "coverage"}
 
 
