@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import mue
 from mue.checks import CHECKS, CheckError, Finding
 from mue.checks.context import Context
 from mue.checks.registry import check_of
+from mue.checks.report import SHOWN, Report
 from mue.lab.models.language import LanguageModel
 from support.wiring.case import BASE, OURS, TUNED, case
 from support.wiring.fault import broken
@@ -43,6 +45,22 @@ def test_it_raises_with_the_name_and_the_mend() -> None:
     assert "mend it: optimizer = torch.optim.AdamW(plan.param_groups(model))" in str(caught.value)
     assert "likeliest cause" in str(caught.value)
     assert caught.value.report.failures
+
+
+def test_a_model_of_another_size_does_not_fill_the_screen() -> None:
+    """Each of its tensors is wrong: a few are printed, all are in the report."""
+    shape = mue.Dense(width=64, ffn=64, layers=6, head_dim=32, sequence=16, vocab=64)
+    plan = mue.transfer(BASE, shape, TUNED)
+    other = LanguageModel(replace(shape, width=128, ffn=128), plan.multipliers)
+    report = mue.check(other, plan, raises=False)
+    failed = [f for f in report.failures if f.check == "coverage"]
+    assert len(failed) > 2 * SHOWN
+    for text in (str(report), str(CheckError(report))):
+        assert text.count("\ncoverage: ") == SHOWN + 1
+        assert f"coverage: {len(failed) - SHOWN} more, all of them in report.findings" in text
+    few = Report(tuple(failed[:SHOWN]))
+    assert "more, all of them" not in str(few) and str(few).count("\ncoverage: ") == SHOWN
+    assert len(json.loads(report.json())["findings"]) == len(report.findings)
 
 
 def test_experts_without_tokens_are_no_failure() -> None:

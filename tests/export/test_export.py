@@ -43,6 +43,7 @@ def written(to: str) -> dict[str, Any]:
 @pytest.mark.parametrize("to", STACKS)
 def test_the_files_are_the_golden_ones(to: str) -> None:
     text = PLAN.export(to, model() if to not in HAVE_MODELS else None)
+    assert text.count(f"hyperparameters of plan {PLAN.hash} (") == 1  # the one that the terminal says
     text = re.sub(r"plan [0-9a-f]{16}", "plan HASH", text)
     path = next(GOLDEN.glob(f"{to}.*"), GOLDEN / f"{to}.txt")
     if os.environ.get("MUE_WRITE_GOLDEN"):

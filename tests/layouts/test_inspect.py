@@ -120,6 +120,9 @@ def test_a_folder_a_file_and_a_family_are_one_thing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="needs JSON with a model_type"):
         read_config(tmp_path)
+    (weights := tmp_path / "model.pt").write_bytes(b"\x80\x02")
+    with pytest.raises(ValueError, match=r"model\.pt is not.*weights do not say which model.*give its folder"):
+        read_config(weights)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_mo"}')
     with pytest.raises(ValueError, match="did you mean 'qwen3_moe'"):
         read_config(tmp_path)

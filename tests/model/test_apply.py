@@ -150,6 +150,23 @@ def test_init_does_not_know_of_defaults() -> None:
     assert all(torch.equal(p, right.get_parameter(n)) for n, p in model.named_parameters())
 
 
+def test_parameters_that_no_draw_fits_are_refused_before_the_first() -> None:
+    """Torch's own words would come from the middle of a half-drawn model."""
+    plan = planned()
+    with torch.inference_mode():
+        model = built(plan)
+    with pytest.raises(ValueError, match=r"embedding\.weight was made under torch\.inference_mode.*outside of it"):
+        init_(plan, model)
+    model = built(plan)
+    before = model.embedding.weight.detach().clone()
+    model.head.to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"head\.weight is torch\.float8_e4m3fn.*quantise it then"):
+        init_(plan, model)
+    assert torch.equal(model.embedding.weight, before)
+    for dtype in (torch.float16, torch.bfloat16, torch.float64):
+        init_(plan, built(plan).to(dtype))
+
+
 def test_a_model_without_memory_is_refused() -> None:
     plan = planned()
     with torch.device("meta"):

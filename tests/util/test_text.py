@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mue.util.text import below_one, number, text_table, yaml_number
+from mue.util.text import below_one, number, percent, text_table, yaml_number
 
 
 @pytest.mark.parametrize(
@@ -48,3 +48,10 @@ def test_a_row_of_another_length_is_our_mistake() -> None:
 def test_the_distance_to_one_is_printed(value: float, printed: str) -> None:
     """Betas of 0.99995 and 0.99998 were printed as 1, and as each other."""
     assert below_one(value) == printed
+
+
+@pytest.mark.parametrize(
+    ("value", "printed"), [(0.123, "0.12"), (5.24, "5.2"), (99.4, "99"), (99.7, "100"), (100, "100"), (1234.5, "1,234")]
+)
+def test_a_percentage_is_never_a_power_of_ten(value: float, printed: str) -> None:
+    assert percent(value) == printed

@@ -12,6 +12,7 @@ from mue.util.text import text_table
 
 PASS, FAIL, WARN = "pass", "fail", "warn"
 SKIP = "left out"  # nobody asked for it: no batch, no optimizer, nothing of the kind in the plan
+SHOWN = 12  # findings of one check that are printed
 UNMEASURED = "not measured"  # planned, looked for, and not to be seen: no pass
 
 
@@ -52,7 +53,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """All findings of one run of :func:`mue.check`; prints as a table, failures and what was not measured below it in full.
+    """All findings of one run of :func:`mue.check`; prints as a table, failures and what was not measured below it.
 
     Attributes:
         plan: hash of the plan. seconds: wall time by check.
@@ -101,7 +102,7 @@ class Report:
         order = list(dict.fromkeys(f.check for f in self.findings))
         rows = [row for name in order for row in self._rows(name, [f for f in self.findings if f.check == name])]
         parts = [text_table(["check", "result", "seconds", "what"], rows)]
-        shown = [str(f) for f in self.findings if f.status in (FAIL, WARN)]
+        shown = in_full(f for f in self.findings if f.status in (FAIL, WARN))
         return "\n\n".join([*parts, *shown, *map(str, grouped(self.unmeasured))])
 
     def _rows(self, name: str, found: Sequence[Finding]) -> list[list[str]]:
@@ -133,7 +134,7 @@ class CheckError(ValueError):
             lines.append(
                 f"{len(failed)} thing{'s are' if len(failed) > 1 else ' is'} wired wrong (plan {report.plan}):"
             )
-            lines += map(str, failed)
+            lines += in_full(failed)
         if missed:
             checks = ", ".join(f'"{name}"' for name in dict.fromkeys(f.check for f in missed))
             lines.append(
@@ -142,6 +143,19 @@ class CheckError(ValueError):
             )
             lines += map(str, grouped(missed))
         super().__init__("\n".join(lines))
+
+
+def in_full(found: Iterable[Finding]) -> list[str]:
+    """The text of each finding, :data:`SHOWN` a check: a model of another size is wrong in each of its hundreds of tensors."""
+    checks: dict[str, list[Finding]] = {}
+    for f in found:
+        checks.setdefault(f.check, []).append(f)
+    texts: list[str] = []
+    for name, many in checks.items():
+        texts += map(str, many[:SHOWN])
+        if len(many) > SHOWN:
+            texts.append(f"{name}: {len(many) - SHOWN} more, all of them in report.findings and in mue check --json")
+    return texts
 
 
 def grouped(missed: Iterable[Finding]) -> list[Finding]:

@@ -51,6 +51,7 @@ def export(
     """
     from mue.cli.user_model import arguments
     from mue.export import export as written
+    from mue.plan.fold import unfold
     from mue.util.files import write_text
 
     made = read_plan(plan, change)
@@ -60,4 +61,4 @@ def export(
         print_file(text)
     else:
         write_text(out, text)
-        print(f"{out}: plan {made.hash} for {to}")
+        print(f"{out}: plan {unfold(made).hash} for {to}")

@@ -6,8 +6,8 @@ A command that reads an experiment file gets ``--set`` from two lines, and its o
     def mine(file: File, change: Set = None, seed: Annotated[int | None, typer.Option()] = None) -> None:
         data = read_tables(file, change, ("base", "tuned", "data", "run"), options={"run.seed": seed})
 
-A file of another kind (a study's) says what it may hold: ``read_tables(file, change, TOP, known=TOP)``. What the values mean is
-checked by whoever reads the tables, as it is for the file's own: an unknown key is refused there.
+A file of another kind (a study's) says what it may hold: ``read_tables(file, change, TOP, known=TOP)``; tables that come with
+the package are changed alike, ``change_tables(data, change, TOP, known=TOP)``. What the values mean is checked by whoever reads the tables, as it is for the file's own: an unknown key is refused there.
 """
 
 from __future__ import annotations
@@ -55,7 +55,18 @@ def read_tables(
     Raises:
         ValueError: no such file or table; a setting that is none, is given twice or that the command would not read.
     """
-    data = read_toml(file)
+    return change_tables(read_toml(file), change, tables, options, known=known)
+
+
+def change_tables(
+    data: dict[str, Any],
+    change: Sequence[str] | None,
+    tables: Collection[str],
+    options: Mapping[str, object] | None = None,
+    *,
+    known: Collection[str] = TABLES,
+) -> dict[str, Any]:
+    """The same of tables that are read already, whoever's they are; ``data`` itself is changed."""
     check_keys(data, known, "the file's top level")
     settings = [(f"--set {text}", *_setting(text)) for text in change or ()]
     settings += [

@@ -10,7 +10,7 @@ from rich.console import Console
 from typer.core import TyperGroup
 
 from mue.cli.app import Workers, app, say_data, say_paths
-from mue.plan.toml import read_toml
+from mue.cli.files import Set, change_tables, read_tables
 
 
 class _RunByDefault(TyperGroup):
@@ -54,6 +54,7 @@ def run(
     workers: Workers = None,
     minutes: _Minutes = None,
     dry_run: _Dry = False,
+    change: Set = None,
 ) -> None:
     """Train a study's runs, the transferred values first, and write its report.
 
@@ -64,6 +65,7 @@ def run(
     [bold]Example[/]
       mue study --axis width --small
       mue study study.toml -o runs/s --minutes 60
+      mue study --small --set 'study.seeds=\\[0]' -o runs/one
       mue study report runs/s
 
     \b
@@ -104,13 +106,16 @@ def run(
     from mue.lab.study.run import run_study
     from mue.lab.study.schedule import Schedule
     from mue.lab.study.shipped import shipped_study
-    from mue.lab.study.spec import study_from
+    from mue.lab.study.spec import TOP, study_from
 
     if file is not None and small:
         raise ValueError("--small is the small form of mue's own study: leave it or the FILE out")
     console = Console()
-    tables, at = (read_toml(file), file.parent) if file else (shipped_study(small=small, cache=out / "data"), Path())
-    spec = study_from(tables, at).on(tuple(axis or ()))
+    if file is not None:
+        tables = read_tables(file, change, TOP, known=TOP)
+    else:
+        tables = change_tables(shipped_study(small=small, cache=out / "data"), change, TOP, known=TOP)
+    spec = study_from(tables, file.parent if file else Path()).on(tuple(axis or ()))
     corpus = open_corpus(spec.source)
     say_data(console, corpus)
     folder = StudyFolder(out)

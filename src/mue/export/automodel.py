@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from mue.export.file_text import clipping, commonest
+from mue.export.file_text import clipping, commonest, the_fold
 from mue.export.hf_model import transformers_model
 from mue.export.registry import STACKS
 from mue.export.rows import folded, refuse_trained_alone, rows
 from mue.export.scale import own_scale
+from mue.plan.fold import unfold
 from mue.plan.plan import PlanData
 from mue.util.text import yaml_number
 
@@ -31,8 +32,9 @@ def automodel(plan: PlanData, model: Any) -> str:
         if row.lr != lr or row.weight_decay != wd
     )
     std = "\n".join(f"#   {row.regex}: {yaml_number(row.std)}" for row in found if row.std is not None)
-    return f"""# {plan.target.name}: hyperparameters of plan {plan.hash} ({plan.rule.name}), written by mue export. Do not edit.
-# For {name}. What this stack cannot express:
+    return f"""# {plan.target.name}: hyperparameters of plan {unfold(plan).hash} ({plan.rule.name}), written by mue export. Do not edit.
+# For {name}. Multipliers are folded into these values.{the_fold(plan)}
+# What this stack cannot express:
 {f"#  - {scale};" + chr(10) if scale else ""}#  - eps per pattern: the smallest of the plan is used for all;
 #  - {clipping(plan)};
 #  - init: draw these standard deviations before training (mue export --to torch writes a file that does)

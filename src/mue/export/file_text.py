@@ -13,6 +13,7 @@ from torch import nn
 
 from mue.export.rows import ExportRow, left_alone, rows
 from mue.export.scale import own_scale
+from mue.plan.fold import unfold
 from mue.plan.plan import PlanData
 from mue.plan.values import Folding
 from mue.util.text import number
@@ -100,9 +101,9 @@ def head(plan: PlanData, model: str, use: str, cannot: Sequence[str], imports: S
     lines = "\n".join(textwrap.fill(line, 116, initial_indent=" - ", subsequent_indent="   ") for line in cannot)
     same = ", ".join(f"{name} {number(value) if value is not None else 'off'}" for name, value in _same(plan).items())
     needed = "\n".join(line if " " in line or not line else f"import {line}" for line in imports)
-    return f'''"""{plan.target.name}: hyperparameters of plan {plan.hash} ({plan.rule.name}), written by mue export. Do not edit.
+    return f'''"""{plan.target.name}: hyperparameters of plan {unfold(plan).hash} ({plan.rule.name}), written by mue export. Do not edit.
 
-For {model}.
+For {model}.{the_fold(plan)}
 
 {use}
 
@@ -113,6 +114,15 @@ Taken from the base unchanged, and yours to set: {same}.
 
 {needed}
 '''
+
+
+def the_fold(plan: PlanData) -> str:
+    """The sentence on which plan the file's values are, beside the one that was exported: a reader compares hashes."""
+    return (
+        ""
+        if plan.folding is None
+        else f" Its fold, mue.fold.fold(plan, {plan.folding.route!r}), is itself plan {plan.hash}."
+    )
 
 
 def _same(plan: PlanData) -> dict[str, float | None]:

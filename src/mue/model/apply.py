@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +20,8 @@ from mue.rules.table import SHARED_INIT
 
 ADAFACTOR_FLOOR = 1e-3  # eps2 of torch.optim.Adafactor, its default
 
+_DRAWN = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
 
 @torch.no_grad()
 def init_(plan: PlanData, model: nn.Module, seed: int = 0) -> None:
@@ -34,15 +36,11 @@ def init_(plan: PlanData, model: nn.Module, seed: int = 0) -> None:
         plan: folded or not, as the model's forward pass is. seed: of every draw.
 
     Raises:
-        ValueError: a parameter without a role, or a model of other shapes or multipliers than planned; one on the meta device,
-            which has no values to draw.
+        ValueError: a parameter without a role, or a model of other shapes or multipliers than planned; one
+            that no draw can be written into (on the meta device, made under inference mode, of 8-bit numbers).
     """
     plans = tensor_plans(plan, model)
-    if shapes := [s.info.name for s in plans if s.info.parameter.is_meta]:
-        raise ValueError(
-            f"{shapes[0]} is on the meta device, as are {len(shapes) - 1} more: there is nothing to draw into. Give the model memory"
-            " first (model.to_empty(device=...)), then plan.init_(model)"
-        )
+    _can_be_drawn([s.info for s in plans])
     for p, values, constant, _ in plans:
         if not ROLES[p.role].drawn:
             if constant is not None:
@@ -70,6 +68,25 @@ def init_(plan: PlanData, model: nn.Module, seed: int = 0) -> None:
             values_here = whole.parameter.to(p.parameter.device)
             mesh, placements = p.parameter.device_mesh, p.parameter.placements  # type: ignore[attr-defined]
             p.parameter.copy_(distribute_tensor(values_here, mesh, placements))
+
+
+def _can_be_drawn(params: Sequence[ParamInfo]) -> None:
+    """Refuse, before the first draw, a model whose parameters no draw can be written into."""
+    if shapes := [p.name for p in params if p.parameter.is_meta]:
+        raise ValueError(
+            f"{shapes[0]} is on the meta device, as are {len(shapes) - 1} more: there is nothing to draw into. Give the model memory"
+            " first (model.to_empty(device=...)), then plan.init_(model)"
+        )
+    for p in params:
+        if p.parameter.is_inference():
+            raise ValueError(
+                f"{p.name} was made under torch.inference_mode, and cannot be trained: build the model outside of it"
+            )
+        if ROLES[p.role].drawn and p.parameter.dtype not in _DRAWN:
+            raise ValueError(
+                f"{p.name} is {p.parameter.dtype}, which normal draws cannot be rounded to: plan.init_(model) in float32 or bfloat16"
+                " first, and quantise it then"
+            )
 
 
 def _name_without_expert(p: ParamInfo) -> str:

@@ -11,7 +11,7 @@ from mue.rules.roles import ROLES
 from mue.rules.sde import HORIZON, kept_and_lost
 from mue.rules.table import CELLS, FIELDS, Rule
 from mue.shapes import HParams, Training, Transformer
-from mue.util.text import number
+from mue.util.text import number, percent
 
 
 def notes(
@@ -77,7 +77,7 @@ def long_averages(betas: tuple[float, float], steps: int) -> str:
         betas: of the run. steps: its length.
     """
     found = [
-        f"1/(1-β{i}) = {number(1 / (1 - beta))} steps are {100 / (1 - beta) / steps:.2g} % of {steps:,} (a run bears {100 * longest:g} %)"
+        f"1/(1-β{i}) = {number(1 / (1 - beta))} steps are {percent(100 / (1 - beta) / steps)} % of {steps:,} (a run bears {100 * longest:g} %)"
         for i, (beta, longest) in enumerate(zip(betas, LONGEST, strict=True), start=1)
         if 1 / (1 - beta) > longest * steps * (1 + 1e-9)
     ]

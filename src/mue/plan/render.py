@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import fields
 
 from mue.plan import per_role
+from mue.plan.fold import unfold
 from mue.plan.plan import PlanData
 from mue.rules.options import as_json
 from mue.rules.roles import ROLES
@@ -12,6 +14,7 @@ from mue.rules.table import CELLS, FACTORS, FIELDS, MARKS
 from mue.shapes import DEFAULT_HEAD_DIM, HParams, Transformer
 from mue.util.text import below_one, number, text_table
 
+WIDTH = 120  # columns of a plan that is printed plainly
 COLUMNS = ["role", "tensors", *CELLS.values(), *FACTORS.values(), "marks", "source"]
 
 
@@ -42,6 +45,9 @@ def header(plan: PlanData) -> list[tuple[str, str]]:
         ),
         ("unchanged", ", ".join(f"{k} {v}" for k, v in plan.unchanged.items())),
     ]
+    lines.append(
+        ("tensors", "as in mue's own blocks; in brackets (norms, biases): your model may have others, or none")
+    )
     lines.append(("marks", f"of {', '.join(CELLS.values())}: {', '.join(f'{v} {k}' for k, v in MARKS.items())}"))
     if plan.rule.options:
         lines.insert(1, ("options", ", ".join(f"{k} {v}" for k, v in as_json(plan.rule.options).items())))
@@ -49,7 +55,17 @@ def header(plan: PlanData) -> list[tuple[str, str]]:
         lines.insert(2, ("per role", per_role.summary(plan.tuned)))
     if plan.folding is not None:
         lines.append(("folded", f"multipliers are in the weights; R is in the {plan.folding.route}"))
-    return lines + [("note", note) for note in plan.notes] + [("hash", plan.hash)]
+    return lines + [("note", note) for note in plan.notes] + [("hash", known_by(plan))]
+
+
+def known_by(plan: PlanData) -> str:
+    """The hash by which a plan is known in whatever form, and, of a folded one, its own, with who carries R.
+
+    A plan, its fold and the file that is exported of it say the same first word so.
+    """
+    if plan.folding is None:
+        return plan.hash
+    return f"{unfold(plan).hash} (folded, R in the {plan.folding.route}: {plan.hash})"
 
 
 def _taken(base: Transformer, tuned: HParams) -> str:
@@ -81,7 +97,9 @@ def table(plan: PlanData) -> tuple[list[str], list[list[str]]]:
             values[0] = std if std == "zero" else f"{values[0]} {std}".rstrip()
             marks = " ".join(MARKS[r.marks[f]] if f in r.marks else "–" for f in FIELDS)
             formulas = [r.formula.get(f, "–") for f in FIELDS]
-            rows.append([name, str(r.count), *values, *formulas, marks, r.source])
+            # gains and biases are not asked for when a plan meets a model (mue.model.match): it has what it has
+            count = str(r.count) if ROLES[role].drawn else f"({r.count})"
+            rows.append([name, count, *values, *formulas, marks, r.source])
     return list(COLUMNS), rows
 
 
@@ -97,8 +115,41 @@ def _name(plan: PlanData, index: int, role: str) -> str:
     return f"{role} [{', '.join(tags)}]" if tags else role
 
 
-def text(plan: PlanData) -> str:
-    """The plan as plain text: header, then the table without the sources, which are long; their marks stay."""
-    head = "\n".join(f"{what:<26} {value}" for what, value in header(plan))
+def split(plan: PlanData) -> tuple[tuple[list[str], list[list[str]]], tuple[list[str], list[list[str]]]]:
+    """The same as :func:`table` in two that are narrow enough for a page: most roles share their factors.
+
+    Returns:
+        Header and rows of roles with their values, marks and sources; header and rows of (factor of what, factor, roles).
+    """
     columns, rows = table(plan)
-    return f"{head}\n\n{text_table(columns[:-1], [row[:-1] for row in rows])}"
+    factors = list(FACTORS.values())
+    kept = [i for i, name in enumerate(columns) if name not in factors]
+    of: dict[tuple[str, str], list[str]] = {}
+    for name in factors:
+        for row in rows:
+            if (formula := row[columns.index(name)]) != "–":
+                of.setdefault((name, formula), []).append(row[0])
+    shared = [[name, formula, ", ".join(roles)] for (name, formula), roles in of.items()]
+    return ([columns[i] for i in kept], [[row[i] for i in kept] for row in rows]), (["of", "factor", "roles"], shared)
+
+
+def text(plan: PlanData) -> str:
+    """The plan as plain text of :data:`WIDTH` columns: header, values, factors; sources are long, and their marks stay."""
+    head = [_wrapped(f"{what:<26} ", value) for what, value in header(plan)]
+    (columns, rows), (_, factors) = split(plan)
+    wide = max((len(formula) for _, formula, _ in factors), default=0)
+    lines = [_wrapped(f"{of:<5}  {formula:<{wide}}  ", roles) for of, formula, roles in factors]
+    values = text_table(columns[:-1], [row[:-1] for row in rows])
+    return "\n".join([*head, "", values, "", "Factors on the base's values:", *lines])
+
+
+def _wrapped(start: str, value: str) -> str:
+    """A line that goes on below its value; what has no blank in it stays whole."""
+    return textwrap.fill(
+        value,
+        WIDTH,
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -27,6 +27,11 @@ def yaml_number(value: float) -> str:
     return f"{digits if '.' in digits or not e else digits + '.0'}{e}{exponent}"
 
 
+def percent(value: float) -> str:
+    """Percents, with two digits below a hundred and whole from there: 100, where two digits make 1e+02."""
+    return f"{value:.2g}" if value < 99.5 else f"{value:,.0f}"
+
+
 def below_one(value: float) -> str:
     """A number whose distance to 1 is what counts (Adam's betas), with three digits of that distance.
 

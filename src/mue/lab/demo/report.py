@@ -10,7 +10,7 @@ from typing import Any
 
 from mue.lab.demo.figures import outcome_figure
 from mue.lab.report import plots
-from mue.lab.report.page import Section, load_sections, plan_section, runs_section, text, write_report
+from mue.lab.report.page import Section, load_sections, plan_sections, runs_section, text, write_report
 from mue.lab.sweep.report import sweep_section
 from mue.lab.sweep.result import Cell
 from mue.lab.train.run import Run, Store
@@ -153,7 +153,7 @@ def write_demo_report(
         ),
         _samples_section(summary),
         sweep_section(summary["sweep"], cells),
-        plan_section(plan),
+        *plan_sections(plan),
         *load_sections(named["MoE"], store.metrics(named["MoE"].key)),
         runs_section([(name, run, results[name]) for name, run in named.items()], _facts(summary)),
     ]  # fmt: skip

@@ -106,10 +106,10 @@ def _img(png: Path) -> str:
 # ---- sections -------------------------------------------------------------------------------------------------------
 
 
-def plan_section(plan: PlanData) -> Section:
-    """The plan: header, picture and the full table with sources."""
-    header, rows = render.table(plan)
-    return Section(
+def plan_sections(plan: PlanData) -> list[Section]:
+    """The plan: header, picture and values with sources; then the factors, which one table would push beyond the page's edge."""
+    (header, rows), (of, factors) = render.split(plan)
+    values = Section(
         id="plan",
         title="The plan: every parameter of the target",
         facts=render.header(plan),
@@ -119,6 +119,10 @@ def plan_section(plan: PlanData) -> Section:
         wrap=(len(header) - 1,),
         in_page="",
     )
+    return [
+        values,
+        Section(id="factors", title="The plan's factors on the base's values", header=of, rows=factors, wrap=(2,)),
+    ]
 
 
 def runs_section(named: Sequence[tuple[str, Run, Mapping[str, Any]]], facts: Sequence[tuple[str, str]]) -> Section:
@@ -174,7 +178,7 @@ def run_report(folder: Path) -> Path:
     }
     sections = [Section(id="loss", title="Loss", figure=plots.loss_figure([curve], unit))]
     sections += load_sections(run, metrics)
-    sections += [plan_section(run.plan), runs_section([("run", run, result)], [("data", run.data["hash"])])]
+    sections += [*plan_sections(run.plan), runs_section([("run", run, result)], [("data", run.data["hash"])])]
     held = result["val_loss"]
     lead = (
         f"validation loss {number(held)} {unit} after {result['tokens']:,} tokens" if held is not None else "diverged"

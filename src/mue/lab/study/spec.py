@@ -42,7 +42,7 @@ from mue.shapes import HParams, Training, Transformer
 from mue.util.errors import nearest, positive
 
 BASE = "base"  # the name of the base among an axis' targets
-_TOP = ("data", "run", "base", "tuned", "study", "approaches", "axes")
+TOP = ("data", "run", "base", "tuned", "study", "approaches", "axes")
 _APPROACH = ("rule", "options", "tuned", "law", "multipliers")
 _OWN = ("name", "batch", "steps", "approaches", "seeds", "multipliers", "reach")  # a target's keys beside its shape's
 _MOE = ("moe", "expert", "shared", "router", "normalize", "gates", "gate_moments")
@@ -192,7 +192,7 @@ def study_from(data: Mapping[str, Any], folder: Path) -> StudySpec:
     Raises:
         ValueError: a table or key is missing, unknown or out of its range; the text names it and the fix.
     """
-    check_keys(data, _TOP, "the study file's top level")
+    check_keys(data, TOP, "the study file's top level")
     for name in ("base", "tuned", "approaches", "axes"):
         if not table_of(data, name):
             raise ValueError(f"a study file needs a [{name}] table; mue study --help has an example")

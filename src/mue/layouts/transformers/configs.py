@@ -64,8 +64,17 @@ def read_config(source: str | Path) -> Any:
     try:
         data = json.loads(read_text(path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not a transformers config: it needs JSON with a model_type ({error})") from None
+        why = (
+            "weights do not say which model they are: give its folder, with config.json"
+            if _is_weights(path)
+            else str(error)
+        )
+        raise ValueError(f"{path} is not a transformers config: it needs JSON with a model_type ({why})") from None
     return config_of(data, str(path))
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
 def config_of(data: Any, where: str) -> Any:
