@@ -33,8 +33,8 @@ def automodel(plan: PlanData, model: Any) -> str:
     )
     std = "\n".join(f"#   {row.regex}: {yaml_number(row.std)}" for row in found if row.std is not None)
     return f"""# {plan.target.name}: hyperparameters of plan {unfold(plan).hash} ({plan.rule.name}), written by mue export. Do not edit.
-# For {name}. Multipliers are folded into these values.{the_fold(plan)}
-# What this stack cannot express:
+# {the_fold(plan)}
+# For {name}. What this stack cannot express:
 {f"#  - {scale};" + chr(10) if scale else ""}#  - eps per pattern: the smallest of the plan is used for all;
 #  - {clipping(plan)};
 #  - init: draw these standard deviations before training (mue export --to torch writes a file that does)

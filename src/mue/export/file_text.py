@@ -102,8 +102,9 @@ def head(plan: PlanData, model: str, use: str, cannot: Sequence[str], imports: S
     same = ", ".join(f"{name} {number(value) if value is not None else 'off'}" for name, value in _same(plan).items())
     needed = "\n".join(line if " " in line or not line else f"import {line}" for line in imports)
     return f'''"""{plan.target.name}: hyperparameters of plan {unfold(plan).hash} ({plan.rule.name}), written by mue export. Do not edit.
+{the_fold(plan)}
 
-For {model}.{the_fold(plan)}
+For {model}.
 
 {use}
 
@@ -118,11 +119,8 @@ Taken from the base unchanged, and yours to set: {same}.
 
 def the_fold(plan: PlanData) -> str:
     """The sentence on which plan the file's values are, beside the one that was exported: a reader compares hashes."""
-    return (
-        ""
-        if plan.folding is None
-        else f" Its fold, mue.fold.fold(plan, {plan.folding.route!r}), is itself plan {plan.hash}."
-    )
+    assert plan.folding is not None  # whatever is written is folded
+    return f"The values are of its fold, mue.fold.fold(plan, {plan.folding.route!r}), which is itself plan {plan.hash}."
 
 
 def _same(plan: PlanData) -> dict[str, float | None]:
