@@ -86,6 +86,47 @@ def test_a_marked_star_may_be_any_of_them() -> None:
     assert rates(plan, Grouped(plan)) == [plan.role("ffn_up", i).values.lr for i in range(6)]
 
 
+def test_a_number_where_other_rows_have_the_layers_star_is_the_layer() -> None:
+    plan = thirds()
+
+    class Stated(LanguageModel):
+        def layout(self) -> Sequence[Layout]:
+            found = []
+            for row in super().layout():
+                stated = [replace(row, pattern=row.pattern.replace("*", str(i), 1)) for i in range(6)]
+                found += stated if row.role == "ffn_up" else [row]
+            return found
+
+    assert rates(plan, Stated(plan.target, plan.multipliers)) == [plan.role("ffn_up", i).values.lr for i in range(6)]
+
+
+def test_the_star_after_a_stated_layer_is_the_expert_and_other_numbers_are_none() -> None:
+    experts = nn.ModuleList(nn.Linear(4, 4, bias=False) for _ in range(3))
+    blocks = nn.ModuleList(nn.ModuleDict({"norm": nn.RMSNorm(4)}) for _ in range(2))
+    blocks[1].add_module("experts", experts)
+    stem = nn.Sequential(nn.Identity(), nn.RMSNorm(4), nn.Sequential(nn.RMSNorm(4)))
+    model = nn.ModuleDict({"stem": stem, "blocks": blocks})
+    rows = [
+        Layout("blocks.*.norm.weight", "norm", ("vector",)),
+        Layout("blocks.1.experts.*.weight", "expert_up", ("out", "in")),
+        Layout("stem.1.weight", "norm", ("vector",)),
+        Layout("stem.2.0.weight", "norm", ("vector",)),
+    ]
+    found = {p.name: (p.layer, p.expert) for p in place(model, rows)}
+    assert [found[f"blocks.1.experts.{n}.weight"] for n in range(3)] == [(1, 0), (1, 1), (1, 2)]
+    assert [found[name][0] for name in ("stem.1.weight", "stem.2.0.weight", "blocks.0.norm.weight")] == [None, None, 0]
+
+
+def test_a_row_of_a_buffer_is_one_too_many_and_a_row_of_nothing_a_slip() -> None:
+    model = nn.ModuleDict({"norm": nn.RMSNorm(4)})
+    model["norm"].register_buffer("load", torch.zeros(4))
+    gain = Layout("norm.weight", "norm", ("vector",))
+    assert [p.name for p in place(model, [gain])] == ["norm.weight"]
+    for name, said in (("load", "norm.load is a buffer, .* needs no row"), ("lod", "correct the pattern")):
+        with pytest.raises(ValueError, match=said):
+            place(model, [gain, Layout(f"norm.{name}", "router_bias", ("vector",))])
+
+
 def test_stages_and_other_layers_are_not_mixed() -> None:
     plan = thirds()
 

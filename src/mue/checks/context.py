@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mue.checks.branches import Branch, branches
+from mue.checks.known import returned
 from mue.checks.record import Record
 from mue.checks.solve import Coefficients, own_activations, solve_coefficients
-from mue.checks.trace import returned, traced
+from mue.checks.trace import traced
 from mue.layouts.layout import ParamInfo, unwrap
 from mue.layouts.of_model import placement_of
 from mue.layouts.place import Placement

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -13,6 +14,10 @@ from mue.checks.record import Normed, Origin, Record, Scores, Term
 from mue.layouts.layout import ParamInfo
 
 TIMES = frozenset({"mul", "mul_", "div", "div_"})
+# What only looks at a tensor in another way; a detached one may be used, and gets no gradient.
+VIEWS = frozenset(
+    {"view", "t", "transpose", "detach", "alias", "slice", "select", "split", "permute", "unsqueeze", "expand"}
+)
 
 
 class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -48,6 +53,29 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._parameters.setdefault(key_of(t), []).append((start, start + max(int(t.numel()), 1), p, factor))
         # a freed storage's address would be given to another tensor, which would then pass for this one
         self._alive.append(t)
+
+    # Kernel → where its gain and its bias stand.
+    _VECTORS: Mapping[str, tuple[int | None, int | None]] = {
+        "addmm": (None, 0),
+        "linear": (None, 2),
+        "native_layer_norm": (2, 3),
+        "_fused_rms_norm": (2, None),
+    }
+
+    def _handed(self, kernel: str, args: tuple[Any, ...], given: Iterable[Tensor]) -> None:
+        """Note which parameters a kernel uses, and which of them it takes for a gain or a bias."""
+        for t in given:
+            if (held := self._parameter(t)) is not None and kernel not in VIEWS:
+                self.record.used.add(held[0].name)
+        if (
+            kernel == "embedding"
+            and (held := self._parameter(args[0])) is not None
+            and held[0].layout.role == "embedding"
+        ):
+            self.record.read.append(args[1])
+        for what, place in zip(("gain", "bias"), self._VECTORS.get(kernel, ()), strict=False):
+            if place is not None and place < len(args) and (held := self._parameter(args[place])) is not None:
+                self.record.vectors.setdefault(held[0].name, what)
 
     def _parameter(self, t: object) -> tuple[ParamInfo, float] | None:
         if not isinstance(t, Tensor) or not t.is_floating_point():
@@ -121,6 +149,26 @@ def factor_of(kernel: str, args: tuple[Any, ...]) -> float | None:
     return number if kernel.startswith("mul") else 1 / number if number else None
 
 
+def seen_ahead(logits: Tensor) -> bool:
+    """Whether the first query sees the last key in masked logits (…, queries, keys) of as many of both; True is to be seen."""
+    if logits.dim() < 2 or logits.shape[-2] != logits.shape[-1] or logits.shape[-1] < 2:
+        return False
+    last = logits[..., 0, -1]
+    return bool(last.any() if last.dtype == torch.bool else (last > -1e4).any())
+
+
+def unmasked(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a fused kernel of attention was called so that tokens see later ones."""
+    known = func._schema.arguments
+    named = {
+        **{a.name: a.default_value for a in known},
+        **dict(zip((a.name for a in known), args, strict=False)),
+        **kwargs,
+    }
+    mask = next((named[key] for key in ("attn_mask", "attn_bias") if isinstance(named.get(key), Tensor)), None)
+    return seen_ahead(mask) if mask is not None else named.get("is_causal") is False
+
+
 def broadcasts(a: Tensor, b: Tensor) -> bool:
     """Whether the sum of two tensors is as large as one of them."""
     dims = max(a.dim(), b.dim())
@@ -144,3 +192,17 @@ def key_of(t: Tensor) -> int:
         return t.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # sparse and other storageless tensors
         return -1
+
+
+def returned(out: Any) -> Iterator[Tensor]:
+    """The tensors in what a model returned: itself, those of a mapping, a tuple or a dataclass, however deep."""
+    if isinstance(out, Tensor):
+        yield out
+    elif isinstance(out, dict):
+        for value in out.values():
+            yield from returned(value)
+    elif isinstance(out, list | tuple):
+        for value in out:
+            yield from returned(value)
+    elif hasattr(out, "__dict__"):
+        yield from (v for v in vars(out).values() if isinstance(v, Tensor))

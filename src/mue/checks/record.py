@@ -104,7 +104,7 @@ class Softmax:
 
     ``logits`` (…, queries, keys) where a softmax ran over them, with ``scores``, the product they came from, and ``scale``,
     by what that was multiplied, if nothing but numbers, masks and positions came between; else ``q``, ``k`` and the
-    kernel's own ``scale``.
+    kernel's own ``scale``. ``later``: the first query sees the last key, for no mask hides it.
     """
 
     products: list[Product]
@@ -113,6 +113,7 @@ class Softmax:
     q: Tensor | None = None
     k: Tensor | None = None
     scale: float | None = None
+    later: bool = False
 
 
 @dataclass
@@ -124,6 +125,9 @@ class Record:
         losses, returned: the product that a loss, or the model's caller, was given, and by what it was multiplied.
         entropies: of each cross-entropy: its mean, and over how many targets.
         lookup: the first embedding's rows. stream: as it was left last.
+        read: the tokens that the embedding looked up. targets: of each cross-entropy.
+        used: names of the parameters that some kernel was handed.
+        vectors: name of a vector → whether a kernel took it as a ``"gain"`` or as a ``"bias"``.
     """
 
     added: list[Added] = field(default_factory=list)
@@ -136,6 +140,10 @@ class Record:
     entropies: list[tuple[float, int]] = field(default_factory=list)
     lookup: Tensor | None = None
     stream: Tensor | None = None
+    read: list[Tensor] = field(default_factory=list)
+    targets: list[Tensor] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)
+    vectors: dict[str, str] = field(default_factory=dict)
 
     def ends(self, origin: Origin) -> list[Product]:
         """The products that a branch was made of directly."""

@@ -25,6 +25,8 @@ LONGEST = 100_000
 _LENGTH = ("T_max", "total_steps", "total_iters")
 _KEYWORD = "num_training_steps"
 _INSIDE = ("scheduler", "schedulers", "_schedulers")  # what wraps others: accelerate; torchtitan; torch's sequences
+# Of the peak: at less nothing is trained, and ReduceLROnPlateau stops where its next step would be below an absolute epsilon.
+NOTHING = 1e-5
 FIXED = ("betas", "weight_decay", "eps", "momentum")
 
 
@@ -50,6 +52,7 @@ class Walk:
         length: of the run, as the scheduler states it; None where it does not.
         offence: where the walk ended because something was wrong. error: what the user's scheduler raised, if it did.
         idle: it is a function that returns something and sets no rate.
+        elsewhere: it moves the rates of another optimizer, and none of these.
     """
 
     factors: list[float] = field(default_factory=list)
@@ -59,11 +62,18 @@ class Walk:
     offence: Offence | None = None
     error: Exception | None = None
     idle: bool = False
+    elsewhere: bool = False
 
     @property
     def clean(self) -> bool:
         """Whether the whole run was seen, and all rates kept their ratios in it."""
-        return self.offence is None and not self.idle and bool(self.factors) and (self.error is None or self.ended)
+        return (
+            self.offence is None
+            and not self.idle
+            and not self.elsewhere
+            and bool(self.factors)
+            and (self.error is None or self.ended)
+        )
 
     @property
     def ended(self) -> bool:
@@ -111,6 +121,7 @@ def _walked(ctx: Context) -> Walk:
             _steps(ctx, groups, min(max(planned, seen.length or 0), LONGEST), seen)
         except Exception as error:  # the scheduler is the user's: what it raises is a finding
             seen.error = error
+    seen.elsewhere = len(set(seen.factors)) == 1 and _of_another(ctx.scheduler, groups)
     return seen
 
 
@@ -129,7 +140,7 @@ def _steps(ctx: Context, groups: list[dict[str, Any]], steps: int, seen: Walk) -
         for group, rate in zip(groups, rates, strict=True):
             seen.peaks[id(group)] = max(rate, seen.peaks.get(id(group), 0.0))
         # against the middle one, so that a single wrong group is named and not all the others
-        if max(factors) - min(factors) > 1e-5 * abs(middle):
+        if max(factors) - min(factors) > max(1e-5 * abs(middle), NOTHING):
             off = [g for g, f in zip(groups, factors, strict=True) if abs(f - middle) > 1e-5 * max(abs(f), abs(middle))]
             seen.offence = Offence(step, "lr", off, middle, factors) if off else None
         for group, before in zip(groups, fixed, strict=True):
@@ -141,6 +152,13 @@ def _steps(ctx: Context, groups: list[dict[str, Any]], steps: int, seen: Walk) -
         if not sets and step + 1 < steps:
             step_once(step)
     seen.idle = sets and returned is not None and len(set(seen.factors)) == 1
+
+
+def _of_another(scheduler: Any, groups: Sequence[dict[str, Any]]) -> bool:
+    """Whether the optimizer that a scheduler holds has none of these groups."""
+    held = [getattr(s, "optimizer", None) for s in leaves(scheduler)]
+    theirs = [id(g) for o in held for g in getattr(o, "param_groups", ())]
+    return bool(theirs) and not {id(g) for g in groups} & set(theirs)
 
 
 def _stepper(given: Any) -> tuple[Callable[[int], Any], bool]:

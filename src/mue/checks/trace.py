@@ -6,13 +6,13 @@ recorded is what the kernels were handed. Values are kept, so use small batches.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mue.checks.known import TIMES, Known, broadcasts, factor_of, key_of, tensors
+from mue.checks.known import TIMES, Known, broadcasts, factor_of, key_of, returned, seen_ahead, tensors, unmasked
 from mue.checks.record import Added, Normed, Origin, Product, Record, Scores, Softmax, Term
 from mue.layouts.layout import ParamInfo
 from mue.rules.roles import ROLES
@@ -51,9 +51,10 @@ class Trace(Known):  # type: ignore[no-untyped-call]
         kernel, kwargs = func.overloadpacket.__name__, kwargs or {}
         given = list(tensors((*args, *kwargs.values())))
         self._save(kernel, args)
+        self._handed(kernel, args, given)
         joined = self._join(kernel, args, kwargs)
         if kernel.startswith(("_scaled_dot_product", "_softmax", "_safe_softmax")):
-            self._attention(kernel, args, kwargs)
+            self._attention(func, args, kwargs)
         if kernel == "_log_softmax":
             self._result(args[0], self.record.losses)
         known = [self._chains.get(key_of(t)) for t in given]
@@ -62,7 +63,7 @@ class Trace(Known):  # type: ignore[no-untyped-call]
         origin = Origin.union(self._origins.get(key_of(t)) for t in given)
         for t in outs:
             self._forget(kernel, t, given, origin)
-        if kernel == "nll_loss_forward":
+        if kernel in ("nll_loss_forward", "nll_loss2d_forward"):  # targets (B·T,), or (B, T) beside logits (B, V, T)
             self._entropy(args, outs[0])
         if joined is not None and outs:
             self._add(kernel, joined, outs[0])
@@ -286,8 +287,9 @@ class Trace(Known):  # type: ignore[no-untyped-call]
             return True
         return False
 
-    def _attention(self, kernel: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _attention(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """What a softmax saw. Routers have one as well, over products with their own matrix: not this."""
+        kernel = func.overloadpacket.__name__
         origin = Origin.union(self._origins.get(key_of(t)) for t in args[: 1 if "softmax" in kernel else 2])
         products = [] if origin is None else [self.record.products[i] for i in sorted(origin.products)]
         if "softmax" in kernel:
@@ -297,7 +299,13 @@ class Trace(Known):  # type: ignore[no-untyped-call]
                 source, factor = self._chains.get(key_of(scores), (None, None))
                 product, scale = (source, factor) if isinstance(source, Scores) else (self._scores, None)
                 self.record.softmaxes.append(
-                    Softmax(products, None if product is None else product.out, logits=scores, scale=scale)
+                    Softmax(
+                        products,
+                        None if product is None else product.out,
+                        logits=scores,
+                        scale=scale,
+                        later=seen_ahead(scores),
+                    )
                 )
             return
         # the unfused form of scaled_dot_product_attention: its products and its softmax were seen one by one
@@ -306,12 +314,14 @@ class Trace(Known):  # type: ignore[no-untyped-call]
         q, k = args[0], args[1]
         scale = kwargs.get("scale")
         scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-        self.record.softmaxes.append(Softmax(products, q=q, k=k, scale=scale))
+        later = q.shape[-2] == k.shape[-2] and unmasked(func, args, kwargs)
+        self.record.softmaxes.append(Softmax(products, q=q, k=k, scale=scale, later=later))
 
     def _entropy(self, args: tuple[Any, ...], out: Tensor) -> None:
         """The mean of a cross-entropy, whatever its own reduction is (0: none, 1: mean, 2: sum), and its number of targets."""
         _, targets, _, reduction, ignored = args
         count = int((targets != ignored).sum())
+        self.record.targets.append(targets)
         total = float(out.double().sum())
         self.record.entropies.append((total if reduction == 1 else total / max(count, 1), count))
 
@@ -324,20 +334,6 @@ class Trace(Known):  # type: ignore[no-untyped-call]
         """Note which of the returned tensors are the product with the head, but for a factor."""
         for t in returned(out):
             self._result(t, self.record.returned)
-
-
-def returned(out: Any) -> Iterator[Tensor]:
-    """The tensors in what a model returned: itself, those of a mapping, a tuple or a dataclass, however deep."""
-    if isinstance(out, Tensor):
-        yield out
-    elif isinstance(out, dict):
-        for value in out.values():
-            yield from returned(value)
-    elif isinstance(out, list | tuple):
-        for value in out:
-            yield from returned(value)
-    elif hasattr(out, "__dict__"):
-        yield from (v for v in vars(out).values() if isinstance(v, Tensor))
 
 
 def traced(placed: Iterable[ParamInfo], width: int, run: Callable[[], Any]) -> tuple[Record, Any]:

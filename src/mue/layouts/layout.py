@@ -40,6 +40,7 @@ class Layout:
         pattern: a canonical name in which ``*`` stands for one dotted part, e.g. ``blocks.*.attention.q``. The first ``*`` is the
             layer and the second the expert, unless a marked one says so: ``{layer}``, ``{expert}``, and ``{stage}`` where blocks
             lie in groups, each counted from 0 (``stages.{stage}.blocks.{layer}.up``): layers are then counted through all stages.
+            A number where other rows have the layer's star is the layer (``blocks.0.up`` beside ``blocks.*.norm``).
         role: from :data:`mue.rules.roles.ROLES`; or ``"position"``, a learned table of positions; or ``"unplanned"``, to leave
             adapters, teachers and placeholders alone: no role, no init, no group (``**`` in such a pattern is any number of parts).
         axes: one word per axis of the tensor: ``in``, ``out``, ``expert`` or ``vector``; ``expert*in`` and

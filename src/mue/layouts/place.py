@@ -59,7 +59,8 @@ def placement(model: nn.Module, rows: Sequence[Layout]) -> Placement:
             another number of axes than the tensor, a weight that the model computes from others (weight norm, pruning). All
             of a model's faults are listed, not only the first.
     """
-    table = list(rows)
+    places = _layer_places(rows)
+    table = [_marked(row, places) for row in rows]
     aliases = _aliases(model)
     made = _made_weights(model)
     used: set[int] = set()
@@ -74,15 +75,12 @@ def placement(model: nn.Module, rows: Sequence[Layout]) -> Placement:
         if row is None:
             faults.append(fault)
         else:
-            hits.append(_Hit(name, parameter, row, _address(row, name), tuple(_address(row, n) for n in others)))
+            other_addresses = tuple(_address(row, n, places) for n in others)
+            hits.append(_Hit(name, parameter, row, _address(row, name, places), other_addresses))
     faults += _twice(h.name for h in hits)
     faults += _stage_faults(hits)
     faults += _unknown_after(table)
-    faults += [
-        f"layout row {row.pattern!r} ({row.role}) matches no parameter: remove it or correct the pattern"
-        for i, row in enumerate(table)
-        if i not in used
-    ]
+    faults += [_unmatched(model, row) for i, row in enumerate(rows) if i not in used]
     if faults:
         raise ValueError("this model's parameters do not fit its layout:\n  " + "\n  ".join(faults))
     numbers = _layer_numbers(hits)
@@ -116,9 +114,43 @@ def _row_of(
     return row, ""
 
 
-def _address(row: Layout, name: str) -> tuple[int, ...]:
+def _unmatched(model: nn.Module, row: Layout) -> str:
+    said = f"layout row {row.pattern!r} ({row.role}) matches no parameter"
+    buffer = next((name for raw, _ in model.named_buffers() if row.regex.fullmatch(name := canonical(raw))), None)
+    if buffer is not None:
+        return (
+            f"{said}: {buffer} is a buffer, which no optimizer moves and your code starts: it needs no row, remove it"
+        )
+    return f"{said}: remove it or correct the pattern"
+
+
+def _layer_places(rows: Sequence[Layout]) -> frozenset[str]:
+    """What stands before the layer's star in the rows that have one and count no stages, e.g. ``"blocks."``."""
+    return frozenset(
+        re.split(r"\{layer\}" if "{layer}" in row.pattern else r"\*", row.pattern)[0]
+        for row in rows
+        if row.role != UNPLANNED and "layer" in row.stars and "stage" not in row.stars
+    )
+
+
+def _stated(row: Layout, places: frozenset[str]) -> int | None:
+    """The layer that a pattern states as a number where other rows of its table have the layer's star: ``blocks.0.up``."""
+    numbers = re.finditer(r"(?<=\.)\d+(?=\.)", row.pattern)
+    return next((int(n[0]) for n in numbers if row.pattern[: n.start()] in places), None)
+
+
+def _marked(row: Layout, places: frozenset[str]) -> Layout:
+    """A row that states its layer as a number: its first star is not the layer, but the expert."""
+    if row.role == UNPLANNED or "{" in row.pattern or "*" not in row.pattern or _stated(row, places) is None:
+        return row
+    return replace(row, pattern=row.pattern.replace("*", "{expert}", 1))
+
+
+def _address(row: Layout, name: str, places: frozenset[str]) -> tuple[int, ...]:
     if row.role == UNPLANNED:
         return ()
+    if "layer" not in row.stars and (stated := _stated(row, places)) is not None:
+        return (stated,)
     numbers = [row.number(name, star) for star in ("stage", "layer") if star in row.stars]
     return () if None in numbers else tuple(n for n in numbers if n is not None)
 

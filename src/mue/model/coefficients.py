@@ -105,5 +105,8 @@ def _of_bias(bias: ParamInfo, weights: Mapping[str, TensorFold], folds: bool) ->
         raise ValueError(
             f"{bias.name} is a bias, but no weight {weights_beside(bias.name)[0]} stands beside it, so its fold cannot be told:"
             " name it like its weight, or drop the bias"
+            if bias.name.endswith("bias")
+            else f"{bias.name} has the role bias, but is not named like one, so that its weight and its fold cannot be told: a gain has"
+            " the role norm; a bias is named like its weight (up.bias beside up.weight, up_bias beside up)"
         )
     return TensorFold(bias, 1.0)

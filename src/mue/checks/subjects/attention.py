@@ -29,6 +29,8 @@ def attention(ctx: Context) -> Iterator[Finding]:
     read: set[int] = set()
     rotated = _rotated(ctx)
     own: dict[str, float] = {}
+    yield from _ahead(ctx)
+    yield from (heads := list(_heads(ctx)))
     for s in ctx.seen[0].softmaxes:
         query = next((p.info for p in s.products if p.info.role == "attention_q"), None)
         measured = None if query is None else _measured(ctx, s)
@@ -67,10 +69,52 @@ def attention(ctx: Context) -> Iterator[Finding]:
     queries = {p.layer: p.name for p in reversed(ctx.placed) if p.role == "attention_q" and p.layer is not None}
     for layer in sorted(set(queries) - read):
         yield Finding(NAME, UNMEASURED, queries[layer], "a softmax over q·k", "none was recognised, or its scale not")
-    if read and not found and len(read) > len(own):
+    if read and not found and not heads and len(read) > len(own):
         yield Finding(NAME, PASS, measured=f"{len(read)} attentions", count=len(read))
     elif not queries:
         yield Finding(NAME, SKIP, measured="no queries")
+
+
+def _heads(ctx: Context) -> Iterator[Finding]:
+    """Another number of heads than planned: no shape of a parameter shows it, and the scale is of the planned head size."""
+    planned = ctx.plan.target.num_heads
+    others: dict[int, list[str]] = {}
+    for s in ctx.seen[0].softmaxes:
+        seen = (
+            s.q if s.q is not None else s.logits
+        )  # (B, H, T, …); with other dimensions it is not known where the heads are
+        query = next((p.info for p in s.products if p.info.role == "attention_q"), None)
+        if query is not None and query.layer is not None and seen is not None and seen.dim() == 4:
+            others.setdefault(seen.shape[1], []).append(query.name)
+    for heads, names in others.items():
+        if heads != planned:
+            yield Finding(
+                NAME,
+                FAIL,
+                several(dict.fromkeys(names)),
+                f"{planned} heads of {ctx.plan.target.head_dim}",
+                f"{heads} heads",
+                ("the model was built with another head size", "head_dim or heads were not said in the target"),
+                f"split into {planned} heads, or plan with heads={heads} and their head_dim",
+                len(names),
+            )
+
+
+def _ahead(ctx: Context) -> Iterator[Finding]:
+    """A warning where tokens see later ones: meant in an encoder, and a loss that means nothing in a decoder."""
+    seen = [p.info for s in ctx.seen[0].softmaxes if s.later for p in s.products if p.info.role == "attention_q"]
+    names = dict.fromkeys(p.name for p in seen if p.layer is not None)
+    if names:
+        yield Finding(
+            NAME,
+            WARN,
+            several(names),
+            "tokens see themselves and earlier ones",
+            "the first token sees the last one",
+            ("no causal mask (is_causal=True) was given",),
+            "scaled_dot_product_attention(q, k, v, is_causal=True, ...), unless both directions are meant",
+            len(names),
+        )
 
 
 def _rotated(ctx: Context) -> float:

@@ -169,6 +169,7 @@ def _against_scores(
             f"the router scores with {other}" if other else "normalised per group instead of over all active experts",
             "the balance bias is in the weights, not only in the selection",
             "the experts are in another order than the router's rows",
+            "a temperature or another factor on the router's logits",
         ),
         f'router = "{other}" in the target, or the planned score in the router'
         if other

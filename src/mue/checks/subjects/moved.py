@@ -55,6 +55,21 @@ def _findings(ctx: Context, steps: list[TensorStep], optimizers: list[Optimizer]
         for s in steps
         if exact and not any(s is other for other, _ in lost) and (f := first_step_fault(ctx, s)) is not None
     ]
+    left_out = [name for name in still if name.partition("[")[0] not in ctx.seen[0].used]
+    still = [name for name in still if name not in left_out]
+    if left_out:
+        yield Finding(
+            NAME,
+            FAIL,
+            several(left_out),
+            "the forward pass uses it",
+            f"{len(left_out)} tensors are in no product, norm, look-up or sum of the model's forward pass",
+            (
+                "a line of the forward pass is missing (a norm, a shared expert, positions)",
+                "a copy is used in its place",
+            ),
+            f"use {left_out[0].partition('[')[0]} in forward, or take it out of the model and its layout",
+        )
     if still:
         yield Finding(
             NAME,
@@ -65,7 +80,7 @@ def _findings(ctx: Context, steps: list[TensorStep], optimizers: list[Optimizer]
             (
                 "requires_grad = False",
                 "detached, or computed under no_grad or from .data",
-                "not part of the loss's graph: a copy of the tensor is used in its place",
+                "not part of the loss's graph: its result is dropped, or a copy of the tensor is used in its place",
             ),
             f"find the detach() or no_grad() between {still[0].partition('[')[0]} and the loss",
         )
@@ -73,7 +88,7 @@ def _findings(ctx: Context, steps: list[TensorStep], optimizers: list[Optimizer]
         yield _lost_finding(lost)
     yield from _grouped(wrong)
     yield from warned
-    if not (still or lost or wrong):
+    if not (still or left_out or lost or wrong):
         text = f"{len(steps)} tensors moved" + (", each by its planned step" if exact else "")
         others = [p.name for p in ctx.placed if not ROLES[p.role].trained]
         text += f"; {idle} experts got no token of this batch" if idle else ""

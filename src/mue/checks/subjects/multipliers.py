@@ -28,6 +28,7 @@ def multipliers(ctx: Context) -> Iterator[Finding]:
             readings.append(item)
         else:
             troubles.append(_missed(item) if isinstance(item, Missed) else item)
+    troubles += _vectors(ctx)
     yield from troubles
     wrong: dict[tuple[str, str, str], list[Reading]] = {}
     for r in readings:
@@ -48,6 +49,22 @@ def multipliers(ctx: Context) -> Iterator[Finding]:
         )
     if not wrong and readings and not any(t.status == FAIL for t in troubles):
         yield Finding(NAME, PASS, measured=f"{len(readings)} multipliers applied once", count=len(readings))
+
+
+def _vectors(ctx: Context) -> Iterator[Finding]:
+    """Vectors that the code uses as a gain and the layout has as a bias, or the other way round: they start at 1 and at 0."""
+    for name, used in ctx.seen[0].vectors.items():
+        info = next(p for p in ctx.placed if p.name == name)
+        if (used == "gain") == (info.role == "bias") or (used == "bias" and ROLES[info.role].gain):
+            yield Finding(
+                NAME,
+                FAIL,
+                name,
+                f"a {info.role}, as its layout says",
+                f"the code uses it as a {used}",
+                ("the row has another role than the tensor", "a pattern that matches gains and biases alike"),
+                f"Layout({info.layout.pattern!r}, {'bias' if used == 'bias' else 'norm'!r}, ('vector',))",
+            )
 
 
 def _missed(m: Missed) -> Finding:

@@ -55,6 +55,16 @@ def _cannot_run(ctx: Context, seen: Walk) -> Finding | None:
             ("it returns the factor or the rate, and something else writes it",),
             "def schedule(step): [g.update(lr=peak * factor(step)) for g, peak in zip(optimizer.param_groups, peaks)]",
         )
+    if seen.elsewhere:
+        return Finding(
+            NAME,
+            FAIL,
+            _name(ctx),
+            "it moves the rates of the optimizer that trains",
+            "it was built on another optimizer: these rates never change",
+            ("the optimizer was built again after the scheduler", "the scheduler of another model (a teacher, a copy)"),
+            "build the scheduler on the optimizer that is given here",
+        )
     if seen.error is None or seen.ended:
         return None
     return Finding(
