@@ -21,10 +21,11 @@ def test_clipping_is_warned_of_where_it_cannot_be_measured(tmp_path: Path) -> No
     model = LanguageModel(shape, plan.multipliers)
     plan.init_(model)
     tokens = torch.randint(64, (2, 16))
-    assert [f.check for f in mue.check(model, plan, (tokens, tokens)).warnings] == ["clipping"]
+    batch = tokens, tokens.roll(-1, 1)
+    assert [f.check for f in mue.check(model, plan, batch).warnings] == ["clipping"]
     plain = lambda: torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)  # noqa: E731
     with pytest.raises(CheckError, match="the norm is that of the folded gradients"):
-        mue.check(model, plan, (tokens, tokens), clip=plain)
+        mue.check(model, plan, batch, clip=plain)
 
 
 @pytest.mark.parametrize("given", [1.0, "norm", torch.nn.utils.clip_grad_norm_, lambda model: None])
