@@ -123,6 +123,9 @@ def test_a_folder_a_file_and_a_family_are_one_thing(tmp_path: Path) -> None:
     (weights := tmp_path / "model.pt").write_bytes(b"\x80\x02")
     with pytest.raises(ValueError, match=r"model\.pt is not.*weights do not say which model.*give its folder"):
         read_config(weights)
+    (code := tmp_path / "build.py").write_text("import torch\n")
+    with pytest.raises(ValueError, match=r"build\.py is not.*FILE\.py:FUNCTION"):
+        read_config(code)
     (tmp_path / "config.json").write_text('{"model_type": "qwen3_mo"}')
     with pytest.raises(ValueError, match="did you mean 'qwen3_moe'"):
         read_config(tmp_path)

@@ -277,3 +277,13 @@ def test_grids() -> None:
     for bad in ([], 3, [0], ["a"]):
         with pytest.raises(ValueError, match=r"sweep\.lr"):
             lr_grid(bad, "sweep.lr")
+
+
+def test_a_saved_plan_is_said_to_be_none_of_its_files(tmp_path: Path) -> None:
+    (tmp_path / "plan.json").write_text('{\n "format": 2\n}')
+    with pytest.raises(ValueError, match=r"plan\.json is not a TOML file.*it is JSON.*reads the TOML it was made from"):
+        read_toml(tmp_path / "plan.json")
+    (tmp_path / "a.toml").write_text("a = {\n")
+    with pytest.raises(ValueError) as caught:
+        read_toml(tmp_path / "a.toml")
+    assert "JSON" not in str(caught.value)

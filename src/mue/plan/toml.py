@@ -53,6 +53,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, IsADirectoryError) as error:
         line = re.search(r"at line (\d+)", str(error))
         shown = f": {text.splitlines()[int(line[1]) - 1].strip()[:80]}" if line else ""
+        if text.lstrip().startswith("{"):
+            shown = "; it is JSON: a saved plan is for mue check, export and convert, and this reads the TOML it was made from"
         raise ValueError(f"{path} is not a TOML file: {error}{shown}") from None
 
 

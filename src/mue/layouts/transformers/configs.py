@@ -48,6 +48,16 @@ def default_config(family: str) -> Any:
     return config
 
 
+# What somebody who gives a file of another kind will have meant, by its suffix.
+_HINTS = {
+    ".py": "name what builds the model: FILE.py:FUNCTION",
+    **dict.fromkeys(
+        (".pt", ".pth", ".bin", ".ckpt", ".safetensors"),
+        "weights do not say which model they are: give its folder, with config.json",
+    ),
+}
+
+
 def read_config(source: str | Path) -> Any:
     """A transformers config by where it is.
 
@@ -64,17 +74,9 @@ def read_config(source: str | Path) -> Any:
     try:
         data = json.loads(read_text(path))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        why = (
-            "weights do not say which model they are: give its folder, with config.json"
-            if _is_weights(path)
-            else str(error)
-        )
+        why = _HINTS.get(path.suffix, str(error))
         raise ValueError(f"{path} is not a transformers config: it needs JSON with a model_type ({why})") from None
     return config_of(data, str(path))
-
-
-def _is_weights(path: Path) -> bool:
-    return path.suffix in (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 
 
 def config_of(data: Any, where: str) -> Any:
