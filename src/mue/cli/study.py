@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from typer.core import TyperGroup
 
 from mue.cli.app import Workers, app, say_data, say_paths
 from mue.cli.files import Set, change_tables, read_tables
+
+if TYPE_CHECKING:  # a study's modules need torch, and a command imports what it calls when it runs
+    from mue.lab.study.schedule import Planned, Rows, Schedule
 
 
 class _RunByDefault(TyperGroup):
@@ -91,9 +94,9 @@ def run(
       reach = 8                    # ... up to 8 times
       \\[approaches.complete-mue]
       \\[approaches.standard]
-      \\[approaches.no-betas]
+      \\[approaches.betas-carried]
       rule = "complete-mue"
-      options = { betas = "power" }
+      options = { betas = "linear" }
       \\[axes.width]           # a target is the base, changed in these keys
       targets = \\[{ width = 64, ffn = 64 }, { width = 128, ffn = 128 }]
       \\[axes.duration]
@@ -118,9 +121,30 @@ def run(
     spec = study_from(tables, file.parent if file else Path()).on(tuple(axis or ()))
     corpus = open_corpus(spec.source)
     say_data(console, corpus)
-    folder = StudyFolder(out)
     schedule = Schedule(spec, describe_data(spec.source, corpus))
-    rows = folder.rows()
+    folder = StudyFolder(out)
+    missing = _say_asked(console, schedule, folder.rows())
+    if small:
+        console.print(
+            "[yellow]without power:[/] models this small and runs this short show the method and decide nothing",
+            highlight=False,
+        )
+    if dry_run:
+        return
+    label = {p.run.key: p.name for p in missing}
+    with RunProgress(console, "study", [p.run for p in missing], lambda r: label.get(r.key, "wider")) as progress:
+        left = run_study(schedule, folder, workers=workers, minutes=minutes, listener=progress)
+    if left:
+        console.print(f"{left} runs are left: start it again with --out {out}", highlight=False, soft_wrap=True)
+    say_paths(console, f"report: {study_report(out)}")
+
+
+def _say_asked(console: Console, schedule: Schedule, rows: Rows) -> list[Planned]:
+    """Print what a study asks for: cells without an answer, how many runs are left, what they cost.
+
+    Returns:
+        The runs that are left.
+    """
     missing = schedule.missing(rows)
     for cell in schedule.cells:
         if cell.refused:
@@ -129,29 +153,12 @@ def run(
                 highlight=False,
                 soft_wrap=True,
             )
-    flops = sum(
-        p.run.plan.target.flops_per_token * p.cell.target.training.batch * p.cell.target.training.steps for p in missing
-    )
+    flops = sum(p.cell.target.shape.flops_per_token * p.cell.target.training.tokens for p in missing)
     console.print(
         f"{len(missing)} runs to train ({len(rows)} done), {flops / 1e15:.3g} PFLOPs; more where a valley has no other side yet",
         highlight=False,
     )
-    if small:
-        console.print(
-            "[yellow]without power:[/] models this small and runs this short show the method and decide nothing",
-            highlight=False,
-        )
-    if dry_run:
-        return
-    label = {
-        p.run.key: f"{p.cell.target.axis}: {p.cell.target.name}, {p.cell.approach.name} × {p.multiplier:g} seed {p.seed}"
-        for p in missing
-    }
-    with RunProgress(console, "study", [p.run for p in missing], lambda r: label.get(r.key, "wider")) as progress:
-        left = run_study(spec, folder, corpus, workers=workers, minutes=minutes, listener=progress)
-    if left:
-        console.print(f"{left} runs are left: start it again with --out {out}", highlight=False, soft_wrap=True)
-    say_paths(console, f"report: {study_report(out)}")
+    return missing
 
 
 @group.command()

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from mue.lab.data.spec import open_corpus
+from mue.lab.data.spec import describe_data, open_corpus
 from mue.lab.study.report import study_report
 from mue.lab.study.rows import StudyFolder
 from mue.lab.study.run import run_study
+from mue.lab.study.schedule import Schedule
 from mue.lab.study.spec import StudySpec, study_from
 from support.command_line import in_process
 from support.study import DATA, STUDY, row, study
@@ -37,18 +38,19 @@ def read(at: Path) -> StudySpec:
 
 def test_interrupted_and_gone_on_with(texts: Path) -> None:
     spec = read(texts)
-    corpus, folder = open_corpus(spec.source), StudyFolder(texts / "out")
-    assert run_study(spec.on(("width",)), folder, corpus, workers=1) == 0
+    data, folder = describe_data(spec.source, open_corpus(spec.source)), StudyFolder(texts / "out")
+    width, everything = Schedule(spec.on(("width",)), data), Schedule(spec, data)
+    assert run_study(width, folder, workers=1) == 0
     first = (texts / "out" / "rows.jsonl").read_bytes()
     assert len(first.splitlines()) == 4  # the base, and three approaches on the wider one
     # killed in the middle of a row: that row is lost and its run is not, for its result lies in its folder
     (texts / "out" / "rows.jsonl").write_bytes(first[:-40])
-    assert run_study(spec.on(("width",)), folder, corpus, workers=1) == 0
+    assert run_study(width, folder, workers=1) == 0
     assert {k: r["val_loss"] for k, r in folder.rows().items()} == {
         r["key"]: r["val_loss"] for r in map(json.loads, first.decode().splitlines())
     }
     # no time left: nothing is begun, and what is left is counted
-    assert run_study(spec, folder, corpus, workers=1, minutes=0) == 1
+    assert run_study(everything, folder, workers=1, minutes=0) == 1
     page = study_report(texts / "out").read_text(encoding="utf-8")
     assert "refused: " in page and "no valley yet" in page
     results = json.loads((texts / "out" / "study-results.json").read_text())
@@ -59,8 +61,6 @@ def test_interrupted_and_gone_on_with(texts: Path) -> None:
 
 
 def test_rows_of_two_machines_are_one_study(tmp_path: Path) -> None:
-    from mue.lab.study.schedule import Schedule
-
     spec = study()
     runs = Schedule(spec, DATA).missing({})
     folders = [StudyFolder(tmp_path / name) for name in "ab"]
@@ -87,3 +87,14 @@ def test_the_command(texts: Path, capsys: pytest.CaptureFixture[str], monkeypatc
     assert code == 2 and "holds no study" in " ".join(err.split())
     code, _, err = in_process(capsys, monkeypatch, "study", texts / "study.toml", "--axis", "depth")
     assert code == 2 and "no axis 'depth'" in " ".join(err.split())
+
+
+def test_a_comparison_with_a_diverged_seed_is_named(tmp_path: Path) -> None:
+    folder, spec = StudyFolder(tmp_path), study()
+    folder.begin(spec, DATA)
+    runs = Schedule(spec, DATA).missing({})
+    lost = "standard on width: width 64, ffn 64"
+    folder._append(
+        row(p, None if p.name.startswith("width: width 64, ffn 64, standard") else 2.0 + p.seed) for p in runs
+    )
+    assert f"so not compared: {lost}" in study_report(tmp_path).read_text(encoding="utf-8")

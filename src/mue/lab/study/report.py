@@ -172,7 +172,7 @@ def study_report(folder: Path, others: Sequence[Path] = ()) -> Path:
                 " Zero is the best that any approach reached there, retuned.",
             )
         )
-    sections.append(_against_section(compared))
+    sections.append(_against_section(compared, measured))
     if gains := speed_ups(measured, rows):
         sections.append(_speed_up_section(gains))
     sections += [
@@ -200,16 +200,29 @@ def study_report(folder: Path, others: Sequence[Path] = ()) -> Path:
     return write_report(folder, "Does it transfer?", lead, sections, cards)
 
 
-def _against_section(compared: Sequence[Compared]) -> Section:
+def _against_section(compared: Sequence[Compared], measured: Sequence[CellMeasures]) -> Section:
     rows = [[c.axis, c.target, c.approach, _span(c.difference, 4, signed=True), str(c.seeds)] for c in compared]
     reference = compared[0].against if compared else "the first approach"
+    diverged = [
+        f"{m.cell.approach.name} on {m.cell.target.axis}: {m.cell.target.name}" for m in measured if m.mean == math.inf
+    ]
     return Section(
         id="against",
         title=f"Paired with {reference}",
         texts=[
             text(
                 f"Loss at transferred values minus that of {reference}, seed by seed; above 0 {reference} is better. The spread of these differences is pooled over each axis."
-            )
+            ),
+            *(
+                [
+                    text(
+                        f"Diverged at the transferred value in at least one seed, so not compared: {'; '.join(diverged)}.",
+                        warn=True,
+                    )
+                ]
+                if diverged
+                else []
+            ),
         ],
         header=("axis", "target", "approach", "difference (95 % interval), nats", "seeds"),
         rows=rows,

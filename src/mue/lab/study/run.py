@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import time
 
-from mue.lab.data import Corpus
-from mue.lab.data.spec import describe_data
 from mue.lab.runners.listener import RunListener
 from mue.lab.runners.open import open_runner
 from mue.lab.runners.runner import Busy, Done, Progress, Runner
 from mue.lab.study.rows import StudyFolder
 from mue.lab.study.schedule import Schedule
-from mue.lab.study.spec import StudySpec
 from mue.lab.train.run import Run
 
 _ELSEWHERE = 5.0  # seconds until a run that another process trains is asked for again
 
 
 def run_study(
-    spec: StudySpec,
+    schedule: Schedule,
     folder: StudyFolder,
-    corpus: Corpus,
     *,
     workers: int | None = None,
     minutes: float | None = None,
@@ -29,7 +25,7 @@ def run_study(
     """Train what the study has no rows of. Stop it, kill it, start it again, also twice at once in one folder: nothing is lost or redone.
 
     Args:
-        folder: where rows and runs are. workers: training processes (None: one for each core).
+        schedule: of the study on its corpus. folder: where rows and runs are. workers: training processes (None: one for each core).
         minutes: begin no run after so many; those under way are finished. None: train all.
         listener: told of each run as it goes.
 
@@ -40,12 +36,11 @@ def run_study(
         ValueError, OSError: what was wrong with a run's input or the disk.
         mue.lab.runners.runner.FailedError: an error of ours, with its text.
     """
-    data = describe_data(spec.source, corpus)
-    folder.begin(spec, data)
-    schedule = Schedule(spec, data)
+    folder.begin(schedule.spec, schedule.data)
     until = float("inf") if minutes is None else time.monotonic() + 60 * minutes
     runner: Runner | None = None
     flying: dict[str, Run] = {}
+    moved: set[str] = set()
     listener = listener or RunListener()
     try:
         while True:
@@ -58,18 +53,23 @@ def run_study(
                     runner.submit(run)
             if runner is None or not flying:
                 return len(missing)
-            _hear(runner, folder, flying, listener)
+            _hear(runner, folder, flying, moved, listener)
     finally:
         if runner is not None:
             runner.close()
 
 
-def _hear(runner: Runner, folder: StudyFolder, flying: dict[str, Run], listener: RunListener) -> None:
-    """Wait until a run has ended, and write its row."""
+def _hear(runner: Runner, folder: StudyFolder, flying: dict[str, Run], moved: set[str], listener: RunListener) -> None:
+    """Wait until a run has ended, and write its row.
+
+    Args:
+        flying: runs under way, by key. moved: keys of those that were heard of while they trained; the others were done before.
+    """
     ended = False
     while not ended:
         for message in runner.wait():
             if isinstance(message, Progress):
+                moved.add(message.key)
                 listener.moved(flying[message.key], message.step, message.loss)
                 continue
             run = flying.pop(message.run.key)
@@ -77,6 +77,6 @@ def _hear(runner: Runner, folder: StudyFolder, flying: dict[str, Run], listener:
             if isinstance(message, Done):
                 if run.key not in folder.rows():
                     folder.add(run, message.result)
-                listener.ended(run, message.result, fresh=True)
+                listener.ended(run, message.result, fresh=run.key in moved)
             elif isinstance(message, Busy):  # whoever trains it writes its row
                 time.sleep(_ELSEWHERE)

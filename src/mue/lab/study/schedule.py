@@ -22,6 +22,12 @@ class Planned:
     seed: int
     run: Run
 
+    @property
+    def name(self) -> str:
+        """What people call it."""
+        target = self.cell.target
+        return f"{target.axis}: {target.name}, {self.cell.approach.name} × {self.multiplier:g} seed {self.seed}"
+
 
 class Schedule:
     """The cells of a study and their runs, each planned once.
