@@ -274,3 +274,17 @@ def test_the_largest_models_plan_from_their_config_alone(family: str, numbers: d
     assert int(parameters) / 1e9 == pytest.approx(billions, abs=0.1)
     assert int(roles) > 10 and float(gigabytes) < 2.0
     assert float(seconds) < 10  # of CPU, imports of torch and transformers included
+
+
+def test_heads_said_layer_by_layer_have_to_agree() -> None:
+    """A head size from another number of heads would be wrong without a word (Laguna says both)."""
+    pytest.importorskip("transformers")
+    from mue.layouts.transformers.configs import default_config
+    from mue.layouts.transformers.tiny import shrink
+
+    small = shrink(default_config("laguna"), 2)
+    assert set(small.num_attention_heads_per_layer) == {small.num_attention_heads}
+    assert inspect(small).shape.num_heads == small.num_attention_heads
+    small.num_attention_heads_per_layer = [2 * small.num_attention_heads] * len(small.num_attention_heads_per_layer)
+    known = inspect(small)
+    assert known.shape is None and "num_attention_heads_per_layer has 8 heads" in known.no_shape

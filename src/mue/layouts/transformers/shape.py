@@ -180,6 +180,12 @@ def _merged(blocks: list[Block]) -> list[Block]:
 def _heads(config: Any, layers: Mapping[int, Mapping[str, list[ParamInfo]]]) -> dict[str, int]:
     """heads, kv_heads and the head size of the values, which is the output projection's fan-in over the heads."""
     heads = size_of(config, "heads")
+    by_layer = set(getattr(text_config(config), "num_attention_heads_per_layer", None) or ())
+    if by_layer - {heads}:
+        raise ValueError(
+            f"num_attention_heads_per_layer has {', '.join(map(str, sorted(by_layer)))} heads and num_attention_heads {heads}: a shape has one"
+            " number of heads for all layers, and a head size that follows from it"
+        )
     outs = {p.fan_in for roles in layers.values() for p in roles.get("attention_o", [])}
     if heads is None or len(outs) != 1:
         found = "none" if not outs else f"several fan-ins ({', '.join(map(str, sorted(outs)))})"

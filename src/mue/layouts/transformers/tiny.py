@@ -52,6 +52,11 @@ def _shrink_one(config: Any, layers: int, overrides: Mapping[str, Any]) -> None:
 def _keep_relations(config: Any, full: dict[str, int]) -> None:
     """Sizes that a config derives from others: the parts of latent attention's heads."""
     now = integers(config)
+    for key, value in list(vars(config).items()):
+        one = key.removesuffix("_per_layer")
+        # the same number said layer by layer (Laguna's heads) shrinks with it, or it would contradict the small one
+        if one != key and isinstance(value, list) and one in full and all(type(v) is int for v in value):
+            setattr(config, key, [max(1, v * now[one] // full[one]) for v in value])
     rope, nope = now.get("qk_rope_head_dim"), now.get("qk_nope_head_dim")
     if rope and nope and "qk_head_dim" in full:
         config.qk_head_dim = rope + nope
