@@ -31,6 +31,8 @@ class RouterKind:
         stochastic: draws anew in every training step, so that two forward passes over one batch may differ.
         active: the only a that it knows; None where a is free.
         grouped: can choose a/g from each of g groups.
+        any_active: a trained model of it may be evaluated with another number of active experts
+            (:meth:`mue.moe.routers.base.BaseRouter.set_active`).
         unnormalised: what is said where its weights are planned not to sum to one.
         defined_in: the module and name that registered it.
     """
@@ -45,6 +47,7 @@ class RouterKind:
     stochastic: bool = False
     active: int | None = None
     grouped: bool = True
+    any_active: bool = False
     unnormalised: str = 'gates that do not sum to one need gates = "measured" with gate_moments'
     defined_in: str = field(default=__name__, compare=False)  # for messages of the registry: no fact of the router
 
@@ -77,7 +80,16 @@ _SOFTMAX_UNNORMALISED = (
     "a softmax over all experts that is not renormalised over the active ones sums to about a/N, not 1, and"
     ' breaks the rule: set normalize = true, or gates = "measured" with gate_moments'
 )
-ROUTERS.register("sigmoid", place=0)(RouterKind(name="sigmoid", score="sigmoid", matrix=True, balance_bias=True))
+ROUTERS.register("sigmoid", place=0)(
+    RouterKind(name="sigmoid", score="sigmoid", matrix=True, balance_bias=True, any_active=True)
+)
 ROUTERS.register("softmax", place=1)(
-    RouterKind(name="softmax", score="softmax", matrix=True, balance_bias=True, unnormalised=_SOFTMAX_UNNORMALISED)
+    RouterKind(
+        name="softmax",
+        score="softmax",
+        matrix=True,
+        balance_bias=True,
+        any_active=True,
+        unnormalised=_SOFTMAX_UNNORMALISED,
+    )
 )

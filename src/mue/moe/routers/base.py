@@ -11,7 +11,8 @@ Shape suffixes: T tokens, D width, N experts, K active experts per token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar
 
@@ -23,10 +24,21 @@ from mue.moe.routers.ops import with_stats
 from mue.moe.routing import Routing
 from mue.shapes.block import Block
 from mue.shapes.routers import ROUTERS, RouterKind
+from mue.util.errors import nearest, positive_int
 from mue.util.registry import Registry
 
 Balance = Literal["bias", "loss", "none"]
 _Router = TypeVar("_Router", bound="type[BaseRouter]")
+# How the weights over k′ experts sum against those over the k of training: (k′/k) to this power.
+SCALES = {
+    # R = k′ with A for k′ as well, so that A·R is as trained: the experts' mean (what Complete-muE would plan for k′ experts)
+    "mean": 0.0,
+    # R = k′ under the A of training, times √(k/k′): the branch keeps the variance of k independent experts' sum
+    # (the authors' code of OLMoE 3)
+    "root": 0.5,
+    # R = k′ under the A of training: every expert counts as much as it did
+    "sum": 1.0,
+}
 
 
 @dataclass(frozen=True)
@@ -105,11 +117,45 @@ class BaseRouter(nn.Module):
         self.kind.check(active, groups, True)
         self.width, self.experts, self.active, self.groups = width, experts, active, groups
         self.options, self.route_scale = options, float(options.route_scale)
+        self._in_evaluation: tuple[int, float] | None = None
 
     @classmethod
     def from_block(cls, block: Block, width: int, options: RouterOptions) -> BaseRouter:
         """The router of a block in numbers. A router with options of its own in a block overrides this."""
         return cls(width, block.experts, block.active, block.groups, options)
+
+    def set_active(self, active: int | None, scale: str = "mean") -> None:
+        """Evaluate with another number of active experts than was trained; training is left as it is.
+
+        Args:
+            active: k′, or None to go back.
+            scale: what the weights of a token sum to, of :data:`SCALES`.
+
+        Raises:
+            ValueError: a router that cannot, k′ < 1 or above the number of experts or no multiple of the groups, an
+                unknown scale.
+        """
+        if active is None:
+            self._in_evaluation = None
+            return
+        if not self.kind.any_active:
+            raise ValueError(
+                f"the {self.kind.name} router cannot be evaluated with another number of active experts than it was trained with"
+            )
+        if scale not in SCALES:
+            raise ValueError(f"scale={scale!r} is unknown{nearest(scale, SCALES)}")
+        active = positive_int("active", active)
+        _check_counts(self.experts, active, self.groups)
+        self._check_active(active)
+        self._in_evaluation = active, (active / self.active) ** SCALES[scale]
+
+    def _check_active(self, active: int) -> None:
+        """What a router refuses of a k′ beyond N and its groups."""
+
+    @property
+    def in_use(self) -> tuple[int, float]:
+        """Experts per token of a forward pass now, and the factor on what their weights sum to."""
+        return (self.active, 1.0) if self.training or self._in_evaluation is None else self._in_evaluation
 
     def layout(self) -> Sequence[Layout]:
         """Role and axes of every parameter, by its name in the router. A router with more than ``weight`` adds to these rows."""
@@ -201,3 +247,26 @@ def build(block: Block, width: int, options: RouterOptions) -> BaseRouter:
         ValueError: an unknown name, with the nearest known one; what the router refuses.
     """
     return ROUTER_CLASSES.lookup(block.router).from_block(block, width, options)
+
+
+@contextmanager
+def active_experts(model: nn.Module, active: int | None, scale: str = "mean") -> Iterator[None]:
+    """A model whose routers all use ``active`` experts per token in evaluation, as a context; afterwards they are as before.
+
+    Args:
+        model: with routers anywhere in it. active, scale: see :meth:`BaseRouter.set_active`.
+
+    Raises:
+        ValueError: what a router refuses, or there is none; no router is changed then.
+    """
+    routers = [module for module in model.modules() if isinstance(module, BaseRouter)]
+    if not routers:
+        raise ValueError("the model has no router, and so no number of active experts")
+    before = [router._in_evaluation for router in routers]
+    try:
+        for each in routers:
+            each.set_active(active, scale)
+        yield
+    finally:
+        for each, state in zip(routers, before, strict=True):
+            each._in_evaluation = state

@@ -127,9 +127,16 @@ class Router(BaseRouter):
     def _route(self, logit_TN: Tensor) -> Routing:
         """Selection by score and bias, weights by score alone, and the losses that the run asked for."""
         score_TN = torch.sigmoid(logit_TN) if self.score == "sigmoid" else torch.softmax(logit_TN, dim=1)
+        active, factor = self.in_use
+        factor *= self.route_scale
         # the bias selects and does not weigh: in the weights it would move the output (2408.15664)
-        expert_TK = select_top(score_TN.detach() + self.balance_bias, self.active, self.groups)
-        weight_TK = self._weights(logit_TN, score_TN, expert_TK)
+        choice_TN = score_TN.detach() + self.balance_bias
+        expert_TK = select_top(choice_TN, active, self.groups)
+        weight_TK = self._weights(logit_TN, score_TN, expert_TK, factor)
+        if not self.normalize and active != self.active:
+            # scores of more experts sum to more by themselves: they are taken to the sum that the trained number has
+            trained_TK = score_TN.gather(1, select_top(choice_TN, self.active, self.groups))
+            weight_TK = normalised_gates(logit_TN, expert_TK, self.score, factor) * trained_TK.sum(1, keepdim=True)
         routing = self.routing(expert_TK, weight_TK)
         load_N = routing.stats["load"]
         if self.training:
@@ -144,12 +151,12 @@ class Router(BaseRouter):
             routing.losses["router_z"] = router_z_loss(logit_TN)
         return routing
 
-    def _weights(self, logit_TN: Tensor, score_TN: Tensor, expert_TK: Tensor) -> Tensor:
-        """(T, K), scaled by R."""
+    def _weights(self, logit_TN: Tensor, score_TN: Tensor, expert_TK: Tensor, scale: float) -> Tensor:
+        """(T, K), times ``scale``."""
         if self.normalize:
-            return normalised_gates(logit_TN, expert_TK, self.score, self.route_scale)
+            return normalised_gates(logit_TN, expert_TK, self.score, scale)
         # gates = "measured": R is ā/m1 then, made for these very weights (conventions 9)
-        return score_TN.gather(1, expert_TK) * self.route_scale
+        return score_TN.gather(1, expert_TK) * scale
 
     @torch.no_grad()
     def update_bias_(self, speed: float) -> None:
