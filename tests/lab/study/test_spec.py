@@ -51,13 +51,21 @@ def test_a_rule_without_an_answer_is_a_cell_that_says_why() -> None:
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("[approaches.mup]", "[approaches.mupp]", "unknown approach 'mup'"),
+        ('["complete-mue", "mup"]', '["complete-mue", "mupp"]', "unknown approach 'mupp'.*mup"),
         ("multipliers = [0.5, 1, 2]", "multipliers = [0.5, 2]", "must have 1 among them"),
         ("seeds = [0, 1]", "seeds = 2", "seeds must be a list of whole numbers, got 2"),
         ('law = "step-law"', 'law = "steplaw"', "unknown learning-rate law 'steplaw'.*step-law"),
         ("[axes.width]\ntargets = [{", "[axes.width]\ntargets = [{ widht = 3,", "unknown key 'widht'.*width"),
         ("reach = 4", "reach = 0", "reach must be greater than 0"),
         ("reach = 4", "raech = 4", "unknown key 'raech'.*reach"),
+        # the file's own mistakes, which were once told as targets that the rule has no answer to
+        (
+            "[approaches.mup]",
+            "[approaches.mup.options]\nheads = 'paper'",
+            r"unknown key 'heads'.*head",
+        ),
+        ("[approaches.mup]", "[approaches.mup]\nrule = 'mupp'", r"\[approaches.mup\].*'mupp'.*mup"),
+        ("[approaches.mup]", "[approaches.mup.tuned.roles.norms]\nlr_times = 2", "unknown role 'norms'.*'norm'"),
         ("[base.training]\nbatch = 64\nsteps = 20\n", "", r"\[base.training\]"),
         ("[tuned]\nlr = 0.008\nweight_decay = 0.1\ninit_std = 0.1\n", "", r"needs a \[tuned\] table"),
     ],

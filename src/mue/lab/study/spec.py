@@ -38,6 +38,7 @@ from mue.plan.plan import PlanData
 from mue.plan.replan import scaled
 from mue.plan.toml import check_keys, lr_grid, shape_from, table_of, training_from, tuned_from
 from mue.plan.transfer import transfer
+from mue.rules.options import OPTIONS
 from mue.shapes import HParams, Training, Transformer
 from mue.util.errors import nearest, positive
 
@@ -202,6 +203,9 @@ def study_from(data: Mapping[str, Any], folder: Path) -> StudySpec:
         raise ValueError("a study needs [base.training] with batch (tokens per step) and steps")
     tuned = table_of(data, "tuned")
     approaches = {name: _approach(name, table, tuned) for name, table in table_of(data, "approaches").items()}
+    shape = shape_from(base, "base", ("training", "output_multiplier"))
+    for approach in approaches.values():
+        _check_values(approach, shape, training)
     study = table_of(data, "study")
     check_keys(study, ("seeds", "multipliers", "reach"), "[study]")
     usual = {"seeds": [0, 1], "multipliers": [0.5, 1, 2], "reach": 8, "approaches": list(approaches)} | study
@@ -211,7 +215,7 @@ def study_from(data: Mapping[str, Any], folder: Path) -> StudySpec:
         for target in _targets(axis, table, base, training, usual, approaches)
     )
     return StudySpec(
-        base=shape_from(base, "base", ("training", "output_multiplier")),
+        base=shape,
         training=training,
         tuned=tuned_from(tuned),
         approaches=approaches,
@@ -230,14 +234,35 @@ def _approach(name: str, table: Mapping[str, Any], tuned: Mapping[str, Any]) -> 
     law = table.get("law", "")
     if law:
         LAWS.lookup(law)
+    check_keys(options := table_of(table, "options", f"approaches.{name}."), OPTIONS, f"[approaches.{name}.options]")
     return Approach(
         name=name,
         rule=table.get("rule", name),
-        options=table_of(table, "options", f"approaches.{name}."),
+        options=options,
         tuned=tuned_from({**tuned, **table_of(table, "tuned", f"approaches.{name}.")}),
         law=law,
         multipliers=_multipliers(table["multipliers"], where) if "multipliers" in table else (),
     )
+
+
+def _check_values(approach: Approach, base: Transformer, training: Training) -> None:
+    """Plan the base as its own target, which every rule can: what is wrong then is the file's, and no answer of the rule.
+
+    Raises:
+        ValueError: a rule, an option, a role or a value that does not exist, with the approach that has it.
+    """
+    try:
+        transfer(
+            base,
+            replace(base, output_multiplier=1.0),
+            approach.tuned,
+            base_training=training,
+            training=training,
+            rule=approach.rule,
+            **approach.options,
+        )
+    except ValueError as error:
+        raise ValueError(f"[approaches.{approach.name}]: {error}") from None
 
 
 def _targets(
