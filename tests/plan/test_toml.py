@@ -287,3 +287,25 @@ def test_a_saved_plan_is_said_to_be_none_of_its_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError) as caught:
         read_toml(tmp_path / "a.toml")
     assert "JSON" not in str(caught.value)
+
+
+def test_a_router_is_a_name_or_a_table_with_settings() -> None:
+    plain = inputs(FILE).target
+    for text in (
+        FILE + '[target.router]\nname = "sigmoid"\nlosses = { entropy = 1e-3 }\n',
+        FILE.replace("[target]", '[target]\nrouter = { name = "sigmoid", losses = { entropy = 1e-3, router_z = 0 } }'),
+        FILE.replace("moe = ", 'router.name = "sigmoid"\nrouter.losses.entropy = 1e-3\nmoe = '),
+    ):
+        target = inputs(text).target
+        assert target.router == "sigmoid" and target.router_settings == {"losses": {"entropy": 1e-3}}
+        assert target != plain == mue.shapes.shape_from_dict({**target.to_dict(), "router_settings": {}})
+    blocks = '[[target.blocks]]\nlayers = 2\nmoe = "8e2a"\nexpert = 64\nrouter = { name = "softmax", losses = { entropy = 1 } }'
+    mixed = FILE.partition("[target]")[0] + "[target]\nwidth = 128\n" + blocks
+    assert inputs(mixed).target.blocks[0].router_settings == {"losses": {"entropy": 1.0}}
+    for wrong, message in (
+        ("[target.router]\nlosses = {}\n", r"the table router of \[target\] needs 'name'"),
+        ('[target.router]\nname = "sigmoid"\np = 0.3\n', "the sigmoid router has no setting 'p'"),
+        ('[target.router]\nname = "sigmoyd"\n', "unknown router 'sigmoyd'; did you mean 'sigmoid'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            inputs(FILE + wrong)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mue.moe.expert_weights import ExpertWeights
 from mue.moe.experts import experts
-from mue.moe.routers.base import BaseRouter, RouterInput, RouterOptions, build
+from mue.moe.routers.base import BaseRouter, Common, RouterInput, RouterOptions, build
 from mue.moe.routing import Routing
 from mue.shapes.block import Block
 
@@ -164,6 +164,13 @@ class MoELayer(nn.Module):
         """After every optimizer step: what the router changes by itself (a balance bias, by `bias_speed`)."""
         if self.router is not None:
             self.router.end_step_(bias_speed)
+
+
+def self_changing(model: nn.Module) -> list[MoELayer | Common]:
+    """What of a model changes itself after an optimizer step (each by its ``end_step_``), in that order: its blocks with experts, then
+    what their routers share, which may look at all of them."""
+    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
+    return [*layers, *(module for module in model.modules() if isinstance(module, Common))]
 
 
 def _weight(present: bool, *shape: int) -> nn.Parameter | None:

@@ -31,6 +31,8 @@ class Routing:
         route_scale: the R inside weight_P, kept so that `gate_moments` can divide it out again.
         losses: named auxiliary losses, scalars; ``load_balance`` and ``router_z`` *without* their coefficients, which the trainer
             has. Any other is added to the trained loss as it is.
+        scores_TN: (T, N) float, the router's probabilities or affinities, with their gradient, where it has any to train.
+        logits_TN: (T, N) float, what they were made of.
         stats: named detached measurements, see `routing_stats`.
     """
 
@@ -42,6 +44,8 @@ class Routing:
     slots: int
     route_scale: float = 1.0
     losses: dict[str, Tensor] = field(default_factory=dict)
+    scores_TN: Tensor | None = None
+    logits_TN: Tensor | None = None
     stats: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

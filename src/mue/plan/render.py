@@ -12,6 +12,7 @@ from mue.rules.options import as_json
 from mue.rules.roles import ROLES
 from mue.rules.table import CELLS, FACTORS, FIELDS, MARKS
 from mue.shapes import DEFAULT_HEAD_DIM, HParams, Transformer
+from mue.shapes.settings import as_text
 from mue.util.text import below_one, number, text_table
 
 WIDTH = 120  # columns of a plan that is printed plainly
@@ -33,6 +34,7 @@ def header(plan: PlanData) -> list[tuple[str, str]]:
             "target",
             f"{plan.target.name}: {plan.target.parameters:,} parameters, {plan.target.active_parameters:,} active",
         ),
+        *([("router", routers)] if (routers := _routers(plan.target)) else []),
         ("active width", " / ".join(f"{b.active_width} ({b.notation} × {b.layers})" for b in plan.blocks)),
         ("output multiplier A", " / ".join(number(b.output_multiplier) for b in plan.blocks)),
         ("route scale R", " / ".join(number(b.route_scale) for b in plan.blocks)),
@@ -66,6 +68,16 @@ def known_by(plan: PlanData) -> str:
     if plan.folding is None:
         return plan.hash
     return f"{unfold(plan).hash} (folded, R in the {plan.folding.route}: {plan.hash})"
+
+
+def _routers(shape: Transformer) -> str:
+    """Routers that have something to set, with all of it; empty where none has."""
+    found = []
+    for block in shape.blocks:
+        settings = {k: v for k, v in block.all_settings.items() if v != {}} if block.experts else {}
+        if settings:
+            found.append(f"{block.router}: {as_text(settings)}")
+    return " / ".join(dict.fromkeys(found))
 
 
 def _taken(base: Transformer, tuned: HParams) -> str:

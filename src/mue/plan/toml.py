@@ -193,7 +193,16 @@ def _uniform(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Tr
         raise ValueError(f"{where} needs ffn (dense) or moe and expert")
     notation = own.pop("moe")
     need(own, "expert", where)
-    return MoE.parse(notation, **own, **common)
+    return MoE.parse(notation, **_with_router(own, where), **common)
+
+
+def _with_router(own: dict[str, Any], where: str) -> dict[str, Any]:
+    """A table's keys, its router as the name and the settings of a block: ``router`` is a name, or a table with it and settings."""
+    router = own.get("router")
+    if not isinstance(router, Mapping):
+        return own
+    settings = {k: v for k, v in router.items() if k != "name"}
+    return {**own, "router": need(router, "name", f"the table router of {where}"), "router_settings": settings}
 
 
 def _mixed(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Mixed:
@@ -213,7 +222,7 @@ def _mixed(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Mixe
         # TOML has lists only; Block compares and hashes a tuple
         if isinstance(own.get("gate_moments"), list):
             own["gate_moments"] = tuple(own["gate_moments"])
-        made.append(Block(**numbers, **own))
+        made.append(Block(**numbers, **_with_router(own, f"[[{where}.blocks]]")))
     layers = common.pop("layers", None)
     shape = Mixed(blocks=tuple(made), **common)
     if layers is not None and layers != shape.layers:

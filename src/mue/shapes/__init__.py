@@ -7,6 +7,7 @@ Not here: how a value scales (``mue.rules``), and anything that needs torch.
 from mue.shapes.block import MEASURED, NORMALISED, Block, parse_notation
 from mue.shapes.hparams import DECOUPLED, OPTIMIZERS, HParams, Training
 from mue.shapes.routers import ROUTERS, RouterKind
+from mue.shapes.settings import Setting
 from mue.shapes.transformer import DEFAULT_HEAD_DIM, Dense, Mixed, MoE, Transformer, shape_from_dict
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Mixed",
     "MoE",
     "RouterKind",
+    "Setting",
     "Training",
     "Transformer",
     "parse_notation",

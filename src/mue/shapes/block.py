@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 from mue.shapes.routers import ROUTERS, RouterKind
+from mue.shapes.settings import NO_SETTINGS
 from mue.util.errors import LARGEST, positive, positive_int, true_or_false
 
 # The two values of ``gates``: weights that sum to one over the active experts, or whatever gate_moments says of them.
@@ -31,6 +34,8 @@ class Block:
         normalize: the weights sum to one over the active experts. The rule needs it, or ``gates="measured"``.
         gates: ``"unit-sum"`` or ``"measured"``; the latter with ``gate_moments`` = (E[Σw], E[Σw²]) over tokens at
             init, coefficient scale included.
+        router_settings: settings of its router (:attr:`mue.shapes.routers.RouterKind.settings`), of which those are kept that
+            differ from the defaults.
     """
 
     layers: int
@@ -45,6 +50,7 @@ class Block:
     normalize: bool = True
     gates: str = NORMALISED
     gate_moments: tuple[float, float] | None = None
+    router_settings: Mapping[str, Any] = NO_SETTINGS
 
     def __post_init__(self) -> None:
         self._whole("layers", most=MOST_LAYERS)
@@ -93,12 +99,17 @@ class Block:
         """Gates that sum to one, or moments that say what else they do: else R = a is wrong (conventions 9)."""
         true_or_false("normalize", self.normalize)
         kind = self.router_kind
+        object.__setattr__(self, "router_settings", kind.chosen(self.router_settings))
         if self.experts:
-            kind.check(self.active, self.groups, self.normalize)
+            kind.check(self.active, self.groups, self.normalize, self.experts, self.all_settings)
+        elif self.router_settings:
+            raise ValueError(
+                f"settings of the {kind.name} router need routed experts; shared ones alone have no router"
+            )
         if self.gates not in (NORMALISED, MEASURED):
             raise ValueError(f"gates must be {NORMALISED!r} or {MEASURED!r}, got {self.gates!r}")
         if self.gates == NORMALISED:
-            if not kind.sums_to_one(self.normalize):
+            if not kind.sums_to_one(self.normalize) and kind.moments is None:
                 raise ValueError(kind.unnormalised)
             if self.gate_moments is not None:
                 raise ValueError('gate_moments are read only with gates = "measured"')
@@ -112,16 +123,31 @@ class Block:
             )
         m1, m2 = (positive("gate_moments", m) for m in self.gate_moments)
         object.__setattr__(self, "gate_moments", (m1, m2))
-        # Cauchy–Schwarz over the a active weights: Σw² ≥ (Σw)²/a, with equality where all are even; 1e-9 for rounding
-        if not m1 * m1 / self.active * (1 - 1e-9) <= m2:
+        # Cauchy–Schwarz over the a active weights: Σw² ≥ (Σw)²/a, with equality where all are even; 1e-9 for rounding.
+        # Where a differs by token, no more than N are active.
+        most, symbol = (self.active, "a") if kind.mean_active is None else (self.experts, "N")
+        if not m1 * m1 / most * (1 - 1e-9) <= m2:
             raise ValueError(
-                f"gate_moments ({m1:g}, {m2:g}): E[Σw²] cannot be below E[Σw]²/a = {m1 * m1 / self.active:g}"
+                f"gate_moments ({m1:g}, {m2:g}): E[Σw²] cannot be below E[Σw]²/{symbol} = {m1 * m1 / most:g}"
             )
 
     @property
     def router_kind(self) -> RouterKind:
         """The facts of its router; ``ValueError`` with the nearest name for an unknown one."""
         return ROUTERS.lookup(self.router)
+
+    @property
+    def all_settings(self) -> dict[str, Any]:
+        """Every setting of its router, defaults included."""
+        return self.router_kind.complete(self.router_settings)
+
+    @property
+    def moments(self) -> tuple[float, float] | None:
+        """(E[Σw], E[Σw²]) over tokens at init, R divided out: as measured, else as its router knows them; None for unit-sum gates."""
+        kind = self.router_kind
+        if self.gate_moments is not None or kind.moments is None or not self.experts:
+            return self.gate_moments
+        return kind.moments(self.active, self.experts, self.all_settings)
 
     @property
     def is_moe(self) -> bool:
@@ -156,15 +182,15 @@ class Block:
     @property
     def gate_variance(self) -> float:
         """F = a·E[Σw²]/E[Σw]²: 1 for uniform weights, a for one-hot ones (transfer-rules 1.3)."""
-        if self.gate_moments is None:
+        if self.moments is None:
             return 1.0
-        m1, m2 = self.gate_moments
+        m1, m2 = self.moments
         return self.active * m2 / m1**2
 
     @property
     def kappa(self) -> float:
         """(F·a·h + n_s·h_s)/H_act: init variance of the branch against uniform weights; 1 for normalised gates."""
-        if self.gate_moments is None:
+        if self.moments is None:
             return 1.0
         return (self.gate_variance * self.routed_width + self.shared_width) / self.active_width
 
@@ -176,7 +202,7 @@ class Block:
         """
         if not self.experts:
             return 1.0
-        return self.active / (self.gate_moments[0] if self.gate_moments else 1.0)
+        return self.active / (self.moments[0] if self.moments else 1.0)
 
     @property
     def notation(self) -> str:

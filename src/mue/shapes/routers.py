@@ -7,11 +7,17 @@ planning them needs no torch; any other name imports the file that registers it 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
+from mue.shapes.settings import NO_SETTINGS, Chosen, Setting
+from mue.util.errors import nearest, positive
 from mue.util.registry import Registry
 
 SCORES = ("sigmoid", "softmax", None)
+LOSSES = "losses"
+"""The setting that every router has: coefficients of auxiliary losses by name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +32,24 @@ class RouterKind:
         score: "sigmoid" or "softmax" where the weights are in proportion to that function of the router's logits (what a check
             can then compare); else None.
         matrix: has the (N, width) matrix of role ``router``, trained like any other.
+        scalars: how many trained scalars it has beside it, of role ``norm`` (a temperature, a gain), in ``layout()`` each.
         balance_bias: has the (N,) bias of role ``router_bias``, moved by load and not by the optimizer.
         needs_tokens: reads token ids, so that only a model of tokens can have it.
         stochastic: draws anew in every training step, so that two forward passes over one batch may differ.
+        stackable: models with it can be trained several at once. Not where routers share trained parameters.
         active: the only a that it knows; None where a is free.
         grouped: can choose a/g from each of g groups.
         any_active: a trained model of it may be evaluated with another number of active experts
             (:meth:`mue.moe.routers.base.BaseRouter.set_active`).
         unnormalised: what is said where its weights are planned not to sum to one.
+        settings: what of it can be set, by name (``[target.router]`` of a plan file, ``router_settings`` of a block).
+        losses: auxiliary losses that it is trained with, by name (``mue.moe.losses``), and their coefficients: defaults of the setting
+            ``losses``.
+        fits: called with (a, N, settings) for what no setting can say by itself; raises ``ValueError``.
+        moments: called with (a, N, settings): E[Σw] and E[Σw²] over tokens at init, R divided out; None where they have to be
+            measured.
+        mean_active: called with (a, N, settings): the mean number of active experts at init, where that differs by token; None
+            where it is a.
         defined_in: the module and name that registered it.
     """
 
@@ -42,18 +58,29 @@ class RouterKind:
     even: bool = False
     score: str | None = None
     matrix: bool = False
+    scalars: int = 0
     balance_bias: bool = False
     needs_tokens: bool = False
     stochastic: bool = False
+    stackable: bool = True
     active: int | None = None
     grouped: bool = True
     any_active: bool = False
     unnormalised: str = 'gates that do not sum to one need gates = "measured" with gate_moments'
+    settings: Mapping[str, Setting] = field(default_factory=dict, hash=False)
+    losses: Mapping[str, float] = field(default_factory=dict, hash=False)
+    fits: Callable[[int, int, Mapping[str, Any]], None] | None = None
+    moments: Callable[[int, int, Mapping[str, Any]], tuple[float, float]] | None = None
+    mean_active: Callable[[int, int, Mapping[str, Any]], float] | None = None
     defined_in: str = field(default=__name__, compare=False)  # for messages of the registry: no fact of the router
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
             raise ValueError(f"router {self.name}: score must be one of {SCORES}, got {self.score!r}")
+        if LOSSES in self.settings:
+            raise ValueError(
+                f"router {self.name}: every router has a setting {LOSSES}; give its defaults as losses={{}}"
+            )
         if self.even:
             object.__setattr__(self, "unit_sum", True)
 
@@ -61,8 +88,18 @@ class RouterKind:
         """Whether the weights sum to one, given the shape's ``normalize``."""
         return normalize if self.unit_sum is None else self.unit_sum
 
-    def check(self, active: int, groups: int, normalize: bool) -> None:
+    def check(
+        self,
+        active: int,
+        groups: int,
+        normalize: bool,
+        experts: int | None = None,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
         """Refuse the numbers that this router cannot have.
+
+        Args:
+            active, groups, normalize, experts: a, g and N of the shape. settings: complete; with N, since they are asked together.
 
         Raises:
             ValueError: names the number and what it has to be.
@@ -73,6 +110,48 @@ class RouterKind:
             raise ValueError(f"the {self.name} router knows no groups, got {groups}: leave them out")
         if self.unit_sum is not None and not normalize:
             raise ValueError(f"the {self.name} router has nothing to normalise: leave normalize = false out")
+        if self.fits is not None and experts is not None:
+            self.fits(active, experts, self.complete(NO_SETTINGS) if settings is None else settings)
+
+    def chosen(self, given: Any) -> Chosen:
+        """What of a router's settings differs from the defaults: all of it that files and hashes have.
+
+        Args:
+            given: a mapping of some of them, as a user wrote it.
+
+        Raises:
+            ValueError: an unknown setting, with the nearest name; a value of another kind or out of its range.
+        """
+        if not isinstance(given, Mapping):
+            raise ValueError(f"settings of the {self.name} router must be a table, got {given!r}")
+        own: dict[str, Any] = {}
+        for name, value in given.items():
+            if name == LOSSES:
+                if losses := self._losses(value):
+                    own[LOSSES] = losses
+                continue
+            if name not in self.settings:
+                known = (*self.settings, LOSSES)
+                raise ValueError(f"the {self.name} router has no setting {name!r}{nearest(str(name), known)}")
+            checked = self.settings[name].checked(f"{name} of the {self.name} router", value)
+            if checked != self.settings[name].default:
+                own[name] = checked
+        return Chosen(own)
+
+    def complete(self, chosen: Mapping[str, Any]) -> dict[str, Any]:
+        """Every setting by name, defaults where nothing else was chosen, ``losses`` included."""
+        values = {name: chosen.get(name, setting.default) for name, setting in self.settings.items()}
+        return {**values, LOSSES: {**self.losses, **chosen.get(LOSSES, {})}}
+
+    def _losses(self, given: Any) -> Chosen:
+        """The coefficients in which a table of losses differs from the router's own."""
+        where = f"{LOSSES} of the {self.name} router"
+        if not isinstance(given, Mapping):
+            raise ValueError(f"{where} must be a table of coefficients, as in {{ entropy = 1e-3 }}, got {given!r}")
+        checked = {name: positive(f"{name} among {where}", value, zero=True) for name, value in given.items()}
+        if checked and self.even:
+            raise ValueError(f"the {self.name} router has no scores that a loss could train: leave {LOSSES} out")
+        return Chosen({name: value for name, value in checked.items() if value != self.losses.get(name, 0.0)})
 
 
 ROUTERS: Registry[RouterKind] = Registry("router", home="mue.moe.routers")

@@ -7,11 +7,12 @@ token passes through; gate and up are never counted twice), N ``experts``, a ``a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 from mue.shapes.block import MOST_LAYERS, NORMALISED, Block, parse_notation
+from mue.shapes.settings import NO_SETTINGS
 from mue.util.errors import LARGEST, positive, positive_int, true_or_false
 
 DEFAULT_HEAD_DIM = 64
@@ -146,6 +147,8 @@ class Transformer:
                 yield from self._feed_forward("expert", n * block.experts, d * (block.expert or 0), n * block.active)
                 if block.router_kind.matrix:
                     yield Tensors("router", n, d * block.experts, n)
+                if scalars := block.router_kind.scalars:
+                    yield Tensors("norm", n * scalars, 1, n * scalars, matrix=False)
                 if block.router_kind.balance_bias:
                     yield Tensors("router_bias", n, block.experts, n, matrix=False, trained=False)
             if block.shared_experts:
@@ -196,12 +199,7 @@ class Transformer:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers under ``kind`` and the constructor's names; :func:`shape_from_dict` reads them back."""
-        out: dict[str, Any] = {"kind": self.kind}
-        for f in fields(self):
-            if f.init:
-                value = getattr(self, f.name)
-                out[f.name] = [_block_dict(b) for b in value] if f.name == "blocks" else _plain(value)
-        return out
+        return {"kind": self.kind, **_as_dict(self)}
 
 
 @dataclass(frozen=True)
@@ -243,6 +241,7 @@ class MoE(Transformer):
     normalize: bool = True
     gates: str = NORMALISED
     gate_moments: tuple[float, float] | None = None
+    router_settings: Mapping[str, Any] = NO_SETTINGS
     kind: ClassVar[str] = "moe"
 
     def __post_init__(self) -> None:
@@ -310,9 +309,16 @@ def _moments_tuple(data: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if k == "gate_moments" and v is not None else v for k, v in data.items()}
 
 
-def _block_dict(block: Block) -> dict[str, Any]:
-    return {f.name: _plain(getattr(block, f.name)) for f in fields(block)}
+def _as_dict(numbers: Transformer | Block) -> dict[str, Any]:
+    """Field by field. What came later is left out where it says nothing, so that files and hashes of before stay as they are."""
+    values = {f.name: getattr(numbers, f.name) for f in fields(numbers) if f.init}
+    return {name: _plain(value) for name, value in values.items() if name not in _ADDED_LATER or value}
+
+
+_ADDED_LATER = ("router_settings",)
 
 
 def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
+    if isinstance(value, tuple):
+        return [_as_dict(item) if isinstance(item, Block) else item for item in value]
+    return {name: _plain(item) for name, item in value.items()} if isinstance(value, Mapping) else value

@@ -22,8 +22,9 @@ from mue.lab.models.output import Output
 from mue.lab.models.residual import add_attention, add_experts, add_feed_forward
 from mue.layouts.layout import Layout
 from mue.moe import MoELayer, Routing
+from mue.moe.layer import self_changing
 from mue.moe.losses import consistency_loss
-from mue.moe.routers.base import Balance, RouterInput, RouterOptions
+from mue.moe.routers.base import Balance, BaseRouter, RouterInput, RouterOptions, share
 from mue.plan.values import Multipliers
 from mue.shapes import Block, Transformer
 
@@ -106,6 +107,10 @@ class LanguageModel(nn.Module):
         self.blocks = nn.ModuleList(
             TransformerBlock(shape, block, multipliers, layer, options) for layer, block in enumerate(shape.per_layer)
         )
+        if (
+            common := share([module for module in self.blocks.modules() if isinstance(module, BaseRouter)])
+        ) is not None:
+            self.common = common  # only where there is one: the state dict of other models stays as it is
         self.final_norm = RMSNorm(shape.width)
         self.head = Linear(shape.width, shape.vocab)
         if shape.tied:
@@ -157,9 +162,8 @@ class LanguageModel(nn.Module):
         Args:
             bias_speed: one step of a balance bias, in units of the score.
         """
-        for block in self.blocks:
-            if isinstance(block, TransformerBlock) and block.moe is not None:
-                block.moe.end_step_(bias_speed)
+        for part in self_changing(self):
+            part.end_step_(bias_speed)
 
     def layout(self) -> Sequence[Layout]:
         """Role and axes of every parameter (``mue.layouts.layout``)."""

@@ -28,7 +28,6 @@ from mue.lab.runners.pool import Pool, WorkerLayout
 from mue.lab.runners.runner import Done, FailedError, Progress
 from mue.lab.train.run import Run, Store
 from mue.lab.train.stacked_session import check_stackable
-from mue.lab.train.task import task_of
 from mue.plan.replan import inputs_from_dict
 from mue.plan.transfer import plan_of
 from mue.util.files import FileLock, cache_folder, digest, write_json
@@ -170,8 +169,12 @@ class Calibration:
         found = (
             [] if kind == "stacked" else [m for layout in (self.apart, self.together) if (m := self.measured(layout))]
         )
-        stackable = task_of(self.example.settings).stackable
-        found += self._stacks(max(2, runs)) if stackable else []
+        lacking = ""
+        try:
+            check_stackable(self.example)
+            found += self._stacks(max(2, runs))
+        except ValueError as error:
+            lacking = str(error)
         if not found:
             raise ValueError(f"runner = {kind!r}: the run cannot be trained here: {'; '.join(self.failed.values())}")
         eager = min(found, key=lambda m: m.seconds(steps))
@@ -180,7 +183,7 @@ class Calibration:
         best = min(found, key=lambda m: m.seconds(steps))
         others = [f"{m.layout} {m.rate:.3g}" for m in found if m is not best]
         others += [f"{layout} failed: {error}" for layout, error in self.failed.items()]
-        others += [] if stackable else [f"the task {self.example.settings.task!r} has no stacks"]
+        others += [lacking.partition(":")[0]] if lacking else []
         others += [f"measured in {time.monotonic() - started:.0f} s" if self.fresh else "measured before"]
         return best.layout, f"{best.layout}: {best.rate:.3g} steps/s ({'; '.join(others)})"
 

@@ -26,6 +26,7 @@ from mue.lab.train.schedule import lr_factor
 from mue.lab.train.step import autocast, compile_blocks, moe_layers, objective, uncompiled
 from mue.lab.train.task import Batch, task_of
 from mue.model.apply import init_, param_groups
+from mue.moe.layer import self_changing
 from mue.util.files import write_json
 
 # A run has diverged when its loss is not finite, or stays this far above its first for this many steps. A spike that
@@ -131,7 +132,7 @@ class TrainingSession:
         self.batches = self.task.batches(run, corpus)
         self.validation = self.batches.validation()
         self.model = self.task.build(run.plan, run.settings)
-        self.moe_layers = moe_layers(self.model)
+        self.moe_layers, self.self_changing = moe_layers(self.model), self_changing(self.model)
         init_(run.plan, self.model, self.settings.seed)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
@@ -211,9 +212,10 @@ class TrainingSession:
         return tuple(part.to(self.device) for part in batch)
 
     def end_moe_step_(self) -> None:
-        """What blocks with experts change by themselves after a step: balance biases (2408.15664), the next random draw."""
-        for layer in self.moe_layers:
-            layer.end_step_(self.tuned.bias_speed)
+        """What blocks with experts change by themselves after a step (balance biases, 2408.15664; the next random draw), and then what
+        their routers share."""
+        for part in self.self_changing:
+            part.end_step_(self.tuned.bias_speed)
 
     def advance(self, loss: float) -> None:
         """A step was taken, and this was its loss: count it, and see whether the run has ended."""

@@ -35,7 +35,7 @@ _SHARED = ("precision", "balance", "consistency", "eval_sequences", "task")
 
 
 def check_stackable(run: Run) -> None:
-    """Refuse a run whose task builds a model that has no leading axis of variants.
+    """Refuse a run whose task builds a model that has no leading axis of variants, or whose routers do not get along with one.
 
     Raises:
         ValueError: it is one.
@@ -45,6 +45,12 @@ def check_stackable(run: Run) -> None:
             f"runs of the task {run.settings.task!r} cannot be stacked: its model has no axis of variants (Task.stackable);"
             ' use runner = "processes"'
         )
+    for kind in (block.router_kind for block in run.plan.target.blocks if block.experts):
+        if not kind.stackable:
+            raise ValueError(
+                f"runs with the {kind.name} router cannot be stacked: its layers share trained parameters, which have no axis of"
+                ' variants; use runner = "processes"'
+            )
 
 
 def stack_kind(run: Run) -> str:

@@ -11,9 +11,9 @@ Shape suffixes: T tokens, D width, N experts, K active experts per token.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -67,6 +67,7 @@ class RouterOptions:
     """What a model says to its routers beyond the numbers of a block; each takes what concerns it.
 
     Attributes:
+        settings: of the router, by name; a router finds them complete, defaults included (:class:`mue.shapes.routers.RouterKind`).
         route_scale: R, multiplied into the weights; the rule wants a.
         balance: "bias" moves the selection bias (:meth:`BaseRouter.end_step_`), "loss" puts ``load_balance`` into
             ``Routing.losses``, "none" does neither. A router without scores has nothing to balance.
@@ -74,6 +75,7 @@ class RouterOptions:
         seed, layer: of what is drawn, so that runs and layers draw differently.
     """
 
+    settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
     route_scale: float = 1.0
     balance: Balance = "bias"
     z_loss: bool = False
@@ -100,6 +102,7 @@ class BaseRouter(nn.Module):
     """
 
     kind: RouterKind  # of the class, set by ``router``
+    common: nn.Module | None = None  # what the model's routers of this class share; set by ``share``
 
     def __init__(
         self, width: int, experts: int, active: int, groups: int = 1, options: RouterOptions | None = None
@@ -113,16 +116,30 @@ class BaseRouter(nn.Module):
             )
         if options.balance not in ("bias", "loss", "none"):
             raise ValueError(f'balance={options.balance!r} is unknown: use "bias", "loss" or "none"')
+        settings = self.kind.complete(self.kind.chosen(options.settings))
         # True: whether weights sum to one is asked by the routers that have a choice
-        self.kind.check(active, groups, True)
+        self.kind.check(active, groups, True, experts, settings)
         self.width, self.experts, self.active, self.groups = width, experts, active, groups
-        self.options, self.route_scale = options, float(options.route_scale)
+        self.options, self.route_scale = replace(options, settings=settings), float(options.route_scale)
         self._in_evaluation: tuple[int, float] | None = None
 
     @classmethod
     def from_block(cls, block: Block, width: int, options: RouterOptions) -> BaseRouter:
         """The router of a block in numbers. A router with options of its own in a block overrides this."""
         return cls(width, block.experts, block.active, block.groups, options)
+
+    @classmethod
+    def shared(cls, routers: Sequence[Any]) -> nn.Module | None:
+        """What the routers of this class in one model have together (a controller, pooled counts), or None.
+
+        A model calls it once all of them are built (:func:`share`), owns the module, and so keeps it in its state dict; each router
+        finds it as ``self.common``. Its ``end_step_(bias_speed)`` is called after every optimizer step, after those of all
+        routers: there alone its buffers may change.
+
+        Args:
+            routers: of this class, in the order of their layers.
+        """
+        return None
 
     def set_active(self, active: int | None, scale: str = "mean") -> None:
         """Evaluate with another number of active experts than was trained; training is left as it is.
@@ -200,6 +217,38 @@ class BaseRouter(nn.Module):
         )
 
 
+class Common(nn.ModuleDict):
+    """What the routers of a model share, by their kinds' names; a model holds one only where there is something."""
+
+    @torch.no_grad()
+    def end_step_(self, bias_speed: float) -> None:
+        """After every optimizer step, when all routers have had theirs."""
+        for module in self.values():
+            module.end_step_(bias_speed)  # type: ignore[operator]
+
+
+def share(routers: Sequence[BaseRouter]) -> Common | None:
+    """Make what a model's routers share (:meth:`BaseRouter.shared`), and tell each of them.
+
+    Args:
+        routers: of all layers, in order.
+
+    Returns:
+        The module that the model has to hold; None where no router shares anything.
+    """
+    classes: dict[type[BaseRouter], list[BaseRouter]] = {}
+    for one in routers:
+        classes.setdefault(type(one), []).append(one)
+    found: dict[str, nn.Module] = {}
+    for cls, own in classes.items():
+        if (module := cls.shared(own)) is not None:
+            found[own[0].kind.name.replace("-", "_").replace(".", "_")] = module
+            for one in own:
+                # past nn.Module, which would make it a part of every router: the model alone owns it and has it once
+                one.__dict__["common"] = module
+    return Common(found) if found else None
+
+
 def _check_counts(experts: int, active: int, groups: int) -> None:
     if experts < 1 or active < 1 or groups < 1:
         raise ValueError(f"experts={experts}, active={active}, groups={groups} must all be at least 1")
@@ -246,6 +295,7 @@ def build(block: Block, width: int, options: RouterOptions) -> BaseRouter:
     Raises:
         ValueError: an unknown name, with the nearest known one; what the router refuses.
     """
+    options = replace(options, settings=block.router_settings)
     return ROUTER_CLASSES.lookup(block.router).from_block(block, width, options)
 
 

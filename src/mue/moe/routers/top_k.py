@@ -6,7 +6,8 @@ Shape suffixes: T tokens, D width, N experts, K active experts per token, P = T*
 from __future__ import annotations
 
 import warnings
-from typing import Literal, cast
+from collections.abc import Mapping
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +44,7 @@ class Router(BaseRouter):
         score: "sigmoid" or "softmax".
         normalize: divide the weights by their sum over the active experts, so that they sum to the route scale.
         gates: "unit-sum" (the rule's assumption) or "measured" (the plan corrects for measured moments).
-        route_scale, balance, z_loss: see `RouterOptions`.
+        route_scale, balance, z_loss, settings: see `RouterOptions`.
 
     Raises:
         ValueError: what `BaseRouter` refuses; weights that are not normalised without gates="measured".
@@ -67,15 +68,15 @@ class Router(BaseRouter):
         route_scale: float = 1.0,
         balance: Balance = "bias",
         z_loss: bool = False,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(
-            width, experts, active, groups, RouterOptions(route_scale=route_scale, balance=balance, z_loss=z_loss)
-        )
         if score not in ("sigmoid", "softmax"):
             raise ValueError(f'score={score!r} is unknown: use "sigmoid" or "softmax"')
+        self.kind = ROUTERS.lookup(score)  # before its settings are read
+        options = RouterOptions(route_scale=route_scale, balance=balance, z_loss=z_loss, settings=settings or {})
+        super().__init__(width, experts, active, groups, options)
         if gates not in (NORMALISED, MEASURED):
             raise ValueError(f"gates={gates!r} is unknown: use {NORMALISED!r} or {MEASURED!r}")
-        self.kind = ROUTERS.lookup(score)
         if not self.kind.sums_to_one(normalize) and gates != MEASURED:
             raise ValueError(
                 f"{score} gates without normalisation do not sum to one over the active experts, which breaks the "
@@ -107,6 +108,7 @@ class Router(BaseRouter):
             route_scale=options.route_scale,
             balance=options.balance,
             z_loss=options.z_loss,
+            settings=options.settings,
         )
 
     def reset_parameters(self) -> None:
