@@ -106,13 +106,13 @@ def test_a_sampler_goes_on_and_ends(experiment: Path, tmp_path: Path) -> None:
     )
     out = tmp_path / "random"
     for _ in range(2):
-        done = run("sweep", experiment, "--out", out)
+        done = run("sweep", experiment, "--out", out, "--keep-weights")
         assert done.returncode == 0, done.stderr
         seeds = {json.loads(p.read_text())["seed"] for p in out.glob("runs/*/result.json")}
         assert seeds <= {0, 9}
         found = sorted(p.stat().st_mtime_ns for p in out.glob("runs/*/result.json"))
         assert 1 <= len(found) <= 2
-    assert len(found) == len(list(out.glob("runs/*/result.json")))
+    assert len(found) == len(list(out.glob("runs/*/result.json"))) == len(list(out.glob("runs/*/model.safetensors")))
 
 
 def test_an_interrupt_says_how_to_go_on(experiment: Path) -> None:

@@ -68,3 +68,29 @@ def test_what_cannot_be_is_said_before_anything_is_made(
     }.items():
         refused(in_process(capsys, monkeypatch, "train", experiment, "-o", tmp_path / "out", *options), *words)
         assert not (tmp_path / "out").exists()
+
+
+def test_a_run_without_weights_is_trained_again_and_keeps_them(
+    experiment: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The very run: its key, its loss. In the folder where it is finished nothing is trained again, and that is said."""
+    experiment.write_text(experiment.read_text() + TUNED)
+    bare, kept = tmp_path / "bare", tmp_path / "kept"
+    short = ("--set", "base.training.steps=5")
+    assert in_process(capsys, monkeypatch, "train", experiment, "-o", bare, "--no-keep-weights", *short)[0] == 0
+    [folder] = bare.glob("runs/*")
+    assert not (folder / "model.safetensors").exists()
+    refused(in_process(capsys, monkeypatch, "train", folder, "-o", bare), "kept no weights", "another --out")
+    refused(in_process(capsys, monkeypatch, "train", folder, "-o", kept, "--seed", "1"), "--seed", "another run")
+    refused(in_process(capsys, monkeypatch, "train", bare, "-o", kept), "is no run")
+    assert not kept.exists()
+    assert in_process(capsys, monkeypatch, "train", folder, "-o", kept)[0] == 0
+    again = kept / "runs" / folder.name
+    assert (again / "model.safetensors").exists()
+    losses = [json.loads((f / "result.json").read_text())["val_loss"] for f in (folder, again)]
+    assert losses[0] == losses[1]
+    (tmp_path / "texts").unlink()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("another text\n" * 200)
+    refused(in_process(capsys, monkeypatch, "train", folder, "-o", tmp_path / "new"), "the data", "have changed")
+    assert not (tmp_path / "new").exists()

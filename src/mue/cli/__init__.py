@@ -24,6 +24,7 @@ COMMANDS = (
     "study",
     "train",
     "report",
+    "generate",
     "inspect",
     "check",
     "export",

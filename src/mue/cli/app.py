@@ -72,6 +72,18 @@ Workers = Annotated[
 ]
 Tuned = Annotated[Path | None, typer.Option("--tuned", help="Read the tuned values from this finished sweep's folder.")]
 File = Annotated[Path, typer.Argument(help="A TOML file; see the example below.", show_default=False)]
+Trained = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="A run's folder; a folder with runs/ in it, of which one keeps its weights, or FOLDER/KEY, the beginning of a run's key or of"
+        " its plan's hash; or a checkpoint's file in a run's folder.",
+        show_default=False,
+    ),
+]
+KeepWeights = Annotated[
+    bool, typer.Option("--keep-weights", help="Leave model.safetensors in the folder of every run that is trained.")
+]
 Log = Annotated[
     list[str] | None, typer.Option("--log", help="Also send metrics to tensorboard or wandb; JSONL is always written.")
 ]

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from mue.cli.app import Workers, app, say_data, say_paths
+from mue.cli.app import KeepWeights, Workers, app, say_data, say_paths
 from mue.cli.files import Set, change_tables, read_tables
 
 if TYPE_CHECKING:  # a study's modules need torch, and a command imports what it calls when it runs
@@ -57,6 +57,7 @@ def run(
     workers: Workers = None,
     minutes: _Minutes = None,
     dry_run: _Dry = False,
+    keep_weights: KeepWeights = False,
     change: Set = None,
 ) -> None:
     """Train a study's runs, the transferred values first, and write its report.
@@ -133,7 +134,9 @@ def run(
         return
     label = {p.run.key: p.name for p in missing}
     with RunProgress(console, "study", [p.run for p in missing], lambda r: label.get(r.key, "wider")) as progress:
-        left = run_study(schedule, folder, workers=workers, minutes=minutes, listener=progress)
+        left = run_study(
+            schedule, folder, workers=workers, minutes=minutes, listener=progress, keep_weights=keep_weights
+        )
     if left:
         console.print(f"{left} runs are left: start it again with --out {out}", highlight=False, soft_wrap=True)
     say_paths(console, f"report: {study_report(out)}")

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from mue.cli.app import Log, Workers, app, say_data, say_paths
+from mue.cli.app import KeepWeights, Log, Workers, app, say_data, say_paths
 from mue.cli.files import Set, read_tables
 
 _File = Annotated[Path | None, typer.Argument(help="A TOML file; see the example below.", show_default=False)]
@@ -50,6 +50,7 @@ def sweep(
     lease: _Lease = None,
     csv: _Csv = None,
     log: Log = None,
+    keep_weights: KeepWeights = False,
     change: Set = None,
 ) -> None:
     """Sweep lr × weight decay × init std (× betas) of the base, fit the valley, and write a report.
@@ -119,6 +120,7 @@ def sweep(
             workers=workers,
             listener=listener,
             resume=resume is not None,
+            keep_weights=keep_weights,
         )
     page = sweep_report(
         folder, csv=csv, result=result

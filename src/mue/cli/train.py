@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
-from mue.cli.app import File, Log, Out, Tuned, WithNames, app, say_data, say_paths, with_sweep
+from mue.cli.app import Log, Out, Tuned, WithNames, app, say_data, say_paths, with_sweep
 from mue.cli.files import Set, read_tables
 from mue.plan.toml import PLAN_TABLES
+
+if TYPE_CHECKING:  # a run's modules need torch, and a command imports what it calls when it runs
+    from mue.lab.data import Corpus
+    from mue.lab.train.run import Run
 
 
 @app.command(cls=WithNames)
 def train(
-    file: File,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            help="A TOML file; see the example below. Or a run's folder, to train it again.", show_default=False
+        ),
+    ],
     out: Out = Path("runs/train"),
     tuned: Tuned = None,
     rule: Annotated[str | None, typer.Option(help="Plan by this rule instead of the file's: {rules}.")] = None,
@@ -25,6 +35,9 @@ def train(
         str,
         typer.Option(help="As torch names it: cpu, cuda:1 [default: a GPU where there is one].", show_default=False),
     ] = "",
+    keep_weights: Annotated[
+        bool, typer.Option("--keep-weights/--no-keep-weights", help="Leave model.safetensors in the run's folder.")
+    ] = True,
     change: Set = None,
 ) -> None:
     """Train the file's target (or its base, if it has no target) with the planned values.
@@ -32,7 +45,8 @@ def train(
     The file is a plan file with a [bold]\\[data][/] table (see mue sweep --help) and optionally
     [bold]\\[run][/]: task = {tasks}, seed, schedule = "wsd" | "cosine", decay, precision = "fp32" | "bf16", balance = "bias" | "loss" | "none",
     consistency (of routers that draw), eval_every, eval_sequences, log_every. Weights, metrics and a report land in OUT/runs/HASH; a run that was
-    interrupted goes on exactly where its last checkpoint stands. On a CPU a few seconds of measuring choose how many threads
+    interrupted goes on exactly where its last checkpoint stands. Given a run's folder (of a sweep, a study, a demo) instead of a file, it trains
+    that very run in OUT: so a run that kept no weights gets them. On a CPU a few seconds of measuring choose how many threads
     it gets; OMP_NUM_THREADS says so by itself.
 
     \b
@@ -55,29 +69,36 @@ def train(
     """
     import torch
 
-    from mue.lab.data.spec import data_source, describe_data, open_corpus
+    from mue.lab.data.spec import open_corpus
     from mue.lab.report.page import run_report
     from mue.lab.report.progress import RunProgress
     from mue.lab.runners.threads import set_threads
     from mue.lab.sweep.listener import Broadcast
     from mue.lab.sweep.metric_sinks import open_sinks
-    from mue.lab.train.run import Run, Store
+    from mue.lab.train.run import Store
     from mue.lab.train.session import train as run_training
-    from mue.lab.train.spec import settings_from, train_plan
     from mue.lab.train.step import device_named
+    from mue.lab.trained.find import WEIGHTS
 
     console = Console()
-    tables = read_tables(file, change, (*PLAN_TABLES, "data", "run"), {"rule": rule, "run.seed": seed})
-    data, values = with_sweep(tables, tuned)
-    made = train_plan(data, values)
-    source, settings = data_source(data, file.parent), settings_from(data)
+    make: Callable[[Corpus], Run]
+    if file.is_dir():
+        options = {"--set": change, "--rule": rule, "--seed": seed, "--tuned": tuned}
+        source, make = _again(file, [name for name, value in options.items() if value is not None])
+    else:
+        tables = read_tables(file, change, (*PLAN_TABLES, "data", "run"), {"rule": rule, "run.seed": seed})
+        source, make = _of_file(tables, tuned, file.parent)
     place = device_named(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sinks = open_sinks(log or [], out)
     corpus = open_corpus(source)
     say_data(console, corpus)
-    run = Run(made, settings, describe_data(source, corpus))
-    store = Store(out)
+    run = make(corpus)
+    made, store = run.plan, Store(out)
     folder = store.folder(run.key)
+    if keep_weights and store.result(run.key) is not None and not (folder / WEIGHTS).exists():
+        raise ValueError(
+            f"{folder} is finished and kept no weights, and what is finished is not trained again: give another --out, or --no-keep-weights"
+        )
     say_paths(console, f"run {run.key}, plan {made.hash}: {made.target.name}, {made.target.parameters:,} parameters")
     if place.type == "cpu" and store.result(run.key) is None:
         say_paths(console, set_threads(run, store, corpus))
@@ -88,9 +109,46 @@ def train(
             store,
             corpus,
             progress=lambda step, loss: listener.moved(run, step, loss),
-            keep_weights=True,
+            keep_weights=keep_weights,
             device=place,
         )
         listener.ended(run, result, fresh=run.key in progress.seen)
     made.save(folder / "plan.json")
     say_paths(console, f"report: {run_report(folder)}")
+
+
+def _of_file(
+    tables: dict[str, Any], tuned: Path | None, folder: Path
+) -> tuple[dict[str, Any], Callable[[Corpus], Run]]:
+    """Where the data of a training file is, and its run on them."""
+    from mue.lab.data.spec import data_source, describe_data
+    from mue.lab.train.run import Run
+    from mue.lab.train.spec import settings_from, train_plan
+
+    data, values = with_sweep(tables, tuned)
+    made = train_plan(data, values)
+    source, settings = data_source(data, folder), settings_from(data)
+    return source, lambda corpus: Run(made, settings, describe_data(source, corpus))
+
+
+def _again(folder: Path, options: list[str]) -> tuple[dict[str, Any], Callable[[Corpus], Run]]:
+    """Where the data of a run is, and the very same run on them.
+
+    Raises:
+        ValueError: the folder is none of a run; options that would make it another run; data that have changed.
+    """
+    from mue.lab.trained.find import read_run
+
+    run = read_run(folder)
+    if options:
+        raise ValueError(f"{options[0]} would make it another run than that in {folder}: leave it out, or give a file")
+
+    def make(corpus: Corpus) -> Run:
+        if corpus.hash != run.data["hash"]:
+            raise ValueError(
+                f"the data of {folder} have changed (sha256 {run.data['hash'][:16]} then, {corpus.hash[:16]} now): it cannot be"
+                " trained again"
+            )
+        return run
+
+    return run.data["source"], make

@@ -40,7 +40,8 @@ def test_interrupted_and_gone_on_with(texts: Path) -> None:
     spec = read(texts)
     data, folder = describe_data(spec.source, open_corpus(spec.source)), StudyFolder(texts / "out")
     width, everything = Schedule(spec.on(("width",)), data), Schedule(spec, data)
-    assert run_study(width, folder, workers=1) == 0
+    assert run_study(width, folder, workers=1, keep_weights=True) == 0
+    assert len(list(texts.glob("out/runs/*/model.safetensors"))) == 4
     first = (texts / "out" / "rows.jsonl").read_bytes()
     assert len(first.splitlines()) == 4  # the base, and three approaches on the wider one
     # killed in the middle of a row: that row is lost and its run is not, for its result lies in its folder

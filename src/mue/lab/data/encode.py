@@ -14,6 +14,7 @@ import numpy.typing as npt
 from mue.util.files import read_text
 
 Tokens = npt.NDArray[Any]
+BYTES = "bytes"  # the name of the tokens that need no tokenizer
 # What tokenizers of the field call the end of a document, most common first.
 END_OF_TEXT = (
     "<|endoftext|>",
@@ -56,7 +57,7 @@ def byte_encoder() -> Encoder:
     def encode(texts: list[str]) -> list[Tokens]:
         return [np.frombuffer(t.encode(), dtype=np.uint8) for t in texts]
 
-    return Encoder("bytes", 256, np.dtype(np.uint8), 0, encode)
+    return Encoder(BYTES, 256, np.dtype(np.uint8), 0, encode)
 
 
 def tokenizer_encoder(path: Path, separator: str | None) -> Encoder:

@@ -16,6 +16,7 @@ from torch import nn
 from mue.lab.data import Corpus
 from mue.lab.data.spec import describe_data, open_corpus
 from mue.lab.demo.report import APPROACHES, findings, write_demo_report
+from mue.lab.models.language import LanguageModel
 from mue.lab.report.progress import RunProgress
 from mue.lab.report.tables import plan_table
 from mue.lab.runners.run_all import run_all
@@ -25,7 +26,9 @@ from mue.lab.sweep.spec import SweepSpec, base_plan, sweep_from
 from mue.lab.sweep.sweep import run_sweep
 from mue.lab.train.provenance import provenance
 from mue.lab.train.run import Run, Store
-from mue.lab.train.sample import sample_bytes, trained_model, untrained_model
+from mue.lab.trained.find import WEIGHTS, find, untrained
+from mue.lab.trained.generate import Drawing, continued
+from mue.lab.trained.tokens import tokens_of
 from mue.lab.valley.multiplier_check import MultiplierCheck
 from mue.plan.plan import PlanData
 from mue.plan.replan import scaled
@@ -200,13 +203,16 @@ def _summary(
 
 def _samples(run: Run, store: Store) -> dict[str, str]:
     """What the MoE writes before and after its training; no second where its weights are not there any more."""
-    window = run.plan.target.sequence
+    tokens = tokens_of(run.data)
+    assert tokens is not None
 
     def written(model: nn.Module) -> str:
-        return sample_bytes(model, PROMPT.encode(), _SAMPLE, window=window).decode("utf-8", errors="replace")
+        assert isinstance(model, LanguageModel)
+        return "".join(continued(model, tokens, PROMPT, _SAMPLE, Drawing(), whole=True))
 
-    after = trained_model(run, store)
-    return {"prompt": PROMPT, "before": written(untrained_model(run))} | ({"after": written(after)} if after else {})
+    folder = store.folder(run.key)
+    after = find(folder).model() if (folder / WEIGHTS).exists() else None
+    return {"prompt": PROMPT, "before": written(untrained(run))} | ({"after": written(after)} if after else {})
 
 
 def _say(console: Console, summary: dict[str, Any], path: Path, seconds: float) -> None:

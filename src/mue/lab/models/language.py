@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mue.lab.models.layers import Attention, Embedding, FeedForward, Linear, RMSNorm
+from mue.lab.models.layers import Attention, Embedding, FeedForward, Linear, PastTokens, RMSNorm
 from mue.lab.models.ops import scaled
 from mue.lab.models.output import Output
 from mue.lab.models.residual import add_attention, add_experts, add_feed_forward
@@ -57,8 +57,10 @@ class TransformerBlock(nn.Module):
             options = replace(options, route_scale=R, layer=layer)
             self.moe = MoELayer.from_block(block, shape.width, options, output_multiplier=A, gated=shape.gated)
 
-    def forward(self, x_BTD: Tensor, given: RouterInput | None = None) -> tuple[Tensor, Routing | None]:
-        x_BTD = add_attention(x_BTD, self.attention_norm, self.attention, self.residual)
+    def forward(
+        self, x_BTD: Tensor, given: RouterInput | None = None, past: PastTokens | None = None
+    ) -> tuple[Tensor, Routing | None]:
+        x_BTD = add_attention(x_BTD, self.attention_norm, self.attention, self.residual, past)
         if self.moe is not None:
             return add_experts(x_BTD, self.ffn_norm, self.moe, self.residual, given)
         assert self.ffn is not None
@@ -117,18 +119,22 @@ class LanguageModel(nn.Module):
             # one Parameter, so that named_parameters has it once and its gradient is the sum of both uses
             self.head.weight = self.embedding.weight
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None) -> Output:
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, past: Sequence[PastTokens] | None = None
+    ) -> Output:
         """Logits, and the mean cross-entropy in nats where targets are given.
 
         Args:
             targets_BT: of the last positions: of all T, or of fewer; logits are then computed for those alone.
+            past: what each layer has seen before these tokens (:meth:`no_past`); it is continued by them.
 
         Raises:
             ValueError: sequences longer than the shape's.
         """
-        if tokens_BT.shape[-1] > self.shape.sequence:
-            raise ValueError(f"sequence of {tokens_BT.shape[-1]} tokens, the model was built for {self.shape.sequence}")
-        first = self._pass(tokens_BT, targets_BT, 0)
+        length = tokens_BT.shape[-1] + (len(past[0]) if past else 0)
+        if length > self.shape.sequence:
+            raise ValueError(f"sequence of {length} tokens, the model was built for {self.shape.sequence}")
+        first = self._pass(tokens_BT, targets_BT, 0, past)
         if not (self.consistency and self.training and targets_BT is not None):
             return first
         second = self._pass(tokens_BT, targets_BT, 1)
@@ -138,13 +144,21 @@ class LanguageModel(nn.Module):
         losses["consistency"] = consistency_loss(first.logits, second.logits) / 2
         return Output(first.logits, (first.loss + second.loss) / 2, first.routings, losses)
 
-    def _pass(self, tokens_BT: Tensor, targets_BT: Tensor | None, draw: int) -> Output:
+    def no_past(self) -> list[PastTokens]:
+        """For :meth:`forward` token by token: each layer's memory, empty."""
+        return [PastTokens() for _ in self.blocks]
+
+    def _pass(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None, draw: int, past: Sequence[PastTokens] | None = None
+    ) -> Output:
         """One pass; ``draw`` tells routers that draw which of two over the same batch it is."""
         given = RouterInput(tokens_BT, draw) if self.reads_input else None
         x_BTD = self.embedding(tokens_BT)
         routings = []
-        for block in self.blocks:
-            x_BTD, routing = block(x_BTD) if given is None else block(x_BTD, given)
+        for i, block in enumerate(self.blocks):
+            # a block of somebody's own need know of neither
+            also = {k: v for k, v in (("given", given), ("past", past and past[i])) if v is not None}
+            x_BTD, routing = block(x_BTD, **also)
             if routing is not None and routing.num_experts:
                 routings.append(routing)
         if targets_BT is not None:

@@ -45,6 +45,33 @@ class Embedding(nn.Embedding):
         return ops.look_up(input, self.weight)
 
 
+class PastTokens:
+    """Keys and values of the tokens that one attention layer has seen: the next token is then computed alone.
+
+    Of one model, not of stacked variants. A whole prompt comes first, then one token at a time.
+    """
+
+    def __init__(self) -> None:
+        self.k_BKTE: Tensor | None = None
+        self.v_BKTE: Tensor | None = None
+
+    def __len__(self) -> int:
+        return 0 if self.k_BKTE is None else self.k_BKTE.shape[2]
+
+    def with_next(self, k_BKTE: Tensor, v_BKTE: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all tokens so far, these included, which are kept.
+
+        Raises:
+            ValueError: several tokens after others, which would see each other's future.
+        """
+        if self.k_BKTE is not None and self.v_BKTE is not None:
+            if k_BKTE.shape[2] != 1:
+                raise ValueError(f"{k_BKTE.shape[2]} tokens after {len(self)}: give one at a time, or begin anew")
+            k_BKTE, v_BKTE = (torch.cat(x, 2) for x in ((self.k_BKTE, k_BKTE), (self.v_BKTE, v_BKTE)))
+        self.k_BKTE, self.v_BKTE = k_BKTE, v_BKTE
+        return k_BKTE, v_BKTE
+
+
 class Attention(nn.Module):
     """o(softmax(scale · q kᵀ) v) over the past, with QK-norm (2302.05442) and RoPE (2104.09864).
 
@@ -73,13 +100,16 @@ class Attention(nn.Module):
         # not in checkpoints: it follows from the shape
         self.register_buffer("rope", rotary_table(shape.sequence, E), persistent=False)
 
-    def forward(self, x_BTD: Tensor) -> Tensor:
-        rope = self.rope[: x_BTD.shape[-2]]
+    def forward(self, x_BTD: Tensor, past: PastTokens | None = None) -> Tensor:
+        first = 0 if past is None else len(past)
+        rope = self.rope[first : first + x_BTD.shape[-2]]
         heads = *x_BTD.shape[:-1], -1, self.head_dim
         q_BTHE, k_BTKE, v_BTKE = (p(x_BTD).view(heads) for p in (self.q, self.k, self.v))
         q_BTHE, k_BTKE = self.q_norm(q_BTHE, rope), self.k_norm(k_BTKE, rope)
         # Attention has no weights, so that variants are more sequences here.
         q, k, v = (x.flatten(0, -4).transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
+        if past is not None:
+            k, v = past.with_next(k, v)
         y = ops.attend(q, k, v, self.scale)
         return self.o(y.transpose(1, 2).reshape(*x_BTD.shape[:-1], -1))  # type: ignore[no-any-return]
 

@@ -126,6 +126,8 @@ class _EmulatedProduct(torch.autograd.Function):
 def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, scale: float) -> Tensor:
     """Causal softmax attention, (B, H, T, E), in the type of v: torch's fused kernel, but in bf16 on a CPU
 
+    A single query is the last token, and sees every key.
+
     * without bf16 instructions the fused kernel in float32,
     * with them plain products at short lengths.
     """
@@ -137,7 +139,7 @@ def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, scale: float) -> Tens
         k, v = (x.repeat_interleave(H // K, 1) if H > K else x for x in (k, v))
         return _plain(q, k, v, scale)
     with torch.autocast(v.device.type, enabled=False):
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=H > K)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=H > K)
     return y.to(dtype)
 
 

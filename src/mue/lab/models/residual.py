@@ -14,16 +14,20 @@ from torch import Tensor, nn
 
 from mue.kernels import sublayer
 from mue.lab.models import ops
-from mue.lab.models.layers import EPS, Attention, FeedForward, Linear, RMSNorm
+from mue.lab.models.layers import EPS, Attention, FeedForward, Linear, PastTokens, RMSNorm
 from mue.moe import MoELayer, Routing
 from mue.moe.routers.base import RouterInput
 
 _OWN = frozenset({RMSNorm, Linear, Attention, FeedForward, MoELayer})
 
 
-def add_attention(x_BTD: Tensor, norm: RMSNorm, attention: Attention, residual: float) -> Tensor:
-    """x + residual · attention(norm x)."""
+def add_attention(
+    x_BTD: Tensor, norm: RMSNorm, attention: Attention, residual: float, past: PastTokens | None = None
+) -> Tensor:
+    """x + residual · attention(norm x), after the tokens of ``past``."""
     own = attention
+    if past is not None:
+        return torch.add(x_BTD, attention(norm(x_BTD), past), alpha=residual)
     parts = norm, own.q, own.k, own.v, own.q_norm, own.k_norm, own.o
     if untouched(own, *parts) and ops.attention_by_kernel(x_BTD, weights := [m.weight for m in parts]):
         rope, bf16 = own.rope[: x_BTD.shape[-2]], ops.in_bf16(x_BTD)

@@ -21,13 +21,14 @@ def run_study(
     workers: int | None = None,
     minutes: float | None = None,
     listener: RunListener | None = None,
+    keep_weights: bool = False,
 ) -> int:
     """Train what the study has no rows of. Stop it, kill it, start it again, also twice at once in one folder: nothing is lost or redone.
 
     Args:
         schedule: of the study on its corpus. folder: where rows and runs are. workers: training processes (None: one for each core).
         minutes: begin no run after so many; those under way are finished. None: train all.
-        listener: told of each run as it goes.
+        listener: told of each run as it goes. keep_weights: leave each run's ``model.safetensors`` in its folder.
 
     Returns:
         How many runs are still to be trained.
@@ -50,7 +51,7 @@ def run_study(
                     runner = open_runner("processes", folder.store, workers=workers, example=missing[0])
                 for run in missing[: runner.slots - len(flying)]:
                     flying[run.key] = run
-                    runner.submit(run)
+                    runner.submit(run, keep_weights=keep_weights)
             if runner is None or not flying:
                 return len(missing)
             _hear(runner, folder, flying, moved, listener)

@@ -35,6 +35,7 @@ def run_sweep(
     listener: SweepListener | None = None,
     checkpoint_seconds: float = 10.0,
     resume: bool = False,
+    keep_weights: bool = False,
 ) -> SweepResult:
     """Work on the sweep until every trial has ended, together with whoever shares its storage, and fit it.
 
@@ -44,6 +45,7 @@ def run_sweep(
         study: the sweep's name in the storage, where several of one base share it; None: what the folder says, for a new one its identity.
         lease: seconds without a sign of life until a worker's runs go to others.
         workers, checkpoint_seconds: as the runner takes them (``mue.lab.runners.runner``).
+        keep_weights: leave ``model.safetensors`` in the folder of each run that is trained here.
         resume: the grid is not ``spec``'s but that of whoever started last.
 
     Raises:
@@ -74,7 +76,9 @@ def run_sweep(
         return runner
 
     while True:
-        worker = Worker(state.spec.grid, trials, store, partial(state.spec.run_at, data=data), open_for, listener)
+        worker = Worker(
+            state.spec.grid, trials, store, partial(state.spec.run_at, data=data), open_for, listener, keep_weights
+        )
         ended = worker.work()
         # Else a worker that was there before the grid was widened would overwrite the result with the narrower one.
         now = state.with_current_grid(trials)

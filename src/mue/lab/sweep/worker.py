@@ -36,6 +36,7 @@ class Worker:
 
     Args:
         run_of: the run of a trial's point. open_runner: called with the first run, when there is one to train.
+        keep_weights: of each run that is trained.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class Worker:
         run_of: Callable[[dict[str, float]], Run],
         open_runner: Callable[[Run], Runner],
         listener: SweepListener,
+        keep_weights: bool = False,
     ) -> None:
+        self.keep_weights = keep_weights
         self.grid, self.trials, self.store, self.run_of, self.listener = grid, trials, store, run_of, listener
         self.sampler = sampler_of(grid)
         self.open_runner = open_runner
@@ -120,7 +123,7 @@ class Worker:
         if run.key in self.leaving:  # lost and claimed again, faster than its process could stop
             self.again.append((time.monotonic() + _AGAIN, run))
         else:
-            self.runner.submit(run)
+            self.runner.submit(run, keep_weights=self.keep_weights)
 
     def _propose(self, trials: list[Trial]) -> bool:
         """Add what the sampler asks for next; False where it asks for nothing (yet)."""

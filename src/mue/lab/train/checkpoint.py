@@ -49,19 +49,7 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, run:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            state: dict[str, Any] = json.loads((file.metadata() or {}).get("mue", "{}"))
-            if state.get("run") != run:
-                raise ValueError(
-                    f"{path} is a checkpoint of run {state.get('run')} (plan {state.get('plan')}), not of run {run}"
-                    f" (plan {plan}): use another folder, or remove it to start over"
-                )
-            own = _unique(model)
-            stored = {name for name in file.keys() if name.startswith("model/")}  # noqa: SIM118 - not a dict
-            if stored != {f"model/{name}" for name in own}:
-                odd = sorted(stored ^ {f"model/{name}" for name in own})[0]
-                raise ValueError(
-                    f"{path} is damaged: {odd} is in the file or in the model, not in both; remove it to start over"
-                )
+            own, state = _checked(path, file, model, run, plan, "model/")
             own_state: dict[str, dict[str, torch.Tensor]] = {}
             for name in file.keys():  # noqa: SIM118 - not a dict
                 kind, _, rest = name.partition("/")
@@ -78,6 +66,46 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, run:
         if name in own_state:
             optimizer.state[parameter] = own_state[name]
     return state
+
+
+@torch.no_grad()
+def load_weights(path: Path, model: nn.Module, *, run: str, plan: str) -> None:
+    """Put the weights (with the balance biases) of a checkpoint, or of what :func:`save_weights` wrote, into a model, in place.
+
+    Args:
+        run, plan: as of :func:`load`.
+
+    Raises:
+        ValueError: as of :func:`load`.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            prefix = "model/" if any(name.startswith("model/") for name in file.keys()) else ""  # noqa: SIM118 - not a dict
+            own, _ = _checked(path, file, model, run, plan, prefix)
+            for name, tensor in own.items():
+                tensor.copy_(file.get_tensor(f"{prefix}{name}"))
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): remove it to start over") from error
+
+
+def _checked(
+    path: Path, file: Any, model: nn.Module, run: str, plan: str, prefix: str
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """A model's tensors by name, and the state in an open file that has all of them under ``prefix`` and is of this run."""
+    state: dict[str, Any] = json.loads((file.metadata() or {}).get("mue", "{}"))
+    if state.get("run") != run:
+        raise ValueError(
+            f"{path} is a checkpoint of run {state.get('run')} (plan {state.get('plan')}), not of run {run}"
+            f" (plan {plan}): use another folder, or remove it to start over"
+        )
+    own = _unique(model)
+    stored = {name for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118 - not a dict
+    if stored != {f"{prefix}{name}" for name in own}:
+        odd = sorted(stored ^ {f"{prefix}{name}" for name in own})[0]
+        raise ValueError(
+            f"{path} is damaged: {odd} is in the file or in the model, not in both; remove it to start over"
+        )
+    return own, state
 
 
 def save_weights(path: Path, model: nn.Module, metadata: dict[str, str]) -> None:
