@@ -20,7 +20,7 @@ class Chosen(dict[str, Any]):
     def _refuse(self, *_: object, **__: object) -> Any:
         raise TypeError("settings of a shape do not change: make another with dataclasses.replace")
 
-    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse  # type: ignore[assignment]
+    __setitem__ = __delitem__ = update = pop = popitem = clear = setdefault = __ior__ = _refuse
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Chosen, (dict(self),)  # the default would set items one by one
@@ -88,15 +88,15 @@ class Setting:
         return close if "did you mean" in close else ""
 
     def _number(self, name: str, value: object) -> float | int:
-        whole = self.kind is int
+        whole, plain = self.kind is int, None
         wrong = f"{name} must be a {'whole ' if whole else ''}number{self._bounds()}, got {value!r}"
         if isinstance(value, str):
             wrong += ", which is text: leave the quotes out"
-        if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        if isinstance(value, Real) and not isinstance(value, bool):  # numpy's, too
+            plain = int(value) if isinstance(value, Integral) else float(value)
+        if plain is None or not math.isfinite(plain) or (whole and plain != int(plain)):
             raise ValueError(wrong)
-        if whole and not (isinstance(value, Integral) or float(value).is_integer()):
-            raise ValueError(wrong)
-        number = int(value) if whole else float(value)
+        number = int(plain) if whole else float(plain)
         below = number <= self.low if self.low_open else number < self.low
         above = number >= self.high if self.high_open else number > self.high
         if below or above:

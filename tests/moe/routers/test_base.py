@@ -1,144 +1,93 @@
-"""mue.moe.routers.base: what the routers of a model share, whose it is, and when it changes."""
+"""mue.moe.routers.base: a router is one file, from anywhere."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import replace
+import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 
 import mue
-from mue.lab.data import Corpus, load_corpus
-from mue.lab.data.spec import describe_data
 from mue.lab.models.language import LanguageModel
-from mue.lab.train.run import Run, Settings, Store
-from mue.lab.train.session import TrainingSession, train
-from mue.lab.train.stacked_session import StackedSession
-from mue.moe import Routing
-from mue.moe.routers.base import ROUTER_CLASSES, BaseRouter, RouterInput, router
-from mue.shapes import ROUTERS, Setting
-
-BASE = mue.Dense(32, 32, 2, head_dim=16, sequence=32)
-STEPS = 8
+from mue.moe import MoELayer, Router, Routing
+from mue.moe.routers.base import ROUTER_CLASSES, BaseRouter, RouterInput, RouterOptions, build, router
+from mue.shapes.routers import ROUTERS
 
 
-class Pooled(nn.Module):
-    """The load of all layers together, and how often it was told of a step."""
+@pytest.fixture
+def first() -> Iterator[type[BaseRouter]]:
+    """A router of one's own, registered for one test."""
 
-    def __init__(self, routers: Sequence[Any]) -> None:
-        super().__init__()
-        self.routers = [*routers]  # a list: no part of this module
-        self.register_buffer("load", torch.zeros(routers[0].experts, dtype=torch.int64))
-        self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
-
-    def end_step_(self, bias_speed: float) -> None:
-        self.turn += 1
-        assert all(int(one.turn) == int(self.turn) for one in self.routers)  # theirs come first
-        for one in self.routers:
-            self.load += one.load
-            one.load.zero_()
-
-
-@pytest.fixture(autouse=True)
-def turning() -> Iterator[type[BaseRouter]]:
-    """A router that goes to other experts in each step, by what all layers share."""
-
-    @router("turning", even=True, settings={"by": Setting(default=1, low=1)})
-    class Turning(BaseRouter):
-        def __init__(self, *arguments: Any, **options: Any) -> None:
-            super().__init__(*arguments, **options)
-            self.register_buffer("load", torch.zeros(self.experts, dtype=torch.int64))
-            self.register_buffer("turn", torch.zeros((), dtype=torch.int64))
-
-        @classmethod
-        def shared(cls, routers: Sequence[Any]) -> nn.Module:
-            return Pooled(routers)
-
+    @router("first", even=True)
+    class First(BaseRouter):
         def forward(self, x_TD: Tensor, given: RouterInput | None = None) -> Routing:
-            assert isinstance(self.common, Pooled)
-            expert_K = torch.arange(self.active) + self.common.turn * self.options.settings["by"]
-            routing = self.even((expert_K % self.experts).expand(len(x_TD), -1), x_TD.dtype)
-            if self.training:
-                self.load += routing.stats["load"]
-            return routing
+            return self.even(torch.arange(self.active).expand(x_TD.shape[0], -1))
 
-        def end_step_(self, bias_speed: float) -> None:
-            self.turn += 1
-
-    yield Turning
-    for registry in (ROUTERS, ROUTER_CLASSES):
-        registry._entries.pop("turning")
+    yield First
+    for registry in (ROUTER_CLASSES, ROUTERS):
+        registry._entries.pop("first")  # type: ignore[attr-defined]
 
 
-@pytest.fixture(scope="module")
-def corpus(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
-    return load_corpus(texts, cache=tmp_path_factory.mktemp("cache"))
+def test_every_name_has_its_class_and_its_facts() -> None:
+    assert tuple(ROUTER_CLASSES) == tuple(ROUTERS)
+    for name in ROUTER_CLASSES:
+        shape = mue.MoE.parse("8e1a", width=16, expert=8, layers=1, head_dim=16, router=name)
+        with (
+            pytest.warns(UserWarning, match="no gradient") if name in ("sigmoid", "softmax") else torch.no_grad()
+        ):  # a = 1: no gradient
+            made = build(shape.blocks[0], 16, RouterOptions(route_scale=1.0))
+        assert type(made) is ROUTER_CLASSES[name] and made.kind == ROUTERS[name]
+        assert any(row.role == "router" for row in made.layout()) == made.kind.matrix
+        assert {row.pattern for row in made.layout()} == {name for name, _ in made.named_parameters()}
+        assert hasattr(made, "balance_bias") == made.kind.balance_bias
 
 
-def run_of(corpus: Corpus, seed: int = 0, **settings: int) -> Run:
-    shape = mue.MoE.parse(
-        "8e2a", width=32, expert=16, layers=2, head_dim=16, sequence=32, router="turning", router_settings=settings
+def test_a_router_of_ones_own_is_planned_built_and_checked(first: type[BaseRouter]) -> None:
+    shape = mue.MoE.parse("4e2a", width=32, expert=16, layers=2, head_dim=16, sequence=16, router="first")
+    plan = mue.transfer(mue.Dense(32, 32, 2, head_dim=16), shape, mue.HParams(lr=0.01, weight_decay=0.1, init_std=0.1))
+    model = LanguageModel(shape, plan.multipliers)
+    plan.init_(model)
+    tokens = torch.randint(256, (2, 16))
+    assert plan.roles["router"].count == 0
+    optimizer = torch.optim.AdamW(plan.param_groups(model))
+    report = mue.check(model, plan, (tokens, tokens), optimizer)
+    assert any(f.check == "gates" and f.status == "pass" for f in report.findings)
+    assert model.blocks[0].moe(torch.randn(3, 32))[1].stats["load"].tolist() == [3, 3, 0, 0]
+
+
+def test_a_name_is_taken_once(first: type[BaseRouter]) -> None:
+    with pytest.raises(ValueError, match=r"router 'first' is there already \(.*First\)"):
+        router("first", even=True)(type("Other", (BaseRouter,), {}))
+    with pytest.raises(ValueError, match="unknown router 'frist'; did you mean 'first'"):
+        build(mue.Block(layers=1, experts=4, active=2, expert=8, router="frist"), 8, RouterOptions())
+
+
+def test_a_plugin_is_found_by_its_entry_point(tmp_path: Path) -> None:
+    """A package that is installed and never imported by hand: its router is known to shapes."""
+    (tmp_path / "their_router.py").write_text(
+        "from mue.moe.routers.base import BaseRouter, router\n"
+        "@router('theirs', unit_sum=True)\nclass Theirs(BaseRouter): pass\n"
     )
-    training = mue.Training(batch=128, steps=STEPS)
-    tuned = mue.HParams(lr=8e-3, weight_decay=0.1, init_std=0.1)
-    plan = mue.transfer(BASE, shape, tuned, base_training=training, training=training)
-    return Run(plan, Settings(seed=seed, eval_sequences=4, log_every=1), describe_data({"source": []}, corpus))
+    info = tmp_path / "theirs-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[mue.plugins]\ntheirs = their_router\n")
+    code = (
+        "import mue; print(mue.Block(layers=1, experts=4, active=2, expert=8, router='theirs').router_kind.defined_in)"
+    )
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.strip() == "their_router.Theirs"
 
 
-def test_the_model_owns_what_its_routers_share(corpus: Corpus) -> None:
-    model = LanguageModel(run_of(corpus).plan.target)
-    pooled = model.common["turning"]
-    routers = [block.moe.router for block in model.blocks]  # type: ignore[union-attr]
-    assert all(one.common is pooled for one in routers)
-    assert [name for name in model.state_dict() if "common" in name] == ["common.turning.load", "common.turning.turn"]
-    twin = copy.deepcopy(model)  # the copy's routers share the copy's module
-    assert twin.blocks[0].moe.router.common is twin.common["turning"] is not pooled  # type: ignore[union-attr]
-    plain = LanguageModel(mue.MoE.parse("8e2a", width=32, expert=16, layers=2, head_dim=16, sequence=32))
-    assert not hasattr(plain, "common") and not [name for name in plain.state_dict() if "common" in name]
-
-
-def stop(step: int, loss: float) -> None:
-    if step >= 5:
-        raise KeyboardInterrupt
-
-
-def test_it_survives_an_interruption(tmp_path: Path, corpus: Corpus) -> None:
-    asked, whole, broken = run_of(corpus), Store(tmp_path / "whole"), Store(tmp_path / "broken")
-    train(asked, whole, corpus, keep_weights=True)
-    with pytest.raises(KeyboardInterrupt):
-        train(asked, broken, corpus, progress=stop, checkpoint_seconds=0)
-    train(asked, broken, corpus, keep_weights=True)
-    for name in ("metrics.jsonl", "model.safetensors"):
-        assert (whole.folder(asked.key) / name).read_bytes() == (broken.folder(asked.key) / name).read_bytes(), name
-    stored = load_file(whole.folder(asked.key) / "model.safetensors")
-    # every token of 8 steps has 2 experts in each of 2 layers, and they went once around all experts
-    assert int(stored["common.turning.turn"]) == STEPS and stored["common.turning.load"].sum() == STEPS * 128 * 4
-    other = train(run_of(corpus, by=3), whole, corpus)  # the control: its setting reaches the router
-    assert other["key"] != asked.key and other["val_loss"] != whole.result(asked.key)["val_loss"]  # type: ignore[index]
-
-
-def test_stacked_variants_have_their_own(tmp_path: Path, corpus: Corpus, turning: type[BaseRouter]) -> None:
-    turns = []
-    with ExitStack() as opened:
-        sessions = []
-        for seed in (0, 1):
-            (tmp_path / str(seed)).mkdir()
-            sessions.append(opened.enter_context(TrainingSession(run_of(corpus, seed), tmp_path / str(seed), corpus)))
-        stack = StackedSession(sessions[0], 2)
-        stack.put(0, sessions[0])
-        stack.step()
-        stack.put(1, sessions[1])  # one step later
-        stack.step()
-        turns = [int(session.model.common["turning"].turn) for session in sessions]
-    assert turns == [2, 1]
-    turning.kind = replace(turning.kind, stackable=False)
-    ROUTERS._entries["turning"] = (100.0, turning.kind)
-    with pytest.raises(ValueError, match="runs with the turning router cannot be stacked: its layers share trained"):
-        StackedSession(sessions[0], 2)
+def test_refusals_name_the_numbers_and_the_fix() -> None:
+    with pytest.raises(ValueError, match="balance='bais' is unknown"):
+        Router(8, 4, 2, balance="bais")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"router=4 is no router: give a mue\.moe\.Router"):
+        MoELayer(8, 4, 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="hash router reads token ids"):
+        ROUTER_CLASSES["hash"](8, 4, 2)(torch.randn(3, 8))
