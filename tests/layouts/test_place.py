@@ -442,3 +442,30 @@ def test_a_computed_weight_without_a_row_is_named_as_what_it_is() -> None:
     model.q = parametrizations.weight_norm(nn.Linear(4, 4, bias=False))
     with pytest.raises(ValueError, match=r"q\.parametrizations\.weight\.original0 is not the weight"):
         place(model, [])
+
+
+def test_weights_that_layers_share_lie_in_all_of_them() -> None:
+    """By their names, where each layer has them under its own, or as their row says."""
+    shared = nn.Linear(4, 4, bias=False)
+    blocks = nn.ModuleList(nn.ModuleDict({"norm": nn.RMSNorm(4), "up": shared}) for _ in range(3))
+    norms, up = (
+        Layout("blocks.*.norm.weight", "norm", ("vector",)),
+        Layout("blocks.*.up.weight", "ffn_up", ("out", "in")),
+    )
+    found = {p.name: (p.layer, p.layers) for p in place(nn.ModuleDict({"blocks": blocks}), [norms, up])}
+    assert found["blocks.0.up.weight"] == (0, (0, 1, 2)) and found["blocks.1.norm.weight"] == (1, (1,))
+    alone = nn.ModuleList(nn.ModuleDict({"norm": nn.RMSNorm(4)}) for _ in range(3))
+    model = nn.ModuleDict({"blocks": alone, "pool": shared})
+    placed = placement(model, [norms, Layout("pool.weight", "ffn_up", ("out", "in"), layers=(1, 2, 3))])
+    assert [(p.layer, p.layers) for p in placed.planned if p.name == "pool.weight"] == [(1, (1, 2, 3))]
+    assert placed.layers == {0, 1, 2, 3}
+
+
+def test_layers_of_a_row_are_layers() -> None:
+    for layers, pattern, message in (
+        ((1, 0), "pool.up", "rising order"),
+        ((-1,), "pool.up", "rising order"),
+        ((0, 1), "blocks.*.up", "its first star is the layer, and layers says it as well"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Layout(pattern, "ffn_up", ("out", "in"), layers=layers)

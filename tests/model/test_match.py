@@ -84,6 +84,61 @@ def test_a_stock_model_is_refused_until_its_multipliers_are_planned() -> None:
         init_(planned(), LanguageModel(TARGET))
 
 
+# ---- experts that layers share -------------------------------------------------------------------------------------------
+
+POOLED = replace(TARGET, layers=4, pools=2)
+
+
+def test_shared_experts_are_in_one_group_once_and_drawn_once() -> None:
+    plan = planned(POOLED)
+    model = built(plan)
+    init_(plan, model, seed=3)
+    grouped = [p for g in param_groups(plan, model) for p in g["params"]]
+    assert sum(p.numel() for p in grouped) == plan.target.parameters and len({id(p) for p in grouped}) == len(grouped)
+    down = plan.roles["expert_down"].values.init_std
+    assert model.pools[0].down.detach().std().item() == pytest.approx(down, rel=0.02)
+    assert not model.pools[0].down.equal(model.pools[1].down)
+    found = {p.name: p.layers for p in match_model(plan, model) if p.role == "expert_down"}
+    assert found == {"pools.0.down": (0, 1), "pools.1.down": (2, 3)}
+
+
+def test_layers_share_their_experts_as_planned_or_are_refused() -> None:
+    own, four, one = (planned(replace(POOLED, pools=n)) for n in (0, 4, 1))
+    with pytest.raises(ValueError, match=r"blocks\.0\.moe\.experts_gate is read by layer 0, planned for layers 0–1"):
+        match_model(planned(POOLED), built(own))
+    with pytest.raises(ValueError, match=r"pools\.0\.gate is read by layers 0–1, planned for layer 0"):
+        match_model(own, built(planned(POOLED)))
+    with pytest.raises(ValueError, match=r"pools\.0\.up is read by layers 0–3, planned for layers 0–1"):
+        match_model(planned(POOLED), built(one))
+    match_model(own, built(four))  # a pool that one layer reads is its own
+
+
+def test_what_layers_share_has_one_planned_value() -> None:
+    """Attention shared by two blocks (as in ALBERT) is planned alike for both; where one block has its own rate it is refused."""
+
+    class Shared(LanguageModel):
+        def __init__(self, plan: mue.Plan) -> None:
+            super().__init__(plan.target, plan.multipliers)
+            self.blocks[2].attention = self.blocks[0].attention
+
+    match_model(planned(replace(TARGET, layers=3)), Shared(planned(replace(TARGET, layers=3))))
+    thirds = mue.transfer(
+        BASE, replace(TARGET, layers=3), replace(TUNED, roles={"last_third": {"attention_q": {"lr_times": 2.0}}})
+    )
+    with pytest.raises(ValueError, match=r"blocks\.0\.attention\.q\.weight is read by layers 0, 2, for which"):
+        match_model(thirds, Shared(thirds))
+
+
+def test_a_third_of_its_own_does_not_cut_a_pool() -> None:
+    tuned = replace(TUNED, roles={"first_third": {"ffn_down": {"lr_times": 2.0}}})
+    with pytest.raises(ValueError, match=r"3 layers read each pool of experts, and tuned\.roles has"):
+        mue.transfer(BASE, replace(POOLED, layers=6), tuned)
+    plan = mue.transfer(BASE, replace(POOLED, layers=6, pools=3), tuned)
+    rates = [group["lr"] for group in param_groups(plan, built(plan)) for _ in group["params"]]
+    assert len(rates) == len(list(built(plan).parameters()))
+    assert plan.role("expert_down", 0).values.lr == 2 * plan.role("expert_down", 2).values.lr  # type: ignore[operator]
+
+
 # ---- who may read something else than the residual stream -----------------------------------------------------------------
 
 

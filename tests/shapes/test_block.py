@@ -31,6 +31,23 @@ def test_notation_round_trip(a: int, k: int, g: int, s: int, order: list[int]) -
 def test_notation_examples() -> None:
     assert mue.MoE.parse("128e8a4g1s", width=64, expert=8, layers=1).notation == "128e8a4g1s"
     assert mue.MoE.parse("2s", width=64, expert=8, layers=1).notation == "2s"
+    assert mue.MoE.parse("8e2a1s2p", width=64, expert=8, layers=4).notation == "8e2a1s2p"
+
+
+def test_pools_are_read_by_equally_many_layers() -> None:
+    block = mue.Block(layers=6, expert=8, experts=12, active=2, pools=3)
+    assert block.readers == 2 and block.share == 2 * 2 / 12
+    assert mue.Block(layers=6, expert=8, experts=12, active=2).share == 2 / 12
+    with pytest.raises(ValueError, match="4 pools do not divide the 6 layers"):
+        mue.Block(layers=6, expert=8, experts=12, active=2, pools=4)
+    with pytest.raises(
+        ValueError, match=r"7 pools of experts for 6 layers: no layer would read some of them; use at most 6"
+    ):
+        mue.Block(layers=6, expert=8, experts=12, active=2, pools=7)
+    with pytest.raises(ValueError, match="ffn beside pools"):
+        mue.Block(layers=6, ffn=8, pools=1)
+    with pytest.raises(ValueError, match="pools must be a whole number"):
+        mue.Block(layers=6, expert=8, experts=12, active=2, pools=1.5)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +68,9 @@ def test_notation_examples() -> None:
         ("2e4a", "4 active of 2 experts"),
         ("8e2a3g", "3 groups must divide"),
         ("8e3a2g", "2 groups must divide"),
+        ("8e2a0p", "0p"),
+        ("8e2a2p", "2 pools of experts for 1 layers: no layer would read some of them; use at most 1"),
+        ("1s1p", "pools = 1, but there are no routed experts"),
     ],
 )
 def test_bad_notation(notation: str, message: str) -> None:

@@ -41,6 +41,38 @@ def test_moe_counts_by_hand() -> None:
     assert moe.name == "4e2a1s d8 L2"
 
 
+def test_pools_count_once() -> None:
+    """12 layers with 8 experts each and one pool of 96 are of one size; of half the pool, the other 48 experts are gone."""
+    own = mue.MoE.parse("8e1a", width=8, expert=6, layers=12, head_dim=4, vocab=10)
+    whole, half = (mue.MoE.parse(f"{n}e1a1p", width=8, expert=6, layers=12, head_dim=4, vocab=10) for n in (96, 48))
+    expert, routers = 3 * 8 * 6, 12 * 8 * 8
+    assert whole.parameters - 12 * routers == own.parameters - routers
+    assert half.parameters == whole.parameters - 48 * expert - 12 * 8 * 48
+    assert whole.counts()["expert_up"] == own.counts()["expert_up"] == 96 and whole.counts()["router"] == 12
+    assert whole.active_parameters - 12 * routers == own.active_parameters - routers
+    assert half.flops_per_token == whole.flops_per_token - 6 * 12 * 8 * 48
+    assert whole.pool_layers == (tuple(range(12)),) and own.pool_layers == ()
+    # a pool that is smaller than what layers take of it: products count every time, parameters once
+    few = mue.MoE.parse("2e1a1p", width=8, expert=6, layers=12, head_dim=4, vocab=10)
+    assert few.active_parameters == few.parameters - 10 * 8
+    assert few.flops_per_token == whole.flops_per_token - 6 * 12 * 8 * 94
+
+
+def test_pools_of_blocks_that_differ() -> None:
+    blocks = (
+        mue.Block(layers=1, ffn=16),
+        mue.Block(layers=4, expert=8, experts=4, active=2, pools=2),
+        mue.Block(layers=1, expert=8, experts=4, active=2),
+        mue.Block(layers=2, expert=4, experts=6, active=1, pools=1, normalize=False, **MEASURED_GATES),
+    )
+    mixed = mue.Mixed(32, blocks, head_dim=16)
+    assert mixed.pool_layers == ((1, 2), (3, 4), (6, 7))
+    assert mixed.counts()["expert_up"] == 2 * 4 + 4 + 6
+
+
+MEASURED_GATES: dict[str, Any] = {"gates": "measured", "gate_moments": (0.5, 0.25)}
+
+
 def test_mixed_blocks_add_up() -> None:
     blocks = (mue.Block(layers=1, ffn=16), mue.Block(layers=3, expert=8, experts=4, active=2))
     mixed = mue.Mixed(32, blocks, head_dim=16)
@@ -56,6 +88,7 @@ def test_mixed_blocks_add_up() -> None:
         [
             mue.Dense(width=64, ffn=96, layers=3, tied=True, output_multiplier=0.5),
             mue.MoE.parse("8e2a2g1s", width=64, expert=24, layers=3, kv_heads=1),
+            mue.MoE.parse("8e2a2p", width=64, expert=24, layers=4),
             mue.MoE(
                 width=64,
                 expert=24,
@@ -72,6 +105,8 @@ def test_mixed_blocks_add_up() -> None:
 )
 def test_dictionaries_round_trip(shape: Any) -> None:
     assert shape_from_dict(shape.to_dict()) == shape
+    if "2p" not in shape.name:  # files of before have no such key
+        assert "pools" not in json.dumps(shape.to_dict())
     assert shape_from_dict({**shape.to_dict(), "vocab": 999}) != shape
     with pytest.raises(ValueError, match="unknown kind"):
         shape_from_dict({**shape.to_dict(), "kind": "sparse"})

@@ -79,16 +79,32 @@ def branches(record: Record) -> list[Branch]:
     """
     found: list[Branch] = []
     since: dict[tuple[int, str], int] = {}
+    places = _layers(record.products)
     for added in record.added:
-        layers = {p.info.layer for p in record.ends(added.term.origin) if p.info.layer is not None}
+        layers = {layer for i in added.term.origin.products if (layer := places[i]) is not None}
         kind = record.kind(added.term.origin)
         if not layers or not kind:
             continue
         key = max(layers), kind
-        own = [p for p in record.products[since.get(key, 0) : added.upto] if p.info.layer == key[0]]
+        own = [record.products[i] for i in range(since.get(key, 0), added.upto) if places[i] == key[0]]
         since[key] = added.upto
         mine = tuple(p for p in own if ROLES[p.info.role].feed_forward == (kind == "feed-forward"))
         found.append(Branch(kind, key[0], added, mine, tuple(record.ends(added.term.origin))))
+    return found
+
+
+def _layers(products: Sequence[Product]) -> list[int | None]:
+    """The layer that each product ran in.
+
+    Of weights that several layers read it is the layer of the last weights before them that lie in one alone (their router's, the
+    attention's), where it is among theirs.
+    """
+    found: list[int | None] = []
+    current: int | None = None
+    for p in products:
+        if len(p.info.layers) == 1:
+            current = p.info.layer
+        found.append(current if current in p.info.layers else p.info.layer)
     return found
 
 

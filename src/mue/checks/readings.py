@@ -138,7 +138,7 @@ def feed_forward(ctx: Context, b: Branch, c: Coefficients) -> Iterator[Reading |
 
 def down_names(ctx: Context, layer: int) -> dict[str, str]:
     """Kind → the first down projection of a layer."""
-    down = [p for p in ctx.placed if p.layer == layer and ROLES[p.role].part == "down"]
+    down = [p for p in ctx.placed if layer in p.layers and ROLES[p.role].part == "down"]
     return {ROLES[p.role].kind: p.name for p in reversed(down)}
 
 

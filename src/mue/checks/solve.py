@@ -146,7 +146,7 @@ def _candidates(problem: _Problem, own: Sequence[Activation]) -> Iterator[list[t
     """
     every = [*ACTIVATIONS, *own]
     yield [(a, a, False) for a in every]
-    kinds = {ROLES[p.role].kind for p in problem.placed if p.layer == problem.layer}
+    kinds = {ROLES[p.role].kind for p in problem.placed if problem.layer in p.layers}
     if kinds >= {"expert", "shared"}:
         pairs = [(a, b) for a in ACTIVATIONS for b in ACTIVATIONS if a.name == b.name and a.swapped != b.swapped]
         yield [(a, b, False) for a, b in pairs]

@@ -79,7 +79,7 @@ def matrices(p: ParamInfo, tensor: Tensor, experts: bool) -> Iterator[tuple[str,
 
 def dense_parts(placed: Iterable[ParamInfo], layer: int, kind: str, dtype: torch.dtype) -> FeedForwardWeights | None:
     """The dense or shared feed-forward of a layer; several shared experts side by side are one of their joint width."""
-    here = [p for p in placed if p.layer == layer]
+    here = [p for p in placed if layer in p.layers]
     pieces = [
         piece
         for p in here
@@ -92,7 +92,7 @@ def dense_parts(placed: Iterable[ParamInfo], layer: int, kind: str, dtype: torch
 
 def expert_parts(placed: Iterable[ParamInfo], layer: int, dtype: torch.dtype) -> Iterator[FeedForwardWeights]:
     """Every routed expert of a layer, one after another (their copies are freed as they go)."""
-    here = [p for p in placed if p.layer == layer]
+    here = [p for p in placed if layer in p.layers]
     own = [p for p in here if ROLES[p.role].kind == "expert"]
     stacked = [p for p in own if "expert" in p.layout.axes or p.layout.stacked > 1]
     if stacked:

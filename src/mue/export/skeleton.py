@@ -70,6 +70,11 @@ class NativeStack:
                     f"{self.name} has no {router} router, only {' and '.join(self.routers)}: plan with one of those, or"
                     ' export("torch") for a model of your own'
                 )
+        if target.pool_layers:
+            raise ValueError(
+                f"{self.name} has experts of its own in every layer, and those of {target.name} lie in pools that layers share:"
+                ' export("torch") for a model of your own'
+            )
         if isinstance(given, nn.Module):
             return with_rows(given) if isinstance(given, HasLayout) else self.read(target, given)
         if given is not None and not isinstance(given, str):
@@ -177,11 +182,14 @@ def _tensors(kind: StackModel, target: Transformer) -> Iterator[tuple[Layout, Bl
     """(row, its block, its layer) of every tensor but for the experts' index."""
     for layer, block in enumerate(target.per_layer):
         for row in (*kind.rows, *(kind.moe if block.is_moe else kind.dense)):
-            if "*" in row.pattern and all(ROLES[role].present(block) for role in (row.planned, *row.parts)):
+            here = all(ROLES[role].present(block) for role in (row.planned, *row.parts))
+            # experts in a pool lie in no layer: their rows are those that say their layers
+            if "*" in row.pattern and here and not (block.pools and ROLES[row.planned].kind == "expert"):
                 yield _ungated(row, target), block, layer
     for row in kind.rows:
         if "*" not in row.pattern and not (row.role == "head" and target.tied):
-            yield row, target.blocks[0], 0
+            layer = min(row.layers, default=0)
+            yield row, target.per_layer[layer], layer
 
 
 def _ungated(row: Layout, target: Transformer) -> Layout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -38,6 +39,11 @@ def _language_model(target: Transformer) -> tuple[nn.Module, str]:
         *(param(f"blocks.*.ffn.{part}.weight", f"ffn_{part}") for part in parts),
         param("blocks.*.moe.router.weight", "router"),
         *(param(f"blocks.*.moe.experts_{part}", f"expert_{part}", EXPERT_OUT_IN) for part in parts),
+        *(
+            replace(param(f"pools.{i}.{part}", f"expert_{part}", EXPERT_OUT_IN), layers=layers)
+            for i, layers in enumerate(target.pool_layers)
+            for part in parts
+        ),
         *(param(f"blocks.*.moe.shared_{part}", f"shared_{part}") for part in parts),
         param("final_norm.weight", "final_norm", VECTOR),
         param("head.weight", "head"),

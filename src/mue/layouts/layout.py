@@ -51,6 +51,7 @@ class Layout:
             drawn, or starts at 0 (a head or queries, as µP advises).
         after: for the gain of a norm that ends a residual branch (sandwich norms): patterns of the projections whose scale
             it cancels. The fold puts the residual multiplier into this gain instead.
+        layers: that read the tensor, where it lies in none of them and its name says nothing (a pool of experts).
     """
 
     pattern: str
@@ -60,6 +61,7 @@ class Layout:
     start: float | str | None = None
     stacked: int = 1
     after: tuple[str, ...] = ()
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         # names are compared without what wrappers add, so a row may have it or not: a part called "module" in front, too
@@ -78,6 +80,7 @@ class Layout:
                 f"layout {self.pattern!r}: only a norm's gain can come after projections, not a {self.role}"
             )
         self._check_stars()
+        self._check_layers()
         if self.role == UNPLANNED:
             return
         if ROLES[self.planned].drawn and not {"in", "expert*in"} & set(self.axes):
@@ -113,6 +116,16 @@ class Layout:
         if "**" in self.pattern and self.role != UNPLANNED:
             raise ValueError(
                 f"layout {self.pattern!r}: ** stands for any number of parts, which only {UNPLANNED!r} rows may leave open"
+            )
+
+    def _check_layers(self) -> None:
+        if self.layers and "layer" in self.stars:
+            raise ValueError(
+                f"layout {self.pattern!r}: its first star is the layer, and layers says it as well: leave one of them out"
+            )
+        if list(self.layers) != sorted({int(layer) for layer in self.layers}) or min(self.layers, default=0) < 0:
+            raise ValueError(
+                f"layout {self.pattern!r}: layers must be whole numbers in rising order, counted from 0, got {self.layers}"
             )
 
     @property
@@ -167,12 +180,23 @@ class HasLayout(Protocol):
 
 @dataclass(frozen=True)
 class ParamInfo:
-    """One parameter with its role: canonical ``name``, layer (counted through the whole model, None outside the blocks), axes and shape."""
+    """One parameter with its role.
+
+    Attributes:
+        name: canonical. layout: its row, which has the axes.
+        layer: that it lies in, counted through the whole model; None outside the blocks. Of several the first.
+        layers: all that read it: of an ordinary tensor its one layer, of shared weights (a pool of experts) more.
+    """
 
     name: str
     parameter: Tensor
     layout: Layout
     layer: int | None
+    layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.layers and self.layer is not None:
+            object.__setattr__(self, "layers", (self.layer,))
 
     @property
     def role(self) -> str:

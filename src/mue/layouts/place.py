@@ -84,11 +84,21 @@ def placement(model: nn.Module, rows: Sequence[Layout]) -> Placement:
     if faults:
         raise ValueError("this model's parameters do not fit its layout:\n  " + "\n  ".join(faults))
     numbers = _layer_numbers(hits)
+    planned = [_info(h, numbers) for h in hits if h.row.role != UNPLANNED]
     return Placement(
-        [ParamInfo(h.name, h.parameter, h.row, numbers.get(h.address)) for h in hits if h.row.role != UNPLANNED],
+        planned,
         {h.name: h.parameter for h in hits if h.row.role == UNPLANNED},
-        frozenset(numbers.values()),
+        frozenset(numbers.values()).union(*(p.layers for p in planned)),
     )
+
+
+def _info(hit: _Hit, numbers: Mapping[tuple[int, ...], int]) -> ParamInfo:
+    """A parameter with the layers that its row or its names say; one outside the blocks has none."""
+    if not ROLES[hit.row.planned].inside:
+        return ParamInfo(hit.name, hit.parameter, hit.row, numbers.get(hit.address))
+    named = {numbers[address] for address in (hit.address, *hit.others) if address}
+    layers = hit.row.layers or tuple(sorted(named))
+    return ParamInfo(hit.name, hit.parameter, hit.row, layers[0] if layers else None, layers)
 
 
 def _row_of(

@@ -84,6 +84,7 @@ def _shape_faults(plan: PlanData, found: Placement, declared: bool) -> list[str]
         + _absent_layers(plan, found.layers)
         + _latent_faults(plan, params)
         + _expert_faults(layers, only, params)
+        + _sharing_faults(plan, params)
     )
     faults += _final_norm_faults(plan, params, declared)
     return faults
@@ -133,6 +134,33 @@ def _expert_faults(layers: Sequence[Block], only: Block | None, params: Iterable
     return faults
 
 
+def _sharing_faults(plan: PlanData, params: Iterable[ParamInfo]) -> list[str]:
+    """Layers share their routed experts as planned, and whatever else they share has one planned value."""
+    readers = {layer: layers for layers in plan.target.pool_layers for layer in layers}
+    faults = []
+    for p in params:
+        here = [layer for layer in p.layers if layer < plan.target.layers]
+        if ROLES[p.role].kind == "expert" and here:
+            wanted = readers.get(here[0], (here[0],))
+            if tuple(here) != wanted:
+                faults.append(f"{p.name} is read by {_layers(here)}, planned for {_layers(wanted)}")
+        elif len({plan.role(p.role, layer).values for layer in here}) > 1:
+            faults.append(
+                f"{p.name} is read by {_layers(here)}, for which the plan has different values: give each a tensor of its own, or"
+                " plan blocks that are alike"
+            )
+    return faults
+
+
+def _layers(numbers: Sequence[int]) -> str:
+    """``layer 3``, ``layers 0–3`` or ``layers 0, 2, 4``."""
+    if len(numbers) == 1:
+        return f"layer {numbers[0]}"
+    if numbers[-1] - numbers[0] == len(numbers) - 1:
+        return f"layers {numbers[0]}–{numbers[-1]}"
+    return f"layers {', '.join(map(str, numbers))}"
+
+
 def _final_norm_faults(plan: PlanData, params: Iterable[ParamInfo], declared: bool) -> list[str]:
     """The last norm's gain has a role of its own: on a tied, folded plan it carries the head multiplier."""
     params = list(params)
@@ -164,9 +192,9 @@ def _misfit(
 
     Only matrices are asked for their sizes: norms and biases follow what they stand on.
     """
-    if p.layer is not None and p.layer >= len(layers):
+    if p.layers and p.layers[-1] >= len(layers):
         hint = "" if "{" in p.layout.pattern else "; if its first * is no layer, mark it: {expert}, {stage}"
-        return f"{p.name} is in layer {p.layer}, the plan has {len(layers)} layers{hint}"
+        return f"{p.name} is in layer {p.layers[-1]}, the plan has {len(layers)} layers{hint}"
     if not ROLES[p.role].drawn:
         return None
     for role in p.layout.parts or (p.role,):

@@ -8,10 +8,12 @@ from mue.moe.expert_weights import ExpertWeights
 from mue.moe.experts import experts
 from mue.moe.layer import MoELayer
 from mue.moe.losses import balance_bias_step, load_balance_loss, router_z_loss
+from mue.moe.pool import ExpertPool
 from mue.moe.routers.top_k import Router
 from mue.moe.routing import Routing, gate_moments, routing_stats
 
 __all__ = [
+    "ExpertPool",
     "ExpertWeights",
     "MoELayer",
     "Router",

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 
 from mue.moe.expert_weights import ExpertWeights
 from mue.moe.experts import experts
+from mue.moe.pool import ExpertPool, weight
 from mue.moe.routers.base import BaseRouter, Common, RouterInput, RouterOptions, build
 from mue.moe.routing import Routing
 from mue.shapes.block import Block
@@ -22,7 +22,7 @@ class MoELayer(nn.Module):
 
     Parameters: the router's own; `experts_gate`, `experts_up` (N, H, D) and `experts_down` (N, D, H); `shared_gate`,
     `shared_up` (S, D) and `shared_down` (D, S), S = shared_experts * shared_width. What a layer does not have (no routed
-    experts, no shared ones, no gate) is not there as a parameter.
+    experts, no shared ones, no gate) is not there as a parameter; nor are experts that lie in a `pool`.
 
     Args:
         width: D.
@@ -33,10 +33,14 @@ class MoELayer(nn.Module):
         output_multiplier: A, on routed and shared alike; its place beside R and l^-α: ``mue.plan.values.Multipliers``.
         gated: SwiGLU; else gelu(up x).
         backend: see `mue.moe.experts`.
+        pool: routed experts that other layers read, too. The layer then has none of its own and only reads these: the model owns
+            them (`mue.moe.ExpertPool`).
 
     Raises:
-        ValueError: nothing to compute, widths below 1, A not finite.
+        ValueError: nothing to compute, widths below 1, A not finite, a pool of other experts.
     """
+
+    pool: ExpertPool | None
 
     def __init__(
         self,
@@ -49,6 +53,7 @@ class MoELayer(nn.Module):
         output_multiplier: float = 1.0,
         gated: bool = True,
         backend: str = "auto",
+        pool: ExpertPool | None = None,
     ) -> None:
         super().__init__()
         if router is not None and not isinstance(router, BaseRouter):
@@ -68,14 +73,18 @@ class MoELayer(nn.Module):
         self.width, self.expert_width = width, expert_width
         self.shared_experts, self.shared_width = shared_experts, shared_width
         self.output_multiplier, self.gated, self.backend = float(output_multiplier), gated, backend
-        routed, inner = number > 0, shared_experts * shared_width
-        self.experts_gate = _weight(routed and gated, number, expert_width, width)
-        self.experts_up = _weight(routed, number, expert_width, width)
-        self.experts_down = _weight(routed, number, width, expert_width)
+        if pool is not None:
+            _check_pool(pool, number, width, expert_width, gated)
+        # past nn.Module, which would make it a part of every layer that reads it: the model alone owns it and has it once
+        self.__dict__["pool"] = pool
+        own, inner = number > 0 and pool is None, shared_experts * shared_width
+        self.experts_gate = weight(own and gated, number, expert_width, width)
+        self.experts_up = weight(own, number, expert_width, width)
+        self.experts_down = weight(own, number, width, expert_width)
         # all shared experts as one of width n_s·h_s: the sum of their outputs is one product (conventions 12)
-        self.shared_gate = _weight(inner > 0 and gated, inner, width)
-        self.shared_up = _weight(inner > 0, inner, width)
-        self.shared_down = _weight(inner > 0, width, inner)
+        self.shared_gate = weight(inner > 0 and gated, inner, width)
+        self.shared_up = weight(inner > 0, inner, width)
+        self.shared_down = weight(inner > 0, width, inner)
 
     @classmethod
     def from_block(
@@ -87,17 +96,22 @@ class MoELayer(nn.Module):
         output_multiplier: float = 1.0,
         gated: bool = True,
         backend: str = "auto",
+        pool: ExpertPool | None = None,
     ) -> MoELayer:
         """The layer of a block in numbers, with the router that it names.
 
         Args:
             width: D.
             options: what the plan (R) and the run say to the router.
-            output_multiplier: A of the plan. gated, backend: as above.
+            output_multiplier: A of the plan. gated, backend: as above. pool: where the block's experts lie in pools, this layer's.
 
         Raises:
-            ValueError: an unknown router, with the nearest name; what the router or the layer refuses.
+            ValueError: an unknown router, with the nearest name; what the router or the layer refuses; a pool that is missing.
         """
+        if block.pools and pool is None:
+            raise ValueError(
+                f"the experts of {block.notation} lie in pools that layers share: give this layer's as pool=ExpertPool(...)"
+            )
         return cls(
             width,
             build(block, width, options or RouterOptions()) if block.experts else None,
@@ -107,6 +121,7 @@ class MoELayer(nn.Module):
             output_multiplier=output_multiplier,
             gated=gated,
             backend=backend,
+            pool=pool,
         )
 
     @property
@@ -156,8 +171,9 @@ class MoELayer(nn.Module):
     @property
     def weights(self) -> ExpertWeights:
         """The matrices, as the expert compute takes them."""
+        own = self.experts_gate, self.experts_up, self.experts_down
         return ExpertWeights(
-            self.experts_gate, self.experts_up, self.experts_down, self.shared_gate, self.shared_up, self.shared_down
+            *(own if self.pool is None else self.pool.matrices), self.shared_gate, self.shared_up, self.shared_down
         )
 
     def end_step_(self, bias_speed: float) -> None:
@@ -173,6 +189,11 @@ def self_changing(model: nn.Module) -> list[MoELayer | Common]:
     return [*layers, *(module for module in model.modules() if isinstance(module, Common))]
 
 
-def _weight(present: bool, *shape: int) -> nn.Parameter | None:
-    """A plain start; the plan draws the real one."""
-    return nn.Parameter(torch.empty(shape).normal_(std=0.02)) if present else None
+def _check_pool(pool: ExpertPool, experts: int, width: int, expert_width: int, gated: bool) -> None:
+    """The router must choose from the experts that there are, and these fit the layer."""
+    found = pool.experts, pool.width, pool.expert_width, pool.gate is not None
+    if found != (experts, width, expert_width, gated):
+        raise ValueError(
+            f"the layer reads experts={experts}, width={width}, expert_width={expert_width}, gated={gated}, and the pool has"
+            f" experts={found[0]}, width={found[1]}, expert_width={found[2]}, gated={found[3]}: build them from one block"
+        )

@@ -10,7 +10,7 @@ from mue.rules.algebra import Monomial
 from mue.rules.roles import ROLES
 from mue.rules.sde import HORIZON, kept_and_lost
 from mue.rules.table import CELLS, FIELDS, Rule
-from mue.shapes import HParams, Training, Transformer
+from mue.shapes import Block, HParams, Training, Transformer
 from mue.util.text import number, percent
 
 
@@ -53,11 +53,23 @@ def notes(
             found.append(
                 "a = 1 with normalised gates: the one weight is always 1, so the router gets no gradient from the task"
             )
+        if block.pools:
+            found.append(_of_pools(base, block))
         if block.gate_moments is not None:
             found.append(
                 f"measured gates: F = {block.gate_variance:.4g}, R = ā/m1 = {block.route_scale:.4g}, down init × κ^-1/2 = {block.kappa**-0.5:.4g}"
             )
     return tuple(dict.fromkeys(found))
+
+
+def _of_pools(base: Transformer, block: Block) -> str:
+    """What sharing experts among layers does to a transfer: their share of the tokens, and so the noise of their steps."""
+    share, before = block.share, base_block(base).share
+    return (
+        f"{block.readers} layers read each pool of {block.experts} experts, which see {block.readers}·a/N = {share:.4g} visits per token"
+        f" (the base's weights {before:.4g}): by the SDE their lr and weight decay do not follow the share, and σ0 of their steps is"
+        f" × {(share / before) ** -0.5:.4g} for it, reported and not corrected"
+    )
 
 
 # Part of a run that an average of Adam's over 1/(1-β) steps may last, for β1 and β2. In byte models of 240 to 2,400 steps β1's

@@ -121,8 +121,18 @@ def split_by_third(shape: Transformer, tuned: HParams) -> Iterator[tuple[Block, 
     for block in shape.blocks:
         thirds = (third_of(i, shape.layers) for i in range(first, first + block.layers))
         for third, layers in groupby(t if t in own else "" for t in thirds):
-            yield replace(block, layers=len(list(layers))), third
+            yield _part(block, len(list(layers)), shape), third
         first += block.layers
+
+
+def _part(block: Block, layers: int, shape: Transformer) -> Block:
+    """So many layers of a block, with the pools that they read."""
+    if layers % block.readers:
+        raise ValueError(
+            f"{shape.name}: {block.readers} layers read each pool of experts, and tuned.roles has values for a third of the depth,"
+            f" which ends within one: leave the thirds out, or use pools of layers that lie in one third"
+        )
+    return replace(block, layers=layers, pools=layers // block.readers if block.pools else 0)
 
 
 def planned_values(plan: PlanData, role: str, third: str) -> Values:

@@ -97,8 +97,8 @@ def changes(base: Transformer, target: Transformer, block: Block, ratio: dict[st
     """
     source = base_block(base)
     routed = block.experts > 0, source.experts > 0
-    share = (block.active, block.experts) if routed[0] else (1, 1)
-    share0 = (source.active, source.experts) if routed[1] else (1, 1)
+    share = (block.readers * block.active, block.experts) if routed[0] else (1, 1)
+    share0 = (source.readers * source.active, source.experts) if routed[1] else (1, 1)
     return {
         "width": target.width != base.width,
         "depth": target.layers != base.layers,

@@ -29,6 +29,8 @@ class Block:
         expert: hidden width h of one routed expert.
         experts, active, groups: N routed experts, a of them per token, a/g from each of g groups.
         shared_experts, shared: number and width of the always-on experts (width: ``expert`` unless given).
+        pools: sets of N routed experts in these layers, each read by layers/pools consecutive ones (UniPool, 2605.06665). 0: the
+            router's kind says so, which for all but UniPool's means that every layer has its own.
         router: a name in :data:`mue.shapes.routers.ROUTERS`: ``"sigmoid"`` or ``"softmax"`` scores, ``"hash"``, ``"random"``,
             ``"thor"``, or one of yours.
         normalize: the weights sum to one over the active experts. The rule needs it, or ``gates="measured"``.
@@ -51,6 +53,7 @@ class Block:
     gates: str = NORMALISED
     gate_moments: tuple[float, float] | None = None
     router_settings: Mapping[str, Any] = NO_SETTINGS
+    pools: int = 0
 
     def __post_init__(self) -> None:
         self._whole("layers", most=MOST_LAYERS)
@@ -82,6 +85,8 @@ class Block:
                 )
         # transfer-rules 9, property 6: a hybrid of shared experts alone has the dense rule's values
         if self.experts == 0 and self.active == 0 and self.shared_experts > 0:
+            if self.pools:
+                raise ValueError(f"pools = {self.pools}, but there are no routed experts to lie in them: leave it out")
             return  # shared experts only: a dense feed-forward by another name
         self._whole("experts", most=MOST_EXPERTS)
         self._whole("active", most=MOST_EXPERTS)
@@ -90,6 +95,25 @@ class Block:
             raise ValueError(f"{a} active of {N} experts: a token cannot use more experts than there are")
         if N % g or a % g:
             raise ValueError(f"{g} groups must divide both the {N} experts and the {a} active ones")
+        self._check_pools()
+
+    def _check_pools(self) -> None:
+        """Every pool is read by as many layers as any other."""
+        if not self.pools and self.router_kind.pooled:
+            object.__setattr__(self, "pools", 1)
+        if not self.pools:
+            return
+        self._whole("pools", most=MOST_LAYERS)
+        if self.pools > self.layers:
+            raise ValueError(
+                f"{self.pools} pools of experts for {self.layers} layers: no layer would read some of them; use at most"
+                f" {self.layers}"
+            )
+        if self.layers % self.pools:
+            raise ValueError(
+                f"{self.pools} pools do not divide the {self.layers} layers, and each is read by equally many: use a number"
+                f" that divides {self.layers}"
+            )
 
     def _whole(self, name: str, most: int = LARGEST) -> None:
         """One of the numbers as a plain ``int``, or refused."""
@@ -175,9 +199,14 @@ class Block:
         return self.ffn if self.ffn is not None else self.expert or 0
 
     @property
+    def readers(self) -> int:
+        """Layers that read one set of routed experts: 1 but for pools."""
+        return self.layers // self.pools if self.pools else 1
+
+    @property
     def share(self) -> float:
-        """Share of the tokens that one routed expert sees: a/N; 1 where every token passes."""
-        return self.active / self.experts if self.experts else 1.0
+        """Share of the tokens that one routed expert sees: a/N, times the layers that read it; 1 where every token passes."""
+        return self.readers * self.active / self.experts if self.experts else 1.0
 
     @property
     def gate_variance(self) -> float:
@@ -206,7 +235,7 @@ class Block:
 
     @property
     def notation(self) -> str:
-        """``"128e8a4g1s"``, or ``"dense"``."""
+        """``"128e8a4g1s"``, with pools ``"96e1a1p"``, or ``"dense"``."""
         if not self.is_moe:
             return "dense"
         parts = f"{self.experts}e{self.active}a" if self.experts else ""
@@ -214,15 +243,16 @@ class Block:
             parts
             + (f"{self.groups}g" if self.groups > 1 else "")
             + (f"{self.shared_experts}s" if self.shared_experts else "")
+            + (f"{self.pools}p" if self.pools else "")
         )
 
 
 def parse_notation(notation: str) -> dict[str, int]:
     """``"128e8a4g1s"`` → ``{"experts": 128, "active": 8, "groups": 4, "shared_experts": 1}``.
 
-    Suffixes: e experts, a active, g groups, s shared; in any order, each at most once. ``ValueError`` otherwise.
+    Suffixes: e experts, a active, g groups, s shared, p pools; in any order, each at most once. ``ValueError`` otherwise.
     """
-    names = {"e": "experts", "a": "active", "g": "groups", "s": "shared_experts"}
+    names = {"e": "experts", "a": "active", "g": "groups", "s": "shared_experts", "p": "pools"}
     found: dict[str, int] = {}
     if not isinstance(notation, str) or not re.fullmatch(r"(\d+[a-z])+", notation):
         raise ValueError(
@@ -231,7 +261,7 @@ def parse_notation(notation: str) -> dict[str, int]:
     for number, letter in re.findall(r"(\d+)([a-z])", notation):
         if letter not in names:
             raise ValueError(
-                f"unknown suffix {letter!r} in {notation!r}: use e (experts), a (active), g (groups), s (shared)"
+                f"unknown suffix {letter!r} in {notation!r}: use e (experts), a (active), g (groups), s (shared), p (pools)"
             )
         if names[letter] in found:
             raise ValueError(f"suffix {letter!r} appears twice in {notation!r}")

@@ -23,7 +23,7 @@ class Tensors(NamedTuple):
 
     Attributes:
         role: its name (:mod:`mue.rules.roles`). many: how many there are. size: elements of one.
-        used: how many of them one token is multiplied by.
+        used: how many products of one token with one of them there are: more than ``many`` where layers share a small pool.
         matrix: they are multiplied with vectors, not met element by element. trained: the optimizer moves them.
     """
 
@@ -105,6 +105,17 @@ class Transformer:
         return tuple(block for block in self.blocks for _ in range(block.layers))
 
     @property
+    def pool_layers(self) -> tuple[tuple[int, ...], ...]:
+        """Of every pool of routed experts the layers that read it; layers with experts of their own are in none."""
+        found: list[tuple[int, ...]] = []
+        first = 0
+        for block in self.blocks:
+            starts = range(first, first + block.layers, block.readers) if block.pools else ()
+            found += [tuple(range(start, start + block.readers)) for start in starts]
+            first += block.layers
+        return tuple(found)
+
+    @property
     def num_heads(self) -> int:
         return self.heads if self.heads is not None else self.width // self.head_dim
 
@@ -144,7 +155,9 @@ class Transformer:
             if block.ffn is not None:
                 yield from self._feed_forward("ffn", n, d * block.ffn, n)
             if block.experts:
-                yield from self._feed_forward("expert", n * block.experts, d * (block.expert or 0), n * block.active)
+                # one set for each pool, or for each layer; a token passes a of them in every layer
+                many = n // block.readers * block.experts
+                yield from self._feed_forward("expert", many, d * (block.expert or 0), n * block.active)
                 if block.router_kind.matrix:
                     yield Tensors("router", n, d * block.experts, n)
                 if scalars := block.router_kind.scalars:
@@ -179,8 +192,11 @@ class Transformer:
 
     @property
     def active_parameters(self) -> int:
-        """Parameters that one token is multiplied by (an untied embedding is a look-up and not counted)."""
-        return sum(t.used * t.size for t in self.tensors() if t.trained)
+        """Parameters that one token is multiplied by, at most (an untied embedding is a look-up and not counted).
+
+        Layers that read one pool may choose the same expert, which counts once for each of them, but never more than there are.
+        """
+        return sum(min(t.used, t.many) * t.size for t in self.tensors() if t.trained)
 
     @property
     def flops_per_token(self) -> float:
@@ -242,6 +258,7 @@ class MoE(Transformer):
     gates: str = NORMALISED
     gate_moments: tuple[float, float] | None = None
     router_settings: Mapping[str, Any] = NO_SETTINGS
+    pools: int = 0
     kind: ClassVar[str] = "moe"
 
     def __post_init__(self) -> None:
@@ -315,7 +332,7 @@ def _as_dict(numbers: Transformer | Block) -> dict[str, Any]:
     return {name: _plain(value) for name, value in values.items() if name not in _ADDED_LATER or value}
 
 
-_ADDED_LATER = ("router_settings",)
+_ADDED_LATER = ("router_settings", "pools")
 
 
 def _plain(value: Any) -> Any:

@@ -31,6 +31,7 @@ SHAPES = {
     ),
     "moe": mue.MoE.parse("8e2a1s", width=32, expert=16, layers=2, head_dim=16, sequence=32),
     "groups, softmax": mue.MoE.parse("8e4a2g", width=32, expert=16, layers=1, head_dim=16, sequence=32, router="softmax"),
+    "a pool": mue.MoE.parse("8e2a1p", width=32, expert=16, layers=2, head_dim=16, sequence=32),
     "shared only": mue.MoE.parse("2s", width=32, expert=16, layers=1, head_dim=16, sequence=32),
 }  # fmt: skip
 STEPS = 8

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from torch.optim import Optimizer
 
@@ -128,7 +129,7 @@ def _still(ctx: Context, steps: list[TensorStep]) -> tuple[list[str], list[Findi
     choosing: list[str] = []
     idle: set[tuple[int | None, int]] = set()
     blocks = ctx.plan.target.per_layer
-    moved = {(s.info.layer, expert) for s in steps for expert, _, live in _live(s) if live}
+    moved = {(layer, expert) for s in steps for expert, _, live in _live(s) if live for layer in _layers(s.info)}
     for s in steps:
         p = s.info
         # A router that draws took other experts in this step than in the pass that was looked at.
@@ -136,7 +137,8 @@ def _still(ctx: Context, steps: list[TensorStep]) -> tuple[list[str], list[Findi
         for expert, name, live in _live(s):
             if live:
                 continue
-            used = (p.layer, expert) in moved if drawn else expert is None or _has_tokens(ctx, p.layer, expert)
+            here = _layers(p)
+            used = (here[0], expert) in moved if drawn else any(_has_tokens(ctx, layer, expert) for layer in here)
             if expert is not None and not used:
                 idle.add((p.layer, expert))
             elif (
@@ -178,7 +180,7 @@ def _live(s: TensorStep) -> Iterator[tuple[int | None, str, bool]]:
     """(expert, name, has a gradient) of a tensor or of each expert in it."""
     p = s.info
     if s.gradient is not None and (p.layout.stacked > 1 or "expert" in p.layout.axes):
-        like = ParamInfo(p.name, s.gradient, p.layout, p.layer)
+        like = replace(p, parameter=s.gradient)
         for expert, g in expert_slices(like):
             yield expert, p.name if expert is None else f"{p.name}[expert {expert}]", bool((g != 0).any())
         return
@@ -191,8 +193,15 @@ def _own_expert(p: ParamInfo) -> int | None:
     return p.expert if ROLES[p.role].kind == "expert" else None
 
 
-def _has_tokens(ctx: Context, layer: int | None, expert: int) -> bool:
-    """Whether an expert is used by the tokens that were looked at; True where that cannot be known."""
+def _layers(p: ParamInfo) -> tuple[int | None, ...]:
+    """The layers that read a tensor; None for what lies outside the blocks."""
+    return p.layers or (None,)
+
+
+def _has_tokens(ctx: Context, layer: int | None, expert: int | None) -> bool:
+    """Whether an expert of a layer is used by the tokens that were looked at; True where that cannot be known."""
+    if expert is None:
+        return True
     c = ctx.parts.get(layer) if layer is not None else None
     if c is None or not c.fits or expert >= c.routed.shape[1]:
         return c is None

@@ -139,12 +139,12 @@ def _feed_forward(ctx: Context, b: Branch, c: Coefficients | None) -> Iterator[R
 
 def _swapped(ctx: Context, b: Branch, c: Coefficients) -> Iterator[Finding]:
     """Gate and up in each other's place, in the routed experts, in the dense or shared feed-forward, or in both."""
-    kinds = {ROLES[p.role].kind for p in ctx.placed if p.layer == b.layer}
+    kinds = {ROLES[p.role].kind for p in ctx.placed if b.layer in p.layers}
     for own, activation in ((("expert",), c.activation), (("ffn", "shared"), c.shared)):
         gates = [
             p.name
             for p in ctx.placed
-            if p.layer == b.layer
+            if b.layer in p.layers
             and ROLES[p.role].kind in own
             and any(ROLES[r].part == "gate" for r in (p.role, *p.layout.parts))
         ]

@@ -21,7 +21,7 @@ from mue.lab.models.ops import scaled
 from mue.lab.models.output import Output
 from mue.lab.models.residual import add_attention, add_experts, add_feed_forward
 from mue.layouts.layout import Layout
-from mue.moe import MoELayer, Routing
+from mue.moe import ExpertPool, MoELayer, Routing
 from mue.moe.layer import self_changing
 from mue.moe.losses import consistency_loss
 from mue.moe.routers.base import Balance, BaseRouter, RouterInput, RouterOptions, share
@@ -37,10 +37,17 @@ class TransformerBlock(nn.Module):
         multipliers: the plan's: l^-α, and of this layer A on the feed-forward and R on its routed sum
             (:class:`mue.plan.values.Multipliers` has the formula).
         options: what the run says to the router.
+        pool: the experts that it reads together with other layers, where they lie in a pool.
     """
 
     def __init__(
-        self, shape: Transformer, block: Block, multipliers: Multipliers, layer: int, options: RouterOptions
+        self,
+        shape: Transformer,
+        block: Block,
+        multipliers: Multipliers,
+        layer: int,
+        options: RouterOptions,
+        pool: ExpertPool | None = None,
     ) -> None:
         super().__init__()
         A = multipliers.output[layer] if multipliers.output else 1.0
@@ -55,7 +62,9 @@ class TransformerBlock(nn.Module):
             self.ffn = FeedForward(shape.width, block.ffn, shape.gated, A)
         else:
             options = replace(options, route_scale=R, layer=layer)
-            self.moe = MoELayer.from_block(block, shape.width, options, output_multiplier=A, gated=shape.gated)
+            self.moe = MoELayer.from_block(
+                block, shape.width, options, output_multiplier=A, gated=shape.gated, pool=pool
+            )
 
     def forward(
         self, x_BTD: Tensor, given: RouterInput | None = None, past: PastTokens | None = None
@@ -106,8 +115,10 @@ class LanguageModel(nn.Module):
         self.reads_input = consistency or any(kind.needs_tokens for kind in routers)
         options = RouterOptions(balance=balance, z_loss=z_loss, seed=seed)
         self.embedding = Embedding(shape.vocab, shape.width)
+        pools = self._pools(shape)
         self.blocks = nn.ModuleList(
-            TransformerBlock(shape, block, multipliers, layer, options) for layer, block in enumerate(shape.per_layer)
+            TransformerBlock(shape, block, multipliers, layer, options, pools.get(layer))
+            for layer, block in enumerate(shape.per_layer)
         )
         if (
             common := share([module for module in self.blocks.modules() if isinstance(module, BaseRouter)])
@@ -118,6 +129,16 @@ class LanguageModel(nn.Module):
         if shape.tied:
             # one Parameter, so that named_parameters has it once and its gradient is the sum of both uses
             self.head.weight = self.embedding.weight
+
+    def _pools(self, shape: Transformer) -> dict[int, ExpertPool]:
+        """Layer → the pool of experts that it reads. The model holds pools where there are any."""
+        blocks, layers = shape.per_layer, shape.pool_layers
+        made = [
+            ExpertPool(shape.width, b.experts, b.expert or 0, gated=shape.gated) for b in (blocks[i[0]] for i in layers)
+        ]
+        if made:
+            self.pools = nn.ModuleList(made)
+        return {layer: pool for pool, readers in zip(made, layers, strict=True) for layer in readers}
 
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, past: Sequence[PastTokens] | None = None
@@ -190,8 +211,10 @@ class LanguageModel(nn.Module):
         if any(not block.is_moe for block in blocks):
             rows += [Layout(f"blocks.*.ffn.{part}.weight", f"ffn_{part}", ("out", "in")) for part in parts]
         rows += dict.fromkeys(row for block in self.blocks for row in _router_rows(block))
-        if any(block.experts for block in blocks):
+        if any(block.experts and not block.pools for block in blocks):
             rows += [Layout(f"blocks.*.moe.experts_{p}", f"expert_{p}", ("expert", "out", "in")) for p in parts]
+        for i, layers in enumerate(self.shape.pool_layers):
+            rows += [Layout(f"pools.{i}.{p}", f"expert_{p}", ("expert", "out", "in"), layers=layers) for p in parts]
         if any(block.shared_experts for block in blocks):
             rows += [Layout(f"blocks.*.moe.shared_{p}", f"shared_{p}", ("out", "in")) for p in parts]
         rows += [Layout("final_norm.weight", "final_norm", ("vector",))]

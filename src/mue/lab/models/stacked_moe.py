@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from mue.lab.models.ops import project
-from mue.moe import ExpertWeights, MoELayer, Routing, experts
+from mue.moe import ExpertPool, ExpertWeights, MoELayer, Routing, experts
 from mue.moe.routers.base import RouterInput
 
 
@@ -25,6 +25,8 @@ class StackedMoE(nn.Module):
         layers: the block of each variant on its own; its router's buffers (bias, load) are the ones in use.
     """
 
+    pool: ExpertPool | None
+
     def __init__(self, template: MoELayer, variants: int) -> None:
         super().__init__()
         self.router = template.router
@@ -34,6 +36,7 @@ class StackedMoE(nn.Module):
         self.shared_gate, self.shared_up, self.shared_down = (
             template.shared_gate, template.shared_up, template.shared_down,
         )  # fmt: skip
+        self.__dict__["pool"] = template.pool  # the model's, as in the layer: stacked where it lies
         self.output_multiplier, self.backend = template.output_multiplier, template.backend
         self.layers = [template] * variants
 
@@ -42,9 +45,10 @@ class StackedMoE(nn.Module):
         x_VTD = x.flatten(1, -2)
         routing = self._route(x_VTD, given)
         y_VTD = None
-        if self.experts_up is not None and self.experts_down is not None:
-            gate = None if self.experts_gate is None else self.experts_gate.flatten(0, 1)
-            weights = ExpertWeights(gate, self.experts_up.flatten(0, 1), self.experts_down.flatten(0, 1))
+        own = self.experts_gate, self.experts_up, self.experts_down
+        gate, up, down = own if self.pool is None else self.pool.matrices
+        if up is not None and down is not None:
+            weights = ExpertWeights(None if gate is None else gate.flatten(0, 1), up.flatten(0, 1), down.flatten(0, 1))
             y_VTD = experts(x_VTD.flatten(0, 1), routing, weights, backend=self.backend).view(x_VTD.shape)
         if self.shared_up is not None and self.shared_down is not None:
             up = project(x_VTD, self.shared_up)
