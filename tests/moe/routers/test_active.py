@@ -25,7 +25,7 @@ def made(active: int, *, score: str = "softmax", normalize: bool = True, groups:
     return router.eval()
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     seed=st.integers(0, 2**31),
     trained=st.integers(1, 12),

@@ -11,10 +11,11 @@ from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from mue.moe.losses import balance_bias_step, load_balance_loss, router_z_loss
-from mue.moe.routers.base import ROUTER_CLASSES, Balance, BaseRouter, RouterInput, RouterOptions
+from mue.moe.routers.base import ROUTER_CLASSES, Balance, RouterInput, RouterOptions
+from mue.moe.routers.matrix import MatrixRouter
 from mue.moe.routers.ops import normalised_gates, select_top
 from mue.moe.routing import Routing
 from mue.shapes.block import MEASURED, NORMALISED, Block
@@ -23,10 +24,10 @@ from mue.shapes.routers import ROUTERS
 Score = Literal["sigmoid", "softmax"]
 
 
-@ROUTER_CLASSES.register("sigmoid", place=0)
-@ROUTER_CLASSES.register("softmax", place=1)
-class Router(BaseRouter):
+class TopKRouter(MatrixRouter):
     """Scores every expert for every token and keeps the best (Switch, 2101.03961; sigmoid scores: DeepSeek-V3, 2412.19437).
+
+    What is here is the same for every router that chooses by score; one that chooses in another way overrides :meth:`select`.
 
     `weight` (N, D) is the only parameter, its fan-in is D. `balance_bias` (N,) float32 is a buffer that is added to
     the scores for the selection only and moves by `update_bias_` (aux-loss-free balancing, arXiv 2408.15664); `load`
@@ -41,16 +42,14 @@ class Router(BaseRouter):
         active: a, experts per token.
         groups: g; a/g experts are selected inside each group of N/g, the weights are still normalised over all a
             (conventions.md 9: globally; per group they would sum to g).
+        options: see `RouterOptions`.
         score: "sigmoid" or "softmax".
         normalize: divide the weights by their sum over the active experts, so that they sum to the route scale.
         gates: "unit-sum" (the rule's assumption) or "measured" (the plan corrects for measured moments).
-        route_scale, balance, z_loss, settings: see `RouterOptions`.
 
     Raises:
         ValueError: what `BaseRouter` refuses; weights that are not normalised without gates="measured".
     """
-
-    kind = ROUTERS["sigmoid"]  # of an instance: that of its score
 
     balance_bias: Tensor
     load: Tensor
@@ -61,20 +60,15 @@ class Router(BaseRouter):
         experts: int,
         active: int,
         groups: int = 1,
+        options: RouterOptions | None = None,
         *,
         score: Score = "sigmoid",
         normalize: bool = True,
         gates: str = NORMALISED,
-        route_scale: float = 1.0,
-        balance: Balance = "bias",
-        z_loss: bool = False,
-        settings: Mapping[str, Any] | None = None,
     ) -> None:
+        super().__init__(width, experts, active, groups, options)
         if score not in ("sigmoid", "softmax"):
             raise ValueError(f'score={score!r} is unknown: use "sigmoid" or "softmax"')
-        self.kind = ROUTERS.lookup(score)  # before its settings are read
-        options = RouterOptions(route_scale=route_scale, balance=balance, z_loss=z_loss, settings=settings or {})
-        super().__init__(width, experts, active, groups, options)
         if gates not in (NORMALISED, MEASURED):
             raise ValueError(f"gates={gates!r} is unknown: use {NORMALISED!r} or {MEASURED!r}")
         if not self.kind.sums_to_one(normalize) and gates != MEASURED:
@@ -89,31 +83,15 @@ class Router(BaseRouter):
                 stacklevel=2,
             )
         self.score, self.normalize, self.gates = score, normalize, gates
-        self.weight = nn.Parameter(torch.empty(experts, width))
         self.register_buffer("balance_bias", torch.zeros(experts))
         self.register_buffer("load", torch.zeros(experts, dtype=torch.int64))
-        self.reset_parameters()
 
     @classmethod
-    def from_block(cls, block: Block, width: int, options: RouterOptions) -> Router:
-        """The router of a block, whose `router` is the score."""
-        return cls(
-            width,
-            block.experts,
-            block.active,
-            block.groups,
-            score=cast(Score, block.router),
-            normalize=block.normalize,
-            gates=block.gates,
-            route_scale=options.route_scale,
-            balance=options.balance,
-            z_loss=options.z_loss,
-            settings=options.settings,
-        )
-
-    def reset_parameters(self) -> None:
-        """A plain start; the plan draws the real one."""
-        nn.init.normal_(self.weight, std=0.02)
+    def from_block(cls, block: Block, width: int, options: RouterOptions) -> TopKRouter:
+        """The router of a block, whose setting ``score`` is the score."""
+        score = block.all_settings["score"]
+        numbers = block.experts, block.active, block.groups
+        return cls(width, *numbers, options, score=score, normalize=block.normalize, gates=block.gates)
 
     def extra_repr(self) -> str:
         """The numbers, in the order of the signature."""
@@ -121,23 +99,30 @@ class Router(BaseRouter):
 
     def forward(self, x_TD: Tensor, given: RouterInput | None = None) -> Routing:
         """Routes tokens by their hidden states alone: P = T*active pairs, token-major."""
+        logit_TN = self.logits(x_TD)
         with torch.autocast(x_TD.device.type, enabled=False):
-            dtype = torch.promote_types(x_TD.dtype, torch.float32)
-            logit_TN = F.linear(x_TD.to(dtype), self.weight.to(dtype))
-            return self._route(logit_TN)
+            return self._route(logit_TN, given)
 
-    def _route(self, logit_TN: Tensor) -> Routing:
+    def select(self, choice_TN: Tensor, active: int, given: RouterInput | None) -> Tensor:
+        """(T, active) which experts: the best.
+
+        Args:
+            choice_TN: scores with the bias, without gradient. given: see :meth:`forward`.
+        """
+        return select_top(choice_TN, active, self.groups)
+
+    def _route(self, logit_TN: Tensor, given: RouterInput | None) -> Routing:
         """Selection by score and bias, weights by score alone, and the losses that the run asked for."""
         score_TN = torch.sigmoid(logit_TN) if self.score == "sigmoid" else torch.softmax(logit_TN, dim=1)
         active, factor = self.in_use
         factor *= self.route_scale
         # the bias selects and does not weigh: in the weights it would move the output (2408.15664)
         choice_TN = score_TN.detach() + self.balance_bias
-        expert_TK = select_top(choice_TN, active, self.groups)
+        expert_TK = self.select(choice_TN, active, given)
         weight_TK = self._weights(logit_TN, score_TN, expert_TK, factor)
         if not self.normalize and active != self.active:
             # scores of more experts sum to more by themselves: they are taken to the sum that the trained number has
-            trained_TK = score_TN.gather(1, select_top(choice_TN, self.active, self.groups))
+            trained_TK = score_TN.gather(1, self.select(choice_TN, self.active, given))
             weight_TK = normalised_gates(logit_TN, expert_TK, self.score, factor) * trained_TK.sum(1, keepdim=True)
         routing = self.routing(expert_TK, weight_TK)
         load_N = routing.stats["load"]
@@ -173,3 +158,53 @@ class Router(BaseRouter):
         """Moves the balance bias, where that is how this router is balanced."""
         if self.options.balance == "bias":
             self.update_bias_(bias_speed)
+
+
+@ROUTER_CLASSES.register("sigmoid", place=0)
+@ROUTER_CLASSES.register("softmax", place=1)
+class Router(TopKRouter):
+    """The standard routers, by their numbers alone: the a best by sigmoid or softmax scores.
+
+    Args:
+        width, experts, active, groups, score, normalize, gates: see `TopKRouter`.
+        route_scale, balance, z_loss, settings: see `RouterOptions`.
+    """
+
+    kind = ROUTERS["sigmoid"]  # of an instance: that of its score
+
+    def __init__(
+        self,
+        width: int,
+        experts: int,
+        active: int,
+        groups: int = 1,
+        *,
+        score: Score = "sigmoid",
+        normalize: bool = True,
+        gates: str = NORMALISED,
+        route_scale: float = 1.0,
+        balance: Balance = "bias",
+        z_loss: bool = False,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        if score in ("sigmoid", "softmax"):
+            self.kind = ROUTERS.lookup(score)  # before its settings are read
+        options = RouterOptions(route_scale=route_scale, balance=balance, z_loss=z_loss, settings=settings or {})
+        super().__init__(width, experts, active, groups, options, score=score, normalize=normalize, gates=gates)
+
+    @classmethod
+    def from_block(cls, block: Block, width: int, options: RouterOptions) -> Router:
+        """The router of a block, whose `router` is the score."""
+        return cls(
+            width,
+            block.experts,
+            block.active,
+            block.groups,
+            score=cast(Score, block.router),
+            normalize=block.normalize,
+            gates=block.gates,
+            route_scale=options.route_scale,
+            balance=options.balance,
+            z_loss=options.z_loss,
+            settings=options.settings,
+        )
