@@ -151,22 +151,20 @@ class MoELayer(nn.Module):
             y: (..., width), scale * A * (routed + shared); the routing of all tokens, flattened (no pairs without a router).
         """
         x_TD = x.reshape(-1, self.width)
-        routing = self.route(x_TD, given)
+        routing = self.route(x_TD, given, x.shape[-2] if x.dim() > 1 else None)
         y_TD = experts(x_TD, routing, self.weights, self.backend, self.output_multiplier * scale)
         return y_TD.view(x.shape), routing
 
-    def route(self, x_TD: Tensor, given: RouterInput | None = None) -> Routing:
+    def route(self, x_TD: Tensor, given: RouterInput | None = None, sequence: int | None = None) -> Routing:
         """Which experts each token goes to.
 
         Args:
             x_TD: (T, width).
-            given: what the router may read beside x; not passed on where there is none, so that a router that reads
-                hidden states alone needs no second argument.
+            given: what the router may read beside x. sequence: tokens of one sequence.
         """
         if self.router is None:
             return Routing.empty(x_TD.shape[0], device=x_TD.device)
-        routing: Routing = self.router(x_TD) if given is None else self.router(x_TD, given.flat())
-        return routing
+        return self.router(x_TD, None if given is None else given.flat(), sequence)
 
     @property
     def weights(self) -> ExpertWeights:

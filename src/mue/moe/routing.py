@@ -29,10 +29,11 @@ class Routing:
         slots: pairs per token when every token has exactly that many, consecutively (top-k: k; ragged: the padded
             k_max); 0 when tokens have differing numbers of pairs (expert choice, P = N * capacity).
         route_scale: the R inside weight_P, kept so that `gate_moments` can divide it out again.
-        losses: named auxiliary losses, scalars; ``load_balance`` and ``router_z`` *without* their coefficients, which the trainer
-            has. Any other is added to the trained loss as it is.
+        losses: named auxiliary losses, scalars with their coefficients; only those that the run asked for (``load_balance``,
+            ``router_z``) are without, for the trainer has them (``mue.moe.routers.base.RouterOptions``).
         scores_TN: (T, N) float, the router's probabilities or affinities, with their gradient, where it has any to train.
         logits_TN: (T, N) float, what they were made of.
+        sequence: tokens of one sequence, where they come in sequences of equal length, one after the other.
         stats: named detached measurements, see `routing_stats`.
     """
 
@@ -46,6 +47,7 @@ class Routing:
     losses: dict[str, Tensor] = field(default_factory=dict)
     scores_TN: Tensor | None = None
     logits_TN: Tensor | None = None
+    sequence: int | None = None
     stats: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mue.shapes.losses import AUXILIARY_LOSSES
 from mue.shapes.settings import NO_SETTINGS, Chosen, Setting
 from mue.util.errors import nearest, positive
 from mue.util.registry import Registry
@@ -153,6 +154,8 @@ class RouterKind:
         checked = {name: positive(f"{name} among {where}", value, zero=True) for name, value in given.items()}
         if checked and self.even:
             raise ValueError(f"the {self.name} router has no scores that a loss could train: leave {LOSSES} out")
+        for name in checked:
+            AUXILIARY_LOSSES.lookup(name)  # a wrong name is told here, and not when a model is built
         return Chosen({name: value for name, value in checked.items() if value != self.losses.get(name, 0.0)})
 
 

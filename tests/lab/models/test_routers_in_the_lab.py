@@ -55,6 +55,7 @@ def tempered() -> Iterator[type[BaseRouter]]:
             logit_TN = F.linear(x_TD, self.weight)  # the temperature is moved by its loss alone
             expert_TK = select_top(logit_TN.detach(), self.active, self.groups)
             routing = self.routing(expert_TK, torch.softmax(logit_TN.gather(1, expert_TK), 1) * self.route_scale)
+            routing.scores_TN, routing.logits_TN = torch.softmax(logit_TN, 1), logit_TN
             routing.losses["temperature"] = self.temperature.log().square().sum()
             return routing
 
@@ -182,7 +183,8 @@ def test_a_router_trains_parameters_and_a_loss_of_its_own(tmp_path: Path, corpus
         output = session.model(tokens, tokens)
         assert output.losses["temperature"].item() == pytest.approx(2 * torch.tensor(1.5).log().square().item())
         whole = objective(output, session.coefficients)
-        assert whole.item() == pytest.approx((output.loss + output.losses["temperature"]).item())
+        of_run = asked.plan.tuned.z * output.losses["router_z"]  # the run's, from the logits that the router gives
+        assert whole.item() == pytest.approx((output.loss + output.losses["temperature"] + of_run).item())
         for _ in range(3):
             session.train_step()
         assert all(p.item() < 1.5 for p in own)

@@ -43,7 +43,7 @@ class StackedMoE(nn.Module):
     def forward(self, x: Tensor, given: RouterInput | None = None) -> tuple[Tensor, Routing]:
         """(V, ..., D) → the same shape, and one routing whose losses (V,) and load (V, N) are the variants' own."""
         x_VTD = x.flatten(1, -2)
-        routing = self._route(x_VTD, given)
+        routing = self._route(x_VTD, given, x.shape[-2])
         y_VTD = None
         own = self.experts_gate, self.experts_up, self.experts_down
         gate, up, down = own if self.pool is None else self.pool.matrices
@@ -58,7 +58,7 @@ class StackedMoE(nn.Module):
         assert y_VTD is not None
         return (y_VTD * self.output_multiplier).view(x.shape), routing
 
-    def _route(self, x_VTD: Tensor, given: RouterInput | None) -> Routing:
+    def _route(self, x_VTD: Tensor, given: RouterInput | None, sequence: int) -> Routing:
         """Every variant's own routing as one: token t of variant v is token v·T + t, expert e is v·N + e."""
         variants, tokens, _ = x_VTD.shape
         if self.router is None:
@@ -68,8 +68,8 @@ class StackedMoE(nn.Module):
         for v, (layer, x_TD) in enumerate(zip(self.layers, x_VTD.unbind(0), strict=True)):
             assert layer.router is not None
             own = {name: parameters[v] for name, parameters in stacked.items()}
-            also = () if given is None else (given.variant(v),)
-            each.append(functional_call(layer.router, own, (x_TD, *also)))
+            also = None if given is None else given.variant(v)
+            each.append(functional_call(layer.router, own, (x_TD, also, sequence)))
         number, first = each[0].num_experts, each[0]
         expert_P = [
             # padding is marked by the number of experts, which is another one in the stack

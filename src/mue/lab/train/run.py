@@ -18,6 +18,7 @@ from typing import Any
 from mue.plan.plan import PlanData
 from mue.plan.replan import inputs_from_dict
 from mue.plan.transfer import plan_of
+from mue.shapes.routers import LOSSES
 from mue.util.errors import positive, positive_int
 from mue.util.files import FileLock, digest
 
@@ -103,6 +104,15 @@ class Run:
                 f"z = {tuned.z:g} is the coefficient of a loss on a router's logits, and the {routers[0].name} router of"
                 f" {self.plan.target.name} has none: leave it out"
             )
+        of_run = {"load_balance": ("balance", tuned.balance), "router_z": ("z", tuned.z)}
+        for block in self.plan.target.blocks:
+            losses = block.all_settings[LOSSES] if block.experts else {}
+            for name, (key, value) in of_run.items():
+                if value and losses.get(name):
+                    raise ValueError(
+                        f"the {block.router} router has {LOSSES} {name} = {losses[name]:g} among its settings, and [tuned] {key} ="
+                        f" {value:g} is the coefficient of the same loss: leave one of them out"
+                    )
         if self.settings.consistency and not any(kind.stochastic for kind in routers):
             raise ValueError(
                 f"consistency = {self.settings.consistency:g} compares two draws of the experts, and no router of"

@@ -180,10 +180,12 @@ class TrainingSession:
 
     @property
     def coefficients(self) -> dict[str, float]:
-        """Of the auxiliary losses, by name: load balance (2101.03961), router z (2202.08906), consistency (2110.04260)."""
-        return {
+        """Of the auxiliary losses that the run asks for, by name: load balance (2101.03961), router z (2202.08906), consistency
+        (2110.04260). Those among a router's settings have theirs in them already."""
+        asked = {
             "load_balance": self.tuned.balance, "router_z": self.tuned.z, "consistency": self.settings.consistency
         }  # fmt: skip
+        return {name: coefficient for name, coefficient in asked.items() if coefficient}
 
     def train_step(self) -> None:
         """One step of this run alone."""

@@ -23,7 +23,8 @@ from mue.layouts.layout import Layout
 from mue.moe.routers.ops import with_stats
 from mue.moe.routing import Routing
 from mue.shapes.block import Block
-from mue.shapes.routers import ROUTERS, RouterKind
+from mue.shapes.losses import AUXILIARY_LOSSES
+from mue.shapes.routers import LOSSES, ROUTERS, RouterKind
 from mue.util.errors import nearest, positive_int
 from mue.util.registry import Registry
 
@@ -71,7 +72,8 @@ class RouterOptions:
         route_scale: R, multiplied into the weights; the rule wants a.
         balance: "bias" moves the selection bias (:meth:`BaseRouter.end_step_`), "loss" puts ``load_balance`` into
             ``Routing.losses``, "none" does neither. A router without scores has nothing to balance.
-        z_loss: put ``router_z`` into ``Routing.losses``, where there are logits.
+        z_loss: put ``router_z`` into ``Routing.losses``, where there are logits. (These two are the run's, which has their
+            coefficients; losses with coefficients of their own are among the settings.)
         seed, layer: of what is drawn, so that runs and layers draw differently.
     """
 
@@ -121,7 +123,38 @@ class BaseRouter(nn.Module):
         self.kind.check(active, groups, True, experts, settings)
         self.width, self.experts, self.active, self.groups = width, experts, active, groups
         self.options, self.route_scale = replace(options, settings=settings), float(options.route_scale)
+        self.losses = self._losses_on()
         self._in_evaluation: tuple[int, float] | None = None
+
+    def _losses_on(self) -> list[tuple[str, float, Callable[[Routing], Tensor]]]:
+        """Name, coefficient and function of every loss that is on; those of the run have 1, since the trainer has theirs."""
+        own = {name: value for name, value in self.options.settings[LOSSES].items() if value}
+        asked = {"load_balance": self.options.balance == "loss", "router_z": self.options.z_loss}
+        of_run = {name: 1.0 for name, on in asked.items() if on and not self.kind.even}
+        if twice := own.keys() & of_run.keys():
+            raise ValueError(
+                f"the loss {min(twice)} is asked for by the run and among the {LOSSES} of the {self.kind.name} router:"
+                " leave one of them out"
+            )
+        return [(name, value, AUXILIARY_LOSSES.lookup(name)) for name, value in (own | of_run).items()]
+
+    def __call__(self, x_TD: Tensor, given: RouterInput | None = None, sequence: int | None = None) -> Routing:
+        """Routes tokens by :meth:`forward`, and adds the losses that are on.
+
+        Args:
+            x_TD, given: see :meth:`forward`; what is not given is not passed on, so that a router that reads hidden states alone needs no
+                second argument.
+            sequence: tokens of one sequence, where they are known to be of equal length.
+        """
+        routing: Routing = super().__call__(x_TD) if given is None else super().__call__(x_TD, given)
+        routing.sequence = sequence
+        if self.losses:
+            # as the router itself: rounded probabilities would train something else
+            with torch.autocast(x_TD.device.type, enabled=False):
+                for name, coefficient, loss in self.losses:
+                    value = loss(routing)
+                    routing.losses[name] = value if coefficient == 1.0 else coefficient * value
+        return routing
 
     @classmethod
     def from_block(cls, block: Block, width: int, options: RouterOptions) -> BaseRouter:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mue.moe.losses import balance_bias_step, load_balance_loss, router_z_loss
+from mue.moe.losses import balance_bias_step
 from mue.moe.routers.base import ROUTER_CLASSES, Balance, RouterInput, RouterOptions
 from mue.moe.routers.matrix import MatrixRouter
 from mue.moe.routers.ops import normalised_gates, select_top
@@ -112,7 +112,7 @@ class TopKRouter(MatrixRouter):
         return select_top(choice_TN, active, self.groups)
 
     def _route(self, logit_TN: Tensor, given: RouterInput | None) -> Routing:
-        """Selection by score and bias, weights by score alone, and the losses that the run asked for."""
+        """Selection by score and bias, weights by score alone."""
         score_TN = torch.sigmoid(logit_TN) if self.score == "sigmoid" else torch.softmax(logit_TN, dim=1)
         active, factor = self.in_use
         factor *= self.route_scale
@@ -125,17 +125,11 @@ class TopKRouter(MatrixRouter):
             trained_TK = score_TN.gather(1, self.select(choice_TN, self.active, given))
             weight_TK = normalised_gates(logit_TN, expert_TK, self.score, factor) * trained_TK.sum(1, keepdim=True)
         routing = self.routing(expert_TK, weight_TK)
-        load_N = routing.stats["load"]
+        routing.scores_TN, routing.logits_TN = score_TN, logit_TN
         if self.training:
             with torch.no_grad():
                 # in training only: a validation pass must not move the bias of the next step
-                self.load += load_N
-        if self.options.balance == "loss":
-            # sigmoid scores over their sum, as a softmax of their logarithms: no 0/0 where all of them underflow
-            prob_TN = score_TN if self.score == "softmax" else torch.softmax(F.logsigmoid(logit_TN), dim=1)
-            routing.losses["load_balance"] = load_balance_loss(prob_TN, load_N)
-        if self.options.z_loss:
-            routing.losses["router_z"] = router_z_loss(logit_TN)
+                self.load += routing.stats["load"]
         return routing
 
     def _weights(self, logit_TN: Tensor, score_TN: Tensor, expert_TK: Tensor, scale: float) -> Tensor:

@@ -1,13 +1,49 @@
-"""Auxiliary losses and the loss-free balance step of a router, as pure functions.
+"""Losses that spread tokens over experts, and the loss-free step of a balance bias.
 
-All are returned without a coefficient. Shape suffixes: B sequences, T tokens, N experts, V vocabulary.
+Shape suffixes: S sequences, T tokens, N experts.
 """
 
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from mue.moe.losses.parts import need, probabilities
+from mue.moe.routing import Routing
+from mue.shapes.losses import AUXILIARY_LOSSES
+
+
+@AUXILIARY_LOSSES.register("load_balance", place=0)
+def load_balance(routing: Routing) -> Tensor:
+    """:func:`load_balance_loss` of all tokens together.
+
+    f counts what the router asked for: ``stats["demand"]``, where pairs were dropped for want of room, else ``stats["load"]``.
+    """
+    load_N = routing.stats.get("demand", routing.stats["load"])
+    return load_balance_loss(probabilities(routing, "load_balance"), load_N)
+
+
+@AUXILIARY_LOSSES.register("sequence_balance", place=1)
+def sequence_balance(routing: Routing) -> Tensor:
+    """The mean over sequences of N · Σ_i f_i · P_i within each (DeepSeek-V3, 2412.19437, eq. 17–20): no sequence overloads an expert.
+
+    f counts the pairs as they were routed, a balance bias included; padding counts nowhere.
+
+    Returns:
+        A scalar, 1 where every sequence is balanced.
+    """
+    length = int(need(routing, "sequence", "sequence_balance"))
+    prob_TN = probabilities(routing, "sequence_balance")
+    experts = routing.num_experts
+    if routing.num_tokens == 0:
+        return prob_TN.sum()
+    prob_SN = prob_TN.view(-1, length, experts).mean(1)
+    place_P = (routing.token_P // length) * (experts + 1) + routing.expert_P
+    load_SN = prob_SN.new_zeros(prob_SN.shape[0] * (experts + 1))
+    load_SN = load_SN.scatter_add_(0, place_P, torch.ones_like(place_P, dtype=load_SN.dtype))
+    load_SN = load_SN.view(-1, experts + 1)[:, :experts]
+    share_SN = load_SN / load_SN.sum(1, keepdim=True).clamp(min=1)
+    return experts * (share_SN * prob_SN).sum(1).mean()
 
 
 def load_balance_loss(prob_TN: Tensor, load_N: Tensor) -> Tensor:
@@ -33,20 +69,6 @@ def load_balance_loss(prob_TN: Tensor, load_N: Tensor) -> Tensor:
     return experts * torch.dot(share_N.detach(), prob_TN.mean(0))
 
 
-def router_z_loss(logit_TN: Tensor) -> Tensor:
-    """Mean over tokens of logsumexp(logits)^2 (ST-MoE, arXiv 2202.08906, eq. 5): keeps the logits small.
-
-    Args:
-        logit_TN: (T, N) router logits.
-
-    Returns:
-        A scalar >= 0; 0 when there is no token.
-    """
-    if logit_TN.shape[0] == 0:
-        return logit_TN.sum()
-    return torch.logsumexp(logit_TN, dim=1).square().mean()
-
-
 def balance_bias_step(load_N: Tensor, speed: float) -> Tensor:
     """speed * sign(mean load - load): what to add to the selection bias (aux-loss-free, arXiv 2408.15664, alg. 1).
 
@@ -60,18 +82,3 @@ def balance_bias_step(load_N: Tensor, speed: float) -> Tensor:
     """
     load_N = load_N.double()  # counts stay exact; a float32 mean would move experts that are exactly at it
     return speed * torch.sign(load_N.mean() - load_N).float()
-
-
-def consistency_loss(logit_BTV: Tensor, other_BTV: Tensor) -> Tensor:
-    """Mean over tokens of (KL(p‖q) + KL(q‖p)) / 2: how far two passes over one batch disagree (THOR, arXiv 2110.04260).
-
-    Args:
-        logit_BTV, other_BTV: (..., B, T, V) logits of p and of q. Both get gradients: each pass teaches the other.
-
-    Returns:
-        A scalar ≥ 0 in nats, in float32 or better, 0 where the two are equal; of stacked variants one each.
-    """
-    dtype = torch.promote_types(logit_BTV.dtype, torch.float32)
-    log_p, log_q = (F.log_softmax(x.to(dtype), dim=-1) for x in (logit_BTV, other_BTV))
-    # KL(p‖q) + KL(q‖p) = Σ (p - q)(log p - log q): the two entropies cancel.
-    return 0.5 * ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(-1).flatten(-2).mean(-1)
