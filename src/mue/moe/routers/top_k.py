@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mue.moe.losses import balance_bias_step
