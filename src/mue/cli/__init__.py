@@ -25,9 +25,11 @@ COMMANDS = (
     "train",
     "report",
     "generate",
+    "evaluate",
     "inspect",
     "check",
     "export",
+    "export_weights",
     "convert",
     "doctor",
 )  # files of this folder, in the order the help shows them

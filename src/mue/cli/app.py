@@ -81,6 +81,10 @@ Trained = Annotated[
         show_default=False,
     ),
 ]
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option("--tokenizer", help="Where the run's tokenizer is now, if it was moved.", show_default=False),
+]
 KeepWeights = Annotated[
     bool, typer.Option("--keep-weights", help="Leave model.safetensors in the folder of every run that is trained.")
 ]

@@ -4,17 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from mue.cli.app import Trained, app
-
-Tokenizer = Annotated[
-    Path | None,
-    typer.Option("--tokenizer", help="Where the run's tokenizer is now, if it was moved.", show_default=False),
-]
+from mue.cli.app import Tokenizer, Trained, app
 
 
 @app.command()

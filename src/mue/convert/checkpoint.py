@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,7 +18,7 @@ from mue.convert.forms import Conversion
 from mue.convert.optimizer import convert_optimizer, convert_scheduler, is_optimizer, is_scheduler
 from mue.convert.rewrite import Through, rewrite
 from mue.layouts.torch_file import read_torch
-from mue.util.files import write_atomic, write_json
+from mue.util.files import write_atomic, write_folder, write_json
 from mue.util.safetensors import read_header
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
@@ -98,10 +96,8 @@ def _folder(
             f"{source} is a checkpoint of torch.distributed.checkpoint: make it one file first, with"
             " python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
         )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    # beside it, so that the last step is a rename within one file system: all of it appears, or nothing
-    work = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
+
+    def fill(work: Path) -> None:
         for path in _in_order(source):
             target = work / path.relative_to(source)
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -116,11 +112,8 @@ def _folder(
                 shutil.copy2(path, target)
                 report.copied.append(str(path.relative_to(source)))
         _complete(source, how, report)
-        work.chmod(0o755)
-        os.replace(work, out)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+
+    write_folder(out, fill)
 
 
 def _in_order(folder: Path) -> list[Path]:

@@ -19,19 +19,31 @@ def transformers_model(target: Transformer, given: Any) -> tuple[nn.Module, str]
 
     Args:
         target: the planned shape. given: a module, a transformers config, or the path or family of one; None: ``qwen3``,
-            ``qwen3_moe`` or ``glm4_moe`` in the planned shape, where one of them has it.
+            ``qwen3_moe``, ``lfm2_moe`` or ``glm4_moe`` in the planned shape, where one of them has it.
 
     Raises:
-        ValueError: no such config; a shape that none of the three has.
+        ValueError: no such config; a shape that none of the four has.
     """
     if isinstance(given, nn.Module):
         return given, type(given).__name__
-    config, sizes = _config_of(target) if given is None else (given, "")
+    try:
+        config, sizes = _config_of(target) if given is None else (given, "")
+    except ValueError as error:
+        raise ValueError(f"{error}: give a config with --model") from None
     config = read_config(config) if isinstance(config, str | Path) else config
     # names and shapes are all that an export reads, and a model may be larger than this machine
     with torch.device("meta"), user_code(type(config).__name__):
         module = build(config)
     return module, f"{type(module).__name__}{sizes}"
+
+
+def stock_config(target: Transformer) -> Any:
+    """The config of ``qwen3``, ``qwen3_moe``, ``lfm2_moe`` or ``glm4_moe`` in a shape's numbers.
+
+    Raises:
+        ValueError: a shape that none of the four has, with what differs.
+    """
+    return _config_of(target)[0]
 
 
 def _config_of(target: Transformer) -> tuple[Any, str]:
@@ -51,12 +63,19 @@ def _config_of(target: Transformer) -> tuple[Any, str]:
 
 
 def _family(target: Transformer) -> tuple[str, dict[str, Any]]:
-    """(family, its sizes) with the planned layers: qwen3, qwen3_moe (softmax) or glm4_moe (sigmoid, shared experts)."""
+    """(family, its sizes) with the planned layers: qwen3, qwen3_moe (softmax), lfm2_moe (sigmoid) or glm4_moe (sigmoid, shared experts)."""
     dense = list({block.ffn for block in target.blocks if not block.is_moe})
     moe = list({_kind(block) for block in target.blocks if block.is_moe})
     is_moe = [block.is_moe for block in target.per_layer]
-    if not target.gated or len(dense) > 1 or len(moe) > 1:
-        raise ValueError(f"no default transformers model has the layers of {target.name}: give a config with --model")
+    differs = [
+        "a feed-forward without a gate" if not target.gated else "",
+        f"dense layers of {len(dense)} widths" if len(dense) > 1 else "",
+        f"{len(moe)} kinds of blocks with experts" if len(moe) > 1 else "",
+    ]
+    if any(differs):
+        raise ValueError(
+            f"no default transformers model has the layers of {target.name} ({', '.join(filter(None, differs))})"
+        )
     sizes: dict[str, Any] = {"intermediate_size": dense[0]} if dense else {}
     if not moe:
         return "qwen3", sizes
@@ -67,14 +86,18 @@ def _family(target: Transformer) -> tuple[str, dict[str, Any]]:
         sizes |= {"mlp_only_layers": skipped, "moe_intermediate_size": expert, "num_experts": experts}
         return "qwen3_moe", {**sizes, "num_experts_per_tok": active, "norm_topk_prob": normalize}
     first = is_moe.index(True)
-    # GLM-4-MoE: dense layers first, then experts with sigmoid scores and shared ones as wide as routed ones
+    # LFM2-MoE without its convolutions: dense layers first, then experts with sigmoid scores
+    if router == "sigmoid" and all(is_moe[first:]) and not shared:
+        sizes |= {"num_dense_layers": first, "moe_intermediate_size": expert, "num_experts": experts}
+        sizes |= {"num_experts_per_tok": active, "norm_topk_prob": normalize, "routed_scaling_factor": 1.0}
+        return "lfm2_moe", {**sizes, "layer_types": ["full_attention"] * target.layers}
+    # GLM-4-MoE: the same with shared experts, as wide as routed ones
     if router == "sigmoid" and all(is_moe[first:]) and width == shared * expert:
         sizes |= {"first_k_dense_replace": first, "moe_intermediate_size": expert, "n_routed_experts": experts}
         sizes |= {"n_shared_experts": shared, "num_experts_per_tok": active, "norm_topk_prob": normalize}
         return "glm4_moe", {**sizes, "use_qk_norm": True, "routed_scaling_factor": 1.0}
     raise ValueError(
-        f"no default transformers model has the experts of {target.name} ({router} gates, {shared} shared experts): give a"
-        " config with --model"
+        f"no default transformers model has the experts of {target.name} ({router} gates, {shared} shared experts)"
     )
 
 

@@ -6,6 +6,7 @@ import codecs
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -57,6 +58,32 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
+        if made and not any(path.parent.iterdir()):
+            path.parent.rmdir()
+        raise
+
+
+def write_folder(path: Path, fill: Callable[[Path], None]) -> None:
+    """Let ``fill`` fill a temporary folder beside ``path``, then give it that name; on any error nothing is left.
+
+    Args:
+        path: does not exist; its parent is made where it is missing. fill: is given the folder, which is empty.
+
+    Raises:
+        ValueError: something of that name is there already.
+    """
+    if path.exists():
+        raise ValueError(f"{path} exists already: give --out a name that is free")
+    made = not path.parent.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # beside it, so that the last step is a rename within one file system: all of it appears, or nothing
+    work = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        fill(work)
+        work.chmod(0o755)  # mkdtemp makes folders that only their owner reads
+        os.replace(work, path)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
         if made and not any(path.parent.iterdir()):
             path.parent.rmdir()
         raise

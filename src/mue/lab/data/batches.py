@@ -102,16 +102,25 @@ class Batches:
         if n < 1:
             raise ValueError(f"the number of batches must be at least 1, not {n}")
         n = min(n, max(1, len(self._stream) // (self._window * self.batch_sequences)))
-        last = len(self._stream) - self._window
-        start_S = np.linspace(0, last, n * self.batch_sequences).astype(np.int64)
+        start_S = spread(self._stream, self._window, n * self.batch_sequences)
         return [self._gather(start_S[i::n]) for i in range(n)]
 
     def _gather(self, start_B: npt.NDArray[np.int64]) -> tuple[torch.Tensor, torch.Tensor]:
-        import torch  # here, so that what only names a corpus starts without
+        return windows_at(self._stream, start_B, self._window)
 
-        window_BW = self._stream[start_B[:, None] + np.arange(self._window)].astype(np.int64)
-        tokens_BW = torch.from_numpy(window_BW)
-        return tokens_BW[:, :-1].contiguous(), tokens_BW[:, 1:].contiguous()
+
+def spread(stream: Tokens, window: int, count: int) -> npt.NDArray[np.int64]:
+    """Where ``count`` windows begin that lie evenly over a whole stream."""
+    return np.linspace(0, len(stream) - window, count).astype(np.int64)
+
+
+def windows_at(stream: Tokens, start_B: npt.NDArray[np.int64], window: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Inputs x_BT and targets y_BT, T = window - 1, of the windows that begin there."""
+    import torch  # here, so that what only names a corpus starts without
+
+    window_BW = stream[start_B[:, None] + np.arange(window)].astype(np.int64)
+    tokens_BW = torch.from_numpy(window_BW)
+    return tokens_BW[:, :-1].contiguous(), tokens_BW[:, 1:].contiguous()
 
 
 # Four rounds make a permutation that looks random with ideal round functions (Luby & Rackoff, SIAM J. Comput. 17,

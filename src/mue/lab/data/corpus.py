@@ -108,14 +108,7 @@ def load_corpus(
     """
     if not 0 < validation_fraction < 1:
         raise ValueError(f"validation_fraction must lie between 0 and 1, not {validation_fraction}")
-    sources = [Path(source)] if isinstance(source, (Path, str)) else [Path(s) for s in source]
-    # The cache may lie inside a source, and is no text of it.
-    found, skipped = find(sources, suffixes, exclude | {str(Path(cache).resolve())}, tokens_described=dtype is not None)
-    index = Index(Path(cache), [*sources, *sorted(suffixes)])
-    files = examine_all(found, index, skipped)
-    if not files:
-        raise ValueError(nothing_usable(sources, skipped, suffixes))
-
+    files, index, skipped = _examined(source, Path(cache), suffixes, exclude, dtype)
     if any(f.kind in TOKENS for f in files):
         encoder = token_encoder(files, tokenizer, dtype, vocab)
     else:
@@ -153,6 +146,44 @@ def load_corpus(
     )
 
 
+def _examined(
+    source: Path | str | list[Path], cache: Path, suffixes: frozenset[str], exclude: frozenset[str], dtype: str | None
+) -> tuple[list[SourceFile], Index, Counter[str]]:
+    """The usable files of a source, at least one, what was remembered of them, and how many others were left out, by reason."""
+    sources = [Path(source)] if isinstance(source, (Path, str)) else [Path(s) for s in source]
+    # The cache may lie inside a source, and is no text of it.
+    found, skipped = find(sources, suffixes, exclude | {str(cache.resolve())}, tokens_described=dtype is not None)
+    index = Index(cache, [*sources, *sorted(suffixes)])
+    files = examine_all(found, index, skipped)
+    if not files:
+        raise ValueError(nothing_usable(sources, skipped, suffixes))
+    return files, index, skipped
+
+
+def by_folder(
+    source: Path | str | list[Path],
+    *,
+    cache: Path,
+    held_out: bool,
+    validation_fraction: float = 0.1,
+    suffixes: frozenset[str] = TEXT_SUFFIXES,
+    exclude: frozenset[str] = EXCLUDED_FOLDERS,
+    dtype: str | None = None,
+) -> dict[str, list[Path]]:
+    """The files of a corpus by the folder of the source that they lie in; ``"."`` for those in none.
+
+    Args:
+        held_out: those alone that :func:`load_corpus` validates on; [] of a source of one file. The others as there.
+    """
+    files, index, _ = _examined(source, Path(cache), suffixes, exclude, dtype)
+    index.save()
+    out: dict[str, list[Path]] = {}
+    for file in split(files, validation_fraction)[1] if held_out else files:
+        folder, *inside = Path(file.name).parts
+        out.setdefault(folder if inside else ".", []).append(file.path)
+    return out
+
+
 def stdlib_corpus(cache: Path, *, validation_fraction: float = 0.1) -> Corpus:
     """The Python standard library's own source on this machine: real text, no download, about 12 MB, byte-level.
 
@@ -165,11 +196,16 @@ def stdlib_corpus(cache: Path, *, validation_fraction: float = 0.1) -> Corpus:
     Raises:
         ValueError: Python came without its source.
     """
-    exclude = EXCLUDED_FOLDERS | {"test", "tests", "idle_test"}
-    source = Path(sysconfig.get_path("stdlib"))
-    return load_corpus(
-        source, cache=cache, validation_fraction=validation_fraction, suffixes=frozenset({".py"}), exclude=exclude
-    )
+    return load_corpus(**stdlib_source(), cache=cache, validation_fraction=validation_fraction)
+
+
+def stdlib_source() -> dict[str, Any]:
+    """The arguments of :func:`load_corpus` that name the text of :func:`stdlib_corpus`."""
+    return {
+        "source": Path(sysconfig.get_path("stdlib")),
+        "suffixes": frozenset({".py"}),
+        "exclude": EXCLUDED_FOLDERS | {"test", "tests", "idle_test"},
+    }
 
 
 def _tokenise(

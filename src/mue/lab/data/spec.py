@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mue.lab.data.corpus import Corpus, load_corpus, stdlib_corpus
+from mue.lab.data.corpus import Corpus, load_corpus, stdlib_source
 from mue.plan.toml import check_keys, table_of
 
 STDLIB = "stdlib"
@@ -46,16 +46,24 @@ def open_corpus(source: Mapping[str, Any]) -> Corpus:
     Raises:
         ValueError: as :func:`mue.lab.data.corpus.load_corpus`.
     """
-    options = {k: v for k, v in source.items() if k not in ("source", "cache")}
-    cache = Path(source["cache"])
+    return load_corpus(**corpus_arguments(source))
+
+
+def corpus_arguments(source: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of :func:`mue.lab.data.corpus.load_corpus` that a :func:`data_source` stands for.
+
+    Raises:
+        ValueError: a key that has no meaning with the standard library.
+    """
+    out = {**source, "cache": Path(source["cache"])}
     if source["source"] == STDLIB:
-        unknown = [k for k in options if k != "validation_fraction"]
+        unknown = [k for k in source if k not in ("source", "cache", "validation_fraction")]
         if unknown:
             raise ValueError(f'[data] {unknown[0]} has no meaning with source = "stdlib": leave it out')
-        return stdlib_corpus(cache, **options)
-    if "tokenizer" in options:
-        options["tokenizer"] = Path(options["tokenizer"])
-    return load_corpus([Path(p) for p in source["source"]], cache=cache, **options)
+        return out | stdlib_source()
+    if "tokenizer" in out:
+        out["tokenizer"] = Path(out["tokenizer"])
+    return out | {"source": [Path(p) for p in source["source"]]}
 
 
 def describe_data(source: dict[str, Any], corpus: Corpus) -> dict[str, Any]:

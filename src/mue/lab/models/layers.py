@@ -15,6 +15,7 @@ from mue.lab.models import ops
 from mue.shapes import Transformer
 
 EPS = 1e-6  # of every norm
+ROPE_BASE = 10_000.0  # of the angles (2104.09864)
 
 
 class RMSNorm(nn.Module):
@@ -129,7 +130,7 @@ class FeedForward(nn.Module):
         return ops.scaled(ops.feed_forward(x, gate, self.up.weight, self.down.weight), self.output_multiplier)
 
 
-def rotary_table(length: int, head_dim: int, base: float = 10_000.0) -> Tensor:
+def rotary_table(length: int, head_dim: int, base: float = ROPE_BASE) -> Tensor:
     """cos and sin of RoPE's angles (2104.09864, eq. 15) as (length, 1, head_dim/2, 2)."""
     # float64 up to the last step: of an angle of 10^4 float32 keeps three digits behind the point
     frequency = base ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)

@@ -17,15 +17,18 @@ _PARTIAL = "\ufffd"  # what a decoder writes for a character that is not whole y
 class TextTokens:
     """The tokens of one run's text.
 
+    Args:
+        encoder: text to tokens, as the corpus was made. path: of the tokenizer; None for bytes. end: the text of the token between documents,
+            where it is not what tokenizers call it.
+
     Attributes:
-        encoder: text to tokens, as the corpus was made. separator: the token between documents; None where nobody knows.
+        separator: the token between documents; None where nobody knows.
         bytes_of: how many bytes of UTF-8 each token stands for, by its id; a token between documents of a tokenizer stands for none. (A byte
             is a token of its own where tokens are bytes, and there the separator is one, too.)
-        path: of the tokenizer; None for bytes.
     """
 
-    def __init__(self, encoder: Encoder, path: Path | None = None) -> None:
-        self.encoder, self.path, self.separator = encoder, path, encoder.separator
+    def __init__(self, encoder: Encoder, path: Path | None = None, end: str | None = None) -> None:
+        self.encoder, self.path, self.separator, self.end = encoder, path, encoder.separator, end
         self._tokenizer: Any = None
         if path is not None:
             from tokenizers import Tokenizer

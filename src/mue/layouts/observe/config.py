@@ -5,6 +5,7 @@ Works on any config object with attributes, nested ones too; :mod:`mue.layouts.o
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -68,3 +69,20 @@ def size_of(config: Any, dimension: str) -> int | None:
 def find_integer(config: Any, words: str) -> int | None:
     """The first whole number of the language part, and of what that nests, that one of ``words`` names."""
     return next((v for k, v in language_integers(config).items() if re.fullmatch(words, k)), None)
+
+
+def with_active(config: Any, active: int) -> Any:
+    """A copy of a config in which a token uses so many experts.
+
+    Raises:
+        ValueError: the config does not say how many it uses.
+    """
+    config, found = copy.deepcopy(config), False
+    for part in subconfigs(text_config(config)):
+        for key in integers(part):
+            if re.fullmatch(names.ACTIVE_EXPERTS, key):
+                setattr(part, key, active)
+                found = True
+    if not found:
+        raise ValueError(f"{type(config).__name__} does not say how many experts a token uses")
+    return config

@@ -112,6 +112,20 @@ def build(config: Any) -> nn.Module:
         return transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")  # type: ignore[no-any-return]
 
 
+def read_stock(folder: Path) -> Any:
+    """The model of a folder, in float32 and eval mode, from safetensors there and from nowhere else."""
+    transformers = _transformers()
+    without_progress_bars()
+    return transformers.AutoModelForCausalLM.from_pretrained(
+        folder, dtype="float32", local_files_only=True, use_safetensors=True, attn_implementation="eager"
+    ).eval()
+
+
+def without_progress_bars() -> None:
+    """Let ``transformers`` read and write weights without drawing on the terminal."""
+    _transformers().logging.disable_progress_bar()
+
+
 def causal_families() -> list[str]:
     """Every causal-LM family of the installed transformers."""
     _transformers()
