@@ -16,7 +16,7 @@ from mue.cli.terminal import print_json
 
 if TYPE_CHECKING:  # they need torch, and a command imports what it calls when it runs
     from mue.lab.trained.active import ActiveCurve, ActivePoint
-    from mue.lab.trained.evaluate import Scores
+    from mue.lab.trained.evaluate import TextScores
     from mue.lab.trained.subject import Subject
 
 _ACTIVE = "--active"
@@ -143,7 +143,7 @@ def evaluate(
         console.print(f"left out: {escape(name)} ({escape(why)})", highlight=False, soft_wrap=True)
 
 
-def _table(found: dict[str, Scores]) -> Table:
+def _table(found: dict[str, TextScores]) -> Table:
     """A row for the whole and for each folder."""
     table = Table(box=None, header_style="bold", pad_edge=False)
     for title in ("text", "sequences", "tokens", "nats per byte", "nats per token", "next token right, %"):

@@ -12,7 +12,7 @@ import torch
 
 from mue.lab.data.corpus import by_folder
 from mue.lab.data.spec import corpus_arguments, open_corpus
-from mue.lab.trained.evaluate import Scores, score
+from mue.lab.trained.evaluate import TextScores, score
 from mue.lab.trained.find import find, read_run
 from mue.lab.trained.held_out import WHOLE, own_text, text_of
 from mue.lab.trained.subject import subject_of
@@ -53,9 +53,9 @@ def test_intervals_are_those_of_means() -> None:
     assert (same.value, same.half) == pytest.approx((plain.value, plain.half))
     assert math.isinf(mean_of([1.0]).half) and mean_of([1.0]).to_list() == [1.0, None, None]
     # a paired difference is far narrower than the two losses, since their texts are the same (and wide where they are not: the control)
-    hard = Scores((10.0, 20.0, 30.0), (10.0,) * 3, (1.0,) * 3, None)
-    easier = Scores((9.0, 19.1, 28.9), (10.0,) * 3, (1.0,) * 3, None)
-    turned = Scores(easier.nats[::-1], easier.tokens, easier.correct, None)
+    hard = TextScores((10.0, 20.0, 30.0), (10.0,) * 3, (1.0,) * 3, None)
+    easier = TextScores((9.0, 19.1, 28.9), (10.0,) * 3, (1.0,) * 3, None)
+    turned = TextScores(easier.nats[::-1], easier.tokens, easier.correct, None)
     assert easier.above(hard).value == pytest.approx(-0.1)
     assert easier.above(hard).half < 0.05 < 1 < min(hard.per_token.half, turned.above(hard).half)
 

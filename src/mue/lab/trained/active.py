@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from mue.lab.trained.evaluate import Logits, Scores, score
+from mue.lab.trained.evaluate import Logits, TextScores, score
 from mue.lab.trained.find import TrainedRun
 from mue.lab.trained.held_out import Windows
 from mue.moe.routers.base import active_experts
@@ -55,7 +55,7 @@ class ActivePoint:
     active: int
     scale: str
     flops: float
-    scores: Scores
+    scores: TextScores
 
 
 @dataclass(frozen=True)

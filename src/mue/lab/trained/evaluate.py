@@ -21,7 +21,7 @@ Logits = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class Scores:
+class TextScores:
     """A model's predictions of some windows: sums over each window's tokens.
 
     Attributes:
@@ -49,7 +49,7 @@ class Scores:
         """Share of the tokens that were the likeliest."""
         return mean_of(self.correct, self.tokens)
 
-    def above(self, other: Scores) -> Mean:
+    def above(self, other: TextScores) -> Mean:
         """The loss over that of another model on the same windows, sequence by sequence: per byte, or per token where nobody knows bytes.
 
         What makes a text easy or hard is common to both, so that this interval is far narrower than either's.
@@ -75,7 +75,7 @@ class Scores:
 
 
 @torch.no_grad()
-def score(logits: Logits, windows: Windows, bytes_of: Sequence[int] | None) -> Scores:
+def score(logits: Logits, windows: Windows, bytes_of: Sequence[int] | None) -> TextScores:
     """Ask a model about windows.
 
     Args:
@@ -91,4 +91,4 @@ def score(logits: Logits, windows: Windows, bytes_of: Sequence[int] | None) -> S
         sums["correct"] += (logits_BTV.argmax(-1) == following_BT).sum(1).tolist()
         sums["bytes"] += [] if table is None else table[following_BT].sum(1).tolist()
     found = {name: tuple(map(float, values)) for name, values in sums.items()}
-    return Scores(found["nats"], found["tokens"], found["correct"], None if table is None else found["bytes"])
+    return TextScores(found["nats"], found["tokens"], found["correct"], None if table is None else found["bytes"])
