@@ -19,7 +19,7 @@ from mue.checks.report import FAIL, PASS, SKIP, WARN, Finding, several
 from mue.layouts.layout import HasLayout, canonical, unwrap
 from mue.layouts.transformers.shape import Routers
 from mue.layouts.transformers.stock import is_stock, observe_stock
-from mue.shapes.block import MEASURED, Block
+from mue.shapes.block import Block
 from mue.shapes.routers import RouterKind
 from mue.util.text import number
 
@@ -121,7 +121,7 @@ def _routing(ctx: Context, name: str, layer: int, routing: Routed, block: Block)
     weight_TN = torch.zeros(routing.num_tokens, routing.num_experts + 1)
     weight_TN.index_put_((routing.token_P, routing.expert_P), routing.weight_P.float(), accumulate=True)
     total, active = weight_TN.sum(1), (weight_TN[:, :-1] != 0).sum(1).float()
-    m = block.gate_moments[0] if block.gate_moments else 1.0
+    m = block.moments[0] if block.moments else 1.0
     wanted = ctx.plan.multipliers.route[layer] * m
     if float(active.mean()) != block.active:
         yield Finding(
@@ -135,9 +135,9 @@ def _routing(ctx: Context, name: str, layer: int, routing: Routed, block: Block)
         )
     spread = float(total.std())
     # in float32 a sum of normalised weights is exact to 1e-6, whatever the router
-    if block.gates != MEASURED and spread > 1e-3 * float(total.mean()):
+    if block.moments is None and spread > 1e-3 * float(total.mean()):
         yield not_constant(name, float(total.mean()), spread, wanted)
-    elif block.gates != MEASURED and abs(float(total.mean()) - wanted) > 1e-3 * wanted:
+    elif block.moments is None and abs(float(total.mean()) - wanted) > 1e-3 * wanted:
         yield Finding(
             NAME,
             FAIL,
@@ -186,7 +186,7 @@ def _against_observed(ctx: Context, known: Routers) -> Iterator[tuple[str, str, 
             ("planned for another router",),
             f'router = "{known.score}" in the target',
         )
-    if all(b.gates == MEASURED for b in blocks):
+    if all(b.moments for b in blocks):
         return
     if known.normalised is False:
         expected = "weights that sum to one over the active experts"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from mue.plan import per_role
 from mue.plan.convention import Convention
+from mue.plan.gates import with_logit_std
 from mue.plan.plan import Inputs, PlanData
 from mue.plan.values import Values
 from mue.shapes import HParams, Training, Transformer
@@ -61,7 +62,7 @@ def base_of(inputs: Inputs) -> Base:
     made = _of_plan(inputs, inputs.base) if isinstance(inputs.base, PlanData) else _of_shape(inputs, inputs.base)
     per_role.check_roles(made.tuned, made.shape)
     made.convention.check_optimizer(made.tuned.optimizer)
-    return made
+    return replace(made, shape=with_logit_std(made.shape, lambda _: made.values("router", "").init_std))
 
 
 def _of_plan(inputs: Inputs, plan: PlanData) -> Base:

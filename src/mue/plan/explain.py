@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from mue.plan import per_role
+from mue.plan.base import base_of
 from mue.plan.plan import PlanData
 from mue.plan.ratios import ratios
 from mue.rules.algebra import ONE, RATIOS, Monomial
@@ -178,8 +179,9 @@ def _whole(plan: PlanData, name: str, index: int) -> Iterator[Step]:
         if rule.routed and block.experts:
             value = block.route_scale
             text = f"a = {block.active} active experts on the normalised routed sum, absolute"
-            if block.gate_moments:
-                text = f"ā/m1 = {block.active}/{number(block.gate_moments[0])} of the measured gates, absolute"
+            if block.moments:
+                whose = "measured" if block.gate_moments else f"{block.router} router's"
+                text = f"ā/m1 = {block.active}/{number(block.moments[0])} of the {whose} gates, absolute"
         yield Step(label, text, value, rule.source)
     elif name == "attention_scale":
         value = yield from _attention(plan)
@@ -254,10 +256,8 @@ def _product(
 
 
 def _ratios(plan: PlanData, block: Block, kind: str = "") -> dict[str, float]:
-    base = plan.inputs.base
-    shape = base if isinstance(base, Transformer) else base.target
-    before = plan.inputs.base_training if isinstance(base, Transformer) else base.training
-    return ratios(shape, plan.target, block, before, plan.training, kind)
+    base = base_of(plan.inputs)
+    return ratios(base.shape, plan.target, block, base.training, plan.training, kind)
 
 
 def _agree(name: str, derived: float, planned: float) -> None:

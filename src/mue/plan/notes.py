@@ -49,15 +49,16 @@ def notes(
         )
     for block in target.blocks:
         # conventions 9
-        if block.active == 1 and block.experts > 1 and block.normalize and block.router_kind.matrix:
+        kind = block.router_kind
+        if block.active == 1 and block.experts > 1 and kind.sums_to_one(block.normalize) and kind.matrix:
             found.append(
                 "a = 1 with normalised gates: the one weight is always 1, so the router gets no gradient from the task"
             )
         if block.pools:
             found.append(_of_pools(base, block))
-        if block.gate_moments is not None:
+        if block.moments is not None:
             found.append(
-                f"measured gates: F = {block.gate_variance:.4g}, R = ā/m1 = {block.route_scale:.4g}, down init × κ^-1/2 = {block.kappa**-0.5:.4g}"
+                f"{'measured' if block.gate_moments else kind.name} gates: F = {block.gate_variance:.4g}, R = ā/m1 = {block.route_scale:.4g}, down init × κ^-1/2 = {block.kappa**-0.5:.4g}"
             )
     return tuple(dict.fromkeys(found))
 

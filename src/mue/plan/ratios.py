@@ -111,7 +111,7 @@ def changes(base: Transformer, target: Transformer, block: Block, ratio: dict[st
         "sparsity": share[0] * share0[1] != share0[0] * share[1],
         "expert width": block.fan_in != source.fan_in,
         "granularity": block.fan_in * base.width != source.fan_in * target.width,
-        "gates": block.gate_moments is not None or source.gate_moments is not None,
+        "gates": block.moments is not None or source.moments is not None,
         "batch": ratio["ρ_B"] != 1,
         "duration": ratio["ρ_D"] != 1,
         "tied": target.tied,

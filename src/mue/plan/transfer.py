@@ -16,6 +16,7 @@ from fractions import Fraction
 from mue.plan.base import base_of
 from mue.plan.blocks import Transition, block_plan, carried_betas, check_output_multiplier, merge
 from mue.plan.convention import Convention
+from mue.plan.gates import with_logit_std
 from mue.plan.notes import batch_notes, betas_notes, far_batch_notes, notes
 from mue.plan.per_role import split_by_third
 from mue.plan.plan import Inputs, PlanData
@@ -159,6 +160,11 @@ def plan_of(inputs: Inputs) -> PlanData:
     transition = Transition(base.shape, target, base.training, inputs.training or base.training)
     ratios = transition.ratios(target.blocks[0])
     refuse(rule, base.shape, target, ratios)
+    #    Weights that do not sum to one are told how far apart their router's logits are at init (conventions 9).
+    target = with_logit_std(
+        target, lambda block: block_plan(rule, transition, base, block, "").roles["router"].values.init_std
+    )
+    transition = replace(transition, target=target)
 
     # 4. Every role of every kind of block: the base's value × the table's factor; and A and R of its feed-forward branch. By
     #    complete-mue at α = 1, a down projection is drawn with σ*·r^-½·ρ_e^½, moves with η·r^-1·s and decays with λ·r, an

@@ -19,6 +19,16 @@ from mue.util.registry import Registry
 SCORES = ("sigmoid", "softmax", None)
 LOSSES = "losses"
 """The setting that every router has: coefficients of auxiliary losses by name."""
+LOGIT_STD = "logit_std"
+"""The setting of routers whose moments depend on how far apart their logits are at init; a plan says it (:mod:`mue.plan.gates`)."""
+MOMENTS_BY_LOGITS = {
+    LOGIT_STD: Setting(
+        default=None,
+        kind=float,
+        low=0.0,
+        meaning="std of a token's logits at init, for which the moments are; a plan knows it",
+    )
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +59,8 @@ class RouterKind:
             ``losses``.
         fits: called with (a, N, settings) for what no setting can say by itself; raises ``ValueError``.
         moments: called with (a, N, settings): E[Σw] and E[Σw²] over tokens at init, R divided out; None where they have to be
-            measured.
+            measured. Those of raw scores are other ones for other stds of the logits: with :data:`MOMENTS_BY_LOGITS` among its
+            settings a router is told.
         mean_active: called with (a, N, settings): the mean number of active experts at init, where that differs by token; None
             where it is a.
         defined_in: the module and name that registered it.

@@ -103,10 +103,9 @@ def _run(entry: str, call: ctypes.Structure, **tensors: Tensor) -> None:
 
 
 def routing_stats(routing: Routing) -> dict[str, Tensor] | None:
-    """What `mue.moe.routing.routing_stats` gives, of a routing with `slots`."""
-    if (kernel := _kernel(routing.weight_P)) is None:
+    """What `mue.moe.routing.routing_stats` gives; of a routing with `slots`, for the kernel adds up each token's own pairs."""
+    if not routing.slots or (kernel := _kernel(routing.weight_P)) is None:
         return None
-    assert routing.slots
     expert_P, weight_P = routing.expert_P.contiguous(), routing.weight_P.detach().contiguous()
     load_N, found = torch.empty(routing.num_experts, dtype=torch.int64), torch.empty(4)
     pointers = (tensor.data_ptr() for tensor in (expert_P, weight_P, load_N, found))

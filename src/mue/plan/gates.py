@@ -1,0 +1,34 @@
+"""What a plan knows of gates and a shape does not: how far apart a router's logits are at init."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+from mue.shapes import Block, Mixed, MoE, Transformer
+from mue.shapes.routers import LOGIT_STD
+
+
+def with_logit_std(shape: Transformer, router_std: Callable[[Block], float | None]) -> Transformer:
+    """The shape, its routers told the std of their logits where their moments depend on it and nobody said it.
+
+    A router reads d numbers of a normed stream, whose squares are 1 on average at init, so that its logits have the std σ√d.
+
+    Args:
+        router_std: σ, with which a block's router is drawn; None: not known, and the logits count as even.
+    """
+
+    def told(block: Block) -> dict[str, object] | None:
+        if not block.experts or LOGIT_STD not in (settings := block.all_settings) or settings[LOGIT_STD] is not None:
+            return None
+        std = router_std(block)
+        return None if std is None else {**block.router_settings, LOGIT_STD: std * math.sqrt(shape.width)}
+
+    found = [told(block) for block in shape.blocks]
+    if isinstance(shape, MoE) and found[0] is not None:
+        return replace(shape, router_settings=found[0])
+    if isinstance(shape, Mixed) and any(found):
+        blocks = zip(shape.blocks, found, strict=True)
+        return replace(shape, blocks=tuple(b if own is None else replace(b, router_settings=own) for b, own in blocks))
+    return shape

@@ -1,0 +1,101 @@
+"""mue.plan.gates: routers whose weights are raw scores are told how far apart their logits are at init."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import mue
+from mue.lab.models.language import LanguageModel
+from mue.moe import gate_moments
+from mue.plan.explain import why
+from mue.plan.replan import load, retuned
+from mue.shapes import Block, Mixed
+
+BASE = mue.Dense(width=64, ffn=64, layers=2, head_dim=16, sequence=32)
+TUNED = mue.HParams(lr=0.01, weight_decay=0.1, init_std=0.05)
+RAW = (("switch", "8e1a"), ("switch", "16e2a"), ("expert-choice", "16e2a"))
+
+
+def shape(router: str, notation: str, width: int = 64, **settings: object) -> mue.MoE:
+    return mue.MoE.parse(
+        notation, width=width, expert=32, layers=2, head_dim=16, sequence=32, router=router, router_settings=settings
+    )
+
+
+@pytest.mark.parametrize(("router", "notation"), RAW)
+def test_r_is_for_the_logits_that_the_plan_draws(router: str, notation: str) -> None:
+    """σ√d with the σ of the plan's router, at every width the same; R·E[Σw] = a (conventions 9)."""
+    found = []
+    for width in (64, 256):
+        plan = mue.transfer(BASE, shape(router, notation, width), TUNED)
+        block, std = plan.target.blocks[0], plan.roles["router"].values.init_std
+        assert std is not None and block.all_settings["logit_std"] == pytest.approx(std * math.sqrt(width))
+        assert block.moments is not None
+        assert plan.route_scale == pytest.approx(block.active / block.moments[0])
+        found.append(plan.route_scale)
+        assert f"{router} gates: F = " in " ".join(plan.notes)
+        assert "R = ā/m1" not in " ".join(mue.transfer(BASE, shape("quantile", notation, width), TUNED).notes)
+    assert found[0] == pytest.approx(found[1])
+    tight = mue.transfer(BASE, shape(router, notation), replace(TUNED, init_std=1e-6))
+    even = 2 if (router, notation) == ("switch", "16e2a") else plan.target.blocks[0].experts
+    assert tight.route_scale == pytest.approx(even, rel=1e-3)
+    assert abs(found[0] / tight.route_scale - 1) > 0.03  # control: nothing would change if nobody told them
+
+
+@pytest.mark.parametrize(("router", "notation"), RAW)
+def test_the_model_has_the_moments_that_were_planned(router: str, notation: str) -> None:
+    """Of a drawn model on random tokens; within 15 %, where moments of even logits would be off by more than that."""
+    settings = {"capacity": 16.0, "random_second": False} if router == "switch" else {}
+    plan = mue.transfer(BASE, shape(router, notation, **settings), TUNED)
+    found = []
+    for seed in range(3):
+        model = LanguageModel(plan.target, plan.multipliers, seed=seed)
+        plan.init_(model, seed)
+        found += [gate_moments(r)[0] for r in model(torch.randint(256, (16, 32))).routings]
+    measured, planned = sum(found) / len(found), plan.target.blocks[0].moments
+    assert planned is not None and measured == pytest.approx(planned[0], rel=0.15)
+    even = plan.target.blocks[0].router_kind.moments(  # type: ignore[misc]
+        plan.target.blocks[0].active, plan.target.blocks[0].experts, {"logit_std": 0.0, "random_second": False}
+    )
+    if notation != "16e2a" or router != "switch":  # whose two weights are renormalised
+        assert not measured == pytest.approx(even[0], rel=0.15)
+
+
+def test_what_a_user_says_stays_and_files_keep_what_a_plan_follows_from(tmp_path: Path) -> None:
+    plan = mue.transfer(BASE, shape("switch", "8e1a", logit_std=0.25), TUNED)
+    assert plan.target.blocks[0].all_settings["logit_std"] == 0.25
+    told = mue.transfer(BASE, shape("switch", "8e1a"), TUNED)
+    assert "logit_std" not in json.dumps(
+        told.inputs.to_dict()
+    )  # it follows from the inputs, and other ones give another
+    told.save(tmp_path / "plan.json")
+    assert load(tmp_path / "plan.json").hash == told.hash != plan.hash
+    wider = retuned(told, init_std=0.1)  # as a sweep does
+    assert wider.target.blocks[0].all_settings["logit_std"] == pytest.approx(0.8)
+    assert wider.hash == mue.transfer(BASE, shape("switch", "8e1a"), replace(TUNED, init_std=0.1)).hash
+
+
+def test_the_explanation_and_a_base_with_such_a_router_agree() -> None:
+    plan = mue.transfer(BASE, shape("switch", "8e1a"), TUNED)
+    assert "switch router's gates, absolute" in why(plan, "route_scale")[0].text
+    same = mue.transfer(shape("expert-choice", "16e2a"), shape("expert-choice", "16e2a"), TUNED)
+    assert same.roles["expert_down"].factor.init_std == 1 and same.output_multiplier == 1
+    chained = mue.transfer(plan, shape("switch", "8e1a", 128))
+    assert chained.route_scale == pytest.approx(plan.route_scale)
+
+
+def test_each_block_of_a_mixed_shape_is_told() -> None:
+    blocks = (
+        Block(layers=1, ffn=64),
+        Block(layers=1, experts=8, active=1, expert=32, router="switch"),
+        Block(layers=1, experts=8, active=2, expert=32),
+    )
+    plan = mue.transfer(BASE, Mixed(width=64, blocks=blocks, head_dim=16, sequence=32), TUNED)
+    told = [block.router_settings.get("logit_std") for block in plan.target.blocks]
+    assert told == [None, pytest.approx(0.05 * 8), None]
