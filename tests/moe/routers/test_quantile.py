@@ -149,6 +149,17 @@ def test_passes_of_one_step_count_alike_and_memory_averages() -> None:
     assert slow.steps == 2 and slow.passes == 0  # evaluation leaves no trace
 
 
+def test_evaluated_with_more_experts_the_weights_keep_their_sum() -> None:
+    router, x_TD = made(8, 2).eval(), torch.randn(20, 6)
+    router.threshold.normal_()
+    few = router(x_TD).expert_P.view(20, 2)
+    router.set_active(5)
+    routing = router(x_TD)
+    assert torch.equal(routing.expert_P.view(20, 5)[:, :2], few)
+    torch.testing.assert_close(routing.weight_P.view(20, 5).sum(1), torch.full((20,), 2.0))
+    assert router.train()(x_TD).slots == 2
+
+
 def test_what_it_refuses() -> None:
     with pytest.raises(
         ValueError, match=r"memory of the quantile router must be a number of at least 0 and below 1, got 1"

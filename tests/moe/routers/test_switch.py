@@ -164,7 +164,7 @@ def test_draws_are_of_seed_layer_step_and_pass_and_replay() -> None:
 
 def test_jitter_is_even_and_small_and_only_in_training() -> None:
     noise_TD = signed(3, 0, shape=torch.Size((2000, 30)), device=torch.device("cpu"))
-    assert noise_TD.shape == (4000, 30) and noise_TD.min() >= -1 and noise_TD.max() < 1
+    assert noise_TD.shape == (2000, 30) and noise_TD.min() >= -1 and noise_TD.max() < 1
     few = 5 / math.sqrt(noise_TD.numel())
     assert noise_TD.mean().abs() < few / math.sqrt(3) and abs(noise_TD.square().mean() - 1 / 3) < few
     near = torch.corrcoef(noise_TD.T) - torch.eye(30)  # numbers of one draw are no copies of each other

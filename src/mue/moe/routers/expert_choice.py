@@ -81,19 +81,9 @@ class ExpertChoiceRouter(ThresholdRouter):
             token_P, expert_P = self._by_threshold(score_TN.detach()).nonzero().unbind(1)
         # one index instead of two, whose gradient takes ten times as long
         weight_P = score_TN.flatten().gather(0, token_P * self.experts + expert_P) * self.route_scale
-        return with_stats(
-            Routing(
-                token_P,
-                expert_P,
-                weight_P,
-                len(x_TD),
-                self.experts,
-                slots=0,
-                route_scale=self.route_scale,
-                scores_TN=score_TN,
-                logits_TN=logit_TN,
-            )  # fmt: skip
-        )
+        routing = Routing(token_P, expert_P, weight_P, len(x_TD), self.experts, slots=0, route_scale=self.route_scale)
+        routing.scores_TN, routing.logits_TN = score_TN, logit_TN
+        return with_stats(routing)
 
     def _from_batch(self, score_TN: Tensor) -> tuple[Tensor, Tensor]:
         """The pairs of each expert with the tokens it takes, one expert after the other; tells the thresholds."""

@@ -24,6 +24,7 @@ from mue.shapes.settings import Setting
     unit_sum=True,
     score="sigmoid",
     matrix=True,
+    any_active=True,
     settings={
         "memory": Setting(
             default=0.0, low=0.0, high=1.0, high_open=True, meaning="of the threshold: what of it stays in every step"
@@ -44,7 +45,8 @@ class QuantileRouter(ThresholdRouter):
     def forward(self, x_TD: Tensor, given: RouterInput | None = None) -> Routing:
         """Routes tokens by their hidden states and the thresholds of the steps before: P = T·a pairs, token-major."""
         logit_TN = self.logits(x_TD)
-        size, each = self.experts // self.groups, self.active // self.groups
+        active, factor = self.in_use
+        size, each = self.experts // self.groups, active // self.groups
         # each group of a token is a choice of its own: one more row
         free_MS = (logit_TN.detach() - self.threshold).view(-1, size)
         further = min(each + 1, size)
@@ -53,7 +55,7 @@ class QuantileRouter(ThresholdRouter):
         expert_TK = (best_MK[:, :each].view(-1, self.groups, each) + first_G1).flatten(1)
         if self.training and further > each:  # where all experts are active there is nothing to balance
             self._balance(logit_TN.detach(), free_MS.gather(1, best_MK[:, each:]))
-        weight_TK = normalised_gates(logit_TN, expert_TK, "sigmoid", self.route_scale)
+        weight_TK = normalised_gates(logit_TN, expert_TK, "sigmoid", factor * self.route_scale)
         routing = self.routing(expert_TK, weight_TK)
         routing.scores_TN, routing.logits_TN = torch.sigmoid(logit_TN), logit_TN
         return routing
