@@ -59,7 +59,7 @@ def test_the_kernels_weights_are_torchs(score: Literal["sigmoid", "softmax"]) ->
     expert_TK = select_top(logit_TN, 3)
     for kind in (torch.float32, torch.float64):
         leaf = logit_TN.to(kind).requires_grad_()
-        weight_TK = router._weights(leaf, torch.sigmoid(leaf), expert_TK)
+        weight_TK = router._weights(leaf, torch.sigmoid(leaf), expert_TK, 3.0)
         assert ("NativeGates" in weight_TK.grad_fn.name()) == (kind == torch.float32)
         found.append([weight_TK, *torch.autograd.grad(weight_TK, leaf, dweight_TK.to(kind))])
     for ours, exact in zip(*found, strict=True):
