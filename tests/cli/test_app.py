@@ -34,7 +34,8 @@ def test_one_file_holds_one_command() -> None:
         "user_model",
     }
     assert files == set(COMMANDS) and len(COMMANDS_BY_NAME) == len(COMMANDS) >= 12
-    assert {name.partition("-")[0] for name in COMMANDS_BY_NAME} == files
+    whole = {name: name.replace("-", "_") for name in COMMANDS_BY_NAME}
+    assert {w if w in files else name.partition("-")[0] for name, w in whole.items()} == files
 
 
 @pytest.mark.parametrize("name", [*COMMANDS_BY_NAME, "study run", "study report"])
@@ -54,6 +55,10 @@ def test_help_teaches(name: str, capsys: pytest.CaptureFixture[str], monkeypatch
     for parameter in command.params:
         assert parameter.help, f"{name}: {parameter.name} says nothing"
         assert " ".join(parameter.help.split())[:30] in words, parameter.name
+        default = parameter.help.partition("[default")[2][
+            :10
+        ]  # in markup a name in brackets is a style, and is not shown
+        assert not default or f"[default{default}" in words, parameter.name
         assert all(option in out for option in parameter.opts if option.startswith("--")), parameter.name
 
 

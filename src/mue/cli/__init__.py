@@ -25,7 +25,7 @@ COMMANDS = (
     "train",
     "report",
     "generate",
-    "evaluate",
+    "eval",
     "inspect",
     "check",
     "export",

@@ -15,7 +15,7 @@ from mue.cli.files import Set, read_tables
 _File = Annotated[Path | None, typer.Argument(help="A TOML file; see the example below.", show_default=False)]
 _Out = Annotated[
     Path | None,
-    typer.Option("--out", "-o", help="This machine's folder of the sweep [default: runs/sweep].", show_default=False),
+    typer.Option("--out", "-o", help="This machine's folder of the sweep \\[default: runs/sweep].", show_default=False),
 ]
 _Resume = Annotated[
     Path | None, typer.Option("--resume", help="Go on with the sweep in this folder; it holds its file.")
@@ -33,7 +33,7 @@ _Study = Annotated[
 _Lease = Annotated[
     float | None,
     typer.Option(
-        "--lease", min=1, help="Seconds without a sign of life until a worker's runs go to others [default: 60]."
+        "--lease", min=1, help="Seconds without a sign of life until a worker's runs go to others \\[default: 60]."
     ),
 ]
 _Csv = Annotated[Path | None, typer.Option("--csv", help="Also write every trial to this file.")]

@@ -33,7 +33,7 @@ def train(
     log: Log = None,
     device: Annotated[
         str,
-        typer.Option(help="As torch names it: cpu, cuda:1 [default: a GPU where there is one].", show_default=False),
+        typer.Option(help="As torch names it: cpu, cuda:1 \\[default: a GPU where there is one].", show_default=False),
     ] = "",
     keep_weights: Annotated[
         bool, typer.Option("--keep-weights/--no-keep-weights", help="Leave model.safetensors in the run's folder.")

@@ -50,7 +50,7 @@ def evaluate(
         Path | None,
         typer.Option(
             "--data",
-            help="A file or folder of text, all of it held out [default: what the run held out].",
+            help="A file or folder of text, all of it held out \\[default: what the run held out].",
             show_default=False,
         ),
     ] = None,
@@ -76,7 +76,7 @@ def evaluate(
         typer.Option(
             "--sequences",
             min=2,
-            help="How many to read, at most; of each folder a quarter [default: as many as the run's validation, else 128].",
+            help="How many to read, at most; of each folder a quarter \\[default: as many as the run's validation, else 128].",
             show_default=False,
         ),
     ] = None,
@@ -86,7 +86,7 @@ def evaluate(
         typer.Option(
             "--out",
             "-o",
-            help="Where --active leaves active.png and active.json [default: the run's folder].",
+            help="Where --active leaves active.png and active.json \\[default: the run's folder].",
             show_default=False,
         ),
     ] = None,
