@@ -22,12 +22,14 @@ from mue.shapes import (
     Transformer,
     parse_notation,
 )
+from mue.shapes.schedule import layer_schedule
 from mue.util.errors import nearest, positive
 from mue.util.files import read_text
 
 # What [base] and [target] may hold, beside ffn; _MOE: with experts only. Anything else in them is an error.
 _COMMON = ("width", "layers", "head_dim", "heads", "kv_heads", "vocab", "sequence", "gated", "tied")
 _MOE = ("moe", "expert", "shared", "router", "normalize", "gates", "gate_moments")
+_SCHEDULE = ("name", "spread", "active")
 _TUNED = tuple(f.name for f in fields(HParams))
 PLAN_TABLES = ("rule", "base", "tuned", "target", "options")
 """What of an experiment file is the plan's."""
@@ -171,7 +173,7 @@ def shape_from(table: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()
     Raises:
         ValueError: a key that is unknown, missing or beside another that excludes it; numbers that no shape has.
     """
-    check_keys(table, (*_COMMON, "ffn", *_MOE, "blocks", *extra), f"[{where}]")
+    check_keys(table, (*_COMMON, "ffn", *_MOE, "blocks", "schedule", *extra), f"[{where}]")
     common = {k: table[k] for k in (*_COMMON, "output_multiplier") if k in table}
     need(table, "width", f"[{where}]")
     if "blocks" in table:
@@ -181,7 +183,7 @@ def shape_from(table: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()
 
 
 def _uniform(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Transformer:
-    own = {k: v for k, v in table.items() if k in (*_MOE, "ffn")}
+    own = {k: v for k, v in table.items() if k in (*_MOE, "ffn", "schedule")}
     # dense and MoE side by side: whichever were read, the other would be ignored in silence
     if "ffn" in own and len(own) > 1:
         raise ValueError(
@@ -193,7 +195,17 @@ def _uniform(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Tr
         raise ValueError(f"{where} needs ffn (dense) or moe and expert")
     notation = own.pop("moe")
     need(own, "expert", where)
-    return MoE.parse(notation, **_with_router(own, where), **common)
+    schedule = own.pop("schedule", None)
+    shape = MoE.parse(notation, **_with_router(own, where), **common)
+    return shape if schedule is None else _scheduled(shape, schedule, where)
+
+
+def _scheduled(shape: MoE, schedule: Any, where: str) -> Mixed:
+    """``schedule`` is a name, or a table with it and what else :func:`mue.shapes.schedule.layer_schedule` takes."""
+    table = dict(schedule) if isinstance(schedule, Mapping) else {"name": schedule}
+    check_keys(table, _SCHEDULE, f"the table schedule of {where}")
+    name = need(table, "name", f"the table schedule of {where}")
+    return layer_schedule(shape, name, **{k: v for k, v in table.items() if k != "name"})
 
 
 def _with_router(own: dict[str, Any], where: str) -> dict[str, Any]:
@@ -207,7 +219,7 @@ def _with_router(own: dict[str, Any], where: str) -> dict[str, Any]:
 
 def _mixed(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Mixed:
     """Blocks that differ; layers, where it is given as well, is only a check."""
-    for key in (*_MOE, "ffn"):
+    for key in (*_MOE, "ffn", "schedule"):
         if key in table:
             raise ValueError(f"[{where}] has {key} and [[{where}.blocks]]: say it in the blocks only")
     blocks = table["blocks"]

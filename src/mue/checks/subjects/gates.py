@@ -67,7 +67,8 @@ def _layer(ctx: Context, b: Branch, c: Coefficients, block: Block) -> Iterator[F
     )
     where = router.name if router else f"blocks {b.layer} router"
     active = c.active.sum(1)
-    if float(active.float().mean()) != block.active:
+    # how many a router by mass takes is its own affair: it differs by token, and drifts
+    if block.router_kind.mean_active is None and float(active.float().mean()) != block.active:
         yield Finding(
             NAME,
             FAIL,

@@ -8,6 +8,8 @@ Shape suffixes: V variants, T tokens, D width, N experts.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,6 +72,7 @@ class StackedMoE(nn.Module):
             own = {name: parameters[v] for name, parameters in stacked.items()}
             also = None if given is None else given.variant(v)
             each.append(functional_call(layer.router, own, (x_TD, also, sequence)))
+        each = with_equal_slots(each)
         number, first = each[0].num_experts, each[0]
         expert_P = [
             # padding is marked by the number of experts, which is another one in the stack
@@ -87,3 +90,18 @@ class StackedMoE(nn.Module):
             losses={name: torch.stack([r.losses[name] for r in each]) for name in first.losses},
             stats={"load": torch.stack([r.stats["load"] for r in each])},
         )
+
+
+def with_equal_slots(routings: list[Routing]) -> list[Routing]:
+    """Routings of equally many tokens, padded to as many slots as the widest has: one table holds pairs of them all."""
+    widest = max(routing.slots for routing in routings)
+    return [routing if routing.slots == widest else _padded(routing, widest) for routing in routings]
+
+
+def _padded(routing: Routing, slots: int) -> Routing:
+    more = 0, slots - routing.slots
+    expert_TK, weight_TK = (x.view(-1, routing.slots) for x in (routing.expert_P, routing.weight_P))
+    padded = Routing.from_topk(
+        F.pad(expert_TK, more, value=routing.num_experts), F.pad(weight_TK, more), routing.num_experts, stats=False
+    )
+    return replace(routing, token_P=padded.token_P, expert_P=padded.expert_P, weight_P=padded.weight_P, slots=slots)

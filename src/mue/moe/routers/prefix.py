@@ -1,0 +1,54 @@
+"""The smallest set of experts that has a given part of a token's probability: what the routers by mass have in common.
+
+Shape suffixes: T tokens, N experts, K slots: the most that a token of this batch uses, with padding for the others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mue.moe.routers.ops import select_top
+
+
+@torch.no_grad()
+def prefix_of_mass(prob_TN: Tensor, mass: float | Tensor, likely: int) -> tuple[Tensor, Tensor]:
+    """Each token's experts by falling probability, up to the one with which they have the mass.
+
+    Args:
+        prob_TN: (T, N) probabilities, each row summing to 1.
+        mass: p; at 1 or above it is every expert, whatever rounding makes of the sum.
+        likely: how many are sorted at first; where a token needs more, twice as many, and so on. Changes nothing but the time.
+
+    Returns:
+        expert_TK: (T, K) int64, by falling probability, of equal ones the lower index first. inside_TK: (T, K) bool, which of them
+        are used: at least the first, and of one token all K.
+    """
+    experts = prob_TN.shape[1]
+    if float(mass) >= 1.0:
+        likely = experts
+    while True:
+        sorted_ = min(max(likely, 1), experts)
+        expert_TK = select_top(prob_TN, sorted_)
+        sum_TK = prob_TN.gather(1, expert_TK).cumsum(1)
+        if sorted_ == experts or not len(sum_TK) or float(sum_TK[:, -1].min()) >= mass:
+            break
+        likely = 2 * sorted_
+    if float(mass) >= 1.0:
+        return expert_TK, torch.ones_like(expert_TK, dtype=torch.bool)
+    inside_TK = torch.ones_like(expert_TK, dtype=torch.bool)
+    inside_TK[:, 1:] = sum_TK[:, :-1] < mass
+    # as narrow as the batch allows: every further slot costs sorting and summing in the experts
+    most = int(inside_TK.sum(1).max()) if len(inside_TK) else 1
+    return expert_TK[:, :most], inside_TK[:, :most]
+
+
+def weights_of(prob_TN: Tensor, expert_TK: Tensor, inside_TK: Tensor, renormalise: bool) -> Tensor:
+    """(T, K) the probabilities of the experts inside, 0 for the others; differentiable in ``prob_TN``.
+
+    Args:
+        expert_TK, inside_TK: of :func:`prefix_of_mass`. renormalise: divided by their sum.
+    """
+    weight_TK = prob_TN.gather(1, expert_TK) * inside_TK
+    # never 0/0: the best of N probabilities is at least 1/N
+    return weight_TK / weight_TK.sum(1, keepdim=True) if renormalise else weight_TK
