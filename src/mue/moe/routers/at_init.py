@@ -37,7 +37,7 @@ def standardised(logit_TN: Tensor) -> Tensor:
     return F.layer_norm(logit_TN, logit_TN.shape[1:], eps=_EPS)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _sorted(experts: int, std: float | None) -> tuple[Tensor, Tensor]:
     """(S, N) probabilities, falling, and their sums, of logits with this std; None: of standardised ones."""
     place_S1, expert_N = torch.arange(max(_SAMPLED // experts, 8))[:, None], torch.arange(experts)
