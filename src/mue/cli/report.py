@@ -73,7 +73,7 @@ def report(
 
         path = roles_report(folder)
     elif (folder / "config.json").exists():
-        from mue.lab.report.page import run_report
+        from mue.lab.report.runs import run_report
 
         path = run_report(folder)
     elif any(folder.glob("runs/*/config.json")):

@@ -70,8 +70,8 @@ def train(
     import torch
 
     from mue.lab.data.spec import open_corpus
-    from mue.lab.report.page import run_report
     from mue.lab.report.progress import RunProgress
+    from mue.lab.report.runs import run_report
     from mue.lab.runners.threads import set_threads
     from mue.lab.sweep.listener import Broadcast
     from mue.lab.sweep.metric_sinks import open_sinks

@@ -35,6 +35,7 @@ class Routing:
         logits_TN: (T, N) float, what they were made of.
         sequence: tokens of one sequence, where they come in sequences of equal length, one after the other.
         stats: named detached measurements, see `routing_stats`.
+        parts: of stacked variants, the routing of each on its own.
     """
 
     token_P: Tensor
@@ -49,6 +50,7 @@ class Routing:
     logits_TN: Tensor | None = None
     sequence: int | None = None
     stats: dict[str, Tensor] = field(default_factory=dict)
+    parts: tuple[Routing, ...] = ()
 
     def __post_init__(self) -> None:
         shapes = {tuple(self.token_P.shape), tuple(self.expert_P.shape), tuple(self.weight_P.shape)}

@@ -102,7 +102,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, corpus: Corpus, 
     with pytest.raises(Stop):
         train(asked, broken, corpus, progress=stop, checkpoint_seconds=0)
     train(asked, broken, corpus, keep_weights=True)
-    for name in ("metrics.jsonl", "model.safetensors"):
+    for name in ("metrics.jsonl", "model.safetensors", "routers.json"):
         assert (whole.folder(asked.key) / name).read_bytes() == (broken.folder(asked.key) / name).read_bytes(), name
     assert result["status"] == "finished"
     rows = [json.loads(line) for line in (whole.folder(asked.key) / "metrics.jsonl").read_text().splitlines()]
@@ -161,7 +161,7 @@ def test_stacked_runs_are_themselves(tmp_path: Path, corpus: Corpus, router: str
     for alone, stacked in zip(rows["alone"], rows["stacked"], strict=True):
         assert len(alone) == len(stacked) == 4
         for a, b in zip(alone, stacked, strict=True):
-            assert a.pop("load") == b.pop("load")
+            assert a.pop("load") == b.pop("load") and a.pop("routers", None) == b.pop("routers", None)
             assert b == pytest.approx(a, rel=1e-10)
     assert rows["alone"][0][0]["loss"] != rows["alone"][1][0]["loss"]  # the control: the seeds differ
 

@@ -75,3 +75,5 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(ValueError, match="tensorboard or wandb, not 'mlflow'"):
         open_sinks(["mlflow"], tmp_path)
     assert scalars(ROWS[0]) == {"loss": 4.9, "load/layer 0": 1.5}
+    seen = {"m1": 1.0, "dead": 2, "entropy": None, "share": [0.5, 0.5]}
+    assert scalars({"step": 1, "routers": [seen]}) == {"routers/m1/layer 0": 1.0, "routers/dead/layer 0": 2}

@@ -10,7 +10,8 @@ from typing import Any
 
 from mue.lab.demo.figures import outcome_figure
 from mue.lab.report import plots
-from mue.lab.report.page import Section, load_sections, plan_sections, runs_section, text, write_report
+from mue.lab.report.page import Section, plan_sections, runs_section, text, write_report
+from mue.lab.report.routers import router_sections
 from mue.lab.sweep.report import sweep_section
 from mue.lab.sweep.result import Cell
 from mue.lab.train.run import Run, Store
@@ -88,12 +89,10 @@ def report_again(out: Path) -> Path:
     store = Store(out)
     named, results = {}, {}
     for name, run in summary["runs"].items():
-        config, result = store.folder(run["key"]) / "config.json", store.result(run["key"])
-        if result is None or not config.exists():
+        own, result = store.run(run["key"]), store.result(run["key"])
+        if result is None or own is None:
             raise ValueError(f"{store.folder(run['key'])} of run {name!r} is gone: run mue demo --out {out} again")
-        parts = json.loads(config.read_text(encoding="utf-8"))
-        named[name] = Run.from_dict({k: parts[k] for k in ("plan", "settings", "data")})
-        results[name] = result
+        named[name], results[name] = own, result
     cells = [Cell.from_dict(cell) for cell in summary["sweep"]["cells"]]
     checks = {rule: MultiplierCheck.from_dict(check) for rule, check in summary["check"].items()}
     return write_demo_report(store, named, results, summary, cells, checks)
@@ -154,7 +153,7 @@ def write_demo_report(
         _samples_section(summary),
         sweep_section(summary["sweep"], cells),
         *plan_sections(plan),
-        *load_sections(named["MoE"], store.metrics(named["MoE"].key)),
+        *router_sections(named["MoE"], store.metrics(named["MoE"].key), store.routers(named["MoE"].key)),
         runs_section([(name, run, results[name]) for name, run in named.items()], _facts(summary)),
     ]  # fmt: skip
     cards = [("learning rate tuned on the base", f"{summary['sweep']['tuned']['lr']:.2e}")]

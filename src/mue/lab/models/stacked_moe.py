@@ -43,7 +43,7 @@ class StackedMoE(nn.Module):
         self.layers = [template] * variants
 
     def forward(self, x: Tensor, given: RouterInput | None = None) -> tuple[Tensor, Routing]:
-        """(V, ..., D) → the same shape, and one routing whose losses (V,) and load (V, N) are the variants' own."""
+        """(V, ..., D) → the same shape, and one routing whose losses (V,) and parts are the variants' own."""
         x_VTD = x.flatten(1, -2)
         routing = self._route(x_VTD, given, x.shape[-2])
         y_VTD = None
@@ -88,7 +88,7 @@ class StackedMoE(nn.Module):
             first.slots,
             route_scale=first.route_scale,
             losses={name: torch.stack([r.losses[name] for r in each]) for name in first.losses},
-            stats={"load": torch.stack([r.stats["load"] for r in each])},
+            parts=tuple(each),
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,12 +13,10 @@ from typing import Any, Literal
 from matplotlib.figure import Figure
 
 from mue.lab.report import plots
-from mue.lab.train.run import Run, Store
-from mue.lab.train.task import task_of
+from mue.lab.train.run import Run
 from mue.plan import render
 from mue.plan.plan import PlanData
 from mue.util.files import write_atomic, write_text
-from mue.util.text import number
 
 
 @dataclass
@@ -149,66 +146,3 @@ def runs_section(named: Sequence[tuple[str, Run, Mapping[str, Any]]], facts: Seq
         )
     header = ["run", "model", "parameters", "active", "tokens", "validation loss", "seconds", "run hash", "plan hash"]
     return Section(id="runs", title="What was run", facts=list(facts), header=header, rows=rows)
-
-
-def run_report(folder: Path) -> Path:
-    """Write the report of one training run into its folder.
-
-    Args:
-        folder: ``<store>/runs/<key>``.
-
-    Returns:
-        The page's path.
-
-    Raises:
-        ValueError: the run has not ended.
-    """
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    run = Run.from_dict({k: config[k] for k in ("plan", "settings", "data")})
-    store = Store(folder.parent.parent)
-    result = store.result(run.key)
-    if result is None:
-        raise ValueError(f"{folder} has no result yet: train it to its end first")
-    metrics, unit = store.metrics(run.key), task_of(run.settings).unit
-    curve = {
-        "label": result["name"],
-        "color": plots.MUE,
-        "metrics": metrics,
-        "flops_per_token": result["flops_per_token"],
-    }
-    sections = [Section(id="loss", title="Loss", figure=plots.loss_figure([curve], unit))]
-    sections += load_sections(run, metrics)
-    sections += [*plan_sections(run.plan), runs_section([("run", run, result)], [("data", run.data["hash"])])]
-    held = result["val_loss"]
-    lead = (
-        f"validation loss {number(held)} {unit} after {result['tokens']:,} tokens" if held is not None else "diverged"
-    )
-    return write_report(folder, f"Training {result['name']}", lead, sections)
-
-
-def load_sections(run: Run, metrics: Sequence[Mapping[str, Any]]) -> list[Section]:
-    """Expert load over time; nothing where there are no experts, or not equally many in every block.
-
-    Args:
-        metrics: rows as :meth:`mue.lab.train.run.Store.metrics` gives them.
-    """
-    experts = {b.experts for b in run.plan.target.blocks if b.experts}
-    if len(experts) != 1 or not any(row.get("load") for row in metrics):
-        return []
-    share = run.plan.target.blocks[-1].share
-    N = experts.pop()
-    last = [row for row in metrics if row.get("load")][-1]["load"]
-    worst = max(max(layer) * N for layer in last)
-    return [
-        Section(
-            id="load",
-            title="Expert load over time",
-            texts=[
-                text(
-                    f"Each token uses {share:.0%} of the experts. At the end the busiest expert has {worst:.2f} times its fair share."
-                )
-            ],
-            figure=plots.load_figure(metrics, N),
-            caption="White: a fair share of the tokens; orange: more; purple: less. The balance bias moves only the selection.",
-        )
-    ]

@@ -223,32 +223,6 @@ def _smooth(values: Sequence[float], weight: float = 0.7) -> list[float]:
     return out
 
 
-def load_figure(rows: Sequence[Mapping[str, Any]], experts: int) -> Figure:
-    """Share of each expert over training, one panel for each layer; white is balanced (1/N).
-
-    Args:
-        rows: of metrics, with ``tokens`` and ``load``. experts: N.
-    """
-    rows = [row for row in rows if row.get("load")]
-    layers = len(rows[0]["load"])
-    with mpl.rc_context(BARE):
-        fig, axes = figure(9.6, 2.9, layers, sharey=True)
-        image = None
-        tokens = [row["tokens"] / 1e3 for row in rows]
-        for layer, panel in enumerate(axes):
-            table = [[row["load"][layer][n] * experts for row in rows] for n in range(experts)]
-            extent = (tokens[0], tokens[-1], experts - 0.5, -0.5)
-            image = panel.imshow(
-                table, aspect="auto", extent=extent, cmap="PuOr_r", vmin=0, vmax=2, interpolation="nearest"
-            )
-            panel.set_title(f"layer {layer}", fontsize=9)
-            panel.set_xlabel("thousand tokens", fontsize=8)
-        axes[0].set_ylabel("expert")
-        assert image is not None
-        fig.colorbar(image, ax=axes, label="load ÷ fair share", shrink=0.9)
-        return fig
-
-
 def plan_figure(plan: PlanData) -> Figure:
     """The plan's table as a picture."""
     header, rows = render.table(plan)

@@ -1,16 +1,50 @@
-"""The report of a folder of runs, as ``mue train -o`` leaves it: the page of each, and one that compares them where there are several."""
+"""The report of a run, and of a folder of runs, as ``mue train -o`` leaves it: the page of each, and one that compares them where there
+are several."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from mue.lab.report import plots
-from mue.lab.report.page import Section, run_report, runs_section, text, write_report
+from mue.lab.report.page import Section, plan_sections, runs_section, text, write_report
+from mue.lab.report.routers import router_sections, routers_table
 from mue.lab.train.run import Run, Store
 from mue.lab.train.task import task_of
 from mue.util.text import number
+
+
+def run_report(folder: Path) -> Path:
+    """Write the report of one training run into its folder.
+
+    Args:
+        folder: ``<store>/runs/<key>``.
+
+    Returns:
+        The page's path.
+
+    Raises:
+        ValueError: the run has not ended.
+    """
+    store = Store(folder.parent.parent)
+    run, result = store.run(folder.name), store.result(folder.name)
+    if run is None or result is None:
+        raise ValueError(f"{folder} has no result yet: train it to its end first")
+    metrics, unit = store.metrics(run.key), task_of(run.settings).unit
+    curve = {
+        "label": result["name"],
+        "color": plots.MUE,
+        "metrics": metrics,
+        "flops_per_token": result["flops_per_token"],
+    }
+    sections = [Section(id="loss", title="Loss", figure=plots.loss_figure([curve], unit))]
+    sections += router_sections(run, metrics, store.routers(run.key))
+    sections += [*plan_sections(run.plan), runs_section([("run", run, result)], [("data", run.data["hash"])])]
+    held = result["val_loss"]
+    lead = (
+        f"validation loss {number(held)} {unit} after {result['tokens']:,} tokens" if held is not None else "diverged"
+    )
+    return write_report(folder, f"Training {result['name']}", lead, sections)
 
 
 def folder_report(folder: Path) -> Path:
@@ -42,10 +76,9 @@ def _comparison(folder: Path, ended: list[Path], open_: list[Path]) -> Path:
     store = Store(folder)
     found = []
     for path in ended:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-        found.append(
-            (Run.from_dict({k: config[k] for k in ("plan", "settings", "data")}), store.result(path.name) or {})
-        )
+        run = store.run(path.name)
+        assert run is not None, "the folder was found by its config"
+        found.append((run, store.result(path.name) or {}))
     found.sort(key=lambda pair: (pair[1]["val_loss"] is None, pair[1]["val_loss"]))  # the lowest first
     names = labels([run for run, _ in found])
     figures: list[Section] = []
@@ -72,7 +105,8 @@ def _comparison(folder: Path, ended: list[Path], open_: list[Path]) -> Path:
         rows.texts.append(text(f"Not ended yet, and left out: {', '.join(path.name for path in open_)}.", warn=True))
     lowest, best = found[0][1]["val_loss"], names[0]
     lead = f"the lowest validation loss is {number(lowest)} ({best})" if lowest is not None else "every run diverged"
-    return write_report(folder, f"{len(found)} training runs", lead, [*figures, rows])
+    routers = routers_table([(name, run, store.metrics(run.key)) for name, (run, _) in zip(names, found, strict=True)])
+    return write_report(folder, f"{len(found)} training runs", lead, [*figures, *routers, rows])
 
 
 def labels(runs: list[Run]) -> list[str]:

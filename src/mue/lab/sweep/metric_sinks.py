@@ -121,10 +121,12 @@ class WandB(MetricSink):
 
 
 def scalars(row: dict[str, Any]) -> dict[str, float]:
-    """A row's numbers by name; of the experts' load, the busiest one's in each layer, over a fair share."""
+    """A row's numbers by name; of the experts' load, the busiest one's in each layer, over a fair share; of routers, each layer's."""
     out = {name: value for name, value in row.items() if isinstance(value, int | float) and name != "step"}
     for layer, shares in enumerate(row.get("load", ())):
         out[f"load/layer {layer}"] = max(shares) * len(shares)
+    for layer, seen in enumerate(row.get("routers", ())):
+        out |= {f"routers/{name}/layer {layer}": x for name, x in seen.items() if isinstance(x, int | float)}
     return out
 
 

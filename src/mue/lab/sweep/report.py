@@ -14,11 +14,12 @@ from typing import Any
 
 from mue.lab.report import plots
 from mue.lab.report.page import Section, text, write_report
+from mue.lab.report.routers import router_sections, routers_table
 from mue.lab.sweep.result import Cell, SweepResult, counted, summarise, tuned_words
 from mue.lab.sweep.sampler import sampler_of
 from mue.lab.sweep.state import SweepState
 from mue.lab.sweep.trial import OPEN, State, Trial
-from mue.lab.train.run import Settings
+from mue.lab.train.run import Run, Settings, Store
 from mue.lab.train.task import task_of
 from mue.lab.valley.cell import BETAS, CellValues, betas_words
 from mue.util.files import write_atomic
@@ -27,6 +28,7 @@ _VALLEYS = 8  # drawn: as many as plots.CYCLE has colours
 _DRAWN = 500  # runs, as vectors: more make a heavy page
 _ROWS = 100  # of a table: the page stays readable at 10,000 trials, and trials.csv has them all
 _COLUMNS = 20  # of the map
+_ROUTERS = 12  # runs whose routers are compared: the lowest
 _VALUES, _MEASURED = ("lr", "weight_decay", "init_std", "seed"), ("val_loss", "loss", "step", "seconds")
 COLUMNS = ("trial", "state", *_VALUES, *_MEASURED, "worker", "run")
 """Of ``trials.csv``; beta1 and beta2 come after them where the sweep looks for betas."""
@@ -61,6 +63,8 @@ def sweep_report(folder: Path, *, csv: Path | None = None, result: SweepResult |
         sections += [sweep_section(result.to_dict(state.identity["data"]), result.cells), *cells_sections(result.cells)]
     if why := sampler_of(spec.grid).why_done(trials):
         sections[:0] = [Section(id="search", title="The search", texts=[text(why + ".")])]
+    if any(block.experts for block in spec.base.blocks):
+        sections += experts_sections(folder, trials)
     sections += [work_section(trials), trials_section(trials)]
     title = "Sweep of the dense base" + (f", {len(trials) - going} of {len(trials)} trials" if going else "")
     return write_report(folder, title, lead, sections)
@@ -191,6 +195,30 @@ def _map(lowest: Mapping[tuple[float, float], float], where: str) -> list[Sectio
 
 def _loss_words(loss: float) -> str:
     return f"{loss:.4f}" if math.isfinite(loss) else "diverged"
+
+
+def experts_sections(folder: Path, trials: Sequence[Trial]) -> list[Section]:
+    """The routers of a sweep of a shape with experts: of the lowest run in full, of the next lowest a row each.
+
+    Args:
+        folder: of the sweep, where the runs of this machine have their files.
+    """
+    store = Store(folder)
+    done = sorted((t for t in trials if math.isfinite(t.loss) and t.result), key=lambda t: (t.loss, t.number))
+    named: list[tuple[str, Run, list[dict[str, Any]]]] = []
+    for trial in done:
+        key = (trial.result or {}).get("key", "")
+        if len(named) < _ROUTERS and (run := store.run(key)):
+            named.append((f"trial {trial.number}", run, store.metrics(key)))
+    if not named:
+        words = "No run's files are here: they lie with the workers that trained it." if done else "No run has ended."
+        return [Section(id="routers", title="Routers", texts=[text(words)])]
+    (name, run, rows), found = named[0], store.routers(named[0][1].key)
+    whole = router_sections(run, rows, found)
+    whole[0].title += f" ({name}, the lowest of those here)"
+    table = routers_table(named)
+    table[0].id, table[0].title = "routers-of-trials", f"Routers at the end, of the {len(named)} lowest runs here"
+    return [*whole, *table]
 
 
 def work_section(trials: Sequence[Trial]) -> Section:

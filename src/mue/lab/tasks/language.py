@@ -13,7 +13,7 @@ from mue.plan.plan import PlanData
 from mue.shapes import Transformer
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from mue.lab.models.output import Output
 
@@ -43,6 +43,9 @@ class LanguageTask(Task):
     def loss(self, model: nn.Module, batch: Batch) -> Output:
         output: Output = model(*batch)
         return output
+
+    def tokens(self, batch: Batch) -> Tensor:
+        return batch[0]
 
     def baseline_loss(self, shape: Transformer) -> float:
         return math.log(shape.vocab)  # of giving each token the same probability

@@ -177,7 +177,7 @@ class BusyError(RuntimeError):
 
 
 class Store:
-    """A folder of runs: ``runs/<key>/{config,result}.json, metrics.jsonl, checkpoint.safetensors``.
+    """A folder of runs: ``runs/<key>/{config,result,routers}.json, metrics.jsonl, checkpoint.safetensors``.
 
     Processes share one without asking each other: a file is replaced whole, and who trains a run holds its lock.
     """
@@ -206,18 +206,43 @@ class Store:
             raise ValueError(f"{path} belongs to another run: remove that folder to run it again")
         return result
 
+    def run(self, key: str) -> Run | None:
+        """The run that a folder is of, or None where it has none yet."""
+        path = self.folder(key) / "config.json"
+        if not path.exists():
+            return None
+        config = json.loads(path.read_text(encoding="utf-8"))
+        return Run.from_dict({name: config[name] for name in ("plan", "settings", "data")})
+
     def metrics(self, key: str) -> list[dict[str, Any]]:
         """The run's metric rows so far, also while it trains; [] of one that has none yet.
 
         Returns:
             A dictionary for each row: ``step``, ``tokens``, ``loss`` and ``lr_factor``, and where there were any
-            ``val_loss``, ``grad_norm`` (before clipping) and ``load`` (each block's shares of the experts).
+            ``val_loss``, ``grad_norm`` (before clipping), ``load`` (each block's shares of the experts) and at evaluations ``routers``
+            (:func:`mue.moe.diagnostics.measure` of each block with experts).
         """
         path = self.folder(key) / "metrics.jsonl"
         if not path.exists():
             return []
         # Whole rows only: the last one may be half written.
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+
+    def routers(self, key: str) -> dict[str, Any] | None:
+        """What was seen of the run's routers at its end (``mue.lab.train.router_record``); None where it has no experts, has not
+        ended, or is from before that was kept.
+
+        Raises:
+            ValueError: the file is damaged; the text names it.
+        """
+        path = self.folder(key) / "routers.json"
+        try:
+            found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path} is damaged ({error}): remove it, and reports go without") from error
+        return found
 
     @contextmanager
     def locked(self, key: str) -> Iterator[Path]:

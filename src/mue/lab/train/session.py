@@ -16,16 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mue.lab.data import Corpus
 from mue.lab.train import checkpoint
 from mue.lab.train.provenance import provenance
+from mue.lab.train.router_record import RouterRecord
 from mue.lab.train.run import Run, Store
 from mue.lab.train.schedule import lr_factor
 from mue.lab.train.step import autocast, compile_blocks, moe_layers, objective, uncompiled
 from mue.lab.train.task import Batch, task_of
 from mue.model.apply import init_, param_groups
+from mue.moe import Routing
 from mue.moe.layer import self_changing
 from mue.util.files import write_json
 
@@ -133,6 +135,7 @@ class TrainingSession:
         self.validation = self.batches.validation()
         self.model = self.task.build(run.plan, run.settings)
         self.moe_layers, self.self_changing = moe_layers(self.model), self_changing(self.model)
+        self.routers = RouterRecord(run, self.task, self.batches, self.moe_layers)
         init_(run.plan, self.model, self.settings.seed)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
@@ -206,7 +209,7 @@ class TrainingSession:
         self.end_moe_step_()
         assert output.loss is not None
         self.advance(float(output.loss.detach()))
-        self.record(norm, [r.stats["load"] for r in output.routings], self.validate() if self.eval_due else None)
+        self.record(norm, output.routings, self.validate() if self.eval_due else None)
         self.seconds += time.monotonic() - started
 
     def to_device(self, batch: Batch) -> Batch:
@@ -244,11 +247,11 @@ class TrainingSession:
         self.model.train()
         return math.fsum(losses) / len(losses)  # rounded once, as a stack does it: the same losses give the same mean
 
-    def record(self, norm: float | None, loads: Sequence[Tensor], val_loss: float | None) -> None:
+    def record(self, norm: float | None, routings: Sequence[Routing], val_loss: float | None) -> None:
         """A row of metrics for the step just taken, where one is due.
 
         Args:
-            norm: of the gradients before clipping, where the run clips. loads: pairs per expert of each block with experts.
+            norm: of the gradients before clipping, where the run clips. routings: of each block with experts.
             val_loss: the validation loss, where one was :attr:`eval_due`. One that is not finite ends the run as diverged.
         """
         if val_loss is not None:
@@ -263,9 +266,7 @@ class TrainingSession:
             row["grad_norm"] = norm
         if val_loss is not None:
             row["val_loss"] = val_loss
-        if loads:
-            shares = [(load.float() / max(1, int(load.sum()))).tolist() for load in loads]
-            row["load"] = [[round(share, 5) for share in layer] for layer in shares]
+        row |= self.routers.row(routings, self.step, evaluated=val_loss is not None, last=self.status is not None)
         self.metrics.write(json.dumps(row) + "\n")
 
     def maybe_checkpoint(self, checkpoint_seconds: float, stop: bool) -> None:
@@ -297,6 +298,7 @@ class TrainingSession:
         if self.keep_weights:
             meta = {"run": self.key, "plan": self.plan.hash}
             checkpoint.save_weights(self.folder / "model.safetensors", self.model, meta)
+        self.routers.write(self.folder)  # before the result, by which a run is known to be whole
         write_json(self.folder / "result.json", result)
         # Last: killed before it, the run is finished and a checkpoint too many lies about; the other way round it is
         # lost.

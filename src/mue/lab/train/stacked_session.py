@@ -180,14 +180,14 @@ class StackedSession:
         objective(output, each).sum().backward()  # type: ignore[no-untyped-call]
         norms = self._clip_()
         self._update_()
-        losses, loads = output.loss.tolist(), [r.stats["load"] for r in output.routings]
+        losses = output.loss.tolist()
         for place, session in self.occupied:
             session.end_moe_step_()
             session.advance(losses[place])
         val_losses = self._validate()
         for place, session in self.occupied:
             norm = None if session.tuned.clip is None else norms[place]
-            session.record(norm, [load_VN[place] for load_VN in loads], val_losses.get(place))
+            session.record(norm, [r.parts[place] for r in output.routings], val_losses.get(place))
 
     def _batch(self) -> Batch:
         """Every run's own batch as one with a leading axis of variants, drawn once where runs share seed and step."""

@@ -96,6 +96,13 @@ class Task(ABC):
             With ``loss`` the mean over the batch, in :attr:`unit`, a scalar; of a stack of V variants (V,).
         """
 
+    def tokens(self, batch: Batch) -> Tensor | None:
+        """The id of the token at each place that the model routes, in the order in which it does; None where a place is no token.
+
+        What the reports then say of experts by classes of tokens needs no more.
+        """
+        return None
+
     @abstractmethod
     def baseline_loss(self, shape: Transformer) -> float:
         """The loss of guessing: a run that ends above it has learnt nothing."""
