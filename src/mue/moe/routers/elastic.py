@@ -65,7 +65,7 @@ class ElasticRouter(DrawingRouter, TopKRouter):
     evenly from a up to the pool. In evaluation the best, as many as are asked for (:meth:`set_active`).
 
     So any two of the pool's experts learn to work together, at the cost of a active ones; and the hierarchical loss
-    (:func:`mue.moe.losses.hierarchical_loss`) spreads the ranks apart, so that the best k′ are a choice for every k′. The weights are
+    (:func:`mue.moe.losses.sharpness.hierarchical`) spreads the ranks apart, so that the best k′ are a choice for every k′. The weights are
     renormalised over the drawn experts. Draws are functions of seed, layer, step and place (:mod:`mue.moe.routers.draws`), so that
     a recomputed or resumed pass draws the same.
     """
