@@ -10,6 +10,7 @@ from rich.console import Console
 
 from mue.cli.app import File, Tuned, WithNames, app, with_sweep
 from mue.cli.files import Set, read_tables
+from mue.cli.measured_gates import write_measured_gates
 from mue.cli.terminal import print_json
 from mue.plan.fold import fold as folded
 from mue.plan.toml import PLAN_TABLES, plan_inputs
@@ -31,6 +32,14 @@ def plan(
         str, typer.Option("--route", help="Who carries R with --fold: weights, or model (its own route scale).")
     ] = "weights",
     save: Annotated[Path | None, typer.Option(help="Also save the plan as JSON here (mue.Plan.load reads it).")] = None,
+    measure: Annotated[
+        bool,
+        typer.Option(
+            "--measure-gates",
+            help="Measure the weights of routers at init on text of [data], and write gates and gate_moments into FILE where they"
+            " do not sum to one.",
+        ),
+    ] = False,
 ) -> None:
     """Print every hyperparameter of the target, role by role.
 
@@ -60,6 +69,10 @@ def plan(
 
     if route != "weights" and not fold:
         raise ValueError(f"--route {route} says who carries R in a folded plan: give --fold too")
+    if measure:
+        if change or rule:
+            raise ValueError("--measure-gates writes into FILE what its own values give: leave --set and --rule out")
+        write_measured_gates(file, tuned)
     data, values = with_sweep(read_tables(file, change, PLAN_TABLES, {"rule": rule}), tuned)
     made = plan_of(plan_inputs(data, values))
     if fold:

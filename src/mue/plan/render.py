@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import fields
 
-from mue.plan import per_role
+from mue.plan import assumptions, per_role
 from mue.plan.fold import unfold
 from mue.plan.plan import PlanData
 from mue.rules.options import as_json
@@ -38,6 +38,7 @@ def header(plan: PlanData) -> list[tuple[str, str]]:
         ("active width", " / ".join(f"{b.active_width} ({b.notation} × {b.layers})" for b in plan.blocks)),
         ("output multiplier A", " / ".join(number(b.output_multiplier) for b in plan.blocks)),
         ("route scale R", " / ".join(number(b.route_scale) for b in plan.blocks)),
+        *_of_routers(plan.target),
         ("residual, head multiplier", f"{number(plan.residual_multiplier)}, {number(plan.head_multiplier)}"),
         ("attention scale", number(plan.attention_scale)),
         ("betas", ", ".join(map(below_one, plan.betas))),
@@ -68,6 +69,16 @@ def known_by(plan: PlanData) -> str:
     if plan.folding is None:
         return plan.hash
     return f"{unfold(plan).hash} (folded, R in the {plan.folding.route}: {plan.hash})"
+
+
+def _of_routers(shape: Transformer) -> list[tuple[str, str]]:
+    """What is taken for granted of them; no line where no block has one."""
+    blocks = [block for block in shape.blocks if block.experts]
+    lines = {
+        "gates": dict.fromkeys(map(assumptions.of_gates, blocks)),
+        "tokens of an expert": dict.fromkeys(map(assumptions.of_tokens, blocks)),
+    }
+    return [(what, " / ".join(found)) for what, found in lines.items() if found]
 
 
 def _routers(shape: Transformer) -> str:

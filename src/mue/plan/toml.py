@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Collection, Mapping
-from dataclasses import fields
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -196,8 +196,14 @@ def _uniform(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Tr
     notation = own.pop("moe")
     need(own, "expert", where)
     schedule = own.pop("schedule", None)
+    pairs = _pairs_of_layers(own)
     shape = MoE.parse(notation, **_with_router(own, where), **common)
-    return shape if schedule is None else _scheduled(shape, schedule, where)
+    if schedule is not None:
+        return _scheduled(shape, schedule, where)
+    if pairs is None:
+        return shape
+    own_of_blocks = {k: v for k, v in common.items() if k != "layers"}
+    return Mixed(blocks=tuple(_with_moments(shape.per_layer, pairs, where)), **own_of_blocks)
 
 
 def _scheduled(shape: MoE, schedule: Any, where: str) -> Mixed:
@@ -217,6 +223,35 @@ def _with_router(own: dict[str, Any], where: str) -> dict[str, Any]:
     return {**own, "router": need(router, "name", f"the table router of {where}"), "router_settings": settings}
 
 
+def _pairs_of_layers(own: dict[str, Any]) -> list[Any] | None:
+    """``gate_moments`` of every layer, where a table has a list of pairs; the table is left with the first of them."""
+    pairs = own.get("gate_moments")
+    if not isinstance(pairs, list) or not pairs or not all(isinstance(pair, list) for pair in pairs):
+        return None
+    own["gate_moments"] = tuple(pairs[0])
+    return pairs
+
+
+def _with_moments(layers: Sequence[Block], pairs: Sequence[Any], where: str) -> list[Block]:
+    """Layers with measured moments of their own, as blocks of neighbours that are alike."""
+    if len(pairs) != len(layers):
+        raise ValueError(
+            f"gate_moments of {where} has {len(pairs)} pairs for {len(layers)} layers: give one pair, or one for each"
+        )
+    if layers[0].pools:
+        raise ValueError(
+            f"layers that read one pool of experts have one pair of gate_moments, {where} has {len(pairs)}"
+        )
+    made: list[Block] = []
+    for layer, pair in zip(layers, pairs, strict=True):
+        block = replace(layer, layers=1, gate_moments=tuple(pair))
+        if made and replace(made[-1], layers=1) == block:
+            made[-1] = replace(made[-1], layers=made[-1].layers + 1)
+        else:
+            made.append(block)
+    return made
+
+
 def _mixed(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Mixed:
     """Blocks that differ; layers, where it is given as well, is only a check."""
     for key in (*_MOE, "ffn", "schedule"):
@@ -230,11 +265,13 @@ def _mixed(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Mixe
         check_keys(block, ("layers", "ffn", *_MOE), f"[[{where}.blocks]]")
         need(block, "layers", f"[[{where}.blocks]]")
         own = dict(block)
+        pairs = _pairs_of_layers(own)
         numbers: dict[str, Any] = dict(parse_notation(own.pop("moe"))) if "moe" in own else {}
         # TOML has lists only; Block compares and hashes a tuple
         if isinstance(own.get("gate_moments"), list):
             own["gate_moments"] = tuple(own["gate_moments"])
-        made.append(Block(**numbers, **_with_router(own, f"[[{where}.blocks]]")))
+        one = Block(**numbers, **_with_router(own, f"[[{where}.blocks]]"))
+        made += [one] if pairs is None else _with_moments((one,) * one.layers, pairs, f"[[{where}.blocks]]")
     layers = common.pop("layers", None)
     shape = Mixed(blocks=tuple(made), **common)
     if layers is not None and layers != shape.layers:

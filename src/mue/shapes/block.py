@@ -143,7 +143,7 @@ class Block:
         if not isinstance(self.gate_moments, list | tuple) or len(self.gate_moments) != 2:
             raise ValueError(
                 'gates = "measured" needs gate_moments = [E[Σw], E[Σw²]], measured over tokens at init'
-                " (mue.moe.gate_moments does it)"
+                " (mue plan FILE --measure-gates writes them)"
             )
         m1, m2 = (positive("gate_moments", m) for m in self.gate_moments)
         object.__setattr__(self, "gate_moments", (m1, m2))

@@ -80,7 +80,7 @@ class RouterKind:
     active: int | None = None
     grouped: bool = True
     any_active: bool = False
-    unnormalised: str = 'gates that do not sum to one need gates = "measured" with gate_moments'
+    unnormalised: str = 'gates that do not sum to one need gates = "measured" with gate_moments (mue plan FILE --measure-gates writes them)'
     settings: Mapping[str, Setting] = field(default_factory=dict, hash=False)
     losses: Mapping[str, float] = field(default_factory=dict, hash=False)
     fits: Callable[[int, int, Mapping[str, Any]], None] | None = None
@@ -173,7 +173,7 @@ class RouterKind:
 ROUTERS: Registry[RouterKind] = Registry("router", home="mue.moe.routers")
 _SOFTMAX_UNNORMALISED = (
     "a softmax over all experts that is not renormalised over the active ones sums to about a/N, not 1, and"
-    ' breaks the rule: set normalize = true, or gates = "measured" with gate_moments'
+    ' breaks the rule: set normalize = true, or gates = "measured" with gate_moments (mue plan FILE --measure-gates writes them)'
 )
 ROUTERS.register("sigmoid", place=0)(
     RouterKind(name="sigmoid", score="sigmoid", matrix=True, balance_bias=True, any_active=True)
