@@ -309,3 +309,18 @@ def test_a_router_is_a_name_or_a_table_with_settings() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             inputs(FILE + wrong)
+
+
+def test_moments_may_be_said_layer_by_layer() -> None:
+    """Neighbours with one pair are one block; the wrong number of pairs is an error."""
+    plain = FILE.replace("[target]", '[target]\ngates = "measured"\ngate_moments = PAIRS')
+    pairs = [[1.0, 0.2]] * 5 + [[0.9, 0.2]] * 3
+    said = inputs(plain.replace("PAIRS", str(pairs))).target
+    assert [(b.layers, b.gate_moments) for b in said.blocks] == [(5, (1.0, 0.2)), (3, (0.9, 0.2))]
+    one = inputs(plain.replace("PAIRS", "[1.0, 0.2]")).target
+    assert said.layers == one.layers == 8 and said.width == one.width
+    blocks = "[[target.blocks]]\nlayers = 2\nmoe = '8e2a'\nexpert = 64\ngates = 'measured'\ngate_moments = [[1, 0.6], [1, 0.5]]"
+    mixed = inputs(FILE.partition("[target]")[0] + "[target]\nwidth = 128\n" + blocks).target
+    assert [(b.layers, b.gate_moments) for b in mixed.blocks] == [(1, (1.0, 0.6)), (1, (1.0, 0.5))]
+    with pytest.raises(ValueError, match=r"gate_moments of \[target\] has 7 pairs for 8 layers"):
+        inputs(plain.replace("PAIRS", str(pairs[1:])))
