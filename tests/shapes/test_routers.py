@@ -18,7 +18,8 @@ def block(router: str, **numbers: object) -> Block:
 
 
 def test_the_table_names_the_routers_in_order() -> None:
-    assert tuple(ROUTERS)[:5] == ("sigmoid", "softmax", *WITHOUT_MATRIX)
+    assert tuple(ROUTERS)[:2] == ("sigmoid", "softmax")
+    assert tuple(name for name in ROUTERS if name in WITHOUT_MATRIX) == WITHOUT_MATRIX
     assert all(ROUTERS[name].name == name for name in ROUTERS)
 
 
