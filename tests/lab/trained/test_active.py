@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import mue
+from mue.lab.models.language import LanguageModel
 from mue.lab.trained.active import ActiveCurve, RunAtAnyActive, ask
 from mue.lab.trained.evaluate import score
 from mue.lab.trained.figures import active_figure
@@ -25,6 +27,7 @@ def subject(moe_run: Path) -> Subject:
     return subject_of(moe_run, None, 8, None, CPU)
 
 
+@pytest.mark.filterwarnings("ignore:one active expert")
 def test_every_point_is_the_model_with_so_many_experts(subject: Subject, moe_run: Path) -> None:
     """Against the model of a shape with k′ planned anew, whose weights are the trained ones: under "mean" A·R is as it was, so that the two
     scales of that shape, R = k′ and A of the trained k, differ from it by k′/k."""
@@ -39,10 +42,6 @@ def test_every_point_is_the_model_with_so_many_experts(subject: Subject, moe_run
     found = find(moe_run)
     trained_model = found.model()
     for point in curve.of("sum"):
-        from dataclasses import replace
-
-        from mue.lab.models.language import LanguageModel
-
         shape = replace(found.run.plan.target, active=point.active)
         multipliers = replace(found.run.plan.multipliers, route=(float(point.active),) * shape.layers)
         other = LanguageModel(shape, multipliers).eval()

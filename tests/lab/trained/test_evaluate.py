@@ -43,6 +43,8 @@ def test_scores_against_a_loop() -> None:
     assert found.per_byte is not None and found.per_byte.value == pytest.approx(sum(nats) / sum(sizes))
     assert score(lambda tokens_BT: table[tokens_BT], windows, None).per_byte is None
     json.dumps(found.to_dict())
+    with pytest.raises(ValueError, match="its run diverged"):
+        score(lambda tokens_BT: table[tokens_BT] * float("nan"), windows, None)
 
 
 def test_intervals_are_those_of_means() -> None:

@@ -85,7 +85,9 @@ def test_draws_follow_temperature_top_p_and_seed() -> None:
 
 def test_what_cannot_be_drawn() -> None:
     model = LanguageModel(SHAPES["dense"])
+    nothing = torch.full((4,), float("nan"))
     for make, words in (
+        (lambda: Drawing().next_token(nothing, torch.Generator()), "its run diverged"),
         (lambda: Drawing(-0.1), "temperature"),
         (lambda: Drawing(top_p=0.0), "top-p"),
         (lambda: Drawing(top_p=1.1), "top-p is a probability"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from mue.lab.trained.ranges import active_of
 from mue.lab.trained.stock import StockCheckpoint
 from mue.lab.trained.subject import subject_of
 from mue.lab.trained.to_transformers import byte_tokenizer
+from mue.layouts.inspect import inspect
 
 transformers = pytest.importorskip("transformers", reason="stock checkpoints are the hf extra's")
 
@@ -79,16 +81,12 @@ def test_another_number_is_another_config_over_the_same_weights(family: str, tmp
 
 
 def test_flops_are_those_of_the_shape(tmp_path: Path) -> None:
-    from mue.layouts.inspect import inspect
-
     model = StockCheckpoint(saved("qwen3_moe", tmp_path), CPU)
     for k in (1, 2, 8):
         config = copy.deepcopy(model.config)
         config.num_experts_per_tok = k
         shape = inspect(config).shape
         assert shape is not None
-        from dataclasses import replace
-
         assert model.flops(k) == pytest.approx(replace(shape, sequence=model.sequence).flops_per_token / 3)
     assert model.flops(None) == model.flops(2)
 

@@ -80,7 +80,12 @@ def test_other_shapes(target: mue.MoE, domains: Path, tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "groups": (mue.MoE.parse("8e4a2g", width=32, expert=16, layers=1, head_dim=16, sequence=32), {}, "8e4a2g: a/g of them"),
+    "groups": (mue.MoE.parse("8e4a2g", width=32, expert=16, layers=1, head_dim=16, sequence=32), {}, "a/g from each of g groups of 8e4a2g"),
+    "pools": (
+        mue.MoE.parse("8e2a1p", width=32, expert=16, layers=2, head_dim=16, sequence=32),
+        {},
+        "layers that share their experts of 8e2a1p",
+    ),
     "gelu": (mue.Dense(32, 32, 1, head_dim=16, sequence=32, gated=False), {}, "a feed-forward without a gate"),
     "hash": (
         mue.MoE.parse("8e2a", width=32, expert=16, layers=1, head_dim=16, sequence=32, router="hash"),

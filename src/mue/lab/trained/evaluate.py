@@ -80,12 +80,17 @@ def score(logits: Logits, windows: Windows, bytes_of: Sequence[int] | None) -> T
 
     Args:
         logits: of the model. windows: what to predict. bytes_of: how many bytes each token stands for; None: nobody knows.
+
+    Raises:
+        ValueError: losses that are not finite, as of a run that diverged.
     """
     sums: dict[str, list[float]] = {"nats": [], "tokens": [], "correct": [], "bytes": []}
     table = None if bytes_of is None else torch.tensor(bytes_of)
     for tokens_BT, following_BT in windows:
         logits_BTV = logits(tokens_BT).float().cpu()
         each_BT = F.cross_entropy(logits_BTV.mT, following_BT, reduction="none")
+        if not bool(torch.isfinite(each_BT).all()):
+            raise ValueError("the model's loss is not finite: its run diverged")
         sums["nats"] += each_BT.double().sum(1).tolist()
         sums["tokens"] += [float(tokens_BT.shape[1])] * len(tokens_BT)
         sums["correct"] += (logits_BTV.argmax(-1) == following_BT).sum(1).tolist()

@@ -99,7 +99,7 @@ def find(path: Path) -> TrainedRun:
         return _with_weights(path)
     if path.is_dir() and (folders := _runs(path)):
         return _only(path, folders)
-    if not path.exists() and (folders := [f for f in _runs(path.parent) if _called(f, path.name)]):
+    if not path.exists() and (folders := _called(_runs(path.parent), path.name)):
         return _with_weights(folders[0]) if len(folders) == 1 else _only(path, folders)
     if not path.exists():
         raise ValueError(f"{path} does not exist: give a run's folder, one with runs/ in it, or a checkpoint")
@@ -112,11 +112,10 @@ def _runs(folder: Path) -> list[Path]:
     return sorted(f.parent for f in folder.glob("runs/*/config.json") if is_run(f.parent))
 
 
-def _called(folder: Path, name: str) -> bool:
-    """Whether a run's key, or the hash of its plan, begins so."""
-    config = json.loads(read_text(folder / "config.json"))
-    plan = config["plan"] if isinstance(config["plan"], str) else read_run(folder).plan.hash
-    return folder.name.startswith(name) or plan.startswith(name)
+def _called(folders: list[Path], name: str) -> list[Path]:
+    """Those whose key begins so; where there are none, those the hash of whose plan does."""
+    by_key = [folder for folder in folders if folder.name.startswith(name)]
+    return by_key or [folder for folder in folders if read_run(folder).plan.hash.startswith(name)]
 
 
 def _file(folder: Path) -> Path | None:

@@ -13,7 +13,7 @@ from mue.lab.models.language import LanguageModel
 from mue.lab.trained.tokens import TextTokens
 from mue.util.errors import positive, positive_int
 
-_PROBE = 8  # tokens on which computing one at a time is tried
+_PROBE = 64  # tokens on which computing one at a time is tried
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ class Drawing:
             raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}")
 
     def next_token(self, logits_V: Tensor, generator: torch.Generator) -> int:
-        """One draw from a model's logits (V,)."""
+        """One draw from a model's logits (V,); ``ValueError`` where they are none, as of a run that diverged."""
         logits_V = logits_V.float()
+        if not bool(torch.isfinite(logits_V).all()):
+            raise ValueError("the model's logits are not finite, so that nothing can be drawn: its run diverged")
         if self.temperature == 0:
             return int(logits_V.argmax())
         chances_V = torch.softmax(logits_V / self.temperature, dim=-1)

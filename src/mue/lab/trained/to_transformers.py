@@ -80,10 +80,10 @@ def stock_of(ours: LanguageModel, found: TrainedRun) -> Any:
         ValueError: as :func:`to_transformers`.
     """
     plan, shape = found.run.plan, ours.shape
-    if grouped := [b.notation for b in shape.blocks if b.groups > 1]:
-        raise ValueError(
-            f"no stock family of transformers has the experts of {grouped[0]}: a/g of them from each of g groups"
-        )
+    for block in shape.blocks:
+        if block.groups > 1 or block.pools:
+            what = "layers that share their experts" if block.pools else "experts chosen a/g from each of g groups"
+            raise ValueError(f"no stock family of transformers has the {what} of {block.notation}")
     config = stock_config(shape)
     config.update(
         {
@@ -107,9 +107,20 @@ def _copy_weights(ours: LanguageModel, stock: nn.Module, folded: Any) -> None:
     own: _Tensors = defaultdict(list)
     for p in placed(ours):
         own[p.layer, p.role].append(p)
+    try:
+        folds = tensor_folds(folded, stock)
+    except ValueError as error:  # all that differs, a line each
+        raise ValueError(
+            f"no stock family of transformers has {ours.shape.name}: {'; '.join(str(error).split(chr(10) + '  ')[1:])}"
+        ) from None
     with torch.no_grad():
-        for here in tensor_folds(folded, stock):
+        for here in folds:
             p = here.info
+            for role in p.layout.parts or (p.role,):
+                if not own[p.layer, role]:  # shared by layers, say
+                    raise ValueError(
+                        f"no stock family of transformers has {ours.shape.name}: its layer {p.layer} has no {role} of its own"
+                    )
             # in the order of the forward pass: a block has two norms, and one for queries and one for keys
             parts = [own[p.layer, role].pop(0) for role in p.layout.parts or (p.role,)]
             axes = p.layout.axes
@@ -118,8 +129,8 @@ def _copy_weights(ours: LanguageModel, stock: nn.Module, folded: Any) -> None:
             ]
             whole = torch.cat(tensors, axes.index("out")) if len(tensors) > 1 else tensors[0]
             p.parameter.copy_(rescale_weight(whole, here.c))
-    left = [p.name for many in own.values() for p in many]
-    assert not left, left
+    if left := [p.name for many in own.values() for p in many]:
+        raise ValueError(f"no stock family of transformers has {ours.shape.name}: no tensor for {left[0]}")
 
 
 def _turned(p: ParamInfo, head_dim: int) -> Tensor:
