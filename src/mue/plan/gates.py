@@ -1,4 +1,4 @@
-"""What a plan knows of gates and a shape does not: how far apart a router's logits are at init."""
+"""What a plan knows of gates and a shape does not: how far apart a router's logits are at init, and how many tokens a step has."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from mue.shapes import Block, Mixed, MoE, Transformer
+from mue.shapes import Block, Mixed, MoE, Training, Transformer
 from mue.shapes.routers import LOGIT_STD
 
 
@@ -32,3 +32,12 @@ def with_logit_std(shape: Transformer, router_std: Callable[[Block], float | Non
         blocks = zip(shape.blocks, found, strict=True)
         return replace(shape, blocks=tuple(b if own is None else replace(b, router_settings=own) for b, own in blocks))
     return shape
+
+
+def refuse_batch(shape: Transformer, training: Training | None) -> None:
+    """Refuse a run whose steps have fewer tokens than a router of the shape can route; ``ValueError`` names the router and the fix."""
+    if training is None:
+        return
+    for block in shape.blocks:
+        if block.experts and (fits := block.router_kind.fits_batch) is not None:
+            fits(block.active, block.experts, block.all_settings, training.batch)

@@ -16,7 +16,7 @@ from fractions import Fraction
 from mue.plan.base import base_of
 from mue.plan.blocks import Transition, block_plan, carried_betas, check_output_multiplier, merge
 from mue.plan.convention import Convention
-from mue.plan.gates import with_logit_std
+from mue.plan.gates import refuse_batch, with_logit_std
 from mue.plan.notes import batch_notes, betas_notes, far_batch_notes, notes
 from mue.plan.per_role import split_by_third
 from mue.plan.plan import Inputs, PlanData
@@ -164,6 +164,7 @@ def plan_of(inputs: Inputs) -> PlanData:
     target = with_logit_std(
         target, lambda block: block_plan(rule, transition, base, block, "").roles["router"].values.init_std
     )
+    refuse_batch(target, transition.training)
     transition = replace(transition, target=target)
 
     # 4. Every role of every kind of block: the base's value × the table's factor; and A and R of its feed-forward branch. By

@@ -58,6 +58,8 @@ class RouterKind:
         losses: auxiliary losses that it is trained with, by name (``mue.moe.losses``), and their coefficients: defaults of the setting
             ``losses``.
         fits: called with (a, N, settings) for what no setting can say by itself; raises ``ValueError``.
+        fits_batch: called with (a, N, settings, tokens) for a training step of so many tokens that it could not route; raises
+            ``ValueError``.
         moments: called with (a, N, settings): E[Σw] and E[Σw²] over tokens at init, R divided out; None where they have to be
             measured. Those of raw scores are other ones for other stds of the logits: with :data:`MOMENTS_BY_LOGITS` among its
             settings a router is told.
@@ -84,6 +86,7 @@ class RouterKind:
     settings: Mapping[str, Setting] = field(default_factory=dict, hash=False)
     losses: Mapping[str, float] = field(default_factory=dict, hash=False)
     fits: Callable[[int, int, Mapping[str, Any]], None] | None = None
+    fits_batch: Callable[[int, int, Mapping[str, Any], int], None] | None = None
     moments: Callable[[int, int, Mapping[str, Any]], tuple[float, float]] | None = None
     mean_active: Callable[[int, int, Mapping[str, Any]], float] | None = None
     defined_in: str = field(default=__name__, compare=False)  # for messages of the registry: no fact of the router

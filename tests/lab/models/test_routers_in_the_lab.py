@@ -34,6 +34,7 @@ from support.precision import close
 
 BASE = mue.Dense(32, 32, 2, head_dim=16, sequence=32)
 EXPERTS = {"hash": "8e2a1s", "random": "8e4a2g", "thor": "4e1a"}
+SCORED = {"switch": "8e2a1s", "expert-choice": "8e2a", "quantile": "8e4a2g"}
 STEPS = 12
 
 
@@ -71,7 +72,13 @@ def corpus(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
 
 def shape(router: str) -> mue.MoE:
     return mue.MoE.parse(
-        EXPERTS.get(router, "8e2a"), width=32, expert=16, layers=2, head_dim=16, sequence=32, router=router
+        {**EXPERTS, **SCORED}.get(router, "8e2a"),
+        width=32,
+        expert=16,
+        layers=2,
+        head_dim=16,
+        sequence=32,
+        router=router,
     )
 
 
@@ -93,7 +100,7 @@ def stop(step: int, loss: float) -> None:
         raise Stop
 
 
-@pytest.mark.parametrize("router", [*EXPERTS, "thor, consistent"])
+@pytest.mark.parametrize("router", [*EXPERTS, "thor, consistent", *SCORED])
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, corpus: Corpus, router: str) -> None:
     router, consistent = router.partition(",")[::2]
     asked = run(corpus, router, consistency=5.0 if consistent else 0.0)
@@ -126,7 +133,7 @@ def test_without_its_step_a_resumed_run_draws_otherwise(tmp_path: Path, corpus: 
         assert not torch.equal(before, session.model(tokens, tokens).routings[0].expert_P)
 
 
-@pytest.mark.parametrize("router", [*EXPERTS, "thor, consistent", "tempered"])
+@pytest.mark.parametrize("router", [*EXPERTS, "thor, consistent", "tempered", *SCORED])
 def test_stacked_runs_are_themselves(tmp_path: Path, corpus: Corpus, router: str) -> None:
     """float64, to 1e-10, of two seeds, one of which joins later: its step is its own."""
     router, consistent = router.partition(",")[::2]
@@ -207,7 +214,7 @@ def test_consistency_is_refused_without_a_draw_and_keeps_old_keys(corpus: Corpus
 
 
 @pytest.mark.usefixtures("kernel")
-@pytest.mark.parametrize("router", EXPERTS)
+@pytest.mark.parametrize("router", [*EXPERTS, *SCORED])
 def test_every_backend_computes_the_same(router: str) -> None:
     torch.manual_seed(0)
     x, tokens = torch.randn(2, 32, 32, requires_grad=True), torch.randint(256, (2, 32))
@@ -223,7 +230,7 @@ def test_every_backend_computes_the_same(router: str) -> None:
         torch.testing.assert_close(ours, exact, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("router", EXPERTS)
+@pytest.mark.parametrize("router", [*EXPERTS, *SCORED])
 def test_a_recomputed_block_draws_what_it_drew(router: str) -> None:
     torch.manual_seed(2)
     model = LanguageModel(shape(router), seed=4)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mue.moe import MoELayer, Routing
+from mue.moe.losses.balance import load_balance
 from mue.moe.routers.base import RouterInput, RouterOptions
-from mue.moe.routers.switch import SwitchRouter, moments, place_in_queue, signed
+from mue.moe.routers.switch import SwitchRouter, jitter, moments, place_in_queue
 from support.precision import close
 
 PLAIN = {"jitter": 0.0, "random_second": False}
@@ -77,6 +78,21 @@ def test_control_without_room_for_all_the_loop_finds_less() -> None:
     router = made(capacity=1.0)
     kept = [sum(map(len, by_loop(x_TD, router.weight, 2, factor))) for factor in (1.0, 100.0)]
     assert int(router(x_TD).stats["load"].sum()) == kept[0] < kept[1] == 80
+
+
+@pytest.mark.parametrize("active", [1, 2])
+def test_the_balance_loss_counts_what_was_asked_for(active: int) -> None:
+    """N·Σ f·P in float64, f before anything is dropped or spared; with what is left of it, it would be another number."""
+    torch.manual_seed(8)
+    router, x_TD = made(4, active, capacity=0.5, random_second=True), 0.5 * torch.randn(6) + torch.randn(40, 6)
+    assert router.losses == [("load_balance", 0.01, load_balance)]
+    routing = router(x_TD)
+    part_TN = (x_TD.double() @ router.weight.detach().double().T).softmax(1)
+    share_N = torch.bincount(part_TN.topk(active, 1).indices.flatten(), minlength=4) / (40 * active)
+    exact = 0.01 * 4 * (share_N * part_TN.mean(0)).sum()
+    assert float(routing.losses["load_balance"].detach()) == pytest.approx(float(exact), rel=1e-5)
+    left_N = routing.stats["load"] / routing.stats["load"].sum()
+    assert float(0.01 * 4 * (left_N * part_TN.mean(0)).sum()) < 0.99 * float(exact)  # control
 
 
 @pytest.mark.parametrize("active", [1, 2])
@@ -163,12 +179,15 @@ def test_draws_are_of_seed_layer_step_and_pass_and_replay() -> None:
 
 
 def test_jitter_is_even_and_small_and_only_in_training() -> None:
-    noise_TD = signed(3, 0, shape=torch.Size((2000, 30)), device=torch.device("cpu"))
-    assert noise_TD.shape == (2000, 30) and noise_TD.min() >= -1 and noise_TD.max() < 1
-    few = 5 / math.sqrt(noise_TD.numel())
+    factor_TD = jitter(torch.tensor(3), 0.25, 2000, 30)
+    assert factor_TD.shape == (2000, 30) and factor_TD.min() >= 0.75 and factor_TD.max() < 1.25
+    noise_TD, few = (factor_TD - 1) / 0.25, 5 / math.sqrt(8000)  # as many numbers are in the table
     assert noise_TD.mean().abs() < few / math.sqrt(3) and abs(noise_TD.square().mean() - 1 / 3) < few
-    near = torch.corrcoef(noise_TD.T) - torch.eye(30)  # numbers of one draw are no copies of each other
-    assert near.abs().max() < 6 / math.sqrt(2000)
+    assert (torch.corrcoef(noise_TD.T) - torch.eye(30)).abs().max() < 6 / math.sqrt(
+        2000
+    )  # features are no copies of each other
+    twins = (noise_TD[:, None, 0] == noise_TD[None, :, 0]).float().sum() / 2000 - 1  # nor are tokens, but for few
+    assert twins < 0.5
     torch.manual_seed(6)
     router, x_TD = made(jitter=0.05, capacity=8.0), torch.randn(100, 6)
     plain = table(router.eval()(x_TD))[1]

@@ -37,6 +37,19 @@ def moments(active: int, experts: int, settings: Mapping[str, Any]) -> tuple[flo
     return normal.cdf(std - z), math.exp(std**2) * normal.cdf(2 * std - z) / experts
 
 
+def fits_batch(active: int, experts: int, settings: Mapping[str, Any], tokens: int) -> None:
+    """At least one token for each expert.
+
+    Raises:
+        ValueError: there are fewer; names the numbers.
+    """
+    if 0 < tokens * active < experts:
+        raise ValueError(
+            f"expert choice gives each of {experts} experts {tokens}·{active}/{experts} = {tokens * active / experts:g} of {tokens}"
+            f" tokens: give it at least {-(-experts // active)} tokens at once, or use fewer experts"
+        )
+
+
 @router(
     "expert-choice",
     unit_sum=False,
@@ -54,6 +67,7 @@ def moments(active: int, experts: int, settings: Mapping[str, Any]) -> tuple[flo
         ),
         **MOMENTS_BY_LOGITS,
     },
+    fits_batch=fits_batch,
     moments=moments,
     mean_active=lambda active, experts, settings: float(active),
 )
@@ -87,7 +101,8 @@ class ExpertChoiceRouter(ThresholdRouter):
 
     def _from_batch(self, score_TN: Tensor) -> tuple[Tensor, Tensor]:
         """The pairs of each expert with the tokens it takes, one expert after the other; tells the thresholds."""
-        count = share_of(len(score_TN), self.active, self.experts)
+        fits_batch(self.active, self.experts, {}, len(score_TN))
+        count = round(len(score_TN) * self.active / self.experts)
         # rows of one expert's scores lie together: three times as fast as along the columns
         best = score_TN.detach().t().contiguous().topk(count, dim=1, sorted=False)
         if count:
@@ -101,17 +116,3 @@ class ExpertChoiceRouter(ThresholdRouter):
             best_TK = select_top(score_TN, self.active)
             return torch.zeros_like(score_TN, dtype=torch.bool).scatter_(1, best_TK, True)
         return score_TN >= self.threshold
-
-
-def share_of(tokens: int, active: int, experts: int) -> int:
-    """q, how many of ``tokens`` each expert takes: T·a/N, rounded.
-
-    Raises:
-        ValueError: it is less than one token.
-    """
-    if tokens and tokens * active < experts:
-        raise ValueError(
-            f"expert choice gives each of {experts} experts {tokens}·{active}/{experts} = {tokens * active / experts:g} of {tokens}"
-            f" tokens: give it at least {-(-experts // active)} tokens at once, or use fewer experts"
-        )
-    return round(tokens * active / experts)

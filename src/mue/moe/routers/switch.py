@@ -17,7 +17,7 @@ from torch import Tensor
 
 from mue.moe.backends.portable_rows import sorted_pairs
 from mue.moe.routers.base import RouterInput, router
-from mue.moe.routers.draws import Key, bits, uniform
+from mue.moe.routers.draws import bits, uniform
 from mue.moe.routers.matrix import MatrixRouter
 from mue.moe.routers.ops import normalised_gates, select_top
 from mue.moe.routers.random import DrawingRouter
@@ -25,8 +25,8 @@ from mue.moe.routing import Routing
 from mue.shapes.routers import LOGIT_STD, MOMENTS_BY_LOGITS
 from mue.shapes.settings import Setting
 
-_JITTER, _SECOND = 0, 1  # what is drawn for
-_PER_DRAW = 4  # random numbers of 16 bits in the 64 of one draw
+_SECOND, _FACTOR, _BEGIN = range(3)  # what is drawn for
+_TABLE = 1 << 13  # places where a row of jitter may begin
 _NORMAL = NormalDist()
 _GRID = [i / 10 for i in range(-60, 101)]  # the largest of 10^7 normal numbers is about 5.2
 
@@ -41,6 +41,19 @@ def fits(active: int, experts: int, settings: Mapping[str, Any]) -> None:
         raise ValueError(
             f"the switch router uses 1 expert per token (Switch) or 2 (GShard), got {active} active: write e.g. {experts}e2a,"
             ' or take router = "softmax"'
+        )
+
+
+def fits_batch(active: int, experts: int, settings: Mapping[str, Any], tokens: int) -> None:
+    """Room for at least one token at each expert.
+
+    Raises:
+        ValueError: there is less; names the numbers.
+    """
+    if (room := settings["capacity"] * tokens * active / experts) < 1 and tokens:
+        raise ValueError(
+            f"capacity = {settings['capacity']:g} of the switch router leaves each of {experts} experts room for {room:.2g} of"
+            f" {tokens} tokens, which drops them all: set it to {experts / (tokens * active):.2g} or more, or give more tokens at once"
         )
 
 
@@ -113,6 +126,7 @@ def _moments_of_two(experts: int, std: float, spared: bool) -> tuple[float, floa
     },
     losses={"load_balance": 1e-2},
     fits=fits,
+    fits_batch=fits_batch,
     moments=moments,
 )  # fmt: skip
 class SwitchRouter(MatrixRouter, DrawingRouter):
@@ -131,9 +145,9 @@ class SwitchRouter(MatrixRouter, DrawingRouter):
         Raises:
             ValueError: in training, there is room for less than one token at each expert.
         """
-        keys, settings = self.keys(given), self.options.settings
-        if self.training and settings["jitter"]:
-            x_TD = x_TD * (1 + settings["jitter"] * signed(*keys, _JITTER, shape=x_TD.shape, device=x_TD.device))
+        amount, key = self.options.settings["jitter"], bits(*self.keys(given), device=x_TD.device)
+        if self.training and amount:
+            x_TD = x_TD * jitter(key, amount, *x_TD.shape)
         logit_TN = self.logits(x_TD)
         score_TN = torch.softmax(logit_TN, dim=1)
         expert_TK = select_top(score_TN, self.active)
@@ -141,17 +155,21 @@ class SwitchRouter(MatrixRouter, DrawingRouter):
             weight_TK = score_TN.gather(1, expert_TK) * self.route_scale
         else:
             weight_TK = normalised_gates(logit_TN, expert_TK, "softmax", self.route_scale)
-        used_TK = self._used(expert_TK, weight_TK.detach(), keys)
+        used_TK = self._used(expert_TK, weight_TK.detach(), key)
         routing = self.routing(torch.where(used_TK, expert_TK, self.experts), torch.where(used_TK, weight_TK, 0.0))
         routing.scores_TN, routing.logits_TN = score_TN, logit_TN
+        # a balance loss counts what tokens asked for (2101.03961, eq. 5): what was dropped is what it is there to mend
+        routing.stats["demand"] = torch.zeros_like(routing.stats["load"]).scatter_add_(
+            0, expert_TK.flatten(), torch.ones_like(expert_TK.flatten())
+        )
         return routing
 
-    def _used(self, expert_TK: Tensor, weight_TK: Tensor, keys: tuple[Key, ...]) -> Tensor:
+    def _used(self, expert_TK: Tensor, weight_TK: Tensor, key: Tensor) -> Tensor:
         """(T, K) bool: which pairs are neither spared nor dropped."""
         wanted_TK, settings = torch.ones_like(expert_TK, dtype=torch.bool), self.options.settings
         if self.training and self.active == 2 and settings["random_second"]:
             place_T = torch.arange(len(expert_TK), device=expert_TK.device)
-            chance_T = uniform(*keys, _SECOND, place_T, device=expert_TK.device)
+            chance_T = uniform(key, _SECOND, place_T, device=expert_TK.device)
             wanted_TK[:, 1] = chance_T < 2 * weight_TK[:, 1] / self.route_scale
         factor = settings["capacity"] if self.training else settings["evaluation_capacity"]
         room = self._room(len(expert_TK), factor)
@@ -163,15 +181,11 @@ class SwitchRouter(MatrixRouter, DrawingRouter):
 
     def _room(self, tokens: int, factor: float) -> int:
         """C, in pairs. An expert is asked for at most T, which is room for all."""
-        room = factor * tokens * self.active / self.experts
-        if not tokens or (not factor and not self.training):
+        if self.training:
+            fits_batch(self.active, self.experts, self.options.settings, tokens)
+        elif not factor:
             return tokens
-        if room < 1 and self.training:
-            raise ValueError(
-                f"capacity = {factor:g} of the switch router leaves each of {self.experts} experts room for {room:.2g} of {tokens} tokens,"
-                f" which drops them all: set it to {self.experts / (tokens * self.active):.2g} or more, or give more tokens at once"
-            )
-        return math.ceil(room)
+        return math.ceil(factor * tokens * self.active / self.experts)
 
 
 def place_in_queue(expert_P: Tensor, experts: int) -> Tensor:
@@ -188,12 +202,16 @@ def place_in_queue(expert_P: Tensor, experts: int) -> Tensor:
     return torch.empty_like(place_P).scatter_(0, order_P, place_P)
 
 
-def signed(*keys: Key, shape: torch.Size, device: torch.device) -> Tensor:
-    """(T, D) random numbers, evenly from [-1, 1), to 16 bits.
+def jitter(key: Tensor, amount: float, tokens: int, width: int) -> Tensor:
+    """(T, D) factors, each evenly from [1 - amount, 1 + amount).
 
-    One draw of 63 bits is four of them: jitter is for every number of every token, and drawing each would take as long as routing.
+    The rows are stretches of one table of random numbers that begin anywhere in it: a draw for every number of every token would take
+    longer than all the rest of routing. Two tokens have the same row in one of 2^13 cases, else numbers independent of each other.
+
+    Args:
+        key: what the draws depend on.
     """
-    tokens, width = shape
-    place_T1 = torch.arange(tokens, device=device)[:, None]
-    some_TD = bits(*keys, place_T1, torch.arange(-(-width // _PER_DRAW), device=device), device=device) << 1
-    return some_TD.view(torch.int16)[:, :width].float() * 2.0**-15
+    place_M = torch.arange(_TABLE + width, device=key.device)
+    table_M = (1 - amount) + 2 * amount * uniform(key, _FACTOR, place_M, device=key.device)
+    begin_T = bits(key, _BEGIN, torch.arange(tokens, device=key.device), device=key.device) % _TABLE
+    return table_M.unfold(0, width, 1).index_select(0, begin_T)
