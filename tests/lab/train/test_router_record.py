@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,10 +17,18 @@ from mue.lab.data.byte_classes import BYTE_CLASSES
 from mue.lab.tasks.language import LanguageTask
 from mue.lab.train import session as session_module
 from mue.lab.train.router_record import RouterRecord
-from mue.lab.train.run import Store
+from mue.lab.train.run import Run, Store
 from mue.lab.train.session import TrainingSession, train
+from mue.lab.train.step import moe_layers
+from mue.lab.train.task import task_of
+from mue.model.apply import init_
 from mue.moe import Routing, diagnostics
-from support.small_run import STEPS, Stop, moe_run, stop_at
+from mue.moe.routers.base import ROUTER_CLASSES
+from mue.plan.toml import plan_inputs
+from mue.plan.transfer import plan_of
+from support.small_run import SETTINGS, STEPS, Stop, moe_run, stop_at
+
+DATA = {"hash": "0", "tokenizer": "bytes"}
 
 
 def test_rows_are_at_the_first_step_and_at_evaluations_and_no_other_step_measures(
@@ -147,3 +157,44 @@ def test_a_dense_run_has_neither_rows_nor_file(tmp_path: Path, corpus: Corpus) -
         session_module.RouterRecord(moe_run(corpus), LanguageTask(), None, []).row([], 1, evaluated=True, last=True)
         == {}
     )  # type: ignore[arg-type]
+
+
+EXPERTS = {"thor": "8e1a"}  # what the others can have, it cannot
+
+
+@pytest.mark.parametrize("router", list(ROUTER_CLASSES))
+def test_every_router_is_measured_and_its_numbers_agree(router: str) -> None:
+    """Ragged, dropped, drawn or chosen by experts: counts fit together, and everything is JSON without NaN."""
+    shape: dict[str, Any] = {
+        "width": 32,
+        "layers": 2,
+        "head_dim": 16,
+        "sequence": 32,
+        "training": {"batch": 128, "steps": 20},
+    }
+    target = {**shape, "moe": EXPERTS.get(router, "8e2a"), "expert": 16, "router": router}
+    tuned = {"lr": 0.01, "weight_decay": 0.1, "init_std": 0.1}
+    run = Run(plan_of(plan_inputs({"base": {**shape, "ffn": 32}, "tuned": tuned, "target": target})), SETTINGS, DATA)
+    task, tokens = task_of(run.settings), torch.randint(256, (4, 32))
+    model = task.build(run.plan, run.settings)
+    init_(run.plan, model, 0)
+    batches: Any = SimpleNamespace(at=lambda step: (tokens, tokens))
+    record = RouterRecord(run, task, batches, moe_layers(model))
+    row = record.row(task.loss(model, (tokens, tokens)).routings, 1, evaluated=True, last=True)
+    assert json.loads(json.dumps([row, record.at_end], allow_nan=False)) and record.at_end is not None
+    for seen, layer in zip(row["routers"], record.at_end["layers"], strict=True):
+        experts = [layer["coactivation"][n][n] for n in range(8)]
+        assert sum(seen["share"]) == pytest.approx(seen["active"], rel=1e-4) and seen["m2"] > 0 and seen["m1"] > 0
+        assert experts == pytest.approx([128 * share for share in seen["share"]], rel=1e-4)
+        assert experts == [sum(column) for column in zip(*layer["specialisation"], strict=True)]
+        assert sum(layer["active_counts"]) == 128 and layer["active_counts"][0] == pytest.approx(
+            128 * seen["idle"], rel=1e-4
+        )
+        assert sum(n * tokens for n, tokens in enumerate(layer["active_counts"])) == sum(experts)
+        known = seen["entropy"] is not None
+        assert (
+            list(layer["absent"]) == ([] if known else ["entropy"])
+            and known == run.plan.target.blocks[0].router_kind.matrix
+        )
+        assert not known or 0 <= seen["entropy"] <= math.log(8) + 1e-5
+        assert all(row[n] == 1 for n, row in enumerate(layer["overlap"]))
