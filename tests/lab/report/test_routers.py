@@ -131,7 +131,18 @@ def test_drawn_experts_are_not_called_dead() -> None:
     run = a_run("8e1a", router="thor")
     one = Routing.from_topk(torch.zeros(TOKENS, 1, dtype=torch.int64), torch.ones(TOKENS, 1), N)
     words, warnings = said(router_sections(run, *pages(run, [one, one])))
-    assert warnings == [] and "drawn at random" in words and "entropy (the router has no scores)" in words
+    assert (
+        warnings == []
+        and "drawn at random" in words
+        and "busiest" not in words
+        and "entropy (the router has no scores)" in words
+    )
+
+
+def test_a_router_that_learns_and_draws_can_collapse() -> None:
+    """Elastic MoE draws among a token's best experts: an expert that is never among them is dead."""
+    words, warnings = said(router_sections(a_run(router="elastic"), *pages(a_run(), [collapsed(), collapsed()])))
+    assert len(warnings) == 4 and "drawn at random" not in words
 
 
 def test_tokens_without_an_expert_are_counted() -> None:

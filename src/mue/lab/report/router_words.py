@@ -23,14 +23,14 @@ class RouterReading:
         rows: those with ``load``. layers: of each block with experts, what layer of the model it is.
         plan: of each of them, what the plan assumes; None where the model is somebody's own, and its blocks are not the plan's.
         sets: the sets of experts by name, each with the places in ``layers`` that read it: a layer's own, or a pool.
-        stochastic: experts are drawn, so that a batch's load is chance.
+        drawn: places in ``layers`` whose experts are drawn without regard to the token, so that a batch's load is chance.
     """
 
     rows: Rows
     layers: Sequence[int]
     plan: Sequence[Mapping[str, float]] | None
     sets: Mapping[str, Sequence[int]]
-    stochastic: bool
+    drawn: frozenset[int]
 
     @property
     def measured(self) -> Rows:
@@ -67,7 +67,9 @@ def reading(run: Run, rows: Rows) -> RouterReading:
         pool = pools.get(layer)
         sets.setdefault(f"The pool of layers {pool[0]} to {pool[-1]}" if pool else f"Layer {layer}", []).append(place)
     plan = None if own else [assumed(block) for block in blocks.values()]
-    return RouterReading(rows, layers, plan, sets, any(block.router_kind.stochastic for block in blocks.values()))
+    kinds = [] if own else [block.router_kind for block in blocks.values()]
+    drawn = frozenset(place for place, kind in enumerate(kinds) if kind.stochastic and not kind.matrix)
+    return RouterReading(rows, layers, plan, sets, drawn)
 
 
 def assumed(block: Block) -> dict[str, float]:
@@ -146,13 +148,16 @@ def _off(ratio: float) -> str:
 
 def balance_texts(seen: RouterReading) -> list[dict[str, Any]]:
     """Whether load is balanced, over the last quarter of the rows: collapsed sets of experts and dead experts are warned of."""
-    if seen.stochastic:
-        words = "The experts are drawn at random: the load of a batch is chance, and an expert without tokens in it is not dead."
-        return [text(words)]
     late = seen.rows[-max(1, len(seen.rows) // 4) :]
     when = "in the last row" if len(late) == 1 else f"in the last {len(late)} rows"
     out, worst = [], 0.0
+    if seen.drawn:
+        out.append(
+            text("Where experts are drawn at random the load of a batch is chance: nothing is said of their balance.")
+        )
     for name, places in seen.sets.items():
+        if seen.drawn.issuperset(places):
+            continue
         experts = len(late[0]["load"][places[0]])
         load = [sum(row["load"][place][n] for row in late for place in places) for n in range(experts)]
         if not (total := sum(load)):
@@ -174,6 +179,8 @@ def balance_texts(seen: RouterReading) -> list[dict[str, Any]]:
                     f"{max(idle):.1%} of the tokens of {whose} had no expert at the end: dropped for want of capacity, or chosen by none."
                 )
             )
+    if not worst:
+        return out
     lead = f"The busiest expert has {worst:.2f} times its fair share {when}"
     return [text(lead + ("." if any(words["warn"] for words in out) else ", and no expert is dead.")), *out]
 
