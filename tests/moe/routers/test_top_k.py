@@ -176,6 +176,17 @@ def test_bias_step_is_the_sign_against_the_mean() -> None:
     assert router.load.sum() == 0 and router.balance_bias.abs().max() == pytest.approx(1e-3)
 
 
+@pytest.mark.parametrize(
+    ("score", "experts", "step"), [("sigmoid", 64, 0.01), ("softmax", 64, 0.01 / 32), ("softmax", 4, 0.005)]
+)
+def test_a_step_of_the_bias_is_in_proportion_to_the_score(score: str, experts: int, step: float) -> None:
+    """A fiftieth of what scores are at zero logits: ½, or 1/N."""
+    router = Router(4, experts, 2, score=score)  # type: ignore[arg-type]
+    router(torch.randn(40, 4))
+    router.end_step_(0.01)
+    assert router.balance_bias.abs().max() == pytest.approx(step)
+
+
 def test_routing_is_float32_under_autocast_and_for_bf16_input() -> None:
     torch.manual_seed(5)
     router = Router(64, 16, 4, balance="loss", z_loss=True)

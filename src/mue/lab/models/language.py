@@ -195,7 +195,7 @@ class LanguageModel(nn.Module):
         """After every optimizer step: what routers change by themselves.
 
         Args:
-            bias_speed: one step of a balance bias, in units of the score.
+            bias_speed: one step of a balance bias, for scores that begin at ½ (smaller ones get a smaller step).
         """
         for part in self_changing(self):
             part.end_step_(bias_speed)

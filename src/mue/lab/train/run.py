@@ -18,6 +18,7 @@ from typing import Any
 from mue.plan.plan import PlanData
 from mue.plan.replan import inputs_from_dict
 from mue.plan.transfer import plan_of
+from mue.shapes.block import Block
 from mue.shapes.routers import LOSSES
 from mue.util.errors import positive, positive_int
 from mue.util.files import FileLock, digest
@@ -69,6 +70,12 @@ class Settings:
     def to_dict(self) -> dict[str, Any]:
         """The settings for keys and files. Those that came later are left out at their defaults: older runs keep keys and files."""
         return {k: v for k, v in asdict(self).items() if k not in _ADDED_LATER or v != _ADDED_LATER[k]}
+
+
+def _softmax_bias(block: Block) -> bool:
+    """Whether a balance bias moves softmax scores."""
+    has = block.experts > 0 and block.router_kind.balance_bias
+    return has and block.all_settings.get("score", block.router) == "softmax"
 
 
 @dataclass(frozen=True)
@@ -146,6 +153,9 @@ class Run:
         settings = self.settings.to_dict()
         if not moe:
             settings.pop("balance")
+        elif settings["balance"] == "bias" and any(map(_softmax_bias, plan.target.blocks)):
+            # Their step is in proportion to the score; runs from before it was have other keys, for they are other runs.
+            settings["bias_step"] = "of the score"
         return {
             "shape": shape,
             "multipliers": asdict(plan.multipliers),

@@ -140,7 +140,7 @@ class TopKRouter(MatrixRouter):
 
     @torch.no_grad()
     def update_bias_(self, speed: float) -> None:
-        """Moves `balance_bias` by one step against the load since the last call, and forgets that load.
+        """Moves `balance_bias` by one step, in units of the score, against the load since the last call, and forgets that load.
 
         Call it once per optimizer step. Under data parallelism sum `load` over the ranks first.
         """
@@ -148,9 +148,14 @@ class TopKRouter(MatrixRouter):
         self.load.zero_()
 
     def end_step_(self, bias_speed: float) -> None:
-        """Moves the balance bias, where that is how this router is balanced."""
+        """Moves the balance bias, where that is how this router is balanced.
+
+        Args:
+            bias_speed: one step for sigmoid scores, which begin at ½. Softmax scores begin at 1/N, and their step is as much smaller:
+                the sigmoid's own 0.01 is two thirds of a score of 64 experts and hides what the router says (docs/findings/gates.md).
+        """
         if self.options.balance == "bias":
-            self.update_bias_(bias_speed)
+            self.update_bias_(bias_speed if self.score == "sigmoid" else bias_speed * 2 / self.experts)
 
 
 @ROUTER_CLASSES.register("sigmoid", place=0)
