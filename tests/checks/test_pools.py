@@ -93,6 +93,8 @@ def test_exports_say_where_pools_lie_or_refuse_them() -> None:
     for stack in ("megatron", "torchtitan", "olmo-core"):
         with pytest.raises(ValueError, match="has experts of its own in every layer, and those of 8e2a1s2p"):
             soft.export(stack)
+    with pytest.raises(ValueError, match=r"experts.* read by layer 0, planned for layers 0–1"):
+        mue.transfer(BASE, replace(TARGET, router="softmax", shared_experts=0), TUNED).export("transformers")
 
 
 def test_the_plan_says_what_sharing_does() -> None:

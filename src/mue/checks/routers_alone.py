@@ -106,8 +106,9 @@ def _run(module: nn.Module, width: int) -> Routed | None:
         alone: Any = copy.deepcopy(module).to_empty(device="cpu").float()
     generator = torch.Generator().manual_seed(0)
     for parameter in alone.parameters():
-        # logits of std 0.3: apart, so that no two experts tie, and small, so that no score saturates
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3 / width**0.5)
+        # logits of std 0.3: apart, so that no two experts tie, and small, so that no score saturates; a gain is about 1
+        drawn = torch.randn(parameter.shape, generator=generator) * 0.3 / width**0.5
+        parameter.copy_(drawn if parameter.dim() > 1 else torch.ones(parameter.shape))
     for buffer in alone.buffers():
         # a balance bias of zero, as at the start of training
         buffer.zero_()

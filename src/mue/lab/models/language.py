@@ -117,8 +117,8 @@ class LanguageModel(nn.Module):
         self.embedding = Embedding(shape.vocab, shape.width)
         pools = self._pools(shape)
         self.blocks = nn.ModuleList(
-            TransformerBlock(shape, block, multipliers, layer, options, pools.get(layer))
-            for layer, block in enumerate(shape.per_layer)
+            TransformerBlock(shape, block, multipliers, layer, replace(options, pool=i), pool)
+            for layer, (block, (i, pool)) in enumerate(zip(shape.per_layer, pools, strict=True))
         )
         if (
             common := share([module for module in self.blocks.modules() if isinstance(module, BaseRouter)])
@@ -130,15 +130,18 @@ class LanguageModel(nn.Module):
             # one Parameter, so that named_parameters has it once and its gradient is the sum of both uses
             self.head.weight = self.embedding.weight
 
-    def _pools(self, shape: Transformer) -> dict[int, ExpertPool]:
-        """Layer → the pool of experts that it reads. The model holds pools where there are any."""
-        blocks, layers = shape.per_layer, shape.pool_layers
-        made = [
-            ExpertPool(shape.width, b.experts, b.expert or 0, gated=shape.gated) for b in (blocks[i[0]] for i in layers)
-        ]
+    def _pools(self, shape: Transformer) -> list[tuple[int, ExpertPool | None]]:
+        """Of every layer, which pool of experts it reads, and the pool. The model holds pools where there are any."""
+        found: list[tuple[int, ExpertPool | None]] = [(0, None)] * shape.layers
+        made = nn.ModuleList()
+        for i, layers in enumerate(shape.pool_layers):
+            block = shape.per_layer[layers[0]]
+            pool = ExpertPool(shape.width, block.experts, block.expert or 0, gated=shape.gated)
+            made.append(pool)
+            found[layers[0] : layers[-1] + 1] = [(i, pool)] * len(layers)
         if made:
-            self.pools = nn.ModuleList(made)
-        return {layer: pool for pool, readers in zip(made, layers, strict=True) for layer in readers}
+            self.pools = made
+        return found
 
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, past: Sequence[PastTokens] | None = None

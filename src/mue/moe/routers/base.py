@@ -75,6 +75,7 @@ class RouterOptions:
         z_loss: put ``router_z`` into ``Routing.losses``, where there are logits. (These two are the run's, which has their
             coefficients; losses with coefficients of their own are among the settings.)
         seed, layer: of what is drawn, so that runs and layers draw differently.
+        pool: which of the model's pools of experts the layer reads, where it reads one.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -83,6 +84,7 @@ class RouterOptions:
     z_loss: bool = False
     seed: int = 0
     layer: int = 0
+    pool: int = 0
 
 
 class BaseRouter(nn.Module):
