@@ -100,6 +100,7 @@ def test_a_plan_file_names_one() -> None:
         ({"schedule": {"name": "wave", "spread": 1.0}}, "spread of a schedule must be a number from 0 and below 1, got 1.0"),
         ({"schedule": {"name": "wave", "active": "all"}}, "active of a schedule must be one of same, share"),
         ({"schedule": "wave", "moe": "16e2a2g"}, "a schedule over layers and 2 groups of experts do not go together"),
+        ({"schedule": "wave", "moe": "16e2a1p"}, "those of 16e2a1p lie in pools that layers share: leave one of them out"),
         ({"schedule": "wave", "moe": "1s"}, "the shape has none"),
         ({"schedule": "wave", "blocks": []}, r"has moe and \[\[target.blocks\]\]"),
     ],

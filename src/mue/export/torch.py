@@ -48,4 +48,7 @@ def _language_model(target: Transformer) -> tuple[nn.Module, str]:
         param("final_norm.weight", "final_norm", VECTOR),
         param("head.weight", "head"),
     )
-    return shaped(StackModel("the lab's model", table), target, name), name
+    kinds = dict.fromkeys(block.router_kind for block in target.blocks if block.experts)
+    scalars = dict.fromkeys(scalar for kind in kinds for scalar in kind.scalars)
+    moe = tuple(param(f"blocks.*.moe.router.{scalar}", "norm", VECTOR) for scalar in scalars)
+    return shaped(StackModel("the lab's model", table, moe=moe), target, name), name

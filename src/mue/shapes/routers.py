@@ -43,7 +43,7 @@ class RouterKind:
         score: "sigmoid" or "softmax" where the weights are in proportion to that function of the router's logits (what a check
             can then compare); else None.
         matrix: has the (N, width) matrix of role ``router``, trained like any other.
-        scalars: how many trained scalars it has beside it, of role ``norm`` (a temperature, a gain), in ``layout()`` each.
+        scalars: names of the trained scalars that it has beside it, of role ``norm`` (a temperature, a gain) and in ``layout()`` each.
         balance_bias: has the (N,) bias of role ``router_bias``, moved by load and not by the optimizer.
         needs_tokens: reads token ids, so that only a model of tokens can have it.
         stochastic: draws anew in every training step, so that two forward passes over one batch may differ.
@@ -73,7 +73,7 @@ class RouterKind:
     even: bool = False
     score: str | None = None
     matrix: bool = False
-    scalars: int = 0
+    scalars: tuple[str, ...] = ()
     balance_bias: bool = False
     needs_tokens: bool = False
     stochastic: bool = False

@@ -47,6 +47,11 @@ def layer_schedule(shape: MoE, name: str, spread: float = 0.5, active: str = "sa
     (block,) = shape.blocks
     if not block.experts:
         raise ValueError("a schedule shares out routed experts, and the shape has none")
+    if block.pools:
+        raise ValueError(
+            f"a schedule shares out the experts of each layer, and those of {block.notation} lie in pools that layers share: leave one"
+            " of them out"
+        )
     if block.groups > 1:
         raise ValueError(
             f"a schedule over layers and {block.groups} groups of experts do not go together: leave groups out"

@@ -160,7 +160,7 @@ class Transformer:
                 yield from self._feed_forward("expert", many, d * (block.expert or 0), n * block.active)
                 if block.router_kind.matrix:
                     yield Tensors("router", n, d * block.experts, n)
-                if scalars := block.router_kind.scalars:
+                if scalars := len(block.router_kind.scalars):
                     yield Tensors("norm", n * scalars, 1, n * scalars, matrix=False)
                 if block.router_kind.balance_bias:
                     yield Tensors("router_bias", n, block.experts, n, matrix=False, trained=False)

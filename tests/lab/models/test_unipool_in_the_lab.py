@@ -6,6 +6,7 @@ import json
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -163,6 +164,24 @@ def test_the_checks_pass_and_see_what_is_wrong() -> None:
     with torch.no_grad():
         model.blocks[2].moe.router.scale.fill_(0.5)  # type: ignore[union-attr]
     assert "blocks.2.moe.router.scale" in mue.check(model, plan, raises=False, only=("init",)).failures[0].where
+
+
+@pytest.mark.parametrize("router", ["unipool", "dtop-p"])
+def test_the_exported_file_has_a_group_for_every_parameter(router: str) -> None:
+    """The routers' scalars as well, each with the rate of a gain."""
+    plan = mue.fold.fold(mue.transfer(BASE, replace(SHAPE, router=router), TUNED))
+    model = LanguageModel(plan.target, plan.multipliers)
+    made: dict[str, Any] = {}
+    exec(plan.export("torch"), made)
+    theirs = {id(p): (g["lr"], g["weight_decay"]) for g in made["param_groups"](model) for p in g["params"]}
+    ours = {id(p): (g["lr"], g["weight_decay"]) for g in plan.param_groups(model) for p in g["params"]}
+    assert theirs.keys() == ours.keys() == {id(p) for p in model.parameters()}
+    for one, setting in theirs.items():
+        assert setting == pytest.approx(ours[one])
+    scalars = [p for name, p in model.named_parameters() if name.endswith(("router.scale", "router.theta"))]
+    assert len(scalars) == 4 and {theirs[id(p)] for p in scalars} == {(plan.roles["norm"].values.lr, 0.0)}
+    made["init_"](model)
+    assert all(p.item() == 1 for p in scalars)
 
 
 def sized(notation: str, width: int = 64, expert: int = 32) -> mue.MoE:

@@ -41,7 +41,7 @@ def mean_active(active: int, experts: int, settings: Mapping[str, Any]) -> float
     place=2.2,
     unit_sum=True,
     matrix=True,
-    scalars=1,
+    scalars=("theta",),
     grouped=False,
     settings={
         "control": Setting(

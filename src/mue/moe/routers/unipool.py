@@ -49,7 +49,7 @@ def _mean_active(active: int, experts: int, settings: Mapping[str, Any]) -> floa
     place=10,
     unit_sum=False,
     matrix=True,
-    scalars=1,
+    scalars=("scale",),
     pooled=True,
     grouped=False,
     settings={
