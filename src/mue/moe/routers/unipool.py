@@ -18,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mue.layouts.layout import Layout
-from mue.moe.routers.base import BaseRouter, RouterInput, RouterOptions, router
+from mue.moe.routers.base import RouterInput, router
+from mue.moe.routers.matrix import MatrixRouter
 from mue.moe.routers.ops import select_top
 from mue.moe.routing import Routing
 from mue.shapes.settings import Setting
@@ -62,7 +63,7 @@ def _mean_active(active: int, experts: int, settings: Mapping[str, Any]) -> floa
     moments=_moments,
     mean_active=_mean_active,
 )
-class UniPoolRouter(BaseRouter):
+class UniPoolRouter(MatrixRouter):
     """NormRouter: s = σ · c0 · ReLU(z / ‖z‖) of the logits z = W x; the a best experts, each with its own s as weight.
 
     Scores do not change with the size of z. σ is learnt, one for each layer; c0 (:func:`norm_constant`) makes the weights of a token
@@ -70,20 +71,17 @@ class UniPoolRouter(BaseRouter):
     negative gets nothing from the experts, and the residual stream passes.
 
     `weight` (N, D) and `scale` (σ) are its parameters; `load` (N,) int64 counts pairs per expert in training mode since the last
-    step. What all layers of a pool chose in the last step is in :class:`PoolLoad`, and the loss ``pool_balance`` reads it; a router
-    outside a model that calls ``share`` has no such loss.
+    step. What all layers of a pool chose in the last step is in :class:`PoolLoad`, and the loss ``pool_balance`` reads it: a model
+    has to call ``share``, or to leave that loss out.
     """
 
     load: Tensor
 
-    def __init__(
-        self, width: int, experts: int, active: int, groups: int = 1, options: RouterOptions | None = None
-    ) -> None:
-        super().__init__(width, experts, active, groups, options)
-        self.weight = nn.Parameter(torch.empty(experts, width).normal_(std=0.02))
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
         self.scale = nn.Parameter(torch.ones(1))
-        self.register_buffer("load", torch.zeros(experts, dtype=torch.int64))
-        self.constant = norm_constant(active, experts)
+        self.register_buffer("load", torch.zeros(self.experts, dtype=torch.int64))
+        self.constant = norm_constant(self.active, self.experts)
 
     @classmethod
     def shared(cls, routers: Sequence[UniPoolRouter]) -> PoolLoad:
@@ -96,24 +94,22 @@ class UniPoolRouter(BaseRouter):
 
     def forward(self, x_TD: Tensor, given: RouterInput | None = None) -> Routing:
         """Routes tokens by their hidden states alone."""
-        with torch.autocast(x_TD.device.type, enabled=False):
-            dtype = torch.promote_types(x_TD.dtype, torch.float32)
-            logit_TN = F.linear(x_TD.to(dtype), self.weight.to(dtype))
-            unit_TN = logit_TN / (logit_TN.norm(dim=1, keepdim=True) + EPS)
-            score_TN = self.scale.to(dtype) * self.constant * F.relu(unit_TN)
-            # by the logits, whose order is that of the scores; where too few are positive the rest has the weight 0
-            expert_TK = select_top(logit_TN.detach(), self.active)
-            routing = self.routing(expert_TK, score_TN.gather(1, expert_TK) * self.route_scale)
-            if self.options.settings["normalise_scores"]:
-                score_TN = score_TN / (score_TN.sum(1, keepdim=True) + EPS)
-            routing.scores_TN, routing.logits_TN = score_TN, logit_TN
-            if self.training:
-                with torch.no_grad():
-                    self.load += routing.stats["load"]
-            if isinstance(self.common, PoolLoad):
-                share_N, layers = self.common.share(self.options.pool)
-                routing.stats["pool_share"] = share_N / layers
-            return routing
+        logit_TN = self.logits(x_TD)
+        unit_TN = logit_TN / (logit_TN.norm(dim=1, keepdim=True) + EPS)
+        score_TN = self.scale.to(logit_TN.dtype) * self.constant * F.relu(unit_TN)
+        # by the logits, whose order is that of the scores; where too few are positive the rest has the weight 0
+        expert_TK = select_top(logit_TN.detach(), self.active)
+        routing = self.routing(expert_TK, score_TN.gather(1, expert_TK) * self.route_scale)
+        if self.options.settings["normalise_scores"]:
+            score_TN = score_TN / (score_TN.sum(1, keepdim=True) + EPS)
+        routing.scores_TN, routing.logits_TN = score_TN, logit_TN
+        if self.training:
+            with torch.no_grad():
+                self.load += routing.stats["load"]
+        if isinstance(self.common, PoolLoad):
+            share_N, layers = self.common.share(self.options.pool)
+            routing.stats["pool_share"] = share_N / layers
+        return routing
 
 
 class PoolLoad(nn.Module):
