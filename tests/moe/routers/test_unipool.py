@@ -150,6 +150,17 @@ def test_a_token_that_no_expert_wants_passes(what: str) -> None:
     torch.testing.assert_close(layer(x_TD[[0, 1]])[0], y_TD[[0, 1]])
 
 
+def test_it_is_in_full_precision_under_autocast() -> None:
+    torch.manual_seed(6)
+    router, x_TD = alone(32, 16, 2).float(), torch.randn(200, 32)
+    exact = router(x_TD)
+    with torch.autocast("cpu", torch.bfloat16):
+        routing = router(x_TD)
+    assert torch.equal(routing.expert_P, exact.expert_P) and torch.equal(routing.weight_P, exact.weight_P)
+    rounded = router(x_TD.bfloat16())  # negative control: rounded tokens have other weights
+    assert rounded.weight_P.dtype == torch.float32 and not torch.equal(rounded.weight_P, exact.weight_P)
+
+
 def test_what_it_refuses() -> None:
     numbers: dict[str, Any] = {"width": 32, "expert": 16, "layers": 4, "head_dim": 16, "router": "unipool"}
     for notation, message in (
