@@ -114,6 +114,11 @@ class Block:
                 f"{self.pools} pools do not divide the {self.layers} layers, and each is read by equally many: use a number"
                 f" that divides {self.layers}"
             )
+        if self.router_kind.owned and (self.experts % self.readers or self.experts < self.active * self.readers):
+            raise ValueError(
+                f"the {self.router} router gives each of {self.readers} layers an equal part of the {self.experts} experts, and a"
+                f" token uses {self.active} of that: use a multiple of {self.readers}, at least {self.active * self.readers}"
+            )
 
     def _whole(self, name: str, most: int = LARGEST) -> None:
         """One of the numbers as a plain ``int``, or refused."""

@@ -49,6 +49,7 @@ class RouterKind:
         stochastic: draws anew in every training step, so that two forward passes over one batch may differ.
         stackable: models with it can be trained several at once. Not where routers share trained parameters.
         pooled: its experts lie in one pool that all layers of a block read, where the shape says no number of ``pools``.
+        owned: in the end each expert of a pool is one layer's, equally many of them each layer's.
         active: the only a that it knows; None where a is free.
         grouped: can choose a/g from each of g groups.
         any_active: a trained model of it may be evaluated with another number of active experts
@@ -79,6 +80,7 @@ class RouterKind:
     stochastic: bool = False
     stackable: bool = True
     pooled: bool = False
+    owned: bool = False
     active: int | None = None
     grouped: bool = True
     any_active: bool = False

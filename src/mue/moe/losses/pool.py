@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mue.moe.losses.parts import need
+from mue.moe.losses.parts import need, probabilities
 from mue.moe.routing import Routing
 from mue.shapes.losses import AUXILIARY_LOSSES
 
@@ -28,6 +28,27 @@ def pool_balance(routing: Routing) -> Tensor:
             " pools, once their model has told them of each other (mue.moe.routers.base.share); or leave the loss out"
         )
     return pool_balance_loss(need(routing, "scores_TN", "pool_balance"), share_N)
+
+
+@AUXILIARY_LOSSES.register("cardinality", place=6)
+def cardinality(routing: Routing) -> Tensor:
+    """(H - log K)²: how far a layer's mean routing is from K experts' even use, H its entropy (UniPool-lock, 2605.06665).
+
+    K is ``exp(stats["cardinality_target"])``; ``stats["cardinality_weight"]``, over the number of layers, is how much of it counts now.
+
+    Raises:
+        ValueError: the routing says nothing of either.
+    """
+    target, weight = (routing.stats.get(f"cardinality_{part}") for part in ("target", "weight"))
+    if target is None or weight is None:
+        raise ValueError(
+            "the loss cardinality is for routers whose pool is shared out (unipool-lock), once their model has told them of each"
+            " other (mue.moe.routers.base.share): leave it out"
+        )
+    prob_N = probabilities(routing, "cardinality").mean(0)
+    # the slope of p·log p at 0 has no bound, and an expert that no token wants is no reason for one
+    entropy = -(prob_N * prob_N.clamp(min=1e-12).log()).sum()
+    return weight.to(entropy.dtype) * (entropy - target.to(entropy.dtype)).square()
 
 
 def pool_balance_loss(score_TN: Tensor, share_N: Tensor) -> Tensor:

@@ -45,24 +45,25 @@ def _mean_active(active: int, experts: int, settings: Mapping[str, Any]) -> floa
     return sum(1 - _fewer(n, experts, 0.5) for n in range(1, active + 1))
 
 
-@router(
-    "unipool",
-    place=10,
-    unit_sum=False,
-    matrix=True,
-    scalars=("scale",),
-    pooled=True,
-    grouped=False,
-    settings={
+FACTS: dict[str, Any] = {
+    "unit_sum": False,
+    "matrix": True,
+    "scalars": ("scale",),
+    "pooled": True,
+    "grouped": False,
+    "settings": {
         "normalise_scores": Setting(
             default=False, meaning="the pool's balance loss reads scores divided by their sum, not raw ones"
         )
     },
-    losses={"pool_balance": 1e-2},
-    fits=_fits,
-    moments=_moments,
-    mean_active=_mean_active,
-)
+    "losses": {"pool_balance": 1e-2},
+    "fits": _fits,
+    "moments": _moments,
+    "mean_active": _mean_active,
+}
+
+
+@router("unipool", place=10, **FACTS)
 class UniPoolRouter(MatrixRouter):
     """NormRouter: s = σ · c0 · ReLU(z / ‖z‖) of the logits z = W x; the a best experts, each with its own s as weight.
 
@@ -97,8 +98,9 @@ class UniPoolRouter(MatrixRouter):
         logit_TN = self.logits(x_TD)
         unit_TN = logit_TN / (logit_TN.norm(dim=1, keepdim=True) + EPS)
         score_TN = self.scale.to(logit_TN.dtype) * self.constant * F.relu(unit_TN)
-        # by the logits, whose order is that of the scores; where too few are positive the rest has the weight 0
-        expert_TK = select_top(logit_TN.detach(), self.active)
+        choice_TN, open_N = self.access(unit_TN.detach())
+        score_TN = score_TN if open_N is None else score_TN * open_N
+        expert_TK = select_top(choice_TN, self.active)
         routing = self.routing(expert_TK, score_TN.gather(1, expert_TK) * self.route_scale)
         if self.options.settings["normalise_scores"]:
             score_TN = score_TN / (score_TN.sum(1, keepdim=True) + EPS)
@@ -110,6 +112,11 @@ class UniPoolRouter(MatrixRouter):
             share_N, layers = self.common.share(self.options.pool)
             routing.stats["pool_share"] = share_N / layers
         return routing
+
+    def access(self, unit_TN: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What experts are chosen by, and (N,) what is left of each one's score: here the logits, in whose order scores are (where
+        too few are positive the rest has the weight 0), and all of it."""
+        return unit_TN, None
 
 
 class PoolLoad(nn.Module):
@@ -138,10 +145,13 @@ class PoolLoad(nn.Module):
         """Takes over what the layers counted, and forgets their counts. Under data parallelism sum `load` over the ranks first."""
         for pool, readers in self.readers.items():
             # each layer's own share first: one whose forward pass runs twice (activation checkpointing) counts as much as others
-            shares = [one.load / one.load.sum().clamp(min=1) for one in readers]
-            self.share(pool)[0].copy_(torch.stack(shares).mean(0))
+            self.take_over(pool, torch.stack([one.load / one.load.sum().clamp(min=1) for one in readers]))
             for one in readers:
                 one.load.zero_()
+
+    def take_over(self, pool: int, share_LN: Tensor) -> None:
+        """What a step leaves of the shares of a pool's layers: their mean."""
+        self.share(pool)[0].copy_(share_LN.mean(0))
 
 
 # ---- what the weights are at the start ---------------------------------------------------------------------------------------
