@@ -164,7 +164,7 @@ def _circle(value_LN: Tensor, owner_N: Tensor) -> list[tuple[int, int]] | None:
         found = (path_LL.diagonal() > enough).nonzero()
         if len(found):
             start = at = int(found[0])
-            circle = []
+            circle: list[tuple[int, int]] = []
             while not circle or at != start:
                 to = int(next_LL[at, start])
                 circle.append((int(mover_LL[at, to]), to))
