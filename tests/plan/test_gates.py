@@ -99,3 +99,28 @@ def test_each_block_of_a_mixed_shape_is_told() -> None:
     plan = mue.transfer(BASE, Mixed(width=64, blocks=blocks, head_dim=16, sequence=32), TUNED)
     told = [block.router_settings.get("logit_std") for block in plan.target.blocks]
     assert told == [None, pytest.approx(0.05 * 8), None]
+
+
+@pytest.mark.parametrize(("router", "notation"), [("switch", "8e1a"), ("switch", "32e1a"), ("expert-choice", "32e2a")])
+def test_the_branch_starts_as_large_as_the_dense_one(router: str, notation: str) -> None:
+    """A and R together (conventions 9): within a tenth. With the moments of even logits it would be two to four times as large."""
+    ratios = []
+    for told in ({}, {"logit_std": 1e-9}):
+        settings = {**told, "capacity": 64.0} if router == "switch" else told
+        moe = mue.MoE.parse(
+            notation, width=64, expert=64, layers=2, head_dim=16, sequence=32, router=router, router_settings=settings
+        )
+        found = []
+        for target in (moe, BASE):
+            plan, sizes = mue.transfer(BASE, target, TUNED.replace(init_std=0.08)), []
+            for seed in range(3):
+                model = LanguageModel(plan.target, plan.multipliers, seed=seed)
+                plan.init_(model, seed)
+                block, x_BTD = model.blocks[0], torch.randn(32, 32, 64)
+                with torch.no_grad():
+                    y_BTD = block.ffn(x_BTD) if block.ffn is not None else block.moe(x_BTD)[0]  # type: ignore[operator,union-attr]
+                sizes.append(float(y_BTD.square().mean().sqrt()))
+            found.append(sum(sizes))
+        ratios.append(found[0] / found[1])
+    assert ratios[0] == pytest.approx(1, abs=0.1)
+    assert ratios[1] > 1.8
