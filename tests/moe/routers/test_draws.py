@@ -48,3 +48,12 @@ def test_numbers_are_uniform_and_neighbours_are_independent() -> None:
             assert abs(float(torch.corrcoef(pairs)[0, 1])) < 4 / math.sqrt(COUNT)
     counter = torch.arange(COUNT).float() / COUNT  # negative control: a counter itself is uniform, and correlated
     assert float(torch.corrcoef(torch.stack((counter[1:], counter[:-1])))[0, 1]) > 0.9
+
+
+def test_numbers_of_python_are_mixed_like_tensors() -> None:
+    """In whatever place they stand, negative ones and those beyond an int64 too; other keys are other bits (the control)."""
+    for keys in ((0,), (3, 5), (-1, 7, 2**70 + 3), (2**63 - 1, -(2**40))):
+        plain = bits(*keys)
+        first, *rest = (key % (1 << 63) for key in keys)
+        assert plain == bits(torch.tensor(first), *rest) == bits(*(torch.tensor(key) for key in (first, *rest)))
+        assert plain != bits(first + 1, *rest)

@@ -65,7 +65,7 @@ def test_a_pool_of_the_active_ones_is_top_k(score: str) -> None:
     x_TD = torch.randn(40, 6)
     a, b = router(x_TD), plain(x_TD)
     assert torch.equal(a.expert_P, b.expert_P) and torch.equal(a.weight_P, b.weight_P)
-    wider = made(active=3, pool=6, score=score)
+    wider = made(active=3, pool=6, score=score, random_pool=False)
     wider.weight.data = router.weight.data
     assert not torch.equal(wider(x_TD).expert_P, b.expert_P)
     assert torch.equal(wider.eval()(x_TD).expert_P, b.expert_P)  # in evaluation it is

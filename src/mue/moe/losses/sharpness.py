@@ -41,7 +41,11 @@ def hierarchical(routing: Routing) -> Tensor:
         A scalar in nats from -log N (one expert) to 0 (all alike).
     """
     logit_TN = need(routing, "logits_TN", "hierarchical")
-    return _entropy(torch.softmax(logit_TN, dim=1)) - (math.log(routing.num_experts) if routing.num_tokens else 0.0)
+    if routing.num_tokens == 0:
+        return logit_TN.sum()
+    # by its logarithm, whose gradient is finite wherever q underflows
+    log_TN = torch.log_softmax(logit_TN, dim=1)
+    return -(log_TN.exp() * log_TN).sum(1).mean() - math.log(routing.num_experts)
 
 
 def _entropy(prob_TN: Tensor) -> Tensor:

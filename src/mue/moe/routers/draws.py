@@ -13,6 +13,7 @@ Key = int | Tensor  # int64
 
 _WEYL = -0x61C8864680B583EB  # 2^64 / golden ratio, as a signed number: its multiples are far apart
 _FACTORS = (-0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # 0xBF58476D1CE4E5B9 and 0x94D049BB133111EB, signed
+_ALL = (1 << 64) - 1
 
 
 def bits(*keys: Key, device: torch.device | None = None) -> Tensor:
@@ -24,8 +25,12 @@ def bits(*keys: Key, device: torch.device | None = None) -> Tensor:
     Returns:
         int64 in [0, 2^63), of the keys' joint shape.
     """
-    state = torch.zeros((), dtype=torch.int64, device=device)
-    for key in keys:
+    known, rest = 0, list(keys)
+    while rest and not isinstance(rest[0], Tensor):
+        # seeds, layers and the like: numbers of Python are mixed in microseconds, tensors of one number are not
+        known = _mixed_number((known ^ rest.pop(0) % (1 << 63)) + _WEYL)
+    state = torch.full((), known - (known >> 63 << 64), dtype=torch.int64, device=device)
+    for key in rest:
         # whole numbers of Python may be larger than an int64, which torch would refuse
         state = _mixed((state ^ (key if isinstance(key, Tensor) else key % (1 << 63))) + _WEYL)
     return state & 0x7FFF_FFFF_FFFF_FFFF
@@ -44,6 +49,14 @@ def _mixed(x: Tensor) -> Tensor:
     x = (x ^ _shifted(x, 30)) * _FACTORS[0]
     x = (x ^ _shifted(x, 27)) * _FACTORS[1]
     return x ^ _shifted(x, 31)
+
+
+def _mixed_number(x: int) -> int:
+    """The same of an unsigned number of Python."""
+    x &= _ALL
+    x = ((x ^ x >> 30) * _FACTORS[0]) & _ALL
+    x = ((x ^ x >> 27) * _FACTORS[1]) & _ALL
+    return x ^ x >> 31
 
 
 def _shifted(x: Tensor, count: int) -> Tensor:

@@ -16,7 +16,7 @@ from mue.moe.routers.at_init import at_init, mass_for, standardised
 from mue.moe.routers.base import RouterInput, router
 from mue.moe.routers.controller import PIController
 from mue.moe.routers.matrix import MatrixRouter
-from mue.moe.routers.prefix import prefix_of_mass, weights_of
+from mue.moe.routers.prefix import even_sums, prefix_of_mass
 from mue.moe.routing import Routing
 from mue.shapes.settings import Setting
 
@@ -107,9 +107,8 @@ class DTopPRouter(MatrixRouter):
         with torch.autocast(x_TD.device.type, enabled=False):
             sharp_TN = standardised(logit_TN) * self.theta.to(logit_TN.dtype)
             prob_TN = torch.softmax(sharp_TN, dim=1)
-            expert_TK, inside_TK = prefix_of_mass(prob_TN, float(self.p), 2 * self.active)
-            weight_TK = weights_of(prob_TN, expert_TK, inside_TK, renormalise=True) * self.route_scale
-            routing = self.routing(torch.where(inside_TK, expert_TK, self.experts), weight_TK)
+            expert_TK = prefix_of_mass(prob_TN, float(self.p), 2 * self.active)
+            routing = self.routing(expert_TK, even_sums(sharp_TN, expert_TK, self.route_scale))
         if self.training:
             with torch.no_grad():
                 self.pairs += routing.stats["load"].sum()

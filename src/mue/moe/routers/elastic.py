@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from mue.moe.routers.base import RouterInput, router
-from mue.moe.routers.draws import bits, uniform
+from mue.moe.routers.draws import bits
 from mue.moe.routers.ops import select_top
 from mue.moe.routers.random import DrawingRouter
 from mue.moe.routers.top_k import TopKRouter
 from mue.shapes.settings import Setting
-
-_SIZE, _MEMBERS = 0, 1  # what is drawn for
 
 
 def pool_size(active: int, experts: int, settings: Mapping[str, Any]) -> int:
@@ -75,13 +73,14 @@ class ElasticRouter(DrawingRouter, TopKRouter):
         pool = pool_size(self.active, self.experts, self.options.settings)
         if not self.training or pool == active:
             return select_top(choice_TN, active)
-        best_TC, keys = select_top(choice_TN, pool), self.keys(given)
-        place_T1 = torch.arange(len(choice_TN), device=choice_TN.device)[:, None]
-        rank_C = torch.arange(pool, device=choice_TN.device)
-        key_TC = uniform(*keys, _MEMBERS, place_T1, rank_C, device=choice_TN.device)
+        best_TC, tokens, device = select_top(choice_TN, pool), len(choice_TN), choice_TN.device
+        drawn, half = bits(*self.keys(given), device=device), (pool + 1) // 2
+        # a draw of 63 bits is two numbers of 24: drawing is most of what this costs beyond top-k
+        pairs_TH = bits(drawn, torch.arange(tokens * half, device=device).view(tokens, half), device=device) << 1
+        key_TC = (pairs_TH.view(torch.int32)[:, :pool] >> 8).float()
         if self.options.settings["random_pool"]:
-            size = active + bits(*keys, _SIZE, device=choice_TN.device) % (pool - active + 1)
-            key_TC = torch.where(rank_C < size, key_TC, -1.0)
+            size = active + drawn % (pool - active + 1)
+            key_TC = torch.where(torch.arange(pool, device=device) < size, key_TC, -torch.inf)
         # the a largest of independent keys are an even draw without replacement; in the order of their ranks, as a top-k has them
         return best_TC.gather(1, select_top(key_TC, active).sort(1).values)
 

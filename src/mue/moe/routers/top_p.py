@@ -14,7 +14,7 @@ from torch import Tensor
 from mue.moe.routers.at_init import AtInit, at_init
 from mue.moe.routers.base import RouterInput, router
 from mue.moe.routers.matrix import MatrixRouter
-from mue.moe.routers.prefix import prefix_of_mass, weights_of
+from mue.moe.routers.prefix import even_sums, prefix_of_mass, raw_weights
 from mue.moe.routing import Routing
 from mue.shapes.routers import LOGIT_STD, MOMENTS_BY_LOGITS
 from mue.shapes.settings import Setting
@@ -64,8 +64,11 @@ class TopPRouter(MatrixRouter):
         """Routes tokens: P = T·K pairs, token-major, those beyond a token's own being padding (expert N, weight 0)."""
         logit_TN, settings = self.logits(x_TD), self.options.settings
         prob_TN = torch.softmax(logit_TN, dim=1)
-        expert_TK, inside_TK = prefix_of_mass(prob_TN, settings["p"], 2 * self.active)
-        weight_TK = weights_of(prob_TN, expert_TK, inside_TK, settings["renormalise"]) * self.route_scale
-        routing = self.routing(torch.where(inside_TK, expert_TK, self.experts), weight_TK)
+        expert_TK = prefix_of_mass(prob_TN, settings["p"], 2 * self.active)
+        if settings["renormalise"]:
+            weight_TK = even_sums(logit_TN, expert_TK, self.route_scale)
+        else:
+            weight_TK = raw_weights(prob_TN, expert_TK) * self.route_scale
+        routing = self.routing(expert_TK, weight_TK)
         routing.scores_TN, routing.logits_TN = prob_TN, logit_TN
         return routing
