@@ -10,6 +10,7 @@ Shape suffixes: T tokens, P pairs, K slots per token, N experts.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -71,6 +72,14 @@ class Routing:
     def num_pairs(self) -> int:
         """P, padding included."""
         return int(self.token_P.shape[0])
+
+    @cached_property
+    def prob_TN(self) -> Tensor:
+        """(T, N) the scores over their sum, made once for all losses that read them."""
+        assert self.scores_TN is not None
+        # where all of them underflow there is nothing to divide by, and nothing to train
+        tiny = torch.finfo(self.scores_TN.dtype).tiny
+        return self.scores_TN / self.scores_TN.sum(1, keepdim=True).clamp(min=tiny)
 
     @classmethod
     def empty(cls, num_tokens: int, num_experts: int = 0, device: torch.device | None = None) -> Routing:

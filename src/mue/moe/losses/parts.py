@@ -5,7 +5,6 @@ Shape suffixes: T tokens, N experts.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mue.moe.routing import Routing
@@ -45,6 +44,5 @@ def probabilities(routing: Routing, loss: str) -> Tensor:
     Args:
         loss: see :func:`need`.
     """
-    score_TN = need(routing, "scores_TN", loss)
-    # where all of them underflow there is nothing to divide by, and nothing to train
-    return score_TN / score_TN.sum(1, keepdim=True).clamp(min=torch.finfo(score_TN.dtype).tiny)
+    need(routing, "scores_TN", loss)
+    return routing.prob_TN
