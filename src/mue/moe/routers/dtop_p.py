@@ -69,7 +69,8 @@ class DTopPRouter(MatrixRouter):
     every layer (`"layer"`: slightly worse in the paper, exact in every layer). In evaluation p stays.
 
     `pairs` and `tokens` count what was routed in training since the last step, so that several forward passes of one step (accumulated
-    gradients; a recomputed pass, which counts twice over) give their mean.
+    gradients; a recomputed pass, which counts twice over) give their mean. Under data parallelism sum both over the ranks before
+    :meth:`end_step_`.
     """
 
     pairs: Tensor
