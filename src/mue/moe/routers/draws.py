@@ -26,9 +26,9 @@ def bits(*keys: Key, device: torch.device | None = None) -> Tensor:
         int64 in [0, 2^63), of the keys' joint shape.
     """
     known, rest = 0, list(keys)
-    while rest and not isinstance(rest[0], Tensor):
+    while rest and isinstance(number := rest[0], int):
         # seeds, layers and the like: numbers of Python are mixed in microseconds, tensors of one number are not
-        known = _mixed_number((known ^ rest.pop(0) % (1 << 63)) + _WEYL)
+        known, rest = _mixed_number((known ^ number % (1 << 63)) + _WEYL), rest[1:]
     state = torch.full((), known - (known >> 63 << 64), dtype=torch.int64, device=device)
     for key in rest:
         # whole numbers of Python may be larger than an int64, which torch would refuse
