@@ -85,7 +85,7 @@ class ExpertChoiceRouter(ThresholdRouter):
         """Routes a batch: P = N·q pairs from the batch, or as many as pass the thresholds.
 
         Raises:
-            ValueError: in training, fewer tokens than N/a.
+            ValueError: fewer tokens than N/a, where they are chosen from the batch.
         """
         logit_TN = self.logits(x_TD)
         score_TN = torch.softmax(logit_TN, dim=1)
