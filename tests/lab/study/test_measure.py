@@ -11,10 +11,11 @@ from mue.lab.study.measure import compare, measure
 from mue.lab.study.schedule import Planned, Schedule
 from mue.lab.study.spec import octave
 from mue.lab.study.speed_up import speed_ups
-from support.study import DATA, study, trained
+from support.study import DATA, STUDY, study, trained
 
 # approach → (where its minimum lies in octaves from the transferred rate, the loss there)
 TRUTH = {"complete-mue": (0.2, 2.00), "standard": (-1.0, 2.05), "step-law": (0.0, 2.2), "mup": (0.0, 2.0)}
+TRUTH |= {"twin": TRUTH["standard"], "self": TRUTH["complete-mue"]}
 
 
 def loss(p: Planned, noise: float = 0.002) -> float:
@@ -55,6 +56,34 @@ def test_approaches_are_compared_seed_by_seed() -> None:
     truth = 2.05 + 0.1 - (2.0 + 0.1 * 0.04)
     assert difference.low <= truth <= difference.high
     assert difference.half_width < 0.01  # though the seeds' own spread is 0.01: it is common to both
+
+
+def test_the_mean_over_targets_is_surer_than_each_and_shared_runs_count_once() -> None:
+    text = STUDY.replace(
+        "targets = [{ width = 64, ffn = 64,",
+        'targets = [{ width = 96, ffn = 96, approaches = ["complete-mue", "standard"] }, { width = 64, ffn = 64,',
+    )
+    # an approach by another name, with the values and so the runs of standard; and one with those of the reference
+    text = text.replace(
+        "[approaches.mup]",
+        '[approaches.twin]\nrule = "standard"\n[approaches.self]\nrule = "complete-mue"\n[approaches.mup]',
+    )
+    twins = text.replace('["complete-mue", "standard"]', '["complete-mue", "standard", "twin", "self"]')
+    found = {}
+    for name, each in (("alone", text), ("twins", twins)):
+        schedule = Schedule(study(each), DATA)
+        found[name] = {
+            (c.target, c.approach): c for c in compare(measure(schedule, trained(schedule, loss)), "complete-mue")
+        }
+    both = found["alone"]["2 targets", "standard"]
+    each = [found["alone"][t, "standard"] for t in ("width 96, ffn 96", "width 64, ffn 64")]
+    assert both.targets == 2 and both.seeds == 4
+    assert both.difference.value == pytest.approx(sum(c.difference.value for c in each) / 2)
+    assert both.difference.half_width == pytest.approx(each[0].difference.half_width / math.sqrt(2))
+    again = found["twins"]["width 96, ffn 96", "standard"].difference
+    assert again.half_width == pytest.approx(each[0].difference.half_width)
+    assert found["twins"]["width 96, ffn 96", "twin"].difference == again
+    assert found["twins"]["width 96, ffn 96", "self"].difference.to_list() == [0, 0, 0]
 
 
 def test_without_pairs_nothing_is_claimed() -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -158,6 +158,7 @@ class Compared:
 
     Attributes:
         difference: mean and interval, in nats; below 0 the approach is better. seeds: how many pairs.
+        targets: how many it is the mean over; ``target`` then says so.
     """
 
     target: str
@@ -166,6 +167,7 @@ class Compared:
     against: str
     difference: Interval
     seeds: int
+    targets: int = 1
 
 
 def compare(measured: Sequence[CellMeasures], reference: str) -> list[Compared]:
@@ -175,7 +177,8 @@ def compare(measured: Sequence[CellMeasures], reference: str) -> list[Compared]:
         reference: the approach that the others are compared with.
 
     Returns:
-        One for each target and approach that share seeds with the reference and did not diverge.
+        One for each target and approach that share seeds with the reference and did not diverge, and one for each axis and approach
+        with several: the mean over its targets.
     """
     by = {(m.cell.target.axis, m.cell.target.name, m.cell.approach.name): m for m in measured}
     pairs: list[tuple[CellMeasures, list[float]]] = []
@@ -190,28 +193,40 @@ def compare(measured: Sequence[CellMeasures], reference: str) -> list[Compared]:
     out: list[Compared] = []
     # of each axis by itself: runs of a quarter of the steps differ ten times as much between seeds as wide ones do
     for axis in dict.fromkeys(m.cell.target.axis for m, _ in pairs):
-        out += _with_spread([(m, d) for m, d in pairs if m.cell.target.axis == axis], reference)
+        mine = [(m, d, by[axis, m.cell.target.name, reference]) for m, d in pairs if m.cell.target.axis == axis]
+        out += _with_spread(mine, reference)
     return out
 
 
-def _with_spread(pairs: Sequence[tuple[CellMeasures, list[float]]], reference: str) -> list[Compared]:
-    """The differences of one axis, with the spread that all of them show together; none where no seed was repeated."""
-    freedom = sum(len(d) - 1 for _, d in pairs)
-    squares = sum(float(np.var(d) * len(d)) for _, d in pairs)
+_Pair = tuple[CellMeasures, list[float], CellMeasures]
+"""An approach on a target, its differences seed by seed, and what it is compared with."""
+
+
+def _with_spread(pairs: Sequence[_Pair], reference: str) -> list[Compared]:
+    """The differences of one axis, with the spread that all of them show together, and of each approach their mean over targets.
+
+    Runs that two approaches share are one measurement and count once; an approach that comes to the reference's own runs differs
+    from it by nothing, which says nothing of the spread.
+
+    Returns:
+        None where no seed was repeated.
+    """
+    distinct = {tuple(sorted(m.keys_at_1.values())): d for m, d, other in pairs if m.keys_at_1 != other.keys_at_1}
+    freedom = sum(len(d) - 1 for d in distinct.values())
+    squares = sum(float(np.var(d) * len(d)) for d in distinct.values())
     if not freedom:
         return []
     spread, quantile = math.sqrt(squares / freedom), student_quantile(1 - _TAIL, freedom)
-    out = []
-    for m, d in pairs:
-        mean, half = float(np.mean(d)), quantile * spread / math.sqrt(len(d))
-        out.append(
-            Compared(
-                m.cell.target.name,
-                m.cell.target.axis,
-                m.cell.approach.name,
-                reference,
-                Interval(mean, mean - half, mean + half),
-                len(d),
-            )
-        )
+
+    def compared(target: str, m: CellMeasures, differences: list[float], same: bool) -> Compared:
+        mean, half = float(np.mean(differences)), 0.0 if same else quantile * spread / math.sqrt(len(differences))
+        interval = Interval(mean, mean - half, mean + half)
+        return Compared(target, m.cell.target.axis, m.cell.approach.name, reference, interval, len(differences))
+
+    out = [compared(m.cell.target.name, m, d, m.keys_at_1 == other.keys_at_1) for m, d, other in pairs]
+    for approach in dict.fromkeys(m.cell.approach.name for m, _, _ in pairs):
+        mine = [(m, d) for m, d, other in pairs if m.cell.approach.name == approach and m.keys_at_1 != other.keys_at_1]
+        if len(mine) > 1:
+            together = compared(f"{len(mine)} targets", mine[0][0], [x for _, d in mine for x in d], same=False)
+            out.append(replace(together, targets=len(mine)))
     return out

@@ -119,7 +119,7 @@ def sentences(compared: Sequence[Compared]) -> list[str]:
     """For each approach on how many targets it is better, worse or level with the reference, beyond noise."""
     out = []
     for approach in dict.fromkeys(c.approach for c in compared):
-        mine = [c for c in compared if c.approach == approach]
+        mine = [c for c in compared if c.approach == approach and c.targets == 1]
         worse = [c for c in mine if c.difference.low > 0]
         better = [c for c in mine if c.difference.high < 0]
         words = f"{approach} against {mine[0].against}, at transferred values, over {len(mine)} targets: higher loss on {len(worse)}"
