@@ -137,7 +137,8 @@ def test_without_its_step_a_resumed_run_draws_otherwise(tmp_path: Path, corpus: 
 def test_stacked_runs_are_themselves(tmp_path: Path, corpus: Corpus, router: str) -> None:
     """float64, to 1e-10, of two seeds, one of which joins later: its step is its own."""
     router, consistent = router.partition(",")[::2]
-    runs = [run(corpus, router, seed=s, consistency=5.0 if consistent else 0.0) for s in (0, 1)]
+    asked = {"consistency": 5.0 if consistent else 0.0, "eval_every": 2}  # validation is stacked as well
+    runs = [run(corpus, router, seed=s, **asked) for s in (0, 1)]
     assert stack_kind(runs[0]) == stack_kind(runs[1])
     rows: dict[str, list[list[dict[str, object]]]] = {}
     for way in ("alone", "stacked"):

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mue.moe.routers.ops import normalised_gates, select_top
+from mue.moe.routers.ops import normalised_gates, select_top, take_top
 
 
 def test_ties_go_to_the_lower_index() -> None:
@@ -24,6 +24,20 @@ def test_selection_is_a_stable_descending_sort(scores: list[float], data: st.Dat
     score_TN = torch.tensor([scores])
     expected = torch.sort(score_TN, dim=1, descending=True, stable=True).indices[:, :active]
     assert torch.equal(select_top(score_TN, active), expected)
+
+
+@settings(max_examples=50, deadline=None, derandomize=True)
+@given(
+    st.lists(st.lists(st.sampled_from([0.0, 0.25, 0.5, -1.0]), min_size=3, max_size=3), min_size=1, max_size=12),
+    st.data(),
+)
+def test_experts_take_the_best_tokens_and_of_equals_the_first(rows: list[list[float]], data: st.DataObject) -> None:
+    count = data.draw(st.integers(0, len(rows)))
+    score_TN = torch.tensor(rows)
+    expected = torch.sort(score_TN, dim=0, descending=True, stable=True).indices[:count].T
+    assert torch.equal(take_top(score_TN, count).sort(1).values, expected.sort(1).values)
+    noise = 1e-12 * torch.randn(score_TN.shape, dtype=torch.float64)  # roundings of a double decide nothing
+    assert torch.equal(take_top((1 + score_TN.double()) * (1 + noise), count), take_top(1 + score_TN, count))
 
 
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mue.moe.routers.base import RouterInput, router
-from mue.moe.routers.ops import select_top, with_stats
+from mue.moe.routers.ops import select_top, take_top, with_stats
 from mue.moe.routers.thresholds import ThresholdRouter
 from mue.moe.routing import Routing
 from mue.shapes.routers import LOGIT_STD, MOMENTS_BY_LOGITS
@@ -103,12 +103,11 @@ class ExpertChoiceRouter(ThresholdRouter):
         """The pairs of each expert with the tokens it takes, one expert after the other; tells the thresholds."""
         fits_batch(self.active, self.experts, {}, len(score_TN))
         count = round(len(score_TN) * self.active / self.experts)
-        # rows of one expert's scores lie together: three times as fast as along the columns
-        best = score_TN.detach().t().contiguous().topk(count, dim=1, sorted=False)
+        token_NQ = take_top(score_TN, count)
         if count:
-            self.observe(best.values.amin(1))
+            self.observe(score_TN.detach().t().gather(1, token_NQ).amin(1))
         expert_NQ = torch.arange(self.experts, device=score_TN.device)[:, None].expand(-1, count)
-        return best.indices.flatten(), expert_NQ.flatten()
+        return token_NQ.flatten(), expert_NQ.flatten()
 
     def _by_threshold(self, score_TN: Tensor) -> Tensor:
         """(T, N) bool, each row a function of its own token alone."""

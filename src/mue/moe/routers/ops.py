@@ -18,9 +18,7 @@ from mue.moe.routing import Routing, routing_stats
 def select_top(score_TN: Tensor, active: int, groups: int = 1) -> Tensor:
     """The `active` best experts of each token, `active/groups` inside each group of consecutive experts.
 
-    Equal scores go to the lower expert index, on every device: torch.topk leaves ties open, so it is given integers
-    without ties. A float32 reads as an integer of the same order once the magnitude bits of negatives are flipped;
-    the index goes below it.
+    Equal scores go to the lower expert index, on every device.
 
     Args:
         score_TN: (T, N); compared in float32.
@@ -31,15 +29,38 @@ def select_top(score_TN: Tensor, active: int, groups: int = 1) -> Tensor:
     if (best_TK := native_route.select_top(score_TN.detach(), active, groups)) is not None:
         return best_TK
     tokens, experts = score_TN.shape
-    bits_TN = (score_TN.detach().float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 equal
-    bits_TN = bits_TN ^ ((bits_TN >> 31) & 0x7FFFFFFF)
-    rank_N = torch.arange(experts - 1, -1, -1, device=score_TN.device)
-    key_TN = bits_TN.long() * experts + rank_N
     size = experts // groups
-    best = key_TN.view(tokens, groups, size).topk(active // groups, dim=2).indices
+    best = _without_ties(score_TN).view(tokens, groups, size).topk(active // groups, dim=2).indices
     if groups > 1:
         best = best + torch.arange(0, experts, size, device=best.device)[:, None]
     return best.reshape(tokens, active)
+
+
+def take_top(score_TN: Tensor, count: int) -> Tensor:
+    """The ``count`` tokens of each expert that score best with it; equal scores go to the earlier token, on every device.
+
+    Tokens of equal hidden states are no rarity: the first of two sequences, say. Which of them an expert takes must not hang on a
+    rounding.
+
+    Args:
+        score_TN: (T, N); compared in float32.
+
+    Returns:
+        (N, count) int64, in no order.
+    """
+    # rows of one expert's scores lie together: several times as fast as along the columns
+    return _without_ties(score_TN.t().contiguous()).topk(count, dim=1, sorted=False).indices
+
+
+def _without_ties(score_XN: Tensor) -> Tensor:
+    """int64 in the order of a row's scores, of equals the first the largest: torch.topk leaves ties open.
+
+    A float32 reads as an integer of the same order once the magnitude bits of negatives are flipped; the index goes below it.
+    """
+    size = score_XN.shape[1]
+    bits_XN = (score_XN.detach().float() + 0.0).view(torch.int32)  # + 0.0 makes -0.0 and 0.0 equal
+    bits_XN = bits_XN ^ ((bits_XN >> 31) & 0x7FFFFFFF)
+    return bits_XN.long() * size + torch.arange(size - 1, -1, -1, device=score_XN.device)
 
 
 def normalised_gates(logit_TN: Tensor, expert_TK: Tensor, score: str, scale: float) -> Tensor:
