@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -266,3 +267,13 @@ def test_multipliers_in_the_forward_pass_are_not_exported_a_second_time(to: str)
         export(PLAN, to, LanguageModel(TARGET, PLAN.multipliers))
     if to != "megatron":  # which refuses the names of this model
         assert "ROWS" in export(PLAN, to, LanguageModel(TARGET, fold(PLAN, route).multipliers))
+
+
+def test_losses_of_routers_are_said() -> None:
+    """A plan carries their coefficients, and no stack's file turns them on by itself."""
+    losses = {"losses": {"entropy": 1e-3}}
+    said = replace(TARGET, blocks=(TARGET.blocks[0], replace(TARGET.blocks[1], router_settings=losses)))
+    plan = fold(mue.transfer(BASE, said, PLAN.tuned))
+    text = " ".join(export(plan, "torch", LanguageModel(said, plan.multipliers)).split())
+    line = "auxiliary losses of the routers, with their coefficients (sigmoid: entropy 0.001)"
+    assert line in text and "auxiliary losses" not in export(PLAN, "torch", model())

@@ -16,6 +16,8 @@ from mue.export.scale import own_scale
 from mue.plan.fold import unfold
 from mue.plan.plan import PlanData
 from mue.plan.values import Folding
+from mue.shapes.routers import LOSSES
+from mue.shapes.settings import as_text
 from mue.util.text import number
 
 # For files whose patterns are regular expressions; the other reading of ROWS is that of OLMo-core's globs.
@@ -97,7 +99,7 @@ def head(plan: PlanData, model: str, use: str, cannot: Sequence[str], imports: S
     ``scale``: what the forward code has to do about the attention scale, where it has to do anything.
     """
     stays = "the model's forward code stays as it is" + (", but for the attention scale" if scale else "")
-    cannot = [scale, *cannot] if scale else cannot
+    cannot = [*([scale] if scale else []), *cannot, *_losses(plan)]
     lines = "\n".join(textwrap.fill(line, 116, initial_indent=" - ", subsequent_indent="   ") for line in cannot)
     same = ", ".join(f"{name} {number(value) if value is not None else 'off'}" for name, value in _same(plan).items())
     needed = "\n".join(line if " " in line or not line else f"import {line}" for line in imports)
@@ -121,6 +123,16 @@ def the_fold(plan: PlanData) -> str:
     """The sentence on which plan the file's values are, beside the one that was exported: a reader compares hashes."""
     assert plan.folding is not None  # whatever is written is folded
     return f"The values are of its fold, mue.fold.fold(plan, {plan.folding.route!r}), which is itself plan {plan.hash}."
+
+
+def _losses(plan: PlanData) -> list[str]:
+    """The line on auxiliary losses among the settings of the plan's routers: a loop has them, or has not."""
+    found = dict.fromkeys(
+        f"{block.router}: {as_text(losses)}"
+        for block in plan.target.blocks
+        if block.experts and (losses := {k: v for k, v in block.all_settings[LOSSES].items() if v})
+    )
+    return [f"auxiliary losses of the routers, with their coefficients ({'; '.join(found)})"] if found else []
 
 
 def _same(plan: PlanData) -> dict[str, float | None]:
