@@ -30,7 +30,7 @@ def of_tokens(block: Block) -> str:
     text = ""
     if kind.mean_active is not None:
         mean = kind.mean_active(block.active, block.experts, block.all_settings)
-        text = f"{number(mean)} experts a token at init, by token and in training others, where a = {block.active}; "
+        text = f"a token has {number(mean)} experts at init on average (a = {block.active} is planned for), which differs by token and drifts; "
     return (
         f"{text}each expert is taken to see {number(block.share)} of the tokens;"
         " lr and weight decay do not depend on it, σ0 goes as share^-1/2"
