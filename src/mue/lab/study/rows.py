@@ -28,11 +28,11 @@ class StudyFolder:
     """One folder of a study, on this machine.
 
     Attributes:
-        root: the folder. store: of the runs in it.
+        root: the folder. store: of the runs in it. file: where the rows are.
     """
 
-    def __init__(self, root: Path) -> None:
-        self.root, self.store = root, Store(root)
+    def __init__(self, root: Path, file: Path | None = None) -> None:
+        self.root, self.store, self.file = root, Store(root), file or root / "rows.jsonl"
 
     def begin(self, spec: StudySpec, data: Mapping[str, Any]) -> None:
         """Write what is asked, where it is new. Rows stay: they know their runs by key and not by question.
@@ -81,11 +81,10 @@ class StudyFolder:
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """Every row by its run's key."""
-        path = self.root / "rows.jsonl"
-        if not path.exists():
+        if not self.file.exists():
             return {}
         # Whole rows only: whoever was killed while it wrote one left half a line, and trains that run again.
-        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
+        lines = [line for line in self.file.read_text(encoding="utf-8").split("\n") if line.endswith("}")]
         return {row["key"]: row for row in map(json.loads, lines)}
 
     def add(self, run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -94,11 +93,14 @@ class StudyFolder:
         Returns:
             The row.
         """
-        curve = [[m["step"], m["val_loss"]] for m in self.store.metrics(run.key) if m.get("val_loss") is not None]
-        row = {k: result[k] for k in _KEPT if k in result}
-        row["curve"] = [[step, round(loss, _DIGITS)] for step, loss in curve]
+        row = {k: result[k] for k in _KEPT if k in result} | self.more(run, result)
         self._append([row])
         return row
+
+    def more(self, run: Run, result: Mapping[str, Any]) -> dict[str, Any]:
+        """What a row has of a run beside its result: here the curve of its validation loss."""
+        curve = [[m["step"], m["val_loss"]] for m in self.store.metrics(run.key) if m.get("val_loss") is not None]
+        return {"curve": [[step, round(loss, _DIGITS)] for step, loss in curve]}
 
     def merge(self, others: Iterable[Path]) -> int:
         """Take over the rows of other folders of this study.
@@ -125,7 +127,7 @@ class StudyFolder:
         text = "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
         if not text:
             return
-        with FileLock(self.root / "rows.lock"), (self.root / "rows.jsonl").open("a+b") as file:
+        with FileLock(self.root / "rows.lock"), self.file.open("a+b") as file:
             file.seek(0, os.SEEK_END)
             if file.tell():
                 file.seek(-1, os.SEEK_END)
