@@ -138,8 +138,9 @@ def active_off(trained: Trained) -> float:
 
 @quantity()
 def active_spread(trained: Trained) -> float:
-    """Standard deviation over steps, from step :data:`END` on, of the mean number of active experts."""
-    means = [statistics.fmean(x["active"] for x in layers) for step, layers in trained.seen if step >= END]
+    """Standard deviation over steps, from step :data:`END` on (half of a shorter run's), of the mean number of active experts."""
+    begin = min(END, trained.seen[-1][0] / 2)
+    means = [statistics.fmean(x["active"] for x in layers) for step, layers in trained.seen if step >= begin]
     return statistics.pstdev(means)
 
 

@@ -218,12 +218,11 @@ def _arm(name: str, table: Mapping[str, Any], base: Mapping[str, Any], where: st
     training, target = training_from(of_base, "base"), table_of(table, "target")
     assert training is not None
     drop = ("training", *(("ffn",) if "moe" in target else ()))
-    shape = shape_from({**{k: v for k, v in of_base.items() if k not in drop}, **target}, where)
     source = shape_from({k: v for k, v in of_base.items() if k != "training"}, "base")
     try:
         plan = transfer(
             source,
-            shape,
+            shape_from({**{k: v for k, v in of_base.items() if k not in drop}, **target}, f"arms.{name}.target"),
             tuned_from({**table_of(base, "tuned"), **table_of(table, "tuned")}),
             base_training=training,
             training=Training(training.batch, table.get("steps", training.steps)),
@@ -274,5 +273,7 @@ def _value(text: str, arms: list[str], where: str) -> Value:
     if quantity not in QUANTITIES:
         raise ValueError(f"{where}: {text!r} is no quantity{nearest(quantity, QUANTITIES)}")
     if QUANTITIES[quantity].numbered != bool(number):
-        raise ValueError(f"{where}: {quantity} {'needs' if QUANTITIES[quantity].numbered else 'has no'} number after @")
+        raise ValueError(
+            f"{where}: {quantity} {'needs a' if QUANTITIES[quantity].numbered else 'has no'} number after @"
+        )
     return Value(arm, quantity, float(number) if number else None)
