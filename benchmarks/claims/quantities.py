@@ -6,6 +6,7 @@ steps, of the layer for which it is largest where several layers differ and the 
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Callable, Mapping
@@ -28,6 +29,8 @@ from mue.moe.routers.base import active_experts
 
 END = 100  # steps
 HELD = 0.25  # |mean active − T| that counts as held
+WINDOW = 10  # steps
+DRAWS = 8  # of the experts: with few experts two draws are often the same
 
 
 @dataclass
@@ -213,38 +216,41 @@ def recovery_of_weight(trained: Trained, number: float) -> float:
 
 
 def _recovery(trained: Trained, disturb: Callable[[Any], Any], most: int = 100) -> float:
-    """The first of ``most`` steps from which on the mean is held; infinite without one. The parameters stand still.
+    """The first of ``most`` steps from which on the mean over :data:`WINDOW` steps is held; infinite without one.
 
-    At its end a run's rate has decayed to nothing, so that a run which went on would move no weight either.
+    Over several steps, for the text of a single batch moves its mean by as much. The parameters stand still: at its end a run's rate has
+    decayed to nothing, so that a run which went on would move no weight either.
     """
     model = trained.model()
     target = statistics.fmean(b.active for b in trained.run.plan.target.per_layer if b.experts)
     with torch.no_grad():
         for layer in moe_layers(model):
             disturb(layer.router)
-    off = []
+    means = []
     for step in range(most):
         routings = trained.routings(model, step)
         for part in self_changing(model):
             part.end_step_(0.0)
-        off.append(abs(statistics.fmean(float(active_counts(r).double().mean()) for r in routings) - target))
-    beyond = [step for step, x in enumerate(off) if x > HELD]
-    return 0.0 if not beyond else math.inf if beyond[-1] == most - 1 else float(beyond[-1] + 1)
+        means.append(_mean_active_of(routings))
+    windows = [statistics.fmean(means[i : i + WINDOW]) for i in range(most - WINDOW + 1)]
+    beyond = [i for i, mean in enumerate(windows) if abs(mean - target) > HELD]
+    return 0.0 if not beyond else math.inf if beyond[-1] == len(windows) - 1 else float(beyond[-1] + 1)
 
 
 @quantity(numbered=True)
 def shift_of_weight(trained: Trained, number: float) -> float:
     """By how much the mean number of active experts moves, either way, when every router's matrix is multiplied by a number."""
     model = trained.model()
-    before = _mean_active(trained, model)
+    before = _mean_active_of(trained.routings(model, 0))
     with torch.no_grad():
         for layer in moe_layers(model):
             layer.router.weight.mul_(number)
-    return abs(_mean_active(trained, model) - before)
+    return abs(_mean_active_of(trained.routings(model, 0)) - before)
 
 
-def _mean_active(trained: Trained, model: torch.nn.Module) -> float:
-    return statistics.fmean(float(active_counts(r).double().mean()) for r in trained.routings(model, 0))
+def _mean_active_of(routings: Any) -> float:
+    """Active experts of a token, mean over tokens and layers."""
+    return statistics.fmean(float(active_counts(routing).double().mean()) for routing in routings)
 
 
 @quantity()
@@ -267,31 +273,31 @@ def harder_tokens(trained: Trained) -> float:
 @quantity()
 def disagreement(trained: Trained) -> float:
     """Symmetric divergence of the predictions of two draws of the experts in training mode (the consistency loss), in nats."""
-    return _two_draws(trained, trained.model())[0]
+    return _draws(trained, trained.model())[0]
 
 
 @quantity()
 def disagreement_at_init(trained: Trained) -> float:
     """The same before the first step."""
-    return _two_draws(trained, untrained(trained.run))[0]
+    return _draws(trained, untrained(trained.run))[0]
 
 
 @quantity()
 def draw_variance(trained: Trained) -> float:
-    """Variance of a token's predicted probabilities over two draws, summed over the vocabulary."""
-    return _two_draws(trained, trained.model())[1]
+    """Variance of a token's predicted probabilities over draws of the experts, summed over the vocabulary."""
+    return _draws(trained, trained.model())[1]
 
 
-def _two_draws(trained: Trained, model: torch.nn.Module) -> tuple[float, float]:
-    """Consistency loss and variance of two passes over one training batch, as two steps draw their experts."""
+def _draws(trained: Trained, model: torch.nn.Module) -> tuple[float, float]:
+    """Consistency loss, mean over pairs, and variance of :data:`DRAWS` passes over one training batch, as so many steps draw their experts."""
     model.train()
     batch: Batch = trained.batches.at(0)
-    found = []
+    logits = []
     with torch.no_grad():
-        for _ in range(2):
-            found.append(model(batch[0]).logits)
+        for _ in range(DRAWS):
+            logits.append(model(batch[0]).logits)
             for part in self_changing(model):
                 part.end_step_(0.0)
-    first, second = (torch.softmax(x.double(), -1) for x in found)
-    variance = float(((first - second) ** 2 / 2).sum(-1).mean())
-    return float(consistency_loss(*found)), variance
+    pairs = [float(consistency_loss(a, b)) for a, b in itertools.combinations(logits, 2)]
+    variance = torch.stack([torch.softmax(x.double(), -1) for x in logits]).var(0).sum(-1).mean()
+    return statistics.fmean(pairs), float(variance)

@@ -37,7 +37,7 @@ def table(judged: Sequence[Judged]) -> str:
         ]
         lines.append("| " + " | ".join([*cells, one.verdict]) + " |")
     verdicts = [one.verdict for one in judged]
-    count = ", ".join(f"{verdicts.count(v)} {v.partition(':')[0]}" for v in dict.fromkeys(verdicts))
+    count = ", ".join(f"{v.partition(':')[0]} {verdicts.count(v)}" for v in dict.fromkeys(verdicts))
     return "\n".join(lines) + f"\n\nOf {len(judged)} claims: {count}.\n"
 
 

@@ -101,7 +101,7 @@ def test_killed_gone_on_with_and_written_down(
     assert main([*small, "--table"]) == 0
     page = (tmp_path / "page.md").read_text(encoding="utf-8")
     assert page.startswith("# Page\n") and page.endswith(f"{END}after\n")
-    assert "Of 2 claims: 1 not measured, 1 " in page  # "alone" was judged, "better" lacks runs
+    assert "Of 2 claims: not measured 1, " in page  # "alone" was judged, "better" lacks runs
     capsys.readouterr()
     assert main([*small, "--minutes=0", "--workers=1"]) == 0
     assert "6 runs are left" in capsys.readouterr().out
