@@ -1,18 +1,22 @@
-"""Write the tables of docs/findings again from the rows of a study.
+"""Write the tables of docs/findings, and the picture of docs/images/study.png, again from the rows of a study.
 
     python benchmarks/findings_tables.py            # all pages under docs
 
 A table between ``<!-- study AXES: APPROACH@MULTIPLIER, … -->`` and ``<!-- /study -->`` has a target in its first column and the mean loss over
-seeds in the others. Its words are the page's own; its numbers come from docs/results/study/rows.jsonl, and a test compares them.
+seeds in the others. Its words are the page's own; its numbers come from docs/results/study/rows.jsonl, and a test compares them. Axes of the
+studies in benchmarks/studies have the file's name before theirs (``natural/width``) and their rows in docs/results under that name.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from mue.lab.study.figures import colors, headline_figure
 from mue.lab.study.measure import CellMeasures, measure
 from mue.lab.study.rows import StudyFolder
 from mue.lab.study.schedule import Schedule
@@ -21,7 +25,9 @@ from mue.lab.study.spec import study_from
 from mue.util.files import write_text
 
 ROOT = Path(__file__).parent.parent
-FOLDER = StudyFolder(ROOT / "docs" / "results" / "study")
+RESULTS = ROOT / "docs" / "results"
+STUDIES = ROOT / "benchmarks" / "studies"
+FOLDER = StudyFolder(RESULTS / "study")
 MARKED = re.compile(r"(<!-- study ([^:]*): (.*?) -->\n)(.*?)(<!-- /study -->)", re.DOTALL)
 COLUMN = re.compile(r"([^@]+)@([\d.]+)(?:, |$)")
 NONE = "–"
@@ -29,10 +35,23 @@ Cells = Mapping[tuple[str, str, str], CellMeasures]
 
 
 def measured() -> Cells:
-    """Every cell of the study that comes with the package, by axis, target and approach, from the committed rows."""
-    spec = study_from(shipped_study(small=False, cache=Path("cache")), Path())
-    cells = measure(Schedule(spec, FOLDER.asked()["data"]), FOLDER.rows())
-    return {(m.cell.target.axis, m.cell.target.name, m.cell.approach.name): m for m in cells}
+    """Every cell of the committed studies, by axis, target and approach."""
+    house = shipped_study(small=False, cache=Path("cache"))
+    found = dict(_cells(house, FOLDER))
+    for folder in sorted(RESULTS.glob("*/study.json")):
+        name = folder.parent.name
+        if folder.parent != FOLDER.root:
+            # the rows alone are read, and the corpus need not be here
+            asked = tomllib.loads((STUDIES / f"{name}.toml").read_text(encoding="utf-8")) | {"data": house["data"]}
+            cells = _cells(asked, StudyFolder(folder.parent))
+            found |= {(f"{name}/{axis}", target, approach): m for (axis, target, approach), m in cells}
+    return found
+
+
+def _cells(asked: Mapping[str, Any], folder: StudyFolder) -> Iterator[tuple[tuple[str, str, str], CellMeasures]]:
+    schedule = Schedule(study_from(asked, Path()), folder.asked()["data"])
+    for m in measure(schedule, folder.rows()):
+        yield (m.cell.target.axis, m.cell.target.name, m.cell.approach.name), m
 
 
 def rewritten(text: str, cells: Cells) -> str:
@@ -69,8 +88,17 @@ def _value(cells: Cells, axes: list[str], target: str, approach: str, multiplier
     return NONE if math.isnan(mean) else "diverged" if math.isinf(mean) else f"{mean:.3f}"
 
 
+def picture(cells: Cells) -> None:
+    """The losses at transferred values on the axes where a model grows, by the approaches that anybody could take."""
+    axes = ("width", "depth", "dense to MoE", "all at once")
+    approaches = ("complete-mue", "hidden-ratio-only", "standard")
+    shown = [m for (axis, _, approach), m in cells.items() if axis in axes and approach in approaches]
+    headline_figure(shown, axes, colors(approaches)).savefig(ROOT / "docs" / "images" / "study.png", dpi=110)
+
+
 def main() -> None:
     cells = measured()
+    picture(cells)
     for page in sorted((ROOT / "docs").rglob("*.md")):
         text = page.read_text(encoding="utf-8")
         if (new := rewritten(text, cells)) != text:

@@ -25,6 +25,16 @@ def colors(approaches: Sequence[str]) -> dict[str, str]:
     return {a: _FIXED.get(a) or free[others.index(a) % len(free)] for a in approaches}
 
 
+def _markers(colored: Mapping[str, str]) -> dict[str, str]:
+    """Approach → marker: another one for each that comes to a colour that is taken."""
+    seen: dict[str, int] = {}
+    out = {}
+    for approach, color in colored.items():
+        out[approach] = "os^Dv"[seen.get(color, 0) % 5]
+        seen[color] = seen.get(color, 0) + 1
+    return out
+
+
 def headline_figure(measured: Sequence[CellMeasures], axes: Sequence[str], colored: Mapping[str, str]) -> Figure:
     """One panel an axis: how far above the best loss that anything reached each approach lies, at its transferred values.
 
@@ -35,7 +45,7 @@ def headline_figure(measured: Sequence[CellMeasures], axes: Sequence[str], color
         measured: all cells. axes: which of their axes, in order. colored: approach → colour.
     """
     with mpl.rc_context(STYLE):
-        columns = min(3, len(axes))
+        columns = 2 if len(axes) == 4 else min(3, len(axes))
         lines = -(-len(axes) // columns)
         fig = Figure(figsize=(3.9 * columns + 0.6, 3.2 * lines + 0.7), layout="constrained")
         panels = fig.subplots(lines, columns, squeeze=False)
@@ -60,6 +70,7 @@ def _legend(fig: Figure, panels: Iterable[Axes]) -> None:
 def _headline_panel(panel: Axes, axis: str, cells: Sequence[CellMeasures], colored: Mapping[str, str]) -> None:
     targets = list(dict.fromkeys(m.cell.target.name for m in cells))
     present = [a for a in colored if any(m.cell.approach.name == a for m in cells)]
+    markers = _markers(colored)
     top = 0.0
     floor = {t: min((_lowest(m) for m in cells if m.cell.target.name == t), default=math.inf) for t in targets}
     for i, approach in enumerate(present):
@@ -78,10 +89,10 @@ def _headline_panel(panel: Axes, axis: str, cells: Sequence[CellMeasures], color
                 each = [y - floor[target] for y in m.transferred.values()]
                 panel.plot([x + shift] * len(each), each, ".", color=colored[approach], ms=3, alpha=0.6)
                 top = max(top, ys[-1])
-        panel.plot(xs, ys, "o-", color=colored[approach], ms=5.5, lw=1.3, label=approach)
+        panel.plot(xs, ys, markers[approach] + "-", color=colored[approach], ms=5.5, lw=1.3, label=approach)
         panel.plot(xs, retuned, "--", color=colored[approach], lw=0.8, alpha=0.8)
     panel.set_title(axis)
-    panel.set_xticks(range(len(targets)), [_wrapped(t) for t in targets], fontsize=7.5)
+    panel.set_xticks(range(len(targets)), [_wrapped(t) for t in targets], fontsize=7.5 if len(targets) < 5 else 6)
     panel.set_xlim(-0.5, len(targets) - 0.5)
     panel.set_ylim(-0.05 * top - 0.002, 1.12 * top + 0.004)
     panel.axhline(0, color=GREY, lw=0.6)
@@ -94,7 +105,8 @@ def _lowest(m: CellMeasures) -> float:
 
 
 def _wrapped(name: str) -> str:
-    return name.replace(", ", "\n")
+    """A target's name under a panel: a line for each change, and a MoE's notation without the word that it needs none of."""
+    return name.removeprefix("moe ").replace(", ", "\n")
 
 
 def valleys_figure(measured: Sequence[CellMeasures], axis: str, colored: Mapping[str, str], unit: str) -> Figure:
