@@ -30,6 +30,7 @@ def test_one_file_holds_one_command() -> None:
         "__init__",
         "app",
         "files",
+        "measured_gates",
         "terminal",
         "user_model",
     }

@@ -59,7 +59,7 @@ def test_results_in_plain_characters(
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_help_is_shown(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    name = "tune-roles" if command == "tune" else command
+    name = "tune-roles" if command == "tune" else command.replace("_", "-")
     code, out, err = in_encoding("ascii", capsys, monkeypatch, name, "--help")
     assert code == 0 and out.isascii(), err
     assert name.encode() in out

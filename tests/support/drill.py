@@ -65,7 +65,7 @@ class Quick:
     def __init__(self):
         self.flying = {}
 
-    def submit(self, run):
+    def submit(self, run, *, keep_weights=False):
         self.flying[run.key] = (run, 0)
 
     def wait(self, timeout=None):
