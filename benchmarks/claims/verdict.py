@@ -99,6 +99,8 @@ def _paired(pair: str, of: float, other: float) -> float:
     if pair == "minus":
         return of - other
     if pair == "over":
+        if math.isinf(other):
+            return math.nan  # what it is compared with diverged: nothing is known of the ratio
         return of / other if other else math.copysign(math.inf, of) if of else math.nan
     return of
 

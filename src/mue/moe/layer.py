@@ -151,7 +151,7 @@ class MoELayer(nn.Module):
             y: (..., width), scale * A * (routed + shared); the routing of all tokens, flattened (no pairs without a router).
         """
         x_TD = x.reshape(-1, self.width)
-        routing = self.route(x_TD, given, x.shape[-2] if x.dim() > 1 else None)
+        routing = self.route(x_TD, given, x.shape[-2] if x.dim() > 2 else None)
         y_TD = experts(x_TD, routing, self.weights, self.backend, self.output_multiplier * scale)
         return y_TD.view(x.shape), routing
 

@@ -159,7 +159,7 @@ def test_one_p_for_the_model_or_one_for_each_layer() -> None:
     routers, common = model_of(3)
     assert common is not None and all(one.controller is None and one.p is routers[0].p for one in routers)
     names = set(common.state_dict())
-    assert {name.rsplit(".", 1)[-1] for name in names} == {"p", "error_sum", "steps"} and len(names) == 3
+    assert {name.rsplit(".", 1)[-1] for name in names} == {"p", "error_sum"} and len(names) == 2
     routers[0].theta.data.fill_(3.0)  # one layer is off: all of them get another p
     apart, none = model_of(3, control="layer")
     assert none is None

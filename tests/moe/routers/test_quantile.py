@@ -31,7 +31,7 @@ def sorted_quantile(logit_TN: Tensor, threshold_N: Tensor, active: int, groups: 
             over[t, own] = logit_TN[t, own] - rank[each]
     share = max(1, round(tokens * active / experts))
     next_N = torch.tensor([sorted(over[:, e].tolist(), reverse=True)[share - 1] for e in range(experts)]).double()
-    return next_N - next_N.mean()
+    return next_N - next_N.view(groups, size).mean(1).repeat_interleave(size)
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)

@@ -45,7 +45,7 @@ class StackedMoE(nn.Module):
     def forward(self, x: Tensor, given: RouterInput | None = None) -> tuple[Tensor, Routing]:
         """(V, ..., D) → the same shape, and one routing whose losses (V,) and parts are the variants' own."""
         x_VTD = x.flatten(1, -2)
-        routing = self._route(x_VTD, given, x.shape[-2])
+        routing = self._route(x_VTD, given, x.shape[-2] if x.dim() > 3 else None)
         y_VTD = None
         own = self.experts_gate, self.experts_up, self.experts_down
         gate, up, down = own if self.pool is None else self.pool.matrices

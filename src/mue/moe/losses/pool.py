@@ -45,7 +45,10 @@ def cardinality(routing: Routing) -> Tensor:
             "the loss cardinality is for routers whose pool is shared out (unipool-lock), once their model has told them of each"
             " other (mue.moe.routers.base.share): leave it out"
         )
-    prob_N = probabilities(routing, "cardinality").mean(0)
+    prob_TN = probabilities(routing, "cardinality")
+    if routing.num_tokens == 0:
+        return prob_TN.sum()
+    prob_N = prob_TN.mean(0)
     # the slope of p·log p at 0 has no bound, and an expert that no token wants is no reason for one
     entropy = -(prob_N * prob_N.clamp(min=1e-12).log()).sum()
     return weight.to(entropy.dtype) * (entropy - target.to(entropy.dtype)).square()

@@ -328,8 +328,13 @@ def build(block: Block, width: int, options: RouterOptions) -> BaseRouter:
         block: with routed experts. width: D. options: what the plan (R) and the run say to it.
 
     Raises:
-        ValueError: an unknown name, with the nearest known one; what the router refuses.
+        ValueError: an unknown name, with the nearest known one; settings beside the block's; what the router refuses.
     """
+    if options.settings and dict(options.settings) != dict(block.router_settings):
+        raise ValueError(
+            f"the block says its router's settings ({dict(block.router_settings)}), and RouterOptions others"
+            f" ({dict(options.settings)}): give them as the block's router_settings"
+        )
     options = replace(options, settings=block.router_settings)
     return ROUTER_CLASSES.lookup(block.router).from_block(block, width, options)
 

@@ -12,7 +12,7 @@ LOWEST = 1e-3  # p of one expert at up to a thousand of them, whatever their sco
 
 
 class PIController(nn.Module):
-    """Holds p, the sum of errors and the number of steps in buffers, in float64: a resumed run goes on exactly.
+    """Holds p and the sum of errors in buffers, in float64: a resumed run goes on exactly.
 
     Where p is at a bound, an error that pushes further is not summed (anti-windup): else p would stay there long after the error
     has turned. One step of delay makes it stable while (2·K_p + K_i) · (da/dp)/N < 2, and da/dp grows as a router sharpens: so a
@@ -24,14 +24,12 @@ class PIController(nn.Module):
 
     p: Tensor
     error_sum: Tensor
-    steps: Tensor
 
     def __init__(self, start: float, proportional: float, integral: float) -> None:
         super().__init__()
         self.start, self.proportional, self.integral = start, proportional, integral
         self.register_buffer("p", torch.tensor(start, dtype=torch.float64))
         self.register_buffer("error_sum", torch.zeros((), dtype=torch.float64))
-        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     @torch.no_grad()
     def step_(self, error: Tensor) -> None:
@@ -44,7 +42,6 @@ class PIController(nn.Module):
         wound = ((free > 1.0) & (error > 0)) | ((free < LOWEST) & (error < 0))
         self.error_sum += torch.where(wound, 0.0, error)
         self.p.copy_(free.clamp(LOWEST, 1.0))
-        self.steps += 1
 
     def extra_repr(self) -> str:
         """p_0 and the two factors."""

@@ -69,6 +69,6 @@ class QuantileRouter(ThresholdRouter):
         count = max(1, round(tokens * self.active / self.experts))
         # rows of one expert lie together: three times as fast as along the columns
         quantile_N = over_TN.t().contiguous().topk(count, dim=1, sorted=False).values.amin(1)
-        self.observe(
-            quantile_N - quantile_N.mean()
-        )  # what all have in common moves no choice, and would add up over steps
+        # what all of a group have in common moves no choice, and would add up over steps
+        quantile_GS = quantile_N.view(self.groups, -1)
+        self.observe((quantile_GS - quantile_GS.mean(1, keepdim=True)).flatten())

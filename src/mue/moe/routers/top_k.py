@@ -118,8 +118,9 @@ class TopKRouter(MatrixRouter):
         # the bias selects and does not weigh: in the weights it would move the output (2408.15664)
         choice_TN = score_TN.detach() + self.balance_bias
         expert_TK = self.select(choice_TN, active, given)
-        weight_TK = self._weights(logit_TN, score_TN, expert_TK, factor)
-        if not self.normalize and active != self.active:
+        if self.normalize or active == self.active:
+            weight_TK = self._weights(logit_TN, score_TN, expert_TK, factor)
+        else:
             # scores of more experts sum to more by themselves: they are taken to the sum that the trained number has
             trained_TK = score_TN.gather(1, self.select(choice_TN, self.active, given))
             weight_TK = normalised_gates(logit_TN, expert_TK, self.score, factor) * trained_TK.sum(1, keepdim=True)

@@ -118,9 +118,7 @@ class PoolLock(PoolLoad):
         return cast(Tensor, getattr(self, f"{name}_{pool}"))
 
     def _number(self, one: UniPoolRouter) -> int:
-        return next(
-            i for i, other in enumerate(self.readers[one.options.pool]) if other.options.layer == one.options.layer
-        )
+        return next(i for i, other in enumerate(self.readers[one.options.pool]) if other is one)
 
 
 def owners(value_LN: Tensor) -> Tensor:
