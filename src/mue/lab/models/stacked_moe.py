@@ -60,7 +60,7 @@ class StackedMoE(nn.Module):
         assert y_VTD is not None
         return (y_VTD * self.output_multiplier).view(x.shape), routing
 
-    def _route(self, x_VTD: Tensor, given: RouterInput | None, sequence: int) -> Routing:
+    def _route(self, x_VTD: Tensor, given: RouterInput | None, sequence: int | None) -> Routing:
         """Every variant's own routing as one: token t of variant v is token v·T + t, expert e is v·N + e."""
         variants, tokens, _ = x_VTD.shape
         if self.router is None:
