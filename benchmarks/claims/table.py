@@ -11,7 +11,7 @@ from mue.util.files import read_text, write_text
 
 BEGIN = "<!-- claims: written by benchmarks/router_claims.py --table -->\n"
 END = "<!-- /claims -->\n"
-_WORDS = {"below": "≤ {}", "above": "≥ {}", "within": "within ± {}", "apart": "beyond ± {}"}
+_WORDS = {"below": "< {}", "above": "> {}", "within": "within ± {}", "apart": "beyond ± {}"}
 
 
 def table(judged: Sequence[Judged]) -> str:

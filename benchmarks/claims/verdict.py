@@ -106,14 +106,15 @@ def _paired(pair: str, of: float, other: float) -> float:
 
 
 def _verdict(check: Check, value: float, half: float) -> str:
-    """Where the interval lies. An end on the bound itself is inside: a quantity that is exactly 0 is within 0 of zero."""
+    """Where the interval lies. ``below`` and ``above`` are strict, so that two arms that are equal to the bit show nothing of the kind; an end on
+    the bound is within, so that a quantity that is exactly 0 is within 0 of zero."""
     if math.isnan(value):
         return UNDECIDED
     low, high, bound = value - half, value + half, check.bound
     holds, fails = {
-        "below": (high <= bound, low > bound),
-        "above": (low >= bound, high < bound),
+        "below": (high < bound, low >= bound),
+        "above": (low > bound, high <= bound),
         "within": (-bound <= low and high <= bound, low > bound or high < -bound),
-        "apart": (low >= bound or high <= -bound, -bound < low and high < bound),
+        "apart": (low > bound or high < -bound, -bound <= low and high <= bound),
     }[check.criterion]
     return HOLDS if holds else FAILS if fails else UNDECIDED

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from claims.spec import Claims, read_claims
+from claims.spec import CRITERIA, Check, Claims, Value, read_claims
 from claims.verdict import CONTROL, FAILS, HOLDS, NO_POWER, NOT_MEASURED, UNDECIDED, judge
 from support.claims import BASE, claims_folder, rows_of
 
@@ -85,3 +86,24 @@ def test_the_interval_is_students(claims: Claims, a: list[float]) -> None:
 def test_within_and_apart_are_opposites(claims: Claims, a: list[float], within: str, apart: str) -> None:
     judged = judge(claims, claims.all[1], rows_of(claims, {"a": a}))
     assert [outcome.verdict for outcome in judged.checks] == [within, apart]
+
+
+def test_on_the_bound_a_value_is_within_and_neither_below_nor_above(claims: Claims) -> None:
+    """Two arms that are one arm by mistake show nothing."""
+    checks = tuple(Check(Value("a", "loss"), "", 0.0, criterion, 1.0) for criterion in CRITERIA)
+    claim = replace(claims.all[1], checks=checks)
+    for a, verdicts in (
+        (1.0, {"below": FAILS, "above": FAILS, "within": HOLDS, "apart": FAILS}),
+        (1.0 - 1e-9, {"below": HOLDS, "above": FAILS, "within": HOLDS, "apart": FAILS}),
+        (1.0 + 1e-9, {"below": FAILS, "above": HOLDS, "within": FAILS, "apart": HOLDS}),
+    ):
+        judged = judge(claims, claim, rows_of(claims, {"a": [a, a, a]}))
+        assert {outcome.check.criterion: outcome.verdict for outcome in judged.checks} == verdicts
+
+
+def test_a_ratio_to_a_diverged_run_says_nothing(claims: Claims) -> None:
+    ratio = Check(Value("a", "loss"), "over", Value("b", "loss"), "below", 0.5)
+    rows = rows_of(claims, {"a": [1.0, 1.0, 1.0], "b": [3.0, 3.0, 3.0]})
+    assert judge(claims, replace(claims.all[1], checks=(ratio,)), rows).checks[0].verdict == HOLDS
+    rows[claims.arms["group", "b"].identity(1)] = {"seen": {"loss": None}}
+    assert judge(claims, replace(claims.all[1], checks=(ratio,)), rows).checks[0].verdict == UNDECIDED
