@@ -12,15 +12,15 @@ import torch
 
 from mue.layouts.layout import UNPLANNED, Layout, ParamInfo, pattern_of
 from mue.layouts.observe.describe import Description
-from mue.layouts.place import place
-from mue.layouts.sources import Source, source_of
+from mue.layouts.read_shape import look_at
+from mue.layouts.sources import source_of
 from mue.layouts.transformers import gate_moments as measure
 from mue.layouts.transformers.configs import default_config, families_with_experts
 from mue.layouts.transformers.describe import describe_config
 from mue.layouts.transformers.disk import StoredTensors, compare_stored
 from mue.layouts.transformers.gate_moments import Moments
 from mue.layouts.transformers.scalings import Scaling, scalings
-from mue.layouts.transformers.shape import Routers, routers, shape_of
+from mue.layouts.transformers.shape import Routers
 from mue.shapes import Transformer
 from mue.util.text import text_table
 
@@ -104,16 +104,13 @@ def inspect(
         ValueError: nothing that can be read or run; a user's row that fits no parameter.
     """
     given = source_of(source, rows, config)
-    description = given.describe()
-    model = given.model()
-    undecided = tuple(f.question() for f in description.undecided)
-    routing = None
-    if given.declared is None:
-        routing = routers(given.config, description, given.describe)
-    # a shape is read off roles, so one that is missing may be the very feed-forward
-    shape, why = None, "some parameters have no role"
-    if not undecided:
-        shape, why = _shape(given, model, description, routing, gate_moments)
+    seen = look_at(given)
+    description, model, routing = seen.description, seen.model, seen.routing
+    shape, why = None, ""
+    try:  # the rest of an inspection stands without it
+        shape = seen.shape({} if gate_moments is None else {"gate_moments": gate_moments})
+    except ValueError as error:
+        why = str(error)
     return Inspection(
         given.name,
         _rows(model, description),
@@ -121,7 +118,7 @@ def inspect(
         tuple(scalings(given.config)) if given.config is not None else (),
         shape,
         why,
-        undecided,
+        tuple(f.question() for f in description.undecided),
         compare_stored(given.folder, model) if given.folder is not None else None,
     )
 
@@ -148,24 +145,6 @@ def measure_gates(
             f"{given.name} has no config to build its routers from: use mue.layouts.transformers.gate_moments.moments_of"
         )
     return measure.measure_gates(given.config, given.build, given.describe(), router_std=router_std)
-
-
-def _shape(
-    given: Source,
-    model: torch.nn.Module,
-    description: Description,
-    routing: Routers | None,
-    moments: tuple[float, float] | None,
-) -> tuple[Transformer | None, str]:
-    """(the shape, "") or (None, why there is none), for the rest of an inspection stands without it."""
-    if given.declared is not None:
-        own = getattr(model, "shape", None)
-        why = "a model that declares its layout says its shape itself: in [target]"
-        return (own, "") if isinstance(own, Transformer) else (None, why)
-    try:
-        return shape_of(given.config, place(model, description.layout()), routing, moments), ""
-    except ValueError as error:
-        return None, str(error)
 
 
 def _rows(model: torch.nn.Module, description: Description) -> tuple[InspectionRow, ...]:

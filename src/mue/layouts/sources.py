@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, get_type_hints
@@ -19,6 +20,7 @@ from mue.layouts.observe.describe import Description, ParamPattern
 from mue.layouts.transformers.configs import build, config_of, read_config
 from mue.layouts.transformers.describe import describe_config
 from mue.layouts.transformers.disk import has_weights
+from mue.layouts.transformers.stock import eager
 from mue.util.errors import nearest
 from mue.util.files import read_text
 from mue.util.importing import imported, user_code
@@ -30,7 +32,7 @@ class Source:
 
     Attributes:
         config: None where a declared model has none. rows: the user's rows, which win.
-        folder: of the checkpoint, where there are weights to compare with.
+        folder: of the checkpoint, where there are weights to compare with. instance: the very model that was given.
     """
 
     name: str
@@ -39,11 +41,13 @@ class Source:
     rows: tuple[Layout, ...] = ()
     declared: nn.Module | None = None
     folder: Path | None = None
+    instance: nn.Module | None = None
 
     def model(self) -> nn.Module:
-        """The model on the meta device."""
-        if self.declared is not None:
-            return self.declared
+        """The model that was given, or else one on the meta device."""
+        own = self.instance if self.declared is None else self.declared
+        if own is not None:
+            return own
         with torch.device("meta"):
             return self.build(self.config)
 
@@ -68,7 +72,7 @@ def source_of(given: str | Path | Any, rows: Sequence[Layout] = (), config: str 
     """Read a source.
 
     Args:
-        given: a family's name, a ``config.json``, a folder that holds one, a config object; ``file.py:name``, ``module:name``
+        given: a model, a config, a family's name, a ``config.json``, a folder that holds one; ``file.py:name``, ``module:name``
             or ``package.module.Class``: a model's class, or a function without arguments that returns a model or a config.
         rows: the user's own rows.
         config: for a class that needs one: a JSON file; with a ``model_type``, a transformers config.
@@ -77,8 +81,11 @@ def source_of(given: str | Path | Any, rows: Sequence[Layout] = (), config: str 
         ValueError: nothing of the kind; a class without a config; a model that neither declares its parameters nor comes
             with a config to build it again.
     """
+    if isinstance(given, nn.Module):
+        return _of_model(given, rows)
     if not isinstance(given, str | Path):
-        return Source(type(given).__name__, given, build, tuple(rows))
+        # a copy: building it sets how attention is computed, and the config may be the user's model's
+        return Source(type(given).__name__, copy.deepcopy(given), build, tuple(rows))
     path = Path(given)
     if path.exists() or not _is_code(str(given)):
         found = read_config(given)
@@ -96,7 +103,7 @@ def source_of(given: str | Path | Any, rows: Sequence[Layout] = (), config: str 
     with torch.device("meta"), user_code(str(given)):
         result = made()
     result = result.get("model", result) if isinstance(result, dict) else result
-    return _of_model(result, rows) if isinstance(result, nn.Module) else source_of(result, rows)
+    return source_of(result, rows)
 
 
 def _is_code(name: str) -> bool:
@@ -178,7 +185,7 @@ def _known(made: Any, data: dict[str, Any], config: str | Path) -> dict[str, Any
 
 
 def _with_class(kind: Any, config: Any, rows: Sequence[Layout], build: Build | None = None) -> Source:
-    make: Build = build or kind
+    make: Build = build or (eager(kind) if hasattr(config, "model_type") and hasattr(config, "to_dict") else kind)
     with torch.device("meta"), user_code(kind.__name__):
         model = make(config)
     if isinstance(model, HasLayout):
@@ -199,4 +206,4 @@ def _of_model(model: nn.Module, rows: Sequence[Layout]) -> Source:
         raise ValueError(
             f"{kind.__name__} has neither a layout() that declares its parameters nor a config to build it again: add one"
         )
-    return _with_class(kind, own, (*rows, *getattr(inner, "layout_rows", ())))
+    return replace(_with_class(kind, own, (*rows, *getattr(inner, "layout_rows", ()))), instance=inner)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 from mue.shapes.block import MOST_LAYERS, NORMALISED, Block, parse_notation
+from mue.shapes.of_model import OfModel
 from mue.shapes.settings import NO_SETTINGS
 from mue.util.errors import LARGEST, positive, positive_int, true_or_false
 
@@ -36,7 +37,7 @@ class Tensors(NamedTuple):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Transformer:
+class Transformer(OfModel):
     """What every decoder here shares; use :class:`Dense`, :class:`MoE` or :class:`Mixed`.
 
     Attributes:

@@ -15,6 +15,23 @@ from mue.layouts.observe.names import ACTIVE_EXPERTS, KV_HEADS, RENORMALISE
 from mue.shapes import Block, Dense, Mixed, MoE, Transformer
 
 MEASURED = 'gates = "measured" and gate_moments (mue inspect --measure-gates gives them)'
+# What may be said beside a model: what no tensor shows, or a config may lack.
+SAID = (
+    *("heads", "head_dim", "kv_heads", "sequence", "output_multiplier"),
+    *("active", "groups", "router", "router_settings", "normalize", "gates", "gate_moments"),
+)
+
+
+class UnreadShapeError(ValueError):
+    """A model does not say all that a shape needs.
+
+    Attributes:
+        fields: what to pass, by the name that :class:`mue.Dense` and :class:`mue.MoE` have for it.
+    """
+
+    def __init__(self, missing: Mapping[str, str]) -> None:
+        self.fields = tuple(missing)
+        super().__init__("; ".join(f"{why}: pass {field}=..." for field, why in missing.items()))
 
 
 @dataclass(frozen=True)
@@ -83,88 +100,154 @@ def _switch(config: Any) -> tuple[str, bool] | None:
 
 
 def shape_of(
-    config: Any,
+    config: Any | None,
     placed: Sequence[ParamInfo],
     routing: Routers | None,
-    gate_moments: tuple[float, float] | None = None,
-    sequence: int = 1024,
+    said: Mapping[str, Any],
 ) -> Transformer:
     """The shape that a plan needs.
 
     Args:
+        config: None where a model that declares its parameters has none.
         placed: the full model's parameters (:func:`mue.layouts.place.place`; the meta device will do).
-        routing: from :func:`routers`.
-        gate_moments: (E[Σw], E[Σw²]) at init, for gates that do not sum to one.
-        sequence: tokens of a training sequence (for FLOPs only).
+        routing: from :func:`routers`; None where no router was observed.
+        said: what the user says beside the model, of :data:`SAID`.
 
     Raises:
+        UnreadShapeError: what neither the model nor ``said`` has.
         ValueError: gates that do not sum to one and no moments; a layer without feed-forward, or with two that are not
-            one sum; head sizes that the output projection contradicts.
+            one sum; head sizes that the output projection contradicts; what is said otherwise than the config has it.
     """
     layers: dict[int, dict[str, list[ParamInfo]]] = {}
     for p in placed:
         if p.layer is not None:
             layers.setdefault(p.layer, {}).setdefault(p.role, []).append(p)
-    blocks = _merged([_block(i, layers[i], routing, gate_moments) for i in sorted(layers)])
-    width = size_of(config, "width") or 0
+    missing: dict[str, str] = {}
+    facts = _Facts(config, routing, said, missing)
+    heads = facts.heads(layers)
+    blocks = [_block(i, layers[i], facts) for i in sorted(layers)]
+    if missing:
+        raise UnreadShapeError(missing)
     roles = {p.role for p in placed}
-    vocabulary = next(p.fan_in for p in placed if p.layout.role == "embedding")
+    embedding = next(p for p in placed if p.layout.role == "embedding")
     common: dict[str, Any] = {
-        "width": width,
-        **_heads(config, layers),
-        "vocab": vocabulary,
-        "sequence": sequence,
-        "gated": bool(roles & {"ffn_gate", "expert_gate", "shared_gate"}),
+        "width": (size_of(config, "width") if config is not None else None) or embedding.fan_out,
+        **heads,
+        **{name: said[name] for name in ("sequence", "output_multiplier") if name in said},
+        "vocab": embedding.fan_in,
+        "gated": any(part.endswith("_gate") for p in placed for part in (p.role, *p.layout.parts)),
         "tied": "head" not in roles,
     }
-    if len(blocks) > 1:
-        return Mixed(blocks=tuple(blocks), **common)
-    block = blocks[0]
+    merged = _merged([Block(layers=1, **block) for block in blocks])
+    if len(merged) > 1:
+        return Mixed(blocks=tuple(merged), **common)
+    block = merged[0]
     if block.ffn is not None:
         return Dense(ffn=block.ffn, layers=block.layers, **common)
-    own = {k: v for k, v in vars(block).items() if k not in ("ffn",)}
-    return MoE(**own, **common)
+    return MoE(**{k: v for k, v in vars(block).items() if k != "ffn"}, **common)
 
 
-def _block(
-    layer: int, roles: Mapping[str, list[ParamInfo]], routing: Routers | None, moments: tuple[float, float] | None
-) -> Block:
-    """One layer's block from its tensors.
+@dataclass(frozen=True)
+class _Facts:
+    """What config, observation and the user say of a model; what none of them says goes into ``missing``."""
 
-    What no tensor shows (active experts, the score) is taken from what was observed.
+    config: Any
+    routing: Routers | None
+    said: Mapping[str, Any]
+    missing: dict[str, str]
+
+    def number(self, name: str, found: int | None, why: str) -> int | None:
+        """A number of the config, or the user's where that has none; both only where they agree."""
+        own = self.said.get(name)
+        if own is not None and found is not None and own != found:
+            raise ValueError(f"{name} is {found} in the model's config, and {own} was passed: leave it out")
+        if own is None and found is None:
+            self.missing[name] = why
+        return found if own is None else own
+
+    def heads(self, layers: Mapping[int, Mapping[str, list[ParamInfo]]]) -> dict[str, int]:
+        """heads, kv_heads and the head size of the values, which is the output projection's fan-in over the heads."""
+        heads = None if self.config is None else size_of(self.config, "heads")
+        by_layer = set(getattr(text_config(self.config), "num_attention_heads_per_layer", None) or ())
+        if by_layer - {heads}:
+            raise ValueError(
+                f"num_attention_heads_per_layer has {', '.join(map(str, sorted(by_layer)))} heads and num_attention_heads {heads}: a shape has one"
+                " number of heads for all layers, and a head size that follows from it"
+            )
+        outs = {p.fan_in for roles in layers.values() for p in roles.get("attention_o", [])}
+        if len(outs) != 1:
+            found = "none" if not outs else f"several fan-ins ({', '.join(map(str, sorted(outs)))})"
+            raise ValueError(f"the attention output projections have {found}: a plan's model has one kind of attention")
+        fan_in = outs.pop()
+        size = self.said.get("head_dim")
+        if heads is None and "heads" not in self.said and size and fan_in % size == 0:
+            heads = fan_in // size
+        many = self.number("heads", heads, "nothing says how many attention heads there are")
+        if many is None:
+            return {}
+        if fan_in % many or size not in (None, fan_in // many):
+            of = "" if size is None else f" of {size}"
+            raise ValueError(f"the attention output has fan-in {fan_in}, which {many} heads{of} do not divide")
+        return {"heads": many, "kv_heads": self._kv_heads(many, fan_in // many, layers), "head_dim": fan_in // many}
+
+    def _kv_heads(self, heads: int, size: int, layers: Mapping[int, Mapping[str, list[ParamInfo]]]) -> int:
+        words = () if self.config is None else integers(text_config(self.config)).items()
+        found = next((v for k, v in words if re.fullmatch(KV_HEADS, k)), None)
+        if self.config is None:  # the keys' own matrix says it, or what a fused one has beyond the queries
+            first = layers[min(layers)]
+            for p in (*first.get("attention_k", ()), *first.get("attention_q", ())):
+                kinds = p.layout.parts or (p.role,)
+                shared = p.fan_out - (heads * size if "attention_q" in kinds else 0)
+                if "attention_k" in kinds:
+                    found = shared // size // len(set(kinds) - {"attention_q"})
+        own = self.said.get("kv_heads", found)
+        # a number that does not divide the heads cannot be theirs
+        return own if own and heads % own == 0 else heads
+
+
+def _block(layer: int, roles: Mapping[str, list[ParamInfo]], facts: _Facts) -> dict[str, Any]:
+    """One layer's numbers from its tensors.
+
+    What no tensor shows (active experts, the score) is taken from what was observed, or said.
     """
     if "expert_down" not in roles:
         downs = [p.fan_in for p in roles.get("ffn_down", [])]
         if len(downs) != 1:
             what = "no feed-forward" if not downs else f"{len(downs)} feed-forwards in sequence"
             raise ValueError(f"layer {layer} has {what}: a plan's block has one; describe this model by hand")
-        return Block(layers=1, ffn=downs[0])
+        return {"ffn": downs[0]}
     if "ffn_down" in roles:
         raise ValueError(
             f"layer {layer} has experts and a dense feed-forward beside or after them: give the dense one the role of"
             " shared experts (rows with role shared_up, shared_gate, shared_down) if the two are added up"
         )
+    routing, said = facts.routing, facts.said
     if routing is None:
-        raise ValueError(
-            "the config does not say how many experts a token uses (num_experts_per_tok, top_k, ...): name it so"
-        )
-    if not routing.normalised and moments is None:
-        raise ValueError(f"this model's gates: {routing.advice}")
+        in_config = None if facts.config is None else find_integer(facts.config, ACTIVE_EXPERTS)
+        why = "the config does not say how many experts a token uses (num_experts_per_tok, top_k, ...)"
+        active = facts.number("active", in_config, why)
+        if "router" not in said:
+            facts.missing["router"] = "nothing was seen of how tokens are routed (softmax, sigmoid, ...)"
+    else:
+        active = facts.number("active", routing.active, "")
+        if not routing.normalised and "gate_moments" not in said:
+            raise ValueError(f"this model's gates: {routing.advice}")
     experts = roles["expert_down"]
     # n_s of width h_s are one of n_s·h_s (conventions 12)
     shared = sum(p.fan_in * p.experts for p in roles.get("shared_down", []))
-    return Block(
-        layers=1,
-        expert=experts[0].fan_in,
-        experts=sum(p.experts for p in experts),
-        active=routing.active,
-        shared_experts=1 if shared else 0,
-        shared=shared or None,
-        router=routing.score or "softmax",
-        normalize=bool(routing.normalised),
-        gates="unit-sum" if moments is None else "measured",
-        gate_moments=moments,
-    )
+    seen = {} if routing is None else {"router": routing.score or "softmax", "normalize": bool(routing.normalised)}
+    measured = {"gates": "measured"} if said.get("gate_moments") is not None else {}
+    own = ("groups", "router", "router_settings", "normalize", "gates", "gate_moments")
+    return {
+        "expert": experts[0].fan_in,
+        "experts": sum(p.experts for p in experts),
+        "active": active,
+        "shared_experts": 1 if shared else 0,
+        "shared": shared or None,
+        **seen,
+        **measured,
+        **{name: said[name] for name in own if said.get(name) is not None},
+    }
 
 
 def _merged(blocks: list[Block]) -> list[Block]:
@@ -175,24 +258,3 @@ def _merged(blocks: list[Block]) -> list[Block]:
         else:
             merged.append(block)
     return merged
-
-
-def _heads(config: Any, layers: Mapping[int, Mapping[str, list[ParamInfo]]]) -> dict[str, int]:
-    """heads, kv_heads and the head size of the values, which is the output projection's fan-in over the heads."""
-    heads = size_of(config, "heads")
-    by_layer = set(getattr(text_config(config), "num_attention_heads_per_layer", None) or ())
-    if by_layer - {heads}:
-        raise ValueError(
-            f"num_attention_heads_per_layer has {', '.join(map(str, sorted(by_layer)))} heads and num_attention_heads {heads}: a shape has one"
-            " number of heads for all layers, and a head size that follows from it"
-        )
-    outs = {p.fan_in for roles in layers.values() for p in roles.get("attention_o", [])}
-    if heads is None or len(outs) != 1:
-        found = "none" if not outs else f"several fan-ins ({', '.join(map(str, sorted(outs)))})"
-        raise ValueError(f"the attention output projections have {found}: a plan's model has one kind of attention")
-    fan_in = outs.pop()
-    if fan_in % heads:
-        raise ValueError(f"the attention output has fan-in {fan_in}, which {heads} heads do not divide")
-    kv = next((v for k, v in integers(text_config(config)).items() if re.fullmatch(KV_HEADS, k)), heads)
-    # a number that does not divide the heads cannot be theirs
-    return {"heads": heads, "kv_heads": kv if heads % kv == 0 else heads, "head_dim": fan_in // heads}

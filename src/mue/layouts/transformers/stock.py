@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from mue.layouts.layout import Layout, unwrap
+from mue.layouts.observe.axis_sizes import Build
 from mue.layouts.observe.describe import Description
 from mue.layouts.transformers.describe import describe_config
 from mue.layouts.transformers.shape import Routers, routers
@@ -54,6 +55,22 @@ def observe_stock(model: nn.Module) -> StockModel:
     return _observed(kind, _Keyed(key, config), tuple(getattr(inner, "layout_rows", ())))
 
 
+def eager(kind: Any) -> Build:
+    """What builds a class of transformers with attention of plain products and a softmax: what is observed has to be operators.
+
+    Args:
+        kind: the model's class, which is called with a config.
+    """
+
+    def build(config: Any) -> nn.Module:
+        config = copy.deepcopy(config)
+        config._attn_implementation = "eager"
+        made: nn.Module = kind(config)
+        return made
+
+    return build
+
+
 @dataclass(frozen=True)
 class _Keyed:
     """A config that hashes by its text, so that observations can be kept."""
@@ -70,13 +87,7 @@ class _Keyed:
 
 @lru_cache(maxsize=32)  # every function of mue.model asks anew
 def _observed(kind: Any, keyed: _Keyed, rows: tuple[Layout, ...]) -> StockModel:
-    def build(config: Any) -> nn.Module:
-        config = copy.deepcopy(config)
-        # plain products and a softmax: what is observed has to be operators
-        config._attn_implementation = "eager"
-        made: nn.Module = kind(config)
-        return made
-
+    build = eager(kind)
     description = describe_config(keyed.config, rows, build)
     routing = routers(keyed.config, description, lambda other: describe_config(other, rows, build))
     return StockModel(description, routing)
