@@ -117,7 +117,7 @@ def evaluate(
     if active is None and (scale or out):
         raise ValueError(f"{'--scale' if scale else '--out'} is read only with --active")
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    subject = subject_of(run, data, sequences, tokenizer, place)
+    subject = subject_of(run, data, sequences, tokenizer, place, folders=active is None)
     console = Console(stderr=json_)
     say_paths(
         console, f"{subject.name}, on text {subject.text.source}", *(f"note: {note}" for note in subject.text.notes)

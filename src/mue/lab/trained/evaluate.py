@@ -82,11 +82,15 @@ def score(logits: Logits, windows: Windows, bytes_of: Sequence[int] | None) -> T
         logits: of the model. windows: what to predict. bytes_of: how many bytes each token stands for; None: nobody knows.
 
     Raises:
-        ValueError: losses that are not finite, as of a run that diverged.
+        ValueError: losses that are not finite, as of a run that diverged; a token that ``bytes_of`` does not have.
     """
     sums: dict[str, list[float]] = {"nats": [], "tokens": [], "correct": [], "bytes": []}
     table = None if bytes_of is None else torch.tensor(bytes_of)
     for tokens_BT, following_BT in windows:
+        if table is not None and (largest := int(following_BT.max())) >= len(table):
+            raise ValueError(
+                f"there is token {largest} in the text, and the tokenizer has {len(table)}: it is another than the text's"
+            )
         logits_BTV = logits(tokens_BT).float().cpu()
         each_BT = F.cross_entropy(logits_BTV.mT, following_BT, reduction="none")
         if not bool(torch.isfinite(each_BT).all()):

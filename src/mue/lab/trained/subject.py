@@ -40,33 +40,47 @@ class Subject:
 
 
 def subject_of(
-    path: Path, data: Path | None, sequences: int | None, tokenizer: Path | None, device: torch.device
+    path: Path,
+    data: Path | None,
+    sequences: int | None,
+    tokenizer: Path | None,
+    device: torch.device,
+    *,
+    folders: bool = True,
 ) -> Subject:
     """Find a trained model and its text.
 
     Args:
         path: as :func:`mue.lab.trained.find.find` takes it, or a checkpoint folder of ``transformers``. data: text of the user's; None: what the
             run held out. sequences: how many to read, at most; None: as many as the run's own validation, :data:`SEQUENCES` of other
-            text. tokenizer: where it is, if it was moved.
+            text. tokenizer: where it is, if it was moved. folders: the text by its folders, too.
 
     Raises:
         ValueError: no weights, no text, tokens that do not fit the model.
     """
     if path.is_dir() and (path / "config.json").exists() and not is_run(path):
-        return _stock(path, data, sequences, tokenizer, device)
+        return _stock(path, data, sequences, tokenizer, device, folders)
     found = find(path)
     run, model = found.run, found.model().to(device)
     if not isinstance(model, LanguageModel):
         raise ValueError(f"{path} learnt the task {run.settings.task!r}: only language models are asked about text")
     tokens, shape = tokens_of(run.data, tokenizer), run.plan.target
+    own = None if tokens is None else tokens.path
     if data is None:
-        text = own_text(run, sequences or run.settings.eval_sequences)
+        text = own_text(run, sequences or run.settings.eval_sequences, tokenizer=own, folders=folders)
     else:
         # how its own text became tokens
-        options = {k: v for k, v in run.data["source"].items() if k in ("tokenizer", "separator", "text_key")}
-        if tokens is not None and tokens.path is not None:
-            options["tokenizer"] = str(tokens.path)
-        text = text_of(data, options, sequence=shape.sequence, vocab=shape.vocab, sequences=sequences or SEQUENCES)
+        options = {k: v for k, v in run.data["source"].items() if k in ("separator", "text_key")}
+        made_with = dict.fromkeys([run.data["tokenizer"], *([] if tokens is None else [tokens.encoder.name])])
+        text = text_of(
+            data,
+            options | ({} if own is None else {"tokenizer": str(own)}),
+            made_with=made_with,
+            sequence=shape.sequence,
+            vocab=shape.vocab,
+            sequences=sequences or SEQUENCES,
+            folders=folders,
+        )
 
     def logits(tokens_BT: torch.Tensor) -> torch.Tensor:
         with autocast(device, run.settings):  # in the precision of the training, as its validation
@@ -80,7 +94,7 @@ def subject_of(
 
 
 def _stock(
-    path: Path, data: Path | None, sequences: int | None, tokenizer: Path | None, device: torch.device
+    path: Path, data: Path | None, sequences: int | None, tokenizer: Path | None, device: torch.device, folders: bool
 ) -> Subject:
     from mue.lab.trained.stock import StockCheckpoint
 
@@ -90,7 +104,14 @@ def _stock(
         )
     model = StockCheckpoint(path, device)
     tokens = model.tokens(tokenizer)
-    options = {"tokenizer": str(tokens.path), "separator": tokens.end}
-    text = text_of(data, options, sequence=model.sequence, vocab=model.vocab, sequences=sequences or SEQUENCES)
+    text = text_of(
+        data,
+        {"tokenizer": str(tokens.path), "separator": tokens.end},
+        made_with=[tokens.encoder.name],
+        sequence=model.sequence,
+        vocab=model.vocab,
+        sequences=sequences or SEQUENCES,
+        folders=folders,
+    )
     folder, facts = Path("runs") / "eval" / path.resolve().name, {"model": model.name}
     return Subject(model.name, model.logits, text, tokens.bytes_of, folder, facts, lambda: model)

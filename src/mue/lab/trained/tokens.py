@@ -98,6 +98,10 @@ def tokens_of(data: Mapping[str, Any], tokenizer: Path | None = None) -> TextTok
         raise ValueError(
             f"{path} is another tokenizer than the run's ({encoder.name[:23]}…, trained with {name[:23]}…)"
         )
+    if encoder.vocab > (size := data.get("vocab", encoder.vocab)):
+        raise ValueError(
+            f"{path} has {encoder.vocab} tokens, and the run's text has {size}: it is another tokenizer than the run's"
+        )
     return TextTokens(encoder, path)
 
 
