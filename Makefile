@@ -9,7 +9,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 STACKS := $(VENV)-stacks
 STACK_TESTS := tests/export/test_torchtitan.py tests/export/test_megatron.py tests/export/test_olmo.py
 
-.PHONY: demo test slow stacks check wheel clean postgresql
+.PHONY: demo test slow stacks check docs wheel clean postgresql
 
 demo: $(VENV)/.kernel
 	$(BIN)/mue demo
@@ -41,6 +41,11 @@ check: $(VENV)/.dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
+# site/index.html; a warning fails. (The variable silences what the theme says of its own successor.)
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@ls site/index.html
+
 # dist/mue-VERSION-py3-none-any.whl; `pip install 'dist/….whl[lab]'` puts it into an environment of yours.
 wheel: | $(BIN)/python
 	rm -rf build  # what an earlier build left there would be packed, too
@@ -48,7 +53,7 @@ wheel: | $(BIN)/python
 	@ls dist/*.whl
 
 clean:
-	rm -rf $(VENV) $(STACKS) runs build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(STACKS) runs build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -70,6 +75,10 @@ $(VENV)/.kernel: $(wildcard src/mue/kernels/csrc/*.cpp src/mue/kernels/csrc/*.h)
 $(VENV)/.dev: $(VENV)/.lab
 	$(PIP) -e '.[lab,cluster,hf,dev]'
 	$(PIP) --no-deps mup  # an oracle of the tests; its own requirements would bring torchvision and another torch
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.lab
+	$(PIP) -e '.[lab,docs]'
 	@touch $@
 
 $(STACKS)/.done: constraints-stacks.txt $(VENV)/.dev

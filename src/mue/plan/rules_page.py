@@ -57,7 +57,12 @@ def markdown() -> str:
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
+    return (
+        "\n".join(
+            "| " + " | ".join(cell.replace("|", "\\|").replace("*", "\\*") for cell in line) + " |" for line in lines
+        )
+        + "\n"
+    )
 
 
 def _ratios() -> str:
@@ -190,7 +195,7 @@ def _rule(rule: Rule) -> str:
     lines += [f"Note: {note}." for note in rule.notes]
     table = _table(["role", *CELLS.values(), "mark", "source"], formulas(rule))
     refuses = [f"* {axis}: {reason}" for axis, reason in rule.refuses.items()]
-    return "\n\n".join([*lines, table.rstrip(), *(["Refuses:\n" + "\n".join(refuses)] if refuses else [])]) + "\n"
+    return "\n\n".join([*lines, table.rstrip(), *(["Refuses:\n\n" + "\n".join(refuses)] if refuses else [])]) + "\n"
 
 
 def _folds() -> str:
