@@ -38,7 +38,8 @@ AnyPlan = TypeVar("AnyPlan", bound="PlanData")
 class Inputs:
     """All that a plan follows from, as plain numbers: shapes, runs, tuned values, the base's habits, the rule's options.
 
-    ``base`` is a shape, or the plan whose target was tuned; its values then take the place of ``tuned``.
+    ``base`` is a shape, or the plan whose target was tuned; its values then take the place of ``tuned``. ``given``: what a file gave of
+    them, as dotted keys, for the text of the plan (:mod:`mue.plan.defaults`); no part of its meaning.
     """
 
     base: Transformer | PlanData
@@ -49,6 +50,7 @@ class Inputs:
     rule: str
     convention: Convention
     options: Mapping[str, Any] = field(default_factory=dict)
+    given: frozenset[str] | None = field(default=None, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As plan files hold it. In their format α stands beside the other options, null where the rule has none."""

@@ -6,6 +6,7 @@ import textwrap
 from dataclasses import fields
 
 from mue.plan import assumptions, per_role
+from mue.plan.defaults import not_given
 from mue.plan.fold import unfold
 from mue.plan.plan import PlanData
 from mue.rules.options import as_json
@@ -29,7 +30,8 @@ def header(plan: PlanData) -> list[tuple[str, str]]:
     lines = [
         ("rule", f"{plan.rule.name} ({plan.rule.source})"),
         ("base", base.name if isinstance(base, Transformer) else f"plan {base.hash} ({base.target.name})"),
-        *([("taken of the base", _taken(base, plan.tuned))] if isinstance(base, Transformer) else []),
+        *([("taken of the base", _taken(base, plan))] if isinstance(base, Transformer) else []),
+        *([("not given, so default", unsaid)] if (unsaid := not_given(plan.inputs)) else []),
         (
             "target",
             f"{plan.target.name}: {plan.target.parameters:,} parameters, {plan.target.active_parameters:,} active",
@@ -91,8 +93,9 @@ def _routers(shape: Transformer) -> str:
     return " / ".join(dict.fromkeys(found))
 
 
-def _taken(base: Transformer, tuned: HParams) -> str:
-    """The base's numbers that have defaults and that every transfer starts from, with those named that are the default."""
+def _taken(base: Transformer, plan: PlanData) -> str:
+    """The base's numbers that have defaults and that every transfer starts from, with those named that may be no more than that."""
+    tuned = plan.tuned
     usual = {f.name: f.default for f in fields(HParams)}
     own = [("head_dim", base.head_dim == DEFAULT_HEAD_DIM)]
     own += [(name, getattr(tuned, name) == usual[name]) for name in ("betas", "eps")]
@@ -101,6 +104,8 @@ def _taken(base: Transformer, tuned: HParams) -> str:
         f"{base.num_heads} heads of {base.head_dim}, vocab {base.vocab}, sequence {base.sequence},"
         f" betas {', '.join(map(below_one, tuned.betas))}, eps {number(tuned.eps)}"
     )
+    if plan.inputs.given is not None:  # a file, of which a line of its own says it
+        return taken
     return taken + (f" (mue's defaults, if you gave no other: {', '.join(defaults)})" if defaults else "")
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mue.plan.convention import Convention
+from mue.plan.defaults import given_in
 from mue.plan.plan import Inputs
 from mue.rules.options import OPTIONS
 from mue.shapes import (
@@ -129,6 +130,7 @@ def plan_inputs(data: Mapping[str, Any], tuned: HParams | None = None) -> Inputs
         rule=data.get("rule", "complete-mue"),
         convention=Convention(**convention),
         options=options,
+        given=given_in(data),
     )
 
 

@@ -1,0 +1,87 @@
+"""Which numbers of a plan nobody gave: the defaults in force, for a reader who has others in mind.
+
+A file says what it gives, so of a plan that was read from one this is known. Objects of Python look the same with a default that
+was given and one that was not, and a saved plan has all of its numbers; of those nothing is claimed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from typing import Any
+
+from mue.plan.plan import Inputs
+from mue.shapes import HParams, Transformer
+from mue.util.text import below_one
+
+# Numbers of a shape with defaults that a model may well have otherwise.
+_OF_SHAPES = ("head_dim", "kv_heads", "vocab", "sequence", "gated", "tied")
+_OF_EXPERTS = ("router", "normalize")
+
+
+def given_in(data: Mapping[str, Any]) -> frozenset[str]:
+    """What a plan file gives, as dotted keys: ``"tuned.betas"``; a router of a block counts where every block with experts has one.
+
+    Args:
+        data: the file's tables.
+    """
+    found = set(data)
+    for name in ("base", "target", "tuned"):
+        table = data.get(name, {})
+        found |= {f"{name}.{key}" for key in table}
+        if blocks := [block for block in table.get("blocks", ()) if "ffn" not in block]:
+            found |= {f"{name}.{key}" for key in _OF_EXPERTS if all(key in block for block in blocks)}
+    return frozenset(found)
+
+
+def not_given(inputs: Inputs) -> str:
+    """The defaults in force, by table; empty where everything was given, or where nobody knows what was.
+
+    Args:
+        inputs: of a plan; ``given`` says what the file had.
+    """
+    if inputs.given is None:
+        return ""
+    lines = []
+    if "rule" not in inputs.given:
+        lines.append(f"rule {inputs.rule}")
+    shapes = [(name, shape) for name, shape in (("base", inputs.base), ("target", inputs.target))]
+    for name, shape in shapes:
+        if isinstance(shape, Transformer):
+            lines.append(_line(f"[{name}]", _of_shape(name, shape, inputs.given)))
+    if inputs.tuned is not None:
+        lines.append(_line("[tuned]", _of_tuned(inputs.tuned, inputs.given)))
+    if inputs.training is None:
+        lines.append("training: neither run, so batch and duration are taken not to change")
+    return "; ".join(line for line in lines if line)
+
+
+def _line(table: str, defaults: Iterator[str]) -> str:
+    found = ", ".join(defaults)
+    return f"{table} {found}" if found else ""
+
+
+def _of_shape(table: str, shape: Transformer, given: frozenset[str]) -> Iterator[str]:
+    experts = [block for block in shape.blocks if block.experts]
+    for name in _OF_SHAPES + (_OF_EXPERTS if experts else ()):
+        # heads imply the head size
+        if f"{table}.{name}" in given or (name == "head_dim" and f"{table}.heads" in given):
+            continue
+        if name in _OF_EXPERTS:
+            yield f"{name} {_text(getattr(experts[0], name))}"
+        else:
+            yield f"{name} {_text(shape.num_kv_heads if name == 'kv_heads' else getattr(shape, name))}"
+
+
+def _of_tuned(tuned: HParams, given: frozenset[str]) -> Iterator[str]:
+    for f in fields(HParams):
+        if f.name != "roles" and f"tuned.{f.name}" not in given and "tuned" in given:
+            yield f"{f.name} {_text(getattr(tuned, f.name))}"
+
+
+def _text(value: object) -> str:
+    if isinstance(value, tuple):
+        return f"({', '.join(map(below_one, value))})"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)

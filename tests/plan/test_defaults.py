@@ -1,0 +1,94 @@
+"""Defaults that nobody gave are in a plan's text, and in nothing else of it."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+
+from mue.api import Plan
+from mue.plan.defaults import given_in, not_given
+from mue.plan.toml import plan_inputs
+from mue.plan.transfer import plan_of
+from support.plans import make
+
+SHORT = """
+[base]
+width = 128
+ffn = 128
+layers = 8
+[tuned]
+lr = 1e-3
+weight_decay = 0.1
+init_std = 0.01
+[target]
+moe = "128e8a1s"
+width = 1024
+expert = 1024
+layers = 8
+"""
+FULL = """
+rule = "complete-mue"
+base = { width = 128, ffn = 128, layers = 8, head_dim = 64, kv_heads = 2, vocab = 256, sequence = 1024, gated = true, tied = false, training = { batch = 64, steps = 9 } }
+target = { width = 128, ffn = 128, layers = 8, heads = 2, kv_heads = 2, vocab = 256, sequence = 1024, gated = true, tied = false, training = { batch = 64, steps = 9 } }
+[tuned]
+lr = 1e-3
+weight_decay = 0.1
+init_std = 0.01
+betas = [0.9, 0.95]
+eps = 1e-12
+optimizer = "adamw"
+clip = 1.0
+warmup = 0.05
+floor = 0.0
+balance = 0.0
+z = 0.0
+bias_speed = 1e-3
+"""
+
+
+def test_every_default_of_a_file_is_listed_with_its_value() -> None:
+    said = not_given(plan_inputs(tomllib.loads(SHORT)))
+    assert said.startswith(
+        "rule complete-mue; [base] head_dim 64, kv_heads 2, vocab 256, sequence 1024, gated true, tied false;"
+    )
+    assert (
+        "[target] head_dim 64, kv_heads 16, vocab 256, sequence 1024, gated true, tied false, router sigmoid, normalize true"
+        in said
+    )
+    assert "[tuned] betas (0.9, 0.95), eps 1e-12, optimizer adamw, clip off, warmup 0.05" in said
+    assert said.endswith("batch and duration are taken not to change")
+
+
+def test_what_is_given_is_not_listed_whatever_its_value() -> None:
+    assert not_given(plan_inputs(tomllib.loads(FULL))) == ""
+    one = FULL.replace("eps = 1e-12\n", "")
+    assert not_given(plan_inputs(tomllib.loads(one))) == "[tuned] eps 1e-12"
+
+
+def test_a_sweeps_values_are_given_and_blocks_name_their_routers() -> None:
+    data = tomllib.loads(SHORT)
+    tuned = plan_inputs(data).tuned
+    del data["tuned"]
+    assert "[tuned]" not in not_given(plan_inputs(data, tuned))
+    block = {"layers": 2, "moe": "4e2a", "expert": 8}
+    routed = {**block, "router": "softmax"}
+    assert "target.router" in given_in({"target": {"blocks": [routed, {"layers": 1, "ffn": 8}]}})
+    assert "target.router" not in given_in({"target": {"blocks": [routed, block]}})
+
+
+def test_it_is_text_only(tmp_path: Path) -> None:
+    """The same numbers, given or not, are one plan with one hash; a plan of Python or of a saved file claims nothing."""
+    inputs = plan_inputs(tomllib.loads(SHORT))
+    ours, other = (Plan.of(plan_of(one)) for one in (inputs, replace(inputs, given=None)))
+    assert ours.hash == other.hash and ours.to_dict() == other.to_dict() and ours.inputs == other.inputs
+    line = dict(ours.header())["not given, so default"]
+    assert "betas (0.9, 0.95)" in line and " ".join(line.split()) in " ".join(str(ours).split())
+    assert "if you gave no other" not in dict(ours.header())["taken of the base"]
+    for plan in (other, make()):
+        assert "not given, so default" not in dict(plan.header())
+        assert "if you gave no other" in dict(plan.header())["taken of the base"]
+    ours.save(tmp_path / "plan.json")
+    assert "given" not in json.loads((tmp_path / "plan.json").read_text())["inputs"]
+    assert "not given, so default" not in dict(Plan.load(tmp_path / "plan.json").header())
