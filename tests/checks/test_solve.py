@@ -77,5 +77,5 @@ def test_a_square_matrix_is_compared_with_its_declaration(axes: tuple[str, str])
         ("in", "out"): lambda x: x @ weight + 3,
     }
     for used, product in products.items():
-        info = ParamInfo("down", weight, Layout("down", "ffn_down", axes), 0)
+        info = ParamInfo("down", weight, Layout("down", "ffn_down", axes), (0,))
         assert as_declared(Product(info, x, product(x))) is (used == axes)

@@ -37,8 +37,11 @@ def test_scores_need_no_torch_and_another_name_finds_its_file() -> None:
 def test_facts_that_no_check_could_compare_are_refused() -> None:
     with pytest.raises(ValueError, match="score must be one of"):
         RouterKind(name="mine", score="tanh")
-    assert RouterKind(name="mine", even=True).sums_to_one(normalize=False)
-    assert not RouterKind(name="mine").sums_to_one(normalize=False)  # the control: without it ``normalize`` decides
+    assert RouterKind(name="mine", even=True).sums_to_one(normalize=False, settings={})
+    # the control: without it ``normalize`` decides
+    assert not RouterKind(name="mine").sums_to_one(normalize=False, settings={})
+    with pytest.raises(ValueError, match="unit_sum = 'evenly' is none of its settings"):
+        RouterKind(name="mine", unit_sum="evenly")
 
 
 def test_an_unknown_router_is_refused_with_the_nearest_name() -> None:
@@ -59,7 +62,7 @@ def test_what_a_router_cannot_be_is_refused() -> None:
         with pytest.raises(ValueError, match=message):
             block(router, **numbers)
     with pytest.raises(ValueError, match="thor router knows no groups"):
-        RouterKind(name="thor", active=1, grouped=False).check(1, 2, True)
+        RouterKind(name="thor", active=1, grouped=False).check(1, 8, 2, True, {})
     for router in ROUTERS:  # the control: one expert per token is what every router can
         assert block(router).router_kind is ROUTERS[router]
 

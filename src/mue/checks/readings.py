@@ -130,7 +130,7 @@ def feed_forward(ctx: Context, b: Branch, c: Coefficients) -> Iterator[Reading |
         planned = expected_routed(ctx, b.layer, b.normed is not None)
         # planned moments are a mean over many routers, and this is one of them, on few tokens; those that a router knows
         # are of independent Gaussian logits besides, as a router of eight experts on real hidden states hardly has them
-        within = 0.0 if not block.moments else 0.1 if block.gate_moments else 0.25
+        within = 0.0 if block.exact_sum else 0.1 if block.gate_moments else 0.25
         sums = c.routed.sum(1)
         measured = float(sums.mean()) if within else _median(sums)
         yield Reading(names["expert"], "routed sum", planned, measured, factors, within)

@@ -137,9 +137,9 @@ def _routing(ctx: Context, name: str, layer: int, routing: Routed, block: Block)
         )
     spread = float(total.std())
     # in float32 a sum of normalised weights is exact to 1e-6, whatever the router
-    if block.moments is None and spread > 1e-3 * float(total.mean()):
+    if block.exact_sum and spread > 1e-3 * float(total.mean()):
         yield not_constant(name, float(total.mean()), spread, wanted)
-    elif block.moments is None and abs(float(total.mean()) - wanted) > 1e-3 * wanted:
+    elif block.exact_sum and abs(float(total.mean()) - wanted) > 1e-3 * wanted:
         yield Finding(
             NAME,
             FAIL,
@@ -188,7 +188,7 @@ def _against_observed(ctx: Context, known: Routers) -> Iterator[tuple[str, str, 
             ("planned for another router",),
             f'router = "{known.score}" in the target',
         )
-    if all(b.moments for b in blocks):
+    if not any(b.exact_sum for b in blocks):
         return
     if known.normalised is False:
         expected = "weights that sum to one over the active experts"

@@ -159,7 +159,7 @@ def _rows(model: torch.nn.Module, description: Description) -> tuple[InspectionR
         f = found[pattern]
         fan_in = None
         if f.row is not None and f.row.role != UNPLANNED and "vector" not in f.row.axes:
-            fan_in = ParamInfo(pattern, example[pattern], f.row, None).fan_in
+            fan_in = ParamInfo(pattern, example[pattern], f.row).fan_in
         role, parts, axes = (f.row.role, f.row.parts, f.row.axes) if f.row else (None, (), f.axes)
         rows.append(InspectionRow(pattern, role, parts, axes, many[0], fan_in, len(many), sum(map(prod, many)), f.how))
     return tuple(rows)

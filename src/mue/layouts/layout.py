@@ -184,19 +184,19 @@ class ParamInfo:
 
     Attributes:
         name: canonical. layout: its row, which has the axes.
-        layer: that it lies in, counted through the whole model; None outside the blocks. Of several the first.
-        layers: all that read it: of an ordinary tensor its one layer, of shared weights (a pool of experts) more.
+        layers: all that read it, counted through the whole model: of an ordinary tensor the one that it lies in, of shared weights (a
+            pool of experts) more; none outside the blocks.
     """
 
     name: str
     parameter: Tensor
     layout: Layout
-    layer: int | None
     layers: tuple[int, ...] = ()
 
-    def __post_init__(self) -> None:
-        if not self.layers and self.layer is not None:
-            object.__setattr__(self, "layers", (self.layer,))
+    @property
+    def layer(self) -> int | None:
+        """The first of its layers; None outside the blocks."""
+        return self.layers[0] if self.layers else None
 
     @property
     def role(self) -> str:

@@ -95,10 +95,9 @@ def placement(model: nn.Module, rows: Sequence[Layout]) -> Placement:
 def _info(hit: _Hit, numbers: Mapping[tuple[int, ...], int]) -> ParamInfo:
     """A parameter with the layers that its row or its names say; one outside the blocks has none."""
     if not ROLES[hit.row.planned].inside:
-        return ParamInfo(hit.name, hit.parameter, hit.row, numbers.get(hit.address))
+        return ParamInfo(hit.name, hit.parameter, hit.row, tuple(numbers[a] for a in (hit.address,) if a in numbers))
     named = {numbers[address] for address in (hit.address, *hit.others) if address}
-    layers = hit.row.layers or tuple(sorted(named))
-    return ParamInfo(hit.name, hit.parameter, hit.row, layers[0] if layers else None, layers)
+    return ParamInfo(hit.name, hit.parameter, hit.row, hit.row.layers or tuple(sorted(named)))
 
 
 def _row_of(

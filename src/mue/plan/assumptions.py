@@ -19,7 +19,7 @@ def of_gates(block: Block) -> str:
     m1, m2 = block.moments
     whose = "measured" if block.gate_moments else "the router's own formula"
     text = f"m1 = {number(m1)}, m2 = {number(m2)} at init ({whose}), F = {number(block.gate_variance)}"
-    if m1 == 1.0 and kind.sums_to_one(block.normalize):
+    if block.exact_sum:
         return f"{text}; weights sum to 1 for every token, so that R = a is exact, in training too, and F drifts"
     return f"{text}; R = a/m1 holds at init, and both drift as the router sharpens"
 

@@ -50,7 +50,7 @@ def notes(
     for block in target.blocks:
         # conventions 9
         kind = block.router_kind
-        if block.active == 1 and block.experts > 1 and kind.sums_to_one(block.normalize) and kind.matrix:
+        if block.active == 1 and block.experts > 1 and block.exact_sum and kind.matrix and kind.mean_active is None:
             found.append(
                 "a = 1 with normalised gates: the one weight is always 1, so the router gets no gradient from the task"
             )

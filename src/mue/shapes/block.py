@@ -130,7 +130,7 @@ class Block:
         kind = self.router_kind
         object.__setattr__(self, "router_settings", kind.chosen(self.router_settings))
         if self.experts:
-            kind.check(self.active, self.groups, self.normalize, self.experts, self.all_settings)
+            kind.check(self.active, self.experts, self.groups, self.normalize, self.all_settings)
         elif self.router_settings:
             raise ValueError(
                 f"settings of the {kind.name} router need routed experts; shared ones alone have no router"
@@ -138,7 +138,7 @@ class Block:
         if self.gates not in (NORMALISED, MEASURED):
             raise ValueError(f"gates must be {NORMALISED!r} or {MEASURED!r}, got {self.gates!r}")
         if self.gates == NORMALISED:
-            if not kind.sums_to_one(self.normalize) and kind.moments is None:
+            if not kind.sums_to_one(self.normalize, self.router_settings) and kind.moments is None:
                 raise ValueError(kind.unnormalised)
             if self.gate_moments is not None:
                 raise ValueError('gate_moments are read only with gates = "measured"')
@@ -177,6 +177,13 @@ class Block:
         if self.gate_moments is not None or kind.moments is None or not self.experts:
             return self.gate_moments
         return kind.moments(self.active, self.experts, self.all_settings)
+
+    @property
+    def exact_sum(self) -> bool:
+        """Whether the weights of every token sum to one before R, in training too: its router's promise, where nothing else was
+        measured. How many experts a token has may differ all the same (dtop-p)."""
+        other = self.gate_moments is not None and self.gate_moments[0] != 1.0
+        return self.experts > 0 and not other and self.router_kind.sums_to_one(self.normalize, self.router_settings)
 
     @property
     def is_moe(self) -> bool:

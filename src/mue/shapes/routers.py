@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mue.shapes.losses import AUXILIARY_LOSSES
-from mue.shapes.settings import NO_SETTINGS, Chosen, Setting
+from mue.shapes.settings import Chosen, Setting
 from mue.util.errors import nearest, positive
 from mue.util.registry import Registry
 
@@ -38,7 +38,8 @@ class RouterKind:
     Attributes:
         name: as a shape's ``router`` has it.
         unit_sum: whether the weights sum to one over the active experts, which is what the rule's R = a assumes
-            (conventions.md 9): True always, False never, None where the shape's ``normalize`` says so.
+            (conventions.md 9): True always, False never, None where the shape's ``normalize`` says so; or the name of the setting that
+            does.
         even: every active expert has the weight 1/a, which sums to one.
         score: "sigmoid" or "softmax" where the weights are in proportion to that function of the router's logits (what a check
             can then compare); else None.
@@ -70,7 +71,7 @@ class RouterKind:
     """
 
     name: str
-    unit_sum: bool | None = None
+    unit_sum: bool | str | None = None
     even: bool = False
     score: str | None = None
     matrix: bool = False
@@ -100,25 +101,26 @@ class RouterKind:
             raise ValueError(
                 f"router {self.name}: every router has a setting {LOSSES}; give its defaults as losses={{}}"
             )
+        if isinstance(self.unit_sum, str) and self.unit_sum not in self.settings:
+            raise ValueError(f"router {self.name}: unit_sum = {self.unit_sum!r} is none of its settings")
         if self.even:
             object.__setattr__(self, "unit_sum", True)
 
-    def sums_to_one(self, normalize: bool) -> bool:
-        """Whether the weights sum to one, given the shape's ``normalize``."""
-        return normalize if self.unit_sum is None else self.unit_sum
+    def sums_to_one(self, normalize: bool, settings: Mapping[str, Any]) -> bool:
+        """Whether the weights sum to one for every token.
 
-    def check(
-        self,
-        active: int,
-        groups: int,
-        normalize: bool,
-        experts: int | None = None,
-        settings: Mapping[str, Any] | None = None,
-    ) -> None:
+        Args:
+            normalize: of the shape. settings: of the router, those that were chosen or all.
+        """
+        if self.unit_sum is None:
+            return normalize
+        return bool(self.complete(settings)[self.unit_sum]) if isinstance(self.unit_sum, str) else self.unit_sum
+
+    def check(self, active: int, experts: int, groups: int, normalize: bool, settings: Mapping[str, Any]) -> None:
         """Refuse the numbers that this router cannot have.
 
         Args:
-            active, groups, normalize, experts: a, g and N of the shape. settings: complete; with N, since they are asked together.
+            active, experts, groups, normalize: a, N and g of the shape. settings: complete.
 
         Raises:
             ValueError: names the number and what it has to be.
@@ -129,8 +131,8 @@ class RouterKind:
             raise ValueError(f"the {self.name} router knows no groups, got {groups}: leave them out")
         if self.unit_sum is not None and not normalize:
             raise ValueError(f"the {self.name} router has nothing to normalise: leave normalize = false out")
-        if self.fits is not None and experts is not None:
-            self.fits(active, experts, self.complete(NO_SETTINGS) if settings is None else settings)
+        if self.fits is not None:
+            self.fits(active, experts, settings)
 
     def chosen(self, given: Any) -> Chosen:
         """What of a router's settings differs from the defaults: all of it that files and hashes have.

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import mue
 from mue.lab.report.page import Section, write_report
-from mue.lab.report.router_plots import coactive, drawn, lift
+from mue.lab.report.router_plots import coactive, drawn, lift, over_time_figure
 from mue.lab.report.routers import router_sections, routers_table
 from mue.lab.tasks.language import LanguageTask
 from mue.lab.train.router_record import RouterRecord
@@ -102,6 +102,27 @@ def test_the_table_has_plan_init_and_end_and_tells_the_drift() -> None:
     off = a_run(gates="measured", gate_moments=(0.5, 0.25), normalize=False)  # F = 2 planned, 1 found
     [summary, *_] = router_sections(off, *pages(off, steps[0]))
     assert "50% below plan at init in layer 0, no drift: the routed sum's std began at ×0.707" in summary.rows[4][4]
+
+
+def test_f_has_the_plans_a_where_the_number_of_experts_differs_by_token() -> None:
+    """Even scores of 8 experts, half of their sum: a token has four experts, and the plan for a = 2 takes F = 2·m2/m1² = ½."""
+    run = a_run(router="top-p", router_settings={"p": 0.5, "logit_std": 0.0})
+    four = torch.stack([torch.randperm(N)[:4] for _ in range(TOKENS)])
+    even = Routing.from_topk(four, torch.full((TOKENS, 4), 4.0 / N), N, route_scale=4.0)  # R = a/m1 = 2/½
+    rows, found = pages(run, [even, even])
+    assert rows[0]["routers"][0]["F"] == pytest.approx(1)  # what the file says, with the mean number of experts
+    [summary, _, tracked, *_] = router_sections(run, rows, found)
+    assert summary.rows[4][1:] == ["0.5", "0.5", "0.5", "as planned at init, no drift"]
+    assert [row[4] for row in tracked.rows] == ["0.5", "0.5"]
+    assert routers_table([("one", run, rows)])[0].rows[0][3] == "0.5"
+
+
+def test_every_layers_f_is_drawn_against_its_own_plan() -> None:
+    run = a_run()
+    rows, _ = pages(run, [balanced(), balanced()])
+    plan = [{"m1": 1.0, "F": 1.0}, {"m1": 1.0, "F": 0.5}]
+    *layers, dotted = (line.get_ydata()[0] for line in over_time_figure(rows, [0, 1], plan).axes[3].lines)
+    assert layers == pytest.approx([1.0, 2.0], abs=1e-5) and dotted == 1.0
 
 
 def test_shares_off_the_plan_move_sigma0() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 import mue
 from mue.lab.models.language import LanguageModel
 from mue.moe import MoELayer, Router, Routing
-from mue.moe.routers.base import ROUTER_CLASSES, BaseRouter, RouterInput, RouterOptions, build, router
+from mue.moe.routers.base import ROUTER_CLASSES, BaseRouter, RouterInput, RouterOptions, build, router, share
 from mue.shapes.routers import ROUTERS
 
 
@@ -46,6 +46,21 @@ def test_every_name_has_its_class_and_its_facts() -> None:
         assert any(row.role == "router" for row in made.layout()) == made.kind.matrix
         assert {row.pattern for row in made.layout()} == {name for name, _ in made.named_parameters()}
         assert hasattr(made, "balance_bias") == made.kind.balance_bias
+
+
+@pytest.mark.parametrize("given", [{"n_group": 2, "topk_group": 1}, {"renormalise": True}, {}], ids=str)
+@pytest.mark.parametrize("name", ROUTER_CLASSES)
+def test_what_a_block_says_of_its_sums_is_what_its_router_does(name: str, given: dict[str, object]) -> None:
+    """In training, where a router may draw and drop; with other settings, where it has them."""
+    if (given.keys() - ROUTERS[name].settings.keys()) or (name == "group-limited") != ("n_group" in given):
+        pytest.skip("has no such settings, or needs them")
+    shape = mue.MoE.parse("8e1a" if name == "thor" else "8e2a", width=16, expert=8, layers=1, head_dim=16, router=name, router_settings=given)  # fmt: skip
+    made = build(shape.blocks[0], 16, RouterOptions(route_scale=3.0)).train()
+    share([made])
+    torch.nn.init.normal_(getattr(made, "weight", torch.empty(1)), 0, 0.2)
+    routing = made(torch.randn(96, 16), RouterInput(torch.randint(256, (96,))))
+    sum_T = torch.zeros(96).index_add(0, routing.token_P, routing.weight_P.detach())
+    assert shape.blocks[0].exact_sum == torch.allclose(sum_T, torch.tensor(3.0), atol=1e-5)
 
 
 def test_a_router_of_ones_own_is_planned_built_and_checked(first: type[BaseRouter]) -> None:

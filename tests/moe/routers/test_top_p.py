@@ -74,7 +74,7 @@ def test_moments_at_init(p: float, renormalise: bool) -> None:
         router = made(16, 4, 64, std / 8, p=p, renormalise=renormalise)
         found = (*gate_moments(router(x_TD)), float(router(x_TD).stats["load"].sum()) / 2000)
         kind, own = router.kind, {**router.options.settings, LOGIT_STD: std}
-        assert kind.moments is not None and kind.mean_active is not None and not kind.sums_to_one(True)
+        assert kind.moments is not None and kind.mean_active is not None and kind.sums_to_one(True, own) == renormalise
         planned.append((*kind.moments(4, 16, own), kind.mean_active(4, 16, own)))
         assert found == pytest.approx(planned[-1], rel=bound)
     even = kind.mean_active(4, 16, router.options.settings)

@@ -81,7 +81,7 @@ def _layer(ctx: Context, b: Branch, c: Coefficients, block: Block) -> Iterator[F
         return
     total = c.routed.sum(1)
     mean, spread = float(total.mean()), float(total.std(correction=0)) if total.numel() > 1 else 0.0
-    if block.moments is None and spread > ctx.tolerance * abs(mean):
+    if block.exact_sum and spread > ctx.tolerance * abs(mean):
         yield not_constant(where, mean, spread, expected_routed(ctx, b.layer, b.normed is not None))
         return
     # whatever the multipliers are: they cancel between numerator and denominator
@@ -128,7 +128,7 @@ def _other_input(b: Branch, c: Coefficients, where: str) -> Iterator[Finding]:
 
 def _against_kind(ctx: Context, b: Branch, c: Coefficients, block: Block, where: str) -> Iterator[Finding]:
     """The relative weights must be what the planned router makes of them: even, or in proportion to its scores."""
-    if block.moments is not None or block.active < 2:
+    if not block.exact_sum or block.active < 2:
         return
     # the largest difference over all tokens and experts, so wider than one multiplier; another score differs by more
     kind, bound = block.router_kind, max(5e-3, 2 * ctx.tolerance)

@@ -82,14 +82,14 @@ def over_time_figure(rows: Rows, layers: Layers, plan: Sequence[Mapping[str, flo
     def logarithm(place: int) -> float:
         return math.log(max(2, len(measured[0]["routers"][place]["share"])))
 
-    def m1(place: int) -> float:
-        return plan[place]["m1"] if plan else 1.0
+    def planned(name: str) -> Callable[[int], float]:
+        return lambda place: plan[place][name] if plan else 1.0
 
     panels: list[tuple[str, Callable[[int], list[tuple[float, float | None]]], str, float | None]] = [
         ("MaxVio of the batch", vio, "", 0.0),
         ("router entropy ÷ log N", reading("entropy", logarithm), ".-", None),
-        ("m1 ÷ the plan's" if plan else "m1", reading("m1", m1), "o-", 1.0 if plan else None),
-        ("F = a·m2/m1²", reading("F", lambda place: 1.0), "o-", plan[0]["F"] if plan else None),
+        ("m1 ÷ the plan's" if plan else "m1", reading("m1", planned("m1")), "o-", 1.0 if plan else None),
+        ("F ÷ the plan's" if plan else "F = a·m2/m1²", reading("F", planned("F")), "o-", 1.0 if plan else None),
     ]
     with mpl.rc_context(STYLE):
         fig, axes = figure(9.6, 2.8, len(panels))

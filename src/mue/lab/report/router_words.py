@@ -20,7 +20,9 @@ class RouterReading:
     """A run's rows, and whose they are.
 
     Attributes:
-        rows: those with ``load``. layers: of each block with experts, what layer of the model it is.
+        rows: those with ``load``. layers: of each block with experts, what layer of the model it is. Where the plan is known their F is
+            made with its a, as the plan's is: a run writes it with the mean number of active experts, which is another where that
+            differs by token.
         plan: of each of them, what the plan assumes; None where the model is somebody's own, and its blocks are not the plan's.
         sets: the sets of experts by name, each with the places in ``layers`` that read it: a layer's own, or a pool.
         drawn: places in ``layers`` whose experts are drawn without regard to the token, so that a batch's load is chance.
@@ -67,9 +69,24 @@ def reading(run: Run, rows: Rows) -> RouterReading:
         pool = pools.get(layer)
         sets.setdefault(f"The pool of layers {pool[0]} to {pool[-1]}" if pool else f"Layer {layer}", []).append(place)
     plan = None if own else [assumed(block) for block in blocks.values()]
+    if plan is not None:
+        rows = [_with_planned_active(row, plan) for row in rows]
     kinds = [] if own else [block.router_kind for block in blocks.values()]
     drawn = frozenset(place for place, kind in enumerate(kinds) if kind.stochastic and not kind.matrix)
     return RouterReading(rows, layers, plan, sets, drawn)
+
+
+def _with_planned_active(row: Mapping[str, Any], plan: Sequence[Mapping[str, float]]) -> Mapping[str, Any]:
+    """The row, F of its routers made with the plan's a: σ_down is made for a·m2/m1², whatever a token's mean number is."""
+    if not row.get("routers"):
+        return row
+
+    def again(layer: Mapping[str, Any], a: float) -> dict[str, Any]:
+        known = layer["F"] is not None and layer["m1"]
+        return {**layer, "F": a * layer["m2"] / layer["m1"] ** 2 if known else layer["F"]}
+
+    found = [again(layer, each["active"]) for layer, each in zip(row["routers"], plan, strict=True)]
+    return {**row, "routers": found}
 
 
 def assumed(block: Block) -> dict[str, float]:

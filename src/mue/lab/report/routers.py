@@ -116,7 +116,7 @@ def _over_time(seen: RouterReading) -> Section:
         title="The two moments and the balance, tracked",
         figure=plots.over_time_figure(seen.rows, seen.layers, seen.plan),
         caption="MaxVio (2408.15664): the busiest expert's load over the mean, less 1; of a batch, so that chance alone keeps it above 0."
-        " Dotted: the plan's. F is 1 where a token's weights are even, a where one expert has all."
+        " Dotted: the plan's. F = a·m2/m1², a the plan's: 1 where every token has a experts of even weights, a where one has all."
         f" Entropy: of the router's scores over their sum.{_some(seen.layers)}",
         header=header,
         rows=table,
@@ -172,17 +172,17 @@ def routers_table(named: Sequence[tuple[str, Run, Rows]]) -> list[Section]:
     Args:
         named: name, run and rows of metrics.
     """
-    with_experts = [(name, rows) for name, run, rows in named if any(b.experts for b in run.plan.target.blocks)]
+    with_experts = [each for each in named if any(b.experts for b in each[1].plan.target.blocks)]
     if not with_experts:
         return []
     header = ["run", "active experts", "m1", "F", "MaxVio", "dead experts", "least entropy ÷ log N"]
     lines, old = [], []
-    for name, rows in with_experts:
-        measured = [row["routers"] for row in rows if row.get("routers")]
+    for name, run, rows in with_experts:
+        measured = [row for row in rows if row.get("routers")]
         if not measured:
             old.append(name)
             continue
-        last = measured[-1]
+        last = reading(run, measured).measured[-1]["routers"]
         entropies = [x["entropy"] / math.log(max(2, len(x["share"]))) for x in last if x["entropy"] is not None]
         vios = [x["max_vio"] for x in last if x["max_vio"] is not None]
         lines.append(

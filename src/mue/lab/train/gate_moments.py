@@ -54,8 +54,9 @@ def needs_measuring(table: Mapping[str, Any]) -> bool:
         ValueError: it names no router that there is.
     """
     router = table.get("router", "sigmoid")
-    kind = ROUTERS.lookup(router.get("name", "") if isinstance(router, Mapping) else router)
-    return "moe" in table and not kind.sums_to_one(table.get("normalize") is not False)
+    settings = dict(router) if isinstance(router, Mapping) else {}
+    kind = ROUTERS.lookup(settings.pop("name", "") if isinstance(router, Mapping) else router)
+    return "moe" in table and not kind.sums_to_one(table.get("normalize") is not False, kind.chosen(settings))
 
 
 def measure_gates(

@@ -75,7 +75,7 @@ class Settings:
 def _softmax_bias(block: Block) -> bool:
     """Whether a balance bias moves softmax scores."""
     has = block.experts > 0 and block.router_kind.balance_bias
-    return has and block.all_settings.get("score", block.router) == "softmax"
+    return has and block.all_settings.get("score", block.router_kind.score) == "softmax"
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ class BaseRouter(nn.Module):
             raise ValueError(f'balance={options.balance!r} is unknown: use "bias", "loss" or "none"')
         settings = self.kind.complete(self.kind.chosen(options.settings))
         # True: whether weights sum to one is asked by the routers that have a choice
-        self.kind.check(active, groups, True, experts, settings)
+        self.kind.check(active, experts, groups, True, settings)
         self.width, self.experts, self.active, self.groups = width, experts, active, groups
         self.options, self.route_scale = replace(options, settings=settings), float(options.route_scale)
         self.losses = self._losses_on()

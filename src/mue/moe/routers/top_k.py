@@ -70,7 +70,7 @@ class TopKRouter(MatrixRouter):
             raise ValueError(f'score={score!r} is unknown: use "sigmoid" or "softmax"')
         if gates not in (NORMALISED, MEASURED):
             raise ValueError(f"gates={gates!r} is unknown: use {NORMALISED!r} or {MEASURED!r}")
-        if not self.kind.sums_to_one(normalize) and gates != MEASURED:
+        if not self.kind.sums_to_one(normalize, self.options.settings) and gates != MEASURED:
             raise ValueError(
                 f"{score} gates without normalisation do not sum to one over the active experts, which breaks the "
                 f'rule silently: use normalize=True, or gates="measured" and a plan made from gate_moments'

@@ -39,7 +39,7 @@ def moments(active: int, experts: int, settings: Mapping[str, Any]) -> tuple[flo
 @router(
     "top-p",
     place=2.1,
-    unit_sum=False,
+    unit_sum="renormalise",
     matrix=True,
     grouped=False,
     settings={
