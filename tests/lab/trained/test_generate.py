@@ -112,6 +112,18 @@ def test_a_trained_model_writes_like_its_text(which: str, request: pytest.Fixtur
     assert len(first) == 5 and text.count(" ") > 5
 
 
+def test_what_is_drawn_goes_on_from_the_prompt(moe_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The prompt's tokens are known to the decoder: else many tokenizers would write the first word without its blank."""
+    found = find(moe_run)
+    model, tokens = found.model(), tokens_of(found.run.data)
+    assert isinstance(model, LanguageModel) and tokens is not None
+    seen: list[list[int]] = []
+    real = tokens.decoder
+    monkeypatch.setattr(tokens, "decoder", lambda after=(): (seen.append(list(after)), real(after))[1])
+    list(continued(model, tokens, "def", 2, Drawing()))
+    assert seen == [[100, 101, 102]]
+
+
 def test_a_text_ends_where_a_document_does(moe_run: Path) -> None:
     found = find(moe_run)
     model, tokens = found.model(), tokens_of(found.run.data)

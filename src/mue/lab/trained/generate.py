@@ -144,6 +144,7 @@ def continued(
         whole: go on behind such a token.
     """
     end = None if whole else tokens.separator
-    drawn = generate(model, tokens.encode(prompt), length, drawing, end=end)
-    decode = tokens.decoder()
+    before = tokens.encode(prompt)
+    drawn = generate(model, before, length, drawing, end=end)
+    decode = tokens.decoder(before)
     return (decode(token) for token in drawn if token != end)

@@ -20,7 +20,7 @@ from mue.export.hf_model import stock_config
 from mue.lab.models.language import LanguageModel
 from mue.lab.models.layers import EPS, ROPE_BASE
 from mue.lab.trained.find import TrainedRun
-from mue.lab.trained.tokens import TextTokens
+from mue.lab.trained.tokens import TextTokens, byte_characters
 from mue.layouts.layout import ParamInfo
 from mue.layouts.observe.names import SELECTION_BIAS
 from mue.layouts.of_model import placed
@@ -193,10 +193,7 @@ def byte_tokenizer() -> str:
     """A ``tokenizers`` JSON in which every byte is the token of its number, and 0 stands between documents."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    # byte-level tokenizers write a byte as one printable character: Latin-1's own where it has one, else the next from 256 on
-    printable = {b for b in range(256) if 33 <= b <= 126 or (161 <= b <= 255 and b != 173)}
-    others = {b: 256 + i for i, b in enumerate(b for b in range(256) if b not in printable)}
-    tokenizer = Tokenizer(models.BPE(vocab={END: 0} | {chr(others.get(b, b)): b for b in range(1, 256)}, merges=[]))
+    tokenizer = Tokenizer(models.BPE(vocab={END: 0} | {c: b for b, c in byte_characters().items() if b}, merges=[]))
     tokenizer.add_special_tokens([END])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()

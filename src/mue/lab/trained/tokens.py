@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from mue.lab.data.encode import BYTES, Encoder, byte_encoder, tokenizer_encoder
 from mue.util.files import read_text
 
-_PARTIAL = "\ufffd"  # what a decoder writes for a character that is not whole yet
+_BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # what SentencePiece calls a byte of a character that it has no token for
 
 
 class TextTokens:
@@ -23,18 +25,39 @@ class TextTokens:
 
     Attributes:
         separator: the token between documents; None where nobody knows.
-        bytes_of: how many bytes of UTF-8 each token stands for, by its id; a token between documents of a tokenizer stands for none. (A byte
-            is a token of its own where tokens are bytes, and there the separator is one, too.)
     """
 
     def __init__(self, encoder: Encoder, path: Path | None = None, end: str | None = None) -> None:
         self.encoder, self.path, self.separator, self.end = encoder, path, encoder.separator, end
         self._tokenizer: Any = None
+        self._special: set[int] = set()
+        self._raw = {byte: bytes([byte]) for byte in range(256)}  # tokens that are bytes, and not characters
         if path is not None:
             from tokenizers import Tokenizer
 
+            saved = json.loads(read_text(path))
             self._tokenizer = Tokenizer.from_str(read_text(path))
-        self.bytes_of = [1] * encoder.vocab if path is None else _bytes_of(self._tokenizer, json.loads(read_text(path)))
+            self._special = {t["id"] for t in saved.get("added_tokens") or () if t.get("special")}
+            self._raw = _raw_bytes(self._tokenizer, saved)
+
+    @cached_property
+    def bytes_of(self) -> list[int]:
+        """How many bytes of UTF-8 each token stands for, by its id; a token between documents of a tokenizer stands for none. (A byte is a
+        token of its own where tokens are bytes, and there the separator is one, too.)"""
+        if self._tokenizer is None:
+            return [1] * self.encoder.vocab
+        out = [0] * self.encoder.vocab
+        names: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
+        # between two others: some decoders write a blank before a token and some after it, and none at the ends of a text
+        around = sorted(i for name, i in names.items() if name.isalpha() and i not in self._special)[:1]
+        others = [i for i in names.values() if i not in self._raw and i not in self._special]
+        texts = self._tokenizer.decode_batch([[*around, i, *around] for i in others], skip_special_tokens=False)
+        alone = len(self._text(around * 2).encode())
+        for i, text in zip(others, texts, strict=True):
+            out[i] = len(text.encode()) - alone
+        for i, raw in self._raw.items():
+            out[i] = 0 if i in self._special else len(raw)
+        return out
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a beginning of a text; of an empty one the separator, after which every document begins.
@@ -48,27 +71,34 @@ class TextTokens:
             raise ValueError("the prompt is empty, and this run's text has no token between documents to begin with")
         return found
 
-    def decoder(self) -> Callable[[int], str]:
-        """A function from the next token to the text that is known for certain with it: characters of several tokens come whole."""
-        if self._tokenizer is None:
-            bytewise = codecs.getincrementaldecoder("utf-8")(errors="replace")
-            return lambda token: bytewise.decode(bytes([token]) if token < 256 else b"")
-        seen: list[int] = []
-        said = ""
+    def decoder(self, after: Sequence[int] = ()) -> Callable[[int], str]:
+        """A function from the next token to the text that is known for certain with it: characters of several tokens come whole.
+
+        Args:
+            after: the tokens before the first, all of whose text is known. Many tokenizers write the first of a text without its blank.
+        """
+        utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        # one token is context enough, and a document begins as a text does
+        before = [token for token in after[-1:] if token != self.separator]
 
         def next_text(token: int) -> str:
-            nonlocal said
-            seen.append(token)
-            text: str = self._tokenizer.decode(seen, skip_special_tokens=False)
-            if text.endswith(_PARTIAL) and len(seen) < 8:
-                return ""
-            new = text[len(said) :]
-            # the last token stays, since some decoders write the first of a text without its blank
-            seen[:] = seen[-1:]
-            said = self._tokenizer.decode(seen, skip_special_tokens=False)
+            raw = self._raw.get(token)
+            if raw is None:
+                # what was begun is no character
+                new = utf8.decode(b"", final=True) + self._text([*before, token])[len(self._text(before)) :]
+            else:
+                new = utf8.decode(raw)
+            before[:] = [] if token == self.separator else [token]
             return new
 
         return next_text
+
+    def _text(self, tokens: Sequence[int]) -> str:
+        """Of tokens on their own; "" where tokens are bytes, of which a padded vocabulary has more than 256."""
+        if self._tokenizer is None:
+            return ""
+        text: str = self._tokenizer.decode(list(tokens), skip_special_tokens=False)
+        return text
 
 
 def tokens_of(data: Mapping[str, Any], tokenizer: Path | None = None) -> TextTokens | None:
@@ -105,23 +135,26 @@ def tokens_of(data: Mapping[str, Any], tokenizer: Path | None = None) -> TextTok
     return TextTokens(encoder, path)
 
 
-def _bytes_of(tokenizer: Any, saved: Mapping[str, Any]) -> list[int]:
-    """How many bytes each token of a tokenizer stands for."""
+def byte_characters() -> dict[int, str]:
+    """The printable character as which byte-level tokenizers write each byte: Latin-1's own where it has one, else the next from 256 on
+    (GPT-2's vocabulary)."""
+    own = [b for b in range(256) if 33 <= b <= 126 or (161 <= b <= 255 and b != 173)]
+    others = [b for b in range(256) if b not in own]
+    return {b: chr(b) for b in own} | {b: chr(256 + i) for i, b in enumerate(others)}
+
+
+def _raw_bytes(tokenizer: Any, saved: Mapping[str, Any]) -> dict[int, bytes]:
+    """The bytes of those tokens of a tokenizer that stand for bytes, which need not be whole characters.
+
+    That is all of a byte-level tokenizer, and of SentencePiece's those for characters that it does not have.
+    """
     names: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
-    added = {t["id"]: bool(t.get("special")) for t in saved.get("added_tokens") or ()}
-    # a byte-level vocabulary (GPT-2) writes every byte as one character
-    bytewise = "ByteLevel" in json.dumps(saved.get("decoder")) or "ByteLevel" in json.dumps(saved.get("pre_tokenizer"))
-    anchor = next((i for n, i in names.items() if i not in added and n.isalpha()), None)
-    before = [] if anchor is None else [anchor]
-    alone = len(tokenizer.decode(before).encode()) if before else 0
-    out = [0] * (max(names.values()) + 1)
-    for name, token in names.items():
-        if token in added:
-            out[token] = 0 if added[token] else len(name.encode())
-        elif bytewise:
-            out[token] = len(name)
-        elif len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
-            out[token] = 1  # a byte that no other token has (SentencePiece)
-        else:
-            out[token] = len(tokenizer.decode([*before, token]).encode()) - alone
-    return out
+    if "ByteLevel" not in json.dumps([saved.get("decoder"), saved.get("pre_tokenizer")]):
+        return {token: bytes.fromhex(found[1]) for name, token in names.items() if (found := _BYTE.fullmatch(name))}
+    added = {t["id"] for t in saved.get("added_tokens") or ()}
+    bytes_of = {character: byte for byte, character in byte_characters().items()}
+    return {
+        # what was added is written as it is
+        token: name.encode() if token in added or not bytes_of.keys() >= set(name) else bytes(bytes_of[c] for c in name)
+        for name, token in names.items()
+    }
