@@ -30,66 +30,79 @@ class _BareActive(TyperCommand):
 
         for i, word in enumerate(args):
             following = " ".join(args[i + 1 : i + 2])
-            bare = not following or following.startswith("-") or (not is_range(following) and Path(following).exists())
-            if word == _ACTIVE and bare:
-                args = [*args[: i + 1], DEFAULT, *args[i + 1 :]]
+            if word == _ACTIVE and not is_range(following):
+                # a word that is no range is RUN, where no other word is
+                bare = not following or following.startswith("-") or not self._has_run(ctx, args)
+                args = [*args[: i + 1], DEFAULT, *args[i + 1 :]] if bare else args
+                break
         return super().parse_args(ctx, args)
+
+    def _has_run(self, ctx: Any, args: list[str]) -> bool:
+        """Whether RUN is among the words, those taken that are values of options."""
+        values, _, _ = self.make_parser(ctx).parse_args(list(args))
+        return isinstance(values.get("run"), str)
+
+
+_Run = Annotated[
+    Path,
+    typer.Argument(
+        metavar="RUN",
+        help="As of mue generate; or a checkpoint folder of transformers, with config.json and safetensors.",
+        show_default=False,
+    ),
+]
+_Data = Annotated[
+    Path | None,
+    typer.Option(
+        "--data",
+        help="A file or folder of text, all of it held out \\[default: what the run held out].",
+        show_default=False,
+    ),
+]
+_Active = Annotated[
+    str | None,
+    typer.Option(
+        _ACTIVE,
+        metavar="RANGE",
+        help="With other numbers of active experts: 1..12, or 2,4,8, or without a range 1 to three times the trained number.",
+        show_default=False,
+    ),
+]
+_Scale = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--scale", help="What the weights of k′ experts sum to: mean, root or sum; may be repeated.", show_default=False
+    ),
+]
+_Sequences = Annotated[
+    int | None,
+    typer.Option(
+        "--sequences",
+        min=2,
+        help="How many to read, at most; of each folder a quarter \\[default: as many as the run's validation, else 128].",
+        show_default=False,
+    ),
+]
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out",
+        "-o",
+        help="Where --active leaves active.png and active.json \\[default: the run's folder].",
+        show_default=False,
+    ),
+]
 
 
 @app.command("eval", cls=_BareActive)
 def evaluate(
-    run: Annotated[
-        Path,
-        typer.Argument(
-            metavar="RUN",
-            help="As of mue generate; or a checkpoint folder of transformers, with config.json and safetensors.",
-            show_default=False,
-        ),
-    ],
-    data: Annotated[
-        Path | None,
-        typer.Option(
-            "--data",
-            help="A file or folder of text, all of it held out \\[default: what the run held out].",
-            show_default=False,
-        ),
-    ] = None,
-    active: Annotated[
-        str | None,
-        typer.Option(
-            _ACTIVE,
-            metavar="RANGE",
-            help="With other numbers of active experts: 1..12, or 2,4,8, or without a range 1 to three times the trained number.",
-            show_default=False,
-        ),
-    ] = None,
-    scale: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--scale",
-            help="What the weights of k′ experts sum to: mean, root or sum; may be repeated.",
-            show_default=False,
-        ),
-    ] = None,
-    sequences: Annotated[
-        int | None,
-        typer.Option(
-            "--sequences",
-            min=2,
-            help="How many to read, at most; of each folder a quarter \\[default: as many as the run's validation, else 128].",
-            show_default=False,
-        ),
-    ] = None,
+    run: _Run,
+    data: _Data = None,
+    active: _Active = None,
+    scale: _Scale = None,
+    sequences: _Sequences = None,
     tokenizer: Tokenizer = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out",
-            "-o",
-            help="Where --active leaves active.png and active.json \\[default: the run's folder].",
-            show_default=False,
-        ),
-    ] = None,
+    out: _Out = None,
     json_: Annotated[bool, typer.Option("--json", help="Print as JSON.")] = False,
 ) -> None:
     """Ask a trained model about held-out text: loss per byte and per token, next-token accuracy, as a whole and by folder.
@@ -171,7 +184,8 @@ def _active(console: Console, subject: Subject, text: str, scales: list[str], ou
     from mue.util.files import write_atomic, write_json
 
     model = subject.any_active()
-    chosen, ways = active_of(text, model), scales_of(scales, model)
+    (chosen, left_out), ways = active_of(text, model), scales_of(scales, model)
+    say_paths(console, *left_out)
     points: list[ActivePoint] = []
     with Progress(console=console, transient=True) as progress:
         bar = progress.add_task("asking", total=1 + len(chosen) * len(ways))
@@ -180,7 +194,7 @@ def _active(console: Console, subject: Subject, text: str, scales: list[str], ou
             progress.advance(bar)
     curve = ActiveCurve(points[0], tuple(points[1:]))
     folder = out or subject.folder
-    said = {"text": subject.text.source, "notes": list(subject.text.notes)}
+    said = {"text": subject.text.source, "notes": [*subject.text.notes, *left_out]}
     data = {"command": "mue eval --active", **provenance(), **subject.facts, **said, **curve.to_dict()}
     picture = active_figure(curve, subject.name)
     write_atomic(folder / "active.png", partial(picture.savefig, dpi=160, format="png"))

@@ -10,7 +10,7 @@ import torch
 
 import mue
 from mue.lab.models.language import LanguageModel
-from mue.lab.trained.active import ActiveCurve, RunAtAnyActive, ask
+from mue.lab.trained.active import ActiveCurve, AnyActive, RunAtAnyActive, ask
 from mue.lab.trained.evaluate import score
 from mue.lab.trained.figures import active_figure
 from mue.lab.trained.find import find
@@ -75,7 +75,7 @@ def test_ranges(subject: Subject) -> None:
         "1..k": [1, 2],
         "2k": [4],
     }.items():
-        assert is_range(text) and active_of(text, model) == expected
+        assert is_range(text) and active_of(text, model) == (expected, [])
     for text, words in {
         "1..9": "a token can use 1 to 8 of the 8 experts, not 9",
         "0..2": "not 0",
@@ -93,12 +93,61 @@ def test_ranges(subject: Subject) -> None:
         scales_of(["meen"], model)
 
 
+def asked(domains: Path, out: Path, target: mue.MoE | mue.Mixed) -> AnyActive:
+    return subject_of(trained(domains, out, target, steps=1), None, 8, None, CPU).any_active()
+
+
 def test_the_default_takes_what_there_is(domains: Path, tmp_path: Path) -> None:
-    target = mue.MoE.parse("8e4a2g", width=32, expert=16, layers=1, head_dim=16, sequence=32)
-    model = subject_of(trained(domains, tmp_path, target, steps=1), None, 8, None, CPU).any_active()
-    assert active_of("1..3k", model) == [2, 4, 6, 8]
+    model = asked(domains, tmp_path, mue.MoE.parse("8e4a2g", width=32, expert=16, layers=1, head_dim=16, sequence=32))
+    assert active_of("1..3k", model) == (
+        [2, 4, 6, 8],
+        [
+            "left out: k′ = 1, 3, 5, 7 (every token uses as many of each of 2 groups, which 1 is no multiple of)",
+            "left out: k′ = 9, 10, 11, 12 (a token can use 1 to 8 of the 8 experts, not 9)",
+        ],
+    )
     with pytest.raises(ValueError, match="each of 2 groups, which 3 is no multiple of"):
         active_of("3", model)
+
+
+def test_a_router_is_asked_which_numbers_it_can_use(domains: Path, tmp_path: Path) -> None:
+    """Before anything is evaluated: two groups of two experts are kept, and hold no fifth."""
+    limited = {"router": "group-limited", "router_settings": {"n_group": 4, "topk_group": 2}}
+    target = mue.MoE.parse("8e2a", width=32, expert=16, layers=1, head_dim=16, sequence=32, **limited)
+    model = asked(domains, tmp_path, target)
+    chosen, [note] = active_of("1..3k", model)
+    assert chosen == [1, 2, 3, 4] and note.startswith("left out: k′ = 5, 6 (5 active experts do not fit")
+    with pytest.raises(ValueError, match="--active 5: 5 active experts do not fit"):
+        active_of("5", model)
+    with pytest.raises(ValueError, match="5 active experts do not fit"):
+        next(ask(model, [1, 5], ["mean"], [], None))
+
+
+@pytest.mark.filterwarnings("ignore:one active expert")
+def test_groups_that_differ_from_layer_to_layer(domains: Path, tmp_path: Path) -> None:
+    """k′ is a multiple of the groups of all; what only some layers were trained with is not the trained model."""
+    blocks = tuple(
+        mue.Block(layers=1, experts=12, active=active, groups=groups, expert=8) for active, groups in ((4, 2), (6, 3))
+    )
+    model = asked(domains, tmp_path, mue.Mixed(32, blocks, head_dim=16, sequence=32))
+    assert (model.trained, model.groups) == (6, 6)
+    assert active_of("1..3k", model)[0] == [6, 12]
+    assert not model.is_trained(6)
+
+
+def test_the_trained_number_is_not_asked_again(subject: Subject) -> None:
+    """Under any scale it is the trained model to the bit, which another number is not (the control)."""
+    model = subject.any_active()
+    assert isinstance(model, RunAtAnyActive)
+    calls: list[int] = []
+    real = model.logits
+    model.logits = lambda tokens_BT: (calls.append(1), real(tokens_BT))[1]
+    windows = subject.text.windows[WHOLE]
+    points = list(ask(model, [2], ["mean", "root"], windows, None))
+    assert len(calls) == len(windows) and points[0].scores is points[1].scores is points[2].scores
+    with model.at(2, "root") as logits:
+        assert score(logits, windows, None) == points[0].scores
+    assert len(list(ask(model, [3], ["mean"], windows, None))) == 2 and len(calls) == 4 * len(windows)
 
 
 @pytest.mark.parametrize(
@@ -111,7 +160,7 @@ def test_the_default_takes_what_there_is(domains: Path, tmp_path: Path) -> None:
 )
 def test_models_without_another_number(target: mue.MoE, words: str, domains: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"{words}.*leave --active out"):
-        subject_of(trained(domains, tmp_path, target, steps=1), None, 8, None, CPU).any_active()
+        asked(domains, tmp_path, target)
 
 
 def test_the_picture_has_a_line_for_each_scale(subject: Subject) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -80,6 +81,18 @@ def test_another_number_is_another_config_over_the_same_weights(family: str, tmp
         torch.testing.assert_close(model.logits(tokens_BT), trained, rtol=0, atol=0)
 
 
+def test_weights_that_do_not_arrive_are_seen_before_anything_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = StockCheckpoint(saved("mixtral", tmp_path), CPU)
+    assert model.refusal(4, "root") is None
+    model = StockCheckpoint(tmp_path, CPU)
+    monkeypatch.setattr("mue.lab.trained.stock.scaled_gates", lambda model, factor: nullcontext(set()))
+    assert model.refusal(4, "mean") is None and model.refusal(2, "root") is None
+    with pytest.raises(ValueError, match="not handed their weights.*use --scale mean"):
+        next(ask(model, [1, 4], ["mean", "root"], [], None))
+
+
 def test_flops_are_those_of_the_shape(tmp_path: Path) -> None:
     model = StockCheckpoint(saved("qwen3_moe", tmp_path), CPU)
     for k in (1, 2, 8):
@@ -95,7 +108,7 @@ def test_it_is_asked_about_text(domains: Path, tmp_path: Path) -> None:
     subject = subject_of(saved("olmoe", tmp_path / "olmoe"), domains, 8, None, CPU)
     assert list(subject.text.windows) == [WHOLE, ".", "one", "two"]
     model = subject.any_active()
-    points = list(ask(model, active_of("1..3k", model), ["sum"], subject.text.windows[WHOLE], subject.bytes_of))
+    points = list(ask(model, active_of("1..3k", model)[0], ["sum"], subject.text.windows[WHOLE], subject.bytes_of))
     assert [p.active for p in points] == [2, 1, 2, 3, 4, 5, 6]
     assert points[2].scores == points[0].scores and points[0].scores.per_byte == points[0].scores.per_token
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from torch import nn
@@ -20,7 +21,7 @@ class AnyActive(Protocol):
 
     Attributes:
         trained: k, that it was trained with, the largest where blocks differ. experts: N, the least where they differ.
-        groups: k′ has to be a multiple of it. scales: those that are asked where nobody says which, from
+        groups: k′ has to be a multiple of it, of those of all blocks where they differ. scales: those that are asked where nobody says which, from
             :data:`mue.moe.routers.base.SCALES`.
     """
 
@@ -36,6 +37,12 @@ class AnyActive(Protocol):
     @property
     def logits(self) -> Logits:
         """The model as it was trained."""
+
+    def is_trained(self, active: int) -> bool:
+        """Whether k′ experts are what every block was trained with: the model is then the trained one to the bit, under any scale."""
+
+    def refusal(self, active: int, scale: str) -> str | None:
+        """Why it cannot use k′ experts, a multiple of ``groups`` and at most ``experts``, under a scale; None where it can. Costs next to nothing."""
 
     def at(self, active: int, scale: str) -> AbstractContextManager[Logits]:
         """The model with k′ experts, as a context; ``ValueError`` where it cannot."""
@@ -98,10 +105,21 @@ def ask(
 
     Args:
         bytes_of: as of :func:`mue.lab.trained.evaluate.score`.
+
+    Raises:
+        ValueError: with the first point, where the model cannot be asked one of them.
     """
-    yield ActivePoint(model.trained, "trained", model.flops(None), score(model.logits, windows, bytes_of))
     for k in active:
         for scale in scales:
+            if why := model.refusal(k, scale):  # before the first is asked, which may take minutes
+                raise ValueError(why)
+    before = ActivePoint(model.trained, "trained", model.flops(None), score(model.logits, windows, bytes_of))
+    yield before
+    for k in active:
+        for scale in scales:
+            if model.is_trained(k):
+                yield replace(before, active=k, scale=scale)
+                continue
             with model.at(k, scale) as logits:
                 yield ActivePoint(k, scale, model.flops(k), score(logits, windows, bytes_of))
 
@@ -128,9 +146,20 @@ class RunAtAnyActive:
                     f"the {block.router} router of {found.name} cannot use another number of experts than it was trained with: leave --active out"
                 )
         self.found, self.model, self.logits = found, model, logits
+        self._blocks = blocks
         self.trained = max(block.active for block in blocks)
         self.experts = min(block.experts for block in blocks)
-        self.groups = max(block.groups for block in blocks)
+        self.groups = math.lcm(*(block.groups for block in blocks))
+
+    def is_trained(self, active: int) -> bool:
+        return all(block.active == active for block in self._blocks)
+
+    def refusal(self, active: int, scale: str) -> str | None:
+        try:
+            with active_experts(self.model, active, scale):
+                return None
+        except ValueError as error:
+            return str(error)
 
     @contextmanager
     def at(self, active: int, scale: str) -> Iterator[Logits]:
@@ -143,7 +172,7 @@ class RunAtAnyActive:
         trained, matrices = shape.flops_per_token / 3, 3 if shape.gated else 2
         each = [
             2.0 * matrices * shape.width * (block.expert or 0) * block.layers * (active - block.active)
-            for block in shape.blocks
-            if block.experts and active is not None
+            for block in self._blocks
+            if active is not None
         ]
         return trained + sum(each)

@@ -20,13 +20,14 @@ def is_range(text: str) -> bool:
     return bool(text) and all(_PART.fullmatch(part) for part in text.split(","))
 
 
-def active_of(text: str, model: AnyActive) -> list[int]:
+def active_of(text: str, model: AnyActive) -> tuple[list[int], list[str]]:
     """The k′ that a text asks for: ``1..12``, ``2,4,8``, or in multiples of the trained k, ``1..3k``.
 
-    The default, ``1..3k``, takes what the model can have of it; what is asked for by number it must have.
+    Returns:
+        Them, by size; and a sentence on each kind that is left out of the default, ``1..3k``, which takes what the model can have of it.
 
     Raises:
-        ValueError: no such text, or a k′ that the model cannot have.
+        ValueError: no such text, or a k′ asked for by number that the model cannot have.
     """
     found: list[int] = []
     for part in text.split(","):
@@ -40,18 +41,26 @@ def active_of(text: str, model: AnyActive) -> list[int]:
         if first > last:
             raise ValueError(f"--active {text}: {first} to {last} is no range")
         found += range(first, last + 1)
-    if text == DEFAULT:
-        return [k for k in found if k <= model.experts and k % model.groups == 0]
-    for k in found:
-        if not 1 <= k <= model.experts:
-            raise ValueError(
-                f"--active {text}: a token can use 1 to {model.experts} of the {model.experts} experts, not {k}"
-            )
-        if k % model.groups:
-            raise ValueError(
-                f"--active {text}: every token uses as many of each of {model.groups} groups, which {k} is no multiple of"
-            )
-    return sorted(set(found))
+    found = sorted(set(found))
+    refused = {k: why for k in found if (why := _refusal(k, model))}
+    if refused and text != DEFAULT:
+        k, (_, why) = next(iter(refused.items()))
+        raise ValueError(f"--active {text}: {why}")
+    of_kind: dict[str, list[tuple[int, str]]] = {}
+    for k, (kind, why) in refused.items():
+        of_kind.setdefault(kind, []).append((k, why))
+    notes = [f"left out: k′ = {', '.join(str(k) for k, _ in many)} ({many[0][1]})" for many in of_kind.values()]
+    return [k for k in found if k not in refused], notes
+
+
+def _refusal(k: int, model: AnyActive) -> tuple[str, str] | None:
+    """What forbids a k′, and in which words."""
+    if not 1 <= k <= model.experts:
+        return "experts", f"a token can use 1 to {model.experts} of the {model.experts} experts, not {k}"
+    if k % model.groups:
+        return "groups", f"every token uses as many of each of {model.groups} groups, which {k} is no multiple of"
+    why = model.refusal(k, model.scales[0])
+    return None if why is None else ("router", why)
 
 
 def scales_of(given: Sequence[str], model: AnyActive) -> list[str]:

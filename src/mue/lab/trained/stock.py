@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -119,25 +120,40 @@ class StockCheckpoint:
         found: Tensor = model(input_ids=tokens_BT.to(self.device), use_cache=False).logits
         return found
 
+    def is_trained(self, active: int) -> bool:
+        return active == self.trained
+
+    def _factor(self, active: int, scale: str) -> float:
+        """What the weights are multiplied by: normalised ones sum to one number whatever k′ is (``mean``); others grow with k′ (``sum``), in
+        proportion where scores are alike, and that is what their other scales take for granted."""
+        own = 0.0 if self.routing.normalised else 1.0
+        return float((active / self.trained) ** (SCALES[scale] - own))
+
+    def refusal(self, active: int, scale: str) -> str | None:
+        if self._factor(active, scale) == 1 or self._handed_weights:
+            return None
+        return (
+            f"the experts of {self.name} are not handed their weights, so that these cannot be scaled: use --scale"
+            f" {'mean' if self.routing.normalised else 'sum'}, which the model computes by itself"
+        )
+
+    @cached_property
+    def _handed_weights(self) -> bool:
+        """Whether scaled weights arrive."""
+        with torch.no_grad(), scaled_gates(self.model, 2.0) as seen:
+            self._logits(self.model, torch.arange(_PROBE)[None] % self.vocab)
+        return bool(seen)
+
     @contextmanager
     def at(self, active: int, scale: str) -> Iterator[Logits]:
-        """With k′ in the config, and the weights scaled: normalised ones sum to one number whatever k′ is (``mean``); others grow
-        with k′ (``sum``), in proportion where scores are alike, and that is what their other scales take for granted."""
-        k = self.trained
-        if k == active:
+        """With k′ in the config, and the weights scaled."""
+        if self.is_trained(active):
             yield self.logits
             return
-        own = 0.0 if self.routing.normalised else 1.0
-        factor = (active / k) ** (SCALES[scale] - own)
+        if why := self.refusal(active, scale):
+            raise ValueError(why)
         model = self._with_active(active)
-        with scaled_gates(model, factor) as seen:
-            if factor != 1:
-                self._logits(model, torch.arange(_PROBE)[None] % self.vocab)
-                if not seen:
-                    raise ValueError(
-                        f"the experts of {self.name} are not handed their weights, so that these cannot be scaled: use --scale"
-                        f" {'mean' if own == 0 else 'sum'}, which the model computes by itself"
-                    )
+        with scaled_gates(model, self._factor(active, scale)):
             yield lambda tokens_BT: self._logits(model, tokens_BT)
 
     def _with_active(self, active: int) -> nn.Module:
