@@ -89,7 +89,7 @@ def test_weights_that_do_not_arrive_are_seen_before_anything_is_asked(
     model = StockCheckpoint(tmp_path, CPU)
     monkeypatch.setattr("mue.lab.trained.stock.scaled_gates", lambda model, factor: nullcontext(set()))
     assert model.refusal(4, "mean") is None and model.refusal(2, "root") is None
-    with pytest.raises(ValueError, match="not handed their weights.*use --scale mean"):
+    with pytest.raises(ValueError, match=r"not handed their weights.*use --scale mean"):
         next(ask(model, [1, 4], ["mean", "root"], [], None))
 
 
