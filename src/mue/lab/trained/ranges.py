@@ -42,14 +42,13 @@ def active_of(text: str, model: AnyActive) -> tuple[list[int], list[str]]:
             raise ValueError(f"--active {text}: {first} to {last} is no range")
         found += range(first, last + 1)
     found = sorted(set(found))
-    refused = {k: why for k in found if (why := _refusal(k, model))}
+    refused = {k: refusal for k in found if (refusal := _refusal(k, model))}
     if refused and text != DEFAULT:
-        k, (_, why) = next(iter(refused.items()))
-        raise ValueError(f"--active {text}: {why}")
-    of_kind: dict[str, list[tuple[int, str]]] = {}
-    for k, (kind, why) in refused.items():
-        of_kind.setdefault(kind, []).append((k, why))
-    notes = [f"left out: k′ = {', '.join(str(k) for k, _ in many)} ({many[0][1]})" for many in of_kind.values()]
+        raise ValueError(f"--active {text}: {next(iter(refused.values()))[1]}")
+    notes = []
+    for kind in dict(refused.values()):
+        out = [k for k, refusal in refused.items() if refusal[0] == kind]
+        notes.append(f"left out: k′ = {', '.join(map(str, out))} ({refused[out[0]][1]})")
     return [k for k in found if k not in refused], notes
 
 
