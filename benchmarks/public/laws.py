@@ -15,6 +15,7 @@ from typing import Any
 
 import mue
 from mue.rules import RULES as RULE_TABLES
+from mue.rules.laws.law import lr_law
 from mue.rules.options import option_names
 from mue.shapes import Block
 from public.cells import Cell, Shape
@@ -61,52 +62,73 @@ def quantities(cell: Cell) -> dict[str, float]:
     }
 
 
+# What the library's laws read → the quantity here.
+_READ = {
+    "N": "total",
+    "N_a": "active",
+    "d": "width",
+    "L": "layers",
+    "E": "experts",
+    "S": "sparsity",
+    "D": "tokens",
+    "B": "batch",
+    "C": "compute",
+}
+
+
+def _law(name: str, registered: str, source: str, log2_constant: float | None = None, **other: str) -> Law:
+    """A law of the library, in this page's words; ``other`` reads a quantity in place of its own."""
+    exponents = {{**_READ, **other}[symbol]: power for symbol, power in lr_law(registered).exponents.items()}
+    return Law(name, exponents, source, log2_constant)
+
+
 LAWS = (
-    Law(
+    _law(
         "Step Law",
-        {"total": -0.713, "tokens": 0.307},
+        "step-law",
         "arXiv 2503.04715, abstract pages and code/fit_tool.py; at its own batch 0.58 D^0.571, so batch moves with tokens; no batch in it",
         math.log2(1.79),
     ),
-    Law(
+    _law(
         "Step Law by active N",
-        {"active": -0.713, "tokens": 0.307},
+        "step-law",
         "the same with the parameters that a token meets: which N is meant for a MoE is not said where we could read",
         math.log2(1.79),
+        N="active",
     ),
-    Law(
+    _law(
         "Marin March",
-        {"tokens": -0.2813, "width": -0.3678, "batch": 0.5},
+        "marin",
         "marin issue #5818 (description, formula of the AdamH heuristic of #4225; batch assumed)",
     ),
-    Law(
+    _law(
         "Marin May",
-        {"tokens": -0.395, "width": -0.150, "batch": 0.5},
+        "marin-may",
         "marin issue #5951, comment of 2026-05-26 (MuonH; 17 cells, R² 0.996; batch assumed)",
     ),
-    Law(
+    _law(
         "Marin August",
-        {"tokens": -0.346, "width": -0.345, "batch": 0.5},
+        "marin-august",
         "marin issues #7856 and #8003 (MuonH; 122 runs of 150, R² 0.978; batch assumed), figures as noted by an earlier reading",
     ),
-    Law(
+    _law(
         "Zhou et al.",
-        {"active": -0.2219, "tokens": -0.3509},
+        "zhou",
         "arXiv 2601.05049, eq. 6 as given at chatpaper.com/paper/224700 (WSD, MoE, R² 0.962; N taken as active; batch not in it)",
     ),
-    Law(
+    _law(
         "Ling",
-        {"compute": -0.1529},
+        "ling",
         "arXiv 2507.17702, constants as used in marin issue #3466 (comment of 2026-03-09); batch 0.0694 C^0.3644 beside it",
     ),
-    Law(
+    _law(
         "Ludziejewski et al.",
-        {"active": -0.81, "experts": -0.25},
+        "ludziejewski",
         "arXiv 2502.05172, formula as given at occupying-mars.notion.site (tokens and batch not in it)",
     ),
-    Law(
+    _law(
         "nmoe",
-        {"width": -0.35, "layers": -0.58, "sparsity": 0.17},
+        "nmoe",
         "modal-projects/nmoe at 556f77c, configs/scaling/*.toml: fitted to the published rates of four models, not to sweeps",
     ),
     Law(

@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 
 import mue
-from mue.plan.compare import compare
+from mue.plan.compare import compare, comparison_text
 from mue.plan.rules_page import BETWEEN, WIDER, WORKED
+from mue.rules.laws.law import LAWS
 from support.sde import SDE
 
 
@@ -49,3 +50,47 @@ def test_options_go_to_the_rules_that_have_them() -> None:
         compare(WORKED, ["mupp"])
     with pytest.raises(ValueError, match="no answer for experts"):
         compare(replace(WORKED, rule="mup"))
+
+
+def test_fitted_laws_stand_below_the_rules_with_numbers_or_their_range() -> None:
+    made = compare(WORKED)
+    said = {(answer.law, answer.sets): answer for answer in made.laws}
+    assert {name for name, _ in said} == set(LAWS)
+    ling, zhou = said["ling", "lr"], said["zhou", "lr"]
+    assert ling.value == pytest.approx(1.0339e-3, rel=1e-3) and ling.times == pytest.approx(1.0339, rel=1e-3)
+    assert said["ling", "batch"].times == pytest.approx(1282527 / 2**19, rel=1e-4)
+    assert "N = 3.281e+09, fitted for 5.9e+07 to 2.2e+09" in said["step-law", "lr"].text
+    # of a law in unknown units the ratio to the base, if that is one of its models as well
+    assert zhou.value is None and zhou.refused == "ratios only; base E = 1, fitted for 2 and more"
+    runs = mue.Training(2**15, 1000), mue.Training(2**15, 4000)
+    between = {
+        a.law: a for a in compare(replace(BETWEEN, base_training=runs[0], training=runs[1])).laws if a.sets == "lr"
+    }
+    assert between["zhou"].times == pytest.approx(4**-0.3509 * _active_ratio() ** -0.2219, rel=1e-9)
+    assert all(a.refused and a.value is None for a in compare(BETWEEN).laws)  # no run, or sizes nobody fitted
+    assert "needs R" in next(a.refused for a in compare(BETWEEN).laws if a.law == "power-lines")
+
+
+def _active_ratio() -> float:
+    sizes = [s.active_parameters - s.vocab * s.width for s in (BETWEEN.target, BETWEEN.base) if isinstance(s, mue.MoE)]
+    return sizes[0] / sizes[1]
+
+
+def test_the_worked_example_fits_a_hundred_columns_and_is_one_table() -> None:
+    text = comparison_text(compare(WORKED))
+    assert max(map(len, text.split("\n"))) <= 100
+    table = text.split("\n\n")[1].split("\n")
+    names = [line.split("  ")[0] for line in table]
+    assert names.index("expert_down") < names.index("fitted law") < names.index("step-law") < names.index("zhang")
+
+
+def test_exponents_of_others_stand_beside_the_chosen_ones() -> None:
+    made = compare(WORKED)
+    shown = {e.whose: (e.p, e.q, e.factor) for e in made.exponents}
+    assert shown["complete-mue"] == (0.35, 0, 1) and shown["SDE"] == (0.5, 0.5, 0.5)
+    assert shown["zhou"][:2] == (None, 0.3509) and shown["step-law"][1] == -0.307
+    fitted = [q for whose, (_, q, _) in shown.items() if whose.startswith(("marin", "zhou"))]
+    assert min(fitted) >= 0.28 and max(fitted) <= 0.40  # type: ignore[type-var]
+    assert shown["marin"][2] == pytest.approx(4**-0.2813) and "nmoe" not in shown
+    assert compare(replace(WORKED, base_training=None, training=None)).exponents == ()  # nothing to move
+    assert made.to_dict()["exponents"][1]["whose"] == "SDE"

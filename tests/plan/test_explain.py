@@ -81,3 +81,18 @@ def test_a_derivation_names_its_steps() -> None:
     with pytest.raises(ValueError, match="layer 9 does not exist"):
         why(PLANS["worked"], "norm", 9)
     assert why(PLANS["tied"], "ffn_down", 0) == why(PLANS["tied"], "ffn_down")
+
+
+def test_a_fitted_law_shows_its_constants_its_range_and_its_answer() -> None:
+    plan = plan_of(WORKED)
+    steps = why(plan, "ling")
+    assert [s.value for s in steps if s.text.startswith(("1.1576", "C, "))][:2] == pytest.approx(
+        [1.1576, 8.741e19], rel=1e-3
+    )
+    assert "equation 3" in steps[0].source and "fitted for 3e+17 to 3e+20" in steps[1].source
+    assert {s.number for s in steps} == {"lr", "batch"}
+    refused = why(plan, "step-law")
+    assert any(s.text.startswith("refuses: N") and s.value is None and s.shown == "–" for s in refused)
+    assert why(plan, "zhou")[0].value is None  # a constant without units is not shown as one
+    with pytest.raises(ValueError, match="did you mean 'step-law'"):
+        why(plan, "step-lw")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mue.util.text import below_one, number, percent, text_table, yaml_number
+from mue.util.text import below_one, number, percent, text_table, wrapped, yaml_number
 
 
 @pytest.mark.parametrize(
@@ -31,6 +31,22 @@ def test_columns_are_as_wide_as_their_widest_cell_and_lines_end_without_spaces()
 def test_a_row_of_another_length_is_our_mistake() -> None:
     with pytest.raises((ValueError, IndexError)):
         text_table(["role", "lr"], [["head"]])
+
+
+def test_rows_below_run_on_without_widening_a_column() -> None:
+    made = text_table(["role", "lr", "eps"], [["head", "1", "2"]], [["a law of others", "refuses: too large"]])
+    assert made.split("\n") == [
+        "role             lr  eps",
+        "───────────────  ──  ───",
+        "head             1   2",
+        "───────────────  ──  ───",
+        "a law of others  refuses: too large",
+    ]
+
+
+def test_a_wrapped_value_goes_on_below_itself() -> None:
+    assert wrapped("why  ", "one two-three four", 16) == "why  one\n     two-three\n     four"
+    assert wrapped("why  ", "x" * 30, 16).endswith("x" * 30)
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,10 @@ def rules(
     file: Annotated[Path | None, typer.Argument(help="A plan file, as mue plan reads it.", show_default=False)] = None,
     why: Annotated[
         str | None,
-        typer.Option("--why", help="Show how each number of this role (or output_multiplier, run, ...) comes about."),
+        typer.Option(
+            "--why",
+            help="Show how each number of this role (or output_multiplier, run, a fitted law, ...) comes about.",
+        ),
     ] = None,
     layer: Annotated[int | None, typer.Option(help="With --why: of this layer only.", min=0)] = None,
     markdown: Annotated[
@@ -30,7 +33,8 @@ def rules(
 ) -> None:
     """Compare every published rule on one target, with sources.
 
-    One line per role and number, one column per rule that has an answer; below, the rules that refuse, and why.
+    One line per role and number, one column per rule that has an answer; below them what fitted laws of other teams would set, one line
+    each, with their refusals outside the models they were fitted to; then the rules that refuse, and why.
 
     \b
     [bold]Examples[/]
@@ -38,6 +42,7 @@ def rules(
       mue rules moe.toml --why expert_down    # one role of the file's rule, step by step
       mue rules moe.toml --why output_multiplier   # or route_scale, residual_multiplier, head_multiplier, attention_scale
       mue rules moe.toml --why run            # what a change of batch and duration moves, and what that keeps
+      mue rules moe.toml --why step-law       # a fitted law: constants, range, source
       mue rules --markdown > docs/rules.md
     """
     from mue.plan.compare import compare, comparison_text
@@ -56,7 +61,7 @@ def rules(
         from dataclasses import asdict
 
         from mue.plan.explain import why as derive
-        from mue.plan.explain import why_lines
+        from mue.plan.steps import why_lines
         from mue.plan.transfer import plan_of
 
         steps = derive(plan_of(inputs), why, layer)

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from mue.plan.base import base_of
+from mue.plan.laws import Answer, Exponents, answers, neighbours
 from mue.plan.plan import Inputs, PlanData
+from mue.plan.ratios import ratios
 from mue.plan.transfer import plan_of
 from mue.rules import RULES, get_rule, option_names
 from mue.rules.roles import ROLES
 from mue.rules.table import CELLS, FIELDS, Row, Rule
-from mue.util.text import number, text_table
+from mue.util.text import number, text_table, wrapped
 
 # Whole-model factors that stand beside the roles in a comparison.
 WHOLE = {
@@ -26,11 +29,16 @@ WHOLE = {
 
 @dataclass(frozen=True)
 class Comparison:
-    """Plans of every rule for one target; ``refused`` holds the reason of those that have none."""
+    """Plans of every rule for one target; ``refused`` holds the reason of those that have none.
+
+    ``laws`` is what fitted laws set for it, ``exponents`` the rule's of batch and duration beside those of others.
+    """
 
     inputs: Inputs
     plans: dict[str, PlanData]
     refused: dict[str, str]
+    laws: tuple[Answer, ...] = ()
+    exponents: tuple[Exponents, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Factors by rule and role, plain; refused rules with their reason."""
@@ -38,6 +46,8 @@ class Comparison:
             "target": self.inputs.target.name,
             "rules": {name: {"factors": self._factors(name), "whole": self._whole(name)} for name in self.plans},
             "refused": dict(self.refused),
+            "laws": [asdict(answer) for answer in self.laws],
+            "exponents": [asdict(one) for one in self.exponents],
         }
 
     def _roles(self) -> list[str]:
@@ -83,6 +93,22 @@ class Comparison:
                 rows.append(row)
         return ["role", "factor on", *self.plans], rows
 
+    def law_rows(self) -> list[list[str]]:
+        """A line for each number that a law sets or refuses: its name, the number, what it says."""
+        rows: list[list[str]] = []
+        for answer in self.laws:
+            repeated = bool(rows) and self.laws[len(rows) - 1].law == answer.law
+            rows.append(["" if repeated else answer.law, answer.sets, answer.text])
+        return rows
+
+    def exponent_table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows of the exponents of batch and duration, with the factor on lr that they give here."""
+        rows = [
+            [e.whose, *("–" if x is None else f"{x:g}" for x in (e.p, e.q)), number(e.factor), e.source]
+            for e in self.exponents
+        ]
+        return ["lr × ρ_B^p · ρ_D^-q", "p", "q", "here", "source"], rows
+
 
 def _cell(value: float | None, unknown: bool) -> str:
     return "?" if unknown else number(value)
@@ -122,19 +148,34 @@ def compare(inputs: Inputs, rules: Sequence[str] | None = None) -> Comparison:
                 raise
             # The reason alone: "rule … cannot plan … → …" before it is what the table's row and title say.
             refused[name] = str(error).split(": ", 1)[-1] if "cannot plan" in str(error) else str(error)
-    return Comparison(inputs, plans, refused)
+    base = base_of(inputs)
+    ratio = ratios(base.shape, inputs.target, inputs.target.blocks[0], base.training, inputs.training)
+    exponents = neighbours(plans[inputs.rule].rule, ratio) if inputs.rule in plans else []
+    return Comparison(inputs, plans, refused, tuple(answers(inputs)), tuple(exponents))
+
+
+WIDTH = 100  # columns of what is printed, where no table is wider by itself
 
 
 def comparison_text(made: Comparison) -> str:
-    """A comparison as plain text: the table, then who refused and why.
+    """A comparison as plain text: the table with the laws under it, exponents of the run, then who refused and why.
 
     Args:
         made: by :func:`compare`.
     """
     header, rows = made.table()
-    text = f"{made.inputs.target.name}, factors on the tuned values (multipliers, R and attention scale: as they are)\n\n{text_table(header, rows)}"
-    reasons = [[name, reason] for name, reason in made.refused.items()]
-    return f"{text}\n\n{text_table(['refused', 'because'], reasons)}" if reasons else text
+    title = f"{made.inputs.target.name}, factors on the tuned values (multipliers, R and attention scale: as they are)"
+    below = [["fitted law", "sets", "for all parameters, standard parametrization"], *made.law_rows()]
+    parts = [title, text_table(header, rows, below)]
+    if made.exponents:
+        columns, lines = made.exponent_table()
+        parts.append(text_table(columns[:-1], [line[:-1] for line in lines]))
+    if made.refused:
+        wide = max(map(len, made.refused))
+        head = f"{'refused':<{wide}}  because\n{'─' * wide}  {'─' * (WIDTH - wide - 2)}"
+        reasons = [wrapped(f"{name:<{wide}}  ", reason, WIDTH) for name, reason in made.refused.items()]
+        parts.append("\n".join([head, *reasons]))
+    return "\n\n".join(parts)
 
 
 # ---- formulas of a rule ----------------------------------------------------------------------------------------------

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import replace
 
-from mue.plan import per_role
+from mue.plan import laws, per_role
 from mue.plan.base import base_of
 from mue.plan.plan import PlanData
 from mue.plan.ratios import ratios
+from mue.plan.steps import Step, Steps
 from mue.rules.algebra import ONE, RATIOS, Monomial
+from mue.rules.laws.law import LAWS
 from mue.rules.roles import ROLES
 from mue.rules.sde import INVARIANTS
 from mue.rules.table import CELLS, FIELDS
 from mue.shapes import Block, Transformer
 from mue.util.errors import nearest
-from mue.util.text import number, text_table
+from mue.util.text import number
 
 # Numbers of the whole model: attribute of a plan → where a fold puts it.
 WHOLE = {
@@ -31,34 +33,23 @@ WHOLE = {
 RUN = "run"  # the factors of batch and duration, and what they keep
 
 
-@dataclass(frozen=True)
-class Step:
-    """One step of a derivation: of which number, what happens, the value after it, and the source."""
-
-    number: str
-    text: str
-    value: float
-    source: str
-
-
-Steps = Generator[Step, None, float]
-
-
 def why(plan: PlanData, name: str, layer: int | None = None) -> list[Step]:
     """How each number of a role, or one of :data:`WHOLE`, came about.
 
     Where blocks differ in it, every kind of block is derived, its layers beside the number, or only that of ``layer``.
 
     Args:
-        name: from :data:`mue.rules.roles.ROLES` or :data:`WHOLE`, or :data:`RUN`.
+        name: from :data:`mue.rules.roles.ROLES` or :data:`WHOLE`, or :data:`RUN`, or a fitted law of :data:`mue.rules.laws.law.LAWS`.
 
     Raises:
         ValueError: an unknown name, a role the target does not have, a layer that does not exist.
     """
-    if name not in (*ROLES, *WHOLE, RUN):
-        raise ValueError(f"unknown role {name!r}{nearest(name, (*ROLES, *WHOLE, RUN))}")
     if name == RUN:
         return list(_run(plan))
+    if name not in (*ROLES, *WHOLE):
+        if name in LAWS:
+            return list(laws.derivation(plan.inputs, name))
+        raise ValueError(f"unknown role {name!r}{nearest(name, (*ROLES, *WHOLE, RUN, *LAWS))}")
     indices = range(len(plan.blocks)) if layer is None else [plan.block_of(layer)]
     held = [i for i in indices if name in WHOLE or plan.blocks[i].roles[name].count]
     if not held:
@@ -75,16 +66,6 @@ def why(plan: PlanData, name: str, layer: int | None = None) -> list[Step]:
         mark = f" [{plan.layers_of(i)}]" if len(distinct) > 1 else ""
         found += [replace(s, number=f"{s.number}{mark}") for s in steps]
     return found
-
-
-def why_lines(name: str, steps: Sequence[Step]) -> str:
-    """A derivation as plain text, one line per step.
-
-    Args:
-        name: what was derived; the title. steps: of :func:`why`.
-    """
-    rows = [[s.number, s.text, f"{s.value:.6g}", s.source] for s in steps]
-    return f"{name}\n\n{text_table(['number', 'step', 'value', 'source'], rows)}"
 
 
 def _block_behind(plan: PlanData, index: int) -> tuple[Block, str]:
@@ -234,6 +215,9 @@ def _run(plan: PlanData) -> Iterator[Step]:
         text = "kept" if change == ONE else f"× {change}"
         first_order = ", to first order" if run.betas == "power" and "β" in name else ""
         yield Step(name, text + first_order, change(ratio), INVARIANTS[name])
+    for other in laws.neighbours(rule, ratio)[1:]:
+        p, q = ("–" if e is None else f"{e:g}" for e in (other.p, other.q))
+        yield Step("lr elsewhere", f"{other.whose}: p = {p}, q = {q}", other.factor, other.source)
 
 
 # ---- common ----------------------------------------------------------------------------------------------------------

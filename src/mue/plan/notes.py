@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from mue.plan import per_role
 from mue.plan.ratios import base_block
 from mue.rules.algebra import Monomial
+from mue.rules.laws.law import get_law
 from mue.rules.roles import ROLES
 from mue.rules.sde import HORIZON, kept_and_lost
 from mue.rules.table import CELLS, FIELDS, Rule
@@ -77,9 +78,6 @@ def _of_pools(base: Transformer, block: Block) -> str:
 # cost nothing below 0.9 %, 0.01 to 0.05 nats at 1.7 % and 0.06 to 0.1 at 3 to 4 %; β2's 0.01 at 17 % (docs/LOG.md, "Betas
 # and the length of a run").
 LONGEST = (0.01, 0.1)
-# The batch of the lowest loss, c·D^k tokens for a run of D tokens: the fit of 2503.04715, whose public runs (2 to 100 B tokens)
-# bend where it says (docs/findings/public-runs.md).
-STEP_LAW_BATCH = (0.58, 0.571)
 _ADAMS = ("adamw", "adamw-independent", "adam-l2", "nadamw")
 
 
@@ -168,7 +166,8 @@ def far_batch_notes(rule: Rule, ratio: Mapping[str, float], training: Training |
     """
     if training is None or ratio["ρ_B"] <= 1:
         return ()
-    best = STEP_LAW_BATCH[0] * training.tokens ** STEP_LAW_BATCH[1]
+    # Of the lowest loss by the fit of 2503.04715, also outside its range: its public runs bend there (docs/findings/public-runs.md).
+    best = get_law("step-law").sets["batch"].of({"D": training.tokens})
     # an octave above it: nearer the runs behind the fit do not tell
     if training.batch <= 2 * best or not any(row.lr.exponent("ρ_B") > 0 for row in rule.rows.values()):
         return ()

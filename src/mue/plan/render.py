@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from dataclasses import fields
 
 from mue.plan import assumptions, per_role
@@ -14,7 +13,7 @@ from mue.rules.roles import ROLES
 from mue.rules.table import CELLS, FACTORS, FIELDS, MARKS
 from mue.shapes import DEFAULT_HEAD_DIM, HParams, Transformer
 from mue.shapes.settings import as_text
-from mue.util.text import below_one, number, text_table
+from mue.util.text import below_one, number, text_table, wrapped
 
 WIDTH = 120  # columns of a plan that is printed plainly
 COLUMNS = ["role", "tensors", *CELLS.values(), *FACTORS.values(), "marks", "source"]
@@ -163,21 +162,9 @@ def split(plan: PlanData) -> tuple[tuple[list[str], list[list[str]]], tuple[list
 
 def text(plan: PlanData) -> str:
     """The plan as plain text of :data:`WIDTH` columns: header, values, factors; sources are long, and their marks stay."""
-    head = [_wrapped(f"{what:<26} ", value) for what, value in header(plan)]
+    head = [wrapped(f"{what:<26} ", value, WIDTH) for what, value in header(plan)]
     (columns, rows), (_, factors) = split(plan)
     wide = max((len(formula) for _, formula, _ in factors), default=0)
-    lines = [_wrapped(f"{of:<5}  {formula:<{wide}}  ", roles) for of, formula, roles in factors]
+    lines = [wrapped(f"{of:<5}  {formula:<{wide}}  ", roles, WIDTH) for of, formula, roles in factors]
     values = text_table(columns[:-1], [row[:-1] for row in rows])
     return "\n".join([*head, "", values, "", "Factors on the base's values:", *lines])
-
-
-def _wrapped(start: str, value: str) -> str:
-    """A line that goes on below its value; what has no blank in it stays whole."""
-    return textwrap.fill(
-        value,
-        WIDTH,
-        initial_indent=start,
-        subsequent_indent=" " * len(start),
-        break_long_words=False,
-        break_on_hyphens=False,
-    )

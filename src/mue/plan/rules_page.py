@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 
 from mue.plan.compare import all_rules, compare, formulas
@@ -13,6 +13,7 @@ from mue.plan.plan import Inputs
 from mue.plan.transfer import plan_of
 from mue.rules import RULES, option_names
 from mue.rules.algebra import RATIOS
+from mue.rules.laws.law import LAWS, QUANTITIES, Range, get_law, span
 from mue.rules.options import OPTIONS, as_json
 from mue.rules.sde import INVARIANTS, kept_and_lost, sde
 from mue.rules.table import AXES, CELLS, Rule
@@ -38,6 +39,14 @@ A weight used as `c·W` can be stored as `c·W` itself: with these powers of c t
 norm (`mue.fold.clip_grad_norm_`).
 """
 
+LAWS_INTRO = """\
+## Fitted laws
+
+What other teams fitted to their sweeps, each one file in `src/mue/rules/laws`: one number for a whole model under standard
+parametrization. `mue rules CONFIG.toml` prints beside the rules what each would set for your target; outside the models it was
+fitted to a law refuses. A study takes one as a ratio of target to base (`law = "step-law"`).
+"""
+
 OTHERS = """\
 ## Other optimizers
 
@@ -51,7 +60,7 @@ def markdown() -> str:
     rules = all_rules()
     parts = [INTRO, _ratios(), _options(), _run(), _overview(rules), _examples(), _why()]
     parts += [_rule(rule) for rule in rules]
-    parts += [OTHERS, FOLDING + "\n" + _folds()]
+    parts += [_laws(), OTHERS, FOLDING + "\n" + _folds()]
     return "\n".join(part.rstrip() + "\n" for part in parts)
 
 
@@ -165,12 +174,17 @@ def _examples() -> str:
         parts.append(f"### {title}\n\n" + _table(header, rows))
         if made.refused:
             parts.append(_table(["refused", "because"], [[k, v] for k, v in made.refused.items()]))
+        if inputs is WORKED:
+            parts += [
+                _table(["fitted law", "sets", "for this target"], made.law_rows()),
+                _table(*made.exponent_table()),
+            ]
     return "\n".join(parts)
 
 
 def _why() -> str:
     steps = why(plan_of(WORKED), "expert_down")
-    rows = [[s.number, s.text, f"{s.value:.6g}", s.source] for s in steps]
+    rows = [[s.number, s.text, s.shown, s.source] for s in steps]
     return (
         "### One role step by step\n\n`mue rules CONFIG.toml --why expert_down`, for the worked example:\n\n"
         + _table(["number", "step", "value", "source"], rows)
@@ -196,6 +210,22 @@ def _rule(rule: Rule) -> str:
     table = _table(["role", *CELLS.values(), "mark", "source"], formulas(rule))
     refuses = [f"* {axis}: {reason}" for axis, reason in rule.refuses.items()]
     return "\n\n".join([*lines, table.rstrip(), *(["Refuses:\n\n" + "\n".join(refuses)] if refuses else [])]) + "\n"
+
+
+def _laws() -> str:
+    rows = [
+        [name if i == 0 else "", sets, f"`{power.formula}`", _ranges(power.ranges), power.note, law.fitted, law.source]
+        for name in LAWS
+        for law in [get_law(name)]
+        for i, (sets, power) in enumerate(law.sets.items())
+    ]
+    read = [[f"`{name}`", found.meaning] for name, found in QUANTITIES.items()]
+    table = _table(["law", "sets", "formula", "fitted for", "note", "runs behind it", "source"], rows)
+    return f"{LAWS_INTRO}\n{_table(['number', 'is'], read)}\n{table}"
+
+
+def _ranges(ranges: Mapping[str, Range]) -> str:
+    return ", ".join(f"{name} {span(ends)}" for name, ends in ranges.items())
 
 
 def _folds() -> str:

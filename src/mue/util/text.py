@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 
 
@@ -43,15 +44,38 @@ def below_one(value: float) -> str:
     return f"{value:.{digits}f}".rstrip("0").rstrip(".")
 
 
-def text_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def text_table(header: Sequence[str], rows: Iterable[Sequence[str]], below: Sequence[Sequence[str]] = ()) -> str:
     """A table as plain text: left-aligned columns, two spaces apart, a rule under the header.
 
     Args:
         header: one cell a column. rows: as many cells each.
+        below: rows of fewer cells, under a rule of their own; the last cell of each runs on over the columns that are left.
     """
     lines = [list(header), *map(list, rows)]
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
+    columns = [[line[i] for line in lines] for i in range(len(header))]
+    for line in below:
+        for column, cell in zip(columns, line[:-1], strict=False):
+            column.append(cell)
+    widths = [max(map(len, column)) for column in columns]
     printed = [
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines
     ]
-    return "\n".join([printed[0], "  ".join("─" * width for width in widths), *printed[1:]])
+    under = ["  ".join([*map(str.ljust, line[:-1], widths), line[-1]]).rstrip() for line in below]
+    rule = "  ".join("─" * width for width in widths)
+    return "\n".join([printed[0], rule, *printed[1:], *([rule, *under] if under else [])])
+
+
+def wrapped(start: str, value: str, width: int) -> str:
+    """A line of at most ``width`` columns that goes on below its value; what has no blank in it stays whole.
+
+    Args:
+        start: what stands before the value on the first line. value: the text. width: in columns.
+    """
+    return textwrap.fill(
+        value,
+        width,
+        initial_indent=start,
+        subsequent_indent=" " * len(start),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

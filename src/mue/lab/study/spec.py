@@ -31,13 +31,13 @@ from pathlib import Path
 from typing import Any
 
 from mue.lab.data.spec import data_source
-from mue.lab.study.laws.registry import LAWS
 from mue.lab.train.run import Run, Settings
 from mue.lab.train.spec import settings_from
 from mue.plan.plan import PlanData
 from mue.plan.replan import scaled
 from mue.plan.toml import check_keys, lr_grid, shape_from, table_of, training_from, tuned_from
 from mue.plan.transfer import transfer
+from mue.rules.laws.law import lr_law
 from mue.rules.options import OPTIONS
 from mue.shapes import HParams, Training, Transformer
 from mue.util.errors import nearest, positive
@@ -179,8 +179,9 @@ class StudySpec:
         except ValueError as error:
             return StudyCell(target, approach, None, str(error))
         if approach.law:
-            law = LAWS.lookup(approach.law)
-            plan = scaled(plan, law(target.shape, target.training) / law(self.base, self.training))
+            # a ratio: constants belong to other models, tokenizers and schedules, and only the exponents are left
+            law = lr_law(approach.law)
+            plan = scaled(plan, law.ratio((self.base, self.training), (target.shape, target.training)))
         return StudyCell(target, approach, plan)
 
 
@@ -233,7 +234,7 @@ def _approach(name: str, table: Mapping[str, Any], tuned: Mapping[str, Any]) -> 
     check_keys(table, _APPROACH, where)
     law = table.get("law", "")
     if law:
-        LAWS.lookup(law)
+        lr_law(law)
     check_keys(options := table_of(table, "options", f"approaches.{name}."), OPTIONS, f"[approaches.{name}.options]")
     return Approach(
         name=name,
