@@ -13,7 +13,7 @@ import pytest
 from support.paths import ROOT
 
 PAGE = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-KINDS = ("rule", "router", "model family", "training stack", "check", "sampler", "task")
+KINDS = ("rule", "law", "router", "model family", "training stack", "check", "sampler", "task")
 EXAMPLES = dict(re.findall(r"^### An? ([\w ]+?)(?: of \w+)? \(`.*?^```python\n(.*?)^```", PAGE, flags=re.S | re.M))
 
 
