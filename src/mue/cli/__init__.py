@@ -17,6 +17,7 @@ __all__ = ["app", "main"]
 
 COMMANDS = (
     "demo",
+    "init",
     "plan",
     "rules",
     "sweep",

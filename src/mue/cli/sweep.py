@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -11,6 +11,9 @@ from rich.markup import escape
 
 from mue.cli.app import KeepWeights, Log, Workers, app, say_data, say_paths
 from mue.cli.files import Set, read_tables
+
+if TYPE_CHECKING:
+    from mue.lab.sweep.spec import SweepSpec
 
 _File = Annotated[Path | None, typer.Argument(help="A TOML file; see the example below.", show_default=False)]
 _Out = Annotated[
@@ -36,6 +39,7 @@ _Lease = Annotated[
         "--lease", min=1, help="Seconds without a sign of life until a worker's runs go to others \\[default: 60]."
     ),
 ]
+_Dry = Annotated[bool, typer.Option("--dry-run", help="Say what would be trained and what it costs; train nothing.")]
 _Csv = Annotated[Path | None, typer.Option("--csv", help="Also write every trial to this file.")]
 
 
@@ -51,6 +55,7 @@ def sweep(
     csv: _Csv = None,
     log: Log = None,
     keep_weights: KeepWeights = False,
+    dry_run: _Dry = False,
     change: Set = None,
 ) -> None:
     """Sweep lr × weight decay × init std (× betas) of the base, fit the valley, and write a report.
@@ -108,6 +113,9 @@ def sweep(
     sinks = open_sinks(log or [], folder)  # before the data: a package that is missing is said at once
     corpus = open_corpus(spec.source)
     say_data(console, corpus)
+    if dry_run:
+        _say_asked(console, spec)
+        return
     display = SweepDisplay(console, "sweep", spec.training.steps, spec.training.batch)
     with Broadcast(*sinks, display) as listener:
         result = run_sweep(
@@ -135,4 +143,21 @@ def sweep(
         console,
         f"report: {page}",
         f"use it: mue plan FILE.toml --tuned {folder}",
+    )
+
+
+def _say_asked(console: Console, spec: SweepSpec) -> None:
+    """Print what a sweep asks for and what it costs, of runs that are done already as of those that are not."""
+    from mue.lab.sweep.sampler import AXES, sampler_of
+
+    points = sampler_of(spec.grid).points()
+    first = {axis: getattr(spec.grid, axis)[0] for axis in AXES}
+    spec.run_at({**first, "seed": 0}, {})  # what no run can be is said here as it would be by the first
+    runs = len(points) or spec.grid.trials or 0
+    flops = runs * spec.base.flops_per_token * spec.training.tokens
+    console.print(
+        f"{spec.base.name}: {'' if points else 'at most '}{runs} runs of {spec.training.steps:,} steps with {spec.training.batch:,} tokens,"
+        f" {flops / 1e15:.3g} PFLOPs",
+        highlight=False,
+        soft_wrap=True,
     )
