@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,11 +17,12 @@ from mue.layouts.of_model import placed
 from mue.plan.replan import inputs_from_dict
 from mue.plan.toml import plan_inputs
 from mue.plan.transfer import plan_of
+from support.pages import commands, fences, understood
 from support.paths import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 DEMO = json.loads((ROOT / "docs/results/demo.json").read_text(encoding="utf-8"))
-FENCES = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.S | re.M)
+FENCES = fences(README)
 
 
 def snippets(language: str) -> list[str]:
@@ -65,24 +65,12 @@ def test_the_toml_plans() -> None:
 
 def test_commands_are_understood() -> None:
     """Every line of the shell is a target of the Makefile or parses as a command line of mue, options included."""
-    from typer.main import get_command
-
-    from mue.cli import app
-
-    known: Mapping[str, Any] = get_command(app).commands  # type: ignore[attr-defined]
-    makefile = (ROOT / "Makefile").read_text()
-    lines = [shlex.split(line, comments=True) for text in snippets("bash") for line in text.splitlines()]
-    seen: set[str] = set()
-    for program, name, *arguments in (line for line in lines if line):
-        if program == "make":
-            assert f"\n{name}:" in makefile, name
-        else:
-            assert program == "mue"
-            known[name].make_context(name, arguments).close()
-            seen.add(name)
-    assert len([line for line in lines if line]) >= 11 and len(seen) >= 8
+    lines = commands(README)
+    for line in lines:
+        understood(line)
+    assert len(lines) >= 11 and len({name for program, name, *_ in lines if program == "mue"}) >= 8
     with pytest.raises(Exception, match="--nonsense"):  # negative control: options are looked at
-        known["plan"].make_context("plan", ["plan.toml", "--nonsense"])
+        understood(["mue", "plan", "plan.toml", "--nonsense"])
 
 
 def test_quoted_numbers_are_the_measured_ones() -> None:
