@@ -20,5 +20,5 @@ def nmoe() -> Law:
                 "AdamW",
             )
         },
-        source="github.com/modal-projects/nmoe, docs/hp_scaling.md at 9172f96, Fitted Coefficients and Validation",
+        source="github.com/modal-projects/nmoe, its hp_scaling.md at 9172f96, Fitted Coefficients and Validation",
     )
