@@ -114,3 +114,40 @@ def test_betas_are_warned_of_only_where_somebody_averages_over_steps() -> None:
     assert not short(make(tuned=TUNED.replace(optimizer="lion"), **runs).notes)
     chain = mue.transfer(make(**runs), TARGET, training=mue.Training(2**18, 50_000), betas="unchanged")
     assert short(chain.notes) == ["base"]
+
+
+@pytest.mark.parametrize(
+    ("warmup", "steps", "beta2", "said"),
+    [
+        (0.05, 400, 0.95, ""),  # 20 steps, one average
+        (0.05, 399, 0.95, "of 19.95 steps is shorter"),
+        (0.01, 10_000, 0.999, "of 100 steps is shorter"),
+        (0.0, 10_000, 0.95, "is missing, and so shorter"),
+        (20, 400, 0.95, ""),
+        (19, 400, 0.95, "of 19 steps is shorter"),
+        (400, 400, 0.95, "is the target's whole run"),
+    ],
+)
+def test_a_warmup_below_one_average_of_adams_is_noted(warmup: float, steps: int, beta2: float, said: str) -> None:
+    tuned, run = TUNED.replace(warmup=warmup, betas=(0.9, beta2)), mue.Training(2**18, steps)
+    plan = make(tuned=tuned, base_training=run, training=run)
+    found = [note for note in plan.notes if "warmup" in note]
+    assert len(found) == bool(said) and said in "".join(found)
+    average = 1 / (1 - beta2)
+    if "shorter" in said:
+        assert f"1/(1-β2) = {average:.4g} steps" in found[0] and f"warmup = {average:.0f} (steps)" in found[0]
+    line = dict(plan.header())["warmup"]
+    assert line.endswith(f"steps of {steps:,}, {(warmup if warmup >= 1 else warmup * steps) / average:.4g} × 1/(1-β2)")
+    assert replace(plan, notes=()).hash == plan.hash
+
+
+def test_no_word_on_a_warmup_without_a_run_or_without_an_average_over_steps() -> None:
+    run = mue.Training(2**18, 100)
+    for plan in (
+        make(base_training=None, training=None),
+        make(tuned=TUNED.replace(optimizer="lion"), base_training=run, training=run),
+    ):
+        assert "warmup" not in dict(plan.header()) and not any("warmup" in note for note in plan.notes)
+    # what counts is the target's run and the betas it is given there
+    short = make(base_training=mue.Training(2**18, 10_000), training=mue.Training(2**18, 300))
+    assert any("warmup of 15 steps" in note for note in short.notes)

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 import mue
-from mue.shapes import OPTIMIZERS
+from mue.shapes import OPTIMIZERS, HParams
+from mue.shapes.hparams import warmup_steps
 
 
 @pytest.mark.parametrize(
@@ -26,7 +27,12 @@ from mue.shapes import OPTIMIZERS
         ({"betas": (0.9, 1.0)}, "beta2 must be at least 0 and below 1"),
         ({"betas": (-0.1, 0.9)}, "beta1 must be at least 0"),
         ({"clip": 0}, "clip must be greater than 0"),
-        ({"warmup": 1}, "warmup must be at least 0 and below 1"),
+        (
+            {"warmup": 1},
+            r"warmup must be a fraction of the run \(below 1\) or a whole number of steps \(from 2\), got 1",
+        ),
+        ({"warmup": 20.5}, "or a whole number of steps"),
+        ({"warmup": -0.1}, "warmup must be at least 0"),
         ({"floor": -1}, "floor must be at least 0"),
         ({"balance": float("inf")}, "balance must be a finite number"),
         ({"optimizer": "adam"}, "'adam' is not understood.*did you mean 'adamw'"),
@@ -63,3 +69,10 @@ def test_numbers_of_numpy_are_plain_ones_afterwards() -> None:
     assert mue.Training(np.int64(8), 100.0) == mue.Training(8, 100)  # type: ignore[arg-type]
     assert type(mue.Training(np.int64(8), 100.0).steps) is int  # type: ignore[arg-type]
     assert type(mue.Convention(np.float32(0.125)).attention_scale) is float
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0.0, 0), (0.05, 50), (0.999, 999), (2, 2), (2000, 2000)])
+def test_a_warmup_is_a_fraction_of_the_run_or_steps(warmup: float, steps: int) -> None:
+    tuned = HParams(1e-3, 0.1, 0.02, warmup=warmup)
+    assert warmup_steps(tuned.warmup, 1000) == steps
+    assert HParams(**tuned.to_dict()) == tuned

@@ -43,8 +43,8 @@ def train(
     """Train the file's target (or its base, if it has no target) with the planned values.
 
     The file is a plan file with a [bold]\\[data][/] table (see mue sweep --help) and optionally
-    [bold]\\[run][/]: task = {tasks}, seed, schedule = "wsd" | "cosine", decay, precision = "fp32" | "bf16", balance = "bias" | "loss" | "none",
-    consistency (of routers that draw), eval_every, eval_sequences, log_every. Weights, metrics and a report land in OUT/runs/HASH; a run that was
+    [bold]\\[run][/]: task = {tasks}, seed, schedule = "wsd" | "cosine" | "linear" | "wsqd", decay, shift (of wsqd),
+    precision = "fp32" | "bf16", balance = "bias" | "loss" | "none", consistency (of routers that draw), eval_every, eval_sequences, log_every. Weights, metrics and a report land in OUT/runs/HASH; a run that was
     interrupted goes on exactly where its last checkpoint stands. Given a run's folder (of a sweep, a study, a demo) instead of a file, it trains
     that very run in OUT: so a run that kept no weights gets them. On a CPU a few seconds of measuring choose how many threads
     it gets; OMP_NUM_THREADS says so by itself.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 from mue.plan import per_role
@@ -12,6 +13,7 @@ from mue.rules.roles import ROLES
 from mue.rules.sde import HORIZON, kept_and_lost
 from mue.rules.table import CELLS, FIELDS, Rule
 from mue.shapes import Block, HParams, Training, Transformer
+from mue.shapes.hparams import warmup_steps
 from mue.util.text import number, percent
 
 
@@ -124,6 +126,43 @@ def betas_notes(
             )
         )
     return tuple(found)
+
+
+def warmup_averages(tuned: HParams, beta2: float, training: Training | None) -> tuple[float, float] | None:
+    """A run's warmup in steps, and in units of Adam's average over squared gradients, 1/(1-β2) steps.
+
+    Args:
+        tuned: its warmup and optimizer. beta2: of the run. training: its length.
+
+    Returns:
+        None where there is no such average, or no run.
+    """
+    if tuned.optimizer not in _ADAMS or training is None:
+        return None
+    steps = warmup_steps(tuned.warmup, training.steps)
+    return steps, steps * (1 - beta2)
+
+
+def warmup_notes(tuned: HParams, beta2: float, training: Training | None) -> tuple[str, ...]:
+    """A note where the target's warmup is shorter than one average over squared gradients, and one where it is the whole run.
+
+    Args:
+        tuned: as carried to the target. beta2: the target's. training: the target's run.
+    """
+    found = warmup_averages(tuned, beta2, training)
+    if found is None or training is None:
+        return ()
+    steps, averages = found
+    if steps >= training.steps > 1:
+        return (f"warmup = {number(steps)} steps is the target's whole run: give fewer, or a fraction of it",)
+    if averages >= 1 - 1e-9:
+        return ()
+    length = math.ceil(1 / (1 - beta2) - 1e-9)
+    short = f"of {number(steps)} steps is" if steps else "is missing, and so"
+    return (
+        f"the target's lr warmup {short} shorter than Adam's average over squared gradients, 1/(1-β2) = {number(1 / (1 - beta2))} steps: the"
+        f" highest rate meets a denominator of few gradients; warmup = {length} (steps) or more is one average",
+    )
 
 
 def _unscaled(base: Transformer, target: Transformer) -> list[str]:

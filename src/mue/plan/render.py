@@ -7,6 +7,7 @@ from dataclasses import fields
 from mue.plan import assumptions, per_role
 from mue.plan.defaults import not_given
 from mue.plan.fold import unfold
+from mue.plan.notes import warmup_averages
 from mue.plan.plan import PlanData
 from mue.rules.options import as_json
 from mue.rules.roles import ROLES
@@ -43,6 +44,7 @@ def header(plan: PlanData) -> list[tuple[str, str]]:
         ("residual, head multiplier", f"{number(plan.residual_multiplier)}, {number(plan.head_multiplier)}"),
         ("attention scale", number(plan.attention_scale)),
         ("betas", ", ".join(map(below_one, plan.betas))),
+        *_warmup(plan),
         (
             "drift, reported only",
             f"σ0 experts × {drift['sigma0_experts']}, σ0 others × {drift['sigma0_other']}, up/gate update × {drift['up_gate']}",
@@ -60,6 +62,19 @@ def header(plan: PlanData) -> list[tuple[str, str]]:
     if plan.folding is not None:
         lines.append(("folded", f"multipliers are in the weights; R is in the {plan.folding.route}"))
     return lines + [("note", note) for note in plan.notes] + [("hash", known_by(plan))]
+
+
+def _warmup(plan: PlanData) -> list[tuple[str, str]]:
+    """How long the target's lr warmup is for its run and for Adam's beta2."""
+    found = warmup_averages(plan.tuned, plan.betas[1], plan.training)
+    if found is None:
+        return []
+    steps, averages = found
+    return (
+        [("warmup", f"{steps:,.0f} steps of {plan.training.steps:,}, {number(averages)} × 1/(1-β2)")]
+        if plan.training
+        else []
+    )
 
 
 def known_by(plan: PlanData) -> str:

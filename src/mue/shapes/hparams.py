@@ -86,8 +86,8 @@ class HParams:
             third of the layers, of the base's as of the target's (``"first_third.ffn_up"`` once it is stored). A role's ``init_std``
             may be 0: a head or queries that start at zero.
         optimizer, clip, warmup, floor, balance, z, bias_speed: carried to the target unchanged: optimizer name,
-            clipping threshold (None: off), warmup and lr floor as fractions, balance-loss and z-loss coefficients,
-            speed of the balance bias per step.
+            clipping threshold (None: off), warmup as a fraction of the run or as a number of steps (from 2), lr floor as a
+            fraction, balance-loss and z-loss coefficients, speed of the balance bias per step.
     """
 
     lr: float
@@ -120,7 +120,7 @@ class HParams:
                 f"optimizer {self.optimizer!r} is not understood, and what is not derived is not guessed{nearest(self.optimizer, OPTIMIZERS)}"
             )
         put("clip", None if self.clip is None else positive("clip", self.clip))
-        put("warmup", positive("warmup", self.warmup, zero=True, below=1))
+        put("warmup", _warmup(self.warmup))
         put("floor", positive("floor", self.floor, zero=True, below=1))
         for name in ("balance", "z", "bias_speed"):
             put(name, positive(name, getattr(self, name), zero=True))
@@ -133,6 +133,24 @@ class HParams:
     def replace(self, **changes: Any) -> HParams:
         """A copy with some values changed."""
         return replace(self, **changes)
+
+
+def _warmup(value: object) -> float:
+    found = positive("warmup", value, zero=True)
+    if found >= 1 and (found == 1 or not found.is_integer()):
+        raise ValueError(
+            f"warmup must be a fraction of the run (below 1) or a whole number of steps (from 2), got {value!r}"
+        )
+    return found
+
+
+def warmup_steps(warmup: float, steps: int) -> float:
+    """The steps of a run's warmup, not rounded.
+
+    Args:
+        warmup: a fraction of the run below 1, or steps. steps: of the run.
+    """
+    return warmup if warmup >= 1 else warmup * steps
 
 
 def _roles(tables: object) -> Roles:

@@ -284,3 +284,15 @@ def test_what_is_no_scheduler_is_refused() -> None:
         c.scheduler = given
         with pytest.raises(ValueError, match="scheduler= is the scheduler that was built on the optimizer"):
             c.check(only=ONLY)
+
+
+def test_a_warmup_shorter_than_adams_average_is_said_beside_the_pass() -> None:
+    """1/(1-β2) is 80 steps in the case's plan; a note and no fault, for somebody may have tuned it so."""
+
+    def warmed(steps: int) -> str:
+        report = report_of(lambda o: torch_schedules.LambdaLR(o, lambda t: min(1.0, (t + 1) / steps)))
+        (passed,) = [f for f in report.findings if f.check == "scheduler"]
+        return passed.measured
+
+    assert warmed(12).endswith("; warmup of 12 steps, shorter than 1/(1-β2) = 80")
+    assert "warmup" not in warmed(81) and "warmup" not in warmed(100)

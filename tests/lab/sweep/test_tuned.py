@@ -47,6 +47,8 @@ del EXPERTS["ffn"]
         ({}, {"decay": 0}, r"tuned with decay = 0.2, this trains with 0:"),
         ({"task": "order"}, {}, r'tuned with task = "order", this trains with "language"'),
         ({"schedule": "cosine", "decay": 0.5}, {"schedule": "cosine"}, ""),  # which has no decay
+        ({"schedule": "wsqd", "shift": 50}, {"schedule": "wsqd", "shift": 60}, r"tuned with shift = 50, this trains with 60"),
+        ({"schedule": "wsqd", "shift": 50}, {"schedule": "wsqd", "shift": 50, "decay": 0.5}, r"tuned with decay = 0.2"),
         ({"seed": 3, "eval_every": 5, "log_every": 1}, {"eval_sequences": 1}, ""),
         ({"balance": "none"}, {}, ""),  # a dense base has none
     ],

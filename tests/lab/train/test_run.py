@@ -61,6 +61,17 @@ def test_coefficients_that_nothing_reads_are_refused(corpus: Corpus) -> None:
         run(SETTINGS, optimizer="lion")
 
 
+def test_a_warmup_in_steps_must_leave_something_of_the_run(corpus: Corpus) -> None:
+    data, training = describe_data({"source": []}, corpus), mue.Training(128, 10)
+    plans = {
+        w: mue.transfer(BASE, TARGET, TUNED.replace(warmup=w), base_training=training, training=training)
+        for w in (9, 10)
+    }
+    assert Run(plans[9], SETTINGS, data).key
+    with pytest.raises(ValueError, match="warmup = 10 steps is the whole run of 10"):
+        Run(plans[10], SETTINGS, data)
+
+
 def test_a_balance_loss_that_no_router_reads_is_refused(corpus: Corpus) -> None:
     """A router without a matrix has nothing that the loss could train; one beside it that has one may be balanced."""
     data, training = describe_data({"source": []}, corpus), mue.Training(128, 10)

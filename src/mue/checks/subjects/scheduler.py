@@ -10,6 +10,7 @@ from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, SKIP, UNMEASURED, WARN, Finding, several
 from mue.checks.schedule import LONGEST, Offence, Walk, feeds_on_loss, planned_peak, stated_peak, walk
 from mue.layouts.layout import canonical
+from mue.shapes.hparams import warmup_steps
 
 NAME = "scheduler"
 MEND = "torch.optim.lr_scheduler.LambdaLR(optimizer, factor)  # factor(step) has its peak at 1"
@@ -33,7 +34,7 @@ def scheduler(ctx: Context) -> Iterator[Finding]:
     if found is not None:
         yield found
     if found is None or found.status == WARN:
-        yield Finding(NAME, PASS, measured=f"ratios kept over {len(seen.factors)} steps")
+        yield Finding(NAME, PASS, measured=f"ratios kept over {len(seen.factors)} steps{_short_warmup(ctx, seen)}")
     if ctx.plan.training is not None and not seen.begun and not feeds_on_loss(ctx.scheduler):
         yield from _length(ctx, seen, ctx.plan.training.steps)
         yield from _warmup(ctx, seen, ctx.plan.training.steps)
@@ -190,16 +191,33 @@ def _length(ctx: Context, seen: Walk, steps: int) -> Iterator[Finding]:
         )
 
 
+def _reached(seen: Walk, steps: int) -> int:
+    """The step at which the peak of the first ``steps`` is reached, counted from 1."""
+    return next(i for i, f in enumerate(seen.factors) if f >= 0.99 * max(seen.factors[:steps])) + 1
+
+
+def _short_warmup(ctx: Context, seen: Walk) -> str:
+    """A note where rates rise to their peak in fewer steps than Adam's average over squared gradients lasts; else nothing."""
+    betas = [g["betas"][1] for o in ctx.optimizers for g in o.param_groups if "betas" in g and g["params"]]
+    if seen.begun or not betas or feeds_on_loss(ctx.scheduler):
+        return ""
+    average, reached = 1 / (1 - max(betas)), _reached(seen, len(seen.factors))
+    if reached >= average * (1 - 1e-9):
+        return ""
+    return f"; warmup of {reached} steps, shorter than 1/(1-β2) = {average:.4g}"
+
+
 def _warmup(ctx: Context, seen: Walk, steps: int) -> Iterator[Finding]:
     """A warning where the peak is reached in less than half of the planned warmup."""
-    planned = ctx.plan.tuned.warmup * steps
-    reached = next(i for i, f in enumerate(seen.factors) if f >= 0.99 * max(seen.factors[:steps])) + 1
+    given = ctx.plan.tuned.warmup
+    planned = warmup_steps(given, steps)
+    reached = _reached(seen, steps)
     if planned >= 2 and reached < planned / 2:
         yield Finding(
             NAME,
             WARN,
             f"{_name(ctx)}: warmup",
-            f"{planned:.0f} steps of warmup ({ctx.plan.tuned.warmup:g} of the run, as the base's)",
+            f"{planned:.0f} steps of warmup ({given:g}{' of the run' if given < 1 else ' steps'}, as the base's)",
             "none" if reached == 1 else f"the peak is reached at step {reached}",
             ("the schedule has no warmup", "warmup given in other units than steps"),
             f"warm up over {planned:.0f} steps, or say how the base was tuned: mue.HParams(warmup=0.0)",

@@ -24,6 +24,7 @@ from mue.lab.study.schedule import Rows, Schedule
 from mue.lab.study.spec import BASE, StudyCell, octave
 from mue.lab.valley.fit import Valley, fit_with_posterior
 from mue.lab.valley.window import LossPoint
+from mue.shapes.hparams import warmup_steps
 from mue.util.statistics import student_quantile
 
 _TAIL = 0.025
@@ -145,7 +146,7 @@ def _fall(cell: StudyCell, rows: Sequence[Mapping[str, Any]]) -> float | None:
     for row in rows:
         steps = cell.target.training.steps
         # after warmup, before the decay begins: there the loss depends on the steps alone (2405.18392)
-        stable = [(s, y) for s, y in row["curve"] if max(0.3, warmup) * steps <= s <= 0.8 * steps]
+        stable = [(s, y) for s, y in row["curve"] if max(0.3 * steps, warmup_steps(warmup, steps)) <= s <= 0.8 * steps]
         if len(stable) >= 2:
             (s0, y0), (s1, y1) = stable[0], stable[-1]
             falls.append((y0 - y1) / math.log(s1 / s0))

@@ -10,6 +10,7 @@ import numpy as np
 
 from mue.lab.study.measure import CellMeasures
 from mue.lab.study.schedule import Rows
+from mue.shapes.hparams import warmup_steps
 
 Curve = Sequence[tuple[float, float]]
 
@@ -82,7 +83,7 @@ def _factor(moe: CellMeasures, dense: CellMeasures, seed: int, rows: Rows) -> fl
 def _stable(one: CellMeasures, curve: Curve) -> Curve:
     """Validation losses after warmup and before the decay: there the loss depends on the steps alone (WSD, 2404.06395)."""
     steps, warmup = one.cell.target.training.steps, one.cell.approach.tuned.warmup
-    return [(s, y) for s, y in curve if warmup * steps < s <= 0.8 * steps]
+    return [(s, y) for s, y in curve if warmup_steps(warmup, steps) < s <= 0.8 * steps]
 
 
 def _reaches(curve: Curve, loss: float) -> float | None:

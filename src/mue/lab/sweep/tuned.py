@@ -10,6 +10,7 @@ from typing import Any
 
 from mue.lab.sweep.state import RESULT_FILE, SWEEP_FILE, SweepState
 from mue.lab.train.run import Settings
+from mue.lab.train.schedule import DECAYING
 from mue.shapes import HParams, Training, Transformer, shape_from_dict
 from mue.util.files import digest
 
@@ -59,10 +60,16 @@ class TunedResult:
         return ", ".join(f"{name} = {_toml(getattr(self.settings, name))}" for name in names)
 
     def _deciding(self) -> list[str]:
-        """The settings that decide what is tuned: a decay only of the schedule that has one, balance only of experts."""
+        """The settings that decide what is tuned: decay and shift only of schedules that read them, balance only of experts."""
         experts = any(block.experts for block in self.base.blocks)
-        decays = self.settings.schedule == "wsd"
-        return ["task", "schedule", *["decay"] * decays, *["balance", "consistency"] * experts]
+        name = self.settings.schedule
+        return [
+            "task",
+            "schedule",
+            *["decay"] * (name in DECAYING),
+            *["shift"] * (name == "wsqd"),
+            *["balance", "consistency"] * experts,
+        ]
 
 
 def tuned_of(folder: Path) -> TunedResult:

@@ -15,18 +15,23 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from mue.lab.train.schedule import SCHEDULES
 from mue.plan.plan import PlanData
 from mue.plan.replan import inputs_from_dict
 from mue.plan.transfer import plan_of
 from mue.shapes.block import Block
+from mue.shapes.hparams import warmup_steps
 from mue.shapes.routers import LOSSES
 from mue.util.errors import positive, positive_int
 from mue.util.files import FileLock, digest
 
-SCHEDULES = ("wsd", "cosine")
 PRECISIONS = ("fp32", "bf16")
 BALANCES = ("bias", "loss", "none")
-_ADDED_LATER = {"consistency": 0.0, "task": "language"}  # what runs do that were keyed before these settings existed
+_ADDED_LATER = {
+    "consistency": 0.0,
+    "task": "language",
+    "shift": 0,
+}  # what runs do that were keyed before these settings existed
 
 
 @dataclass(frozen=True)
@@ -36,7 +41,8 @@ class Settings:
     Attributes:
         task: what is trained on, by its name in ``mue.lab.train.task``.
         seed: of the init and of the order of the batches.
-        schedule: ``"wsd"`` (warmup, stable, linear decay over the last ``decay`` of the steps) or ``"cosine"``.
+        schedule: of :data:`mue.lab.train.schedule.SCHEDULES`: ``"wsd"`` (warmup, stable, linear decay over the last ``decay`` of the
+            steps), ``"cosine"``, ``"linear"`` (from the warmup on), ``"wsqd"`` (``"wsd"`` with a base of 1/√(t + ``shift``)).
         precision: ``"fp32"``, or ``"bf16"`` autocast.
         balance: of experts: ``"bias"`` (aux-loss-free), ``"loss"`` (with the plan's coefficients) or ``"none"``.
         consistency: coefficient α of the consistency loss between two passes over every batch (THOR, 2110.04260; the paper: 5).
@@ -54,15 +60,22 @@ class Settings:
     log_every: int = 10
     consistency: float = 0.0
     task: str = "language"
+    shift: int = 0
 
     def __post_init__(self) -> None:
-        for name, known in (("schedule", SCHEDULES), ("precision", PRECISIONS), ("balance", BALANCES)):
+        for name, known in (("schedule", tuple(SCHEDULES)), ("precision", PRECISIONS), ("balance", BALANCES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         # True is an int to Python, and would be a key of its own beside 1.
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be a whole number of at least 0, got {self.seed!r}")
         positive("decay", self.decay, zero=True, below=1)
+        if self.schedule == "wsqd":
+            object.__setattr__(
+                self, "shift", positive_int("shift of wsqd (the steps of the run it was tuned on)", self.shift)
+            )
+        elif self.shift:
+            raise ValueError(f'shift = {self.shift!r} is read by schedule = "wsqd" alone: leave it out')
         positive("consistency", self.consistency, zero=True)
         for name in ("eval_sequences", "log_every", *(("eval_every",) if self.eval_every else ())):
             object.__setattr__(self, name, positive_int(name, getattr(self, name)))
@@ -124,6 +137,10 @@ class Run:
             raise ValueError(
                 f"consistency = {self.settings.consistency:g} compares two draws of the experts, and no router of"
                 f' {self.plan.target.name} draws any: leave it out, or plan router = "thor" or "random"'
+            )
+        if warmup_steps(tuned.warmup, self.plan.training.steps) >= self.plan.training.steps > 1:
+            raise ValueError(
+                f"warmup = {tuned.warmup:g} steps is the whole run of {self.plan.training.steps}: give fewer, or a fraction below 1"
             )
         sequence, batch = self.plan.target.sequence, self.plan.training.batch
         if batch % sequence:
