@@ -6,12 +6,14 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+from mue.util.errors import extra
+
 try:
     import typer
     from rich.console import Console
     from typer.core import TyperCommand
 except ImportError:  # pragma: no cover - the message is the point
-    sys.exit("the mue command needs the lab extra: pip install 'mue[lab]'")
+    sys.exit(f"the mue command needs the lab extra: {extra('lab')}")
 
 
 class WithNames(TyperCommand):

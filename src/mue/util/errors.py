@@ -100,3 +100,12 @@ def nearest(word: str, known: Iterable[str]) -> str:
     # half alike: a slip or a synonym is found, and a wholly other word shows the list instead
     close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; known: {', '.join(known)}"
+
+
+def extra(name: str) -> str:
+    """How one of the extras is installed, for a message: from the repository, as no package index has mue (docs/install.md).
+
+    Args:
+        name: of the extra, as in ``pyproject.toml``.
+    """
+    return f"pip install 'mue[{name}] @ git+<repository>'"

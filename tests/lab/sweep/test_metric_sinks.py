@@ -70,7 +70,7 @@ def test_wandb_gets_each_row_once(spec: SweepSpec, tmp_path: Path, monkeypatch: 
 
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(ValueError, match=r"pip install 'mue\[wandb\]'"):
+    with pytest.raises(ValueError, match=r"pip install 'mue\[wandb\] @ git\+<repository>'"):
         open_sinks(["wandb"], tmp_path)
     with pytest.raises(ValueError, match="tensorboard or wandb, not 'mlflow'"):
         open_sinks(["mlflow"], tmp_path)

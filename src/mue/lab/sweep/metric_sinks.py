@@ -15,6 +15,7 @@ from typing import Any
 
 from mue.lab.runners.listener import RunListener
 from mue.lab.train.run import Run, Store
+from mue.util.errors import extra
 
 
 def open_sinks(kinds: Sequence[str], folder: Path) -> list[MetricSink]:
@@ -36,7 +37,7 @@ def _opened(kind: str, folder: Path) -> MetricSink:
     try:
         return KINDS[kind](folder)
     except ImportError as error:
-        raise ValueError(f"--log {kind} needs the {kind} extra: pip install 'mue[{kind}]' ({error})") from error
+        raise ValueError(f"--log {kind} needs the {kind} extra: {extra(kind)} ({error})") from error
 
 
 class MetricSink(RunListener, ABC):

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
+from mue.util.errors import extra
 from mue.util.files import FileLock
 
 T = TypeVar("T")
@@ -104,7 +105,9 @@ class Database:
             try:
                 import psycopg
             except ImportError as error:
-                raise ValueError(f"{self.name} needs its driver: pip install 'mue[cluster]' ({error})") from error
+                raise ValueError(
+                    f"{self.name} needs its driver, in the cluster extra: {extra('cluster')} ({error})"
+                ) from error
             self.errors = (psycopg.Error,)
         self.patience = min(patience, _OPENING if trouble else _UNHEARD)
         try:

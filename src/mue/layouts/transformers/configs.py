@@ -12,7 +12,7 @@ from torch import nn
 
 from mue.layouts.observe.config import attributes, subconfigs, text_config
 from mue.layouts.transformers.family import family_of
-from mue.util.errors import nearest
+from mue.util.errors import extra, nearest
 from mue.util.files import read_text
 from mue.util.importing import user_code
 
@@ -21,7 +21,7 @@ def _transformers() -> Any:
     try:
         transformers = importlib.import_module("transformers")
     except ImportError:
-        raise ValueError("model families of transformers need the hf extra: pip install 'mue[hf]'") from None
+        raise ValueError(f"model families of transformers need the hf extra: {extra('hf')}") from None
     # its warnings are about weights, and none are loaded here
     transformers.logging.set_verbosity_error()
     return transformers
