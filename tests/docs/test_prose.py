@@ -17,7 +17,7 @@ LONGER = {
     "README.md": 15,
     "docs/architecture.md": 5,
     "docs/checks.md": 19,
-    "docs/evidence.md": 4,
+    "docs/evidence.md": 6,
     "docs/exports.md": 3,
     "docs/findings/betas.md": 4,
     "docs/findings/depth.md": 1,
