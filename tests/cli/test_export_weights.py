@@ -40,3 +40,8 @@ def test_it_writes_a_checkpoint_or_nothing(
     assert code == 0, err
     assert "as glm4_moe" in said and {p.name for p in out.iterdir()} >= {"model.safetensors", "tokenizer.json"}
     refused(in_process(capsys, monkeypatch, "export-weights", run, "--to", "transformers", "-o", out), "exists already")
+    assert "under way" not in said
+    (run / "model.safetensors").rename(run / "checkpoint.safetensors")
+    again = tmp_path / "checkpoint"
+    code, said, err = in_process(capsys, monkeypatch, "export-weights", run, "--to", "transformers", "-o", again)
+    assert code == 0 and f"run {run.name}, under way, as glm4_moe" in said, err

@@ -83,6 +83,10 @@ def test_a_run_without_weights_is_trained_again_and_keeps_them(
     refused(in_process(capsys, monkeypatch, "train", folder, "-o", bare), "kept no weights", "another --out")
     refused(in_process(capsys, monkeypatch, "train", folder, "-o", kept, "--seed", "1"), "--seed", "another run")
     refused(in_process(capsys, monkeypatch, "train", bare, "-o", kept), "is no run")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text(config.replace('"lr": 0.01', '"lr": 0.02'))
+    refused(in_process(capsys, monkeypatch, "train", folder, "-o", kept), f"trained as run {folder.name}", "anew")
+    (folder / "config.json").write_text(config)
     assert not kept.exists()
     assert in_process(capsys, monkeypatch, "train", folder, "-o", kept)[0] == 0
     again = kept / "runs" / folder.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -147,13 +148,16 @@ def with_sweep(data: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any
         notes += found.check_settings(settings_from(data), str(folder))
     elif unusual := found.unusual():
         notes.append(f"these values were tuned with {unusual}: they are for runs with the same")
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+    _say_notes(notes)
     return data, found.tuned
 
 
-def say_data(console: Console, corpus: Any) -> None:
-    """Print what a corpus is and what was left out of it: nothing is skipped silently."""
+def say_data(console: Console, corpus: Any, tuned: Path | None = None) -> None:
+    """Print what a corpus is and what was left out of it: nothing is skipped silently.
+
+    Args:
+        tuned: the folder of the sweep whose values are trained with on it; that it read other data is noted.
+    """
     skipped = ", ".join(f"{n} {why}" for why, n in corpus.skipped.items())
     console.print(
         f"data: {corpus.files} files, {corpus.bytes / 1e6:.1f} MB, {corpus.tokens:,} tokens, vocabulary {corpus.vocab}, sha256 {corpus.hash[:16]}"
@@ -161,6 +165,15 @@ def say_data(console: Console, corpus: Any) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if tuned is not None:
+        from mue.lab.sweep.tuned import tuned_of
+
+        _say_notes(tuned_of(tuned).other_data(corpus.hash, str(tuned)))
+
+
+def _say_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
 
 
 def say_paths(console: Console, *lines: str) -> None:

@@ -51,7 +51,7 @@ def generate(
     model = found.model()
     if not isinstance(model, LanguageModel):
         raise ValueError(f"{run} learnt the task {found.run.settings.task!r}: only language models write")
-    print(f"{found.name}{', under way' if found.under_way else ''}", file=sys.stderr)
+    print(found.name, file=sys.stderr)
     pieces, started, count = continued(model, words, prompt, tokens, drawing), time.monotonic(), 0
     print(prompt, end="", flush=True)
     for piece in pieces:

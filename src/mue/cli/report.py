@@ -40,6 +40,8 @@ def report(
       mue report runs/sweep --csv trials.csv
       mue report runs/here --storage postgresql://me@db/sweeps     # into a new folder
     """
+    from mue.lab.train.run import CONFIG_FILE
+
     # This process is short, and looking for garbage among 10,000 trials is a fifth of its time, half of that at exit
     # (docs/LOG.md, "Many workers on one storage").
     gc.disable()
@@ -72,11 +74,11 @@ def report(
         from mue.lab.per_role.report import roles_report
 
         path = roles_report(folder)
-    elif (folder / "config.json").exists():
+    elif (folder / CONFIG_FILE).exists():
         from mue.lab.report.runs import run_report
 
         path = run_report(folder)
-    elif any(folder.glob("runs/*/config.json")):
+    elif any(folder.glob(f"runs/*/{CONFIG_FILE}")):
         from mue.lab.report.runs import folder_report
 
         path = folder_report(folder)

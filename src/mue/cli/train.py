@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,30 +14,42 @@ from mue.cli.files import Set, read_tables
 from mue.plan.toml import PLAN_TABLES
 
 if TYPE_CHECKING:  # a run's modules need torch, and a command imports what it calls when it runs
+    import torch
+
     from mue.lab.data import Corpus
-    from mue.lab.train.run import Run
+    from mue.lab.runners.listener import RunListener
+    from mue.lab.train.run import Run, Store
+
+
+_File = Annotated[
+    Path,
+    typer.Argument(
+        help="A TOML file; see the example below. Or a run's folder, to train it again.", show_default=False
+    ),
+]
+_Rule = Annotated[str | None, typer.Option("--rule", help="Plan by this rule instead of the file's: {rules}.")]
+_Seed = Annotated[int | None, typer.Option("--seed", help="Of the init and of the order of the batches.")]
+_Device = Annotated[
+    str,
+    typer.Option(
+        "--device", help="As torch names it: cpu, cuda:1 \\[default: a GPU where there is one].", show_default=False
+    ),
+]
+_KeepWeights = Annotated[
+    bool, typer.Option("--keep-weights/--no-keep-weights", help="Leave model.safetensors in the run's folder.")
+]
 
 
 @app.command(cls=WithNames)
 def train(
-    file: Annotated[
-        Path,
-        typer.Argument(
-            help="A TOML file; see the example below. Or a run's folder, to train it again.", show_default=False
-        ),
-    ],
+    file: _File,
     out: Out = Path("runs/train"),
     tuned: Tuned = None,
-    rule: Annotated[str | None, typer.Option(help="Plan by this rule instead of the file's: {rules}.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the init and of the order of the batches.")] = None,
+    rule: _Rule = None,
+    seed: _Seed = None,
     log: Log = None,
-    device: Annotated[
-        str,
-        typer.Option(help="As torch names it: cpu, cuda:1 \\[default: a GPU where there is one].", show_default=False),
-    ] = "",
-    keep_weights: Annotated[
-        bool, typer.Option("--keep-weights/--no-keep-weights", help="Leave model.safetensors in the run's folder.")
-    ] = True,
+    device: _Device = "",
+    keep_weights: _KeepWeights = True,
     change: Set = None,
 ) -> None:
     """Train the file's target (or its base, if it has no target) with the planned values.
@@ -70,15 +82,11 @@ def train(
     import torch
 
     from mue.lab.data.spec import open_corpus
-    from mue.lab.report.progress import RunProgress
     from mue.lab.report.runs import run_report
     from mue.lab.runners.threads import set_threads
-    from mue.lab.sweep.listener import Broadcast
     from mue.lab.sweep.metric_sinks import open_sinks
-    from mue.lab.train.run import Store
-    from mue.lab.train.session import train as run_training
+    from mue.lab.train.run import WEIGHTS_FILE, Store
     from mue.lab.train.step import device_named
-    from mue.lab.trained.find import WEIGHTS
 
     console = Console()
     make: Callable[[Corpus], Run]
@@ -91,30 +99,47 @@ def train(
     place = device_named(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sinks = open_sinks(log or [], out)
     corpus = open_corpus(source)
-    say_data(console, corpus)
-    run = make(corpus)
-    made, store = run.plan, Store(out)
-    folder = store.folder(run.key)
-    if keep_weights and store.result(run.key) is not None and not (folder / WEIGHTS).exists():
+    say_data(console, corpus, tuned)
+    run, store = make(corpus), Store(out)
+    made, folder, ended = run.plan, store.folder(run.key), store.result(run.key) is not None
+    if keep_weights and ended and not (folder / WEIGHTS_FILE).exists():
         raise ValueError(
             f"{folder} is finished and kept no weights, and what is finished is not trained again: give another --out, or --no-keep-weights"
         )
     say_paths(console, f"run {run.key}, plan {made.hash}: {made.target.name}, {made.target.parameters:,} parameters")
-    if place.type == "cpu" and store.result(run.key) is None:
+    if place.type == "cpu" and not ended:
         say_paths(console, set_threads(run, store, corpus))
+    _train(console, run, store, corpus, sinks, keep_weights=keep_weights, device=place)
+    made.save(folder / "plan.json")
+    say_paths(console, f"report: {run_report(folder)}")
+
+
+def _train(
+    console: Console,
+    run: Run,
+    store: Store,
+    corpus: Corpus,
+    sinks: Sequence[RunListener],
+    *,
+    keep_weights: bool,
+    device: torch.device,
+) -> None:
+    """Train the run where it is not finished, and show how far it is."""
+    from mue.lab.report.progress import RunProgress
+    from mue.lab.sweep.listener import Broadcast
+    from mue.lab.train.session import train
+
     progress = RunProgress(console, "train", [run], lambda r: r.plan.target.name)
     with Broadcast(*sinks, progress) as listener:
-        result = run_training(
+        result = train(
             run,
             store,
             corpus,
             progress=lambda step, loss: listener.moved(run, step, loss),
             keep_weights=keep_weights,
-            device=place,
+            device=device,
         )
         listener.ended(run, result, fresh=run.key in progress.seen)
-    made.save(folder / "plan.json")
-    say_paths(console, f"report: {run_report(folder)}")
 
 
 def _of_file(
@@ -135,11 +160,12 @@ def _again(folder: Path, options: list[str]) -> tuple[dict[str, Any], Callable[[
     """Where the data of a run is, and the very same run on them.
 
     Raises:
-        ValueError: the folder is none of a run; options that would make it another run; data that have changed.
+        ValueError: the folder is none of a run, or its run is planned otherwise now; options that would make it another run; data that have
+            changed.
     """
-    from mue.lab.trained.find import read_run
+    from mue.lab.train.run import read_run
 
-    run = read_run(folder)
+    run = read_run(folder, same=True)
     if options:
         raise ValueError(f"{options[0]} would make it another run than that in {folder}: leave it out, or give a file")
 

@@ -64,7 +64,7 @@ def tune_roles(
     data, values = with_sweep(read_tables(file, change, ("base", "tuned", "data", "run", "roles")), tuned)
     spec = roles_from(data, file.parent, values)
     corpus = open_corpus(spec.source)
-    say_data(console, corpus)
+    say_data(console, corpus, tuned)
 
     @contextmanager
     def listener_of(title: str, runs: Sequence[Run]) -> Iterator[RunListener]:

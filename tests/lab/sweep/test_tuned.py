@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from conftest import EXPERIMENT
-from mue.cli.app import with_sweep
+from mue.cli.app import say_data, with_sweep
 from mue.lab.sweep.spec import sweep_from
 from mue.lab.sweep.tuned import tuned_of
 from mue.util.files import write_json
@@ -78,6 +80,17 @@ def test_another_precision_is_said(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "was tuned in fp32, this trains in bf16" in capsys.readouterr().err
     with_sweep(tables({"precision": "fp32"}), folder)
     assert capsys.readouterr().err == ""
+
+
+def test_other_data_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """When they are open, for only then are they known."""
+    for data, said in (
+        ("1" * 64, f"{tmp_path} was tuned on other data (sha256 {'0' * 16} there, {'1' * 16} here)"),
+        ("0" * 64, ""),
+    ):
+        corpus = SimpleNamespace(skipped={}, files=1, bytes=1, tokens=1, vocab=1, hash=data)
+        say_data(Console(), corpus, swept(tmp_path, {}))
+        assert capsys.readouterr().err == (f"note: {said}\n" if said else "")
 
 
 def test_a_plan_says_what_its_readers_would_not_guess(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,9 @@ import torch
 
 from mue.lab.data.corpus import by_folder
 from mue.lab.data.spec import corpus_arguments, open_corpus
+from mue.lab.train.run import read_run
 from mue.lab.trained.evaluate import TextScores, score
-from mue.lab.trained.find import find, read_run
+from mue.lab.trained.find import find
 from mue.lab.trained.held_out import WHOLE, own_text, text_of
 from mue.lab.trained.subject import subject_of
 from mue.lab.trained.tokens import tokens_of

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -10,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from mue.lab.data.spec import open_corpus
-from mue.lab.train.run import Store
+from mue.lab.train.run import Store, read_run
 from mue.lab.train.session import train
-from mue.lab.trained.find import find, read_run, untrained
+from mue.lab.trained.find import find, untrained
 from support.small_run import Stop, stop_at
 from support.trained import moe_run_of_bytes
 
@@ -46,7 +47,7 @@ def test_a_run_under_way_is_its_checkpoint(moe_run: Path, domains: Path, tmp_pat
     with pytest.raises(Stop):
         train(run, Store(tmp_path), corpus, checkpoint_seconds=0, progress=stop_at(10))
     found = find(tmp_path)
-    assert found.under_way and found.weights.name == "checkpoint.safetensors"
+    assert found.name.endswith(", under way") and found.weights.name == "checkpoint.safetensors"
     middle, end = (f.model().state_dict()["blocks.0.moe.experts_up"] for f in (found, find(moe_run)))
     assert middle.shape == end.shape and not torch.equal(middle, end)
 
@@ -62,6 +63,20 @@ def test_without_weights_it_is_said_how_to_get_them(moe_run: Path, domains: Path
     shutil.copytree(moe_run, other.with_name("another"))
     with pytest.raises(ValueError, match=r"2 runs in .* keep their weights, name one: .*/another \(8e2a1s d32 L2\)"):
         find(tmp_path / "a")
+
+
+def test_a_run_that_is_planned_otherwise_now_is_refused(moe_run: Path, tmp_path: Path) -> None:
+    """Its file was changed, or it is of another version: its weights are not those of what would be built. What is left of it can be read."""
+    other = tmp_path / "runs" / moe_run.name
+    shutil.copytree(moe_run, other)
+    config = json.loads((other / "config.json").read_text())
+    config["plan"]["tuned"]["lr"] *= 2
+    (other / "config.json").write_text(json.dumps(config))
+    changed = read_run(other)
+    for path in (other, tmp_path, other / "model.safetensors"):
+        with pytest.raises(ValueError, match=rf"trained as run {moe_run.name}, and what .* is run {changed.key} now"):
+            find(path)
+    assert Store(tmp_path).run(moe_run.name) == changed
 
 
 def test_what_is_no_run(moe_run: Path, tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 import mue
+from mue.lab.train.run import read_run
 from mue.lab.trained.evaluate import score
-from mue.lab.trained.find import read_run
 from mue.lab.trained.held_out import WHOLE
 from mue.lab.trained.subject import subject_of
 from mue.lab.trained.tokens import tokens_of

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mue.lab.trained.find import read_run
+from mue.lab.train.run import read_run
 from mue.lab.trained.to_transformers import END
 from mue.lab.trained.tokens import TextTokens, byte_characters, tokens_of
 from support.trained import byte_level_tokenizer

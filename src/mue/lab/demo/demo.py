@@ -25,8 +25,8 @@ from mue.lab.sweep.result import SweepResult
 from mue.lab.sweep.spec import SweepSpec, base_plan, sweep_from
 from mue.lab.sweep.sweep import run_sweep
 from mue.lab.train.provenance import provenance
-from mue.lab.train.run import Run, Store
-from mue.lab.trained.find import WEIGHTS, find, untrained
+from mue.lab.train.run import WEIGHTS_FILE, Run, Store
+from mue.lab.trained.find import find, untrained
 from mue.lab.trained.generate import Drawing, continued
 from mue.lab.trained.tokens import tokens_of
 from mue.lab.valley.multiplier_check import MultiplierCheck
@@ -211,7 +211,7 @@ def _samples(run: Run, store: Store) -> dict[str, str]:
         return "".join(continued(model, tokens, PROMPT, _SAMPLE, Drawing(), whole=True))
 
     folder = store.folder(run.key)
-    after = find(folder).model() if (folder / WEIGHTS).exists() else None
+    after = find(folder).model() if (folder / WEIGHTS_FILE).exists() else None
     return {"prompt": PROMPT, "before": written(untrained(run))} | ({"after": written(after)} if after else {})
 
 

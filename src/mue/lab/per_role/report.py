@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from mue.lab.report import plots
 from mue.lab.report.page import Section, text, write_report
+from mue.lab.sweep.state import RESULT_FILE
 from mue.lab.train.run import Settings
 from mue.lab.train.task import task_of
 from mue.util.text import number
@@ -26,7 +27,7 @@ def roles_report(folder: Path) -> Path:
     Raises:
         ValueError: the search has not ended.
     """
-    path = folder / "result.json"
+    path = folder / RESULT_FILE
     if not path.exists():
         raise ValueError(f"{folder} holds no finished search: run mue tune-roles with --out {folder} first")
     result = json.loads(path.read_text(encoding="utf-8"))

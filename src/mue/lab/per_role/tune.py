@@ -16,6 +16,7 @@ from mue.lab.per_role.space import coordinates, with_multipliers
 from mue.lab.runners.listener import ListenerOf
 from mue.lab.runners.run_all import run_all
 from mue.lab.sweep.spec import base_plan
+from mue.lab.sweep.state import RESULT_FILE
 from mue.lab.train.provenance import provenance
 from mue.lab.train.run import Run, Settings, Store
 from mue.lab.train.spec import settings_from
@@ -141,7 +142,7 @@ def tune_roles(
     with store.locked("roles"):
         found = search(spec.tuned, space, spec.search, train)
         tuned = with_multipliers(spec.tuned, space, found.result)
-        write_json(out / "result.json", result_of(found, spec, tuned, corpus.hash, len(count)))
+        write_json(out / RESULT_FILE, result_of(found, spec, tuned, corpus.hash, len(count)))
         write_text(out / "tuned.toml", tuned_toml(tuned, found.verdict))
     return found
 

@@ -9,7 +9,7 @@ from typing import Any
 from mue.lab.report import plots
 from mue.lab.report.page import Section, plan_sections, runs_section, text, write_report
 from mue.lab.report.routers import router_sections, routers_table
-from mue.lab.train.run import Run, Store
+from mue.lab.train.run import CONFIG_FILE, Run, Store
 from mue.lab.train.task import task_of
 from mue.util.text import number
 
@@ -62,7 +62,7 @@ def folder_report(folder: Path) -> Path:
     store = Store(folder)
     ended: list[Path] = []
     open_: list[Path] = []
-    for config in sorted(folder.glob("runs/*/config.json")):
+    for config in sorted(folder.glob(f"runs/*/{CONFIG_FILE}")):
         (open_ if store.result(config.parent.name) is None else ended).append(config.parent)
     if not ended:
         raise ValueError(

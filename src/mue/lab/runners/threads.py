@@ -16,7 +16,7 @@ import torch
 
 from mue.lab.data import Corpus
 from mue.lab.runners.calibrate import FLAT, MEASURED_SECONDS, MEASURED_STEPS, cores, endless
-from mue.lab.train.run import Run, Store
+from mue.lab.train.run import CHECKPOINT_FILE, Run, Store
 from mue.lab.train.session import TrainingSession
 from mue.util.safetensors import read_header
 
@@ -36,7 +36,7 @@ def set_threads(run: Run, store: Store, corpus: Corpus) -> str:
     assert training is not None
     if os.environ.get("OMP_NUM_THREADS"):
         return f"threads: {own}, as OMP_NUM_THREADS says"
-    if (before := _of_checkpoint(store.folder(run.key) / "checkpoint.safetensors")) is not None:
+    if (before := _of_checkpoint(store.folder(run.key) / CHECKPOINT_FILE)) is not None:
         torch.set_num_threads(before)
         return f"threads: {before}, as before the interruption"
     if cores() == 1 or training.steps < _SHORT:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mue.lab.runners.listener import RunListener
-from mue.lab.train.run import Run, Store
+from mue.lab.train.run import METRICS_FILE, Run, Store
 from mue.util.errors import extra
 
 
@@ -59,7 +59,7 @@ class MetricSink(RunListener, ABC):
 
     def rows(self, run: Run) -> Iterator[dict[str, Any]]:
         """The run's new rows."""
-        path = self._store.folder(run.key) / "metrics.jsonl"
+        path = self._store.folder(run.key) / METRICS_FILE
         if not path.exists():
             return
         with path.open("rb") as file:

@@ -21,7 +21,7 @@ class TunedResult:
 
     Attributes:
         tuned: its values. notes: what speaks against them, a sentence each. base, training: what they were tuned on.
-        settings: what else the runs had that gave them.
+        settings: what else the runs had that gave them. data: the hash of the text they read; "" where a result does not say.
     """
 
     tuned: HParams
@@ -29,6 +29,17 @@ class TunedResult:
     base: Transformer
     training: Training
     settings: Settings
+    data: str
+
+    def other_data(self, data: str, where: str) -> tuple[str, ...]:
+        """What to say where a run reads other data than the values were tuned on. They may serve there as well, and nobody has measured it.
+
+        Args:
+            data: the hash of the run's data. where: the sweep's folder.
+        """
+        if self.data in ("", data):
+            return ()
+        return (f"{where} was tuned on other data (sha256 {self.data[:16]} there, {data[:16]} here)",)
 
     def check_settings(self, settings: Settings, where: str) -> tuple[str, ...]:
         """Refuse to train with the values under another schedule or on another task than they were tuned for.
@@ -96,7 +107,8 @@ def tuned_of(folder: Path) -> TunedResult:
         if _changed(folder, data.get("asked")):
             notes.append(f"this sweep has been changed since: finish it with mue sweep --resume {folder}")
         base, settings = shape_from_dict(identity["base"]), Settings(**identity.get("settings", {}))
-        return TunedResult(tuned, tuple(notes), base, Training(**identity["training"]), settings)
+        training, hash_ = Training(**identity["training"]), str(identity.get("data", ""))
+        return TunedResult(tuned, tuple(notes), base, training, settings, hash_)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is not the result of a sweep ({error}): run the sweep again") from error
 

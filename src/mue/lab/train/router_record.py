@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from mue.lab.data.byte_classes import BYTE_CLASSES, byte_class
-from mue.lab.train.run import Run
+from mue.lab.train.run import ROUTERS_FILE, Run
 from mue.lab.train.task import Batch, Task, TaskBatches
 from mue.moe import MoELayer, Routing
 from mue.moe import diagnostics as seen
 from mue.moe.routing import expert_load
 from mue.util.files import write_text
-
-FILE = "routers.json"
 
 
 class RouterRecord:
@@ -56,7 +54,7 @@ class RouterRecord:
     def write(self, folder: Path) -> None:
         """Write ``routers.json`` into a run's folder, atomically; nothing of a run without experts."""
         if self.at_end is not None:
-            write_text(folder / FILE, json.dumps(self.at_end, separators=(",", ":"), ensure_ascii=False) + "\n")
+            write_text(folder / ROUTERS_FILE, json.dumps(self.at_end, separators=(",", ":"), ensure_ascii=False) + "\n")
 
     def _matrices(self, routings: Sequence[Routing], batch: Batch) -> dict[str, Any]:
         """Tokens measured, classes with their tokens, and of each block co-activation, overlap, specialisation, active counts and

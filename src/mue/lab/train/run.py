@@ -23,7 +23,7 @@ from mue.shapes.block import Block
 from mue.shapes.hparams import warmup_steps
 from mue.shapes.routers import LOSSES
 from mue.util.errors import positive, positive_int
-from mue.util.files import FileLock, digest
+from mue.util.files import FileLock, digest, read_text
 
 PRECISIONS = ("fp32", "bf16")
 BALANCES = ("bias", "loss", "none")
@@ -32,6 +32,9 @@ _ADDED_LATER = {
     "task": "language",
     "shift": 0,
 }  # what runs do that were keyed before these settings existed
+# What a run's folder holds; whoever writes or looks for one of them has its name from here.
+CONFIG_FILE, RESULT_FILE, METRICS_FILE, ROUTERS_FILE = "config.json", "result.json", "metrics.jsonl", "routers.json"
+CHECKPOINT_FILE, WEIGHTS_FILE = "checkpoint.safetensors", "model.safetensors"  # under way; at the end, where kept
 
 
 @dataclass(frozen=True)
@@ -199,6 +202,36 @@ class Run:
         return cls(plan_of(inputs_from_dict(data["plan"])), Settings(**data["settings"]), data["data"])
 
 
+def is_run(folder: Path) -> bool:
+    """Whether a folder is that of a run (a checkpoint of ``transformers`` has a ``config.json``, too)."""
+    try:
+        found = json.loads(read_text(folder / CONFIG_FILE))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and {"key", "plan", "settings", "data"} <= found.keys()
+
+
+def read_run(folder: Path, *, same: bool = False) -> Run:
+    """The run of a folder, planned anew from its inputs.
+
+    Args:
+        same: it has to be the very run that was trained there, whose key is a hash of all its values. A report only reads what is left of it.
+
+    Raises:
+        ValueError: the folder is none of a run, or its run is planned otherwise now.
+    """
+    if not is_run(folder):
+        raise ValueError(f"{folder} is no run: expected a {CONFIG_FILE} as mue train writes it")
+    config = json.loads(read_text(folder / CONFIG_FILE))
+    run = Run.from_dict({name: config[name] for name in ("plan", "settings", "data")})
+    if same and run.key != config["key"]:
+        raise ValueError(
+            f"{folder} was trained as run {config['key']}, and what its {CONFIG_FILE} says is run {run.key} now: the file was changed, or is of a"
+            " version of mue that planned other values; train it anew from a file"
+        )
+    return run
+
+
 class BusyError(RuntimeError):
     """Another process is training this run right now."""
 
@@ -222,7 +255,7 @@ class Store:
         Raises:
             ValueError: the file is damaged or another run's; the text names the folder to remove.
         """
-        path = self.folder(key) / "result.json"
+        path = self.folder(key) / RESULT_FILE
         try:
             result = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -235,11 +268,8 @@ class Store:
 
     def run(self, key: str) -> Run | None:
         """The run that a folder is of, or None where it has none yet."""
-        path = self.folder(key) / "config.json"
-        if not path.exists():
-            return None
-        config = json.loads(path.read_text(encoding="utf-8"))
-        return Run.from_dict({name: config[name] for name in ("plan", "settings", "data")})
+        folder = self.folder(key)
+        return read_run(folder) if (folder / CONFIG_FILE).exists() else None
 
     def metrics(self, key: str) -> list[dict[str, Any]]:
         """The run's metric rows so far, also while it trains; [] of one that has none yet.
@@ -249,7 +279,7 @@ class Store:
             ``val_loss``, ``grad_norm`` (before clipping), ``load`` (each block's shares of the experts) and at evaluations ``routers``
             (:func:`mue.moe.diagnostics.measure` of each block with experts).
         """
-        path = self.folder(key) / "metrics.jsonl"
+        path = self.folder(key) / METRICS_FILE
         if not path.exists():
             return []
         # Whole rows only: the last one may be half written.
@@ -262,7 +292,7 @@ class Store:
         Raises:
             ValueError: the file is damaged; the text names it.
         """
-        path = self.folder(key) / "routers.json"
+        path = self.folder(key) / ROUTERS_FILE
         try:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:

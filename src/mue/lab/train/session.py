@@ -22,7 +22,7 @@ from mue.lab.data import Corpus
 from mue.lab.train import checkpoint
 from mue.lab.train.provenance import provenance
 from mue.lab.train.router_record import RouterRecord
-from mue.lab.train.run import Run, Store
+from mue.lab.train.run import CHECKPOINT_FILE, CONFIG_FILE, METRICS_FILE, RESULT_FILE, WEIGHTS_FILE, Run, Store
 from mue.lab.train.schedule import lr_factor
 from mue.lab.train.step import autocast, compile_blocks, moe_layers, objective, uncompiled
 from mue.lab.train.task import Batch, task_of
@@ -155,10 +155,10 @@ class TrainingSession:
 
     def __enter__(self) -> TrainingSession:
         self._resume()
-        write_json(self.folder / "config.json", {"key": self.key, "plan": self.plan.hash, **self.run.to_dict()})
+        write_json(self.folder / CONFIG_FILE, {"key": self.key, "plan": self.plan.hash, **self.run.to_dict()})
         # Line by line, since it is read while it grows: with rows held back until a checkpoint, early stopping saw
         # empty curves (docs/LOG.md, "Early stopping asks the fit").
-        self.metrics = (self.folder / "metrics.jsonl").open("a", buffering=1, encoding="utf-8")
+        self.metrics = (self.folder / METRICS_FILE).open("a", buffering=1, encoding="utf-8")
         self.saved_at = time.monotonic()
         return self
 
@@ -285,7 +285,7 @@ class TrainingSession:
             "run": self.key, "plan": self.plan.hash, "step": self.step, "seconds": self.seconds, "threads": torch.get_num_threads(),
             "metrics_bytes": self.metrics.tell(), "first": self.first_loss, "above": self.steps_above,
         }  # fmt: skip
-        checkpoint.save(self.folder / "checkpoint.safetensors", self.model, self.optimizer, state)
+        checkpoint.save(self.folder / CHECKPOINT_FILE, self.model, self.optimizer, state)
         self.saved_at = time.monotonic()
         self.status = "stopped" if stop else None
 
@@ -297,12 +297,12 @@ class TrainingSession:
         self._flush()
         if self.keep_weights:
             meta = {"run": self.key, "plan": self.plan.hash}
-            checkpoint.save_weights(self.folder / "model.safetensors", self.model, meta)
+            checkpoint.save_weights(self.folder / WEIGHTS_FILE, self.model, meta)
         self.routers.write(self.folder)  # before the result, by which a run is known to be whole
-        write_json(self.folder / "result.json", result)
+        write_json(self.folder / RESULT_FILE, result)
         # Last: killed before it, the run is finished and a checkpoint too many lies about; the other way round it is
         # lost.
-        (self.folder / "checkpoint.safetensors").unlink(missing_ok=True)
+        (self.folder / CHECKPOINT_FILE).unlink(missing_ok=True)
         return result
 
     @property
@@ -317,7 +317,7 @@ class TrainingSession:
 
     def _resume(self) -> None:
         """Go on from the checkpoint where there is one; rows of metrics past it are dropped and written again."""
-        path, rows = self.folder / "checkpoint.safetensors", self.folder / "metrics.jsonl"
+        path, rows = self.folder / CHECKPOINT_FILE, self.folder / METRICS_FILE
         if not path.exists():  # killed before its first checkpoint, it starts anew, and so do its rows
             rows.unlink(missing_ok=True)
             return

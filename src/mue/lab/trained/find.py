@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
 
 from mue.lab.train.checkpoint import load_weights
-from mue.lab.train.run import Run
+from mue.lab.train.run import CHECKPOINT_FILE, CONFIG_FILE, WEIGHTS_FILE, Run, is_run, read_run
 from mue.lab.train.task import task_of
 from mue.model.apply import init_
-from mue.util.files import read_text
 
-WEIGHTS, CHECKPOINT = "model.safetensors", "checkpoint.safetensors"
 _SHOWN = 5  # runs that a message lists
 
 
@@ -33,12 +30,12 @@ class TrainedRun:
     @property
     def under_way(self) -> bool:
         """The weights are of a checkpoint, and the run has not ended."""
-        return self.weights.name != WEIGHTS
+        return self.weights.name != WEIGHTS_FILE
 
     @property
     def name(self) -> str:
-        """For people: the shape and the key."""
-        return f"{self.run.plan.target.name}, run {self.run.key}"
+        """For people: the shape and the key, and that it is under way."""
+        return f"{self.run.plan.target.name}, run {self.run.key}{', under way' if self.under_way else ''}"
 
     def model(self) -> nn.Module:
         """The model with these weights, in eval mode.
@@ -58,27 +55,6 @@ def untrained(run: Run) -> nn.Module:
     return model.eval()
 
 
-def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run (a checkpoint of ``transformers`` has a ``config.json``, too)."""
-    try:
-        found = json.loads(read_text(folder / "config.json"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(found, dict) and {"key", "plan", "settings", "data"} <= found.keys()
-
-
-def read_run(folder: Path) -> Run:
-    """The run of a folder, planned anew.
-
-    Raises:
-        ValueError: the folder is none of a run.
-    """
-    if not is_run(folder):
-        raise ValueError(f"{folder} is no run: expected a config.json as mue train writes it")
-    config = json.loads(read_text(folder / "config.json"))
-    return Run.from_dict({k: config[k] for k in ("plan", "settings", "data")})
-
-
 def find(path: Path) -> TrainedRun:
     """The trained run that is meant.
 
@@ -94,7 +70,7 @@ def find(path: Path) -> TrainedRun:
             raise ValueError(
                 f"{path} is no checkpoint of a run: expected a .safetensors file beside the run's config.json"
             )
-        return TrainedRun(read_run(path.parent), path.parent, path)
+        return TrainedRun(read_run(path.parent, same=True), path.parent, path)
     if path.is_dir() and is_run(path):
         return _with_weights(path)
     if path.is_dir() and (folders := _runs(path)):
@@ -109,7 +85,7 @@ def find(path: Path) -> TrainedRun:
 
 
 def _runs(folder: Path) -> list[Path]:
-    return sorted(f.parent for f in folder.glob("runs/*/config.json") if is_run(f.parent))
+    return sorted(f.parent for f in folder.glob(f"runs/*/{CONFIG_FILE}") if is_run(f.parent))
 
 
 def _called(folders: list[Path], name: str) -> list[Path]:
@@ -119,7 +95,7 @@ def _called(folders: list[Path], name: str) -> list[Path]:
 
 
 def _file(folder: Path) -> Path | None:
-    return next((folder / name for name in (WEIGHTS, CHECKPOINT) if (folder / name).exists()), None)
+    return next((folder / name for name in (WEIGHTS_FILE, CHECKPOINT_FILE) if (folder / name).exists()), None)
 
 
 def _with_weights(folder: Path) -> TrainedRun:
@@ -128,12 +104,12 @@ def _with_weights(folder: Path) -> TrainedRun:
             f"{folder} keeps no weights: sweeps and studies leave theirs with --keep-weights only; mue train {folder} -o OUT trains"
             " this run again and keeps them"
         )
-    return TrainedRun(read_run(folder), folder, file)
+    return TrainedRun(read_run(folder, same=True), folder, file)
 
 
 def _only(path: Path, folders: list[Path]) -> TrainedRun:
     """The one of several that keeps its weights."""
-    keep = [folder for folder in folders if (folder / WEIGHTS).exists()]
+    keep = [folder for folder in folders if (folder / WEIGHTS_FILE).exists()]
     keep = keep or [folder for folder in folders if _file(folder) is not None]
     if len(keep) == 1:
         return _with_weights(keep[0])

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from mue.lab.models.language import LanguageModel
+from mue.lab.train.run import CONFIG_FILE, is_run
 from mue.lab.train.step import autocast
 from mue.lab.trained.active import AnyActive, RunAtAnyActive
 from mue.lab.trained.evaluate import Logits
-from mue.lab.trained.find import find, is_run
+from mue.lab.trained.find import find
 from mue.lab.trained.held_out import HeldOutText, own_text, text_of
 from mue.lab.trained.tokens import tokens_of
 
@@ -58,7 +59,7 @@ def subject_of(
     Raises:
         ValueError: no weights, no text, tokens that do not fit the model.
     """
-    if path.is_dir() and (path / "config.json").exists() and not is_run(path):
+    if path.is_dir() and (path / CONFIG_FILE).exists() and not is_run(path):
         return _stock(path, data, sequences, tokenizer, device, folders)
     found = find(path)
     run, model = found.run, found.model().to(device)
@@ -87,10 +88,17 @@ def subject_of(
             out: torch.Tensor = model(tokens_BT.to(device)).logits
             return out
 
-    name = f"{found.name}{', under way' if found.under_way else ''}"
     bytes_of = None if tokens is None else tokens.bytes_of
-    facts = {"model": name, "run": run.key, "plan": run.plan.hash, "seed": run.settings.seed, "data": run.data["hash"]}
-    return Subject(name, logits, text, bytes_of, found.folder, facts, lambda: RunAtAnyActive(found, model, logits))
+    facts = {
+        "model": found.name,
+        "run": run.key,
+        "plan": run.plan.hash,
+        "seed": run.settings.seed,
+        "data": run.data["hash"],
+    }
+    return Subject(
+        found.name, logits, text, bytes_of, found.folder, facts, lambda: RunAtAnyActive(found, model, logits)
+    )
 
 
 def _stock(
