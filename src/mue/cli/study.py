@@ -14,6 +14,7 @@ from mue.cli.files import Set, change_tables, read_tables
 
 if TYPE_CHECKING:  # a study's modules need torch, and a command imports what it calls when it runs
     from mue.lab.study.schedule import Planned, Rows, Schedule
+    from mue.lab.study.spec import StudySpec
 
 
 class _RunByDefault(TyperGroup):
@@ -109,17 +110,8 @@ def run(
     from mue.lab.study.rows import StudyFolder
     from mue.lab.study.run import run_study
     from mue.lab.study.schedule import Schedule
-    from mue.lab.study.shipped import shipped_study
-    from mue.lab.study.spec import TOP, study_from
 
-    if file is not None and small:
-        raise ValueError("--small is the small form of mue's own study: leave it or the FILE out")
-    console = Console()
-    if file is not None:
-        tables = read_tables(file, change, TOP, known=TOP)
-    else:
-        tables = change_tables(shipped_study(small=small, cache=out / "data"), change, TOP, known=TOP)
-    spec = study_from(tables, file.parent if file else Path()).on(tuple(axis or ()))
+    console, spec = Console(), _asked(file, small, out, change).on(tuple(axis or ()))
     corpus = open_corpus(spec.source)
     say_data(console, corpus)
     schedule = Schedule(spec, describe_data(spec.source, corpus))
@@ -140,6 +132,23 @@ def run(
     if left:
         console.print(f"{left} runs are left: start it again with --out {out}", highlight=False, soft_wrap=True)
     say_paths(console, f"report: {study_report(out)}")
+
+
+def _asked(file: Path | None, small: bool, out: Path, change: list[str] | None) -> StudySpec:
+    """The study that is meant: a file's, or the one that comes with mue, whose data are kept in the study's folder.
+
+    Raises:
+        ValueError: a file that is to be small.
+    """
+    from mue.lab.study.shipped import shipped_study
+    from mue.lab.study.spec import TOP, study_from
+
+    if file is not None and small:
+        raise ValueError("--small is the small form of mue's own study: leave it or the FILE out")
+    if file is not None:
+        return study_from(read_tables(file, change, TOP, known=TOP), file.parent)
+    shipped = shipped_study(small=small, cache=out / "data")
+    return study_from(change_tables(shipped, change, TOP, known=TOP), Path())
 
 
 def _say_asked(console: Console, schedule: Schedule, rows: Rows) -> list[Planned]:

@@ -13,6 +13,7 @@ from mue.cli.app import KeepWeights, Log, Workers, app, say_data, say_paths
 from mue.cli.files import Set, read_tables
 
 if TYPE_CHECKING:
+    from mue.lab.sweep.result import SweepResult
     from mue.lab.sweep.spec import SweepSpec
 
 _File = Annotated[Path | None, typer.Argument(help="A TOML file; see the example below.", show_default=False)]
@@ -94,22 +95,10 @@ def sweep(
     from mue.lab.sweep.listener import Broadcast
     from mue.lab.sweep.metric_sinks import open_sinks
     from mue.lab.sweep.report import sweep_report
-    from mue.lab.sweep.result import tuned_words
-    from mue.lab.sweep.sampler import sampler_of
-    from mue.lab.sweep.spec import sweep_from
-    from mue.lab.sweep.state import SweepState
     from mue.lab.sweep.sweep import run_sweep
 
-    if (file is None) == (resume is None):
-        raise ValueError("mue sweep needs a FILE, or --resume FOLDER to go on with one; not both")
-    if resume is not None and out is not None:
-        raise ValueError(f"--resume {resume} goes on in that folder: leave --out out")
+    spec, folder = _asked(file, out, resume, change)
     console = Console()
-    folder = resume or out or Path("runs/sweep")
-    if file is None and change:
-        raise ValueError(f"--set changes a file's values, and the sweep in {folder} has its own: leave --resume out")
-    tables = ("base", "tuned", "data", "run", "sweep")
-    spec = sweep_from(read_tables(file, change, tables), file.parent) if file else SweepState.load(folder).spec
     sinks = open_sinks(log or [], folder)  # before the data: a package that is missing is said at once
     corpus = open_corpus(spec.source)
     say_data(console, corpus)
@@ -130,20 +119,46 @@ def sweep(
             resume=resume is not None,
             keep_weights=keep_weights,
         )
-    page = sweep_report(
-        folder, csv=csv, result=result
-    )  # first: what is printed may go nowhere, and the report is there
+    # first: what is printed may go nowhere, and the report is there
+    page = sweep_report(folder, csv=csv, result=result)
+    _say_result(console, result, page, folder)
+
+
+def _asked(
+    file: Path | None, out: Path | None, resume: Path | None, change: list[str] | None
+) -> tuple[SweepSpec, Path]:
+    """The sweep that is meant, and its folder.
+
+    Raises:
+        ValueError: neither a file nor a folder to go on in, or both; values changed of a sweep that has its own.
+    """
+    from mue.lab.sweep.spec import sweep_from
+    from mue.lab.sweep.state import SweepState
+
+    if (file is None) == (resume is None):
+        raise ValueError("mue sweep needs a FILE, or --resume FOLDER to go on with one; not both")
+    if resume is not None and out is not None:
+        raise ValueError(f"--resume {resume} goes on in that folder: leave --out out")
+    folder = resume or out or Path("runs/sweep")
+    if file is None and change:
+        raise ValueError(f"--set changes a file's values, and the sweep in {folder} has its own: leave --resume out")
+    tables = ("base", "tuned", "data", "run", "sweep")
+    spec = sweep_from(read_tables(file, change, tables), file.parent) if file else SweepState.load(folder).spec
+    return spec, folder
+
+
+def _say_result(console: Console, result: SweepResult, page: Path, folder: Path) -> None:
+    """Print what a sweep found, what speaks against it, and where it is."""
+    from mue.lab.sweep.result import tuned_words
+    from mue.lab.sweep.sampler import sampler_of
+
     console.print(f"[bold]{result.verdict}[/]\n{tuned_words(result)}", highlight=False, soft_wrap=True)
     for warning in result.warnings:
         console.print(f"[yellow]warning:[/] {escape(warning)}", highlight=False, soft_wrap=True)
     say_paths(console, *result.advice)  # with the names of tables in it
     if why := sampler_of(result.spec.grid).why_done(result.trials):
         console.print(f"the search ended: {why.partition(': ')[0]}", highlight=False)
-    say_paths(
-        console,
-        f"report: {page}",
-        f"use it: mue plan FILE.toml --tuned {folder}",
-    )
+    say_paths(console, f"report: {page}", f"use it: mue plan FILE.toml --tuned {folder}")
 
 
 def _say_asked(console: Console, spec: SweepSpec) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mue.util.files import read_text, write_atomic
+from mue.util.files import read_text, write_text
 
 
 def write_keys(path: Path, header: str, places: Mapping[int, Mapping[str, str]]) -> None:
@@ -40,11 +40,7 @@ def write_keys(path: Path, header: str, places: Mapping[int, Mapping[str, str]])
     if not _says(edited, header, wanted, tomllib.loads(text)):
         by_hand = "; ".join(f"{key} = {value}" for keys in places.values() for key, value in keys.items())
         raise ValueError(f"{path} has no table {header} that these can be written into, write them yourself: {by_hand}")
-
-    def write(temporary: Path) -> None:
-        temporary.write_text(edited, encoding="utf-8")
-
-    write_atomic(path, write)
+    write_text(path, edited)
 
 
 def _says(edited: str, header: str, wanted: Mapping[int, Mapping[str, Any]], before: dict[str, Any]) -> bool:

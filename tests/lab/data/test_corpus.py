@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from mue.lab.data import corpus, load_corpus, sources, stdlib_corpus
+from mue.lab.data.corpus import by_folder
 from support.text_folders import folder
 
 
@@ -25,6 +26,28 @@ def test_single_text_is_cut_at_its_tail_and_loses_nothing(tmp_path: Path) -> Non
     assert bytes(corpus.train) + bytes(corpus.validation) == text.encode()
     assert len(corpus.validation) == pytest.approx(0.2 * corpus.tokens, abs=1)
     assert (corpus.vocab, corpus.files, corpus.bytes, corpus.tokenizer) == (256, 1, len(text.encode()), "bytes")
+
+
+def test_files_by_the_folder_that_they_lie_in(tmp_path: Path) -> None:
+    """Those held out are those that a corpus of the same fraction validates on; a fraction that is none is refused by both."""
+    source = folder(
+        tmp_path / "src", {f"{name}/{i}.txt": f"{name} {i}\n" * 9 for name in ("a", "b/c") for i in range(20)}
+    )
+    folder(source, {"own.txt": "own\n" * 9})
+    cache = tmp_path / "cache"
+    every, held = (by_folder(source, cache=cache, held_out=h, validation_fraction=0.3) for h in (False, True))
+    assert {name: len(paths) for name, paths in every.items()} == {".": 1, "a": 20, "b": 20}
+    read = load_corpus(source, cache=cache, validation_fraction=0.3)
+    texts = sorted(bytes(read.validation).split(b"\0"))
+    assert texts == sorted(path.read_bytes() for paths in held.values() for path in paths) and 0 < len(texts) < 41
+    assert by_folder(source / "own.txt", cache=cache, held_out=True) == {}
+    for fraction in (0.0, 1.0, -1.0):
+        for what in (
+            lambda f: load_corpus(source, cache=cache, validation_fraction=f),
+            lambda f: by_folder(source, cache=cache, held_out=True, validation_fraction=f),
+        ):
+            with pytest.raises(ValueError, match="validation_fraction must lie between 0 and 1"):
+                what(fraction)
 
 
 def test_folder_is_split_by_file_and_reports_what_it_left_out(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from mue.moe.routers.base import BaseRouter, RouterOptions
 from mue.plan.toml import plan_inputs
 from mue.plan.transfer import plan_of
 from support.precision import close
+from support.small_run import Stop, stop_at
 
 ROUTERS: dict[str, Any] = {
     "top-p": "top-p",
@@ -59,22 +60,13 @@ def run(corpus: Corpus, router: str, **settings: Any) -> Run:
     return Run(plan(router), given, describe_data({"source": []}, corpus))
 
 
-class Stop(Exception):  # noqa: N818
-    pass
-
-
-def stop(step: int, loss: float) -> None:
-    if step >= 8:
-        raise Stop
-
-
 @pytest.mark.parametrize("router", ROUTERS)
 def test_it_trains_and_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, corpus: Corpus, router: str) -> None:
     asked = run(corpus, router)
     whole, broken = Store(tmp_path / "whole"), Store(tmp_path / "broken")
     result = train(asked, whole, corpus, keep_weights=True)
     with pytest.raises(Stop):
-        train(asked, broken, corpus, progress=stop, checkpoint_seconds=0)
+        train(asked, broken, corpus, progress=stop_at(8), checkpoint_seconds=0)
     train(asked, broken, corpus, keep_weights=True)
     for name in ("metrics.jsonl", "model.safetensors"):
         assert (whole.folder(asked.key) / name).read_bytes() == (broken.folder(asked.key) / name).read_bytes(), name

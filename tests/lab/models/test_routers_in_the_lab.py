@@ -31,6 +31,7 @@ from mue.moe.routers.base import ROUTER_CLASSES, BaseRouter, RouterInput, Router
 from mue.moe.routers.ops import select_top
 from mue.shapes import ROUTERS
 from support.precision import close
+from support.small_run import Stop, stop_at
 
 BASE = mue.Dense(32, 32, 2, head_dim=16, sequence=32)
 EXPERTS = {"hash": "8e2a1s", "random": "8e4a2g", "thor": "4e1a"}
@@ -91,15 +92,6 @@ def run(corpus: Corpus, router: str, **settings: object) -> Run:
     return Run(plan, given, describe_data({"source": []}, corpus))
 
 
-class Stop(Exception):  # noqa: N818
-    pass
-
-
-def stop(step: int, loss: float) -> None:
-    if step >= 5:
-        raise Stop
-
-
 @pytest.mark.parametrize("router", [*EXPERTS, "thor, consistent", *SCORED])
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, corpus: Corpus, router: str) -> None:
     router, consistent = router.partition(",")[::2]
@@ -107,7 +99,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, corpus: Corpus, 
     whole, broken = Store(tmp_path / "whole"), Store(tmp_path / "broken")
     result = train(asked, whole, corpus, keep_weights=True)
     with pytest.raises(Stop):
-        train(asked, broken, corpus, progress=stop, checkpoint_seconds=0)
+        train(asked, broken, corpus, progress=stop_at(5), checkpoint_seconds=0)
     train(asked, broken, corpus, keep_weights=True)
     for name in ("metrics.jsonl", "model.safetensors", "routers.json"):
         assert (whole.folder(asked.key) / name).read_bytes() == (broken.folder(asked.key) / name).read_bytes(), name

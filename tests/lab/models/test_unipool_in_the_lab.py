@@ -23,6 +23,7 @@ from mue.lab.train.stacked_session import StackedSession
 from mue.lab.train.step import objective
 from mue.shapes import Transformer
 from support.command_line import in_process, refused
+from support.small_run import Stop, stop_at
 
 BASE = mue.Dense(32, 32, 2, head_dim=16, sequence=32)
 SHAPE = mue.MoE.parse("16e2a2p", width=32, expert=16, layers=4, head_dim=16, sequence=32, router="unipool")
@@ -42,20 +43,11 @@ def run(corpus: Corpus, seed: int = 0) -> Run:
     return Run(plan, settings, describe_data({"source": []}, corpus))
 
 
-class Stop(Exception):  # noqa: N818
-    pass
-
-
-def stop(step: int, loss: float) -> None:
-    if step >= 4:
-        raise Stop
-
-
 def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, corpus: Corpus) -> None:
     asked, whole, broken = run(corpus), Store(tmp_path / "whole"), Store(tmp_path / "broken")
     train(asked, whole, corpus, keep_weights=True)
     with pytest.raises(Stop):
-        train(asked, broken, corpus, progress=stop, checkpoint_seconds=0)
+        train(asked, broken, corpus, progress=stop_at(4), checkpoint_seconds=0)
     train(asked, broken, corpus, keep_weights=True)
     for name in ("metrics.jsonl", "model.safetensors"):
         assert (whole.folder(asked.key) / name).read_bytes() == (broken.folder(asked.key) / name).read_bytes(), name

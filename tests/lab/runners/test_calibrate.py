@@ -10,8 +10,9 @@ import pytest
 
 from mue.kernels import build
 from mue.lab.data import Corpus
-from mue.lab.runners.calibrate import Calibration
+from mue.lab.runners.calibrate import Calibration, Measured
 from mue.lab.runners.open import open_runner
+from mue.lab.runners.pool import WorkerLayout
 from mue.lab.train.run import Store
 from support.dense_runs import dense_run
 
@@ -52,3 +53,26 @@ def test_a_measurement_is_of_the_kernel_it_was_made_with(
         monkeypatch.setattr(build, "find", lambda kernel=kernel: kernel)
         paths.append(Calibration(run, 2, ()).path)
     assert paths[:3] == paths[3:] and len(set(paths)) == 3
+
+
+def test_what_goes_wrong_while_stacks_are_measured_is_no_lack_of_stacks(
+    source: dict[str, object], corpus: Corpus, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Only the question whether the run can be stacked is one to which an error is the answer."""
+    monkeypatch.setenv("MUE_CACHE", str(tmp_path))
+    run = dense_run(source, corpus)
+
+    def measured(self: Calibration, layout: WorkerLayout) -> Measured:
+        if layout.stack > 1:
+            raise ValueError("damaged")
+        return Measured(layout, 1.0, 0.0)
+
+    monkeypatch.setattr(Calibration, "measured", measured)
+    with Calibration(run, 2, ()) as calibration:
+        with pytest.raises(ValueError, match="damaged"):
+            calibration.best("auto", 8, 80)
+        monkeypatch.setattr(
+            "mue.lab.runners.calibrate.check_stackable", lambda run: (_ for _ in ()).throw(ValueError("a reason: more"))
+        )
+        layout, why = calibration.best("auto", 8, 80)
+        assert layout.stack == 1 and "a reason" in why

@@ -106,8 +106,7 @@ def load_corpus(
     Raises:
         ValueError: with one line naming the thing and the fix. Nothing half-written is left behind.
     """
-    if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction must lie between 0 and 1, not {validation_fraction}")
+    _check_fraction(validation_fraction)
     files, index, skipped = _examined(source, Path(cache), suffixes, exclude, dtype)
     if any(f.kind in TOKENS for f in files):
         encoder = token_encoder(files, tokenizer, dtype, vocab)
@@ -146,6 +145,11 @@ def load_corpus(
     )
 
 
+def _check_fraction(fraction: float) -> None:
+    if not 0 < fraction < 1:
+        raise ValueError(f"validation_fraction must lie between 0 and 1, not {fraction}")
+
+
 def _examined(
     source: Path | str | list[Path], cache: Path, suffixes: frozenset[str], exclude: frozenset[str], dtype: str | None
 ) -> tuple[list[SourceFile], Index, Counter[str]]:
@@ -170,11 +174,19 @@ def by_folder(
     exclude: frozenset[str] = EXCLUDED_FOLDERS,
     dtype: str | None = None,
 ) -> dict[str, list[Path]]:
-    """The files of a corpus by the folder of the source that they lie in; ``"."`` for those in none.
+    """The files of a corpus by the first folder inside the source that they lie in; ``"."`` for those that lie in the source itself.
 
     Args:
-        held_out: those alone that :func:`load_corpus` validates on; [] of a source of one file. The others as there.
+        held_out: only those that :func:`load_corpus` validates on. Of a source of one file, which validates on its own tail, there are none.
+        source, cache, validation_fraction, suffixes, exclude, dtype: as there.
+
+    Returns:
+        The paths by the folder's name, without empty ones.
+
+    Raises:
+        ValueError: as :func:`load_corpus`, of files and of the fraction.
     """
+    _check_fraction(validation_fraction)
     files, index, _ = _examined(source, Path(cache), suffixes, exclude, dtype)
     index.save()
     out: dict[str, list[Path]] = {}

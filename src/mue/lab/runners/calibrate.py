@@ -172,9 +172,10 @@ class Calibration:
         lacking = ""
         try:
             check_stackable(self.example)
-            found += self._stacks(max(2, runs))
         except ValueError as error:
             lacking = str(error)
+        else:
+            found += self._stacks(max(2, runs))
         if not found:
             raise ValueError(f"runner = {kind!r}: the run cannot be trained here: {'; '.join(self.failed.values())}")
         eager = min(found, key=lambda m: m.seconds(steps))
