@@ -86,7 +86,11 @@ Trained = Annotated[
 ]
 Tokenizer = Annotated[
     Path | None,
-    typer.Option("--tokenizer", help="The run's tokenizer, if it was moved or its tokens were made elsewhere.", show_default=False),
+    typer.Option(
+        "--tokenizer",
+        help="The run's tokenizer, if it was moved or its tokens were made elsewhere.",
+        show_default=False,
+    ),
 ]
 KeepWeights = Annotated[
     bool, typer.Option("--keep-weights", help="Leave model.safetensors in the folder of every run that is trained.")
