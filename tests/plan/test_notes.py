@@ -151,3 +151,49 @@ def test_no_word_on_a_warmup_without_a_run_or_without_an_average_over_steps() ->
     # what counts is the target's run and the betas it is given there
     short = make(base_training=mue.Training(2**18, 10_000), training=mue.Training(2**18, 300))
     assert any("warmup of 15 steps" in note for note in short.notes)
+
+
+def critical(**runs: mue.Training) -> list[str]:
+    return [note for note in make(**runs).notes if "critical batch" in note]
+
+
+def test_a_batch_beyond_the_critical_one_is_warned_of_by_the_nearest_estimate() -> None:
+    base, target = mue.Training(2**15, 4000), mue.Training(2**18, 4000)
+    known = replace(target, critical_batch=2**17)
+    (said,) = critical(base_training=base, training=known)
+    assert "262,144 tokens passes its critical batch, 131,072 tokens as measured:" in said
+    assert not critical(base_training=base, training=replace(target, critical_batch=2**18))  # at it is not beyond it
+    # of the base: it grows with the tokens, here eight times as many, whatever the size (2505.13738)
+    grown = 2**16 * 8**0.462
+    (said,) = critical(base_training=replace(base, critical_batch=2**16), training=target)
+    assert f"{grown:,.0f} tokens as measured on the base, × ρ_D^0.462 (2505.13738)" in said
+    assert not critical(base_training=replace(base, critical_batch=2**17), training=target)
+    # a measurement stands before a law, on the target before one on the base
+    assert not critical(base_training=replace(base, critical_batch=1), training=replace(target, critical_batch=2**20))
+
+
+def test_without_a_measurement_the_laws_in_whose_range_a_target_is_speak() -> None:
+    target = mue.Dense(width=1024, ffn=4096, layers=12)
+    tokens = 2**33  # 57 for each parameter
+    runs = [mue.Training(batch, tokens // batch) for batch in (2**18, 2**20, 2**23)]
+    said = [
+        [n for n in mue.transfer(BASE, target, TUNED, base_training=runs[0], training=run).notes if "critical" in n]
+        for run in runs
+    ]
+    assert (
+        said[0] == []
+        and "by zhang, at which a loss takes 1.2 times the steps" in said[1][0]
+        and "power-lines" not in said[1][0]
+    )
+    assert "by power-lines, at which a loss takes twice the tokens and " in said[2][0]
+    assert not critical()  # the small target of these tests is nobody's
+
+
+def test_a_measured_critical_batch_is_no_part_of_a_plans_meaning() -> None:
+    run = mue.Training(2**18, 4000)
+    plain, told = (make(base_training=r, training=r) for r in (run, replace(run, critical_batch=2**16)))
+    assert plain.hash == told.hash and plain == told and run == replace(run, critical_batch=2**16)
+    assert "critical_batch" not in plain.to_dict()["inputs"]["training"]
+    assert told.to_dict()["inputs"]["training"]["critical_batch"] == 2**16
+    with pytest.raises(ValueError, match="critical_batch .tokens, as mue noise measures it. must be a whole number"):
+        mue.Training(2**18, 10, critical_batch=0)

@@ -27,6 +27,7 @@ COMMANDS = (
     "report",
     "generate",
     "eval",
+    "noise",
     "inspect",
     "check",
     "export",

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from mue.plan import per_role
 from mue.plan.ratios import base_block
 from mue.rules.algebra import Monomial
-from mue.rules.laws.law import get_law
+from mue.rules.laws.law import LAWS, OutsideRangeError, get_law
 from mue.rules.roles import ROLES
 from mue.rules.sde import HORIZON, kept_and_lost
 from mue.rules.table import CELLS, FIELDS, Rule
@@ -215,6 +215,45 @@ def far_batch_notes(rule: Rule, ratio: Mapping[str, float], training: Training |
         f" {training.tokens:,} tokens (0.58·D^0.571 = {best:,.0f}; 2503.04715): beyond it the best rate follows the batch"
         " hardly (as B^0.05 in its dense runs, B^0.29 in its MoE runs), so try a lower rate as well (docs/findings/public-runs.md)",
     )
+
+
+def critical_batch_notes(base: Training | None, target: Transformer, training: Training | None) -> tuple[str, ...]:
+    """A warning where the target's batch passes the critical one: as measured, else by the laws that were fitted to such models.
+
+    Args:
+        base: the base's run. target, training: the target and its run.
+    """
+    if training is None:
+        return ()
+    found = [
+        f"{critical:,.0f} tokens {whose}"
+        for critical, whose in _critical_batches(base, target, training)
+        if training.batch > critical
+    ]
+    if not found:
+        return ()
+    return (
+        f"the target's batch of {training.batch:,} tokens passes its critical batch, {' and '.join(found)}: beyond it more tokens in a"
+        " step save few steps (1812.06162); train for longer on smaller ones, or measure it (mue noise)",
+    )
+
+
+def _critical_batches(base: Training | None, target: Transformer, training: Training) -> Iterator[tuple[float, str]]:
+    """What is known of a run's critical batch, in tokens, and from where: the nearest measurement alone, or every law that answers."""
+    law = get_law("power-lines").sets["critical batch"]
+    if training.critical_batch is not None:
+        yield training.critical_batch, "as measured"
+    elif base is not None and base.critical_batch is not None:
+        grown = law.of({"D": training.tokens}) / law.of({"D": base.tokens})
+        yield base.critical_batch * grown, f"as measured on the base, × ρ_D^{law.exponents['D']:g} (2505.13738)"
+    else:
+        for name in LAWS:
+            power = get_law(name).sets.get("critical batch")
+            try:
+                if power is not None:
+                    yield power.at(target, training), f"by {name}, {power.note}"
+            except OutsideRangeError:
+                continue
 
 
 def _factors(rule: Rule, role: str) -> list[Monomial]:

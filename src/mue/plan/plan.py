@@ -29,7 +29,7 @@ HASH_KEYS = ("plan", "plan_hash", "mue_plan")  # under any of these a checkpoint
 # What no rule here scales, and a plan carries all the same, marked so (conventions 5; transfer-rules 1.8).
 UNCHANGED = ("optimizer", "clip", "warmup", "floor", "balance", "z", "bias_speed")
 TEXTS = frozenset(
-    {"source", "status", "marks", "formula", "notes"}
+    {"source", "status", "marks", "formula", "notes", "critical_batch"}
 )  # what explains a plan and is no part of its meaning
 AnyPlan = TypeVar("AnyPlan", bound="PlanData")
 
@@ -60,17 +60,13 @@ class Inputs:
             "base": self.base.to_dict() if isinstance(self.base, Transformer) else {"plan": self.base.inputs.to_dict()},
             "target": self.target.to_dict(),
             "tuned": None if self.tuned is None else self.tuned.to_dict(),
-            "base_training": _training_dict(self.base_training),
-            "training": _training_dict(self.training),
+            "base_training": None if self.base_training is None else self.base_training.to_dict(),
+            "training": None if self.training is None else self.training.to_dict(),
             "rule": self.rule,
             "convention": {f.name: getattr(self.convention, f.name) for f in fields(Convention)},
             "depth_exponent": None if depth is None else str(depth),
             "options": options,
         }
-
-
-def _training_dict(training: Training | None) -> dict[str, int] | None:
-    return None if training is None else {"batch": training.batch, "steps": training.steps}
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,7 +212,7 @@ class PlanData:
     @cached_property
     def hash(self) -> str:
         """16 hex digits over the meaning: inputs and values, not texts, key order or the last bits of a float."""
-        return digest({"meaning": drop_texts(self.content()), "inputs": self.inputs.to_dict()})
+        return digest({"meaning": drop_texts(self.content()), "inputs": drop_texts(self.inputs.to_dict())})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, PlanData) and self.hash == other.hash

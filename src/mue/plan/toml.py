@@ -156,14 +156,15 @@ def training_from(table: Mapping[str, Any], where: str) -> Training | None:
         table: the outer one. where: its name, for messages.
 
     Raises:
-        ValueError: ``batch`` (tokens per step) or ``steps`` is missing or no positive whole number; another key.
+        ValueError: ``batch`` (tokens per step) or ``steps`` is missing or no positive whole number; a key other than these and
+            ``critical_batch``.
     """
     if "training" not in table:
         return None
     training = table_of(table, "training", f"{where}.")
-    check_keys(training, ("batch", "steps"), f"[{where}.training]")
+    check_keys(training, ("batch", "steps", "critical_batch"), f"[{where}.training]")
     batch, steps = (need(training, key, f"[{where}.training]") for key in ("batch", "steps"))
-    return Training(batch, steps)
+    return Training(batch, steps, training.get("critical_batch"))
 
 
 def shape_from(table: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()) -> Transformer:

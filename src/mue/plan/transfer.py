@@ -17,7 +17,14 @@ from mue.plan.base import base_of
 from mue.plan.blocks import Transition, block_plan, carried_betas, check_output_multiplier, merge
 from mue.plan.convention import Convention
 from mue.plan.gates import refuse_batch, with_logit_std
-from mue.plan.notes import batch_notes, betas_notes, far_batch_notes, notes, warmup_notes
+from mue.plan.notes import (
+    batch_notes,
+    betas_notes,
+    critical_batch_notes,
+    far_batch_notes,
+    notes,
+    warmup_notes,
+)
 from mue.plan.per_role import split_by_third
 from mue.plan.plan import Inputs, PlanData
 from mue.plan.ratios import refuse
@@ -198,6 +205,7 @@ def plan_of(inputs: Inputs) -> PlanData:
         betas=betas,
         notes=notes(rule, base.shape, target, base.tuned, ratios, planned_base=base.plan is not None)
         + far_batch_notes(rule, ratios, transition.training)
+        + critical_batch_notes(base.training, target, transition.training)
         + batch_notes(("base", inputs.base_training, base.shape), ("target", inputs.training, target))
         + betas_notes(base.tuned.optimizer, (base.betas, base.training), (betas, transition.training))
         + warmup_notes(base.tuned, betas[1], transition.training),

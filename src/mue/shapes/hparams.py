@@ -58,14 +58,25 @@ def third_and_role(table: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Training:
-    """A run: ``batch`` in tokens per step, ``steps``; ``tokens`` = D."""
+    """A run: ``batch`` in tokens per step, ``steps``; ``tokens`` = D.
+
+    ``critical_batch`` is what was measured for it (``mue noise``), in tokens: plans warn beyond it, and nothing else reads it.
+    """
 
     batch: int
     steps: int
+    critical_batch: int | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         for name, said in (("batch", "training batch (tokens per step)"), ("steps", "training steps")):
             object.__setattr__(self, name, positive_int(said, getattr(self, name)))
+        if self.critical_batch is not None:
+            whole = positive_int("critical_batch (tokens, as mue noise measures it)", self.critical_batch)
+            object.__setattr__(self, "critical_batch", whole)
+
+    def to_dict(self) -> dict[str, int]:
+        """Plain numbers under the constructor's names, without what was not measured."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) is not None}
 
     @property
     def tokens(self) -> int:

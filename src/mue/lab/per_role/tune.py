@@ -48,7 +48,7 @@ class RolesSpec:
         settings = {k: v for k, v in self.settings.to_dict().items() if k != "seed"}
         return {
             "base": self.base.to_dict(),
-            "training": asdict(self.training),
+            "training": self.training.to_dict(),
             "tuned": self.tuned.to_dict(),
             "search": {**asdict(self.search), "numbers": list(self.search.numbers)},
             "settings": settings,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +45,7 @@ class SweepSpec:
         """Everything, for JSON; :meth:`from_dict` reads it back."""
         return {
             "base": self.base.to_dict(),
-            "training": asdict(self.training),
+            "training": self.training.to_dict(),
             "defaults": self.defaults.to_dict(),
             "grid": self.grid.to_dict(),
             "settings": self.settings.to_dict(),
