@@ -31,4 +31,4 @@ def test_a_noise_scale_as_a_line_for_a_plan_and_as_json(
     assert (planned.batch, planned.steps) == (256, 20) and json.loads(out)["tokens_read"] == 3 * 256
     assert sorted(p.name for p in run.iterdir()) == before  # nothing is left
     (data / "more.txt").write_text("more text than it was trained on")
-    assert "have changed since its training" in refused(capsys, monkeypatch, "noise", run)
+    refused(in_process(capsys, monkeypatch, "noise", run), "have changed since its training")

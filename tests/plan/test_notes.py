@@ -195,5 +195,5 @@ def test_a_measured_critical_batch_is_no_part_of_a_plans_meaning() -> None:
     assert plain.hash == told.hash and plain == told and run == replace(run, critical_batch=2**16)
     assert "critical_batch" not in plain.to_dict()["inputs"]["training"]
     assert told.to_dict()["inputs"]["training"]["critical_batch"] == 2**16
-    with pytest.raises(ValueError, match="critical_batch .tokens, as mue noise measures it. must be a whole number"):
+    with pytest.raises(ValueError, match=r"critical_batch .tokens, as mue noise measures it. must be a whole number"):
         mue.Training(2**18, 10, critical_batch=0)
