@@ -118,6 +118,7 @@ def load() -> dict[str, Fault]:
     """All faults; they stand in files that fill :data:`FAULTS` as they are imported."""
     from support.wiring import (
         faults_attention,
+        faults_decay,
         faults_forward,
         faults_gates,
         faults_init,
@@ -125,7 +126,9 @@ def load() -> dict[str, Fault]:
         faults_training,
     )
 
-    assert all((faults_attention, faults_forward, faults_gates, faults_init, faults_optimizer, faults_training))
+    assert all(
+        (faults_attention, faults_decay, faults_forward, faults_gates, faults_init, faults_optimizer, faults_training)
+    )
     return FAULTS
 
 
