@@ -55,7 +55,9 @@ def main() -> None:
     """Print the table."""
     argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     torch.set_num_threads(1)
-    print("| gradient in a part of the steps | RMS of the weights | formula | absent, not zero |\n| --- | --- | --- | --- |")
+    print(
+        "| gradient in a part of the steps | RMS of the weights | formula | absent, not zero |\n| --- | --- | --- | --- |"
+    )
     for f in SHARES:
         skipped = f"{settled(f, absent=True):.3f}" if f >= 0.3 else "–"
         print(f"| {f:g} | {settled(f):.3f} | {expected(f):.3f} | {skipped} |")
