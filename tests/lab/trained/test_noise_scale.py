@@ -106,7 +106,10 @@ def test_a_trained_run_has_one_and_it_is_that_of_its_batches(run: Path) -> None:
             flat = torch.cat(
                 [(p.grad if p.grad is not None else torch.zeros_like(p)).flatten().double() for p in model.parameters()]
             )
-            means.append(flat) if i is None else squares.append(float(flat.square().sum()))
+            if i is None:
+                means.append(flat)
+            else:
+                squares.append(float(flat.square().sum()))
     whole = float(torch.stack(means).mean(0).square().sum())
     square = (1024 * whole - 32 * sum(squares) / 32) / (1024 - 32)
     assert measured.square == pytest.approx(square, rel=1e-3)
