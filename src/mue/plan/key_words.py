@@ -45,7 +45,11 @@ KEY_WORDS: Mapping[str, Mapping[str, str]] = {
         "training": "one run of it: tokens of a step, and steps",
         "convention": "what the base did, where it is not torch's way",
     },
-    "training": {"batch": "tokens of one step, not sequences", "steps": "optimizer steps of the run"},
+    "training": {
+        "batch": "tokens of one step, not sequences",
+        "steps": "optimizer steps of the run",
+        "critical_batch": "as mue noise measured it, in tokens: a batch beyond it is warned of",
+    },
     "schedule": {
         "name": "of the schedule (docs/routers.md)",
         "spread": "how far the first and the last layer are apart",
@@ -65,7 +69,7 @@ KEY_WORDS: Mapping[str, Mapping[str, str]] = {
         "roles": "values of single roles, or multiples of them (docs/rules.md)",
         "optimizer": "what the base was tuned with",
         "clip": "threshold of the gradient's norm; left out, nothing is clipped",
-        "warmup": "part of the run in which the rate rises",
+        "warmup": "part of the run in which the rate rises, or steps (from 2)",
         "floor": "part of the peak at which the rate ends",
         "balance": "coefficient of the loss that balances experts",
         "z": "coefficient of the loss on the router's logits",
@@ -83,8 +87,9 @@ KEY_WORDS: Mapping[str, Mapping[str, str]] = {
     },
     "run": {
         "seed": "of the init and of the order of the batches",
-        "schedule": 'shape of the rate: "wsd" (flat, then down) or "cosine"',
-        "decay": "part of the run in which the rate falls, with wsd",
+        "schedule": 'shape of the rate: "wsd" (flat, then down), "cosine", "linear" or "wsqd"',
+        "decay": "part of the run in which the rate falls, with wsd and wsqd",
+        "shift": "steps of the run that the peak was tuned on, with wsqd",
         "precision": '"fp32", or "bf16" autocast',
         "balance": 'how experts are balanced: "bias", "loss" or "none"',
         "eval_every": "steps between validations; 0 is only at the end",
