@@ -208,3 +208,17 @@ def test_every_layer_has_its_block() -> None:
     dense, moe = mue.Block(layers=2, ffn=48), mue.Block(layers=3, experts=4, active=2, expert=24)
     assert mue.Mixed(64, (dense, moe, dense)).per_layer == (dense, dense, moe, moe, moe, dense, dense)
     assert mue.Dense(64, 48, 2).per_layer == (dense, dense)
+
+
+def test_other_blocks_in_the_place_of_its_own() -> None:
+    dense = mue.Dense(32, 64, 2, head_dim=16, tied=True)
+    assert dense.with_blocks(dense.blocks) == dense
+    assert dense.with_blocks([mue.Block(layers=3, ffn=32)]) == mue.Dense(32, 32, 3, head_dim=16, tied=True)
+    moe = mue.MoE.parse("8e2a2g1s", width=32, expert=16, layers=2, head_dim=16, shared=8)
+    assert moe.with_blocks(moe.blocks) == moe
+    other = replace(moe.blocks[0], router="softmax", expert=8)
+    assert moe.with_blocks([other]) == replace(moe, router="softmax", expert=8)
+    mixed = mue.Mixed(32, (*dense.blocks, *moe.blocks), head_dim=16)
+    assert mixed.with_blocks([dense.blocks[0], other]) == replace(mixed, blocks=(dense.blocks[0], other))
+    with pytest.raises(ValueError, match="unpack"):
+        moe.with_blocks([other, other])

@@ -9,11 +9,9 @@ from rich.console import Console
 
 from mue.cli.app import with_sweep
 from mue.cli.files import read_tables
-from mue.plan.toml import plan_inputs, table_of
+from mue.plan.toml import PLAN_TABLES, plan_inputs, table_of
 from mue.plan.toml_edit import write_keys
 from mue.util.text import text_table
-
-_TABLES = ("rule", "base", "tuned", "target", "options", "data", "run")
 
 
 def write_measured_gates(file: Path, tuned: Path | None) -> None:
@@ -29,7 +27,7 @@ def write_measured_gates(file: Path, tuned: Path | None) -> None:
     from mue.lab.train.gate_moments import by_layer, measure_gates, needs_measuring, table_of_gates
     from mue.lab.train.spec import settings_from
 
-    data, values = with_sweep(read_tables(file, None, _TABLES), tuned)
+    data, values = with_sweep(read_tables(file, None, (*PLAN_TABLES, "data", "run")), tuned)
     source, settings = data_source(data, file.parent), settings_from(data)
     target = table_of(data, "target")
     blocks = target.get("blocks")
@@ -38,7 +36,7 @@ def write_measured_gates(file: Path, tuned: Path | None) -> None:
     for i in wanted:
         # to begin with any moments will do, and they are none that a file should keep
         tables[i] |= {"gates": "measured", "gate_moments": [1.0, 1.0]}
-    inputs = plan_inputs({k: v for k, v in data.items() if k not in ("data", "run")}, values)
+    inputs = plan_inputs({k: v for k, v in data.items() if k in PLAN_TABLES}, values)
     layers = measure_gates(inputs, settings, open_corpus(source))
     told = Console(stderr=True, soft_wrap=True)
     told.print(text_table(*table_of_gates(inputs.target, layers)), highlight=False)

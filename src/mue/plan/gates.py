@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 
-from mue.shapes import Block, Mixed, MoE, Training, Transformer
+from mue.shapes import Block, Training, Transformer
 from mue.shapes.routers import LOGIT_STD
 
 
@@ -19,19 +19,16 @@ def with_logit_std(shape: Transformer, router_std: Callable[[Block], float | Non
         router_std: σ, with which a block's router is drawn; None: not known, and the logits count as even.
     """
 
-    def told(block: Block) -> dict[str, object] | None:
+    def told(block: Block) -> Block:
         if not block.experts or LOGIT_STD not in (settings := block.all_settings) or settings[LOGIT_STD] is not None:
-            return None
-        std = router_std(block)
-        return None if std is None else {**block.router_settings, LOGIT_STD: std * math.sqrt(shape.width)}
+            return block
+        if (std := router_std(block)) is None:
+            return block
+        return replace(block, router_settings={**block.router_settings, LOGIT_STD: std * math.sqrt(shape.width)})
 
-    found = [told(block) for block in shape.blocks]
-    if isinstance(shape, MoE) and found[0] is not None:
-        return replace(shape, router_settings=found[0])
-    if isinstance(shape, Mixed) and any(found):
-        blocks = zip(shape.blocks, found, strict=True)
-        return replace(shape, blocks=tuple(b if own is None else replace(b, router_settings=own) for b, own in blocks))
-    return shape
+    blocks = shape.blocks
+    found = [told(block) for block in blocks]
+    return shape if all(new is old for new, old in zip(found, blocks, strict=True)) else shape.with_blocks(found)
 
 
 def refuse_batch(shape: Transformer, training: Training | None) -> None:

@@ -7,9 +7,9 @@ token passes through; gate and up are never counted twice), N ``experts``, a ``a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast
 
 from mue.shapes.block import MOST_LAYERS, NORMALISED, Block, parse_notation
 from mue.shapes.of_model import OfModel
@@ -104,6 +104,15 @@ class Transformer(OfModel):
     def per_layer(self) -> tuple[Block, ...]:
         """The block of every layer, in order: each of ``blocks`` as often as it has layers."""
         return tuple(block for block in self.blocks for _ in range(block.layers))
+
+    def with_blocks(self, blocks: Sequence[Block]) -> Self:
+        """The shape with other blocks in the place of its own, as many of them."""
+        own = {f.name for f in fields(self) if f.init}
+        values: dict[str, Any] = {"blocks": tuple(blocks)}
+        if "blocks" not in own:
+            (block,) = blocks
+            values = {f.name: getattr(block, f.name) for f in fields(Block) if f.name in own}
+        return replace(self, **values)
 
     @property
     def pool_layers(self) -> tuple[tuple[int, ...], ...]:

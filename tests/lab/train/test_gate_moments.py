@@ -81,6 +81,14 @@ def test_weights_that_are_known_are_found_layer_by_layer(corpus: Corpus) -> None
     assert by_layer(inputs_of("flat").target, found) == [pytest.approx((0.6, 0.18)), pytest.approx((1.0, 0.5))]
 
 
+def test_dense_layers_before_those_with_experts_are_passed_over(corpus: Corpus) -> None:
+    inputs = inputs_of("flat")
+    experts = replace(inputs.target.blocks[0], layers=1)
+    shape = mue.Mixed(32, (mue.Block(layers=1, ffn=32), experts), head_dim=16, sequence=32)
+    found = measure_gates(replace(inputs, target=shape), Settings(), corpus, draws=2, tokens=256)
+    assert [(one.layer, one.m1) for one in found] == [(1, pytest.approx(1.0))]
+
+
 def test_layers_that_agree_share_a_pair() -> None:
     def gates(layer: int, m1: float, error: float = 1e-3) -> LayerGates:
         return LayerGates(layer, m1, m1 * m1 / 2, error, error, 2.0)

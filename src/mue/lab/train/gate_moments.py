@@ -7,7 +7,6 @@ branch is as large at any.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,13 +20,12 @@ from mue.model.apply import init_
 from mue.moe.routing import gate_moments
 from mue.plan.plan import Inputs
 from mue.plan.transfer import plan_of
-from mue.shapes import MEASURED, ROUTERS, Mixed, MoE, Transformer
+from mue.shapes import MEASURED, ROUTERS, Block, Transformer
+from mue.util.statistics import mean_of
 from mue.util.text import number
 
 EXPERT_WIDTH = 16  # of the model that is watched, at most
 SEQUENCE = 256  # tokens, at most: attention costs their square, and at init hardly changes what a router sees
-# Student's t at 97.5 %, for 1 to 15 degrees of freedom
-_T95 = (12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 
 
 @dataclass(frozen=True)
@@ -67,12 +65,12 @@ def measure_gates(
     Args:
         inputs: of the plan. Blocks with ``gates = "measured"`` may have any moments: a first round replaces them, since what they
             are decides how large their branches are, which later layers read. settings: of the run. corpus: what it trains on.
-        draws: inits, 2 to 16. tokens: of each.
+        draws: inits, 2 or more. tokens: of each.
 
     Raises:
         ValueError: no block has routed experts; the text has more tokens than the model's vocabulary, or is too short.
     """
-    assert 2 <= draws <= len(_T95) + 1
+    assert draws >= 2  # an interval needs two
     if corpus.vocab > inputs.target.vocab:
         raise ValueError(
             f"the data has {corpus.vocab} tokens, the model a vocabulary of {inputs.target.vocab}: raise vocab"
@@ -136,13 +134,8 @@ def _measured(inputs: Inputs, settings: Settings, corpus: Corpus, draws: int, to
 
 
 def _layer(layer: int, seen: Sequence[tuple[float, float, float]]) -> LayerGates:
-    n = len(seen)
-    m1, m2, active = (math.fsum(column) / n for column in zip(*seen, strict=True))
-    errors = []
-    for column, mean in ((0, m1), (1, m2)):
-        variance = math.fsum((one[column] - mean) ** 2 for one in seen) / (n - 1)
-        errors.append(_T95[n - 2] * math.sqrt(variance / n))
-    return LayerGates(layer, m1, m2, errors[0], errors[1], active)
+    m1, m2, active = (mean_of(column) for column in zip(*seen, strict=True))
+    return LayerGates(layer, m1.value, m2.value, m1.half, m2.half, active.value)
 
 
 def _shrunk(shape: Transformer) -> Transformer:
@@ -151,27 +144,20 @@ def _shrunk(shape: Transformer) -> Transformer:
     def narrow(width: int | None) -> int | None:
         return None if width is None else min(width, EXPERT_WIDTH)
 
-    return _changed(shape, lambda block: replace(block, expert=narrow(block.expert), shared=narrow(block.shared)))
+    def small(block: Block) -> Block:
+        return replace(block, expert=narrow(block.expert), shared=narrow(block.shared)) if block.is_moe else block
+
+    return shape.with_blocks([small(block) for block in shape.blocks])
 
 
 def _with_means(shape: Transformer, layers: Sequence[LayerGates]) -> Transformer:
     """The shape, each block that takes measured moments with the mean of those of its layers."""
-    first, means = 0, []
+    first, blocks = 0, []
     for block in shape.blocks:
         own = [one for one in layers if first <= one.layer < first + block.layers]
-        means.append(_mean(own) if block.gates == MEASURED and own else block.gate_moments)
+        blocks.append(replace(block, gate_moments=_mean(own)) if block.gates == MEASURED else block)
         first += block.layers
-    given = iter(means)
-    return _changed(shape, lambda block: replace(block, gate_moments=next(given)))
-
-
-def _changed(shape: Transformer, change: Any) -> Transformer:
-    """The shape with another block in the place of each of its own that has experts."""
-    blocks = tuple(change(block) if block.is_moe else block for block in shape.blocks)
-    if isinstance(shape, MoE):
-        own = {name: getattr(blocks[0], name) for name in ("expert", "shared", "gate_moments")}
-        return replace(shape, **own)
-    return replace(shape, blocks=blocks) if isinstance(shape, Mixed) else shape
+    return shape.with_blocks(blocks)
 
 
 def table_of_gates(shape: Transformer, layers: Sequence[LayerGates]) -> tuple[list[str], list[list[str]]]:

@@ -22,7 +22,7 @@ from mue.lab.trained.evaluate import Logits
 from mue.lab.trained.tokens import TextTokens
 from mue.layouts.observe.config import find_integer, size_of, text_config, with_active
 from mue.layouts.observe.gates import scaled_gates
-from mue.layouts.observe.names import ACTIVE_GROUPS, EXPERT_GROUPS
+from mue.layouts.observe.names import ACTIVE_GROUPS, EXPERT_GROUPS, SEQUENCE
 from mue.layouts.of_model import placed
 from mue.layouts.transformers.configs import build, read_config, read_stock
 from mue.layouts.transformers.disk import compare_stored
@@ -56,9 +56,7 @@ class StockCheckpoint:
         self.model = _loaded(folder, self.config).to(device)
         self.name = f"{type(self.config).__name__} of {folder.name}"
         self.vocab = size_of(self.config, "vocabulary") or 0
-        self.sequence = min(
-            LONGEST, find_integer(self.config, r"max_position_embeddings|n_positions|max_seq_len") or LONGEST
-        )
+        self.sequence = min(LONGEST, find_integer(self.config, SEQUENCE) or LONGEST)
         self.groups = 1
         self._routing: Routers | None = None
 

@@ -58,6 +58,7 @@ FFN_WIDTH = r"intermediate_size(_mlp)?|ffn_dim|n_inner|ffn_hidden_size|d_ff"
 HEADS = r"(num|n)_attention_heads|num_heads|n_heads?"
 KV_HEADS = r"(num|n)_key_value_heads|num_kv_heads|kv_n_heads"
 HEAD_SIZE = r"(v_)?head_dim|kv_channels"
+SEQUENCE = r"max_position_embeddings|n_positions|max_seq_len|n_ctx"
 RENORMALISE = r"norm_topk_prob|norm_top_k_prob|route_norm|normalize_expert_weights|moe_renormalize|norm_topk"
 
 # What a reader knows by one name, whatever a config calls it; observers double each in turn.
@@ -93,7 +94,7 @@ TINY_SIZES: tuple[tuple[str, int], ...] = (
     (r"kv_lora_rank|o_lora_rank", 20),
     (r"moe_latent_size|.*_lora_rank|.*_rank", 12),
     (r"mamba_d_head", 16),
-    (r"max_position_embeddings|n_positions|max_seq_len|n_ctx", 128),
+    (SEQUENCE, 128),
 )
 
 # Factors that a model of its own has: attribute, what it multiplies, and the number that switches it off (None: there is none,
