@@ -113,6 +113,15 @@ def expert_load(routing: Routing) -> Tensor:
     return load
 
 
+def counts(index_P: Tensor, number: int) -> Tensor:
+    """(number,) int64: how often each of [0, number) stands in ``index_P``.
+
+    Not bincount, whose result's size depends on the data: a GPU would be waited for, a compiled graph broken.
+    """
+    zero = torch.zeros(number, dtype=torch.int64, device=index_P.device)
+    return zero.scatter_add_(0, index_P, torch.ones_like(index_P))
+
+
 def _sum_per_token(routing: Routing, value_P: Tensor) -> Tensor:
     """(P,) -> (T,): the sum over each token's pairs."""
     if routing.slots:
@@ -136,9 +145,7 @@ def routing_stats(routing: Routing) -> dict[str, Tensor]:
     experts = routing.num_experts
     if experts == 0:
         return {}
-    # not bincount, whose result's size depends on the data: a GPU would be waited for, a compiled graph broken
-    load_N = torch.zeros(experts + 1, dtype=torch.int64, device=routing.expert_P.device)
-    load_N = load_N.scatter_add_(0, routing.expert_P, torch.ones_like(routing.expert_P))[:experts]
+    load_N = counts(routing.expert_P, experts + 1)[:experts]
     pairs = load_N.sum()
     share_N = load_N / pairs.clamp(min=1)
     weight_P = routing.weight_P.detach()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mue.moe.routers.draws import bits, uniform
 
@@ -56,4 +57,18 @@ def test_numbers_of_python_are_mixed_like_tensors() -> None:
         plain = bits(*keys)
         first, *rest = (key % (1 << 63) for key in keys)
         assert plain == bits(torch.tensor(first), *rest) == bits(*(torch.tensor(key) for key in (first, *rest)))
+        # of one number a tensor is read as Python's, of several never
+        assert plain == bits(torch.tensor([first]), *rest) == bits(*(torch.tensor([key]) for key in (first, *rest)))
         assert plain != bits(first + 1, *rest)
+
+
+def test_a_negative_tensor_is_the_same_key_with_or_without_an_axis() -> None:
+    for key in (-1, -(2**62), 5):
+        assert bits(3, torch.tensor(key), 7) == bits(3, torch.tensor([key]), 7) != bits(3, torch.tensor(key + 1), 7)
+
+
+def test_under_an_observer_tensors_stay_tensors() -> None:
+    """Such as have no data cannot be read, and are not."""
+    with FakeTensorMode():
+        assert bits(3, torch.zeros((), dtype=torch.int64), torch.arange(4)).shape == (4,)
+    assert bits(3, torch.zeros((), dtype=torch.int64, device="meta"), device=torch.device("meta")).device.type == "meta"

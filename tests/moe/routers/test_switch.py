@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 from mue.moe import MoELayer, Routing
 from mue.moe.losses.balance import load_balance
 from mue.moe.routers.base import RouterInput, RouterOptions
-from mue.moe.routers.switch import SwitchRouter, jitter, moments, place_in_queue
+from mue.moe.routers.switch import SwitchRouter, first_come, jittered, moments
 from support.precision import close
 
 PLAIN = {"jitter": 0.0, "random_second": False}
@@ -179,7 +180,7 @@ def test_draws_are_of_seed_layer_step_and_pass_and_replay() -> None:
 
 
 def test_jitter_is_even_and_small_and_only_in_training() -> None:
-    factor_TD = jitter(torch.tensor(3), 0.25, 2000, 30)
+    factor_TD = jittered(torch.ones(2000, 30), 0.25, torch.tensor(3))
     assert factor_TD.shape == (2000, 30) and factor_TD.min() >= 0.75 and factor_TD.max() < 1.25
     noise_TD, few = (factor_TD - 1) / 0.25, 5 / math.sqrt(8000)  # as many numbers are in the table
     assert noise_TD.mean().abs() < few / math.sqrt(3) and abs(noise_TD.square().mean() - 1 / 3) < few
@@ -196,10 +197,40 @@ def test_jitter_is_even_and_small_and_only_in_training() -> None:
 
 
 @settings(max_examples=40, deadline=None, derandomize=True)
-@given(st.lists(st.integers(0, 5), max_size=60))
-def test_places_in_queues(experts: list[int]) -> None:
-    places = place_in_queue(torch.tensor(experts, dtype=torch.int64), 5).tolist()
-    assert places == [experts[:i].count(e) for i, e in enumerate(experts)]
+@given(st.lists(st.integers(0, 5), max_size=60), st.integers(1, 70))
+def test_who_comes_first_finds_room(experts: list[int], room: int) -> None:
+    found = first_come(torch.tensor(experts, dtype=torch.int64), 5, room).tolist()
+    assert found == [experts[:i].count(e) < room for i, e in enumerate(experts)]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_the_gradient_of_jitter_is_that_of_a_product(dtype: torch.dtype) -> None:
+    """The factors are made again for it; bit for bit, in the type of a product with float32."""
+    x_TD, dy_TD = torch.randn(2, 50, 6).to(dtype)
+    factor_TD = jittered(torch.ones(50, 6), 0.25, torch.tensor(3))
+    found = []
+    for product in (lambda x_TD: x_TD * factor_TD, lambda x_TD: jittered(x_TD, 0.25, torch.tensor(3))):
+        leaf_TD = x_TD.clone().requires_grad_()
+        y_TD = product(leaf_TD)
+        y_TD.backward(dy_TD.to(y_TD.dtype))
+        found.append((y_TD.detach(), leaf_TD.grad))
+    for plain, own in zip(*found, strict=True):
+        assert plain.dtype == own.dtype and torch.equal(plain, own)
+
+
+@pytest.mark.parametrize("active", [1, 2])
+def test_nothing_is_drawn_where_no_noise_is_asked_for(active: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bits(*keys: object, device: object = None) -> Tensor:
+        raise AssertionError("drawn")
+
+    monkeypatch.setattr("mue.moe.routers.switch.bits", bits)
+    x_TD = torch.randn(40, 6)
+    made(active=active)(x_TD)
+    noisy = made(active=active, jitter=0.1, random_second=True)
+    noisy.eval()(x_TD)
+    for wants, own in ((True, {"jitter": 0.1}), (active == 2, {"random_second": True})):  # the control
+        with pytest.raises(AssertionError, match="drawn") if wants else contextlib.nullcontext():
+            made(active=active, **own)(x_TD)
 
 
 @pytest.mark.parametrize(("experts", "active"), [(4, 1), (8, 1), (64, 1), (4, 2), (8, 2), (64, 2)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 Key = int | Tensor  # int64
 
@@ -26,13 +27,13 @@ def bits(*keys: Key, device: torch.device | None = None) -> Tensor:
         int64 in [0, 2^63), of the keys' joint shape.
     """
     known, rest = 0, list(keys)
-    while rest and isinstance(number := rest[0], int):
-        # seeds, layers and the like: numbers of Python are mixed in microseconds, tensors of one number are not
-        known, rest = _mixed_number((known ^ number % (1 << 63)) + _WEYL), rest[1:]
+    while rest and (number := _number(rest[0])) is not None:
+        # seeds, layers, steps and the like: numbers of Python are mixed in microseconds, tensors of one number are not
+        known, rest = _mixed_number((known ^ number) + _WEYL), rest[1:]
     state = torch.full((), known - (known >> 63 << 64), dtype=torch.int64, device=device)
     for key in rest:
         # whole numbers of Python may be larger than an int64, which torch would refuse
-        state = _mixed((state ^ (key if isinstance(key, Tensor) else key % (1 << 63))) + _WEYL)
+        state = _mixed((state ^ (key if isinstance(key, Tensor) else key % (1 << 63))).add_(_WEYL))
     return state & 0x7FFF_FFFF_FFFF_FFFF
 
 
@@ -41,14 +42,24 @@ def uniform(*keys: Key, device: torch.device | None = None) -> Tensor:
     return (bits(*keys, device=device) >> 39).float() * 2.0**-24  # 63 bits, of which 24 stay
 
 
+def _number(key: Key) -> int | None:
+    """A key as a number of Python, unsigned; None of many, and of one that lies on a device or is nobody's to see."""
+    if isinstance(key, int):
+        return key % (1 << 63)
+    # reading one waits for a device, breaks a compiled graph and is refused by tensors without data
+    if key.dim() or not key.is_cpu or torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
+        return None
+    return int(key) & _ALL
+
+
 def _mixed(x: Tensor) -> Tensor:
     """The finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014): a bijection in which every bit depends on every other.
 
-    int64 products wrap around in torch, as unsigned ones do.
+    int64 products wrap around in torch, as unsigned ones do. ``x`` is overwritten.
     """
-    x = (x ^ _shifted(x, 30)) * _FACTORS[0]
-    x = (x ^ _shifted(x, 27)) * _FACTORS[1]
-    return x ^ _shifted(x, 31)
+    x = x.bitwise_xor_(_shifted(x, 30)).mul_(_FACTORS[0])
+    x = x.bitwise_xor_(_shifted(x, 27)).mul_(_FACTORS[1])
+    return x.bitwise_xor_(_shifted(x, 31))
 
 
 def _mixed_number(x: int) -> int:
@@ -61,4 +72,4 @@ def _mixed_number(x: int) -> int:
 
 def _shifted(x: Tensor, count: int) -> Tensor:
     """x >> count without the sign: torch's shift copies it."""
-    return (x >> count) & ((1 << (64 - count)) - 1)
+    return (x >> count).bitwise_and_((1 << (64 - count)) - 1)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from mue.moe.backends.portable_rows import sorted_pairs
 from mue.moe.routers.base import RouterInput, router
@@ -21,12 +22,12 @@ from mue.moe.routers.draws import bits, uniform
 from mue.moe.routers.matrix import MatrixRouter
 from mue.moe.routers.ops import normalised_gates, select_top
 from mue.moe.routers.random import DrawingRouter
-from mue.moe.routing import Routing
+from mue.moe.routing import Routing, counts
 from mue.shapes.routers import LOGIT_STD, MOMENTS_BY_LOGITS
 from mue.shapes.settings import Setting
 
 _SECOND, _FACTOR, _BEGIN = range(3)  # what is drawn for
-_TABLE = 1 << 13  # places where a row of jitter may begin
+_TABLE = 1 << 13  # places where a row of jitter may begin: a power of two
 _NORMAL = NormalDist()
 _GRID = [i / 10 for i in range(-60, 101)]  # the largest of 10^7 normal numbers is about 5.2
 
@@ -145,9 +146,11 @@ class SwitchRouter(MatrixRouter, DrawingRouter):
         Raises:
             ValueError: in training, there is room for less than one token at each expert.
         """
-        amount, key = self.options.settings["jitter"], bits(*self.keys(given), device=x_TD.device)
-        if self.training and amount:
-            x_TD = x_TD * jitter(key, amount, *x_TD.shape)
+        amount = self.options.settings["jitter"] if self.training else 0.0
+        spares = self.training and self.active == 2 and self.options.settings["random_second"]
+        key = bits(*self.keys(given), device=x_TD.device) if amount or spares else None
+        if amount and key is not None:
+            x_TD = jittered(x_TD, amount, key)
         logit_TN = self.logits(x_TD)
         score_TN = torch.softmax(logit_TN, dim=1)
         expert_TK = select_top(score_TN, self.active)
@@ -155,29 +158,26 @@ class SwitchRouter(MatrixRouter, DrawingRouter):
             weight_TK = score_TN.gather(1, expert_TK) * self.route_scale
         else:
             weight_TK = normalised_gates(logit_TN, expert_TK, "softmax", self.route_scale)
-        used_TK = self._used(expert_TK, weight_TK.detach(), key)
-        routing = self.routing(torch.where(used_TK, expert_TK, self.experts), torch.where(used_TK, weight_TK, 0.0))
+        used_TK = self._used(expert_TK, weight_TK.detach(), key if spares else None)
+        routing = self.routing(used_TK, torch.where(used_TK < self.experts, weight_TK, 0.0))
         routing.scores_TN, routing.logits_TN = score_TN, logit_TN
         # a balance loss counts what tokens asked for (2101.03961, eq. 5): what was dropped is what it is there to mend
-        routing.stats["demand"] = torch.zeros_like(routing.stats["load"]).scatter_add_(
-            0, expert_TK.flatten(), torch.ones_like(expert_TK.flatten())
-        )
+        routing.stats["demand"] = counts(expert_TK.flatten(), self.experts)
         return routing
 
-    def _used(self, expert_TK: Tensor, weight_TK: Tensor, key: Tensor) -> Tensor:
-        """(T, K) bool: which pairs are neither spared nor dropped."""
-        wanted_TK, settings = torch.ones_like(expert_TK, dtype=torch.bool), self.options.settings
-        if self.training and self.active == 2 and settings["random_second"]:
-            place_T = torch.arange(len(expert_TK), device=expert_TK.device)
-            chance_T = uniform(key, _SECOND, place_T, device=expert_TK.device)
-            wanted_TK[:, 1] = chance_T < 2 * weight_TK[:, 1] / self.route_scale
-        factor = settings["capacity"] if self.training else settings["evaluation_capacity"]
-        room = self._room(len(expert_TK), factor)
-        if room >= len(expert_TK):
-            return wanted_TK
+    def _used(self, expert_TK: Tensor, weight_TK: Tensor, key: Tensor | None) -> Tensor:
+        """(T, K) the experts, N in place of those that are spared, where there is a ``key`` to draw by, or have no room."""
+        tokens, settings = len(expert_TK), self.options.settings
+        if key is not None:
+            chance_T = uniform(key, _SECOND, torch.arange(tokens, device=expert_TK.device), device=expert_TK.device)
+            used_T = chance_T < 2 * weight_TK[:, 1] / self.route_scale
+            expert_TK = torch.stack((expert_TK[:, 0], torch.where(used_T, expert_TK[:, 1], self.experts)), 1)
+        room = self._room(tokens, settings["capacity"] if self.training else settings["evaluation_capacity"])
+        if room >= tokens:
+            return expert_TK
         # all first choices before all second ones (2006.16668, algorithm 1); what is spared takes no room
-        queue_P = torch.where(wanted_TK, expert_TK, self.experts).t().flatten()
-        return wanted_TK & (place_in_queue(queue_P, self.experts) < room).view(self.active, -1).t()
+        fits_P = first_come(expert_TK.t().flatten(), self.experts, room)
+        return torch.where(fits_P.view(self.active, -1).t(), expert_TK, self.experts)
 
     def _room(self, tokens: int, factor: float) -> int:
         """C, in pairs. An expert is asked for at most T, which is room for all."""
@@ -188,30 +188,55 @@ class SwitchRouter(MatrixRouter, DrawingRouter):
         return math.ceil(factor * tokens * self.active / self.experts)
 
 
-def place_in_queue(expert_P: Tensor, experts: int) -> Tensor:
-    """(P,) how many pairs of the same expert come before each pair.
+def first_come(expert_P: Tensor, experts: int, room: int) -> Tensor:
+    """(P,) bool: which pairs are among the first ``room`` of their expert.
 
     Args:
-        expert_P: (P,) int64 in [0, N].
+        expert_P: (P,) int64 in [0, N]. room: at least 1.
     """
     order_P = sorted_pairs(expert_P, experts)
-    load_N = torch.zeros(experts + 1, dtype=torch.int64, device=expert_P.device)
-    load_N = load_N.scatter_add_(0, expert_P, torch.ones_like(expert_P))
-    begin_N = load_N.cumsum(0) - load_N
-    place_P = torch.arange(len(expert_P), device=expert_P.device) - begin_N[expert_P[order_P]]
-    return torch.empty_like(place_P).scatter_(0, order_P, place_P)
+    sorted_P, fits_P = expert_P.index_select(0, order_P), torch.ones_like(expert_P, dtype=torch.bool)
+    # in the order of experts, a pair finds room where the one that many places before it is another expert's
+    fits_P[room:] = sorted_P[room:] != sorted_P[:-room]
+    return torch.empty_like(fits_P).scatter_(0, order_P, fits_P)
 
 
-def jitter(key: Tensor, amount: float, tokens: int, width: int) -> Tensor:
-    """(T, D) factors, each evenly from [1 - amount, 1 + amount).
+def jittered(x_TD: Tensor, amount: float, key: Tensor) -> Tensor:
+    """Each number times a factor of its own, evenly from [1 - amount, 1 + amount).
 
-    The rows are stretches of one table of random numbers that begin anywhere in it: a draw for every number of every token would take
-    longer than all the rest of routing. Two tokens have the same row in one of 2^13 cases, else numbers independent of each other.
+    The factors of a row are a stretch of one table of random numbers that begins anywhere in it: a draw for every number of every token
+    would take longer than all the rest of routing. Two tokens have the same row in one of 2^13 cases, else numbers independent of
+    each other.
 
     Args:
         key: what the draws depend on.
     """
+    tokens, width = x_TD.shape
     place_M = torch.arange(_TABLE + width, device=key.device)
     table_M = (1 - amount) + 2 * amount * uniform(key, _FACTOR, place_M, device=key.device)
-    begin_T = bits(key, _BEGIN, torch.arange(tokens, device=key.device), device=key.device) % _TABLE
-    return table_M.unfold(0, width, 1).index_select(0, begin_T)
+    begin_T = bits(key, _BEGIN, torch.arange(tokens, device=key.device), device=key.device) & (_TABLE - 1)
+    product_TD: Tensor = TableProduct.apply(x_TD, table_M, begin_T)  # type: ignore[no-untyped-call]
+    return product_TD
+
+
+class TableProduct(torch.autograd.Function):
+    """x times rows of a table, which are made again for the gradient: to keep another (T, D) would take longer.
+
+    The name is what a profile shows.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, table_M: Tensor, begin_T: Tensor) -> Tensor:
+        ctx.save_for_backward(table_M, begin_T)
+        ctx.dtype = x_TD.dtype
+        return _times_rows(x_TD, table_M, begin_T)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy_TD: Tensor) -> tuple[Tensor, None, None]:
+        return _times_rows(dy_TD, *ctx.saved_tensors).to(ctx.dtype), None, None
+
+
+def _times_rows(x_TD: Tensor, table_M: Tensor, begin_T: Tensor) -> Tensor:
+    factor_TD = table_M.unfold(0, x_TD.shape[1], 1).index_select(0, begin_T)
+    return factor_TD.to(torch.promote_types(x_TD.dtype, factor_TD.dtype)).mul_(x_TD)
