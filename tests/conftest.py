@@ -12,11 +12,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import settings
 
 from mue.kernels import build
 from mue.moe.backends import native
 
 torch.set_num_threads(1)
+# an example that takes long on a busy machine is no failure: the whole test has its time limit
+settings.register_profile("no deadline", deadline=None)
+settings.load_profile("no deadline")
 
 
 pytest_plugins = ["support.dice"]

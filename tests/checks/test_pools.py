@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 
 import pytest
@@ -59,6 +60,14 @@ def test_a_layer_that_reads_other_experts_than_declared_is_named() -> None:
     model.blocks[1].moe.__dict__["pool"] = model.pools[1]
     found = mue.check(model, plan, TOKENS, raises=False, only=("multipliers",))
     assert {f.where for f in found.unmeasured} == {"blocks 1 feed-forward"}, found
+
+
+def test_a_layer_that_reads_a_copy_of_its_pool_is_named() -> None:
+    """Beside shared experts: the copy computes the same, but no optimizer knows it."""
+    plan, model = built()
+    model.blocks[3].moe.__dict__["pool"] = copy.deepcopy(model.pools[1])
+    (found,) = mue.check(model, plan, TOKENS, raises=False, only=("multipliers",)).failures
+    assert found.where == "pools.1.down" and "layer 3 computes with other weights" in found.measured
 
 
 def test_a_pool_that_no_token_comes_to_is_idle_and_another_is_not() -> None:

@@ -205,6 +205,10 @@ def test_a_shape_that_no_default_family_has_is_refused() -> None:
     plan = mue.transfer(BASE, target, mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.02))
     with pytest.raises(ValueError, match=r"softmax gates, 1 shared experts\): give a config with --model"):
         export(plan, "transformers")
+    grouped = mue.MoE.parse("8e2a2g", width=64, expert=32, layers=2, head_dim=16, vocab=64, router="softmax")
+    plan = mue.transfer(BASE, grouped, mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.02))
+    with pytest.raises(ValueError, match=r"chosen a/g from each of 2 groups\): give a config with --model"):
+        export(plan, "transformers")
 
 
 # ---- the command -------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ def _family(target: Transformer) -> tuple[str, dict[str, Any]]:
         "a feed-forward without a gate" if not target.gated else "",
         f"dense layers of {len(dense)} widths" if len(dense) > 1 else "",
         f"{len(moe)} kinds of blocks with experts" if len(moe) > 1 else "",
+        *{f"experts chosen a/g from each of {b.groups} groups" for b in target.blocks if b.groups > 1},
     ]
     if any(differs):
         raise ValueError(

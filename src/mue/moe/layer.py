@@ -102,7 +102,7 @@ class MoELayer(nn.Module):
 
         Args:
             width: D.
-            options: what the plan (R) and the run say to the router.
+            options: what the plan (R) and the run say to the router, the number of the layer and of its pool included.
             output_multiplier: A of the plan. gated, backend: as above. pool: where the block's experts lie in pools, this layer's.
 
         Raises:

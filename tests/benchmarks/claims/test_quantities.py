@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import mue
 from claims.quantities import QUANTITIES, Trained, measure
@@ -16,6 +18,7 @@ from mue.lab.data import Corpus
 from mue.lab.data.spec import describe_data, open_corpus
 from mue.lab.train.run import Run, Settings, Store
 from mue.lab.train.session import train
+from mue.moe import Routing
 from mue.shapes import Transformer
 
 BASE = mue.Dense(32, 32, 1, head_dim=16, sequence=32)
@@ -115,6 +118,20 @@ def test_harder_tokens_can_have_more_experts_under_top_p_alone(tmp_path: Path, t
     assert of(trained(tmp_path, text, "8e2a"), "harder_tokens") == [0.0]
     (more,) = of(trained(tmp_path, text, "8e2a", router="top-p"), "harder_tokens")
     assert more is not None and more != 0.0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_more_experts_for_harder_tokens_are_a_positive_number(sign: int) -> None:
+    """Four tokens of which the last two are predicted wrongly; three experts for these and one for the others, or the other way round."""
+    counts = [1, 1, 3, 3][::sign]
+    expert_TK = torch.tensor([[i if i < n else 4 for i in range(3)] for n in counts])
+    routing = Routing.from_topk(expert_TK, (expert_TK < 4).float(), 4)
+    logits = 5.0 * torch.nn.functional.one_hot(torch.tensor([[0, 0, 1, 1]]), 2).float()
+    stub = SimpleNamespace(
+        model=lambda: lambda tokens, following: SimpleNamespace(logits=logits, routings=[routing]),
+        batches=SimpleNamespace(validation=lambda: [(torch.zeros(1, 4), torch.zeros(1, 4, dtype=torch.int64))]),
+    )
+    assert QUANTITIES["harder_tokens"].of(stub) == 2.0 * sign
 
 
 def test_two_draws_disagree_where_there_are_draws(tmp_path: Path, text: Any) -> None:

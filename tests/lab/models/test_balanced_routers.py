@@ -48,6 +48,8 @@ CASES = {
     "quantile": ("8e2a", '"quantile"'),
 }
 
+ROOM = {"switch": 40, "gshard": 128}  # pairs of an expert: capacity · 256 · a/N
+
 
 @pytest.fixture(scope="module")
 def corpus(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
@@ -72,6 +74,10 @@ def test_a_plan_file_trains_and_loads_are_as_promised(tmp_path: Path, corpus: Co
         assert all(share == 0.125 for row in rows for layer in row["load"] for share in layer)
     if case == "quantile":
         assert busiest(rows) < 0.26
+    if case in ROOM:
+        shares = [max(layer["share"]) for row in rows if "routers" in row for layer in row["routers"]]
+        assert len(shares) == 4 and max(shares) <= ROOM[case] / 256
+        assert case == "gshard" or max(shares) == ROOM[case] / 256  # the control: some expert was asked for more
 
 
 def busiest(rows: list[dict[str, list[list[float]]]]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -224,3 +225,22 @@ def test_refusals() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             mue.MoE.parse("8e2a", router_settings=given_, **common)
+
+
+def test_layers_that_share_a_controller_agree_in_it() -> None:
+    """Each has a start of its own, for p_0 is their mean; the controller's two factors are one for all."""
+    two = [
+        DTopPRouter(8, 16, 4, options=RouterOptions(layer=i, settings={"start": s})) for i, s in ((0, 0.2), (3, 0.4))
+    ]
+    shared = share(two)
+    assert shared is not None and float(two[0].p) == pytest.approx(0.3)
+    for control, refused in (("model", True), ("layer", False)):
+        other = {"control": control, "integral": 0.1}
+        ends = [
+            DTopPRouter(8, 16, 4, options=RouterOptions(layer=i, settings=s))
+            for i, s in ((0, {"control": control}), (3, other))
+        ]
+        with (
+            pytest.raises(ValueError, match=r"layers 0 and 3 .* integral = 0\.3 and 0\.1") if refused else nullcontext()
+        ):
+            share(ends)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from dataclasses import fields
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from mue.moe import Router, Routing, balance_bias_step, gate_moments
+from mue.moe.routers.base import RouterOptions, build
+from mue.shapes import Block
 from support.precision import close
 
 
@@ -221,3 +224,13 @@ def test_state_dict_resumes_the_balance() -> None:
     again = Router(4, 3, 2)
     again.load_state_dict(router.state_dict())
     assert torch.equal(again.load, router.load) and torch.equal(again.balance_bias, router.balance_bias)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "softmax"])
+def test_what_a_model_says_to_its_routers_reaches_the_standard_ones(name: str) -> None:
+    options = RouterOptions(route_scale=2.0, balance="loss", z_loss=True, seed=3, layer=5, pool=1)
+    router = build(Block(layers=1, experts=4, active=2, expert=8, router=name), 8, options)
+    said = {f.name: getattr(router.options, f.name) for f in fields(options) if f.name != "settings"}
+    assert said == {f.name: getattr(options, f.name) for f in fields(options) if f.name != "settings"}
+    with pytest.raises(TypeError, match="rout_scale"):
+        Router(8, 4, 2, rout_scale=2.0)

@@ -163,3 +163,16 @@ def test_a_pool_that_cannot_be_shared_out_is_refused() -> None:
     assert mue.MoE.parse("8e2a", **numbers).pools == 1
     with pytest.raises(ValueError, match="open_steps of the unipool-lock router must be a whole number of at least 1"):
         mue.MoE.parse("8e2a", **numbers, router_settings={"open_steps": 0})
+
+
+def test_readers_of_one_pool_agree_on_its_stages() -> None:
+    def reader(layer: int, pool: int, **own: object) -> UniPoolLockRouter:
+        return UniPoolLockRouter(D, N, A, options=RouterOptions(settings=own, layer=layer, pool=pool))
+
+    share([reader(0, 0), reader(1, 1, fade_steps=5)])  # each its own pool: nothing to agree on
+    with pytest.raises(ValueError, match=r"layers 0 and 1 .* fade_steps = 1000 and 5"):
+        share([reader(0, 0), reader(1, 0, fade_steps=5)])
+    with pytest.raises(
+        ValueError, match=r"layers 0, 1 read pool 0, and choose from \[12, 24\] experts: number the pools"
+    ):
+        share([reader(0, 0), UniPoolLockRouter(D, 2 * N, A, options=RouterOptions(layer=1))])

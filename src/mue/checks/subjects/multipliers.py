@@ -124,6 +124,7 @@ def _branches(ctx: Context) -> Iterator[Reading | Missed | Finding]:
 
 def _feed_forward(ctx: Context, b: Branch, c: Coefficients | None) -> Iterator[Reading | Missed | Finding]:
     names = list(read.down_names(ctx, b.layer).values())
+    yield from _copies(ctx, b)
     if c is None or not c.determined:
         why = "its input was not seen" if c is None else "as many experts as the residual width: too few equations"
         yield from (Missed(name, "the branch is made of its weights", why) for name in names)
@@ -135,6 +136,22 @@ def _feed_forward(ctx: Context, b: Branch, c: Coefficients | None) -> Iterator[R
     yield from _swapped(ctx, b, c)
     yield from read.feed_forward(ctx, b, c)
     yield from read.after_norm(ctx, b, names[0])
+
+
+def _copies(ctx: Context, b: Branch) -> Iterator[Finding]:
+    """Weights that another layer multiplies by, and this one should: a copy has the same values, and no optimizer."""
+    elsewhere = {p.info.name for p in ctx.seen[0].products} - {p.info.name for p in b.products}
+    for p in ctx.placed:
+        if b.layer in p.layers and p.name in elsewhere and ROLES[p.role].part == "down":
+            yield Finding(
+                NAME,
+                FAIL,
+                p.name,
+                f"read by layers {p.layers[0]} to {p.layers[-1]}, as declared",
+                f"layer {b.layer} computes with other weights",
+                ("a copy in place of the module itself (deepcopy of one layer)", "built without the pool"),
+                "give every layer that reads it the same module",
+            )
 
 
 def _swapped(ctx: Context, b: Branch, c: Coefficients) -> Iterator[Finding]:

@@ -81,9 +81,10 @@ def stock_of(ours: LanguageModel, found: TrainedRun) -> Any:
     """
     plan, shape = found.run.plan, ours.shape
     for block in shape.blocks:
-        if block.groups > 1 or block.pools:
-            what = "layers that share their experts" if block.pools else "experts chosen a/g from each of g groups"
-            raise ValueError(f"no stock family of transformers has the {what} of {block.notation}")
+        if block.pools:
+            raise ValueError(
+                f"no stock family of transformers has the layers that share their experts of {block.notation}"
+            )
     config = stock_config(shape)
     config.update(
         {

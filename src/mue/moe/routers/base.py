@@ -74,8 +74,9 @@ class RouterOptions:
             ``Routing.losses``, "none" does neither. A router without scores has nothing to balance.
         z_loss: put ``router_z`` into ``Routing.losses``, where there are logits. (These two are the run's, which has their
             coefficients; losses with coefficients of their own are among the settings.)
-        seed, layer: of what is drawn, so that runs and layers draw differently.
-        pool: which of the model's pools of experts the layer reads, where it reads one.
+        seed, layer: of what is drawn, so that runs and layers draw differently. A model of your own gives each layer its number.
+        pool: which of the model's pools of experts the layer reads, where it reads one. With several pools each has to have a number of
+            its own: loads of those with one number are counted together.
     """
 
     settings: Mapping[str, Any] = field(default_factory=dict, hash=False)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from mue.layouts.layout import Layout
 from mue.moe.routers.at_init import at_init, mass_for, standardised
 from mue.moe.routers.base import RouterInput, router
+from mue.moe.routers.common import one_of_all
 from mue.moe.routers.controller import PIController
 from mue.moe.routers.matrix import MatrixRouter
 from mue.moe.routers.prefix import even_sums, prefix_of_mass
@@ -137,10 +138,12 @@ class DTopPRouter(MatrixRouter):
 
 
 def _controller(routers: Sequence[DTopPRouter]) -> PIController:
-    """A controller with the settings of the first; p_0 is the mean of the layers' own."""
-    settings = routers[0].options.settings
-    starts = [start(one.active, one.experts, settings) for one in routers]
-    return PIController(sum(starts) / len(starts), settings["proportional"], settings["integral"])
+    """A controller with the factors that all have; p_0 is the mean of the layers' own."""
+    factors = one_of_all(
+        routers, ("proportional", "integral"), 'or control = "layer", which gives each layer a p of its own'
+    )
+    starts = [start(one.active, one.experts, one.options.settings) for one in routers]
+    return PIController(sum(starts) / len(starts), *factors)
 
 
 class SharedController(nn.Module):

@@ -6,14 +6,14 @@ Shape suffixes: T tokens, D width, N experts, K active experts per token, P = T*
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
 from mue.moe.losses import balance_bias_step
-from mue.moe.routers.base import ROUTER_CLASSES, Balance, RouterInput, RouterOptions
+from mue.moe.routers.base import ROUTER_CLASSES, RouterInput, RouterOptions
 from mue.moe.routers.matrix import MatrixRouter
 from mue.moe.routers.ops import normalised_gates, select_top
 from mue.moe.routing import Routing
@@ -166,7 +166,7 @@ class Router(TopKRouter):
 
     Args:
         width, experts, active, groups, score, normalize, gates: see `TopKRouter`.
-        route_scale, balance, z_loss, settings: see `RouterOptions`.
+        options: any of `RouterOptions` (route_scale, balance, z_loss, settings, ...).
     """
 
     kind = ROUTERS["sigmoid"]  # of an instance: that of its score
@@ -181,15 +181,12 @@ class Router(TopKRouter):
         score: Score = "sigmoid",
         normalize: bool = True,
         gates: str = NORMALISED,
-        route_scale: float = 1.0,
-        balance: Balance = "bias",
-        z_loss: bool = False,
-        settings: Mapping[str, Any] | None = None,
+        **options: Any,
     ) -> None:
         if score in ("sigmoid", "softmax"):
             self.kind = ROUTERS.lookup(score)  # before its settings are read
-        options = RouterOptions(route_scale=route_scale, balance=balance, z_loss=z_loss, settings=settings or {})
-        super().__init__(width, experts, active, groups, options, score=score, normalize=normalize, gates=gates)
+        numbers = width, experts, active, groups
+        super().__init__(*numbers, RouterOptions(**options), score=score, normalize=normalize, gates=gates)
 
     @classmethod
     def from_block(cls, block: Block, width: int, options: RouterOptions) -> Router:
@@ -202,8 +199,5 @@ class Router(TopKRouter):
             score=cast(Score, block.router),
             normalize=block.normalize,
             gates=block.gates,
-            route_scale=options.route_scale,
-            balance=options.balance,
-            z_loss=options.z_loss,
-            settings=options.settings,
+            **{f.name: getattr(options, f.name) for f in fields(options)},
         )

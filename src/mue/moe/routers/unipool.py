@@ -134,6 +134,11 @@ class PoolLoad(nn.Module):
         for one in routers:
             self.readers.setdefault(one.options.pool, []).append(one)
         for pool, readers in self.readers.items():
+            if len(sizes := {one.experts for one in readers}) > 1:
+                raise ValueError(
+                    f"layers {', '.join(str(one.options.layer) for one in readers)} read pool {pool}, and choose from {sorted(sizes)} experts:"
+                    " number the pools (RouterOptions.pool) as the layers read them"
+                )
             self.register_buffer(f"share_{pool}", torch.zeros(readers[0].experts))
 
     def share(self, pool: int) -> tuple[Tensor, int]:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mue.moe.routers.base import RouterInput, router
+from mue.moe.routers.common import one_of_all
 from mue.moe.routers.unipool import FACTS, PoolLoad, UniPoolRouter
 from mue.moe.routing import Routing
 from mue.shapes.settings import Setting
@@ -84,6 +85,7 @@ class PoolLock(PoolLoad):
         super().__init__(routers)
         self.register_buffer("step", torch.zeros((), dtype=torch.int64))
         for pool, readers in self.readers.items():
+            one_of_all(readers, ("open_steps", "fade_steps"), "or each a pool of its own")
             experts = readers[0].experts
             self.register_buffer(f"used_{pool}", torch.zeros(len(readers), experts))
             self.register_buffer(f"owner_{pool}", torch.full((experts,), -1))
