@@ -8,9 +8,9 @@ import pytest
 
 from support.pages import commands, fences, name, pages, run_python, run_toml, understood
 
-# (tests/test_readme.py and tests/test_architecture.py have those of README and of the page for developers)
-ELSEWHERE = ("README.md", "CHANGELOG.md", "docs/architecture.md")
-TEXTS = {name(path): path.read_text(encoding="utf-8") for path in pages() if name(path) not in ELSEWHERE}
+# (tests/test_readme.py, test_architecture.py and test_start.py have those of README, of developers and of the first pages)
+ELSEWHERE = ("README.md", "CHANGELOG.md", "docs/architecture.md", "docs/start/")
+TEXTS = {name(path): path.read_text(encoding="utf-8") for path in pages() if not name(path).startswith(ELSEWHERE)}
 KINDS = {"bash", "pycon", "python", "text", "toml"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,13 @@ import pytest
 
 import mue
 from mue.rules.roles import ROLES
+from support.paths import ROOT
 from support.plans import BASE, TARGET, TUNED, make
 
+GLOSSARY = (ROOT / "docs" / "glossary.md").read_text(encoding="utf-8")
 
-def test_the_dictionary_has_what_conventions_5_says() -> None:
+
+def test_the_dictionary_has_what_the_glossary_says() -> None:
     d = make().to_dict()
     top = {"rule", "hash", "active_width", "output_multiplier", "route_scale", "residual_multiplier", "head_multiplier"}
     assert top | {"betas", "drift", "roles", "blocks", "unchanged", "options", "inputs", "notes"} <= set(d)
@@ -31,6 +35,8 @@ def test_the_dictionary_has_what_conventions_5_says() -> None:
     block = d["blocks"][0]
     assert {"layers", "active_width", "output_multiplier", "route_scale", "roles", "drift"} <= set(block)
     assert json.loads(json.dumps(d)) == d
+    told = set(re.findall(r"`(\w+)`", GLOSSARY.partition("## The fields of a plan")[2]))
+    assert set(d) | set(d["roles"]["head"]) | set(block) | set(d["drift"]) <= told
 
 
 def test_save_and_load(tmp_path: Path) -> None:

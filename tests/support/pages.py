@@ -100,18 +100,23 @@ def run_toml(text: str) -> list[str]:
     """Read a page's ``toml`` fences as the files they are.
 
     Returns:
-        What each of them is: ``"plan"``, or ``"table"`` for a part of a file, which only has to be TOML.
+        What each of them is: ``"plan"``, ``"sweep"``, or ``"table"`` for a part of a file, which only has to be TOML.
     """
+    from mue.lab.sweep.spec import sweep_from
     from mue.plan.toml import plan_inputs
     from mue.plan.transfer import plan_of
 
     kinds = []
     for _, code in fences(text, "toml"):
         data = tomllib.loads(code)
-        whole = {"base", "tuned", "target"} <= set(data)
-        if whole:
+        if {"base", "tuned", "target"} <= set(data):
             plan_of(plan_inputs(data))
-        kinds.append("plan" if whole else "table")
+            kinds.append("plan")
+        elif {"base", "data", "sweep"} <= set(data):
+            sweep_from(data, Path("."))
+            kinds.append("sweep")
+        else:
+            kinds.append("table")
     return kinds
 
 

@@ -39,7 +39,7 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
     out = []
     listed = ", ".join(f"{APPROACHES[rule]} {'diverged' if y is None else f'{y:.3f}'}" for rule, y in means.items())
     out.append(
-        f"Nothing retuned, the MoE of four times the base's width reaches (nats a byte, mean of {seeds} seeds): {listed}."
+        f"Losses are nats a byte, means of {seeds} seeds, nothing retuned. The MoE of four times the base's width reaches: {listed}."
     )
     ours = means["complete-mue"]
     for rule, theirs in means.items():
@@ -59,7 +59,7 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
         if any(y is not None for y in entry["losses"].values())
     }
     best = ", ".join(f"{APPROACHES[rule]} {y:.3f} at {m:g}×" for rule, (y, m) in tuned.items())
-    out.append(f"With the rate retuned on the MoE itself (three rates, one seed): {best}.")
+    out.append(f"The rate was also retuned on the MoE itself (three rates, one seed). The lowest are: {best}.")
     moe, dense, base = (runs[name]["val_loss"] for name in ("MoE", "dense", "base"))
     if moe is not None and dense is not None:
         out.append(
