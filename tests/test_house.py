@@ -33,6 +33,16 @@ READ = ("README.md", "Makefile", "pyproject.toml", ".importlinter", ".ci", "docs
 NAME = re.compile(r"(?<![\w./-])mue(?:\.[A-Za-z_]\w*)+")
 NO_NAMES = {"mue.plugins": "a group of entry points", "mue.kinds_under_test": "of a test's own"}
 
+UNPUBLISHED = re.compile(
+    r"conventions(?:\.md)? \d|transfer-rules|anchors [A-Z]\d|moe-systems|field-20\d\d|\b[sS]hared/|\bW[123]\b|\(C\d|table 6\.2"
+)
+"""Pages, tables and labels that were never in the repository. A reader is sent to docs/ or to a paper."""
+RETIRED = (
+    "Belief Board Course Found Mirror Mode Placed Point Problem Pulse Swept Watch adopt as_asked believe due enter held star"
+    " telling without_texts _bury _feed _wake"
+)
+"""Names that this project had made up where the field has its own: none of them comes back."""
+
 # Hooks of a seam may have one name in every file that adds to it: name them here, with the seam.
 HOOKS: set[str] = set()
 
@@ -210,3 +220,38 @@ def test_every_name_that_is_named_exists(tmp_path: Path) -> None:
     found = names([written(tmp_path, wrong)])
     missing = {name.removeprefix("mue.") for name in found if not resolves(name)}
     assert missing == {"plan.nowhere", "Plan.lode", "plan.plan.PlanData.rool"} and len(found) == 4  # negative control
+
+
+def texts(places: Iterable[Path]) -> dict[str, str]:
+    """Every text in these files and folders, by path."""
+    found = [file for place in places for file in ([place] if place.is_file() else sorted(place.rglob("*")))]
+    kinds = {".py", ".md", ".toml", ".cpp", ".h", ".html", ".yml", ""}
+    return {str(file): file.read_text(encoding="utf-8") for file in found if file.is_file() and file.suffix in kinds}
+
+
+def test_nobody_cites_what_is_not_in_the_repository(tmp_path: Path) -> None:
+    found = texts(ROOT / place for place in READ if place != ".ci")
+    found.pop(str(Path(__file__)))
+    assert {where: UNPUBLISHED.findall(text) for where, text in found.items() if UNPUBLISHED.search(text)} == {}
+    assert len(found) > 500
+    wrong = ("conventions 9", "conventions.md 11", "transfer-rules 1.3", "anchors B6", "(W1)", "(C12)", "table 6.2's")
+    assert all(UNPUBLISHED.search(text) for text in wrong) and not UNPUBLISHED.search("W10, conventions of the base")
+
+
+def test_retired_names_do_not_come_back(tmp_path: Path) -> None:
+    def defined(root: Path) -> set[str]:
+        kinds = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+        trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files(root)]
+        here = {node.name for tree in trees for node in ast.walk(tree) if isinstance(node, kinds)}
+        return (here | {path.stem for path in files(root)}) & set(RETIRED.split())
+
+    def spoken(paths: Iterable[Path]) -> set[str]:
+        code = {span for text in texts(paths).values() for span in re.findall(r"`([\w.]+)`", text)}
+        return {part for span in code for part in span.split(".")} & set(RETIRED.split())
+
+    assert defined(SOURCE) == set()
+    assert spoken(p for p in (ROOT / "README.md", *(ROOT / "docs").rglob("*.md")) if p.name != "LOG.md") == set()
+    wrong = written(
+        tmp_path, {"a.py": "class Course:\n    def held(self): ...", "pulse.py": "", "b.md": "the `x.Board` is"}
+    )
+    assert defined(wrong) == {"Course", "held"} and spoken([wrong]) == {"Board"}  # negative control

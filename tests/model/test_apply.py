@@ -132,7 +132,7 @@ def test_a_dense_base_run_on_its_own_plan_is_the_tuned_values() -> None:
 
 
 def test_init_does_not_know_of_defaults() -> None:
-    """Draws are float32 on the CPU, whatever torch.set_default_dtype and set_default_device say (conventions 10)."""
+    """Draws are float32 on the CPU, whatever torch.set_default_dtype and set_default_device say."""
     plan = planned()
     right = built(plan)
     init_(plan, right)

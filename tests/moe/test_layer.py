@@ -19,7 +19,7 @@ def layer_like(shared_experts: int, shared_width: int) -> MoELayer:
 
 
 def test_n_shared_of_width_h_are_one_of_n_times_h() -> None:
-    """Property of conventions.md 12, and what the two layers hold is the same tensors' shapes."""
+    """n_s shared experts are one of n_s times the width, and what the two layers hold is the same tensors' shapes."""
     torch.manual_seed(7)
     many, one = layer_like(3, 4), layer_like(1, 12)
     one.load_state_dict(many.state_dict())

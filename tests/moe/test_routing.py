@@ -13,7 +13,7 @@ from mue.moe import (
 
 
 def test_variance_factor_of_uniform_and_one_hot_weights() -> None:
-    """Property 19: F = 1 and F = a; between them for anything else."""
+    """F = 1 and F = a; between them for anything else."""
     tokens, active, number = 50, 4, 8
     expert_TK = torch.rand(tokens, number).argsort(1)[:, :active]
     uniform = Routing.from_topk(expert_TK, torch.full((tokens, active), 1.0), number, route_scale=4.0)

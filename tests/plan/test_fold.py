@@ -25,7 +25,7 @@ def test_tied_embeddings_fold_into_the_final_norm() -> None:
         folded.roles["final_norm"].constant == pytest.approx(1 / 3)
         and folded.roles["head"].values == plan.roles["head"].values
     )
-    assert folded.roles["final_norm"].values.eps == pytest.approx(TUNED.eps)  # conventions 3: 1/s once folded
+    assert folded.roles["final_norm"].values.eps == pytest.approx(TUNED.eps)  # 1/s once folded
     train(one, [torch.optim.AdamW(plan.param_groups(one))], 80)
     train(two, [torch.optim.AdamW(folded.param_groups(two))], 80)
     assert distance(one, two, folded) < 1e-12
@@ -53,7 +53,7 @@ def test_a_folded_plan_is_a_plan(tmp_path: Any) -> None:
     assert folded.to_dict()["folded"]["route"] == "weights" and plan.to_dict()["folded"] is None
     folded.save(tmp_path / "plan.json")
     assert mue.Plan.load(tmp_path / "plan.json") == folded
-    assert "multipliers are in the weights" in str(folded) and "conventions 7" in folded.roles["expert_down"].source
+    assert "multipliers are in the weights" in str(folded) and "docs/why/fold.md" in folded.roles["expert_down"].source
     assert folded.scaled(2) == fold(plan.scaled(2)) != folded
     for role in ("ffn_down", "router", "norm", "embedding"):
         assert folded.roles[role].values == plan.roles[role].values

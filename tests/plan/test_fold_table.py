@@ -59,7 +59,7 @@ def test_every_row_of_the_table_is_trained() -> None:
 
 @pytest.mark.parametrize("name", list(MAKE))
 def test_two_hundred_steps_in_float64(name: str) -> None:
-    """Property 12, for every row of table 6.2 with the corrections of conventions 7."""
+    """The fold is exact, for every optimizer that has a row."""
     optimizer = FAMILY.get(name, name)
     # The eigenbasis of a matrix without full rank is stable only if nothing is rounded.
     cs = (1.0, 0.25, 0.25, 2.0) if name == "soap" else (1.0, 8 / 9, 8 / 9, 0.37)
@@ -185,7 +185,7 @@ def muon_pair(groups: list[dict[str, Any]]) -> list[Optimizer]:
 
 
 def test_torch_muon_is_exact_for_powers_of_two_only() -> None:
-    """Its iteration runs in bf16 (conventions 7): with powers of two it starts from the same bits in both forms."""
+    """Its iteration runs in bf16 : with powers of two it starts from the same bits in both forms."""
     torch.set_default_dtype(torch.float32)
     base, tuned = mue.Dense(width=4, ffn=4, layers=1, **SIZES), TUNED.replace(optimizer="muon")
     exactly, roughly = (

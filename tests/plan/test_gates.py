@@ -30,7 +30,7 @@ def shape(router: str, notation: str, width: int = 64, **settings: object) -> mu
 
 @pytest.mark.parametrize(("router", "notation"), RAW)
 def test_r_is_for_the_logits_that_the_plan_draws(router: str, notation: str) -> None:
-    """σ√d with the σ of the plan's router, at every width the same; R·E[Σw] = a (conventions 9)."""
+    """σ√d with the σ of the plan's router, at every width the same; R·E[Σw] = a (docs/why/index.md#gates)."""
     found = []
     for width in (64, 256):
         plan = mue.transfer(BASE, shape(router, notation, width), TUNED)
@@ -103,7 +103,7 @@ def test_each_block_of_a_mixed_shape_is_told() -> None:
 
 @pytest.mark.parametrize(("router", "notation"), [("switch", "8e1a"), ("switch", "32e1a"), ("expert-choice", "32e2a")])
 def test_the_branch_starts_as_large_as_the_dense_one(router: str, notation: str) -> None:
-    """A and R together (conventions 9): within a tenth. With the moments of even logits it would be two to four times as large."""
+    """A and R together, within a tenth. With the moments of even logits it would be two to four times as large."""
     ratios = []
     for told in ({}, {"logit_std": 1e-9}):
         settings = {**told, "capacity": 64.0} if router == "switch" else told

@@ -1,4 +1,4 @@
-"""Slow evidence on real text: coordinate check and initial-loss overlay (transfer-rules 9, properties 16 and 17)."""
+"""Slow evidence on real text: coordinate check and initial-loss overlay."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_updates_are_flat_in_depth(kind, corpus: Corpus) -> None:
 
 
 def test_the_published_head_row_shrinks_the_logit_update(corpus: Corpus) -> None:
-    """W1: both width factors and the forward multiplier; the logits' change falls about as 1/ρ_d."""
+    """The paper's head: both width factors and the forward multiplier; the logits' change falls about as 1/ρ_d."""
     found = [changes(dense(width=w), "complete-mue-paper", corpus)[1] for w in WIDTHS]
     assert slope(WIDTHS, found) == pytest.approx(-1.0, abs=0.35)
 

@@ -1,4 +1,4 @@
-"""What the rule promises of one block, measured on real modules (transfer-rules 9, properties 14 and 15)."""
+"""What the rule promises of one block, measured on real modules (docs/why/index.md)."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_standard_parametrization_fails_both() -> None:
 
 
 def test_measured_gates_restore_the_init_scale() -> None:
-    """conventions 9: with the measured moments of an un-renormalised softmax the branch is right again."""
+    """docs/why/index.md#gates: with the measured moments of an un-renormalised softmax the branch is right again."""
     plain = moe("32e8a", 16, router="softmax", normalize=False, gates="measured", gate_moments=(1.0, 1 / 8))
     plan = mue.transfer(BASE, plain, TUNED)
     x = torch.randn(512, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)

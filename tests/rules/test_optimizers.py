@@ -37,7 +37,7 @@ def test_like_adam() -> None:
                 assert planned.status == "inferred" and optimizer in planned.source
     runs: dict[str, Any] = {"base_training": RUN, "training": LONG}
     independent = mue.transfer(DENSE, SPARSE, TUNED.replace(optimizer="adamw-independent"), **runs, **SDE)
-    s2 = 4 / 9  # conventions 7: constant product is s², by the SDE rule
+    s2 = 4 / 9  # constant product is s², by the SDE rule
     assert independent.roles["expert_up"].factor.weight_decay == pytest.approx(s2)
     assert independent.roles["head"].factor.weight_decay == pytest.approx(s2)
 

@@ -82,7 +82,7 @@ Cells = tuple[float | None, float, float | None, float]  # init std, lr, weight 
 @few
 @given(m_N=st.integers(1, 16), m_L=st.integers(1, 12), alpha=st.sampled_from([0.5, 0.75, 1.0]))
 def test_completep_is_its_printed_table(m_N: int, m_L: int, alpha: float) -> None:
-    """2505.01618 Table 1 with N_base = 256 and L_base = 2, as transfer-rules 2 has it."""
+    """2505.01618 Table 1 with N_base = 256 and L_base = 2."""
     base, target = mue.Dense(width=256, ffn=1024, layers=2), mue.Dense(width=256 * m_N, ffn=1024 * m_N, layers=2 * m_L)
     p = mue.transfer(base, target, TUNED, rule="completep", depth_exponent=alpha)
     hidden: Cells = (m_N**-0.5, m_N**-1 * m_L ** (alpha - 1), m_N, m_N**-1 * m_L**-alpha)
@@ -140,7 +140,7 @@ growth = st.integers(1, 8)
 @few
 @given(n=growth, m=growth, M=growth, L=growth)
 def test_jiang_is_its_table(n: int, m: int, M: int, L: int) -> None:
-    """transfer-rules 4.2, in absolute exponents of n = d and m = h, taken against the reference."""
+    """2601.20205, in absolute exponents of n = d and m = h, taken against the reference."""
     p = mue.transfer(moe(1, 3, 8, 2), moe(n, 3 * m, 8 * M, 2 * M, 4 * L), TUNED, rule="jiang")
     attention: Cells = (n**-0.5, 1 / n, n, 1 / (n * L))
     up: Cells = (n**-0.5, 1 / n, n, 1 / (m * L))
@@ -248,7 +248,7 @@ def folded_down(rule: str, base: mue.MoE, target: mue.MoE) -> tuple[float, float
 @few
 @given(n=growth, h=growth, M=growth)
 def test_same_rate_as_jiang_and_init_apart_by_the_root_of_the_expansion(n: int, h: int, M: int) -> None:
-    """transfer-rules 4.2: equal lr; std differs by √(H_act/d), so the two coincide where H_act = d."""
+    """2601.20205: equal lr; std differs by √(H_act/d), so the two coincide where H_act = d."""
     base, target = moe(2, 8, 8, 2), moe(2 * n, 8 * h, 8 * M, 2 * M)
     (std, lr), (std_j, lr_j) = (folded_down(rule, base, target) for rule in ("complete-mue", "jiang"))
     assert lr == pytest.approx(lr_j, rel=1e-12)
@@ -258,7 +258,7 @@ def test_same_rate_as_jiang_and_init_apart_by_the_root_of_the_expansion(n: int, 
 @few
 @given(k=st.integers(2, 8))
 def test_complete_mue_is_mssp_in_the_bottleneck_regime_and_not_in_the_others(k: int) -> None:
-    """transfer-rules 4.3: exponents of k of the folded routed down projection, regime by regime."""
+    """2605.14200: exponents of k of the folded routed down projection, regime by regime."""
     base = moe(2, 8, 8, 2)
     regimes = {
         "mssp-fixed-experts": (moe(2 * k, 8 * k, 8, 2), (-0.5, -1), (-0.5, -1)),

@@ -1,4 +1,4 @@
-"""The properties of transfer-rules 9 and conventions 12 on random shapes, each with a rule that breaks it on purpose."""
+"""What docs/why/index.md claims of a rule, on random shapes, each with a rule that breaks it on purpose."""
 
 from __future__ import annotations
 
@@ -141,7 +141,7 @@ def test_shared_width_and_groups(
 @quick
 @given(data=st.data(), scale=st.integers(2, 4))
 def test_how_width_is_counted_cancels(rule: str, data: st.DataObject, scale: int) -> None:
-    """W3: counting gate and up both, in base and target, changes nothing (here: every width times a constant)."""
+    """Counting gate and up both, in base and target, changes nothing (here: every width times a constant)."""
     base, target = data.draw(cases(rule, 2))
     properties.same(plan(rule, counted(base, scale), counted(target, scale)), plan(rule, base, target))
     with pytest.raises(AssertionError):  # in one of the two only, it does
@@ -236,7 +236,7 @@ def test_constant_product(rule: str, data: st.DataObject) -> None:
 
 
 def test_the_published_table_has_no_constant_product() -> None:
-    """W2, the documented difference: there lr·wd of a hidden matrix falls with the width."""
+    """The documented difference: there lr·wd of a hidden matrix falls with the width."""
     v = plan("complete-mue-paper", DENSE, Case(WIDE.shape, RUN)).roles["expert_up"].values
     assert v.lr * v.weight_decay == pytest.approx(1e-3 * 0.1 / 4)  # type: ignore[operator]
 
@@ -277,7 +277,7 @@ COUNTEREXAMPLES: dict[tuple[str, str], tuple[Callable[[str], None], str]] = {
     ("sde", "hyperp"): (lambda r: properties.sde(r, DENSE, LONGER), "measured exponents, weight decay 0"),
     ("constant product", "complete-mue-paper"): (
         lambda r: properties.constant_product(r, DENSE, WIDE),
-        "W2: weight decay is left out of the width rule",
+        "weight decay is left out of the width rule",
     ),
     ("constant product", "hidden-ratio-only"): (
         lambda r: properties.constant_product(r, DENSE, WIDER),

@@ -1,4 +1,4 @@
-"""The worked example of Complete-muE (transfer-rules 10), printed numbers to six digits; and what each rule refuses."""
+"""The worked example of Complete-muE (2605.23893), printed numbers to six digits; and what each rule refuses."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_worked_example_by_what_was_measured() -> None:
 @pytest.mark.parametrize("wd_mode", ["constant-product", "none", "sqrt-width"])
 @pytest.mark.parametrize("head_mode", ["completep", "paper"])
 def test_both_head_and_all_weight_decay_modes_of_the_recommended_rule(head_mode: str, wd_mode: str) -> None:
-    """Property 10, and a value for √width beside the two of the fixture."""
+    """The example, and a value for √width beside the two of the fixture."""
     p = example(head=head_mode, weight_decay_width=wd_mode)
     wd = {"constant-product": 0.4, "none": 0.05, "sqrt-width": 0.05 * 8**0.5}[wd_mode]
     assert p.roles["expert_down"].values.weight_decay == pytest.approx(wd, rel=six)
@@ -112,7 +112,7 @@ def test_a_base_of_expansion_four(rule: str) -> None:
 
 
 def test_half_width_experts() -> None:
-    """h = h_s = d/2: H_act/d = 4.5 (transfer-rules 10, last line)."""
+    """h = h_s = d/2: H_act/d = 4.5."""
     target = mue.MoE.parse("128e8a1s", width=1024, expert=512, layers=8)
     p = mue.transfer(mue.Dense(width=128, ffn=128, layers=8), target, LM, **RUNS)
     assert p.output_multiplier == pytest.approx(2 / 9, rel=1e-12)

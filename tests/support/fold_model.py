@@ -57,7 +57,7 @@ class Experts(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention and feed-forward, with the plan's multipliers where the forward pass has them (conventions 3)."""
+    """Attention and feed-forward, with the plan's multipliers where the forward pass has them."""
 
     def __init__(self, shape: Transformer, block: Block, m: mue.Multipliers, layer: int) -> None:
         super().__init__()

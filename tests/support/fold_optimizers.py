@@ -1,4 +1,4 @@
-"""Small exact optimizers for table 6.2 that torch does not have (or not in float64): read for their update, not for speed."""
+"""Small exact optimizers of the fold table that torch lacks (or has not in float64): for their update, not for speed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The worked example (transfer-rules 10) as a plan file."""
+"""The worked example (2605.23893) as a plan file."""
 
 PLAN = """
 rule = "complete-mue"

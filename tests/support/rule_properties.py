@@ -70,7 +70,7 @@ def same(one: mue.Plan, other: mue.Plan, tolerance: float = CLOSE, skip: tuple[s
         close("1-beta", 1 - x, 1 - y)
 
 
-# ---- the properties (numbers: section 9 of transfer-rules) -----------------------------------------------------------
+# ---- the properties ------------------------------------------------------------------------------------------------
 
 
 def identity(rule: str, case: Case) -> None:

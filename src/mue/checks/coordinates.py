@@ -125,7 +125,7 @@ def coordinate_check(
         CheckError: a slope out of tolerance, named by axis and module.
         ValueError: an unknown axis, or one without at least two different sizes.
 
-    Source: transfer-rules 1.9 and 9, property 16.
+    Source: docs/why/index.md and docs/why/limits.md, what stays and what drifts.
     """
     slopes: list[Slope] = []
     done: dict[str, list[ModuleValues]] = {}

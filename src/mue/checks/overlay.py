@@ -95,7 +95,7 @@ def overlay(
     Raises:
         CheckError: a variant leaves the reference. ValueError: too few steps, or no such reference.
 
-    Source: transfer-rules 9, property 17.
+    Source: the authors' own test of Complete-muE (2605.23893).
     """
     if reference not in losses:
         raise ValueError(f"no losses of {reference!r}: they are of {', '.join(losses)}")

@@ -103,7 +103,7 @@ def feed_forward(ctx: Context, b: Branch, c: Coefficients) -> Iterator[Reading |
     """What a branch's coefficients say: for the dense or shared experts A·l^-α, for the routed sum that times R.
 
     R and a are among the suspects on the shared experts' reading as well: R on both is the likeliest slip of a rule
-    that puts it on one (transfer-rules 1.1).
+    that puts it on one (docs/why/index.md#experts).
     """
     m, names = ctx.plan.multipliers, down_names(ctx, b.layer)
     A, residual = m.output[b.layer], 1.0 if b.normed else m.residual
@@ -151,7 +151,7 @@ def _median(x: Tensor) -> float:
 
 
 def embedding(ctx: Context) -> Iterator[Reading | Missed]:
-    """By what the rows of each table were multiplied on their way into the stream: nothing (C12)."""
+    """By what the rows of each table were multiplied on their way into the stream: nothing."""
     record = ctx.seen[0]
     first = ctx.branches[0].added if ctx.branches else None
     c, residue = (1.0, 1.0) if first is None else fit_ratio(first.carried, first.before)

@@ -118,7 +118,7 @@ def _run(module: nn.Module, width: int) -> Routed | None:
 
 
 def _routing(ctx: Context, name: str, layer: int, routing: Routed, block: Block) -> Iterator[Finding]:
-    """Experts per token, and weights that sum to R for every token (R·m1 where gates are measured: conventions 9)."""
+    """Experts per token, and weights that sum to R for every token (R·m1 where gates are measured)."""
     weight_TN = torch.zeros(routing.num_tokens, routing.num_experts + 1)
     weight_TN.index_put_((routing.token_P, routing.expert_P), routing.weight_P.float(), accumulate=True)
     total, active = weight_TN.sum(1), (weight_TN[:, :-1] != 0).sum(1).float()

@@ -140,7 +140,7 @@ def with_sweep(data: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any
             f"{folder} was tuned with batch {found.training.batch} and {found.training.steps} steps,"
             f" [base.training] has {training.batch} and {training.steps}"
         )
-    # Both training tables or neither (conventions 2): where the target has one, the base's is what the sweep trained
+    # Both training tables or neither: where the target has one, the base's is what the sweep trained
     # with.
     if training is None and "training" in table_of(data, "target"):
         run = {"batch": found.training.batch, "steps": found.training.steps}

@@ -23,7 +23,7 @@ def automodel(plan: PlanData, model: Any) -> str:
     found, scale = rows(plan, module), own_scale(plan, module)
     lr, wd, _ = commonest(found).setting
     # too small an eps does nothing where √v is far larger; too large a one slows
-    # experts, whose gradients are small (transfer-rules 1.9)
+    # experts, whose gradients are small (docs/why/index.md#adams-eps)
     eps = min(row.eps for row in found)
     overrides = "\n".join(
         f"    - pattern: '^{row.regex}$'  # {row.roles}\n      lr_mult: {yaml_number(row.lr / lr)}\n"

@@ -77,7 +77,7 @@ def norms_last(model: nn.Module) -> bool:
 def post_normed(rows: Iterable[Layout]) -> list[Layout]:
     """OLMo-core's rows where attention_norm and feed_forward_norm come last in their branch."""
     rows = list(rows)
-    # a norm after a projection cancels its scale, so ρ_L^-α goes into that norm's gain (transfer-rules 6.3, point 5)
+    # a norm after a projection cancels its scale, so ρ_L^-α goes into that norm's gain (docs/why/fold.md)
     ends = {"attention_norm": "o", "feed_forward_norm": "down"}
     return [
         replace(

@@ -130,7 +130,7 @@ def measure_gates(
     *,
     router_std: float | None = None,
 ) -> Moments:
-    """Measure the ``gate_moments`` of a model whose gates do not sum to one (conventions 9).
+    """Measure the ``gate_moments`` of a model whose gates do not sum to one (docs/why/index.md#gates).
 
     Args:
         source, rows, config: as for :func:`inspect`.

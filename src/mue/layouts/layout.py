@@ -239,7 +239,7 @@ class ParamInfo:
 
 
 def canonical(name: str) -> str:
-    """A parameter's name without what wrappers add to it (DDP, compile, FSDP, checkpointing; conventions 10).
+    """A parameter's name without what wrappers add to it (DDP, compile, FSDP, checkpointing).
 
     Stripped by prefix: ``name.strip("module.")``, as package mup has it, eats letters of the name (anchors 1.2).
     """

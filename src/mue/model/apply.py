@@ -96,7 +96,7 @@ def _name_without_expert(p: ParamInfo) -> str:
 
 
 def _generator(seed: int, name: str, expert: int | None) -> torch.Generator:
-    # by name, not by order or shard (conventions 10); 63 of its bits, which are a positive int64
+    # by name, not by order or shard; 63 of its bits, which are a positive int64
     digest = hashlib.sha256(f"{seed}/{name}/{'' if expert is None else expert}".encode()).digest()
     return torch.Generator(device="cpu").manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
@@ -197,6 +197,6 @@ def _torch_names(plan: PlanData, role: str, eps: float, scale: float) -> dict[st
     if optimizer == "adafactor":
         return {"eps": (eps, ADAFACTOR_FLOOR * scale)}  # eps2 floors rms(W), so it has the weight's scale
     if optimizer == "muon" and ROLES[role].hidden:
-        # √(out/in) without a floor at 1: the update's operator norm is lr at every shape (transfer-rules 7)
+        # √(out/in) without a floor at 1: the update's operator norm is lr at every shape (Muon's spectral form)
         return {"algorithm": "muon", "momentum": plan.betas[0], "adjust_lr_fn": "spectral_unclamped"}
     return {"algorithm": "adamw"} if optimizer == "muon" else {}

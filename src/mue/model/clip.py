@@ -22,7 +22,7 @@ def clip_grad_norm_(
     """``torch.nn.utils.clip_grad_norm_`` with the norm the gradients had before the fold, Σ over ‖c·G‖.
 
     All gradients are then scaled alike, so the clipped training is the unfolded one, step by step. With the plain norm
-    of folded gradients 276 of 300 steps were clipped instead of 179, and the runs parted by 11 % (transfer-rules 6.3).
+    of folded gradients 276 of 300 steps were clipped instead of 179, and the runs parted by 11 % (docs/why/fold.md).
 
     Args:
         parameters, max_norm, norm_type, error_if_nonfinite, foreach: as torch has them.
@@ -35,7 +35,7 @@ def clip_grad_norm_(
     Raises:
         RuntimeError: a norm that is not finite, if ``error_if_nonfinite``.
 
-    Source: transfer-rules 6.3.1.
+    Source: docs/why/fold.md.
     """
     every = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     held = [p for p in every if p.grad is not None]
@@ -67,6 +67,6 @@ def agc(threshold: float, floor: float, c: float) -> tuple[float, float]:
     """(threshold, floor on the weight's norm) of adaptive gradient clipping for a weight with ``c`` folded into it.
 
     It clips where ‖G‖ > threshold · max(‖W‖, floor). Folded, ‖G‖ is 1/c and ‖W‖ is c times what it was: threshold/c²,
-    floor·c (derived; conventions 7 gives the floor, transfer-rules 6.3 the threshold).
+    floor·c (derived as in docs/why/fold.md).
     """
     return threshold / c**2, floor * c

@@ -232,7 +232,7 @@ def _expected(
         latents = _latents(t.width, outs, routers)
         return [("fan-in", p.fan_in, (t.width, *latents)), ("experts", p.fan_out, (*outs, *latents))]
     hidden = {"ffn": block.ffn, "expert": block.expert, "shared": block.shared_width}[kind]
-    # n_s shared experts of width h_s are one of n_s·h_s (conventions 12), however a model stores them
+    # n_s shared experts of width h_s are one of n_s·h_s in sum, however a model stores them
     many = p.experts if kind == "shared" else 1
     found = p.fan_in if part == "down" else p.fan_out // max(len(p.layout.parts), 1)
     sizes: list[tuple[str, int, tuple[int, ...]]] = [
@@ -246,7 +246,7 @@ def _expected(
 
 def _latents(width: int, outs: tuple[int, ...], routers: list[ParamInfo]) -> set[int]:
     """Sizes inside a router that is a small MLP: what one of its matrices puts out and another reads, the last one the scores."""
-    # conventions 8: a router's own MLP has matrices whose fan-in is not d
+    # A router's own MLP has matrices whose fan-in is not d
     read, written = {p.fan_in for p in routers}, {p.fan_out for p in routers}
     return (read & written) - {width} if width in read and written & set(outs) else set()
 

@@ -112,7 +112,7 @@ def _norm_faults(plan: PlanData, description: Description) -> list[str]:
 def query_coefficients(plan: PlanData, model: nn.Module, params: Iterable[ParamInfo]) -> Mapping[str, float]:
     """By name, what the queries are multiplied by so that the stock attention scale becomes the planned one.
 
-    It goes into the gain of the query norm where there is one, else into the query projection (transfer-rules 6.3).
+    It goes into the gain of the query norm where there is one, else into the query projection (docs/why/fold.md).
 
     Args:
         plan: has the planned scale. model: a stock one; any other needs nothing. params: the model's, with their roles.
@@ -128,7 +128,7 @@ def query_coefficients(plan: PlanData, model: nn.Module, params: Iterable[ParamI
     inner, t = unwrap(model), plan.target
     size = integers(text_config(inner.config)).get("qk_head_dim", t.head_dim)
     # Latent attention multiplies q and k of qk_head_dim; the shape's head_dim is that of the values (shape._heads).
-    # The planned scale is ∝ 1/d_head (conventions 8), so the ratio carries it over.
+    # The planned scale is ∝ 1/d_head (docs/why/index.md#attention), so the ratio carries it over.
     wanted = plan.attention_scale * t.head_dim / size
     scales = [getattr(m, "scaling", None) for m in inner.modules()]
     found = {x for x in scales if isinstance(x, float)} or {

@@ -89,7 +89,7 @@ def _of_all_parts(plan: PlanData, p: ParamInfo) -> Values:
 
 
 def _for_own_fan_in(plan: PlanData, p: ParamInfo, values: Values) -> Values:
-    """f/f* in place of the width's ratio for a matrix whose fan-in f is not the width (conventions 8; f* = d*).
+    """f/f* in place of the width's ratio for a matrix whose fan-in f is not the width (f* = d*).
 
     The role's values have (d/d*)^n in them, n the power of ρ_d in the rule's cell; with (f/d)^n beside it that is (f/d*)^n.
     """
@@ -113,7 +113,7 @@ def _constant(p: ParamInfo, planned: float | None, c: float) -> float | None:
     assert planned is not None
     if not isinstance(start, float):
         return planned * c
-    # what the code multiplies by must be the planned gain, so 1 + w wants w = c - 1 (transfer-rules 6.3, point 2)
+    # what the code multiplies by must be the planned gain, so 1 + w wants w = c - 1 (docs/why/fold.md)
     if p.gain_offset or (ROLES[p.role].gain and start == 1):
         return planned * c - p.gain_offset
     return start * c

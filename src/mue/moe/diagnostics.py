@@ -27,7 +27,7 @@ def measure(routing: Routing) -> dict[str, Any]:
         active, spread: mean and standard deviation over tokens of the number of active experts.
         idle: share of the tokens without any expert (dropped by a capacity, or chosen by none).
         m1, m2: E[Σw] and E[Σw²] over tokens, R divided out. F = ā·m2/m1²: 1 for even weights, a for one-hot ones
-            (conventions 9).
+            (docs/why/index.md#gates).
         share: (N,) share of the tokens that each expert sees; the plan counts on a/N.
         max_vio: max load / mean load − 1, 0 where balanced (MaxVio of 2408.15664); None without a pair. dead: experts without a token.
         effective: exp of the entropy of the load, the number of evenly used experts that would be as uneven.

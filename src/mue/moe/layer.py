@@ -18,7 +18,7 @@ from mue.shapes.block import Block
 
 
 class MoELayer(nn.Module):
-    """Router, routed experts and shared experts (Complete-muE block, transfer-rules.md 1.1).
+    """Router, routed experts and shared experts (the block of Complete-muE, 2605.23893).
 
     Parameters: the router's own; `experts_gate`, `experts_up` (N, H, D) and `experts_down` (N, D, H); `shared_gate`,
     `shared_up` (S, D) and `shared_down` (D, S), S = shared_experts * shared_width. What a layer does not have (no routed
@@ -81,7 +81,7 @@ class MoELayer(nn.Module):
         self.experts_gate = weight(own and gated, number, expert_width, width)
         self.experts_up = weight(own, number, expert_width, width)
         self.experts_down = weight(own, number, width, expert_width)
-        # all shared experts as one of width n_s·h_s: the sum of their outputs is one product (conventions 12)
+        # all shared experts as one of width n_s·h_s: the sum of their outputs is one product
         self.shared_gate = weight(inner > 0 and gated, inner, width)
         self.shared_up = weight(inner > 0, inner, width)
         self.shared_down = weight(inner > 0, width, inner)

@@ -1,7 +1,7 @@
 # ruff: noqa: N815 (shape suffixes in field names)
 """What a router returns: which token goes to which expert with which weight, as flat unsorted pairs.
 
-Top-k, top-p (ragged) and expert choice are one thing in this form (shared/spec/conventions.md 11).
+Top-k, top-p (ragged) and expert choice are one thing in this form.
 Nothing here sorts; only `mue.moe.experts` does.
 
 Shape suffixes: T tokens, P pairs, K slots per token, N experts.
@@ -139,7 +139,7 @@ def routing_stats(routing: Routing) -> dict[str, Tensor]:
         load_min, load_max: the smallest and largest share of all pairs that one expert has (balanced: 1/N).
         gate_sum: mean over tokens of the sum of weights, route scale included.
         variance_factor: F = a * E[sum_i pi_i^2] with pi the weights divided by their sum per token: 1 for uniform
-            weights, a for one-hot (transfer-rules.md 1.3). `a` is the mean number of pairs per token; tokens whose
+            weights, a for one-hot (docs/why/index.md#gates). `a` is the mean number of pairs per token; tokens whose
             weights sum to 0 are left out.
     """
     experts = routing.num_experts
@@ -151,7 +151,7 @@ def routing_stats(routing: Routing) -> dict[str, Tensor]:
     weight_P = routing.weight_P.detach()
     sum_T, square_T = _sum_per_token(routing, weight_P), _sum_per_token(routing, weight_P.square())
     routed_T = sum_T != 0
-    # π per token: F is about how even the weights of a token are, whatever they sum to (transfer-rules 1.3)
+    # π per token: F is about how even the weights of a token are, whatever they sum to (docs/why/index.md#gates)
     spread_T = torch.where(routed_T, square_T / torch.where(routed_T, sum_T, 1.0).square(), 0.0)
     tokens = routed_T.sum().clamp(min=1)
     return {
@@ -165,7 +165,7 @@ def routing_stats(routing: Routing) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def gate_moments(routing: Routing) -> tuple[float, float]:
-    """(m1, m2): means over tokens of sum w and sum w^2, with the route scale divided out (conventions.md 9).
+    """(m1, m2): means over tokens of sum w and sum w^2, with the route scale divided out (docs/why/index.md#gates).
 
     They are what the plan needs under `gates = "measured"`: R = a/m1 and F = a*m2/m1^2.
 

@@ -7,7 +7,7 @@ from mue.util.text import number
 
 
 def of_gates(block: Block) -> str:
-    """The weights of a block's router in one line (conventions 9)."""
+    """The weights of a block's router in one line (docs/why/index.md#gates)."""
     kind, a = block.router_kind, block.active
     if block.moments is None:
         text = "weights sum to 1 for every token, so that R = a is exact, in training too"
@@ -25,7 +25,7 @@ def of_gates(block: Block) -> str:
 
 
 def of_tokens(block: Block) -> str:
-    """How many experts a token has and how many tokens an expert, in one line (conventions 6)."""
+    """How many experts a token has and how many tokens an expert, in one line (docs/why/limits.md#drift)."""
     kind = block.router_kind
     text = ""
     if kind.mean_active is not None:

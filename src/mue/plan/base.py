@@ -93,11 +93,11 @@ def _of_plan(inputs: Inputs, plan: PlanData) -> Base:
 
 
 def _of_shape(inputs: Inputs, shape: Transformer) -> Base:
-    """A shape as base: a stock model but for its A* and its attention scale, which are declared (conventions 2)."""
+    """A shape as base: a stock model but for its A* and its attention scale, which are declared."""
     tuned, before, after = inputs.tuned, inputs.base_training, inputs.training
     if tuned is None:
         raise ValueError("tuned is missing: give mue.HParams(lr, weight_decay, init_std) found on the base")
-    # Both runs or neither (conventions 2): a ratio of one number is a guess.
+    # Both runs or neither: a ratio of one number is a guess.
     if (before is None) != (after is None):
         given, lacking = ("training", "base_training") if before is None else ("base_training", "training")
         raise ValueError(

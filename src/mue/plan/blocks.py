@@ -61,7 +61,7 @@ def block_plan(rule: Rule, transition: Transition, base: Base, block: Block, thi
         block.layers,
         block.notation,
         block.active_width,
-        # A = A*/ρ_e: a branch of more active width adds up more terms, each of which moves as before (transfer-rules 1.2, 1.3).
+        # A = A*/ρ_e: a branch of more active width adds up more terms (docs/why/index.md#active-width).
         output_multiplier=base.output_multiplier * rule.output_multiplier(ratio),
         # R = a: the gates sum to one, so the routed sum is an average over a experts, and R makes it a sum again.
         route_scale=block.route_scale if rule.routed else 1.0,
@@ -71,7 +71,7 @@ def block_plan(rule: Rule, transition: Transition, base: Base, block: Block, thi
 
 
 def _drift(rule: Rule, transition: Transition, block: Block, ratio: Mapping[str, float]) -> dict[str, float | None]:
-    """What moves with the change although every factor is applied; reported, not corrected (conventions 6)."""
+    """What moves although every factor is applied; reported, not corrected (docs/why/limits.md#drift)."""
     # σ0, the noise of one step, falls with 1/√(tokens seen): all of them, or a routed expert's share a/N.
     share = block.share / base_block(transition.base).share
     return {
@@ -134,7 +134,7 @@ def merge(blocks: tuple[BlockPlan, ...]) -> dict[str, RolePlan]:
     merged = {}
     for role in ROLES:
         every = [block.roles[role] for block in blocks]
-        # a role that no block holds stays in the list with count 0: JSON has every role (conventions 5)
+        # a role that no block holds stays in the list with count 0: JSON has every role
         holders = [planned for planned in every if planned.count] or every
         merged[role] = replace(
             holders[0],
@@ -153,7 +153,7 @@ def _agreed(many: list[Values]) -> Values:
 def carried_betas(
     betas: tuple[float, float], rule: Rule, transition: Transition, ratio: Mapping[str, float]
 ) -> tuple[float, float]:
-    """1-β' = (1-β)·f or β' = β^f, which agrees to first order (transfer-rules 5); f is the rule's, ρ_B/ρ_D = T*/T by the SDE rule.
+    """1-β' = (1-β)·f or β' = β^f, which agrees to first order; f is the rule's, ρ_B/ρ_D = T*/T by the SDE rule.
 
     By the SDE rule Adam's averages last the same part of a run: (1-β)/η² is kept, as the SDE of Adam wants (2205.10287). By
     complete-mue's default f is 1: carried betas cost loss where runs get shorter, and gain nothing where they get longer
@@ -172,7 +172,7 @@ def carried_betas(
         return (betas[0] ** factor, betas[1] ** factor)
     i = 0 if betas[0] < betas[1] else 1  # the smaller beta leaves its domain first
     before, after = transition.base_training, transition.training
-    # 1-β ≥ 1 would be no average at all. It is refused and not clamped: transfer-rules 5.
+    # 1-β ≥ 1 would be no average at all. It is refused and not clamped: nobody tuned what a clamp gives.
     if (1 - betas[i]) * factor >= 1 and before is not None and after is not None:
         raise ValueError(
             f"beta{i + 1} = {betas[i]:g} cannot be carried from {before.steps:,} to {after.steps:,} steps:"

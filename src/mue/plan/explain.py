@@ -107,7 +107,7 @@ def _cell(plan: PlanData, role: str, index: int, field: str) -> Iterator[Step]:
     value = yield from _product(name, getattr(row, field), here, value, sources, row.source)
     yield from _left(plan, name, field, getattr(row, field), here, value)
     if plan.folding is not None and (c := plan.folding.coefficients[index].get(role)):
-        source = f"mue.plan.fold_table, {plan.tuned.optimizer}; conventions 7"
+        source = f"mue.plan.fold_table, {plan.tuned.optimizer}; docs/why/fold.md"
         yield Step(name, f"folded with c = {number(c)}", final, source)
         value = final
     _agree(f"{role}.{field}", value, final)
@@ -176,13 +176,13 @@ def _whole(plan: PlanData, name: str, index: int) -> Iterator[Step]:
             label, getattr(rule, name), _ratios(plan, block), start, dict(rule.axes), rule.source
         )
     if plan.folding is not None and final != value:
-        yield Step(label, f"folded into {WHOLE[name]}", final, "conventions 7")
+        yield Step(label, f"folded into {WHOLE[name]}", final, "docs/why/fold.md")
         value = final
     _agree(name, value, final)
 
 
 def _attention(plan: PlanData) -> Steps:
-    """The attention scale: the base's habit, carried over a change of head size (conventions 8)."""
+    """The attention scale: the base's habit, carried over a change of head size (docs/why/index.md#attention)."""
     base, exponent = plan.inputs.base, plan.rule.attention_exponent
     if isinstance(base, PlanData):
         start, shape, text = base.attention_scale, base.target, f"that of plan {base.hash}"
@@ -193,7 +193,7 @@ def _attention(plan: PlanData) -> Steps:
     value: float = start * (shape.head_dim / plan.target.head_dim) ** float(exponent)
     ratio = f"({shape.head_dim}/{plan.target.head_dim})"
     text = f"× {ratio if exponent == 1 else f'{ratio}^{exponent}'}, head size"
-    yield Step("attention scale", text, value, "conventions 8")
+    yield Step("attention scale", text, value, "docs/why/index.md#attention")
     return value
 
 

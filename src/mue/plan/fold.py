@@ -36,7 +36,7 @@ def fold(plan: AnyPlan, route: str = "weights") -> AnyPlan:
     Raises:
         ValueError: an unknown route, or a plan folded the other way.
 
-    Source: transfer-rules 6, conventions 7; :mod:`mue.plan.fold_table` for each optimizer.
+    Source: docs/why/fold.md; :mod:`mue.plan.fold_table` for each optimizer.
     """
     if route not in ROUTES:
         raise ValueError(f"route must be one of {', '.join(ROUTES)} (who carries R), got {route!r}")
@@ -80,12 +80,12 @@ def _coefficients(plan: PlanData, block: BlockPlan, route: str) -> Mapping[str, 
     branch = plan.residual_multiplier
     A, R = block.output_multiplier, block.route_scale
     found = {
-        # A is the feed-forward's alone; both kinds of branch carry l^-α (transfer-rules 6.3, point 5)
+        # A is the feed-forward's alone; both kinds of branch carry l^-α (docs/why/fold.md)
         "attention_o": branch,
         "ffn_down": branch * A,
         "shared_down": branch * A,
         "expert_down": branch * A * (R if route == "weights" else 1.0),
-        # a tied head is the embedding too, which must stay: the gain before it takes c (transfer-rules 6.3, point 2)
+        # a tied head is the embedding too, which must stay: the gain before it takes c (docs/why/fold.md)
         "final_norm" if plan.target.tied else "head": plan.head_multiplier,
     }
     return {role: c for role, c in found.items() if c != 1 and block.roles[role].count}
@@ -100,7 +100,7 @@ def _folded(plan: PlanData, role: str, planned: RolePlan, c: float) -> RolePlan:
         factor=folded_values(plan, role, planned.factor, c),
         formula={name: _formula(plan, role, name, text) for name, text in planned.formula.items()},
         constant=None if planned.constant is None else planned.constant * c,
-        source=f"{planned.source}; folded with c = {number(c)}, conventions 7",
+        source=f"{planned.source}; folded with c = {number(c)}, docs/why/fold.md",
     )
 
 

@@ -1,4 +1,4 @@
-"""What each optimizer's numbers become when a weight used as ``c·W`` is stored as ``W' = c·W`` (transfer-rules 6, conventions 7).
+"""What each optimizer's numbers become when a weight used as ``c·W`` is stored as ``W' = c·W`` (docs/why/fold.md).
 
 The gradient of W' is 1/c of that of W, and one step must move W' by c times as much. So every cell is a power of c:
 
@@ -42,7 +42,7 @@ FOLDS: dict[str, Fold] = {
     "adamw": Fold(1, -1, -1, MOMENTS, "m/√v does not know the gradient's scale, eps beside √v does; lr·wd stays"),
     "nadamw": Fold(1, -1, -1, {**MOMENTS, "mu_product": 0}, "as AdamW: Nesterov's average is linear in the gradient"),
     "adamw-independent": Fold(1, 0, -1, MOMENTS, "as AdamW, but the shrink is wd alone"),
-    # transfer-rules 6.2, "Adam with coupled L2"
+    # decay joins the gradient here, and with it Adam's ratio
     "adam-l2": Fold(1, -2, -1, MOMENTS, "wd·W must shrink with the gradient it joins: 1/c, of a weight c times larger"),
     "lion": Fold(1, -1, None, {"exp_avg": -1}, "a sign; lr·wd stays"),
     "signsgd": Fold(1, -1, None, VELOCITY, "a sign; lr·wd stays"),
@@ -64,9 +64,10 @@ FOLDS: dict[str, Fold] = {
     "lamb": Fold(
         0, -1, -1, MOMENTS, "the step is relative to ‖W‖; wd stands beside m/√v. Not with a clamp on the weight's norm"
     ),
-    # wd/c², not table 6.2's wd/c: corrected by conventions 7. What it accumulates are steps, which grow by c.
+    # wd/c², for wd·W stands beside a gradient of 1/c, and W is c times as large.
+    # What it accumulates are steps, which grow by c.
     "lars": Fold(0, -2, None, {"momentum_buffer": 1}, "the step is relative to ‖W‖; wd·W stands beside the gradient"),
-    # wd unchanged and eps1·c⁻² for torch's own form: corrected by conventions 7
+    # wd unchanged and eps1·c⁻², which is torch's own form
     "adafactor": Fold(
         0,
         0,
@@ -76,7 +77,7 @@ FOLDS: dict[str, Fold] = {
         " (torch also squares it: exact while that does not bind)",
         floor=1,
     ),
-    # transfer-rules 6.2: relative updates take lr as it is; c·lr was off by a relative error of 1 in the test
+    # Relative updates take lr as it is; c·lr was off by a relative error of 1 in the test
     "hyperball": Fold(
         0, None, -1, {**MOMENTS, **VELOCITY, "radius": 1}, "a relative step, back on the sphere the weight started on"
     ),

@@ -38,11 +38,11 @@ def notes(
             f"the base is a MoE, so this takes it as tuned with R = {R:g} on its normalised routed sum; if it was tuned with"
             f" R = 1, give output_multiplier = {base.output_multiplier / R:g} (routed experts only), or tune it again"
         )
-    # conventions 4
+    # one tensor has one row, and the embedding's is the one that reads no sum
     if target.tied and _factors(rule, "head") != _factors(rule, "embedding"):
         found.append("tied embeddings: the embedding row wins, and the head multiplier stays on the logits")
     found += _unknown_cells(rule, target)
-    # transfer-rules 7, GQA-µP: it matters only where the ratio changes
+    # GQA-µP, 2605.15290: it matters only where the ratio changes
     if base.num_heads * target.num_kv_heads != target.num_heads * base.num_kv_heads:
         found.append("the ratio of kv heads to heads changes: no rule here scales k and v for it (GQA-µP, 2605.15290)")
     found += _unscaled(base, target)
@@ -51,7 +51,7 @@ def notes(
             "gated and plain feed-forwards differ between base and target: no rule covers the change of activation"
         )
     for block in target.blocks:
-        # conventions 9
+        # docs/why/index.md#gates
         kind = block.router_kind
         if block.active == 1 and block.experts > 1 and block.exact_sum and kind.matrix and kind.mean_active is None:
             found.append(

@@ -26,7 +26,7 @@ from mue.util.files import digest, rounded, write_json
 # 2: heads without head_dim imply width / heads, where it was 64.
 FORMAT = 2
 HASH_KEYS = ("plan", "plan_hash", "mue_plan")  # under any of these a checkpoint keeps the hash of its plan
-# What no rule here scales, and a plan carries all the same, marked so (conventions 5; transfer-rules 1.8).
+# What no rule here scales, and a plan carries all the same, marked so (docs/glossary.md#the-fields-of-a-plan).
 UNCHANGED = ("optimizer", "clip", "warmup", "floor", "balance", "z", "bias_speed")
 TEXTS = frozenset(
     {"source", "status", "marks", "formula", "notes", "critical_batch"}
@@ -102,7 +102,7 @@ class PlanData:
     # ---- what holds for the whole model -------------------------------------------------------------------------
 
     def _same(self, name: str) -> Any:
-        # None and not a mean: a number that holds in no block would be used (conventions 5)
+        # None and not a mean: a number that holds in no block would be used (docs/glossary.md#the-fields-of-a-plan)
         values = {getattr(block, name) for block in self.blocks}
         return values.pop() if len(values) == 1 else None
 
@@ -123,7 +123,7 @@ class PlanData:
 
     @property
     def drift(self) -> dict[str, float | None]:
-        """What moves and is reported, not corrected (conventions 6); None where blocks differ."""
+        """What moves and is reported, not corrected (docs/why/limits.md#drift); None where blocks differ."""
         merged: dict[str, float | None] = {}
         for name in self.blocks[0].drift:
             values = {block.drift[name] for block in self.blocks}
@@ -178,7 +178,7 @@ class PlanData:
         return {name: getattr(self.tuned, name) for name in UNCHANGED}
 
     def to_dict(self) -> dict[str, Any]:
-        """What ``mue plan --json`` prints; the meaning of each field is conventions 5."""
+        """What ``mue plan --json`` prints; the meaning of each field: docs/glossary.md#the-fields-of-a-plan."""
         return {
             "format": FORMAT,
             "rule": self.rule.name,

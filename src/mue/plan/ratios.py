@@ -72,7 +72,7 @@ def ratios(
     same = base_training is None or training is None
     return {
         "ρ_d": target.width / base.width,
-        # o reads heads·d_head numbers, which need not be d (conventions 8)
+        # o reads heads·d_head numbers, which need not be d (docs/why/index.md#width)
         "ρ_o": target.attention_width / base.attention_width,
         "ρ_H": _down_fan_in(block, kind) / _down_fan_in(source, kind),
         "ρ_L": target.layers / base.layers,

@@ -99,12 +99,12 @@ RUN = """\
 ## Batch and duration
 
 A change of the run moves lr by s = ρ_B^p · ρ_D^-q (p `batch_exponent`, q `duration_exponent`); weight decay, eps and betas follow
-by choices of their own. p = q = 1/2 with the rest following is the SDE rule, which `complete-mue-paper` and `complete-d-p` publish;
+by choices of their own. p = q = 1/2 with the rest following is the SDE rule, which `complete-mue-paper` and `complete-d-p` publish.
 `complete-mue` has p = 7/20 and q = 0, and leaves weight decay and betas as tuned, as measured (docs/findings/horizon.md, docs/findings/public-runs.md).
 The SDE rule in `complete-mue` is `mue.transfer(..., **mue.rules.SDE)`, or in a file
 `options = {batch_exponent = 0.5, duration_exponent = 0.5, weight_decay_run = "follows-lr", betas = "linear"}`.
 
-Once p or q is not 1/2, no choice keeps everything: the second table says what each value keeps as it was in the base's run, and by
+Once p or q is not 1/2, no choice keeps everything. The second table says what each value keeps as it was in the base's run, and by
 which factor the rest moves. A plan's notes say it of its own choices, `mue rules CONFIG.toml --why run` step by step.
 """
 
@@ -138,13 +138,13 @@ def _overview(rules: list[Rule]) -> str:
 
 
 def _inputs(base: Transformer, target: Transformer, runs: tuple[Training, Training] | None) -> Inputs:
-    # the blog's language-model reference (transfer-rules 10)
+    # the blog's language-model reference (2605.23893)
     tuned = HParams(lr=1e-3, weight_decay=0.1, init_std=0.01)
     before, after = runs or (None, None)
     return Inputs(base, target, tuned, before, after, "complete-mue", Convention())
 
 
-# The authors' worked example, 128e8a1s (transfer-rules 10): ρ_d = 8, H_act = 9d, ρ_D = 4. Depth and batch do not change
+# The authors' worked example, 128e8a1s (2605.23893): ρ_d = 8, H_act = 9d, ρ_D = 4. Depth and batch do not change
 # in it, so 8 layers and 2^19 tokens a step stand for any.
 WORKED = _inputs(
     Dense(width=128, ffn=128, layers=8),

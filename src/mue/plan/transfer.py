@@ -3,8 +3,8 @@
     value of a role on the target = value tuned on the base × factor(ratios of target to base)
 
 :func:`plan_of` goes from one to the other, top to bottom. What each step needs lies beside it: the base (:mod:`mue.plan.base`),
-the rule's table (:mod:`mue.rules`), the ratios (:mod:`mue.plan.ratios`), one block (:mod:`mue.plan.blocks`). "Conventions" and
-"transfer-rules" are the project's notes on the papers' definitions and derivations.
+the rule's table (:mod:`mue.rules`), the ratios (:mod:`mue.plan.ratios`), one block (:mod:`mue.plan.blocks`). Why each
+factor is what it is: docs/why/index.md.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ def transfer(
         more: options that came with a rule of their own, by name (:data:`mue.rules.OPTIONS`).
 
     Returns:
-        The plan: absolute values of every role and the forward multipliers, as numbers (conventions 5).
+        The plan: absolute values of every role and the forward multipliers, as numbers
+        (docs/glossary.md#the-fields-of-a-plan).
 
     Raises:
         ValueError: naming the number and the fix, for anything the rule cannot answer, and for an option it lacks.
@@ -154,7 +155,7 @@ def plan_of(inputs: Inputs) -> PlanData:
     #    tuned with. The tables are written for Adam; what SGD, Muon and others make of them is derived in mue.rules.optimizers.
     rule = for_optimizer(get_rule(inputs.rule, **inputs.options), base.tuned.optimizer)
 
-    # 3. What changes, as ratios of target to base, which are all that a table may read (conventions 1):
+    # 3. What changes, as ratios of target to base, which are all that a table may read:
     #       r = ρ_d = d/d*    residual width: a matrix with more inputs starts smaller and moves less (µP, 2203.03466)
     #       l = ρ_L = L/L*    depth: more branches add up in the residual stream (CompleteP, 2505.01618)
     #       ρ_e = e/e*        active expansion: e = H_act/d, with H_act the hidden width that one token passes through
@@ -167,7 +168,7 @@ def plan_of(inputs: Inputs) -> PlanData:
     transition = Transition(base.shape, target, base.training, inputs.training or base.training)
     ratios = transition.ratios(target.blocks[0])
     refuse(rule, base.shape, target, ratios)
-    #    Weights that do not sum to one are told how far apart their router's logits are at init (conventions 9).
+    #    Where weights do not sum to one: how far apart the router's logits are at init (docs/why/index.md#gates).
     target = with_logit_std(
         target, lambda block: block_plan(rule, transition, base, block, "").roles["router"].values.init_std
     )
@@ -176,7 +177,7 @@ def plan_of(inputs: Inputs) -> PlanData:
 
     # 4. Every role of every kind of block: the base's value × the table's factor; and A and R of its feed-forward branch. By
     #    complete-mue at α = 1, a down projection is drawn with σ*·r^-½·ρ_e^½, moves with η·r^-1·s and decays with λ·r, an
-    #    expert's as a dense one's, and its branch is multiplied by A = A*/ρ_e and R = a (conventions 3).
+    #    expert's as a dense one's, and its branch is multiplied by A = A*/ρ_e and R = a (docs/why/index.md#experts).
     #    A third of the depth that has tuned values of its own makes a kind of block of its own.
     blocks = tuple(
         block_plan(rule, transition, base, block, third) for block, third in split_by_third(target, base.tuned)
@@ -199,7 +200,7 @@ def plan_of(inputs: Inputs) -> PlanData:
         residual_multiplier=base.residual_multiplier * rule.residual_multiplier(ratios),
         # 1/r on the logits: a sum over r times as many features, whose updates are aligned (CompleteP Table 1)
         head_multiplier=base.head_multiplier * rule.head_multiplier(ratios),
-        # q·k is a sum over d_head: trained queries and keys are aligned, so the scale falls as 1/d_head (µP; conventions 8)
+        # q·k is a sum over d_head: trained queries and keys are aligned, so the scale falls as 1/d_head (µP, 2203.03466)
         attention_scale=base.attention_scale
         * (base.shape.head_dim / target.head_dim) ** float(rule.attention_exponent),
         betas=betas,

@@ -69,7 +69,7 @@ class BlockPlan:
 
     Attributes:
         notation: ``"dense"`` or e.g. ``"128e8a1s"``. active_width: H_act. output_multiplier: A. route_scale: R.
-        drift: what the change moves and nothing corrects (conventions 6), None where nobody derived it.
+        drift: what the change moves and nothing corrects (docs/why/limits.md#drift), None where nobody derived it.
         roles: all of them by name; those that the block does not hold have count 0.
     """
 
@@ -90,7 +90,7 @@ class BlockPlan:
 class Multipliers:
     """Forward multipliers of a model; the default is a stock model.
 
-    The feed-forward branch of a block adds to the residual stream (2605.23893; conventions 3)
+    The feed-forward branch of a block adds to the residual stream (2605.23893; docs/why/index.md#experts)
 
         y = l^-α · A · ( R · Σ π_i E_i(x) + Σ S_k(x) ),    Σ π_i = 1
 

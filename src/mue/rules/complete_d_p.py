@@ -63,7 +63,7 @@ def complete_d_p(
             "qk_norm": row("QK-norm gains", lr=inside, eps=L**-α),
             "bias": vector,
             "final_norm": row("final norm"),
-            # the fold of CompleteP's row by c = 1/m_N, and eps/c is why its eps does not move (transfer-rules 3, 6.1)
+            # the fold of CompleteP's row by c = 1/m_N, and eps/c is why its eps does not move (docs/why/fold.md)
             "head": row("unembedding, no multiplier", std=N**-1, lr=N**-1, wd=N),
         },
         residual_multiplier=L**-α,

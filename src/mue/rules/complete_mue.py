@@ -1,7 +1,7 @@
 """Complete-muE (Peng et al., arXiv 2605.23893), the form we recommend.
 
 The authors' table in ratio form, with the four places where we differ from it: the head (their table counts the
-width factor twice: W1), weight decay under width (they leave it unscaled: W2), Adam's eps (their table is silent), and
+width factor twice), weight decay under width (they leave it unscaled), Adam's eps (their table is silent), and
 batch and duration, where their Table 2, the SDE rule, is contradicted by what was measured: rates go with the batch as
 ρ_B^0.35 and not with the tokens, weight decay and betas stay as tuned (docs/findings/horizon.md, public-runs.md). The SDE
 rule is there by the options of :data:`mue.rules.SDE`. Depth as in CompleteP (2505.01618, Table 1).
@@ -21,11 +21,11 @@ from mue.rules.sde import AXIS_SOURCES, HORIZON, RunFactors, sde
 from mue.rules.table import FIELDS, INFERRED, PUBLISHED, Row, Rule
 
 d, o, L, e, κ = (ratio(f"ρ_{x}") for x in ("d", "o", "L", "e", "κ"))
-UP_GATE = (e / κ) ** "1/2"  # the drift of 1.9: what the update of up and gate grows by when H_act/d does
+UP_GATE = (e / κ) ** "1/2"  # the drift of docs/why/limits.md: what the update of up and gate grows by when H_act/d does
 ROUTER_BIAS = Row(source="not an optimizer parameter; update speed unchanged (2408.15664)")
 # weight_decay_width → the power of width on a hidden matrix's weight decay, and who says so
 DECAYS = {
-    "constant-product": (Fraction(1), "constant product, W2"),
+    "constant-product": (Fraction(1), "constant product, docs/why/index.md#weight-decay"),
     "sqrt-width": (Fraction(1, 2), "√width, 2510.15262"),
     "none": (Fraction(0), "unscaled, the authors' table"),
 }
@@ -50,20 +50,20 @@ class _Hidden:
     ) -> Row:
         """One matrix; ``std``, ``eps`` and ``rate`` are what it has beyond its fan-in."""
         return Row(
-            # a sum of fan_in terms drawn at random keeps its size (µP; transfer-rules 1.2)
+            # a sum of fan_in terms drawn at random keeps its size (µP, 2203.03466)
             init_std=fan_in ** "-1/2" * std,
             # Adam moves each element by lr; fan_in such moves are aligned with the input and add up (µP)
             lr=fan_in**-1 * self.depth * rate * self.run.lr,
-            # lr·wd as on the base, for AdamW averages over 1/(lr·wd) steps (2405.13698; W2: else 8 times longer)
+            # lr·wd as on the base, for AdamW averages over 1/(lr·wd) steps (2405.13698)
             weight_decay=(fan_in / rate) ** self.decay * self.run.weight_decay,
-            # eps stands beside √v and follows the gradient, which falls with width, depth and 1/e (transfer-rules 1.9)
+            # eps stands beside √v and follows the gradient, which falls with all three (docs/why/index.md#adams-eps)
             eps=eps * fan_in**-1 * self.depth_eps * self.run.eps,
-            source=f"{source}; lr and std: Table 1; wd: {self.decay_source}; eps: CompleteP Table 1 and 1.9",
+            source=f"{source}; lr and std: Table 1; wd: {self.decay_source}; eps: CompleteP Table 1, derived",
             cells={
                 "init_std": f"arXiv 2605.23893 Table 1: {source}",
                 "lr": f"arXiv 2605.23893 Table 1: {source}",
                 "weight_decay": self.decay_source,
-                "eps": "CompleteP 2505.01618 Table 1; gradient scales of transfer-rules 1.9",
+                "eps": "CompleteP 2505.01618 Table 1; gradient scales, docs/why/index.md#adams-eps",
             },
             marks={
                 "init_std": PUBLISHED,
@@ -100,8 +100,8 @@ def complete_mue(
         source="arXiv 2605.23893, Table 1; depth 2505.01618; head, weight decay and eps as in CompleteP; batch and duration as"
         f" measured, {HORIZON} (Table 2, the SDE rule, by its options)",
         rows={
-            # A token reads one row, no sum over a width: std and lr stay (CompleteP; transfer-rules 1.8). Its gradient
-            # does fall with width, hence eps (Complete(d)P's correction of CompleteP, transfer-rules 3).
+            # A token reads one row, no sum over a width: std and lr stay (CompleteP). Its gradient
+            # does fall with width, hence eps (Complete(d)P's correction of CompleteP, 2512.22382).
             "embedding": Row(
                 lr=run.lr,
                 weight_decay=run.weight_decay,
@@ -109,23 +109,23 @@ def complete_mue(
                 source="CompleteP Table 1",
             ),
             **dict.fromkeys(of_kind("attention"), hidden.row(d, "width µP")),
-            # o alone reads heads·d_head numbers, not d (conventions 8)
+            # o alone reads heads·d_head numbers, not d (docs/why/index.md#width)
             "attention_o": hidden.row(o, "width µP on the fan-in heads·d_head"),
             **dict.fromkeys(of_part("up", "gate"), up),
             # Routed, shared and dense alike. The branch's variance A²·H_act·σ² stays, for A = A*/ρ_e and σ ∝ √ρ_e
-            # (transfer-rules 1.3); κ is that of measured gates (conventions 9). lr has no factor beyond width, for
-            # A·R weighs the a·h terms that move down to d (1.3). The gradient of W_down goes as d/H_act (1.9): eps.
+            # (docs/why/index.md#active-width); κ is that of gates that do not sum to one. lr has no factor beyond width,
+            # for A·R weighs the a·h terms that move down to d. The gradient of W_down goes as d/H_act: eps.
             **dict.fromkeys(
                 of_part("down"),
                 hidden.row(
                     d, "σ_down = √(H_act/d)·σ^(1), lr unchanged by a, N, h", std=e ** "1/2" * κ ** "-1/2", eps=e**-1
                 ),
             ),
-            # conservative in eps: its measured gradient falls only as r^-0.3 to r^-0.5 (conventions 3)
+            # conservative in eps: its measured gradient falls only as r^-0.3 to r^-0.5
             "router": hidden.row(d, "like any d-controlled projection"),
             "router_bias": ROUTER_BIAS,
             "norm": vector,
-            # all heads share this gain, so its gradient does not shrink with width as others' do (transfer-rules 3)
+            # all heads share this gain, so its gradient does not shrink with width as others' do (2512.22382)
             "qk_norm": Row(
                 lr=inside * run.lr,
                 eps=inside_eps * run.eps,
@@ -144,7 +144,7 @@ def complete_mue(
         betas=run.betas,
         run=run,
         up_gate=up_gate,
-        # its eps cells are gradient scales, counted in transfer-rules 1.9: other optimizers are derived from them
+        # its eps cells are gradient scales (docs/why/index.md#adams-eps): other optimizers are derived from them
         gradient=True,
         spectral=True,
         axes=AXIS_SOURCES,
@@ -154,18 +154,18 @@ def complete_mue(
 def _up(hidden: _Hidden, corrected: bool) -> tuple[Row, Monomial]:
     """The row of up and gate, and the drift of their update that is left."""
     if not corrected:
-        # their gradient goes as √(d/H_act) (transfer-rules 1.9)
+        # their gradient goes as √(d/H_act) (docs/why/index.md#adams-eps)
         return hidden.row(d, "width µP, no MoE factor", eps=e ** "-1/2"), UP_GATE
-    source = "width µP, lr × (ρ_e/ρ_κ)^-1/2: experimental correction of 1.9"
+    source = "width µP, lr × (ρ_e/ρ_κ)^-1/2: experimental correction of the drift"
     return hidden.row(d, source, eps=e ** "-1/2", rate=UP_GATE**-1), ONE
 
 
 def _head(form: str, run: RunFactors) -> Row:
-    """With the head multiplier 1/ρ_d alone (CompleteP), or, as the authors' table has it, both width factors as well (W1)."""
+    """With the head multiplier 1/ρ_d alone (CompleteP), or, as in the authors' table, both width factors as well."""
     if form == "paper":
-        source = "arXiv 2605.23893 Table 1: both width factors and the multiplier (W1)"
+        source = "arXiv 2605.23893 Table 1: both width factors and the multiplier (docs/why/index.md#the-head)"
         return Row(init_std=d ** "-1/2", lr=run.lr / d, weight_decay=run.weight_decay, eps=run.eps / d, source=source)
-    source = "CompleteP Table 1 (W1: the authors' table differs)"
+    source = "CompleteP Table 1 (the authors' table differs: docs/why/index.md#the-head)"
     return Row(lr=run.lr, weight_decay=run.weight_decay, eps=run.eps / d, source=source)
 
 
@@ -189,8 +189,8 @@ def complete_mue_paper(
         return Row(
             init_std=fan_in ** "-1/2" * std,
             lr=fan_in**-1 * inside * run.lr,
-            weight_decay=run.weight_decay,  # no factor of width, so that lr·wd falls by 1/ρ_d (W2)
-            eps=run.eps,  # batch and duration only: the table says nothing of width (conventions 4)
+            weight_decay=run.weight_decay,  # no factor of width, so that lr·wd falls by 1/ρ_d
+            eps=run.eps,  # batch and duration only: the table says nothing of width
             source=f"{source}; batch/duration Table 2",
             status=status,
             marks=marks,
@@ -221,7 +221,7 @@ def complete_mue_paper(
                 lr=run.lr / d,
                 weight_decay=run.weight_decay,
                 eps=run.eps,
-                source="Table 1: both width factors and the forward multiplier (W1)",
+                source="Table 1: both width factors and the forward multiplier",
                 status=status,
                 marks=marks,
             ),
@@ -235,6 +235,6 @@ def complete_mue_paper(
         up_gate=UP_GATE,
         axes=AXIS_SOURCES,
         notes=(
-            "the published head row scales the logit update by 1/ρ_d (W1); lr·weight_decay of hidden weights falls by 1/ρ_d (W2)",
+            "the published head row scales the logit update by 1/ρ_d; lr·weight_decay of hidden weights falls by 1/ρ_d",
         ),
     )

@@ -62,7 +62,7 @@ def completep(depth_exponent: Fraction = Fraction(1)) -> Rule:
             "final_norm": Row(lr=ONE, source=f"{table}: final LN; {outside}", status=PUBLISHED),
             "head": Row(source=f"{table}: unembedding, with the multiplier 1/m_N; {outside}", status=PUBLISHED),
         },
-        # at α = 1 the only depth factor that is left beside eps (transfer-rules 2)
+        # at α = 1 the only depth factor that is left beside eps (2505.01618, Table 1)
         residual_multiplier=L**-α,
         head_multiplier=N**-1,
         routed=False,

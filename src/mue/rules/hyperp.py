@@ -21,7 +21,7 @@ L, B, D = ratio("ρ_L"), ratio("ρ_B"), ratio("ρ_D")
 def hyperp() -> Rule:
     """For ``optimizer = "hyperball"`` only."""
     matrix = Row(
-        # 0.32 is their measured exponent of duration, where theory has 1/2 (transfer-rules 5, 7)
+        # 0.32 is their measured exponent of duration, where theory has 1/2 (2603.28743)
         lr=L ** "-1/2" * B ** "1/2" * D ** Fraction(-32, 100),
         weight_decay=ZERO,
         source="2603.28743 and ArchScale: MuonH matrices; init not given (the sphere keeps whatever norm it has)",

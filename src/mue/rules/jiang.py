@@ -73,6 +73,6 @@ def jiang() -> Rule:
             "batch": "Jiang et al. give no batch rule",
             "duration": "Jiang et al. give no duration rule",
         },
-        # below fan-in by √(n/m), down takes away what makes the update of up and gate grow (transfer-rules 1.9, 4.2)
+        # below fan-in by √(n/m), down takes away what makes their update grow (docs/why/limits.md#up-and-gate)
         up_gate=ONE,
     )

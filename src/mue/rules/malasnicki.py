@@ -44,7 +44,7 @@ def malasnicki() -> Rule:
             "expert_up": hidden(n),
             "expert_gate": hidden(n),
             "expert_down": hidden(h),
-            # std const, forward 1/n, lr const, folded by c = 1/n (transfer-rules 4.1)
+            # std const, forward 1/n, lr const, folded by c = 1/n (2508.09752)
             "router": row("router as an output-like weight, its multiplier folded", n**-1, n**-1),
             "router_bias": Row(source="not mentioned; not an optimizer parameter"),
             "norm": vector("vectors unscaled"),

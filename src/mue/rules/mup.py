@@ -20,7 +20,7 @@ def mup() -> Rule:
         return Row(
             init_std=fan_in ** "-1/2",
             lr=fan_in**-1,
-            # MuAdamW multiplies wd by width_mult unless told decoupled_wd=True (transfer-rules 7)
+            # MuAdamW multiplies wd by width_mult unless told decoupled_wd=True (package mup 1.0)
             weight_decay=fan_in,
             source="2203.03466 Table 8 (std, lr); weight decay: package mup, MuAdamW; eps not scaled there",
             status=AUTHORS_CODE,

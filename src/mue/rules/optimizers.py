@@ -40,7 +40,7 @@ _BATCH = {
     "duration": "{0} over another number of tokens is not derived: the SDE rule is Adam's",
 }
 _NO_GRADIENT = "it needs the scale of every gradient, and this table's eps does not give it"
-# transfer-rules 1.9: the share a/N itself where signal dominates, its root where noise does
+# An expert's gradient falls with its share a/N: by the share where signal dominates, its root where noise does
 _SHARE = "an expert's gradient falls with its share of the tokens, to a power between 1/2 and 1, and {0} does not normalise it"
 
 
@@ -186,7 +186,7 @@ def _std(role: str, row: Row) -> Monomial:
 
 
 def _muon(rule: Rule) -> Rule:
-    """An orthogonal update times lr·√(out/in) has operator norm lr (RMS to RMS), whatever the width (transfer-rules 7).
+    """An orthogonal update times lr·√(out/in) has operator norm lr (RMS to RMS), whatever the width.
 
     Used through a multiplier c it moves the function by c·lr, so lr takes 1/c: A for a down projection, A·R where routed
     (the normalised weights average the experts). Depth stays ρ_L^(α-1). With shared experts the average and the shared

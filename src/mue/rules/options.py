@@ -72,7 +72,7 @@ OPTIONS: Registry[Option] = Registry("option", home="mue.rules")
 _SHARED = {
     "depth_exponent": Option(
         "α: both residual branches × ρ_L^-α, rates inside blocks × ρ_L^(α-1) (CompleteP 2505.01618)",
-        Fraction(1, 2),  # 1/2 is depth-µP, 1 is CompleteP: the range that Complete(d)P tests (transfer-rules 3)
+        Fraction(1, 2),  # 1/2 is depth-µP, 1 is CompleteP: the range that Complete(d)P tests (2512.22382)
         Fraction(1),
     ),
     "batch_exponent": Option(
@@ -109,11 +109,11 @@ _SHARED = {
         choices=("constant-product", "sqrt-width", "none"),
     ),
     "head": Option(
-        "output head: multiplier only (CompleteP), or with both width factors as well (the authors' table, W1)",
+        "output head: multiplier only (CompleteP), or with both width factors as well (the authors' table)",
         choices=("completep", "paper"),
     ),
     "up_gate_correction": Option(
-        "experimental: rates of up and gate × (ρ_e/ρ_κ)^-1/2, which removes the drift of their update (1.9)"
+        "experimental: rates of up and gate × (ρ_e/ρ_κ)^-1/2, which removes their drift (docs/why/limits.md#up-and-gate)"
     ),
 }
 for _place, (_name, _option) in enumerate(_SHARED.items()):

@@ -26,7 +26,7 @@ class Role:
         part: which projection of its kind: ``q, k, v, o``, or ``up, gate, down``; empty where there is one only.
         inside: it belongs to a block, so it has a depth, and depth rules reach it.
         reads_residual: its fan-in is the residual width d. Where a model puts a latent in between (latent attention, a
-            router's own MLP), the matrix has its own fan-in f, and f/f* takes the place of the width's ratio (conventions 8).
+            router's own MLP), the matrix has its own fan-in f, and f/f* takes the place of the width's ratio.
         writes_residual: its output is added to the residual stream: o and the down projections.
         start: the constant that a gain (1) or a bias (0) starts at; None for a matrix, which is drawn.
         decays: weight decay applies. Gains and biases are not decayed (CompleteP, Table 1).
@@ -97,7 +97,7 @@ def _projections(kind: str, fallback: str | None = None) -> tuple[Role, ...]:
             part,
             reads_residual=part != "down",
             writes_residual=part == "down",
-            # on a dense base the rule gives experts the dense projections' values (transfer-rules 1.2: routed and
+            # on a dense base the rule gives experts the dense projections' values (2605.23893: routed and
             # shared alike)
             fallback=fallback and f"{fallback}_{part}",
         )

@@ -88,7 +88,7 @@ class Rule:
         residual_multiplier, head_multiplier: of both residual branches, of the logits.
         one_minus_beta: factor on 1-β1 and 1-β2. betas: ``"linear"``, or ``"power"`` for β^factor.
         run: the factors of batch and duration, in a rule that has the SDE rule.
-        attention_exponent: of d_head*/d_head on the attention scale: 1 as µP has it (conventions 8); 1/2 keeps a stock
+        attention_exponent: of d_head*/d_head on the attention scale: 1 as µP has it (2203.03466); 1/2 keeps a stock
             model's 1/√d_head.
         routed: R follows the block (``a`` on the normalised routed sum) if true, 1 otherwise.
         refuses: axis of :data:`AXES` → reason, for the changes the rule has no answer to.

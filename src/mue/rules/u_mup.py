@@ -2,7 +2,7 @@
 
 Its own form draws every weight at std 1 and uses it through 1/√fan_in (the head through 1/fan_in), with Adam rates
 η/√fan_in for weights, η/√d for the embedding and η for head, norms and biases. Our models have no multiplier on every
-matrix, so it stands here with 1/√fan_in folded into the weight (std × c, lr × c: transfer-rules 6.1): hidden std
+matrix, so it stands here with 1/√fan_in folded into the weight (std × c, lr × c: docs/why/fold.md): hidden std
 fan_in^-1/2, rate 1/fan_in. Weight decay is independent there, so lr·wd stays. Depth needs its rule for residual weights (τ),
 which the spec does not give: refused. Unit scaling's own multipliers (α of each op) are not part of a plan.
 """
@@ -23,7 +23,7 @@ def u_mup() -> Rule:
 
     def row(name: str, std: Monomial, lr: Monomial) -> Row:
         source = f"2407.17465, unit-scaling: {name}, folded; lr·wd constant; eps not given"
-        # its decay is independent, p *= 1 - wd: in torch's form lr·wd has to stay (conventions 7)
+        # its decay is independent, p *= 1 - wd: in torch's form lr·wd has to stay
         return Row(init_std=std, lr=lr, weight_decay=1 / lr, source=source, unknown=("eps",))
 
     def hidden(fan_in: Monomial) -> Row:

@@ -83,7 +83,7 @@ class Block:
                 raise ValueError(
                     f"shared = {self.shared} is the width of shared experts, but there are none: add e.g. 1s"
                 )
-        # transfer-rules 9, property 6: a hybrid of shared experts alone has the dense rule's values
+        # A hybrid of shared experts alone has the dense rule's values
         if self.experts == 0 and self.active == 0 and self.shared_experts > 0:
             if self.pools:
                 raise ValueError(f"pools = {self.pools}, but there are no routed experts to lie in them: leave it out")
@@ -125,7 +125,7 @@ class Block:
         object.__setattr__(self, name, positive_int(name, getattr(self, name), most))
 
     def _check_gates(self) -> None:
-        """Gates that sum to one, or moments that say what else they do: else R = a is wrong (conventions 9)."""
+        """Gates that sum to one, or moments that say what they do: else R = a is wrong (docs/why/index.md#gates)."""
         true_or_false("normalize", self.normalize)
         kind = self.router_kind
         object.__setattr__(self, "router_settings", kind.chosen(self.router_settings))
@@ -222,7 +222,7 @@ class Block:
 
     @property
     def gate_variance(self) -> float:
-        """F = a·E[Σw²]/E[Σw]²: 1 for uniform weights, a for one-hot ones (transfer-rules 1.3)."""
+        """F = a·E[Σw²]/E[Σw]²: 1 for uniform weights, a for one-hot ones (docs/why/index.md#gates)."""
         if self.moments is None:
             return 1.0
         m1, m2 = self.moments

@@ -25,7 +25,7 @@ DECOUPLED = ("adamw", "nadamw", "lion")  # decay as torch's AdamW has it, p *= 1
 
 ROLE_VALUES = ("lr", "weight_decay", "init_std", "eps")
 TIMES = "_times"  # what ends the name of a value that multiplies, instead of replacing, what would hold otherwise
-# Multipliers by depth are set on the base and go by normalised depth, as in Complete(d)P (transfer-rules 3), in steps.
+# Multipliers by depth are set on the base and go by normalised depth, as in Complete(d)P (2512.22382), in steps.
 THIRDS = ("first_third", "middle_third", "last_third")
 Roles = dict[str, dict[str, float]]
 
@@ -90,8 +90,8 @@ class HParams:
 
     Attributes:
         lr: peak learning rate. weight_decay: torch's decoupled form, ``p *= 1 - lr·wd``. init_std: of every matrix.
-        betas, eps: Adam's; eps is small by default because expert gradients are (transfer-rules 1.9), and 1e-12 is what
-            CompleteP's code has (transfer-rules 2).
+        betas, eps: Adam's; eps is small by default because expert gradients are, and 1e-12 is what
+            CompleteP's code has (2505.01618).
         roles: per-role values: ``{"embedding": {"lr": 3e-3}}`` replaces the global one, ``{"head": {"lr_times": 2}}``
             multiplies what it would be otherwise, ``{"first_third": {"ffn_up": {"lr_times": 1.5}}}`` does so in the first
             third of the layers, of the base's as of the target's (``"first_third.ffn_up"`` once it is stored). A role's ``init_std``

@@ -38,8 +38,8 @@ class RouterKind:
     Attributes:
         name: as a shape's ``router`` has it.
         unit_sum: whether the weights sum to one over the active experts, which is what the rule's R = a assumes
-            (conventions.md 9): True always, False never, None where the shape's ``normalize`` says so; or the name of the setting that
-            does.
+            (docs/why/index.md#gates): True always, False never, None where the shape's ``normalize`` says so; or the
+            name of the setting that does.
         even: every active expert has the weight 1/a, which sums to one.
         score: "sigmoid" or "softmax" where the weights are in proportion to that function of the router's logits (what a check
             can then compare); else None.

@@ -289,7 +289,7 @@ def test_the_branch_is_as_large_as_the_dense_one_at_the_start(notation: str) -> 
         return total**0.5
 
     with torch.no_grad():
-        # ρ_e: the branch of more active width is larger by √ρ_e · A, which the plan keeps at the dense size (transfer-rules 1.2)
+        # ρ_e: the branch of more active width is larger by √ρ_e · A, which the plan keeps at the dense size
         dense = size(mue.transfer(base, base, plan.tuned))
         assert size(plan) == pytest.approx(dense, rel=0.1)
         assert size(plan, wrong=2.0) != pytest.approx(dense, rel=0.1)

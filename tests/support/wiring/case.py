@@ -126,7 +126,7 @@ def warmup(optimizer: torch.optim.Optimizer) -> Any:
 
 
 def right_clip(made: Case) -> Callable[[], Tensor]:
-    """Clipping as a folded plan needs it: by the norm that the gradients would have unfolded (conventions 7)."""
+    """Clipping as a folded plan needs it: by the norm that the gradients would have unfolded (docs/why/fold.md)."""
 
     def clip() -> Tensor:
         assert made.plan.tuned.clip is not None

@@ -24,7 +24,7 @@ NAME = "attention scale"
 
 @check_of(NAME, place=8, needs=("roles", "values", "batch"))
 def attention(ctx: Context) -> Iterator[Finding]:
-    """Measured scale on q·k against plan.attention_scale, from the weights where they can be followed (C11)."""
+    """Measured scale on q·k against plan.attention_scale, from the weights where they can be followed."""
     found: dict[tuple[float, str], list[str]] = {}
     read: set[int] = set()
     rotated = _rotated(ctx)

@@ -18,7 +18,7 @@ NAME = "plan hash"
 
 @check_of(NAME, place=6)
 def checkpoint(ctx: Context) -> Iterator[Finding]:
-    """``checkpoint`` is a path (safetensors, torch, JSON, or a folder with one) or a mapping with the key ``plan`` (C10)."""
+    """``checkpoint`` is a path (safetensors, torch, JSON, or a folder with one) or a mapping with the key ``plan``."""
     given = ctx.checkpoint
     if given is None:
         yield Finding(NAME, SKIP, measured="no checkpoint was given")

@@ -22,7 +22,7 @@ FORCE = 10.0  # gradients are blown up to this many thresholds, so that the clip
 
 @check_of(NAME, place=11, needs=("roles", "plan", "values"))
 def clipping(ctx: Context) -> Iterator[Finding]:
-    """One factor for all gradients, from the norm before the fold (C9, transfer-rules 6.3). ``clip`` is the user's call."""
+    """One factor for all gradients, from the norm before the fold (docs/why/fold.md). ``clip`` is the user's call."""
     threshold = ctx.plan.tuned.clip
     if threshold is None:
         yield Finding(NAME, SKIP, measured="the plan does not clip")

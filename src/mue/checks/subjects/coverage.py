@@ -17,7 +17,7 @@ _OTHER = ("the model was built from another shape or plan (a stale plan)", "its 
 
 @check_of(NAME, place=1)
 def coverage(ctx: Context) -> Iterator[Finding]:
-    """Every trainable tensor has exactly one role, sizes and declared multipliers are the plan's, what trains can (C1–C4)."""
+    """Every trainable tensor has exactly one role, sizes and declared multipliers are the plan's, what trains can."""
     try:
         placed, plans = ctx.placed, ctx.tensor_plans
     except ValueError as error:

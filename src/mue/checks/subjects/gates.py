@@ -22,14 +22,14 @@ from mue.shapes.block import Block
 from mue.util.text import number
 
 # F above which the branch's init scale √F is off by more than a tenth. Logits of std 1 give sigmoid gates 1.00 to 1.01,
-# renormalised softmax ones 1.1 to 1.2 (transfer-rules 1.3).
+# renormalised softmax ones 1.1 to 1.2 (docs/why/index.md#gates).
 VARIANCE = 1.25
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softmax": lambda logits: logits.softmax(-1)}
 
 
 @check_of(NAME, place=9, needs=("roles", "values", "batch"), otherwise=routers_alone)
 def gates(ctx: Context) -> Iterator[Finding]:
-    """Number of experts per token, constant sum, F, and the weights against the router's own scores (C12, conventions 9)."""
+    """Experts per token, constant sum, F, and the weights against the router's own scores (docs/why/index.md#gates)."""
     blocks, found = ctx.plan.target.per_layer, []
     wanted = {i for i, block in enumerate(blocks) if block.experts}
     read: set[int] = set()

@@ -23,7 +23,7 @@ USUAL = {"amsgrad": False, "maximize": False, "dampening": 0}
 
 @check_of(NAME, place=4, needs=("roles", "plan"))
 def groups(ctx: Context) -> Iterator[Finding]:
-    """lr, weight decay, eps and betas of every parameter, every parameter once, and the planned algorithm (C6)."""
+    """lr, weight decay, eps and betas of every parameter, every parameter once, and the planned algorithm."""
     if not ctx.optimizers:
         yield Finding(NAME, SKIP, measured="no optimizer was given")
         return

@@ -23,7 +23,7 @@ SIGMAS = 6.0  # standard errors: chance passes them twice in 10^9, and a MoE has
 
 @check_of(NAME, place=3, needs=("roles", "plan", "values"))
 def init(ctx: Context) -> Iterator[Finding]:
-    """Every tensor's std against the plan, within 2 % or six standard errors of its size; constants exactly (C5)."""
+    """Every tensor's std against the plan, within 2 % or six standard errors of its size; constants exactly."""
     found: dict[tuple[str, str, str], list[str]] = {}
     counted = 0
     for s in ctx.tensor_plans:

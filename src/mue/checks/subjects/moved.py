@@ -24,7 +24,7 @@ LOST = 0.5  # share of elements whose step may vanish in rounding: with more, le
 
 @check_of(NAME, place=10, needs=("roles", "plan", "values", "batch"))
 def moved(ctx: Context) -> Iterator[Finding]:
-    """Every parameter has a gradient and moves; experts without tokens are told apart; the step has its planned size (C7)."""
+    """Every parameter has a gradient and moves, by a step of its planned size; experts without tokens are told apart."""
     optimizers = stepped(ctx)
     if not optimizers:
         yield Finding(NAME, SKIP, measured=f"give the optimizer: none is built here for {ctx.plan.tuned.optimizer}")

@@ -20,7 +20,7 @@ NAME = "multipliers"
 
 @check_of(NAME, place=7, needs=("roles", "values", "batch"))
 def multipliers(ctx: Context) -> Iterator[Finding]:
-    """A, R and the residual multiplier of every block, the head's, and a stream and an embedding that carry none (C11, C12)."""
+    """A, R and the residual multiplier of every block, the head's, and a stream and an embedding that carry none."""
     readings: list[Reading] = []
     troubles: list[Finding] = []
     for item in [*_branches(ctx), *_embedding(ctx), *read.stream(ctx), *read.head(ctx)]:

@@ -20,7 +20,7 @@ LENGTHS = 0.1  # by how much a schedule's length may differ from the plan's step
 
 @check_of(NAME, place=5, needs=("roles", "plan"))
 def scheduler(ctx: Context) -> Iterator[Finding]:
-    """After every step all rates are one multiple of their planned peaks, at most 1, and nothing else changed (C6)."""
+    """After every step all rates are one multiple of their planned peaks, at most 1, and nothing else changed."""
     seen = walk(ctx)
     if seen is None:
         text = "no scheduler was given" if ctx.scheduler is None else "no optimizer was given"

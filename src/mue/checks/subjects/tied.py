@@ -18,7 +18,7 @@ _UNTIE = "a head of its own (tie_word_embeddings=False), then plan.init_(model);
 
 @check_of(NAME, place=2, needs=("roles",))
 def tied(ctx: Context) -> Iterator[Finding]:
-    """Head and embedding are one tensor if and only if the plan says so; nothing else shares memory (C4)."""
+    """Head and embedding are one tensor if and only if the plan says so; nothing else shares memory."""
     found = [*_head(ctx), *_shared(ctx)]
     yield from found
     if not found:

@@ -155,8 +155,7 @@ def _runs(ours: Experiment, swept: SweepResult, plan: PlanData, data: dict[str, 
     shape = ours.target
     # What an MoE has to beat: a dense model that costs as much per token.
     dense = Dense(shape.width, plan.active_width, shape.layers, head_dim=shape.head_dim, sequence=shape.sequence)
-    # All validate on the same text, under the same settings; rules that agree at a multiplier share the run
-    # (conventions 10).
+    # All validate on the same text, under the same settings; rules that agree at a multiplier share the run.
     named = {
         "base": Run(base_plan(ours.spec.base, ours.spec.training, swept.tuned), settings, data),
         "MoE": Run(plan, settings, data),

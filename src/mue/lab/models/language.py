@@ -30,7 +30,7 @@ from mue.shapes import Block, Transformer
 
 
 class TransformerBlock(nn.Module):
-    """x + l^-α · attention(norm x), then x + l^-α · feed-forward(norm x), which is dense or has experts (conventions.md 3).
+    """x + l^-α · attention(norm x), then x + l^-α · feed-forward(norm x), dense or with experts.
 
     Args:
         shape: of the whole model. block, layer: what this one is, and the how many-th.

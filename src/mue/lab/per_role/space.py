@@ -48,7 +48,7 @@ def coordinates(base: Transformer, numbers: Iterable[str] = NUMBERS, *, thirds: 
     found = []
     for number in numbers:
         found += [Coordinate(role, number, (role,)) for role in trained if not ROLES[role].vector]
-        # Gains have no std and no weight decay to multiply (conventions 3), and one learning rate for all of them.
+        # Gains have no std and no weight decay to multiply, and one learning rate for all of them.
         gains = tuple(role for role in trained if ROLES[role].vector)
         if number == "lr":
             found.append(Coordinate("norms", number, gains))

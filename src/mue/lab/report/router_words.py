@@ -90,7 +90,7 @@ def _with_planned_active(row: Mapping[str, Any], plan: Sequence[Mapping[str, flo
 
 
 def assumed(block: Block) -> dict[str, float]:
-    """What a plan's numbers assume of a block's router: a, the token share of an expert, m1, m2 and F (conventions 9)."""
+    """What a plan's numbers assume of a block's router: a, the token share of an expert, m1, m2 and F."""
     m1, F = block.active / block.route_scale, block.gate_variance
     return {"active": block.active, "share": block.share, "m1": m1, "m2": F * m1**2 / block.active, "F": F}
 
@@ -141,7 +141,7 @@ def _meaning(name: str, start: float, end: float) -> str:
 
 
 def share_words(plan: Sequence[float], last: Sequence[Sequence[float]]) -> str:
-    """Load's effect: σ0 of an expert goes with its share^-½ (conventions 6)."""
+    """Load's effect: σ0 of an expert goes with its share^-½ (docs/why/limits.md#drift)."""
     ratios = [x / p for p, shares in zip(plan, last, strict=True) for x in shares]
     busiest, idlest = max(ratios), min(ratios)
     if busiest < 1 + LEVEL and idlest > 1 - LEVEL:

@@ -251,7 +251,7 @@ def endless(example: Run, seed: int) -> Run:
         seed: different for each, since runs of one key are trained once.
     """
     inputs = example.plan.inputs.to_dict()
-    # The base's duration with the target's: at T*/T as it was the plan's betas stay in their range (conventions 3).
+    # The base's duration with the target's: at T*/T as it was the plan's betas stay in their range.
     for part in ("training", "base_training"):
         if inputs.get(part):
             inputs[part] = {**inputs[part], "steps": 10**7}

@@ -164,7 +164,7 @@ class StudySpec:
                 yield self._cell(target, self.approaches[name])
 
     def _cell(self, target: Target, approach: Approach) -> StudyCell:
-        # A base has no forward multiplier as a target: what it is trained with is A = A*/ρ_e with ρ_e = 1 (conventions 3).
+        # A base has no forward multiplier as a target: what it is trained with is A = A*/ρ_e with ρ_e = 1.
         shape = replace(target.shape, output_multiplier=1.0)
         try:
             plan = transfer(

@@ -203,5 +203,5 @@ def base_plan(base: Transformer, training: Training, tuned: HParams) -> PlanData
     Args:
         base: its shape. training: batch and steps, of the base and of the run alike. tuned: what it trains with.
     """
-    # As a target it has no A* of its own: what it is trained with is A = A*/ρ_e with ρ_e = 1 (conventions 3).
+    # As a target it has no A* of its own: what it is trained with is A = A*/ρ_e with ρ_e = 1.
     return transfer(base, replace(base, output_multiplier=1.0), tuned, base_training=training, training=training)

@@ -1,4 +1,4 @@
-"""Moments of a router's weights, measured: what ``gates = "measured"`` of a plan takes (conventions 9).
+"""Moments of a router's weights, measured: what ``gates = "measured"`` of a plan takes (docs/why/index.md#gates).
 
 A model of the plan's shape is initialised by the plan several times, each time with other weights and other text, and its routers
 are watched in one forward pass each. What no router sees is small: the width of an expert is the rule's business, by which the

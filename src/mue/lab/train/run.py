@@ -153,7 +153,7 @@ class Run:
     def effective(self) -> dict[str, Any]:
         """Everything that decides the run's numbers, and nothing else: the rule has no name here.
 
-        Two rules that come to the same values so share their runs (conventions 10).
+        Two rules that come to the same values so share their runs.
         """
         plan = self.plan
         blocks = [

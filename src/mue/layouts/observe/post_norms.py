@@ -1,6 +1,6 @@
 """Norms that end a residual branch (sandwich norms): found by doubling projections and seeing whose input doubles.
 
-What such a norm cancels cannot carry a multiplier; its own gain can (transfer-rules 6.3, point 5). Nothing is concluded from
+What such a norm cancels cannot carry a multiplier; its own gain can (docs/why/fold.md). Nothing is concluded from
 the names of norms: a norm that reads the residual stream never sees its input doubled exactly.
 """
 

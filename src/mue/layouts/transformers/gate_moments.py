@@ -27,7 +27,7 @@ VOCABULARY = 2048  # different tokens are all that a router at init can tell apa
 
 @dataclass(frozen=True)
 class Moments:
-    """(E[Σw], E[Σw²]) over tokens at init, the model's own scale included (conventions 9), each with its standard error.
+    """(E[Σw], E[Σw²]) over tokens at init, the model's own scale included, each with its standard error.
 
     ``draws`` counts independent routers: tokens of one router share its weights, so the error is that of a mean over routers.
     """

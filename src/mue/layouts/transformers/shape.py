@@ -233,7 +233,7 @@ def _block(layer: int, roles: Mapping[str, list[ParamInfo]], facts: _Facts) -> d
         if not routing.normalised and "gate_moments" not in said:
             raise ValueError(f"this model's gates: {routing.advice}")
     experts = roles["expert_down"]
-    # n_s of width h_s are one of n_s·h_s (conventions 12)
+    # n_s of width h_s are one of n_s·h_s
     shared = sum(p.fan_in * p.experts for p in roles.get("shared_down", []))
     seen = {} if routing is None else {"router": routing.score or "softmax", "normalize": bool(routing.normalised)}
     measured = {"gates": "measured"} if said.get("gate_moments") is not None else {}

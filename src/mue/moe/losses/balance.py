@@ -51,7 +51,7 @@ def load_balance_loss(prob_TN: Tensor, load_N: Tensor) -> Tensor:
 
     f_i is the share of all pairs that went to expert i (no gradient) and P_i the mean router probability of expert i.
     Dividing by all pairs instead of by tokens makes a balanced router read 1 at every number of active experts.
-    Under groups the definition stays global, as the gates do (conventions.md 9): each group's f sums to 1/g by
+    Under groups the definition stays global, as the gates do: each group's f sums to 1/g by
     construction, so the gradient acts between the experts of a group and between groups alike.
 
     Args:

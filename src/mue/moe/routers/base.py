@@ -233,7 +233,7 @@ class BaseRouter(nn.Module):
 
     def even(self, expert_TK: Tensor, dtype: torch.dtype = torch.float32) -> Routing:
         """The routing to these experts with weights R/a each."""
-        # R/a each: they sum to R, as normalised gates do (conventions 9)
+        # R/a each: they sum to R, as normalised gates do (docs/why/index.md#gates)
         weight_TK = expert_TK.new_full(
             expert_TK.shape, self.route_scale / self.active, dtype=torch.promote_types(dtype, torch.float32)
         )

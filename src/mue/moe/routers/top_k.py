@@ -40,7 +40,7 @@ class TopKRouter(MatrixRouter):
         experts: N.
         active: a, experts per token.
         groups: g; a/g experts are selected inside each group of N/g, the weights are still normalised over all a
-            (conventions.md 9: globally; per group they would sum to g).
+            (globally; per group they would sum to g).
         options: see `RouterOptions`.
         score: "sigmoid" or "softmax".
         normalize: divide the weights by their sum over the active experts, so that they sum to the route scale.
@@ -136,7 +136,7 @@ class TopKRouter(MatrixRouter):
         """(T, K), times ``scale``."""
         if self.normalize:
             return normalised_gates(logit_TN, expert_TK, self.score, scale)
-        # gates = "measured": R is ā/m1 then, made for these very weights (conventions 9)
+        # gates = "measured": R is ā/m1 then, made for these very weights (docs/why/index.md#gates)
         return score_TN.gather(1, expert_TK) * scale
 
     @torch.no_grad()

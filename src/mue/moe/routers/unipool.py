@@ -185,7 +185,7 @@ def norm_constant(active: int, experts: int) -> float:
 
 @cache
 def norm_moments(active: int, experts: int) -> tuple[float, float]:
-    """(E[Σ w], E[Σ w²]) of a token's weights at the start, where σ = 1, without R (conventions 9).
+    """(E[Σ w], E[Σ w²]) of a token's weights at the start, where σ = 1, without R (docs/why/index.md#gates).
 
     Args:
         active: a. experts: N ≥ 2.
