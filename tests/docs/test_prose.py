@@ -35,7 +35,7 @@ OLD = (
     "docs/sweeps.md",
     "docs/trained.md",
 )
-STILL_LONGER = 139
+STILL_LONGER = 137
 TEXTS = {name(path): path.read_text(encoding="utf-8") for path in pages()}
 QUOTING = ("docs/base.md", "docs/trust.md", "docs/why/index.md")
 """Pages that repeat numbers of others, each in the words of a link to where it stands."""
