@@ -68,17 +68,74 @@ def test_muon_follows_section_7() -> None:
     from mue.fold import fold
 
     one, two = (fold(at("muon", t)) for t in (ROUTED, mue.MoE.parse("32e2a", width=1024, expert=512, layers=8)))
-    for role in ("attention_q", "attention_o", "expert_up", "expert_down", "router"):
+    for role in ("attention_q", "attention_o", "expert_up", "expert_down"):
         lr = one.roles[role].values.lr
         residual = 0.5 if role in ("attention_o", "expert_down") else 1  # ρ_L^-1, folded
         assert lr == pytest.approx(TUNED.lr * residual) and two.roles[role].values.lr == pytest.approx(lr), role
     assert at("muon", ROUTED).roles["expert_down"].factor.lr == pytest.approx(1 / 8)  # ρ_e/a, ρ_e = 1
-    assert one.roles["embedding"].values == fold(at("adamw", ROUTED)).roles["embedding"].values
     assert one.roles["expert_up"].values.init_std == fold(at("adamw", ROUTED)).roles["expert_up"].values.init_std
-    with pytest.raises(ValueError, match="shared experts beside an average of experts"):
-        at("muon", SPARSE)
     with pytest.raises(ValueError, match="'complete-mue-paper' under 'muon' is not derived"):
         at("muon", rule="complete-mue-paper")
+
+
+def test_beside_muon_adamw_has_its_own_row_and_rate() -> None:
+    adamw = at("adamw", SPARSE)
+    tuned = TUNED.replace(optimizer="muon", lr=0.02, adamw_lr=TUNED.lr, weight_decay=0.3, adamw_weight_decay=0.1)
+    p = mue.transfer(DENSE, SPARSE, tuned)
+    for role, planned in p.roles.items():
+        if ROLES[role].hidden and role != "router":
+            factor = planned.factor
+            assert planned.values.lr == pytest.approx(0.02 * (factor.lr or 0)), role
+            assert factor.lr * factor.weight_decay == pytest.approx(1), role  # type: ignore[operator]
+        else:
+            assert planned.values == adamw.roles[role].values and planned.marks == adamw.roles[role].marks, role
+    assert p.scaled(2).roles["router"].values.lr == pytest.approx(2 * (adamw.roles["router"].values.lr or 0))
+    moved = mue.transfer(DENSE, ROUTED, tuned.replace(muon_moves=("attention", "ffn", "expert", "router")))
+    assert moved.roles["router"].values.lr == 0.02
+    with pytest.raises(ValueError, match="moved by AdamW and routed ones by Muon"):
+        mue.transfer(DENSE, SPARSE, moved.tuned)
+
+
+@few
+@given(data=st.data())
+def test_a_branch_moves_alike_whatever_its_mixture(data: st.DataObject) -> None:
+    """Of one token the polar factor is an outer product, so every expert moves the output by its rate times rms(φ), exactly.
+
+    Their sum, with A, R and the gates, is the base's: routed, shared or dense. Rates of 1/(A·R) and 1/A, which are right for
+    each kind alone, are the control: beside each other they give 1 + n_s times as much.
+    """
+    draw = lambda *choices: data.draw(st.sampled_from(choices))  # noqa: E731
+    h, shared = draw(8, 32, 200), draw(4, 64)
+    a, n_s = data.draw(st.integers(1, 4)), data.draw(st.integers(0, 3))
+    target = mue.MoE.parse(
+        f"8e{a}a{f'{n_s}s' if n_s else ''}",
+        width=draw(64, 256),
+        expert=h,
+        layers=4,
+        **({"shared": shared} if n_s else {}),
+    )
+    p = mue.transfer(DENSE, target, TUNED.replace(optimizer="muon"))
+    A, R = p.output_multiplier, p.route_scale
+    assert A is not None and R is not None
+    routed, own = (p.roles[role].values.lr or 0.0 for role in ("expert_down", "shared_down"))
+    assert A * (R * routed + n_s * own) == pytest.approx(TUNED.lr, rel=1e-12)
+    control = A * (R * TUNED.lr / (A * R) + n_s * TUNED.lr / A)
+    assert control == pytest.approx((1 + n_s) * TUNED.lr)
+
+
+def test_batch_and_duration_under_muon() -> None:
+    """AdamW's measured exponents are refused; the √ rule and the exponents of 2603.28743 are there."""
+    muon = TUNED.replace(optimizer="muon", momentum=0.95)
+    runs: dict[str, Any] = {"base_training": RUN, "training": LONG}
+    with pytest.raises(
+        ValueError, match=r"batch_exponent = 7/20 and .* were measured with AdamW alone: give others.*0\.32"
+    ):
+        mue.transfer(DENSE, WIDE, muon, **runs)
+    sde = mue.transfer(DENSE, WIDE, muon, **runs, **SDE)
+    assert sde.roles["ffn_up"].factor.lr == pytest.approx(2 / 3)  # √(ρ_B/ρ_D), steps 4,000 → 9,000
+    assert 1 - sde.momentum == pytest.approx(0.05 * 4 / 9)
+    own = mue.transfer(DENSE, WIDE, muon, **runs, batch_exponent=0.5, duration_exponent=0.32)
+    assert own.roles["ffn_up"].factor.lr == pytest.approx(2**0.5 * 4.5**-0.32) and own.momentum == 0.95
 
 
 def test_relative_updates_take_the_rate_over_the_init() -> None:

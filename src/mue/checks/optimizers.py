@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from mue.model.muon import Muon
+
 # What packages put around an algorithm's name for another implementation of it: apex, DeepSpeed, Transformer Engine (Fused, CPU),
 # bitsandbytes (Paged, 8bit), torchao (8bit, 4bit, Fp8), Keller Jordan's Muon (SingleDevice), torchdistx (AnyPrecision).
 _FRONT = r"^(?:fused|paged|deepspeed|cpu|singledevice|distributed|anyprecision|torch|hf|flash|triton|foreach|generic|mixedprecision)+"
@@ -56,6 +58,8 @@ def algorithm(optimizer: Any, group: dict[str, Any]) -> str | None:
     Returns:
         A name of :data:`mue.shapes.OPTIMIZERS`, another algorithm's, or None for a class that is not known.
     """
+    if isinstance(optimizer, Muon):  # ours, with the AdamW beside it
+        return str(group["algorithm"])
     if "use_muon" in group:  # Keller Jordan's, with AdamW for all that is no matrix
         return "muon" if group["use_muon"] else "adamw"
     for kind in type(optimizer).__mro__:

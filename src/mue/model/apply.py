@@ -13,10 +13,13 @@ from torch import nn
 
 from mue.layouts.layout import UNPLANNED, ParamInfo, expert_slices
 from mue.layouts.of_model import layout_of, placement_of
+from mue.model.matrices import matrices_of
 from mue.model.tensor_plan import TensorPlan, tensor_plans
 from mue.plan.plan import PlanData
+from mue.rules.optimizers import of_tuned
 from mue.rules.roles import ROLES
 from mue.rules.table import SHARED_INIT
+from mue.shapes.update_scales import UPDATE_SCALES
 
 ADAFACTOR_FLOOR = 1e-3  # eps2 of torch.optim.Adafactor, its default
 
@@ -106,7 +109,7 @@ def param_groups(plan: PlanData, model: nn.Module) -> list[dict[str, Any]]:
 
     Each group has ``params, lr, weight_decay, eps, betas`` and its ``roles``, and for other optimizers than AdamW what torch's
     own call theirs: ``momentum`` (SGD, Muon), the pair of ``eps`` (Adafactor), ``algorithm`` (``"muon"`` or ``"adamw"``: give
-    each kind to its optimizer). ``initial_lr`` is not in them: schedulers put it there from the ``lr`` that they find, which is
+    each kind to its optimizer, or all to ``mue.model.muon.Muon``), Muon's ``adjust_lr_fn`` and ``matrices``. ``initial_lr`` is not in them: schedulers put it there from the ``lr`` that they find, which is
     then also the one that was changed by hand.
 
     Args:
@@ -118,15 +121,20 @@ def param_groups(plan: PlanData, model: nn.Module) -> list[dict[str, Any]]:
     Warns:
         UserWarning: tensors that are trained and not planned, so that they are in no group; stacked or fused matrices under Muon.
     """
+    if plan.tuned.optimizer == "muon":
+        _warn_of_muon(plan, tensor_plans(plan, model))
+    return groups_of(plan, model, stacklevel=5)
+
+
+def groups_of(plan: PlanData, model: nn.Module, stacklevel: int = 4) -> list[dict[str, Any]]:
+    """:func:`param_groups` for an optimizer that moves fused and stacked matrices one by one (:mod:`mue.model.muon`)."""
     tensors = tensor_plans(plan, model)
     if alone := trained_unplanned(model):
         warnings.warn(
             f"{_some(alone)} {'is' if len(alone) == 1 else 'are'} unplanned and in no group: give your optimizer a group for"
             " them, or requires_grad_(False)",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
-    if plan.tuned.optimizer == "muon":
-        _warn_of_muon(tensors)
     return [{**g, "params": [p.parameter for p in g["params"]]} for g in grouped(plan, tensors)]
 
 
@@ -137,21 +145,21 @@ def trained_unplanned(model: nn.Module) -> list[str]:
     return [name for name, p in placement_of(model).unplanned.items() if p.requires_grad]
 
 
-def _warn_of_muon(tensors: Iterable[TensorPlan]) -> None:
+def _warn_of_muon(plan: PlanData, tensors: Iterable[TensorPlan]) -> None:
     """Muon orthogonalises a matrix: torch's takes two axes only, and of several matrices in a tensor it would make one."""
-    matrices = [s.info for s in tensors if ROLES[s.info.role].hidden]
+    matrices = [s.info for s in tensors if of_tuned(plan.tuned, s.info.role) == "muon"]
     stacked = [p.name for p in matrices if p.parameter.dim() > 2 or p.layout.stacked > 1]
     fused = [p.name for p in matrices if p.layout.parts and p.name not in stacked]
     if stacked:
         warnings.warn(
             f"Muon orthogonalises one matrix at a time, and {_some(stacked)} stack several experts (torch.optim.Muon refuses more than"
-            " two axes): use a Muon that goes over the first axis, or experts that are modules of their own",
+            " two axes): use mue.model.muon.Muon.of(plan, model), or experts that are modules of their own",
             stacklevel=4,
         )
     if fused:
         warnings.warn(
             f"{_some(fused)} hold several matrices in one tensor, which Muon would orthogonalise as one, and no rate is derived"
-            " for that: give each projection a tensor of its own, or use a Muon that splits them",
+            " for that: give each projection a tensor of its own, or use mue.model.muon.Muon.of(plan, model)",
             stacklevel=4,
         )
 
@@ -177,7 +185,7 @@ def grouped(plan: PlanData, tensors: Iterable[TensorPlan]) -> list[dict[str, Any
             "weight_decay": values.weight_decay,
             "eps": values.eps,
             "betas": plan.betas,
-            **_torch_names(plan, p.role, values.eps, scale),
+            **_torch_names(plan, p, values.eps, scale),
         }
         # few groups: one per tensor would end the fused and foreach updates (anchors 1.2, unit-scaling)
         key = tuple(v for k, v in group.items() if k != "params")
@@ -188,7 +196,7 @@ def grouped(plan: PlanData, tensors: Iterable[TensorPlan]) -> list[dict[str, Any
     return list(groups.values())
 
 
-def _torch_names(plan: PlanData, role: str, eps: float, scale: float) -> dict[str, Any]:
+def _torch_names(plan: PlanData, p: ParamInfo, eps: float, scale: float) -> dict[str, Any]:
     """What torch's other optimizers call a group's settings, and those that only they have."""
     optimizer = plan.tuned.optimizer
     if optimizer == "sgd":
@@ -196,7 +204,9 @@ def _torch_names(plan: PlanData, role: str, eps: float, scale: float) -> dict[st
         return {"momentum": plan.betas[0]}
     if optimizer == "adafactor":
         return {"eps": (eps, ADAFACTOR_FLOOR * scale)}  # eps2 floors rms(W), so it has the weight's scale
-    if optimizer == "muon" and ROLES[role].hidden:
-        # √(out/in) without a floor at 1: the update's operator norm is lr at every shape (Muon's spectral form)
-        return {"algorithm": "muon", "momentum": plan.betas[0], "adjust_lr_fn": "spectral_unclamped"}
-    return {"algorithm": "adamw"} if optimizer == "muon" else {}
+    if optimizer != "muon":
+        return {}
+    if of_tuned(plan.tuned, p.role) == "adamw":
+        return {"algorithm": "adamw"}
+    scale_fn = UPDATE_SCALES[plan.tuned.update_scale].torch
+    return {"algorithm": "muon", "momentum": plan.momentum, "adjust_lr_fn": scale_fn, "matrices": matrices_of(plan, p)}

@@ -13,9 +13,12 @@ from mue.model.coefficients import TensorFold, tensor_folds
 from mue.plan.fold import folded_values
 from mue.plan.fold_table import fold_of
 from mue.plan.plan import PlanData
+from mue.plan.update_scale import matrix_shape
 from mue.plan.values import Values
+from mue.rules.optimizers import of_tuned
 from mue.rules.roles import ROLES
 from mue.rules.table import FIELDS
+from mue.shapes.update_scales import lr_ratio
 
 
 class TensorPlan(NamedTuple):
@@ -93,6 +96,7 @@ def _for_own_fan_in(plan: PlanData, p: ParamInfo, values: Values) -> Values:
 
     The role's values have (d/d*)^n in them, n the power of ρ_d in the rule's cell; with (f/d)^n beside it that is (f/d*)^n.
     """
+    values = _for_own_shape(plan, p, values)
     if not ROLES[p.role].reads_residual or p.fan_in == plan.target.width:
         return values
     row, ratio = plan.rule.rows[p.role], p.fan_in / plan.target.width
@@ -101,6 +105,25 @@ def _for_own_fan_in(plan: PlanData, p: ParamInfo, values: Values) -> Values:
         for name, value in values.items()
     }
     return replace(values, **changed)
+
+
+def _for_own_shape(plan: PlanData, p: ParamInfo, values: Values) -> Values:
+    """Muon's rate for a matrix of another shape than planned: shared experts that lie in a tensor as one wide expert, low ranks.
+
+    A down projection's rate goes with its fan-in (:func:`mue.rules.optimizers.for_optimizer`), and any rate with the shape in
+    another convention than the spectral one; lr·wd stays.
+    """
+    if of_tuned(plan.tuned, p.role) != "muon" or p.layout.parts or p.layer is None:
+        return values
+    role, own = ROLES[p.role], (p.fan_out, p.fan_in)
+    planned = matrix_shape(role, plan.target, plan.target.per_layer[p.layer])
+    if own == planned:
+        return values
+    ratio = own[1] / planned[1] if role.kind == "shared" and role.part == "down" else 1.0
+    to_ours = (lr_ratio("spectral", plan.tuned.update_scale, *shape) for shape in (own, planned))
+    ratio *= next(to_ours) / next(to_ours)
+    assert values.lr is not None and values.weight_decay is not None
+    return replace(values, lr=values.lr * ratio, weight_decay=values.weight_decay / ratio)
 
 
 def _constant(p: ParamInfo, planned: float | None, c: float) -> float | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from mue.plan.base import Base
 from mue.plan.ratios import base_block, ratios
+from mue.plan.update_scale import lr_factor
 from mue.plan.values import NOTHING, BlockPlan, RolePlan, Values
 from mue.rules.algebra import Monomial
 from mue.rules.roles import ROLES, Role
@@ -54,6 +55,7 @@ def block_plan(rule: Rule, transition: Transition, base: Base, block: Block, thi
             of_shared if role.kind == "shared" else ratio,
             counts.get(name, 0) if role.present(block) else 0,
             base.own_values(name, third),
+            lr_factor(name, base.tuned, (transition.base, base_block(transition.base)), (transition.target, block)),
         )
         for name, role in ROLES.items()
     }
@@ -82,20 +84,24 @@ def _drift(rule: Rule, transition: Transition, block: Block, ratio: Mapping[str,
 
 
 def _role_plan(
-    role: Role, rule: Rule, base_values: Values, ratio: Mapping[str, float], count: int, own_values: str
+    role: Role, rule: Rule, base_values: Values, ratio: Mapping[str, float], count: int, own_values: str, scale: float
 ) -> RolePlan:
-    """One role: the base's values times the factors of its row; of a role without a row, that there is no answer."""
+    """One role: the base's values times the factors of its row; of a role without a row, that there is no answer.
+
+    ``scale`` is κ of :mod:`mue.plan.update_scale`: another number for the same step.
+    """
     row = rule.rows.get(role.name)
     if row is None:
         # the balance bias starts at 0 under every rule, and no optimizer moves it (2408.15664)
         values = NOTHING if role.trained else base_values
         return RolePlan(values, NOTHING, {}, count, rule.why_not(role.name), "no answer", _init(role, None), role.start)
-    factor = Values(**{cell: getattr(row, cell)(ratio) for cell in FIELDS})
+    of_scale = {"lr": scale, "weight_decay": 1 / scale}
+    factor = Values(**{cell: getattr(row, cell)(ratio) * of_scale.get(cell, 1.0) for cell in FIELDS})
     values = Values(
         **{cell: None if value is None else value * getattr(factor, cell) for cell, value in base_values.items()}
     )
     formula = {
-        cell: "?" if cell in row.unknown else str(getattr(row, cell))
+        cell: "?" if cell in row.unknown else _with_scale(cell, str(getattr(row, cell)), scale)
         for cell, value in values.items()
         if value is not None and role.trained
     }
@@ -110,6 +116,11 @@ def _role_plan(
         constant=role.start,
         marks={cell: row.mark(cell) for cell in formula},
     )
+
+
+def _with_scale(cell: str, text: str, scale: float) -> str:
+    power = {"lr": "κ", "weight_decay": "κ^-1"}.get(cell) if scale != 1 else None
+    return text if power is None else power if text == "1" else f"{text} · {power}"
 
 
 def _init(role: Role, row: Row | None) -> str:

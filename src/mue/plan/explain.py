@@ -9,14 +9,16 @@ from dataclasses import replace
 from mue.plan import laws, per_role
 from mue.plan.base import base_of
 from mue.plan.plan import PlanData
-from mue.plan.ratios import ratios
+from mue.plan.ratios import base_block, ratios
 from mue.plan.steps import Step, Steps
+from mue.plan.update_scale import lr_factor
 from mue.rules.algebra import ONE, RATIOS, Monomial
 from mue.rules.laws.law import LAWS
 from mue.rules.roles import ROLES
 from mue.rules.sde import INVARIANTS
 from mue.rules.table import CELLS, FIELDS
 from mue.shapes import Block, Transformer
+from mue.shapes.update_scales import UPDATE_SCALES
 from mue.util.errors import nearest
 from mue.util.text import number
 
@@ -105,12 +107,28 @@ def _cell(plan: PlanData, role: str, index: int, field: str) -> Iterator[Step]:
     kind = "shared" if ROLES[role].kind == "shared" else ""
     here = _ratios(plan, block, kind)
     value = yield from _product(name, getattr(row, field), here, value, sources, row.source)
+    value = yield from _scale(plan, role, name, field, block, value)
     yield from _left(plan, name, field, getattr(row, field), here, value)
     if plan.folding is not None and (c := plan.folding.coefficients[index].get(role)):
         source = f"mue.plan.fold_table, {plan.tuned.optimizer}; docs/why/fold.md"
         yield Step(name, f"folded with c = {number(c)}", final, source)
         value = final
     _agree(f"{role}.{field}", value, final)
+
+
+def _scale(plan: PlanData, role: str, name: str, field: str, block: Block, value: float) -> Steps:
+    """The convention that Muon's rates are stated in: another number for the same step of a matrix of another shape."""
+    shape = base_of(plan.inputs).shape
+    κ = lr_factor(role, plan.tuned, (shape, base_block(shape)), (plan.target, block))
+    if κ == 1 or field not in ("lr", "weight_decay"):
+        return value
+    one, rule = plan.tuned.update_scale, UPDATE_SCALES[plan.tuned.update_scale]
+    value = value * κ if field == "lr" else value / κ
+    text = (
+        f"× κ{'' if field == 'lr' else '^-1'}, κ = {number(κ)}: update_scale = {one}, {rule.formula} of both matrices"
+    )
+    yield Step(name, text, value, rule.source)
+    return value
 
 
 def _left(

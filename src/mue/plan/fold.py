@@ -10,7 +10,7 @@ from mue.plan.fold_table import fold_of
 from mue.plan.plan import AnyPlan, PlanData
 from mue.plan.transfer import plan_of
 from mue.plan.values import BlockPlan, Folding, RolePlan, Values
-from mue.rules.roles import ROLES
+from mue.rules.optimizers import of_tuned
 from mue.util.text import number
 
 ROUTES = ("weights", "model")
@@ -104,14 +104,8 @@ def _folded(plan: PlanData, role: str, planned: RolePlan, c: float) -> RolePlan:
     )
 
 
-def _optimizer(plan: PlanData, role: str) -> str:
-    """The optimizer that moves a role: in a Muon hybrid, AdamW moves all that is no matrix."""
-    name = plan.tuned.optimizer
-    return "adamw" if name == "muon" and not ROLES[role].hidden else name
-
-
 def _powers(plan: PlanData, role: str) -> dict[str, int]:
-    row = fold_of(_optimizer(plan, role))
+    row = fold_of(of_tuned(plan.tuned, role))
     # The weight itself is c times as large under every optimizer; how it moves and decays is the optimizer's.
     return {"init_std": 1, "lr": row.lr, "weight_decay": row.weight_decay or 0, "eps": row.eps or 0}
 
@@ -140,4 +134,4 @@ def state_powers(plan: PlanData, role: str) -> Mapping[str, int]:
     Returns:
         torch's name of the state tensor → power; a name that is missing cannot be converted.
     """
-    return fold_of(_optimizer(plan, role)).state
+    return fold_of(of_tuned(plan.tuned, role)).state

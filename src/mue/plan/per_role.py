@@ -22,6 +22,7 @@ from mue.plan.convention import Convention
 from mue.plan.fold_table import fold_of
 from mue.plan.plan import PlanData
 from mue.plan.values import Values
+from mue.rules.optimizers import of_tuned
 from mue.rules.roles import ROLES
 from mue.rules.table import ZERO_INIT, Rule
 from mue.shapes import Block, HParams, Transformer
@@ -77,6 +78,9 @@ def overrides(tuned: HParams, role: str, field: str, third: str) -> list[tuple[s
             return [(f"tuned.roles.{where}.{field}", table[field]), *reversed(times)]
         if field + TIMES in table:
             times.append((f"tuned.roles.{where}.{field}{TIMES}", table[field + TIMES]))
+    beside = f"adamw_{field}"  # of what AdamW moves beside Muon, where it was tuned apart
+    if tuned.optimizer == "muon" and of_tuned(tuned, role) == "adamw" and getattr(tuned, beside, None) is not None:
+        return [(f"tuned.{beside}", getattr(tuned, beside)), *reversed(times)]
     return [(f"tuned.{field}", getattr(tuned, field)), *reversed(times)]
 
 

@@ -5,6 +5,7 @@ How the values come about is :mod:`mue.plan.transfer`.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -31,6 +32,7 @@ UNCHANGED = ("optimizer", "clip", "warmup", "floor", "balance", "z", "bias_speed
 TEXTS = frozenset(
     {"source", "status", "marks", "formula", "notes", "critical_batch"}
 )  # what explains a plan and is no part of its meaning
+UNCHANGED_BY_MUON = ("update_scale", "muon_moves")
 AnyPlan = TypeVar("AnyPlan", bound="PlanData")
 
 
@@ -131,6 +133,26 @@ class PlanData:
         return merged
 
     @property
+    def momentum(self) -> float:
+        """Muon's average over gradients, carried over a change of steps as β1 is; β1 itself where none was tuned apart.
+
+        Raises:
+            ValueError: it would leave [0, 1).
+        """
+        μ, before, after = self.tuned.momentum, self.tuned.betas[0], self.betas[0]
+        if μ is None or before == after:
+            return after if μ is None else μ
+        if self.rule.betas == "power":
+            carried = μ ** (math.log(after) / math.log(before)) if before > 0 else after
+        else:
+            carried = 1 - (1 - μ) * (1 - after) / (1 - before)
+        if carried < 0:
+            raise ValueError(
+                f'momentum = {μ:g} cannot be carried with the betas, 1-μ would be {1 - carried:g}: betas = "power"'
+            )
+        return carried
+
+    @property
     def multipliers(self) -> Multipliers:
         """The forward multipliers, one A and one R per layer."""
         return Multipliers(
@@ -175,7 +197,9 @@ class PlanData:
     @property
     def unchanged(self) -> dict[str, Any]:
         """What the target takes from the base as it is."""
-        return {name: getattr(self.tuned, name) for name in UNCHANGED}
+        return {name: getattr(self.tuned, name) for name in UNCHANGED} | {
+            name: value for name, value in self.tuned.beside_adamw.items() if name in UNCHANGED_BY_MUON
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """What ``mue plan --json`` prints; the meaning of each field: docs/glossary.md#the-fields-of-a-plan."""

@@ -31,7 +31,7 @@ def inputs_from_dict(data: Mapping[str, Any]) -> Inputs:
     return Inputs(
         base=plan_of(inputs_from_dict(base["plan"])) if "plan" in base else shape_from_dict(base),
         target=shape_from_dict(data["target"]),
-        tuned=None if tuned is None else HParams(**{**tuned, "betas": tuple(tuned["betas"])}),
+        tuned=None if tuned is None else HParams.from_dict(tuned),
         base_training=None if data["base_training"] is None else Training(**data["base_training"]),
         training=None if data["training"] is None else Training(**data["training"]),
         rule=data["rule"],
@@ -116,7 +116,9 @@ def scaled(plan: PlanData, multiplier: float) -> PlanData:
     """
     # ``lr_times`` is relative to the global rate, which moves already.
     roles = {r: {k: v * multiplier if k == "lr" else v for k, v in t.items()} for r, t in plan.tuned.roles.items()}
-    return retuned(plan, lr=plan.tuned.lr * multiplier, roles=roles)
+    beside = plan.tuned.adamw_lr
+    own = {} if beside is None else {"adamw_lr": beside * multiplier}
+    return retuned(plan, lr=plan.tuned.lr * multiplier, roles=roles, **own)
 
 
 def _folded(plan: PlanData, route: str | None) -> PlanData:

@@ -153,7 +153,7 @@ def plan_of(inputs: Inputs) -> PlanData:
 
     # 2. The rule: a published table with its options (one file each in mue.rules), read for the optimizer that the values were
     #    tuned with. The tables are written for Adam; what SGD, Muon and others make of them is derived in mue.rules.optimizers.
-    rule = for_optimizer(get_rule(inputs.rule, **inputs.options), base.tuned.optimizer)
+    rule = for_optimizer(get_rule(inputs.rule, **inputs.options), base.tuned.optimizer, base.tuned.muon_moves)
 
     # 3. What changes, as ratios of target to base, which are all that a table may read:
     #       r = ρ_d = d/d*    residual width: a matrix with more inputs starts smaller and moves less (µP, 2203.03466)

@@ -15,24 +15,26 @@ adam-l2             lr; wd·W joins the gradient             η               λ
 sgd                 lr·γ; shrinks by lr·wd                  η/γ             λ·γ                 has none
 lamb                lr·rms(W); shrinks by lr·rms(W)·wd      η/σ             λ                   ε
 adafactor           lr·rms(W); shrinks by lr·wd             η/σ             λ·σ                 ε²
-muon, matrices      lr·√(out/in) in operator norm           ρ_L^(α-1)/c     λ·η/lr              has none
+muon, matrices      lr·√(out/in) in operator norm           see below       λ·η/lr              has none
 hyperball           lr·‖W‖, back on the sphere of ‖W‖       only rule hyperp
 ==================  ======================================  ==============  ==================  =========
 
-``muon``: c is the multiplier the weight is used with, A·R for a routed down projection; the rest of the model stays on
-AdamW. Every row becomes *inferred*, for no source prints these tables.
+``muon``: of its matrices lr is ρ_L^(α-1), times ρ_H/(ρ_d·ρ_e·A) in a down projection; embedding, head, routers, gains and biases
+keep their AdamW rows. docs/optimizers.md has the derivation, and which row is published. What changes becomes *inferred*.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
 from mue.rules.algebra import ONE, Monomial, ratio
 from mue.rules.roles import ROLES, of_kind
+from mue.rules.sde import AS_MEASURED, SDE
 from mue.rules.table import INFERRED, ZERO_INIT, Row, Rule
-from mue.shapes import OPTIMIZERS
+from mue.shapes import OPTIMIZERS, HParams
+from mue.shapes.hparams import MATRICES
 from mue.util.errors import nearest
 
 _BATCH = {
@@ -44,11 +46,27 @@ _NO_GRADIENT = "it needs the scale of every gradient, and this table's eps does 
 _SHARE = "an expert's gradient falls with its share of the tokens, to a power between 1/2 and 1, and {0} does not normalise it"
 
 
-def for_optimizer(rule: Rule, optimizer: str) -> Rule:
+def moved_by(optimizer: str, role: str, kinds: Collection[str]) -> str:
+    """The optimizer that moves a role: beside Muon, AdamW moves all but the matrices of some kinds.
+
+    Args:
+        optimizer: of the run. role: by name. kinds: whose matrices Muon moves (:attr:`mue.shapes.HParams.muon_moves`).
+    """
+    if optimizer != "muon":
+        return optimizer
+    return "muon" if ROLES[role].hidden and ROLES[role].kind in kinds else "adamw"
+
+
+def of_tuned(tuned: HParams, role: str) -> str:
+    """:func:`moved_by` of tuned values."""
+    return moved_by(tuned.optimizer, role, tuned.muon_moves)
+
+
+def for_optimizer(rule: Rule, optimizer: str, kinds: Collection[str] = MATRICES[:-1]) -> Rule:
     """The rule as it reads for another optimizer.
 
     Args:
-        optimizer: from :data:`mue.shapes.OPTIMIZERS`.
+        optimizer: from :data:`mue.shapes.OPTIMIZERS`. kinds: of the matrices that Muon moves.
 
     Raises:
         ValueError: an unknown optimizer, or a rule that nobody has derived for it, with the reason.
@@ -64,14 +82,18 @@ def for_optimizer(rule: Rule, optimizer: str) -> Rule:
             f"rule {rule.name!r} is written for {written}, and how it scales under {optimizer!r} is not derived"
             + (': use rule = "hyperp"' if optimizer == "hyperball" else "")
         )
-    return _DERIVED[optimizer](rule)
+    return _muon(rule, kinds) if optimizer == "muon" else _DERIVED[optimizer](rule)
 
 
-def _derived(rule: Rule, optimizer: str, change: Callable[[str, Row], Row], **more: object) -> Rule:
+def _derived(
+    rule: Rule, optimizer: str, change: Callable[[str, Row], Row], kinds: Collection[str] = (), **more: object
+) -> Rule:
     """``change`` on every row, marked inferred; cells that are unknown stay so. ``more`` are fields of the rule."""
     why = f"{optimizer}: mue.rules.optimizers"
 
     def derived(role: str, row: Row) -> Row:
+        if moved_by(optimizer, role, kinds) == "adamw":
+            return row  # beside Muon: its own table's, and as well known
         made = replace(change(role, row), source=f"{row.source}; {why}", status=INFERRED)
         cells = {cell: f"{text}; {why}" for cell, text in row.cells.items()}
         # a cell that no source gives is not known for this optimizer either, whatever `change` made of it
@@ -79,7 +101,7 @@ def _derived(rule: Rule, optimizer: str, change: Callable[[str, Row], Row], **mo
         # a draw does not depend on who moves it later: its mark stays
         return replace(made, cells=cells, marks={"init_std": row.mark("init_std")}, **unknown)
 
-    rows = {role: row if not ROLES[role].trained else derived(role, row) for role, row in rule.rows.items()}
+    rows = {role: derived(role, row) if ROLES[role].trained else row for role, row in rule.rows.items()}
     return replace(rule, rows=rows, **more)  # type: ignore[arg-type]
 
 
@@ -185,41 +207,56 @@ def _std(role: str, row: Row) -> Monomial:
     return ONE if ROLES[role].vector else row.init_std
 
 
-def _muon(rule: Rule) -> Rule:
-    """An orthogonal update times lr·√(out/in) has operator norm lr (RMS to RMS), whatever the width.
+# Who measured an exponent of the run under orthogonal updates, or how it is derived (docs/optimizers.md).
+_MUON_RUN = (
+    "the exponents of {0}, batch_exponent = {1} and duration_exponent = {2}, were measured with AdamW alone: give others, 1/2 and 1/2"
+    " by derivation (**mue.rules.SDE), or 0.5 and 0.32 as 2603.28743 measured for MuonH"
+)
 
-    Used through a multiplier c it moves the function by c·lr, so lr takes 1/c: A for a down projection, A·R where routed
-    (the normalised weights average the experts). Depth stays ρ_L^(α-1). With shared experts the average and the shared
-    outputs add up, and nobody derived that sum. Weight decay keeps η·λ (2512.05620 wants that product ∝ 1/width).
+
+def _muon(rule: Rule, kinds: Collection[str]) -> Rule:
+    """An orthogonal update times lr·√(out/in) has operator norm lr (RMS to RMS), whatever the width (transfer-rules 7).
+
+    So lr has no width in it; depth stays ρ_L^(α-1), and batch and duration are the options' (a step knows no scale of the
+    gradient, as Adam's, which is all that the √ rule asks for). Down projections add up in a branch: A·(R·Σ π_i E_i + Σ S_k) moves
+    by A·lr for each shared expert and by A·R·lr for the routed ones together, whose weights average them. With lr ∝ the fan-in,
+    (ρ_H/ρ_d)/(ρ_e·A), that is η of the base in sum, whatever the mixture, each expert having a part by its width; without shared
+    experts it is 1/c with c = A·R, so that a folded expert needs no a, N or h. Weight decay keeps η·λ; with
+    ``weight_decay_width = "none"`` that product falls as 1/width, as 2512.05620 found best.
     """
     _require(rule, "muon", rule.spectral, "only tables with CompleteP's widths and depth carry over")
-    A = rule.output_multiplier
+    down = ratio("ρ_H") / (ratio("ρ_d") * ratio("ρ_e") * rule.output_multiplier)
 
     def change(role: str, row: Row) -> Row:
-        if not ROLES[role].hidden:
-            return row
-        c = ONE
+        lr = ratio("ρ_L") ** row.lr.exponent("ρ_L") * _run_part(row.lr)
         if ROLES[role].part == "down":
-            # R = a of the target over a of the base
-            c = A * ratio("ρ_a") if role == "expert_down" and rule.routed else A
-        # of lr only the depth is left: the operator norm of the update knows no width, and the batch is refused
-        α_lr = ratio("ρ_L") ** row.lr.exponent("ρ_L")
-        lr = α_lr / c
-        return replace(row, lr=lr, weight_decay=_at_one_run(row.weight_decay * row.lr) / lr, eps=ONE)
+            lr = lr * down
+        return replace(row, lr=lr, weight_decay=row.weight_decay * row.lr / lr, eps=ONE)
 
-    gates = {"gates": "measured gates under {0} are not derived"}
-    made = _derived(rule, "muon", change, up_gate=None, refuses=_refuse(rule, "muon", _BATCH, gates))
-    shared = dict.fromkeys(of_kind("shared"), "shared experts beside an average of experts are not derived under muon")
-    return replace(
-        made,
-        rows={role: row for role, row in made.rows.items() if role not in shared},
-        unanswered={**rule.unanswered, **shared},
+    refused = {"gates": "measured gates under {0} are not derived"}
+    run = {name: rule.options.get(name) for name in ("batch_exponent", "duration_exponent")}
+    if all(value is not None and value == AS_MEASURED[name] != SDE[name] for name, value in run.items()):
+        refused |= dict.fromkeys(("batch", "duration"), _MUON_RUN.format(rule.name, *run.values()))
+    made = _derived(
+        rule,
+        "muon",
+        change,
+        kinds,
+        up_gate=None,
+        refuses=_refuse(rule, "muon", refused),
         notes=(
-            *made.notes,
-            "muon: matrices take torch.optim.Muon(adjust_lr_fn='spectral_unclamped'), everything else AdamW;"
-            " give the two their own rates with per-role tuned values",
+            *rule.notes,
+            "muon: hidden matrices one by one (each expert, each part of a fused tensor), mue.model.muon.Muon does it; AdamW moves"
+            " the rest, at adamw_lr",
         ),
     )
+    if "expert" in kinds and "shared" not in kinds:  # one branch, two kinds of step
+        apart = dict.fromkeys(
+            of_kind("shared"), "shared experts are moved by AdamW and routed ones by Muon: nobody derived that sum"
+        )
+        rows = {role: row for role, row in made.rows.items() if role not in apart}
+        made = replace(made, rows=rows, unanswered={**rule.unanswered, **apart})
+    return made
 
 
 _DERIVED: dict[str, Callable[[Rule], Rule]] = {
@@ -230,5 +267,4 @@ _DERIVED: dict[str, Callable[[Rule], Rule]] = {
     "sgd": _sgd,
     "lamb": _lamb,
     "adafactor": _adafactor,
-    "muon": _muon,
 }

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from mue.shapes.update_scales import update_scale
 from mue.util.errors import nearest, positive, positive_int
 
 # Optimizers whose transfer is derived for at least one rule (mue.rules.optimizers says what holds for which).
@@ -21,9 +23,27 @@ OPTIMIZERS = (
     "adafactor",
     "hyperball",
 )
+# Those that users ask for by name, and why a plan has no answer: each paper defines an update, none its scale over a MoE.
+NOT_DERIVED = {
+    "muonh": 'MuonH is optimizer = "hyperball" with rule = "hyperp" (2603.28743)',
+    "normuon": "NorMuon (2510.05491) sets the RMS of an update and not its operator norm, and how that scales nobody derived",
+    "scion": "Scion (2502.07529) steps embedding and head by other norms, which a plan does not carry; its hidden part is"
+    ' optimizer = "muon" with update_scale = "spectral"',
+    "dion": "Dion (2504.05295) steps in a few directions at a time and keeps the rest as an error, and how that scales nobody derived",
+}
 DECOUPLED = ("adamw", "nadamw", "lion")  # decay as torch's AdamW has it, p *= 1 - lr·wd, in every parameter
 
 ROLE_VALUES = ("lr", "weight_decay", "init_std", "eps")
+# What a tuned value was before it could be given: files and hashes leave it out there, so that old ones stay what they are.
+_BEFORE: dict[str, Any] = {
+    "adamw_lr": None,
+    "adamw_weight_decay": None,
+    "momentum": None,
+    "update_scale": "spectral",
+    "muon_moves": ("attention", "ffn", "expert", "router"),
+}
+# The kinds of matrices that Muon can move. By default all but routers, as in Marin's hybrid (levanter's grug_muon).
+MATRICES = ("attention", "ffn", "expert", "shared", "router")
 TIMES = "_times"  # what ends the name of a value that multiplies, instead of replacing, what would hold otherwise
 # Multipliers by depth are set on the base and go by normalised depth, as in Complete(d)P (2512.22382), in steps.
 THIRDS = ("first_third", "middle_third", "last_third")
@@ -96,6 +116,10 @@ class HParams:
             multiplies what it would be otherwise, ``{"first_third": {"ffn_up": {"lr_times": 1.5}}}`` does so in the first
             third of the layers, of the base's as of the target's (``"first_third.ffn_up"`` once it is stored). A role's ``init_std``
             may be 0: a head or queries that start at zero.
+        adamw_lr, adamw_weight_decay: with ``optimizer = "muon"``, of all that AdamW moves beside it (embedding, head, routers,
+            gains and biases); None: the global ones. momentum: Muon's; None: β1.
+        update_scale: the convention that Muon's lr is stated in, of :data:`mue.shapes.update_scales.UPDATE_SCALES`; plans have
+            their rates in the same one. router_optimizer: who moves routers beside it, ``"adamw"`` or ``"muon"``.
         optimizer, clip, warmup, floor, balance, z, bias_speed: carried to the target unchanged: optimizer name,
             clipping threshold (None: off), warmup as a fraction of the run or as a number of steps (from 2), lr floor as a
             fraction, balance-loss and z-loss coefficients, speed of the balance bias per step.
@@ -114,6 +138,11 @@ class HParams:
     balance: float = 0.0
     z: float = 0.0
     bias_speed: float = 1e-3  # the paper's (2408.15664)
+    adamw_lr: float | None = None
+    adamw_weight_decay: float | None = None
+    momentum: float | None = None
+    update_scale: str = "spectral"
+    muon_moves: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         def put(name: str, value: object) -> None:
@@ -126,6 +155,8 @@ class HParams:
         if not isinstance(self.betas, list | tuple) or len(self.betas) != 2:
             raise ValueError(f"betas must be two numbers, got {self.betas!r}")
         put("betas", tuple(positive(f"beta{i + 1}", b, zero=True, below=1) for i, b in enumerate(self.betas)))
+        if self.optimizer in NOT_DERIVED:
+            raise ValueError(f"optimizer {self.optimizer!r} has no transfer here: {NOT_DERIVED[self.optimizer]}")
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(
                 f"optimizer {self.optimizer!r} is not understood, and what is not derived is not guessed{nearest(self.optimizer, OPTIMIZERS)}"
@@ -136,10 +167,44 @@ class HParams:
         for name in ("balance", "z", "bias_speed"):
             put(name, positive(name, getattr(self, name), zero=True))
         put("roles", _roles(self.roles))
+        self._check_muon(put)
+
+    def _check_muon(self, put: Callable[[str, object], None]) -> None:
+        """What only Muon and the AdamW beside it read; with another optimizer it would be ignored, and is refused."""
+        if self.optimizer != "muon":
+            for name in _BEFORE:
+                if getattr(self, name) not in (None, "spectral", ()):
+                    raise ValueError(f'{name} goes with optimizer = "muon", not with {self.optimizer!r}: leave it out')
+            return
+        for name, zero in (("adamw_lr", False), ("adamw_weight_decay", True), ("momentum", True)):
+            if (value := getattr(self, name)) is not None:
+                put(name, positive(name, value, zero=zero, below=1 if name == "momentum" else math.inf))
+        update_scale(self.update_scale)
+        put("muon_moves", tuple(self.muon_moves) or MATRICES[:-1])
+        for kind in self.muon_moves:
+            if kind not in MATRICES:
+                raise ValueError(f"muon_moves lists {kind!r}{nearest(kind, MATRICES)}")
+        if ("ffn" in self.muon_moves) != ("expert" in self.muon_moves):
+            raise ValueError(
+                "muon_moves has ffn and expert together or neither: a dense base's feed-forward stands for its experts"
+            )
+
+    @property
+    def beside_adamw(self) -> dict[str, Any]:
+        """What was tuned of Muon beside lr and weight decay, plain, without what says nothing."""
+        given = {name: getattr(self, name) for name in _BEFORE}
+        return {name: _plain(value) for name, value in given.items() if value not in (None, (), _BEFORE[name])}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values under the constructor's names."""
-        return {f.name: _plain(getattr(self, f.name)) for f in fields(self)}
+        """Plain values under the constructor's names; what came later is left out where it says nothing."""
+        values = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in _BEFORE}
+        return values | self.beside_adamw
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> HParams:
+        """What :meth:`to_dict` wrote, with what it meant when it was written."""
+        before = {"muon_moves": _BEFORE["muon_moves"]} if data.get("optimizer") == "muon" else {}
+        return cls(**{**before, **data, "betas": tuple(data["betas"])})
 
     def replace(self, **changes: Any) -> HParams:
         """A copy with some values changed."""

@@ -57,7 +57,7 @@ class SweepSpec:
         return cls(
             base=shape_from_dict(data["base"]),
             training=Training(**data["training"]),
-            defaults=HParams(**data["defaults"]),
+            defaults=HParams.from_dict(data["defaults"]),
             grid=Grid.from_dict(data["grid"]),
             settings=Settings(**data["settings"]),
             source=dict(data["source"]),

@@ -97,7 +97,7 @@ def tuned_of(folder: Path) -> TunedResult:
         raise ValueError(f"{folder} holds no finished sweep (no result.json): run mue sweep with --out {folder} first")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        tuned = HParams(**{**data["tuned"], "betas": tuple(data["tuned"]["betas"])})
+        tuned = HParams.from_dict(data["tuned"])
         identity = data["identity"]
         notes = list(data.get("warnings", ()))
         if data.get("edge"):

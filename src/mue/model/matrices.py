@@ -1,0 +1,91 @@
+"""Which matrices lie in a tensor: experts along an axis, projections fused into one, axes in any order. Muon moves one at a time.
+
+A :data:`Matrices` is plain and hashable, so that an optimizer's group has one and its state dict stays plain, too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from mue.layouts.layout import ParamInfo
+from mue.plan.plan import PlanData
+from mue.plan.update_scale import matrix_shape
+from mue.rules.roles import ROLES
+
+Matrices = tuple[tuple[str, ...], int, tuple[int, ...]]
+"""(what each axis is, as layouts say it; experts in a merged axis; fan-outs of the fused parts, in order)."""
+
+
+def matrices_of(plan: PlanData, p: ParamInfo) -> Matrices:
+    """The matrices in one parameter.
+
+    Args:
+        plan: has the sizes of fused parts. p: a matrix, of a hidden role.
+
+    Raises:
+        ValueError: parts whose sizes do not add up to the tensor's, or an axis that is neither fan-in, fan-out nor experts.
+    """
+    if "vector" in p.layout.axes:
+        raise ValueError(
+            f"{p.name} has an axis that is no matrix's, and Muon moves matrices: leave its kind out of muon_moves"
+        )
+    block = plan.target.per_layer[p.layer or 0]
+    sizes = tuple(matrix_shape(ROLES[part], plan.target, block)[0] for part in p.layout.parts)
+    many = len(sizes)
+    if many and sum(sizes) != p.fan_out:
+        if p.fan_out % many or len(set(sizes)) > 1:
+            raise ValueError(
+                f"{p.name} holds {', '.join(p.layout.parts)} of {sizes} rows in one tensor of {p.fan_out}: where one ends and the next"
+                " begins is not known, so Muon cannot move them one by one; give each a tensor of its own"
+            )
+        sizes = (p.fan_out // many,) * many  # several shared experts as one, gate and up as wide as each other
+    return p.layout.axes, p.layout.stacked, sizes or (p.fan_out,)
+
+
+def split(tensor: Tensor, how: Matrices) -> list[Tensor]:
+    """A tensor as its matrices: one (E, out, in) for each fused part, E the experts that lie in it (or 1)."""
+    axes, experts, sizes = how
+    whole, _ = _ordered(tensor, axes, experts)
+    count, out, fan_in = _sizes(whole, axes)
+    return list(torch.split(whole.reshape(count, out, fan_in), list(sizes), dim=1))
+
+
+def join(parts: Sequence[Tensor], how: Matrices, like: Tensor) -> Tensor:
+    """The inverse of :func:`split`.
+
+    Args:
+        parts: as :func:`split` gives them. like: a tensor of the wanted shape.
+    """
+    axes, experts, _ = how
+    ordered, order = _ordered(like, axes, experts)
+    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+    back = [order.index(i) for i in range(len(order))]
+    return whole.reshape(ordered.shape).permute(back).reshape(like.shape)
+
+
+def _unmerged(axes: tuple[str, ...]) -> list[str]:
+    """A merged axis, ``expert*in``, as the two that it is made of."""
+    return [word for axis in axes for word in axis.split("*")]
+
+
+def _ordered(tensor: Tensor, axes: tuple[str, ...], experts: int) -> tuple[Tensor, list[int]]:
+    """The tensor with experts first, then fan-out, then fan-in; and which axis each was."""
+    merged = next((i for i, axis in enumerate(axes) if "*" in axis), None)
+    if merged is not None:
+        tensor = tensor.reshape(*tensor.shape[:merged], experts, -1, *tensor.shape[merged + 1 :])
+    words = _unmerged(axes)
+    order = [i for kind in ("expert", "out", "in") for i, word in enumerate(words) if word == kind]
+    return tensor.permute(order), order
+
+
+def _sizes(ordered: Tensor, axes: tuple[str, ...]) -> tuple[int, int, int]:
+    words = sorted(_unmerged(axes), key=("expert", "out", "in").index)
+    count, out, fan_in = (
+        math.prod(n for n, word in zip(ordered.shape, words, strict=True) if word == kind)
+        for kind in ("expert", "out", "in")
+    )
+    return count, out, fan_in
