@@ -24,6 +24,7 @@ from mue.plan.plan import PlanData
 from mue.shapes.update_scales import UPDATE_SCALES
 
 Orthogonalize = Callable[[Tensor], Tensor]
+Scale = Callable[[int, int], float]
 # KellerJordan/Muon, zeropower_via_newtonschulz5: a quintic whose slope at 0 is large; singular values end in about 0.7 … 1.2.
 A, B, C, STEPS, EPS = 3.4445, -4.7750, 2.0315, 5, 1e-7
 # Elements of the matrices that are iterated at once: they and their products stay in a core's cache (benchmarks/muon.py).

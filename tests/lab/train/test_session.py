@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from pathlib import Path
 
@@ -14,10 +15,18 @@ from mue.lab.train.session import train
 from support.small_run import STEPS, TUNED, Stop, moe_run, stop_at
 
 
-@pytest.mark.parametrize("balance", ["bias", "loss"])
-@pytest.mark.parametrize("stop", [2, 10, 22])
-def test_an_interrupted_run_goes_on_bit_for_bit(tmp_path: Path, corpus: Corpus, balance: str, stop: int) -> None:
-    run = moe_run(corpus, Settings(eval_every=10, eval_sequences=8, log_every=2, balance=balance))
+MUON = TUNED.replace(optimizer="muon", lr=0.02, adamw_lr=0.01, momentum=0.95)
+
+
+@pytest.mark.parametrize(
+    ("stop", "balance", "tuned"),
+    [*itertools.product((2, 10, 22), ("bias", "loss"), (TUNED,)), (2, "bias", MUON), (10, "bias", MUON)],
+)
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    tmp_path: Path, corpus: Corpus, stop: int, balance: str, tuned: mue.HParams
+) -> None:
+    settings = Settings(eval_every=10, eval_sequences=8, log_every=2, balance=balance)
+    run = moe_run(corpus, settings, tuned=tuned)
     whole, broken = Store(tmp_path / "whole"), Store(tmp_path / "broken")
     train(run, whole, corpus, keep_weights=True)
     with pytest.raises(Stop):
@@ -83,3 +92,13 @@ def test_the_z_loss_acts_in_every_balance_mode(tmp_path: Path, corpus: Corpus) -
     with_z, without = (moe_run(corpus, tuned=TUNED.replace(z=z)) for z in (1.0, 0.0))
     store = Store(tmp_path)
     assert train(with_z, store, corpus)["val_loss"] != train(without, store, corpus)["val_loss"]
+
+
+def test_a_run_with_muon_learns_and_is_keyed_by_what_it_trains_with(tmp_path: Path, corpus: Corpus) -> None:
+    result = train(moe_run(corpus, tuned=MUON), Store(tmp_path), corpus)
+    assert result["status"] == "finished" and result["val_loss"] < math.log(256) - 1.5
+    keys = {moe_run(corpus, tuned=MUON.replace(**change)).key for change in ({}, {"momentum": 0.9}, {"adamw_lr": 0.02})}
+    keys.add(moe_run(corpus, tuned=MUON.replace(update_scale="keller")).key)
+    assert len(keys) == 4
+    with pytest.raises(ValueError, match="the lab trains with adamw and muon, the plan is for lion"):
+        moe_run(corpus, tuned=TUNED.replace(optimizer="lion"))

@@ -45,8 +45,8 @@ def corpus(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Corpus:
     return load_corpus(texts, cache=tmp_path_factory.mktemp("cache"))
 
 
-def variants(corpus: Corpus, shape: mue.Dense | mue.MoE, balance: str = "bias") -> list[Run]:
-    """Runs of one kind that differ in everything that may differ."""
+def variants(corpus: Corpus, shape: mue.Dense | mue.MoE, balance: str = "bias", muon: str = "") -> list[Run]:
+    """Runs of one kind that differ in everything that may differ. ``muon``: they train with it, in this convention."""
     rows = [
         (0.01, 0.1, 0.1, (0.9, 0.95), None, 0, STEPS),
         (0.03, 0.0, 0.05, (0.8, 0.99), 0.5, 1, STEPS),
@@ -58,6 +58,8 @@ def variants(corpus: Corpus, shape: mue.Dense | mue.MoE, balance: str = "bias") 
             lr=lr, weight_decay=decay, init_std=std, betas=betas, clip=clip, z=1e-2, bias_speed=lr,
             balance=0.02 if balance == "loss" else 0.0,
         )  # fmt: skip
+        if muon:
+            tuned = tuned.replace(optimizer="muon", update_scale=muon, adamw_lr=2 * lr, momentum=betas[1])
         training = mue.Training(128, steps)
         plan = mue.transfer(BASE, shape, tuned, base_training=training, training=training)
         runs.append(
@@ -133,9 +135,28 @@ def test_a_stack_gives_the_losses_of_separate_runs(tmp_path: Path, corpus: Corpu
             torch.testing.assert_close(other.weights[key], value, rtol=1e-8, atol=1e-10)
 
 
-def test_runs_join_and_leave_between_steps(tmp_path: Path, corpus: Corpus) -> None:
+@pytest.mark.parametrize(("name", "scale"), [("moe", "spectral"), ("tied, grouped heads, no gate", "keller")])
+def test_a_stack_of_muon_gives_the_losses_of_separate_runs(
+    tmp_path: Path, corpus: Corpus, name: str, scale: str
+) -> None:
+    """Matrices of all variants, layers and experts orthogonalised together are those that each run has alone."""
+    runs = variants(corpus, SHAPES[name], muon=scale)
+    separate = alone(runs, tmp_path / "alone", corpus, torch.float64)
+    stacked = together(runs, tmp_path / "stacked", corpus, torch.float64, 3, [0, 0, 0])
+    for one, other in zip(separate, stacked, strict=True):
+        assert_same(one, other, 1e-9)
+        for key, value in one.model.state_dict().items():
+            torch.testing.assert_close(other.weights[key], value, rtol=1e-7, atol=1e-9)
+    plain = variants(corpus, SHAPES[name])
+    assert len({stack_kind(run) for run in runs}) == 1 and stack_kind(plain[0]) != stack_kind(runs[0])
+    with pytest.raises(AssertionError):  # the control: momentum is one that a run has alone
+        assert_same(separate[0], stacked[1], 1e-9)
+
+
+@pytest.mark.parametrize("muon", ["", "match-rms"])
+def test_runs_join_and_leave_between_steps(tmp_path: Path, corpus: Corpus, muon: str) -> None:
     """Two places for three runs: the third joins when one leaves, and each run is where it would be alone."""
-    runs = variants(corpus, SHAPES["moe"])
+    runs = variants(corpus, SHAPES["moe"], muon=muon)
     separate = alone(runs, tmp_path / "alone", corpus, torch.float64)
     stacked = together(runs, tmp_path / "stacked", corpus, torch.float64, 2, [0, 5, STEPS])
     for one, other in zip(separate, stacked, strict=True):

@@ -27,6 +27,7 @@ from mue.util.files import FileLock, digest, read_text
 
 PRECISIONS = ("fp32", "bf16")
 BALANCES = ("bias", "loss", "none")
+OPTIMIZERS = ("adamw", "muon")
 _ADDED_LATER = {
     "consistency": 0.0,
     "task": "language",
@@ -106,9 +107,10 @@ class Run:
         if self.plan.training is None:
             raise ValueError("a run needs [training]: batch in tokens per step, and steps")
         tuned = self.plan.tuned
-        if tuned.optimizer != "adamw":
+        if tuned.optimizer not in OPTIMIZERS:
             raise ValueError(
-                f"the lab trains with AdamW, the plan is for {tuned.optimizer}: use another trainer (plan.param_groups)"
+                f"the lab trains with {' and '.join(OPTIMIZERS)}, the plan is for {tuned.optimizer}: use another trainer"
+                " (plan.param_groups)"
             )
         if tuned.balance and self.settings.balance != "loss" and any(b.experts for b in self.plan.target.blocks):
             raise ValueError(
@@ -181,6 +183,7 @@ class Run:
             "multipliers": asdict(plan.multipliers),
             "blocks": blocks,
             "betas": list(plan.betas),
+            **({"momentum": plan.momentum} if plan.tuned.optimizer == "muon" else {}),
             "unchanged": unchanged,
             "training": {"batch": plan.training.batch, "steps": plan.training.steps} if plan.training else None,
             "settings": settings,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -27,7 +28,10 @@ from mue.lab.train.run import Run
 from mue.lab.train.session import TrainingSession
 from mue.lab.train.step import autocast, compile_blocks, moe_layers, objective, uncompiled
 from mue.lab.train.task import Batch, task_of
+from mue.model.matrices import Matrices, join, split
+from mue.model.muon import Scale, orthogonal
 from mue.moe import MoELayer
+from mue.shapes.update_scales import UPDATE_SCALES
 from mue.util.files import digest
 
 # Settings that a stack computes with; in all others its runs may differ.
@@ -62,32 +66,37 @@ def stack_kind(run: Run) -> str:
         ValueError: the run cannot be stacked at all.
     """
     check_stackable(run)
-    effective = run.effective
+    effective, tuned = run.effective, run.plan.tuned
     settings = {k: v for k, v in effective["settings"].items() if k in _SHARED}
     batch = effective["training"]["batch"]
     # Whether there is a z loss, not how much of one: the model computes it only where a coefficient asks for it.
-    return digest(
-        [effective["shape"], effective["multipliers"], effective["data"], batch, settings, run.plan.tuned.z > 0]
-    )
+    alike = [effective["shape"], effective["multipliers"], effective["data"], batch, settings, tuned.z > 0]
+    return digest([*alike, tuned.optimizer, tuned.update_scale, tuned.muon_moves])
 
 
 class ParameterBank:
-    """All parameters of one size, of all variants, with their gradients and Adam's two moments.
+    """All parameters of one size that one optimizer moves, of all variants, with their gradients and its state.
 
     Of one size, so that AdamW is a few short sequences: one compiled over all 91 tensors of a model took 389 s to
     compile and gained nothing (docs/LOG.md, "Runs stacked, in processes, compiled").
 
     Attributes:
-        names: of the N parameters. weight_NVS, grad_NVS, mean_NVS, square_NVS, step_NV.
+        names: of the N parameters. weight_NVS, grad_NVS, step_NV.
         setting_3NV1: peak lr, weight decay and eps.
+        matrices: which of them lie in a parameter that Muon moves; None where AdamW does. shape: of such a parameter.
+        states: the optimizer's state by its names, each (N, V, S).
     """
 
-    def __init__(self, named: dict[str, nn.Parameter], variants: int) -> None:
-        self.names = list(named)
+    def __init__(self, named: dict[str, nn.Parameter], variants: int, matrices: Matrices | None = None) -> None:
+        self.names, self.matrices = list(named), matrices
         like = next(iter(named.values()))
-        self.weight_NVS, self.grad_NVS, self.mean_NVS, self.square_NVS = (
-            like.new_zeros(len(named), variants, like.numel()) for _ in range(4)
+        self.shape = like.shape
+        # Torch's own names, so that a run's checkpoint is the same whether it was trained alone or here.
+        names = ("momentum_buffer",) if matrices else ("exp_avg", "exp_avg_sq")
+        self.weight_NVS, self.grad_NVS, *states = (
+            like.new_zeros(len(named), variants, like.numel()) for _ in range(2 + len(names))
         )
+        self.states = dict(zip(names, states, strict=True))
         # In the type that torch counts steps in; one for each parameter though all are equal, since a checkpoint
         # refuses one tensor under many names.
         self.step_NV = like.new_zeros(len(named), variants, dtype=torch.float32)
@@ -100,18 +109,15 @@ class ParameterBank:
             i: its place among the N. variant: among the V. parameter: of the variant's own model.
             group, state: its optimizer's, of which peak lr, weight decay and eps, and the moments, are taken.
         """
-        views = []
-        for bank, value in (
-            (self.weight_NVS, parameter.data),
-            (self.mean_NVS, state.get("exp_avg")),
-            (self.square_NVS, state.get("exp_avg_sq")),
-        ):
-            view = bank[i, variant].view(parameter.shape)
+        views = {}
+        for name, bank in {"": self.weight_NVS, **self.states}.items():
+            view, value = bank[i, variant].view(parameter.shape), state.get(name) if name else parameter.data
             view.zero_() if value is None else view.copy_(value)
-            views.append(view)
-        # Torch's own names, so that a run's checkpoint is the same whether it was trained alone or here.
-        parameter.data, state["exp_avg"], state["exp_avg_sq"] = views
-        state["step"] = self.step_NV[i, variant]
+            views[name] = view
+        parameter.data = views.pop("")
+        state.update(views)
+        if self.matrices is None:
+            state["step"] = self.step_NV[i, variant]
         for setting_NV1, key in zip(self.setting_3NV1, ("initial_lr", "weight_decay", "eps"), strict=True):
             setting_NV1[i, variant] = group[key]
 
@@ -130,7 +136,11 @@ class StackedSession:
         self.sessions: list[TrainingSession | None] = [None] * size
         self.idle = copy.deepcopy(model)  # what the empty places route with
         self.model = copy.deepcopy(model)
-        self.banks = _stack_parameters(self.model, size)
+        groups = {p: group for group in example.optimizer.param_groups for p in group["params"]}
+        self.banks = _stack_parameters(
+            self.model, size, {name: groups[p].get("matrices") for name, p in model.named_parameters()}
+        )
+        self.scale = UPDATE_SCALES[example.run.plan.tuned.update_scale].factor
         self.moe_blocks = [module for module in self.model.modules() if isinstance(module, StackedMoE)]
         for place in range(size):
             self._route(place, moe_layers(self.idle))
@@ -161,7 +171,7 @@ class StackedSession:
     def drop(self, place: int) -> None:
         """Empty a place: what was in it, finite or not, is gone."""
         for bank in self.banks:
-            for values in (bank.weight_NVS, bank.mean_NVS, bank.square_NVS):
+            for values in (bank.weight_NVS, *bank.states.values()):
                 values[:, place] = 0
             bank.setting_3NV1[:, :, place] = 1  # eps above all: 0/0 in an empty place would be NaN
         self._route(place, moe_layers(self.idle))
@@ -228,14 +238,19 @@ class StackedSession:
         for session in self.sessions:
             step = session.step + 1 if session else 1
             beta1, beta2 = session.plan.betas if session else (0.0, 0.0)
-            rows.append([step, session.lr_factor if session else 0.0, beta1, beta2, 1 - beta1**step, 1 - beta2**step])
+            momentum = session.plan.momentum if session else 0.0
+            corrections = 1 - beta1**step, 1 - beta2**step
+            rows.append([step, session.lr_factor if session else 0.0, momentum, beta1, beta2, *corrections])
         like = self.banks[0].weight_NVS
         table = torch.tensor(rows, dtype=torch.float64).to(like.device)
-        step_V, (factor, *betas) = table[:, 0], (column.to(like.dtype)[:, None] for column in table[:, 1:].unbind(1))
+        columns = (column.to(like.dtype)[:, None] for column in table[:, 1:].unbind(1))
+        step_V, (factor, momentum, *betas) = table[:, 0], columns
         for bank in self.banks:
-            bank.step_NV.copy_(step_V.expand_as(bank.step_NV))
-            lr, decay, eps = bank.setting_3NV1
-            self.adamw_(bank.weight_NVS, bank.grad_NVS, bank.mean_NVS, bank.square_NVS, lr * factor, decay, eps, *betas)
+            if bank.matrices is None:
+                bank.step_NV.copy_(step_V.expand_as(bank.step_NV))
+                lr, decay, eps = bank.setting_3NV1
+                self.adamw_(bank.weight_NVS, bank.grad_NVS, *bank.states.values(), lr * factor, decay, eps, *betas)
+        muon_([bank for bank in self.banks if bank.matrices is not None], factor, momentum, self.scale)
 
     @torch.no_grad()
     def _validate(self) -> dict[int, float]:
@@ -280,16 +295,44 @@ def adamw_(
     weight.sub_(lr / correction1 * mean / ((square / correction2).sqrt() + eps))
 
 
-def _stack_parameters(model: nn.Module, variants: int) -> list[ParameterBank]:
-    """Give every parameter of ``model`` a leading axis of variants, as views of banks with their gradients."""
+def muon_(banks: list[ParameterBank], factor: Tensor, momentum: Tensor, scale: Scale) -> None:
+    """The step of :class:`mue.model.muon.Muon` in place: the matrices of all banks, variants and experts orthogonalised together.
+
+    Args:
+        banks: of the parameters that Muon moves. factor, momentum: of each variant, (V, 1). scale: s(out, in).
+    """
+    parts, how = [], []
+    for bank in banks:
+        assert bank.matrices is not None
+        average = bank.states["momentum_buffer"].lerp_(bank.grad_NVS, 1 - momentum)
+        ahead = bank.grad_NVS.lerp(average, momentum)
+        axes, *rest = bank.matrices
+        how.append((("expert", *axes), *rest))  # tensors and variants are one more axis of matrices
+        parts.append(split(ahead.view(-1, *bank.shape), how[-1]))
+    flat = iter(orthogonal([x for many in parts for x in many]))
+    for bank, many, matrices in zip(banks, parts, how, strict=True):
+        lr, decay, _ = bank.setting_3NV1
+        scaled = [next(flat) * scale(x.size(1), x.size(2)) for x in many]
+        update = join(scaled, matrices, bank.grad_NVS.view(-1, *bank.shape)).reshape(bank.grad_NVS.shape)
+        bank.weight_NVS.mul_(1 - lr * factor * decay).sub_(lr * factor * update)
+
+
+def _stack_parameters(
+    model: nn.Module, variants: int, matrices: Mapping[str, Matrices | None]
+) -> list[ParameterBank]:
+    """Give every parameter of ``model`` a leading axis of variants, as views of banks with their gradients.
+
+    ``matrices``: by parameter, those that Muon moves; None where AdamW does.
+    """
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, MoELayer):
                 setattr(module, name, StackedMoE(child, variants))
-    sizes: dict[int, dict[str, nn.Parameter]] = {}
+    sizes: dict[tuple[Any, ...], dict[str, nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
-        sizes.setdefault(parameter.numel(), {})[name] = parameter
-    banks = [ParameterBank(named, variants) for named in sizes.values()]
+        held = matrices[name]
+        sizes.setdefault((held, parameter.numel() if held is None else parameter.shape), {})[name] = parameter
+    banks = [ParameterBank(named, variants, held) for (held, _), named in sizes.items()]
     for bank, named in zip(banks, sizes.values(), strict=True):
         for old, weight, grad in zip(named.values(), bank.weight_NVS, bank.grad_NVS, strict=True):
             stacked = nn.Parameter(weight.view(variants, *old.shape))
