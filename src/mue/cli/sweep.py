@@ -82,6 +82,7 @@ def sweep(
       weight_decay = \\[0.1]
       init_std = \\[0.05, 0.1]
       # betas = \\[\\[0.9, 0.95], \\[0.8, 0.9]]  # a fourth axis, for a base of few steps
+      # adamw_lr = \\[0.002, 0.004, 0.008]  # with \\[tuned] optimizer = "muon": lr is its matrices', this the rest's
       # sampler = "valley"  # look for the minimum between the ends of lr instead ...
       # precision = 0.25    # ... until its 95 % interval is within this many octaves on each side
       # stop_early = true   # give up runs that can no longer move the minimum

@@ -14,7 +14,6 @@ from mue.lab.train.run import BusyError, Settings, Store
 from mue.lab.train.session import train
 from support.small_run import STEPS, TUNED, Stop, moe_run, stop_at
 
-
 MUON = TUNED.replace(optimizer="muon", lr=0.02, adamw_lr=0.01, momentum=0.95)
 
 

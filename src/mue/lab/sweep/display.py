@@ -22,7 +22,7 @@ from mue.lab.report.progress import Pace
 from mue.lab.sweep.listener import SweepListener
 from mue.lab.sweep.trial import OPEN, Point, Trial
 from mue.lab.train.run import Run
-from mue.lab.valley.cell import BETAS, CellValues
+from mue.lab.valley.cell import ADAMW_LR, BETAS, CellValues
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
 _COLUMNS = 32  # of a valley, so that a row fits into 80: more learning rates than that share columns
@@ -83,6 +83,8 @@ class SweepDisplay(SweepListener):
         point = {"lr": tuned.lr, "weight_decay": tuned.weight_decay, "init_std": tuned.init_std}
         if any(name in trial.point for trial in self.trials[:1] for name in BETAS):
             point |= dict(zip(BETAS, tuned.betas, strict=True))
+        if tuned.adamw_lr is not None and any(ADAMW_LR in trial.point for trial in self.trials[:1]):
+            point[ADAMW_LR] = tuned.adamw_lr
         words = point_words({**point, "seed": run.settings.seed})
         line = f"  {words:<44}  {loss_words(result)}  [dim]{when}, {run.key[:8]}[/]"
         self.console.print(line, highlight=False, soft_wrap=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from mue.lab.sweep.sampler import AXES, Sampler
 from mue.lab.sweep.trial import OPEN, Point, Trial, name_of
-from mue.lab.valley.cell import BETAS, CellValues
+from mue.lab.valley.cell import ADAMW_LR, BETAS, CellValues
 
 if TYPE_CHECKING:
     from optuna.distributions import CategoricalDistribution, FloatDistribution
@@ -33,7 +33,8 @@ class OptunaSampler(Sampler):
         grid = self.grid
         assert grid.trials is not None
         count = min(n, grid.trials - len(trials))
-        ranges: dict[str, Any] = {axis: _range(getattr(grid, axis)) for axis in AXES}
+        axes = (*AXES, *((ADAMW_LR,) if grid.adamw_lr else ()))
+        ranges: dict[str, Any] = {axis: _range(getattr(grid, axis)) for axis in axes}
         if grid.betas:
             ranges["betas"] = _choice(grid.betas)
         study = _study(trials, ranges)
@@ -44,7 +45,7 @@ class OptunaSampler(Sampler):
             # Anew for each draw: what comes out depends on the trials and not on what this worker drew before.
             study.sampler = self.seeded(number)
             drawn: optuna.Trial = study.ask(ranges)
-            point = {axis: float(drawn.params[axis]) for axis in AXES}
+            point = {axis: float(drawn.params[axis]) for axis in axes}
             if grid.betas:
                 point |= dict(zip(BETAS, map(float, drawn.params["betas"].split("/")), strict=True))
             point["seed"] = grid.seeds[number % len(grid.seeds)]
@@ -63,7 +64,7 @@ def _study(trials: Sequence[Trial], ranges: dict[str, Any]) -> Any:
     study = optuna.create_study()  # in memory: ours in the storage would cost a transaction for each question
     for t in trials:
         values = {**t.point, "betas": _text(CellValues.of(t.point).betas)}
-        inside = {axis: values[axis] for axis, r in ranges.items() if _holds(r, values[axis])}
+        inside = {axis: values[axis] for axis, r in ranges.items() if axis in values and _holds(r, values[axis])}
         state = TrialState.RUNNING if t.state in OPEN else TrialState.COMPLETE
         value = t.loss if state == TrialState.COMPLETE else None
         kinds = {axis: ranges[axis] for axis in inside}

@@ -21,7 +21,7 @@ from mue.lab.sweep.state import SweepState
 from mue.lab.sweep.trial import OPEN, State, Trial
 from mue.lab.train.run import Run, Settings, Store
 from mue.lab.train.task import task_of
-from mue.lab.valley.cell import BETAS, CellValues, betas_words
+from mue.lab.valley.cell import ADAMW_LR, BETAS, CellValues
 from mue.util.files import write_atomic
 
 _VALLEYS = 8  # drawn: as many as plots.CYCLE has colours
@@ -31,7 +31,7 @@ _COLUMNS = 20  # of the map
 _ROUTERS = 12  # runs whose routers are compared: the lowest
 _VALUES, _MEASURED = ("lr", "weight_decay", "init_std", "seed"), ("val_loss", "loss", "step", "seconds")
 COLUMNS = ("trial", "state", *_VALUES, *_MEASURED, "worker", "run")
-"""Of ``trials.csv``; beta1 and beta2 come after them where the sweep looks for betas."""
+"""Of ``trials.csv``; beta1, beta2 and adamw_lr come after them where the sweep looks for them."""
 
 
 def sweep_report(folder: Path, *, csv: Path | None = None, result: SweepResult | None = None) -> Path:
@@ -76,9 +76,9 @@ def write_trials(path: Path, trials: Sequence[Trial]) -> None:
     def write(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8") as file:
             rows = csv_module.writer(file)
-            betas = [name for name in BETAS if trials and name in trials[0].point]
-            rows.writerow([*COLUMNS, *betas])
-            rows.writerows([*_row(trial), *(trial.point.get(name) for name in betas)] for trial in trials)
+            more = [name for name in (*BETAS, ADAMW_LR) if trials and name in trials[0].point]
+            rows.writerow([*COLUMNS, *more])
+            rows.writerows([*_row(trial), *(trial.point.get(name) for name in more)] for trial in trials)
 
     write_atomic(path, write)
 
@@ -106,8 +106,9 @@ def sweep_section(result: Mapping[str, Any], cells: Sequence[Cell]) -> Section:
         }
         for cell in ranked[:_VALLEYS]
     ]
-    looked_for = tuple(tuned["betas"]) if ranked[0].values.betas else ()
-    best = [cell.values for cell in ranked].index(CellValues(tuned["weight_decay"], tuned["init_std"], looked_for))
+    like = ranked[0].values
+    betas, rate = tuple(tuned["betas"]) if like.betas else (), (tuned[ADAMW_LR],) if like.adamw_lr else ()
+    best = [cell.values for cell in ranked].index(CellValues(tuned["weight_decay"], tuned["init_std"], betas, rate))
     stopped = f", {result['stopped']} stopped early" if result.get("stopped") else ""
     rest = f" The {_VALLEYS} deepest of {len(ranked)} cells are drawn." if len(ranked) > _VALLEYS else ""
     return Section(
@@ -129,8 +130,8 @@ def sweep_section(result: Mapping[str, Any], cells: Sequence[Cell]) -> Section:
 
 
 def _label(values: CellValues) -> str:
-    betas = f", β {betas_words(values.betas)}" if values.betas else ""
-    return f"wd {values.weight_decay:.3g}, std {values.init_std:.3g}{betas}"
+    more = "".join(f", {'β' if name == 'betas' else name} {value}" for name, value in values.more.items())
+    return f"wd {values.weight_decay:.3g}, std {values.init_std:.3g}{more}"
 
 
 def _ranked(cells: Sequence[Cell]) -> list[Cell]:
@@ -139,11 +140,11 @@ def _ranked(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def cells_sections(cells: Sequence[Cell]) -> list[Section]:
-    """The cells beside each other, where there is more than one: as a table, and as a map of the best betas where both axes have values."""
+    """The cells beside each other, where there is more than one: as a table, and as a map of the best betas and AdamW's lr where both axes have values."""
     if len(cells) < 2:
         return []
-    betas = _ranked(cells)[0].values.betas
-    lowest = {(c.values.weight_decay, c.values.init_std): c.lowest for c in cells if c.values.betas == betas}
+    more = _ranked(cells)[0].values.more
+    lowest = {(c.values.weight_decay, c.values.init_std): c.lowest for c in cells if c.values.more == more}
     rows = []
     for cell in _ranked(cells)[:_ROWS]:
         found, valley = ["–", "–", "–"], cell.valley
@@ -159,13 +160,13 @@ def cells_sections(cells: Sequence[Cell]) -> list[Section]:
     )
     table = Section(
         id="cells",
-        title=f"Weight decay{', init std and betas' if betas else ' and init std'}: the fitted minima",
+        title=f"Weight decay{', init std and ' if more else ' and init std'}{', '.join(more)}: the fitted minima",
         texts=[text(words)] if words else [],
         header=[*cells[0].values.columns, "runs", "lr of the minimum", "95 % interval", "loss there", "lowest run"],
         rows=rows,
         fold=f"{len(rows)} of {len(cells)} cells" if len(cells) > 12 else "",
     )
-    return [table, *_map(lowest, f", at betas {betas_words(betas)}" if betas else "")]
+    return [table, *_map(lowest, "".join(f", at {name} {value}" for name, value in more.items()))]
 
 
 def _map(lowest: Mapping[tuple[float, float], float], where: str) -> list[Section]:
@@ -269,7 +270,7 @@ def trials_section(trials: Sequence[Trial]) -> Section:
             [
                 str(trial.number),
                 *point,
-                *([betas_words(values.betas)] if values.betas else []),
+                *values.more.values(),
                 str(trial.seed),
                 loss,
                 (trial.result or {}).get("key", "–"),

@@ -11,7 +11,7 @@ from mue.lab.sweep.spec import SweepSpec
 from mue.lab.sweep.trial import Trial
 from mue.lab.train.task import task_of
 from mue.lab.valley import LossPoint, Valley, fit_valley
-from mue.lab.valley.cell import CellValues
+from mue.lab.valley.cell import ADAMW_LR, CellValues
 from mue.plan.notes import long_averages
 from mue.shapes import HParams
 
@@ -24,7 +24,7 @@ _DIP = 0.5
 
 @dataclass(frozen=True)
 class Cell:
-    """All runs with one weight decay and init std (and one pair of betas), and the valley fitted over their learning rates.
+    """All runs with one weight decay and init std (and pair of betas, and AdamW's lr), and the valley fitted over their learning rates.
 
     Attributes:
         values: what they share.
@@ -64,7 +64,8 @@ class Cell:
             for p in data["points"]
         )
         valley = data["valley"] and Valley.from_dict(data["valley"], points)
-        values = CellValues(data["weight_decay"], data["init_std"], tuple(data.get("betas", ())))
+        rate = (data[ADAMW_LR],) if ADAMW_LR in data else ()
+        values = CellValues(data["weight_decay"], data["init_std"], tuple(data.get("betas", ())), rate)
         return cls(values, points, valley)
 
 
@@ -149,7 +150,7 @@ def counted(trials: Sequence[Trial]) -> list[Trial]:
 
 
 def summarise(spec: SweepSpec, trials: Sequence[Trial]) -> SweepResult:
-    """Fit a valley in each cell (weight decay, init std, perhaps betas); the deepest fitted minimum wins.
+    """Fit a valley in each cell (weight decay, init std, perhaps betas and AdamW's lr); the deepest fitted minimum wins.
 
     The tuned lr is the fitted minimum, held inside the grid (an edge is reported by the valley's verdict).
 

@@ -20,6 +20,8 @@ from mue.util.registry import Registry
 
 AXES = ("lr", "weight_decay", "init_std")
 """The tuned values that every sweep looks for. Betas are one more where a grid has them; all others are given."""
+LATER = ("betas", "adamw_lr")
+"""Axes that a sweep has where its table names them."""
 _STORED = {
     "precision": Space.precision,
     "extend": Space.extend,
@@ -32,7 +34,7 @@ class Grid:
 
     Attributes:
         lr, weight_decay, init_std: ascending values: all of them are visited, or they span the ranges that are sampled.
-        betas: pairs to choose among; none: they are as ``[tuned]`` has them.
+        betas, adamw_lr: pairs and rates to choose among; none: they are as ``[tuned]`` has them.
         seeds: of the runs at one place. sampler: a name in :data:`SAMPLERS`. trials: at most so many (None: every place).
         options: the sampler's own keys. stop_early: give up runs that can no longer move the minimum.
         runner: how runs are trained (``mue.lab.runners.runner``).
@@ -48,10 +50,11 @@ class Grid:
     stop_early: bool = False
     runner: str = "auto"
     betas: tuple[tuple[float, float], ...] = ()
+    adamw_lr: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON, options among the rest; :meth:`from_dict` reads it back. What no grid had before is there where it is used."""
-        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "betas" or self.betas}
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in LATER or getattr(self, f.name)}
         options, *last = (own.pop(name) for name in ("options", "stop_early", "runner"))
         return own | _STORED | dict(options) | dict(zip(("stop_early", "runner"), last, strict=True))
 

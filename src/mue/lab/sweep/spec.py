@@ -9,7 +9,7 @@ from typing import Any
 
 from mue.lab.data.spec import data_source
 from mue.lab.runners.runner import KINDS
-from mue.lab.sweep.sampler import AXES, SAMPLERS, Grid, Sampler, sampler_of
+from mue.lab.sweep.sampler import AXES, LATER, SAMPLERS, Grid, Sampler, sampler_of
 from mue.lab.sweep.trial import Point
 from mue.lab.train.run import Run, Settings
 from mue.lab.train.spec import settings_from
@@ -20,7 +20,7 @@ from mue.plan.transfer import transfer
 from mue.shapes import HParams, Training, Transformer, shape_from_dict
 from mue.util.errors import positive, positive_int, true_or_false
 
-_KEYS = ("lr", "weight_decay", "init_std", "betas", "seeds", "sampler", "trials", "stop_early", "runner")
+_KEYS = ("lr", "weight_decay", "init_std", "betas", "adamw_lr", "seeds", "sampler", "trials", "stop_early", "runner")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class SweepSpec:
 
     Attributes:
         base, training: its shape, and how long it is trained.
-        defaults: the tuned values, of which the grid's points replace lr, weight decay, init std and, where it has them, betas.
+        defaults: the tuned values, of which the grid's points replace lr, weight decay, init std and, where it has them, betas and adamw_lr.
         grid: what is visited. settings: of every run, but for the seed, which is the point's.
         source: where the data is, as :func:`mue.lab.data.spec.open_corpus` takes it.
     """
@@ -69,7 +69,7 @@ class SweepSpec:
         Args:
             data_hash: of the corpus.
         """
-        axes = (*AXES, "betas") if self.grid.betas else AXES
+        axes = (*AXES, *(name for name in LATER if getattr(self.grid, name)))
         fixed = {k: v for k, v in self.defaults.to_dict().items() if k not in axes}
         settings = {k: v for k, v in self.settings.to_dict().items() if k != "seed"}
         training = {"batch": self.training.batch, "steps": self.training.steps}
@@ -118,8 +118,7 @@ def sweep_from(data: Mapping[str, Any], folder: Path) -> SweepSpec:
     grid = _grid(table)
     given = table_of(data, "tuned")
     defaults: dict[str, Any] = {"lr": grid.lr[0], "weight_decay": grid.weight_decay[0], "init_std": grid.init_std[0]}
-    if grid.betas:
-        defaults["betas"] = grid.betas[0]
+    defaults |= {name: values[0] for name in LATER if (values := getattr(grid, name))}
     for key in defaults:
         if key in given:
             raise ValueError(f"[tuned] {key} is what the sweep looks for: put its values under [sweep] {key}")
@@ -153,6 +152,7 @@ def _grid(table: Mapping[str, Any]) -> Grid:
         weight_decay=tuple(lr_grid(table["weight_decay"], "[sweep] weight_decay")),
         init_std=tuple(lr_grid(table["init_std"], "[sweep] init_std")),
         betas=_betas(table),
+        adamw_lr=tuple(lr_grid(table["adamw_lr"], "[sweep] adamw_lr")) if "adamw_lr" in table else (),
         seeds=tuple(dict.fromkeys(seeds)),
         sampler=name,
         trials=_trials(table, sampler),

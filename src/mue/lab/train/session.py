@@ -120,10 +120,7 @@ def _optimizer(plan: PlanData, model: nn.Module) -> torch.optim.Optimizer:
 
     The schedule's factor is multiplied into the peak anew at every step.
     """
-    groups = [
-        {"params": g["params"], "lr": g["lr"], "initial_lr": g["lr"], **g}
-        for g in groups_of(plan, model)
-    ]
+    groups = [{"params": g["params"], "lr": g["lr"], "initial_lr": g["lr"], **g} for g in groups_of(plan, model)]
     if plan.tuned.optimizer == "muon":
         return Muon(groups)
     # Fused, since its passes over memory are then one: 3 ms of a step of 120 (docs/performance.md).

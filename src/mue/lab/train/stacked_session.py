@@ -317,9 +317,7 @@ def muon_(banks: list[ParameterBank], factor: Tensor, momentum: Tensor, scale: S
         bank.weight_NVS.mul_(1 - lr * factor * decay).sub_(lr * factor * update)
 
 
-def _stack_parameters(
-    model: nn.Module, variants: int, matrices: Mapping[str, Matrices | None]
-) -> list[ParameterBank]:
+def _stack_parameters(model: nn.Module, variants: int, matrices: Mapping[str, Matrices | None]) -> list[ParameterBank]:
     """Give every parameter of ``model`` a leading axis of variants, as views of banks with their gradients.
 
     ``matrices``: by parameter, those that Muon moves; None where AdamW does.

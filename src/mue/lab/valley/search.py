@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from mue.lab.valley.cell import CellValues
+from mue.lab.valley.cell import CellValues, each
 from mue.lab.valley.fit import Valley
 from mue.lab.valley.search_cell import Lattice, SearchCell
 from mue.lab.valley.window import LossPoint
@@ -43,7 +43,8 @@ class Space:
     """What a search may ask for, and what it is to reach.
 
     Attributes:
-        lr: the ends of the range. weight_decay, init_std, betas: the values to choose among; betas empty: not looked for.
+        lr: the ends of the range. weight_decay, init_std, betas, adamw_lr: the values to choose among; of the last two empty: not
+            looked for.
         seeds: of the replicates; the more, the better, since runs of one seed err together.
         precision: octaves; the search stops when the 95 % interval of the minimum is no wider than twice this.
         budget: runs in all, diverged and stopped ones included. Intervals of small, noisy proxies are an octave or two
@@ -59,14 +60,15 @@ class Space:
     budget: int = 40
     extend: bool = False
     betas: tuple[tuple[float, ...], ...] = ()
+    adamw_lr: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         low, high = self.lr
         if not (0 < low < high and math.isfinite(high)):
             raise ValueError(f"lr must be the two ends of a range, the lower first, got {low:g} and {high:g}")
-        for name in ("weight_decay", "init_std", "seeds", "betas"):
+        for name in ("weight_decay", "init_std", "seeds", "betas", "adamw_lr"):
             values = getattr(self, name)
-            if not (values or name == "betas") or len(set(values)) < len(values):
+            if not (values or name in ("betas", "adamw_lr")) or len(set(values)) < len(values):
                 raise ValueError(f"{name} must list at least one value and none twice, got {list(values)}")
         if not (math.isfinite(self.precision) and self.precision > 0):
             raise ValueError(f"precision must be a positive number of octaves, got {self.precision}")
@@ -75,9 +77,10 @@ class Space:
 
     @property
     def cells(self) -> tuple[CellValues, ...]:
-        """Every combination of weight decay, init std and, where they are looked for, betas."""
+        """Every combination of weight decay, init std and, where they are looked for, betas and AdamW's lr."""
         return tuple(
-            CellValues(wd, std, betas)
+            CellValues(wd, std, betas, rate)
+            for rate in each(self.adamw_lr)
             for betas in self.betas or ((),)
             for std in self.init_std
             for wd in self.weight_decay
@@ -93,16 +96,17 @@ class Proposal:
     init_std: float
     seed: int
     betas: tuple[float, ...] = ()
+    adamw_lr: tuple[float, ...] = ()
 
     @classmethod
     def at(cls, lr: float, cell: CellValues, seed: int) -> Proposal:
         """In a cell."""
-        return cls(lr, cell.weight_decay, cell.init_std, seed, cell.betas)
+        return cls(lr, cell.weight_decay, cell.init_std, seed, cell.betas, cell.adamw_lr)
 
     @property
     def cell(self) -> CellValues:
         """In which cell it is."""
-        return CellValues(self.weight_decay, self.init_std, self.betas)
+        return CellValues(self.weight_decay, self.init_std, self.betas, self.adamw_lr)
 
     @property
     def point(self) -> dict[str, float]:

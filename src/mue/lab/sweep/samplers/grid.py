@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mue.lab.sweep.sampler import SAMPLERS, Sampler
 from mue.lab.sweep.trial import Point, Trial
-from mue.lab.valley.cell import CellValues
+from mue.lab.valley.cell import CellValues, each
 
 
 @SAMPLERS.register("grid", place=0)
@@ -25,8 +25,11 @@ class GridSampler(Sampler):
         grid = self.grid
         middle = (len(grid.lr) - 1) / 2
         outwards = sorted(grid.lr, key=lambda lr: abs(grid.lr.index(lr) - middle))
-        points = itertools.product(grid.betas or ((),), grid.init_std, grid.weight_decay, outwards, grid.seeds)
-        return [{"lr": lr, **CellValues(wd, std, betas).point, "seed": seed} for betas, std, wd, lr, seed in points]
+        axes = each(grid.adamw_lr), grid.betas or ((),), grid.init_std, grid.weight_decay, outwards, grid.seeds
+        return [
+            {"lr": lr, **CellValues(wd, std, betas, rate).point, "seed": seed}
+            for rate, betas, std, wd, lr, seed in itertools.product(*axes)
+        ]
 
     def propose(self, trials: Sequence[Trial], n: int) -> list[Point]:
         return []

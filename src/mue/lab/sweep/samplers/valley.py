@@ -29,6 +29,7 @@ class ValleySampler(Sampler):
             weight_decay=grid.weight_decay,
             init_std=grid.init_std,
             betas=grid.betas,
+            adamw_lr=grid.adamw_lr,
             seeds=grid.seeds,
             budget=grid.trials or Space.budget,
             **grid.options,
