@@ -83,7 +83,7 @@ def test_it_goes_with_muon(experiment: Path) -> None:
     plain = sweep_from(tables, experiment.parent)
     assert "adamw_lr" not in plain.grid.to_dict()
     tables["sweep"] |= {"adamw_lr": [0.002, 0.004]}
-    with pytest.raises(ValueError, match=r"adamw_lr goes with optimizer = .muon., not with .adamw.":
+    with pytest.raises(ValueError, match=r"adamw_lr goes with optimizer = .muon., not with .adamw."):
         sweep_from(tables, experiment.parent)
     tables["tuned"] = {**tables.get("tuned", {}), "optimizer": "muon", "adamw_lr": 0.01}
     with pytest.raises(ValueError, match=r"\[tuned\] adamw_lr is what the sweep looks for"):

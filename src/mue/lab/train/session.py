@@ -24,13 +24,11 @@ from mue.lab.train.provenance import provenance
 from mue.lab.train.router_record import RouterRecord
 from mue.lab.train.run import CHECKPOINT_FILE, CONFIG_FILE, METRICS_FILE, RESULT_FILE, WEIGHTS_FILE, Run, Store
 from mue.lab.train.schedule import lr_factor
-from mue.lab.train.step import autocast, compile_blocks, moe_layers, objective, uncompiled
+from mue.lab.train.step import autocast, compile_blocks, moe_layers, objective, planned_optimizer, uncompiled
 from mue.lab.train.task import Batch, task_of
-from mue.model.apply import groups_of, init_
-from mue.model.muon import Muon
+from mue.model.apply import init_
 from mue.moe import Routing
 from mue.moe.layer import self_changing
-from mue.plan.plan import PlanData
 from mue.util.files import write_json
 
 # A run has diverged when its loss is not finite, or stays this far above its first for this many steps. A spike that
@@ -115,18 +113,6 @@ def open_session(
     return done if done is not None else opened.enter_context(TrainingSession(run, folder, corpus, device))
 
 
-def _optimizer(plan: PlanData, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW (1711.05101) or Muon, with the plan's settings for each group of roles, and the peak beside each rate.
-
-    The schedule's factor is multiplied into the peak anew at every step.
-    """
-    groups = [{"params": g["params"], "lr": g["lr"], "initial_lr": g["lr"], **g} for g in groups_of(plan, model)]
-    if plan.tuned.optimizer == "muon":
-        return Muon(groups)
-    # Fused, since its passes over memory are then one: 3 ms of a step of 120 (docs/performance.md).
-    return torch.optim.AdamW(groups, fused=True)
-
-
 class TrainingSession:
     """One run on its way: its model, optimizer and data, its files, and where it stands. Use it as a context.
 
@@ -153,7 +139,7 @@ class TrainingSession:
         init_(run.plan, self.model, self.settings.seed)
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
-        self.optimizer = _optimizer(run.plan, self.model)
+        self.optimizer = planned_optimizer(run.plan, self.model)
         self.step, self.loss, self.val_loss, self.seconds = 0, math.nan, math.nan, 0.0
         self.status: str | None = None
         self.stacked, self.compiled, self.keep_weights = 1, False, False
