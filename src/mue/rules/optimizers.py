@@ -215,7 +215,7 @@ _MUON_RUN = (
 
 
 def _muon(rule: Rule, kinds: Collection[str]) -> Rule:
-    """An orthogonal update times lr·√(out/in) has operator norm lr (RMS to RMS), whatever the width (transfer-rules 7).
+    """An orthogonal update times lr·√(out/in) has operator norm lr (RMS to RMS), whatever the width.
 
     So lr has no width in it; depth stays ρ_L^(α-1), and batch and duration are the options' (a step knows no scale of the
     gradient, as Adam's, which is all that the √ rule asks for). Down projections add up in a branch: A·(R·Σ π_i E_i + Σ S_k) moves
