@@ -252,3 +252,19 @@ def test_the_mean_of_a_step_in_noise_grows_as_the_root_of_the_batch() -> None:
     slopes = [torch.tensor(steps[i + 1] / steps[i]).log2().item() / 2 for i in range(2)]
     assert all(abs(slope - 0.5) < 0.06 for slope in slopes), slopes
     assert plain[2] == pytest.approx(plain[0])
+
+
+def test_a_check_of_the_wiring_knows_the_optimizer() -> None:
+    """No alarm on the planned hybrid; AdamW on all of its groups, and a rate that is off, are named."""
+    plan, model = planned(update_scale="match-rms")
+    tokens = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(0))
+    batch = tokens[:, :-1], tokens[:, 1:]
+    report = mue.check(model, plan, batch, Muon.of(plan, model), raises=False)
+    assert not report.failures, str(report)
+    wrong = torch.optim.AdamW(Muon.of(plan, model).param_groups)
+    found = mue.check(model, plan, optimizer=wrong, raises=False, only=["groups"])
+    assert any("muon" in str(f.expected) for f in found.failures)
+    doubled = Muon.of(plan, model)
+    next(g for g in doubled.param_groups if "expert_down" in g["roles"])["lr"] *= 2
+    found = mue.check(model, plan, optimizer=doubled, raises=False, only=["groups"])
+    assert found.failures

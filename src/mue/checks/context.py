@@ -20,7 +20,7 @@ from mue.checks.trace import traced
 from mue.layouts.layout import ParamInfo, unwrap
 from mue.layouts.of_model import placement_of
 from mue.layouts.place import Placement
-from mue.model.apply import param_groups
+from mue.model.apply import groups_of
 from mue.model.tensor_plan import TensorPlan, tensor_plans
 from mue.plan.plan import PlanData
 
@@ -60,7 +60,7 @@ class Context:
     @cached_property
     def expected(self) -> dict[int, dict[str, Any]]:
         """id of a parameter → the optimizer group it belongs to, as planned."""
-        return {id(p): group for group in param_groups(self.plan, self.model) for p in group["params"]}
+        return {id(p): group for group in groups_of(self.plan, self.model) for p in group["params"]}
 
     @property
     def meta(self) -> bool:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import nn
 
 from mue.checks.context import Loss
-from mue.checks.measure import MakeOptimizer, ModuleValues, adamw, measure
+from mue.checks.measure import MakeOptimizer, ModuleValues, measure, planned
 from mue.checks.picture import coordinates_picture
 from mue.checks.report import FAIL as FAILED
 from mue.checks.report import CheckError, Finding, Report
@@ -99,7 +99,7 @@ def coordinate_check(
     steps: int = 10,
     seeds: Sequence[int] = (0, 1, 2),
     tolerance: float = 0.2,
-    optimizer: MakeOptimizer = adamw,
+    optimizer: MakeOptimizer = planned,
     loss: Loss | None = None,
     raises: bool = True,
 ) -> Coordinates:
@@ -112,7 +112,7 @@ def coordinate_check(
         batches: step → batch; step -1 is the held batch that everything is measured on.
         steps: 10 to 30, as the threads on mup's own check ask for (mup#71). seeds: of the init.
         tolerance: on slopes; a rule that is missing somewhere is off by half a power or more.
-        optimizer: ``(plan, model) -> optimizer``; default AdamW of the plan's groups.
+        optimizer: ``(plan, model) -> optimizer``; default AdamW of the plan's groups, or Muon.
         raises: raise where a slope fails; else return.
 
     Updates are expected flat, except what the rule itself predicts otherwise: the change that up and gate make grows as

@@ -22,6 +22,7 @@ from mue.checks.trace import traced
 from mue.layouts.layout import ParamInfo, unwrap
 from mue.layouts.of_model import placed
 from mue.model.apply import param_groups
+from mue.model.muon import Muon
 from mue.plan.fold import unfold
 from mue.plan.plan import PlanData
 from mue.rules.roles import ROLES
@@ -33,8 +34,10 @@ MakeOptimizer = Callable[[PlanData, nn.Module], Optimizer]
 ModuleValues = dict[tuple[str, str], float]  # (module, quantity) → root mean square
 
 
-def adamw(plan: PlanData, model: nn.Module) -> Optimizer:
-    """AdamW with the plan's own groups."""
+def planned(plan: PlanData, model: nn.Module) -> Optimizer:
+    """AdamW with the plan's own groups, or, of a plan for it, Muon."""
+    if plan.tuned.optimizer == "muon":
+        return Muon.of(plan, model)
     return torch.optim.AdamW(param_groups(plan, model))
 
 
@@ -44,7 +47,7 @@ def measure(
     batches: Callable[[int], Any],
     held: Any,
     steps: int,
-    make_optimizer: MakeOptimizer = adamw,
+    make_optimizer: MakeOptimizer = planned,
     loss: Loss | None = None,
 ) -> ModuleValues:
     """Train a model for some steps and measure it on a held batch before and after.

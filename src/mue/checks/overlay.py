@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from mue.checks.context import Loss, loss_of
-from mue.checks.measure import MakeOptimizer, adamw
+from mue.checks.measure import MakeOptimizer, planned
 from mue.checks.report import FAIL, CheckError, Finding, Report
 from mue.model.apply import init_
 from mue.plan.plan import PlanData
@@ -120,7 +120,7 @@ def first_losses(
     *,
     steps: int = 100,
     seed: int = 0,
-    optimizer: MakeOptimizer = adamw,
+    optimizer: MakeOptimizer = planned,
     loss: Loss | None = None,
 ) -> list[float]:
     """Training losses of the first steps of the plan's target, drawn and grouped as planned, at constant peak lr."""

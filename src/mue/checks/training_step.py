@@ -15,7 +15,7 @@ from mue.checks.context import Context
 from mue.checks.optimizers import algorithm, state_of
 from mue.checks.schedule import peak_rate
 from mue.layouts.layout import ParamInfo
-from mue.model.apply import param_groups
+from mue.model.apply import groups_of
 from mue.rules.roles import ROLES
 
 LOW = (torch.bfloat16, torch.float16)
@@ -43,7 +43,7 @@ def stepped(ctx: Context) -> list[Optimizer]:
     if ctx.optimizers or ctx.plan.tuned.optimizer != "adamw":
         return list(ctx.optimizers)
     if "optimizer" not in ctx.extra:
-        ctx.extra["optimizer"] = torch.optim.AdamW(param_groups(ctx.plan, ctx.model))
+        ctx.extra["optimizer"] = torch.optim.AdamW(groups_of(ctx.plan, ctx.model))
     return [ctx.extra["optimizer"]]
 
 

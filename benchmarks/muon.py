@@ -1,0 +1,114 @@
+"""What Muon costs: a whole training step against one with AdamW, and Newton–Schulz batched against one matrix after the other.
+
+    python benchmarks/muon.py [--quick] [--json FILE]
+
+Seconds of the processor's time, on one thread; both sides of a comparison alternate. A step is forward, backward and the optimizer on
+8,192 fresh random bytes, of a model whose experts are as fine as keep its active width at d; `ratio` is the median over rounds of the
+step with Muon over AdamW's of the same round. Newton–Schulz is the library's own both times: of all experts at once, or of one at a
+time; of several tries each side's quickest counts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import mue
+from mue.lab.models.language import LanguageModel
+from mue.lab.train.provenance import provenance
+from mue.lab.train.step import planned_optimizer
+from mue.model.muon import newton_schulz, orthogonal
+from mue.util.files import write_json
+
+TOKENS, LENGTH, LAYERS = 8192, 128, 4
+WIDTHS = (128, 256)
+MATRICES = ((32, 64, 32), (32, 256, 64), (32, 256, 128))  # experts, rows, columns: d64 and d256
+
+
+def stepper(target: mue.MoE, optimizer: str) -> Callable[[], None]:
+    """A training step of a planned model; its data are fresh at every call."""
+    tuned = mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.1, optimizer=optimizer)
+    plan = mue.transfer(mue.Dense(64, 64, LAYERS, head_dim=32), target, tuned)
+    model = LanguageModel(plan.target, plan.multipliers)
+    plan.init_(model)
+    moved = planned_optimizer(plan, model)
+    noise = torch.Generator().manual_seed(0)
+
+    def step() -> None:
+        tokens = torch.randint(256, (TOKENS // LENGTH, LENGTH), generator=noise)
+        loss = model(tokens, tokens).loss
+        assert loss is not None
+        loss.backward()  # type: ignore[no-untyped-call]
+        moved.step()
+        moved.zero_grad(set_to_none=True)
+        model.end_step_(1e-3)
+
+    return step
+
+
+def seconds(call: Callable[[], object], times: int = 1) -> float:
+    """Of the processor, for one of so many calls."""
+    started = time.process_time()
+    for _ in range(times):
+        call()
+    return (time.process_time() - started) / times
+
+
+def steps(width: int, rounds: int) -> dict[str, Any]:
+    """A row: both optimizers' steps, one of each in every round."""
+    target = mue.MoE.parse("16e4a", width=width, expert=width // 4, layers=LAYERS, head_dim=32, sequence=LENGTH)
+    both = {name: stepper(target, name) for name in ("adamw", "muon")}
+    for step in both.values():  # first touches, and the optimizer's state
+        step()
+    took = {name: [0.0] * rounds for name in both}
+    for i in range(rounds):
+        for name, step in both.items():
+            took[name][i] = seconds(step)
+    ratios = [muon / adamw for adamw, muon in zip(took["adamw"], took["muon"], strict=True)]
+    return {
+        "what": "step", "shape": target.name, "expert": width // 4, "tokens": TOKENS, "rounds": rounds,
+        "ratio": round(statistics.median(ratios), 3), **{f"{name}_ms": round(1e3 * min(t), 1) for name, t in took.items()},
+    }  # fmt: skip
+
+
+def iterations(experts: int, rows: int, columns: int, rounds: int) -> dict[str, Any]:
+    """A row: Newton–Schulz of all experts together and of one after the other."""
+    x = torch.randn(experts, rows, columns, generator=torch.Generator().manual_seed(0))
+    times = 10 if rows * columns < 10_000 else 2
+    ways: dict[str, Callable[[], object]] = {
+        "batched": lambda: orthogonal([x]),
+        "one after another": lambda: [newton_schulz(one) for one in x],
+    }
+    best = {name: min(seconds(way, times) for _ in range(rounds)) for name, way in ways.items()}
+    return {
+        "what": "newton-schulz", "experts": experts, "rows": rows, "columns": columns,
+        "speed_up": round(best["one after another"] / best["batched"], 2),
+        **{f"{name.replace(' ', '_')}_ms": round(1e3 * took, 2) for name, took in best.items()},
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+    parser.add_argument(
+        "--quick", action="store_true", help="a few rounds: seconds, and numbers that are off by some percent"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the machine here")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = [iterations(*sizes, rounds=3 if options.quick else 9) for sizes in MATRICES]
+    found += [steps(width, rounds=2 if options.quick else 7) for width in WIDTHS]
+    for row in found:
+        print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    if options.json:
+        write_json(options.json, {"command": " ".join(["python", *sys.argv]), **provenance(), "rows": found})
+
+
+if __name__ == "__main__":
+    main()
