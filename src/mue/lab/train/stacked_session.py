@@ -238,9 +238,8 @@ class StackedSession:
         for session in self.sessions:
             step = session.step + 1 if session else 1
             beta1, beta2 = session.plan.betas if session else (0.0, 0.0)
-            momentum = session.plan.momentum if session else 0.0
-            corrections = 1 - beta1**step, 1 - beta2**step
-            rows.append([step, session.lr_factor if session else 0.0, momentum, beta1, beta2, *corrections])
+            own = (session.lr_factor, session.plan.momentum) if session else (0.0, 0.0)
+            rows.append([step, *own, beta1, beta2, 1 - beta1**step, 1 - beta2**step])
         like = self.banks[0].weight_NVS
         table = torch.tensor(rows, dtype=torch.float64).to(like.device)
         columns = (column.to(like.dtype)[:, None] for column in table[:, 1:].unbind(1))
@@ -249,7 +248,8 @@ class StackedSession:
             if bank.matrices is None:
                 bank.step_NV.copy_(step_V.expand_as(bank.step_NV))
                 lr, decay, eps = bank.setting_3NV1
-                self.adamw_(bank.weight_NVS, bank.grad_NVS, *bank.states.values(), lr * factor, decay, eps, *betas)
+                mean, square = bank.states.values()
+                self.adamw_(bank.weight_NVS, bank.grad_NVS, mean, square, lr * factor, decay, eps, *betas)
         muon_([bank for bank in self.banks if bank.matrices is not None], factor, momentum, self.scale)
 
     @torch.no_grad()
@@ -301,13 +301,14 @@ def muon_(banks: list[ParameterBank], factor: Tensor, momentum: Tensor, scale: S
     Args:
         banks: of the parameters that Muon moves. factor, momentum: of each variant, (V, 1). scale: s(out, in).
     """
-    parts, how = [], []
+    parts: list[list[Tensor]] = []
+    how: list[Matrices] = []
     for bank in banks:
         assert bank.matrices is not None
         average = bank.states["momentum_buffer"].lerp_(bank.grad_NVS, 1 - momentum)
         ahead = bank.grad_NVS.lerp(average, momentum)
-        axes, *rest = bank.matrices
-        how.append((("expert", *axes), *rest))  # tensors and variants are one more axis of matrices
+        axes, stacked, sizes = bank.matrices
+        how.append((("expert", *axes), stacked, sizes))  # tensors and variants are one more axis of matrices
         parts.append(split(ahead.view(-1, *bank.shape), how[-1]))
     flat = iter(orthogonal([x for many in parts for x in many]))
     for bank, many, matrices in zip(banks, parts, how, strict=True):
