@@ -1,11 +1,12 @@
 """What Muon costs: a whole training step against one with AdamW, and Newton–Schulz batched against one matrix after the other.
 
-    python benchmarks/muon.py [--quick] [--json FILE]
+    python benchmarks/muon.py [--quick] [--coordinates] [--json FILE]
 
 Seconds of the processor's time, on one thread; both sides of a comparison alternate. A step is forward, backward and the optimizer on
 8,192 fresh random bytes, of a model whose experts are as fine as keep its active width at d; `ratio` is the median over rounds of the
 step with Muon over AdamW's of the same round. Newton–Schulz is the library's own both times: of all experts at once, or of one at a
-time; of several tries each side's quickest counts.
+time; of several tries each side's quickest counts. `--coordinates` trains small models along every axis instead, six steps each on made
+text, and prints how the update of every module moves with size (docs/checks.md).
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -94,20 +96,62 @@ def iterations(experts: int, rows: int, columns: int, rounds: int) -> dict[str, 
     }  # fmt: skip
 
 
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Eight sequences that count on in steps of 1 to 3, a tenth of their tokens random."""
+    noise = torch.Generator().manual_seed(step + 1)
+    start, stride = (torch.randint(low, high, (8, 1), generator=noise) for low, high in ((0, 64), (1, 4)))
+    tokens = (start + stride * torch.arange(33)) % 64
+    drawn = torch.randint(64, tokens.shape, generator=noise)
+    tokens = torch.where(torch.rand(tokens.shape, generator=noise) < 0.1, drawn, tokens)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def coordinates(quick: bool) -> dict[str, Any]:
+    """The slopes of every module's update under Muon, along every axis."""
+    sizes: dict[str, Any] = {"head_dim": 16, "sequence": 32, "vocab": 64}
+
+    def moe(notation: str = "8e2a", width: int = 64, expert: int = 32) -> mue.MoE:
+        return mue.MoE.parse(notation, width=width, expert=expert, layers=2, **sizes)
+
+    axes: dict[str, list[Any]] = {
+        "width": [moe(width=w, expert=w // 2) for w in (32, 64, 128)],
+        "depth": [mue.Dense(64, 64, layers, **sizes) for layers in (8, 16, 32)],
+        "experts": [moe(f"{n}e2a") for n in (4, 8, 16)],
+        "active": [moe(f"16e{a}a") for a in (2, 4, 8)],
+        "granularity": [moe(f"{4 * k}e{k}a", expert=128 // k) for k in (2, 4, 8)],
+        "expansion": [mue.Dense(64, ffn, 2, **sizes) for ffn in (64, 128, 256)],
+    }
+    tuned = mue.HParams(lr=0.02, adamw_lr=4e-3, weight_decay=0.1, init_std=0.1, optimizer="muon")
+    base = mue.Dense(64, 64, 2, **sizes)
+    plan = partial(mue.transfer, base, tuned=tuned)
+    found = mue.coordinate_check(
+        lambda shape: LanguageModel(shape, plan(shape).multipliers), plan, axes, batch,
+        steps=6, seeds=(0,) if quick else (0, 1), raises=False,
+    )  # fmt: skip
+    print(found)
+    return found.to_dict()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument(
         "--quick", action="store_true", help="a few rounds: seconds, and numbers that are off by some percent"
     )
+    parser.add_argument("--coordinates", action="store_true", help="slopes of updates with size, and no times")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the machine here")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = [iterations(*sizes, rounds=3 if options.quick else 9) for sizes in MATRICES]
-    found += [steps(width, rounds=2 if options.quick else 7) for width in WIDTHS]
-    for row in found:
-        print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    about = {"command": " ".join(["python", *sys.argv]), **provenance()}
+    if options.coordinates:
+        written = coordinates(options.quick)
+    else:
+        found = [iterations(*sizes, rounds=3 if options.quick else 9) for sizes in MATRICES]
+        found += [steps(width, rounds=2 if options.quick else 5) for width in WIDTHS]
+        for row in found:
+            print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+        written = {"rows": found}
     if options.json:
-        write_json(options.json, {"command": " ".join(["python", *sys.argv]), **provenance(), "rows": found})
+        write_json(options.json, {**about, **written})
 
 
 if __name__ == "__main__":
