@@ -217,8 +217,8 @@ def test_shared_experts_in_one_tensor_move_the_branch_as_they_do_apart() -> None
     """Two of width h, or one of 2h as stock models have them: its down projection's rate is twice as high (operator norms add)."""
     plan, _ = planned()
     down = Layout("blocks.*.shared.down", "shared_down", ("out", "in"))
-    wide = ParamInfo("blocks.0.shared.down", torch.empty(64, 48), down, 0)
-    one = ParamInfo("blocks.0.shared.down", torch.empty(64, 24), down, 0)
+    wide = ParamInfo("blocks.0.shared.down", torch.empty(64, 48), down, (0,))
+    one = ParamInfo("blocks.0.shared.down", torch.empty(64, 24), down, (0,))
     from mue.model.tensor_plan import TensorFold, tensor_plans_of
 
     values = [tensor_plans_of(plan, [TensorFold(p, 1.0)])[0].values for p in (one, wide)]
@@ -232,9 +232,9 @@ def test_parts_of_unknown_sizes_are_refused() -> None:
     plan, _ = planned()
     parts = ("attention_q", "attention_k", "attention_v")
     fused = Layout("blocks.*.qkv", parts[0], ("out", "in"), parts)
-    assert matrices_of(plan, ParamInfo("blocks.0.qkv", torch.empty(96, 64), fused, 0))[2] == (64, 16, 16)
+    assert matrices_of(plan, ParamInfo("blocks.0.qkv", torch.empty(96, 64), fused, (0,)))[2] == (64, 16, 16)
     with pytest.raises(ValueError, match=r"of \(64, 16, 16\) rows in one tensor of 99"):
-        matrices_of(plan, ParamInfo("blocks.0.qkv", torch.empty(99, 64), fused, 0))
+        matrices_of(plan, ParamInfo("blocks.0.qkv", torch.empty(99, 64), fused, (0,)))
 
 
 def test_the_mean_of_a_step_in_noise_grows_as_the_root_of_the_batch() -> None:
