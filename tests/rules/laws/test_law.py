@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import mue
+from mue.plan.notes import CRITICAL_BATCHES
 from mue.rules.laws.law import (
     LAWS,
     QUANTITIES,
@@ -131,6 +132,10 @@ def test_names_that_are_no_law_or_no_rate() -> None:
 )
 def test_ranges_as_they_are_read(ends: tuple[float, float], text: str) -> None:
     assert span(ends) == text
+
+
+def test_a_plan_asks_every_law_of_ours_that_knows_a_critical_batch() -> None:
+    assert set(CRITICAL_BATCHES) == {name for name, sets in ALL if sets == "critical batch"}
 
 
 def test_every_law_is_sourced() -> None:

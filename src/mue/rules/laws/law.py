@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from mue.shapes import Block, Training, Transformer
 from mue.util.registry import Registry
@@ -177,8 +178,13 @@ LAWS: Registry[Callable[[], Law]] = Registry("fitted law", home="mue.rules.laws"
 
 
 def get_law(name: str) -> Law:
-    """A law by its name in :data:`LAWS`; ``ValueError`` with the nearest for any other."""
-    return LAWS.lookup(name)()
+    """A law by its name in :data:`LAWS`; ``ValueError`` with the nearest for any other. They are immutable, and made once."""
+    return _made(LAWS.lookup(name))
+
+
+@lru_cache(maxsize=64)
+def _made(law: Callable[[], Law]) -> Law:
+    return law()
 
 
 def lr_law(name: str) -> Power:
