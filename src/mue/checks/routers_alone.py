@@ -112,9 +112,22 @@ def _run(module: nn.Module, width: int) -> Routed | None:
     for buffer in alone.buffers():
         # a balance bias of zero, as at the start of training
         buffer.zero_()
+    if isinstance(common := getattr(alone, "common", None), nn.Module):
+        _to_cpu(common)
     with evaluating(alone):
         out = alone(torch.randn(TOKENS, width, generator=generator))
     return out if isinstance(out, Routed) else None
+
+
+def _to_cpu(common: nn.Module) -> None:
+    """What a model's routers share is no part of any of them, and has to come along; on the meta device it has no values: zeros."""
+    tensors = (*common.parameters(), *common.buffers())
+    if not any(t.is_meta for t in tensors):
+        common.cpu()
+        return
+    common.to_empty(device="cpu")
+    for t in (*common.parameters(), *common.buffers()):
+        t.zero_()
 
 
 def _routing(ctx: Context, name: str, layer: int, routing: Routed, block: Block) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ import torch
 
 import mue
 from mue.lab.models.language import LanguageModel
+from mue.shapes import ROUTERS
 
 BASE = mue.Dense(width=32, ffn=32, layers=2, head_dim=16, sequence=16, vocab=64)
 TUNED = mue.HParams(lr=8e-3, weight_decay=0.1, init_std=0.1)
@@ -68,3 +69,19 @@ def test_a_block_says_whether_its_sums_are_exact() -> None:
     assert block.exact_sum and not raw.exact_sum and not mue.Block(layers=1, ffn=8).exact_sum
     assert not replace(block, gates="measured", gate_moments=(0.5, 0.2)).exact_sum
     assert replace(block, gates="measured", gate_moments=(1.0, 0.6)).exact_sum  # measured, and one
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+def test_every_router_is_checked_by_shapes_alone(router: str) -> None:
+    """What layers share is nowhere but on the meta device, too; a route scale that is not the plan's is seen where sums are exact."""
+    settings = {"n_group": 4, "topk_group": 2} if router == "group-limited" else {}
+    numbers = {"width": 64, "expert": 8, "layers": 2, "head_dim": 16, "sequence": 16, "vocab": 64}
+    notation = "8e1a" if router == "thor" else "8e2a"
+    plan = mue.transfer(BASE, mue.MoE.parse(notation, **numbers, router=router, router_settings=settings), TUNED)
+    with torch.device("meta"):
+        model = LanguageModel(plan.target, plan.multipliers)
+    found = mue.check(model, plan, only=("gates",), raises=False)
+    assert not found.failures, found
+    if plan.target.blocks[0].exact_sum and router != "hash":  # which reads tokens
+        model.blocks[1].moe.router.route_scale *= 1.5  # type: ignore[union-attr]
+        assert mue.check(model, plan, only=("gates",), raises=False).failures
