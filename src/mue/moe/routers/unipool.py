@@ -242,6 +242,7 @@ def _laplace(a: int, N: int, s: float) -> float:
     return sum(_simpson(given, at, to, n) for at, to, n in zip(ends, ends[1:], pieces, strict=False))
 
 
+# statistics.NormalDist has these as well, to other last bits: every run of UniPool has c0 in its numbers, and every plan m1 and m2
 def _quantile(p: float) -> float:
     """Where the standard normal has p below it, by bisection."""
     low, high = -9.0, 9.0
