@@ -3,9 +3,9 @@
     python benchmarks/muon.py [--quick] [--coordinates] [--json FILE]
 
 Seconds of the processor's time, on one thread; both sides of a comparison alternate. A step is forward, backward and the optimizer on
-8,192 fresh random bytes, of a model whose experts are as fine as keep its active width at d; `ratio` is the median over rounds of the
-step with Muon over AdamW's of the same round. Newton–Schulz is the library's own both times: of all experts at once, or of one at a
-time; of several tries each side's quickest counts. `--coordinates` trains small models along every axis instead, six steps each on made
+8,192 fresh random bytes; `ratio` is the median over rounds of the step with Muon over AdamW's of the same round. Newton–Schulz of all
+experts at once is compared with the library's own of one after the other, and with Keller's as torch.optim.Muon has it, in float32; of
+several tries each side's quickest counts. `--coordinates` trains small models along every axis instead, six steps each on made
 text, and prints how the update of every module moves with size (docs/checks.md).
 """
 
@@ -26,11 +26,11 @@ import mue
 from mue.lab.models.language import LanguageModel
 from mue.lab.train.provenance import provenance
 from mue.lab.train.step import planned_optimizer
-from mue.model.muon import newton_schulz, orthogonal
+from mue.model.muon import EPS, STEPS, A, B, C, newton_schulz, orthogonal
 from mue.util.files import write_json
 
 TOKENS, LENGTH, LAYERS = 8192, 128, 4
-WIDTHS = (128, 256)
+SHAPES = ((128, 32), (128, 128), (256, 64), (256, 256))  # width, expert's: an active width of d, and of 4·d
 MATRICES = ((32, 64, 32), (32, 256, 64), (32, 256, 128))  # experts, rows, columns: d64 and d256
 
 
@@ -63,9 +63,9 @@ def seconds(call: Callable[[], object], times: int = 1) -> float:
     return (time.process_time() - started) / times
 
 
-def steps(width: int, rounds: int) -> dict[str, Any]:
+def steps(width: int, expert: int, rounds: int) -> dict[str, Any]:
     """A row: both optimizers' steps, one of each in every round."""
-    target = mue.MoE.parse("16e4a", width=width, expert=width // 4, layers=LAYERS, head_dim=32, sequence=LENGTH)
+    target = mue.MoE.parse("16e4a", width=width, expert=expert, layers=LAYERS, head_dim=32, sequence=LENGTH)
     both = {name: stepper(target, name) for name in ("adamw", "muon")}
     for step in both.values():  # first touches, and the optimizer's state
         step()
@@ -75,9 +75,20 @@ def steps(width: int, rounds: int) -> dict[str, Any]:
             took[name][i] = seconds(step)
     ratios = [muon / adamw for adamw, muon in zip(took["adamw"], took["muon"], strict=True)]
     return {
-        "what": "step", "shape": target.name, "expert": width // 4, "tokens": TOKENS, "rounds": rounds,
+        "what": "step", "shape": target.name, "expert": expert, "tokens": TOKENS, "rounds": rounds,
         "ratio": round(statistics.median(ratios), 3), **{f"{name}_ms": round(1e3 * min(t), 1) for name, t in took.items()},
     }  # fmt: skip
+
+
+def keller(x: torch.Tensor) -> torch.Tensor:
+    """Newton–Schulz of one matrix as torch.optim.Muon iterates, in float32."""
+    if x.size(0) > x.size(1):
+        return keller(x.T).T
+    x = x / x.norm().clamp(min=EPS)
+    for _ in range(STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=B, alpha=C), x, beta=A)
+    return x
 
 
 def iterations(experts: int, rows: int, columns: int, rounds: int) -> dict[str, Any]:
@@ -87,11 +98,13 @@ def iterations(experts: int, rows: int, columns: int, rounds: int) -> dict[str, 
     ways: dict[str, Callable[[], object]] = {
         "batched": lambda: orthogonal([x]),
         "one after another": lambda: [newton_schulz(one) for one in x],
+        "keller": lambda: [keller(one) for one in x],
     }
     best = {name: min(seconds(way, times) for _ in range(rounds)) for name, way in ways.items()}
     return {
         "what": "newton-schulz", "experts": experts, "rows": rows, "columns": columns,
         "speed_up": round(best["one after another"] / best["batched"], 2),
+        "over_keller": round(best["keller"] / best["batched"], 2),
         **{f"{name.replace(' ', '_')}_ms": round(1e3 * took, 2) for name, took in best.items()},
     }  # fmt: skip
 
@@ -146,7 +159,7 @@ def main() -> None:
         written = coordinates(options.quick)
     else:
         found = [iterations(*sizes, rounds=3 if options.quick else 9) for sizes in MATRICES]
-        found += [steps(width, rounds=2 if options.quick else 5) for width in WIDTHS]
+        found += [steps(*sizes, rounds=2 if options.quick else 5) for sizes in SHAPES]
         for row in found:
             print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         written = {"rows": found}
