@@ -92,8 +92,8 @@ def test_there_are_words_for_every_key_that_a_plan_file_reads() -> None:
     """The readers' own tables of keys are the list."""
     read = {
         "shape": {
-            *toml._COMMON,
-            *toml._MOE,
+            *toml.COMMON_KEYS,
+            *toml.MOE_KEYS,
             "ffn",
             "blocks",
             "schedule",
@@ -101,9 +101,9 @@ def test_there_are_words_for_every_key_that_a_plan_file_reads() -> None:
             "training",
             "convention",
         },
-        "tuned": set(toml._TUNED),
+        "tuned": set(toml.TUNED_KEYS),
         "convention": {f.name for f in fields(Convention)},
-        "schedule": set(toml._SCHEDULE),
+        "schedule": set(toml.SCHEDULE_KEYS),
         "training": {f.name for f in fields(mue.Training)},
     }
     for table, keys in read.items():

@@ -20,6 +20,7 @@ COMMANDS = (
     "init",
     "plan",
     "rules",
+    "schema",
     "sweep",
     "tune",
     "study",

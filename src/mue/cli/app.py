@@ -46,7 +46,7 @@ def _with_names(text: str) -> str:
 app = typer.Typer(
     name="mue",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )

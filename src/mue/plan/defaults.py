@@ -7,7 +7,6 @@ was given and one that was not, and a saved plan has all of its numbers; of thos
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import fields
 from typing import Any
 
 from mue.plan.plan import Inputs
@@ -74,9 +73,9 @@ def _of_shape(table: str, shape: Transformer, given: frozenset[str]) -> Iterator
 
 
 def _of_tuned(tuned: HParams, given: frozenset[str]) -> Iterator[str]:
-    for f in fields(HParams):
-        if f.name != "roles" and f"tuned.{f.name}" not in given and "tuned" in given:
-            yield f"{f.name} {_text(getattr(tuned, f.name))}"
+    for name in tuned.to_dict():  # without what only other optimizers have
+        if name != "roles" and f"tuned.{name}" not in given and "tuned" in given:
+            yield f"{name} {_text(getattr(tuned, name))}"
 
 
 def _text(value: object) -> str:

@@ -54,7 +54,7 @@ class Starter:
             lines += self._sweep()
         if self.tuned:
             lines += _table("tuned", TABLE_WORDS["tuned"])
-            for key, value in ({f.name: f.default for f in fields(HParams)} | dict(self.tuned)).items():
+            for key, value in HParams(**self.tuned).to_dict().items():
                 if key != "roles":
                     lines += _line(key, 1.0 if value is None else value, KEY_WORDS["tuned"][key], off=value is None)
         if self.target is not None:

@@ -27,11 +27,11 @@ from mue.shapes.schedule import layer_schedule
 from mue.util.errors import nearest, positive
 from mue.util.files import read_text
 
-# What [base] and [target] may hold, beside ffn; _MOE: with experts only. Anything else in them is an error.
-_COMMON = ("width", "layers", "head_dim", "heads", "kv_heads", "vocab", "sequence", "gated", "tied")
-_MOE = ("moe", "expert", "shared", "router", "normalize", "gates", "gate_moments")
-_SCHEDULE = ("name", "spread", "active")
-_TUNED = tuple(f.name for f in fields(HParams))
+# What [base] and [target] may hold, beside ffn; MOE_KEYS: with experts only. Anything else in them is an error.
+COMMON_KEYS = ("width", "layers", "head_dim", "heads", "kv_heads", "vocab", "sequence", "gated", "tied")
+MOE_KEYS = ("moe", "expert", "shared", "router", "normalize", "gates", "gate_moments")
+SCHEDULE_KEYS = ("name", "spread", "active")
+TUNED_KEYS = tuple(f.name for f in fields(HParams))
 PLAN_TABLES = ("rule", "base", "tuned", "target", "options")
 """What of an experiment file is the plan's."""
 TABLES = (*PLAN_TABLES, "data", "run", "sweep", "roles")
@@ -143,7 +143,7 @@ def tuned_from(table: Mapping[str, Any]) -> HParams:
     Raises:
         ValueError: a key that is unknown or missing, or a value out of its bounds.
     """
-    check_keys(table, _TUNED, "[tuned]")
+    check_keys(table, TUNED_KEYS, "[tuned]")
     for key in ("lr", "weight_decay", "init_std"):
         need(table, key, "[tuned]")
     return HParams(**table)
@@ -176,8 +176,8 @@ def shape_from(table: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()
     Raises:
         ValueError: a key that is unknown, missing or beside another that excludes it; numbers that no shape has.
     """
-    check_keys(table, (*_COMMON, "ffn", *_MOE, "blocks", "schedule", *extra), f"[{where}]")
-    common = {k: table[k] for k in (*_COMMON, "output_multiplier") if k in table}
+    check_keys(table, (*COMMON_KEYS, "ffn", *MOE_KEYS, "blocks", "schedule", *extra), f"[{where}]")
+    common = {k: table[k] for k in (*COMMON_KEYS, "output_multiplier") if k in table}
     need(table, "width", f"[{where}]")
     if "blocks" in table:
         return _mixed(table, common, where)
@@ -186,7 +186,7 @@ def shape_from(table: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()
 
 
 def _uniform(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Transformer:
-    own = {k: v for k, v in table.items() if k in (*_MOE, "ffn", "schedule")}
+    own = {k: v for k, v in table.items() if k in (*MOE_KEYS, "ffn", "schedule")}
     # dense and MoE side by side: whichever were read, the other would be ignored in silence
     if "ffn" in own and len(own) > 1:
         raise ValueError(
@@ -212,7 +212,7 @@ def _uniform(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Tr
 def _scheduled(shape: MoE, schedule: Any, where: str) -> Mixed:
     """``schedule`` is a name, or a table with it and what else :func:`mue.shapes.schedule.layer_schedule` takes."""
     table = dict(schedule) if isinstance(schedule, Mapping) else {"name": schedule}
-    check_keys(table, _SCHEDULE, f"the table schedule of {where}")
+    check_keys(table, SCHEDULE_KEYS, f"the table schedule of {where}")
     name = need(table, "name", f"the table schedule of {where}")
     return layer_schedule(shape, name, **{k: v for k, v in table.items() if k != "name"})
 
@@ -257,7 +257,7 @@ def _with_moments(layers: Sequence[Block], pairs: Sequence[Any], where: str) -> 
 
 def _mixed(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Mixed:
     """Blocks that differ; layers, where it is given as well, is only a check."""
-    for key in (*_MOE, "ffn", "schedule"):
+    for key in (*MOE_KEYS, "ffn", "schedule"):
         if key in table:
             raise ValueError(f"[{where}] has {key} and [[{where}.blocks]]: say it in the blocks only")
     blocks = table["blocks"]
@@ -265,7 +265,7 @@ def _mixed(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Mixe
         raise ValueError(f"blocks of [{where}] must be tables: write [[{where}.blocks]]")
     made = []
     for block in blocks:
-        check_keys(block, ("layers", "ffn", *_MOE), f"[[{where}.blocks]]")
+        check_keys(block, ("layers", "ffn", *MOE_KEYS), f"[[{where}.blocks]]")
         need(block, "layers", f"[[{where}.blocks]]")
         own = dict(block)
         pairs = _pairs_of_layers(own)

@@ -10,7 +10,7 @@ from mue.lab.data.corpus import Corpus, load_corpus, stdlib_source
 from mue.plan.toml import check_keys, table_of
 
 STDLIB = "stdlib"
-_DATA = ("source", "tokenizer", "validation_fraction", "cache", "text_key", "separator", "dtype", "vocab")
+DATA_KEYS = ("source", "tokenizer", "validation_fraction", "cache", "text_key", "separator", "dtype", "vocab")
 
 
 def data_source(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -25,7 +25,7 @@ def data_source(data: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     table = table_of(data, "data")
     if not table:
         raise ValueError('the file needs a [data] table, e.g. source = "stdlib" or source = "texts/"')
-    check_keys(table, _DATA, "[data]")
+    check_keys(table, DATA_KEYS, "[data]")
     source = table.get("source")
     if source is None:
         raise ValueError('[data] needs source: a path, a list of paths, or "stdlib"')

@@ -35,7 +35,7 @@ from mue.lab.train.run import Run, Settings
 from mue.lab.train.spec import settings_from
 from mue.plan.plan import PlanData
 from mue.plan.replan import scaled
-from mue.plan.toml import check_keys, lr_grid, shape_from, table_of, training_from, tuned_from
+from mue.plan.toml import MOE_KEYS, check_keys, lr_grid, shape_from, table_of, training_from, tuned_from
 from mue.plan.transfer import transfer
 from mue.rules.laws.law import lr_law
 from mue.rules.options import OPTIONS
@@ -44,9 +44,18 @@ from mue.util.errors import nearest, positive
 
 BASE = "base"  # the name of the base among an axis' targets
 TOP = ("data", "run", "base", "tuned", "study", "approaches", "axes")
-_APPROACH = ("rule", "options", "tuned", "law", "multipliers")
-_OWN = ("name", "batch", "steps", "approaches", "seeds", "multipliers", "reach")  # a target's keys beside its shape's
-_MOE = ("moe", "expert", "shared", "router", "normalize", "gates", "gate_moments")
+APPROACH_KEYS = ("rule", "options", "tuned", "law", "multipliers")
+TARGET_KEYS = (
+    "name",
+    "batch",
+    "steps",
+    "approaches",
+    "seeds",
+    "multipliers",
+    "reach",
+)  # a target's keys beside its shape's
+STUDY_KEYS = ("seeds", "multipliers", "reach")
+AXIS_KEYS = ("targets", "approaches", *STUDY_KEYS)
 
 
 @dataclass(frozen=True)
@@ -208,7 +217,7 @@ def study_from(data: Mapping[str, Any], folder: Path) -> StudySpec:
     for approach in approaches.values():
         _check_values(approach, shape, training)
     study = table_of(data, "study")
-    check_keys(study, ("seeds", "multipliers", "reach"), "[study]")
+    check_keys(study, STUDY_KEYS, "[study]")
     usual = {"seeds": [0, 1], "multipliers": [0.5, 1, 2], "reach": 8, "approaches": list(approaches)} | study
     targets = tuple(
         target
@@ -231,7 +240,7 @@ def _approach(name: str, table: Mapping[str, Any], tuned: Mapping[str, Any]) -> 
     where = f"[approaches.{name}]"
     if not isinstance(table, Mapping):
         raise ValueError(f"{where} must be a table, got {table!r}")
-    check_keys(table, _APPROACH, where)
+    check_keys(table, APPROACH_KEYS, where)
     law = table.get("law", "")
     if law:
         lr_law(law)
@@ -282,16 +291,16 @@ def _targets(
     where = f"[axes.{axis}]"
     if not isinstance(table, Mapping) or not isinstance(table.get("targets"), list) or not table["targets"]:
         raise ValueError(f"{where} needs targets: a list of tables, e.g. targets = [{{ width = 64, ffn = 64 }}]")
-    check_keys(table, ("targets", "approaches", "seeds", "multipliers", "reach"), where)
+    check_keys(table, AXIS_KEYS, where)
     usual = {**usual, **{k: v for k, v in table.items() if k != "targets"}}
     for number, changes in enumerate([{"name": BASE}, *table["targets"]]):
         here = f"{where} target {number}"
         if not isinstance(changes, Mapping):
             raise ValueError(f"{here} must be a table of what it changes of the base, got {changes!r}")
-        own = {k: v for k, v in changes.items() if k in _OWN}
-        keys = {k: v for k, v in changes.items() if k not in _OWN}
+        own = {k: v for k, v in changes.items() if k in TARGET_KEYS}
+        keys = {k: v for k, v in changes.items() if k not in TARGET_KEYS}
         # dense and with experts exclude each other: a target that says one drops what the base has of the other
-        drop = ("training", "output_multiplier", *(("ffn",) if "moe" in keys else _MOE if "ffn" in keys else ()))
+        drop = ("training", "output_multiplier", *(("ffn",) if "moe" in keys else MOE_KEYS if "ffn" in keys else ()))
         shape = shape_from({**{k: v for k, v in base.items() if k not in drop}, **keys}, here)
         for name in (chosen := own.get("approaches", usual["approaches"])):
             if name not in approaches:
@@ -301,7 +310,7 @@ def _targets(
             raise ValueError(f"{here}: seeds must be a list of whole numbers, got {seeds!r}")
         yield Target(
             axis=axis,
-            name=own.get("name") or ", ".join(f"{k} {v}" for k, v in changes.items() if k not in _OWN[3:]),
+            name=own.get("name") or ", ".join(f"{k} {v}" for k, v in changes.items() if k not in TARGET_KEYS[3:]),
             shape=shape,
             training=Training(own.get("batch", training.batch), own.get("steps", training.steps)),
             approaches=tuple(chosen),

@@ -20,7 +20,18 @@ from mue.plan.transfer import transfer
 from mue.shapes import HParams, Training, Transformer, shape_from_dict
 from mue.util.errors import positive, positive_int, true_or_false
 
-_KEYS = ("lr", "weight_decay", "init_std", "betas", "adamw_lr", "seeds", "sampler", "trials", "stop_early", "runner")
+SWEEP_KEYS = (
+    "lr",
+    "weight_decay",
+    "init_std",
+    "betas",
+    "adamw_lr",
+    "seeds",
+    "sampler",
+    "trials",
+    "stop_early",
+    "runner",
+)
 
 
 @dataclass(frozen=True)
@@ -107,7 +118,7 @@ def sweep_from(data: Mapping[str, Any], folder: Path) -> SweepSpec:
     for name, found in (("base", base), ("sweep", table)):
         if not found:
             raise ValueError(f"a sweep file needs a [{name}] table")
-    check_keys(table, (*_KEYS, *dict.fromkeys(key for s in SAMPLERS.values() for key in s.keys)), "[sweep]")
+    check_keys(table, (*SWEEP_KEYS, *dict.fromkeys(key for s in SAMPLERS.values() for key in s.keys)), "[sweep]")
     if "convention" in base:
         raise ValueError(
             "[base.convention] describes a base tuned elsewhere; a sweep trains the lab's own: leave it out"

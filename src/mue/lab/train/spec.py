@@ -17,7 +17,7 @@ from mue.plan.toml import PLAN_TABLES, check_keys, plan_inputs, table_of, traini
 from mue.plan.transfer import plan_of
 from mue.shapes import HParams
 
-_SETTINGS = tuple(f.name for f in fields(Settings))
+RUN_KEYS = tuple(f.name for f in fields(Settings))
 
 
 def settings_from(data: Mapping[str, Any]) -> Settings:
@@ -30,7 +30,7 @@ def settings_from(data: Mapping[str, Any]) -> Settings:
         ValueError: an unknown key or task, or a value out of its range.
     """
     table = table_of(data, "run")
-    check_keys(table, _SETTINGS, "[run]")
+    check_keys(table, RUN_KEYS, "[run]")
     settings = Settings(**table)
     task_of(settings)
     return settings
