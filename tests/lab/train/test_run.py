@@ -57,7 +57,7 @@ def test_coefficients_that_nothing_reads_are_refused(corpus: Corpus) -> None:
         run(SETTINGS, balance=0.01)
     with pytest.raises(ValueError, match="coefficient"):
         run(Settings(balance="loss"))
-    with pytest.raises(ValueError, match="AdamW"):
+    with pytest.raises(ValueError, match="adamw and muon"):
         run(SETTINGS, optimizer="lion")
 
 
