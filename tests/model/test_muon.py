@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from mue.layouts.layout import Layout, ParamInfo
 from mue.model.apply import param_groups
 from mue.model.matrices import Matrices, join, matrices_of, split
 from mue.model.muon import Muon, newton_schulz
+from mue.model.tensor_plan import TensorFold, tensor_plans_of
 from mue.shapes.update_scales import UPDATE_SCALES
 
 BASE = mue.Dense(width=32, ffn=32, layers=2, head_dim=8, kv_heads=2, vocab=64, sequence=16)
@@ -166,6 +168,38 @@ def test_groups_of_another_optimizer_are_refused() -> None:
         Muon(param_groups(plan, LanguageModel(TARGET, plan.multipliers)))
 
 
+def test_a_group_that_comes_later_is_asked_for_its_algorithm() -> None:
+    optimizer = Muon([group(torch.zeros(4, 3), (("out", "in"), 1, (4,)))])
+    with pytest.raises(ValueError, match='a group without algorithm = "muon" or "adamw"'):
+        optimizer.add_param_group({"params": [torch.zeros(2)], "lr": 0.1})
+    assert len(optimizer.param_groups) == 1
+    optimizer.add_param_group({"params": [torch.zeros(2)], "algorithm": "adamw"})
+
+
+def test_a_copy_steps_with_the_same_iteration() -> None:
+    optimizer = Muon([group(torch.randn(4, 3), (("out", "in"), 1, (4,)))], orthogonalize=torch.zeros_like)
+    again = deepcopy(optimizer)
+    (p,), before = again.param_groups[0]["params"], optimizer.param_groups[0]["params"][0]
+    p.grad = torch.ones(4, 3)
+    again.step()
+    assert again.orthogonalize is torch.zeros_like and torch.allclose(p, before * (1 - 0.1 * 0.5))  # decay alone
+
+
+def test_a_loaded_state_lies_where_the_parameter_does() -> None:
+    """Adam's count of steps, too, which fused AdamW wants there; without ``fused`` torch leaves it (control)."""
+    adamw = {"algorithm": "adamw", "lr": 0.1, "weight_decay": 0.0, "betas": (0.9, 0.95), "eps": 1e-8}
+    p = torch.ones(3)
+    p.grad = torch.ones(3)
+    saved = Muon([{"params": [p], **adamw}])
+    saved.step()
+    for fused in (True, False):
+        state, far = saved.state_dict(), torch.zeros(3, device="meta")
+        state["param_groups"][0]["fused"] &= fused
+        there = Muon([{"params": [far], **adamw}])
+        there.load_state_dict(state)
+        assert there.state[far]["exp_avg"].is_meta and there.state[far]["step"].is_meta == fused
+
+
 def test_state_goes_through_its_dict() -> None:
     """Training goes on from a state dict as if nothing had been, and the dict is plain enough for weights_only."""
     import io
@@ -219,13 +253,26 @@ def test_shared_experts_in_one_tensor_move_the_branch_as_they_do_apart() -> None
     down = Layout("blocks.*.shared.down", "shared_down", ("out", "in"))
     wide = ParamInfo("blocks.0.shared.down", torch.empty(64, 48), down, (0,))
     one = ParamInfo("blocks.0.shared.down", torch.empty(64, 24), down, (0,))
-    from mue.model.tensor_plan import TensorFold, tensor_plans_of
-
     values = [tensor_plans_of(plan, [TensorFold(p, 1.0)])[0].values for p in (one, wide)]
     assert values[0] == plan.roles["shared_down"].values
     assert values[1].lr == pytest.approx(2 * values[0].lr) and values[1].weight_decay == pytest.approx(  # type: ignore[operator]
         values[0].weight_decay / 2  # type: ignore[operator]
     )
+
+
+@pytest.mark.parametrize("scale", list(UPDATE_SCALES))
+def test_fused_shared_experts_have_the_rate_of_their_matrices(scale: str) -> None:
+    """Gate and up of two shared experts in one tensor move as the two matrices do that lie in tensors of their own."""
+    plan, _ = planned(update_scale=scale)
+    parts = ("shared_gate", "shared_up")
+    own = Layout("blocks.*.shared.gate", parts[0], ("out", "in"))
+    fused = Layout("blocks.*.shared.gate_up", parts[0], ("out", "in"), parts)
+    alone = ParamInfo("blocks.0.shared.gate", torch.empty(80, 64), own, (0,))
+    both = ParamInfo("blocks.0.shared.gate_up", torch.empty(160, 64), fused, (0,))
+    one, two = (tensor_plans_of(plan, [TensorFold(p, 1.0)])[0].values for p in (alone, both))
+    assert matrices_of(plan, both)[2] == (80, 80) and one == two
+    # the control: 80 x 64 is another shape than planned, and only the spectral convention has one rate for both
+    assert (one == plan.roles["shared_gate"].values) == (scale == "spectral")
 
 
 def test_parts_of_unknown_sizes_are_refused() -> None:
@@ -235,6 +282,10 @@ def test_parts_of_unknown_sizes_are_refused() -> None:
     assert matrices_of(plan, ParamInfo("blocks.0.qkv", torch.empty(96, 64), fused, (0,)))[2] == (64, 16, 16)
     with pytest.raises(ValueError, match=r"of \(64, 16, 16\) rows in one tensor of 99"):
         matrices_of(plan, ParamInfo("blocks.0.qkv", torch.empty(99, 64), fused, (0,)))
+    # only shared experts may be several in one: of routed ones twice the planned rows are another model
+    experts = Layout("blocks.*.gate_up", "expert_gate", ("expert", "out", "in"), ("expert_gate", "expert_up"))
+    with pytest.raises(ValueError, match=r"of \(24, 24\) rows in one tensor of 96"):
+        matrices_of(plan, ParamInfo("blocks.0.gate_up", torch.empty(8, 96, 64), experts, (0,)))
 
 
 def test_the_mean_of_a_step_in_noise_grows_as_the_root_of_the_batch() -> None:

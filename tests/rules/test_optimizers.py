@@ -138,6 +138,15 @@ def test_batch_and_duration_under_muon() -> None:
     assert own.roles["ffn_up"].factor.lr == pytest.approx(2**0.5 * 4.5**-0.32) and own.momentum == 0.95
 
 
+def test_a_momentum_that_cannot_be_carried_is_refused_by_the_plan() -> None:
+    """A run of 1/16 of the steps has 16 times 1-μ; β1 of 0.99 goes to 0.84, also as momentum (control)."""
+    muon = TUNED.replace(optimizer="muon", betas=(0.99, 0.999))
+    runs: dict[str, Any] = {"base_training": RUN, "training": mue.Training(RUN.batch, RUN.steps // 16)}
+    with pytest.raises(ValueError, match=r"momentum = 0\.3 cannot be carried"):
+        mue.transfer(DENSE, WIDE, muon.replace(momentum=0.3), **runs, **SDE)
+    assert mue.transfer(DENSE, WIDE, muon, **runs, **SDE).momentum == pytest.approx(0.84)
+
+
 def test_relative_updates_take_the_rate_over_the_init() -> None:
     """An effective Adam step is lr·rms(W): η/σ, checked against AdamW's own rows."""
     adamw = at("adamw", SPARSE)

@@ -37,7 +37,8 @@ def matrices_of(plan: PlanData, p: ParamInfo) -> Matrices:
     sizes = tuple(matrix_shape(ROLES[part], plan.target, block)[0] for part in p.layout.parts)
     many = len(sizes)
     if many and sum(sizes) != p.fan_out:
-        if p.fan_out % many or len(set(sizes)) > 1:
+        shared = all(ROLES[part].kind == "shared" for part in p.layout.parts)
+        if not shared or p.fan_out % many or len(set(sizes)) > 1:
             raise ValueError(
                 f"{p.name} holds {', '.join(p.layout.parts)} of {sizes} rows in one tensor of {p.fan_out}: where one ends and the next"
                 " begins is not known, so Muon cannot move them one by one; give each a tensor of its own"

@@ -110,13 +110,25 @@ class Muon(torch.optim.Optimizer):
     def __init__(
         self, groups: Iterable[dict[str, Any]], orthogonalize: Orthogonalize = newton_schulz, nesterov: bool = True
     ) -> None:
-        super().__init__(groups, {"nesterov": nesterov})
+        # where a group says fused, torch's load_state_dict moves Adam's step to the parameter's device, where _adamw has it
+        super().__init__(groups, {"nesterov": nesterov, "fused": True})
         self.orthogonalize = orthogonalize
-        for group in self.param_groups:
-            if group.get("algorithm") not in ("muon", "adamw"):
-                raise ValueError(
-                    'a group without algorithm = "muon" or "adamw": use the groups of a plan, mue.HParams(..., optimizer="muon")'
-                )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What copies and pickles have: torch's own part leaves out attributes of subclasses."""
+        return {**super().__getstate__(), "orthogonalize": self.orthogonalize}
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as the constructor does with each of its own.
+
+        Raises:
+            ValueError: it does not say which of the two algorithms it is for.
+        """
+        if param_group.get("algorithm") not in ("muon", "adamw"):
+            raise ValueError(
+                'a group without algorithm = "muon" or "adamw": use the groups of a plan, mue.HParams(..., optimizer="muon")'
+            )
+        super().add_param_group(param_group)
 
     @classmethod
     def of(cls, plan: PlanData, model: nn.Module, **more: Any) -> Muon:

@@ -10,6 +10,7 @@ from torch import nn
 
 from mue.layouts.layout import ParamInfo
 from mue.model.coefficients import TensorFold, tensor_folds
+from mue.model.matrices import matrices_of
 from mue.plan.fold import folded_values
 from mue.plan.fold_table import fold_of
 from mue.plan.plan import PlanData
@@ -113,9 +114,10 @@ def _for_own_shape(plan: PlanData, p: ParamInfo, values: Values) -> Values:
     A down projection's rate goes with its fan-in (:func:`mue.rules.optimizers.for_optimizer`), and any rate with the shape in
     another convention than the spectral one; lr·wd stays.
     """
-    if of_tuned(plan.tuned, p.role) != "muon" or p.layout.parts or p.layer is None:
+    if of_tuned(plan.tuned, p.role) != "muon" or p.layer is None:
         return values
-    role, own = ROLES[p.role], (p.fan_out, p.fan_in)
+    # of fused parts the first, which is moved by itself: the others are as large, or as planned
+    role, own = ROLES[p.role], (matrices_of(plan, p)[2][0] if p.layout.parts else p.fan_out, p.fan_in)
     planned = matrix_shape(role, plan.target, plan.target.per_layer[p.layer])
     if own == planned:
         return values

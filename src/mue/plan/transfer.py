@@ -188,7 +188,7 @@ def plan_of(inputs: Inputs) -> PlanData:
     #    the averages over gradients, as tuned (docs/findings/horizon.md) or, by the SDE rule, as long a part of the run as on
     #    the base: 1-β × T*/T (2605.23893, Table 2); the rule's option says which
     betas = carried_betas(base.betas, rule, transition, ratios)
-    return PlanData(
+    plan = PlanData(
         inputs=replace(inputs, options=as_json(rule.options)),  # all of them: a new default changes no stored plan
         rule=rule,
         tuned=base.tuned,
@@ -211,3 +211,6 @@ def plan_of(inputs: Inputs) -> PlanData:
         + betas_notes(base.tuned.optimizer, (base.betas, base.training), (betas, transition.training))
         + warmup_notes(base.tuned, betas[1], transition.training),
     )
+    if base.tuned.optimizer == "muon":
+        _ = plan.momentum  # one that cannot be carried is refused here, and not by whoever asks for it first
+    return plan
