@@ -33,6 +33,8 @@ def noise(
       \\[base]
       training = {batch = 8192, steps = 2000, critical_batch = 21000}
     """
+    import math
+
     import torch
 
     from mue.lab.data.spec import open_corpus
@@ -51,7 +53,8 @@ def noise(
     assert training is not None
     ratio = training.batch / measured.value
     if json_:
-        interval = [measured.value, measured.low, measured.high]
+        # JSON has no infinity
+        interval = [measured.value, measured.low, measured.high if math.isfinite(measured.high) else None]
         print_json(
             {"run": found.run.key, "noise_scale": interval, "batch": training.batch, "tokens_read": measured.tokens}
         )
@@ -59,8 +62,15 @@ def noise(
     console = Console()
     say_paths(console, f"{found.name}, on {measured.tokens:,} tokens that follow its training")
     console.print(
-        f"noise scale {measured.value:,.0f} tokens ({measured.low:,.0f} to {measured.high:,.0f}); the run's batch of {training.batch:,} is"
+        f"noise scale {_count(measured.value)} tokens ({_count(measured.low)} to {_count(measured.high)}); the run's batch of {training.batch:,} is"
         f" {ratio:.3g} times it\nfor a plan: training = {{batch = {training.batch}, steps = {training.steps}, critical_batch = {measured.value:.0f}}}",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _count(tokens: float) -> str:
+    """A number of tokens for people; of one that no run reads its size alone."""
+    if tokens == float("inf"):
+        return "no upper end"
+    return f"{tokens:,.0f}" if tokens < 1e15 else f"{tokens:.3g}"

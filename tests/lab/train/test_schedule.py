@@ -56,6 +56,14 @@ def test_wsqd_has_one_base_for_every_length_if_its_warmup_is_counted_in_steps() 
     assert rates(100, tuned, schedule="wsqd", shift=5000)[79] > short[79]
 
 
+def test_wsqd_stays_at_its_floor_once_its_base_has_come_down_to_it() -> None:
+    factors = rates(10_000, TUNED.replace(warmup=100, floor=0.1), schedule="wsqd", decay=0.2, shift=50)
+    after = factors[99:]
+    assert all(b <= a for a, b in itertools.pairwise(after)) and min(after) == factors[7999] == factors[-1] == 0.1
+    # the control: above the floor it is the base, which alone would go on below
+    assert factors[1000] == math.sqrt(50 / (50 + 900)) and math.sqrt(50 / (50 + 7899)) < 0.08
+
+
 def test_wsqd_becomes_wsd_as_its_shift_grows() -> None:
     tuned = TUNED.replace(warmup=0.1, floor=0.1)
     wsd, wsqd = rates(200, tuned, schedule="wsd"), rates(200, tuned, schedule="wsqd", shift=10**9)

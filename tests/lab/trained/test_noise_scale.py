@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from mue.lab.data.spec import open_corpus
 from mue.lab.train.task import task_of
-from mue.lab.trained.find import find
+from mue.lab.trained.find import TrainedRun, find
 from mue.lab.trained.noise_scale import Gradients, NoiseScale, gradients, noise_scale, of_run
 from support.trained import moe_run_of_bytes
 
@@ -82,6 +83,23 @@ def test_what_says_nothing_is_refused() -> None:
         noise_scale(quadratic(3, 1, 8, 1))
 
 
+def test_an_upper_end_that_the_batches_do_not_bound_is_infinite() -> None:
+    # without the first group the two others say nothing of |G|²
+    loose = Gradients(1, 2, (2.0, 2.0, 2.0), ((3.0, 0.9, 0.9), (0.9, 1.0, -0.9), (0.9, -0.9, 1.0)))
+    found = noise_scale(loose)
+    assert 0 == found.low < found.value < found.high == math.inf
+    assert math.isfinite(noise_scale(quadratic(0, 64, 8, 1)).high)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_gradients_that_are_not_finite_are_of_a_run_that_diverged(bad: float) -> None:
+    seen = quadratic(0, 4, 4, 2)
+    rows = (tuple([bad, -bad, *seen.products[0][2:]]), *seen.products[1:])
+    for broken in (replace(seen, squares=(bad, *seen.squares[1:])), replace(seen, products=rows)):
+        with pytest.raises(ValueError, match="gradients are not finite: its run diverged"):
+            noise_scale(broken)
+
+
 @pytest.fixture(scope="module")
 def run(texts: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return moe_run_of_bytes(texts, tmp_path_factory.mktemp("noise"))
@@ -113,3 +131,14 @@ def test_a_trained_run_has_one_and_it_is_that_of_its_batches(run: Path) -> None:
     whole = float(torch.stack(means).mean(0).square().sum())
     square = (1024 * whole - 32 * sum(squares) / 32) / (1024 - 32)
     assert measured.square == pytest.approx(square, rel=1e-3)
+
+
+def test_a_diverged_run_has_none(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = find(run)
+    model = found.model()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(math.nan)
+    monkeypatch.setattr(TrainedRun, "model", lambda self: model)
+    with pytest.raises(ValueError, match="loss is not finite: its run diverged"):
+        of_run(found, open_corpus(found.run.data["source"]), 2, torch.device("cpu"))

@@ -84,4 +84,5 @@ def lr_factor(step: int, steps: int, tuned: HParams, settings: Scheduled) -> flo
     if step < warmup:
         return (step + 1) / warmup
     left, of, start = SCHEDULES[settings.schedule](step - warmup, steps - warmup, steps, settings)
+    start = max(start, tuned.floor)  # a base that falls with the steps passes the floor in a long run
     return start if left >= of else tuned.floor + (start - tuned.floor) * left / of

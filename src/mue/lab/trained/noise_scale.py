@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,10 @@ class Gradients:
 
 @dataclass(frozen=True)
 class NoiseScale:
-    """B_simple in tokens with the ends of its 95 % interval, tr Σ of one token, |G|², and the tokens behind them."""
+    """B_simple in tokens with the ends of its 95 % interval, tr Σ of one token, |G|², and the tokens behind them.
+
+    ``high`` is infinite where the batches do not bound it: without one of them the gradient drowns in its noise.
+    """
 
     value: float
     low: float
@@ -54,11 +58,13 @@ def noise_scale(seen: Gradients) -> NoiseScale:
     """B_simple of all groups; the interval is a jackknife over groups, of its logarithm.
 
     Raises:
-        ValueError: fewer than two groups; or the gradient drowns in its own noise, with the fix.
+        ValueError: fewer than two groups; gradients that are not finite, as of a run that diverged; or the gradient drowns in its own noise, with the fix.
     """
     groups = range(len(seen.squares))
     if len(groups) < 2 or len(groups) * seen.many < 3:
         raise ValueError("a noise scale needs the gradients of two batches at least, of three sequences in all")
+    if not all(map(math.isfinite, chain(seen.squares, *seen.products))):
+        raise ValueError("the model's gradients are not finite: its run diverged")
     trace, square = _moments(seen, groups)
     if square <= 0 or trace <= 0:
         raise ValueError(
@@ -72,8 +78,9 @@ def noise_scale(seen: Gradients) -> NoiseScale:
         spread = math.fsum((x - mean) ** 2 for x in logs) * (len(logs) - 1) / len(logs)
         half = student_quantile(0.975, len(logs) - 1) * math.sqrt(spread)
     value = trace / square
+    high = value * math.exp(half) if half < 700 else math.inf  # beyond it the exponential overflows
     tokens = len(groups) * seen.many * seen.tokens
-    return NoiseScale(value, value * math.exp(-half), value * math.exp(min(half, 700.0)), trace, square, tokens)
+    return NoiseScale(value, value * math.exp(-half), high, trace, square, tokens)
 
 
 def _moments(seen: Gradients, groups: Sequence[int]) -> tuple[float, float]:
@@ -117,7 +124,7 @@ def of_run(found: TrainedRun, corpus: Corpus, batches: int, device: torch.device
         found: the run. corpus: its data. batches: of the run's own size.
 
     Raises:
-        ValueError: as :func:`noise_scale`; weights that cannot be read.
+        ValueError: as :func:`noise_scale`; a loss that is not finite; weights that cannot be read.
     """
     run = found.run
     task, model = task_of(run.settings), found.model().to(device).train()  # its gradients as the training had them
@@ -130,6 +137,8 @@ def of_run(found: TrainedRun, corpus: Corpus, batches: int, device: torch.device
             with autocast(device, run.settings):
                 loss = task.loss(model, tuple(part[i : i + 1].to(device) for part in batch)).loss
             assert loss is not None
+            if not bool(torch.isfinite(loss)):
+                raise ValueError("the model's loss is not finite: its run diverged")
             yield loss
 
     groups = (losses(data.at(first + step)) for step in range(batches))
