@@ -8,7 +8,9 @@ import pytest
 
 import mue
 from mue.plan.compare import compare, comparison_text
+from mue.plan.laws import answers
 from mue.plan.rules_page import BETWEEN, WIDER, WORKED
+from mue.plan.transfer import plan_of
 from mue.rules.laws.law import LAWS
 from support.sde import SDE
 
@@ -69,6 +71,30 @@ def test_fitted_laws_stand_below_the_rules_with_numbers_or_their_range() -> None
     assert between["zhou"].times == pytest.approx(4**-0.3509 * _active_ratio() ** -0.2219, rel=1e-9)
     assert all(a.refused and a.value is None for a in compare(BETWEEN).laws)  # no run, or sizes nobody fitted
     assert "needs R" in next(a.refused for a in compare(BETWEEN).laws if a.law == "power-lines")
+
+
+def test_laws_compare_their_adamw_rates_with_an_adamw_rate() -> None:
+    tuned = WORKED.tuned
+    assert tuned is not None
+    beside = tuned.replace(optimizer="muon", lr=0.02, adamw_lr=2e-3)
+    for muon, times, text in ((beside, 0.51695, " × tuned adamw_lr; AdamW"), (beside.replace(adamw_lr=None), None, "")):
+        said = {a.law: a for a in answers(replace(WORKED, tuned=muon)) if a.sets == "lr"}
+        assert said["ling"].value == pytest.approx(1.0339e-3, rel=1e-3)
+        assert said["ling"].times == (None if times is None else pytest.approx(times, rel=1e-3))
+        assert said["ling"].text.endswith(text) and ("×" in said["ling"].text) == bool(text)
+        assert said["zhou"].refused == "ratios only, of AdamW's rate, and the plan's optimizer is 'muon'"
+    # the control: with AdamW it is the one rate
+    assert next(a for a in answers(WORKED) if a.law == "ling").text.endswith(" × tuned; AdamW")
+
+
+def test_ratios_over_a_chain_of_plans_start_where_the_rate_was_tuned() -> None:
+    runs = mue.Training(2**15, 1000), mue.Training(2**15, 4000)
+    whole = replace(BETWEEN, base_training=runs[0], training=runs[1])
+    chain = replace(whole, base=plan_of(whole), tuned=None, base_training=None, training=None)
+    twice = replace(chain, base=plan_of(chain))
+    said = [{a.law: a for a in answers(inputs)}["zhou"] for inputs in (whole, chain, twice)]
+    assert said[0].times != pytest.approx(1, rel=0.1)  # which it is from the plan's own target
+    assert said[0] == said[1] == said[2]
 
 
 def _active_ratio() -> float:

@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from mue.plan.base import base_of
-from mue.plan.plan import Inputs
+from mue.plan.notes import ADAMS
+from mue.plan.plan import Inputs, PlanData
 from mue.plan.steps import Step
 from mue.rules.laws.law import LAWS, QUANTITIES, Model, Power, get_law, quantity, span
 from mue.rules.table import Rule
+from mue.shapes import HParams
 from mue.util.text import number
 
 
@@ -19,7 +21,8 @@ class Answer:
 
     Attributes:
         law: its name. sets: ``"lr"``, ``"batch"`` or ``"critical batch"``, which are in tokens. note: whose rate it is.
-        value: None where it refuses. times: over the tuned lr, or over the target's batch. refused: why, or ``""``.
+        value: None where it refuses. times: over the tuned lr, or over the target's batch; None where there is none to compare with.
+        refused: why, or ``""``. reference: the tuned rate under ``times``: that of the AdamW beside Muon, ``"tuned adamw_lr"``, where it is Muon's.
     """
 
     law: str
@@ -28,6 +31,7 @@ class Answer:
     value: float | None
     times: float | None
     refused: str
+    reference: str = "tuned"
 
     @property
     def text(self) -> str:
@@ -35,40 +39,53 @@ class Answer:
         if self.value is None:
             return f"refuses: {self.refused}"
         if self.sets == "lr":
-            return f"{number(self.value)} = {number(self.times)} × tuned; {self.note}"
+            times = "" if self.times is None else f" = {number(self.times)} × {self.reference}"
+            return f"{number(self.value)}{times}; {self.note}"
         times = "" if self.times is None else f" = {number(self.times)} × the target's"
         return f"{self.value:,.0f} tokens{times}"
 
 
 def answers(inputs: Inputs) -> list[Answer]:
     """Every law on one target, number by number."""
-    base = base_of(inputs)
+    base, first = base_of(inputs), inputs
     # on a plan as base a run that is not given is the base's
     target = (inputs.target, inputs.training or base.training)
-    models, tuned = ((base.shape, base.training), target), base.tuned.lr
-    return [_answer(name, sets, power, *models, tuned) for name in LAWS for sets, power in get_law(name).sets.items()]
+    # the rate was tuned where a chain of plans begins, and not on the last of them
+    while isinstance(first.base, PlanData):
+        first = first.base.inputs
+    models = ((first.base, first.base_training), target)
+    return [
+        _answer(name, sets, power, *models, base.tuned) for name in LAWS for sets, power in get_law(name).sets.items()
+    ]
 
 
-def _answer(name: str, sets: str, power: Power, base: Model, target: Model, tuned: float) -> Answer:
+def _answer(name: str, sets: str, power: Power, base: Model, target: Model, tuned: HParams) -> Answer:
     run = target[1]
     try:
         value = _value(power, base, target, tuned)
     except ValueError as error:
         return Answer(name, sets, power.note, None, None, str(error))
-    times = value / tuned if sets == "lr" else value / run.batch if run is not None else None
-    return Answer(name, sets, power.note, value, times, "")
+    if sets != "lr":
+        return Answer(name, sets, power.note, value, None if run is None else value / run.batch, "")
+    # the rates are Adam's, and those of another optimizer are on another scale
+    own = tuned.optimizer in ADAMS
+    rate = tuned.lr if own else tuned.adamw_lr
+    reference = "tuned" if own else "tuned adamw_lr"
+    return Answer(name, sets, power.note, value, None if rate is None else value / rate, "", reference)
 
 
-def _value(power: Power, base: Model, target: Model, tuned: float) -> float:
+def _value(power: Power, base: Model, target: Model, tuned: HParams) -> float:
     """The law's own number; of one whose units are unknown the tuned value times its ratio, if the base is in its range as well."""
     if power.constant is not None:
         return power.at(*target)
+    if tuned.optimizer not in ADAMS:
+        raise ValueError(f"ratios only, of AdamW's rate, and the plan's optimizer is {tuned.optimizer!r}")
     power.inside(*target)
     try:
         power.inside(*base)
     except ValueError as error:
         raise ValueError(f"ratios only; base {error}") from None
-    return tuned * power.ratio(base, target)
+    return tuned.lr * power.ratio(base, target)
 
 
 def derivation(inputs: Inputs, name: str) -> Iterator[Step]:

@@ -82,7 +82,7 @@ def _of_pools(base: Transformer, block: Block) -> str:
 LONGEST = (0.01, 0.1)
 # Laws that a plan asks by name: to ask all there are, plugins too, would cost every plan a look at all installed packages.
 CRITICAL_BATCHES = ("power-lines", "zhang")
-_ADAMS = ("adamw", "adamw-independent", "adam-l2", "nadamw")
+ADAMS = ("adamw", "adamw-independent", "adam-l2", "nadamw")
 
 
 def long_averages(betas: tuple[float, float], steps: int) -> str:
@@ -109,7 +109,7 @@ def betas_notes(
     Args:
         optimizer: of both. base, target: the betas and the run of each.
     """
-    if optimizer not in _ADAMS:
+    if optimizer not in ADAMS:
         return ()
     on_base, on_target = (long_averages(betas, run.steps) if run else "" for betas, run in (base, target))
     found = []
@@ -139,7 +139,7 @@ def warmup_averages(tuned: HParams, beta2: float, training: Training | None) -> 
     Returns:
         None where there is no such average, or no run.
     """
-    if tuned.optimizer not in _ADAMS or training is None:
+    if tuned.optimizer not in ADAMS or training is None:
         return None
     steps = warmup_steps(tuned.warmup, training.steps)
     return steps, steps * (1 - beta2)

@@ -119,7 +119,8 @@ class HParams:
         adamw_lr, adamw_weight_decay: with ``optimizer = "muon"``, of all that AdamW moves beside it (embedding, head, routers,
             gains and biases); None: the global ones. momentum: Muon's; None: β1.
         update_scale: the convention that Muon's lr is stated in, of :data:`mue.shapes.update_scales.UPDATE_SCALES`; plans have
-            their rates in the same one. router_optimizer: who moves routers beside it, ``"adamw"`` or ``"muon"``.
+            their rates in the same one. muon_moves: the kinds of matrices that Muon moves, of ``"attention"``, ``"ffn"``,
+            ``"expert"``, ``"shared"`` and ``"router"``; all but routers by default, and what it does not move is AdamW's.
         optimizer, clip, warmup, floor, balance, z, bias_speed: carried to the target unchanged: optimizer name,
             clipping threshold (None: off), warmup as a fraction of the run or as a number of steps (from 2), lr floor as a
             fraction, balance-loss and z-loss coefficients, speed of the balance bias per step.

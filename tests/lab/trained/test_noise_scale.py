@@ -94,7 +94,7 @@ def test_an_upper_end_that_the_batches_do_not_bound_is_infinite() -> None:
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_gradients_that_are_not_finite_are_of_a_run_that_diverged(bad: float) -> None:
     seen = quadratic(0, 4, 4, 2)
-    rows = (tuple([bad, -bad, *seen.products[0][2:]]), *seen.products[1:])
+    rows = ((bad, -bad, *seen.products[0][2:]), *seen.products[1:])
     for broken in (replace(seen, squares=(bad, *seen.squares[1:])), replace(seen, products=rows)):
         with pytest.raises(ValueError, match="gradients are not finite: its run diverged"):
             noise_scale(broken)

@@ -146,6 +146,21 @@ def test_a_text_goes_on_with_its_blank_and_a_document_begins_without(tokenizers:
         assert (tokens.bytes_of[word], tokens.bytes_of[end]) == (3, 0)
 
 
+def test_a_separator_that_was_added_counts_no_bytes_special_or_not(tmp_path: Path) -> None:
+    from tokenizers import AddedToken, Tokenizer
+
+    for kind in ("metaspace", "byte-level"):
+        path = tmp_path / f"{kind}.json"
+        tokenizer_of(kind, path)
+        made = Tokenizer.from_file(str(path))
+        made.add_tokens([AddedToken("<doc>", special=False), AddedToken("<more>", special=False)])
+        made.save(str(path))
+        tokens = tokens_of({"tokenizer": "made elsewhere", "source": {"separator": "<doc>"}}, path)
+        assert tokens is not None and tokens.separator == made.token_to_id("<doc>")
+        # the control: what was added and separates nothing is text
+        assert [tokens.bytes_of[made.token_to_id(name)] for name in ("<doc>", "<more>")] == [0, 6]
+
+
 def test_another_tokenizer_is_refused(dense_run: Path, moe_run: Path, domains: Path, tmp_path: Path) -> None:
     data = read_run(dense_run).data
     own = Path(data["source"]["tokenizer"])

@@ -37,7 +37,10 @@ class TextTokens:
 
             saved = json.loads(read_text(path))
             self._tokenizer = Tokenizer.from_str(read_text(path))
-            self._special = {t["id"] for t in saved.get("added_tokens") or () if t.get("special")}
+            # a separator that was added is no part of a text, whether the file calls it special or not
+            self._special = {
+                t["id"] for t in saved.get("added_tokens") or () if t.get("special") or t["id"] == self.separator
+            }
             self._raw = _raw_bytes(self._tokenizer, saved)
 
     @cached_property
