@@ -241,6 +241,6 @@ def test_layers_that_share_a_controller_agree_in_it() -> None:
             for i, s in ((0, {"control": control}), (3, other))
         ]
         with (
-            pytest.raises(ValueError, match=r"layers 0 and 3 .* integral = 0\.3 and 0\.1") if refused else nullcontext()
+            pytest.raises(ValueError, match=r"layers 0 and 3 .* integral = 1\.5 and 0\.1") if refused else nullcontext()
         ):
             share(ends)

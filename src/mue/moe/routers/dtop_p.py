@@ -15,7 +15,7 @@ from mue.layouts.layout import Layout
 from mue.moe.routers.at_init import at_init, mass_for, standardised
 from mue.moe.routers.base import RouterInput, router
 from mue.moe.routers.common import one_of_all
-from mue.moe.routers.controller import PIController
+from mue.moe.routers.controller import MOVES, PIController
 from mue.moe.routers.matrix import MatrixRouter
 from mue.moe.routers.prefix import even_sums, prefix_of_mass
 from mue.moe.routing import Routing
@@ -52,10 +52,12 @@ def mean_active(active: int, experts: int, settings: Mapping[str, Any]) -> float
             default=None, kind=float, low=0.0, high=1.0, low_open=True,
             meaning="p before the first step; else such that a experts are active at init",
         ),
-        # The paper's K_p and K_i are not published in what could be read. These hold at up to five times the initial sharpness for
-        # 8 to 128 experts (four times for 64), and take a doubled θ back in 3 to 51 steps; K_p = 1 swings from three times on.
-        "proportional": Setting(default=0.3, low=0.0, meaning="K_p: how much of an error p moves by at once"),
-        "integral": Setting(default=0.3, low=0.0, meaning="K_i: how much of the sum of all errors p has moved by"),
+        "moves": Setting(
+            default="tail", choices=MOVES, meaning="what is moved: -ln(1 - p), the mass left out, or p itself as in the paper",
+        ),
+        # The paper's K_p and K_i are not published in what could be read; of these 2·K_p + K_i < 2, which "tail" needs and no more.
+        "proportional": Setting(default=0.1, low=0.0, meaning="K_p: how much of an error it moves by at once"),
+        "integral": Setting(default=1.5, low=0.0, meaning="K_i: how much of the sum of all errors it has moved by"),
     },
     losses={"load_balance": 1e-4, "entropy": 1e-3},
     moments=moments,
@@ -140,7 +142,7 @@ class DTopPRouter(MatrixRouter):
 def _controller(routers: Sequence[DTopPRouter]) -> PIController:
     """A controller with the factors that all have; p_0 is the mean of the layers' own."""
     factors = one_of_all(
-        routers, ("proportional", "integral"), 'or control = "layer", which gives each layer a p of its own'
+        routers, ("proportional", "integral", "moves"), 'or control = "layer", which gives each layer a p of its own'
     )
     starts = [start(one.active, one.experts, one.options.settings) for one in routers]
     return PIController(sum(starts) / len(starts), *factors)
