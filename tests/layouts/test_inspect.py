@@ -180,6 +180,10 @@ def nothing():
 
 def asks(width):
     pass
+
+
+def both():
+    return build(), "optimizer"
 '''
 
 
@@ -204,6 +208,7 @@ def test_a_class_or_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.Mon
         "mine.py:Mine": "Mine is a class: give --config",
         "mine.py:nothing": "RMSNorm has neither a layout",
         "mine.py:asks": "called without arguments, which it does not take",
+        "mine.py:both": "a tuple is neither a model nor a config: give, or return, the model alone",
         "mine.py:biuld": "has no 'biuld'; did you mean 'build'",
         "mine.py:ROWS": "ROWS is a list",
         "other.py:build": r"other\.py does not exist",

@@ -172,6 +172,7 @@ def test_a_star_is_one_dotted_part_and_dots_are_dots() -> None:
     [
         (("w", "ffn_upp", ("out", "in")), "unknown role 'ffn_upp'; did you mean 'ffn_up'"),
         (("w", "ffn_up", ("out", "inn")), "unknown axis 'inn'; did you mean 'in'"),
+        (("w", "norm", ("vector")), r"axes is the text 'vector'; write \('vector',\), with the comma"),
         (("w", "ffn_up", ("out", "expert")), "needs an 'in' axis"),
     ],
 )

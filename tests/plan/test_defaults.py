@@ -7,6 +7,8 @@ import tomllib
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from mue.api import Plan
 from mue.plan.defaults import given_in, not_given
 from mue.plan.toml import plan_inputs
@@ -59,6 +61,12 @@ def test_every_default_of_a_file_is_listed_with_its_value() -> None:
     )
     assert "[tuned] betas (0.9, 0.95), eps 1e-12, optimizer adamw, clip off, warmup 0.05" in said
     assert said.endswith("batch and duration are taken not to change")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "nadamw", "lion", "muon"])
+def test_the_defaults_of_every_optimizer_have_a_text(optimizer: str) -> None:
+    text = SHORT.replace("[target]", f'optimizer = "{optimizer}"\n[target]')
+    assert ("muon_moves" in not_given(plan_inputs(tomllib.loads(text)))) == (optimizer == "muon")
 
 
 def test_what_is_given_is_not_listed_whatever_its_value() -> None:

@@ -72,6 +72,10 @@ class Layout:
                 raise ValueError(f"layout {self.pattern!r}: unknown role {role!r}{nearest(role, LAYOUT_ROLES)}")
         if self.parts and self.parts[0] != self.role:
             raise ValueError(f"layout {self.pattern!r}: role is {self.role!r}, but its first part is {self.parts[0]!r}")
+        if isinstance(self.axes, str):  # ("vector") is no tuple, and would be read letter by letter
+            raise ValueError(
+                f"layout {self.pattern!r}: axes is the text {self.axes!r}; write ({self.axes!r},), with the comma"
+            )
         for axis in self.axes:
             if axis not in AXES:
                 raise ValueError(f"layout {self.pattern!r}: unknown axis {axis!r}{nearest(axis, AXES)}")

@@ -83,6 +83,8 @@ def source_of(given: str | Path | Any, rows: Sequence[Layout] = (), config: str 
     """
     if isinstance(given, nn.Module):
         return _of_model(given, rows)
+    if given is None or isinstance(given, tuple | list | int | float):
+        raise ValueError(f"a {type(given).__name__} is neither a model nor a config: give, or return, the model alone")
     if not isinstance(given, str | Path):
         # a copy: building it sets how attention is computed, and the config may be the user's model's
         return Source(type(given).__name__, copy.deepcopy(given), build, tuple(rows))

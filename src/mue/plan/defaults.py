@@ -80,7 +80,7 @@ def _of_tuned(tuned: HParams, given: frozenset[str]) -> Iterator[str]:
 
 def _text(value: object) -> str:
     if isinstance(value, tuple):
-        return f"({', '.join(map(below_one, value))})"
+        return f"({', '.join(below_one(x) if isinstance(x, float) else _text(x) for x in value)})"
     if isinstance(value, bool):
         return "true" if value else "false"
     return "off" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
