@@ -55,3 +55,15 @@ def test_the_command_prints_json_and_fails_with_code_1(tmp_path: Path, monkeypat
     assert CliRunner().invoke(app, [*unseen, "--allow-unmeasured", "head.*"]).exit_code == 0
     with pytest.raises(ValueError, match=r"mine\.py has no 'rong'; did you mean 'wrong'"):
         CliRunner().invoke(app, ["check", "mine.py:rong", "plan.json"], catch_exceptions=False)
+
+
+def test_a_function_that_takes_no_plan_is_told_what_to_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mue.cli.user_model import arguments
+
+    monkeypatch.chdir(tmp_path)
+    Path("own.py").write_text("def build():\n    pass\n")
+    told = (
+        r"own\.py:build is called with the plan, which it does not take .* returns a model, or a dict with model, batch"
+    )
+    with pytest.raises(ValueError, match=told):
+        arguments("own.py:build", case("mue hybrid").plan)

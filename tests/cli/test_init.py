@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -168,3 +170,23 @@ def test_from_a_transformers_config(here: Any) -> None:
         refused(
             here("sweep", f"{i}.toml", "--dry-run", "--set", "base.sequence=999"), "not a whole number of sequences"
         )
+
+
+def test_what_was_taken_for_granted_is_printed_and_a_sequence_fits_its_config(here: Any) -> None:
+    """A config whose positions end below the usual sequence gets no longer one."""
+    config = {
+        "model_type": "qwen3",
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "vocab_size": 256,
+    }
+    config |= {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16, "max_position_embeddings": 64}
+    Path("config.json").write_text(json.dumps(config))
+    pytest.importorskip("transformers")
+    code, _, said = here("init", "plan", "--base", BASE, "--config", "config.json", *VALUES)
+    assert code == 0 and "note: [target] read from config.json" in said and "64 is taken" in said
+    assert tomllib.loads(Path("plan.toml").read_text())["target"]["sequence"] == 64
+    Path("config.json").write_text(json.dumps(config | {"max_position_embeddings": 4096}))
+    assert here("init", "plan", "long.toml", "--base", BASE, "--config", "config.json", *VALUES)[0] == 0
+    assert tomllib.loads(Path("long.toml").read_text())["target"]["sequence"] == 1024

@@ -9,22 +9,7 @@ from pathlib import Path
 import pytest
 
 from mue.plan.rules_page import markdown
-
-CONFIG = """
-[base]
-width = 128
-ffn = 128
-layers = 8
-[tuned]
-lr = 1e-3
-weight_decay = 0.1
-init_std = 0.01
-[target]
-moe = "128e8a1s"
-width = 1024
-expert = 1024
-layers = 8
-"""
+from support.plan_file import SHORT
 
 
 def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -38,7 +23,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: py
         return int(end.value.code or 0), out, err
 
     file = tmp_path / "moe.toml"
-    file.write_text(CONFIG)
+    file.write_text(SHORT)
     code, table, _ = command("rules", file)
     assert code == 0 and "complete-mue-paper" in table and "jiang" in table
     assert json.loads(command("rules", file, "--json")[1])["refused"]["mup"]

@@ -469,3 +469,14 @@ def test_layers_of_a_row_are_layers() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Layout(pattern, "ffn_up", ("out", "in"), layers=layers)
+
+
+def test_one_fault_of_many_layers_is_one_line_and_a_star_does_not_cross_dots() -> None:
+    model = nn.ModuleDict({"blocks": nn.ModuleList(nn.Linear(4, 4) for _ in range(12))})
+    rows = [Layout("blocks.*.weight", "ffn_up", ("out", "in")), Layout("b*.bias", "bias", ("vector",))]
+    with pytest.raises(ValueError, match="do not fit its layout") as no:
+        place(model, rows)
+    _, *lines = str(no.value).splitlines()
+    assert "blocks.0.bias" in lines[0] and lines[0].endswith("(and 11 more like it)")
+    assert "the row 'b*.bias' stops at a dot: one * is one part between dots" in lines[0]
+    assert len(lines) == 2 and "matches no parameter" in lines[1]

@@ -47,7 +47,7 @@ OTHER = {
 
 @pytest.mark.parametrize("name", OTHER)
 def test_a_model_of_another_shape_is_refused(name: str) -> None:
-    # The granularity and forgotten-dimension cases that mup takes for a width, silently (anchors 1.2), are here.
+    # The granularity and forgotten-dimension cases that mup takes for a width, silently, are here.
     changes, message = OTHER[name]
     numbers = {
         "experts": 8,

@@ -13,23 +13,9 @@ from mue.api import Plan
 from mue.plan.defaults import given_in, not_given
 from mue.plan.toml import plan_inputs
 from mue.plan.transfer import plan_of
+from support.plan_file import SHORT
 from support.plans import make
 
-SHORT = """
-[base]
-width = 128
-ffn = 128
-layers = 8
-[tuned]
-lr = 1e-3
-weight_decay = 0.1
-init_std = 0.01
-[target]
-moe = "128e8a1s"
-width = 1024
-expert = 1024
-layers = 8
-"""
 FULL = """
 rule = "complete-mue"
 base = { width = 128, ffn = 128, layers = 8, head_dim = 64, kv_heads = 2, vocab = 256, sequence = 1024, gated = true, tied = false, training = { batch = 64, steps = 9 } }
@@ -66,7 +52,12 @@ def test_every_default_of_a_file_is_listed_with_its_value() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "nadamw", "lion", "muon"])
 def test_the_defaults_of_every_optimizer_have_a_text(optimizer: str) -> None:
     text = SHORT.replace("[target]", f'optimizer = "{optimizer}"\n[target]')
-    assert ("muon_moves" in not_given(plan_inputs(tomllib.loads(text)))) == (optimizer == "muon")
+    said = not_given(plan_inputs(tomllib.loads(text)))
+    assert ("muon_moves (attention, ffn, expert, shared)" in said) == (optimizer == "muon")
+    assert ("adamw_lr 0.001, as lr" in said) == (optimizer == "muon")
+    given = text.replace("[target]", "adamw_lr = 2e-3\n[target]")
+    if optimizer == "muon":
+        assert "adamw_lr" not in not_given(plan_inputs(tomllib.loads(given)))
 
 
 def test_what_is_given_is_not_listed_whatever_its_value() -> None:

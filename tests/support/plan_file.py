@@ -22,3 +22,16 @@ layers = 8
 batch = 524288
 steps = 100000
 """
+
+SHORT = (
+    PLAN.replace(
+        """[base.training]
+batch = 524288
+steps = 25000
+""",
+        "",
+    )
+    .partition("[target.training]")[0]
+    .replace('rule = "complete-mue"\n', "")
+)
+"""The same with no more than a plan needs."""

@@ -11,7 +11,7 @@ import pytest
 import mue
 from mue.util import importing
 from mue.util.errors import positive_int
-from mue.util.importing import UserCodeError, imported, user_code
+from mue.util.importing import UserCodeError, imported, not_taken, user_code
 
 
 def test_each_way_to_name_it(tmp_path: Path) -> None:
@@ -107,3 +107,11 @@ def test_an_answer_of_ours_to_code_of_nobodys_stays_as_it_is(monkeypatch: pytest
     with pytest.raises(ValueError, match=r"^width must be") as found, user_code("nobody"):
         positive_int("width", 0)
     assert not isinstance(found.value, UserCodeError)
+
+
+def test_what_a_call_does_not_take_is_said_without_calling_it() -> None:
+    def build(plan: object) -> None:
+        raise AssertionError("called")
+
+    assert not_taken(build, 1) == "" and "missing" in not_taken(build) and "too many" in not_taken(build, 1, 2)
+    assert "not a callable" in not_taken(3) and not_taken(dict.fromkeys, 1) == ""

@@ -65,7 +65,7 @@ def init(
 
     What is missing is asked for in a terminal, and is an error elsewhere. A file that exists is not touched. A sweep file with a target
     is a plan file and a train file as well: mue plan FILE --tuned runs/sweep. Without a base a sweep tunes a dense model an eighth as
-    wide as the target.
+    wide as the target, of two heads at least.
 
     \b
     [bold]Examples[/]
@@ -98,6 +98,9 @@ def init(
     text = made.text()
     _check(text, made, path.parent)
     write_text(path, text)
+    for table, origin in made.origins.items():
+        if origin:
+            print(f"note: [{table}] {origin}", file=sys.stderr)
     print(f"wrote {path}: {made.use(str(path))}")
 
 
@@ -183,6 +186,7 @@ def _shape(text: str, table: str) -> tuple[Transformer, str]:
     with warnings.catch_warnings(record=True) as taken:
         warnings.simplefilter("always")
         shape = read_shape(first, **_numbers(rest, table))
+    # what to pass is a number behind a comma here, KEY=VALUE
     notes = dict.fromkeys(str(w.message) for w in taken)
     return shape, "; ".join([f"read from {first}", *notes])
 

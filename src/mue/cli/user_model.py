@@ -10,7 +10,7 @@ from torch import nn
 
 from mue.api import Plan
 from mue.util.errors import nearest
-from mue.util.importing import imported, user_code
+from mue.util.importing import imported, not_taken, user_code
 
 # Of what a function may return: the arguments of mue.check but for the plan.
 KEYS = ("model", "batch", "optimizer", "scheduler", "checkpoint", "clip", "loss")
@@ -31,6 +31,11 @@ def arguments(model: str, plan: Plan) -> dict[str, Any]:
     """
     if ":" in model:
         build = imported(model)
+        if why := not_taken(build, plan):
+            raise ValueError(
+                f"{model} is called with the plan, which it does not take ({why}): give a function of the plan that returns a model, or a"
+                f" dict with {', '.join(KEYS)}"
+            )
         with user_code(model):
             made = build(plan)
         given = {"model": made} if isinstance(made, nn.Module) else made

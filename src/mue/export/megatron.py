@@ -154,7 +154,7 @@ def megatron(plan: PlanData, model: Any) -> str:
     Raises:
         ValueError: routers that Megatron-Core does not have; layers that differ in more than dense or with experts.
     """
-    # R stays: moe_router_topk_scaling_factor is its home (anchors 0)
+    # R stays: moe_router_topk_scaling_factor is its home
     plan = fold(unfold(plan), "model")
     made = MEGATRON.model(plan.target, model)
     found = rows(plan, made)

@@ -32,7 +32,7 @@ from mue.shapes.block import Block
 from mue.util.text import number
 
 # Names and axes as OLMo-core's code multiplies them. It flattens experts to (N·in, out), or (N·out, in) where dropless,
-# under one name (anchors 0), so each kind of experts is a model of its own here.
+# under one name, so each kind of experts is a model of its own here.
 _O = "blocks.*"
 _OLMO_NORMS = tuple(norm_params(_O, ("attention_norm", "feed_forward_norm")))
 _OLMO = (

@@ -29,7 +29,7 @@ from mue.shapes.block import Block
 from mue.util.text import number
 
 # Names and axes as in torchtitan 0.3; the suffixes of its experts' names (w1_EFD) say their axes. Its groups are
-# absolute values, found by pattern.search, the first that matches; one without a match is an error (anchors 1.3).
+# absolute values, found by pattern.search, the first that matches; one without a match is an error.
 _T = "layers.*"
 _TITAN = (
     param("tok_embeddings.weight", "embedding", IN_OUT),
@@ -135,7 +135,7 @@ def torchtitan(plan: PlanData, model: Any) -> str:
     Raises:
         ValueError: what torchtitan has no setting for and cannot be folded.
     """
-    # R stays: the router's own route_scale is its home (anchors 0), and only A and l^-α go into the weights
+    # R stays: the router's own route_scale is its home, and only A and l^-α go into the weights
     plan = fold(unfold(plan), "model")
     made = TORCHTITAN.model(plan.target, model)
     extra, notes = query_scale(plan, made)

@@ -21,7 +21,7 @@ from mue.util.errors import nearest
 # Wrappers put these in front of, or into, a parameter's name (DDP, torch.compile, FSDP, activation checkpointing).
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 # The words for an axis. Which one is summed over only a declaration knows: stacks hold experts as (N, out, in),
-# (N, in, out) and (N·in, out) under like names, and code that went by position scaled them wrongly (anchors 0).
+# (N, in, out) and (N·in, out) under like names, and code that went by position scaled them wrongly.
 AXES = ("in", "out", "expert", "vector", "expert*in", "expert*out")
 # Words for a row's role beside those of a plan. A table of positions is looked up and added like the embedding, and a plan has the
 # embedding's values for it; it has rows for positions, not for tokens. What is not planned is left alone by everything here.
@@ -245,7 +245,7 @@ class ParamInfo:
 def canonical(name: str) -> str:
     """A parameter's name without what wrappers add to it (DDP, compile, FSDP, checkpointing).
 
-    Stripped by prefix: ``name.strip("module.")``, as package mup has it, eats letters of the name (anchors 1.2).
+    Stripped by prefix: ``name.strip("module.")``, as package mup has it, eats letters of the name.
     """
     changed = True
     while changed:

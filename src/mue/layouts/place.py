@@ -52,12 +52,12 @@ def placement(model: nn.Module, rows: Sequence[Layout]) -> Placement:
     Args:
         model: on any device, wrapped or not.
         rows: its table; a row that matches nothing is an error, for it is a pattern with a slip in it, and experts
-            missed in silence are what goes wrong with such tables (anchors 0).
+            missed in silence are what goes wrong with such tables.
 
     Raises:
         ValueError: a parameter that no row or more than one row matches, a row that matches nothing, a layout with
             another number of axes than the tensor, a weight that the model computes from others (weight norm, pruning). All
-            of a model's faults are listed, not only the first.
+            of a model's faults are listed, not only the first; those that differ in the number of a layer alone as one.
     """
     places = _layer_places(rows)
     table = [_marked(row, places) for row in rows]
@@ -82,7 +82,7 @@ def placement(model: nn.Module, rows: Sequence[Layout]) -> Placement:
     faults += _unknown_after(table)
     faults += [_unmatched(model, row) for i, row in enumerate(rows) if i not in used]
     if faults:
-        raise ValueError("this model's parameters do not fit its layout:\n  " + "\n  ".join(faults))
+        raise ValueError("this model's parameters do not fit its layout:\n  " + "\n  ".join(_alike(faults)))
     numbers = _layer_numbers(hits)
     planned = [_info(h, numbers) for h in hits if h.row.role != UNPLANNED]
     return Placement(
@@ -121,6 +121,14 @@ def _row_of(
         # under the name that optimizers, checkpoints and exports see
         row = replace(row, pattern=own[0].pattern if own else name)
     return row, ""
+
+
+def _alike(faults: Iterable[str]) -> list[str]:
+    """The first of the faults that are the same in several layers, with how many there are."""
+    groups: dict[str, list[str]] = {}
+    for fault in faults:
+        groups.setdefault(re.sub(r"\.\d+\.", ".*.", fault), []).append(fault)
+    return [one[0] + (f" (and {len(one) - 1} more like it)" if one[1:] else "") for one in groups.values()]
 
 
 def _unmatched(model: nn.Module, row: Layout) -> str:
@@ -253,7 +261,11 @@ def _unknown(name: str, parameter: Tensor, table: Iterable[Layout]) -> str:
         if parameter.dim() == 3
         else ("vector",) * parameter.dim()
     )
+    # a star that was to reach over dots
+    short = next((r.pattern for r in table if re.fullmatch(re.escape(r.pattern).replace(r"\*", ".+"), name)), None)
     hint = f" (nearest known: {close[0]!r})" if close else ""
+    if short is not None:
+        hint = f" (the row {short!r} stops at a dot: one * is one part between dots)"
     return (
         f"{name} {tuple(parameter.shape)} has no role{hint}; add e.g. Layout({pattern!r}, ROLE, {axes}), with ROLE"
         f" {UNPLANNED!r} to leave it alone"

@@ -23,7 +23,7 @@ from mue.layouts.transformers.disk import has_weights
 from mue.layouts.transformers.stock import eager
 from mue.util.errors import nearest
 from mue.util.files import read_text
-from mue.util.importing import imported, user_code
+from mue.util.importing import imported, not_taken, user_code
 
 
 @dataclass(frozen=True)
@@ -98,10 +98,8 @@ def source_of(given: str | Path | Any, rows: Sequence[Layout] = (), config: str 
         return _of_class(made, rows, config)
     if not callable(made):
         raise ValueError(f"{given} is a {type(made).__name__}: give a class of models, or a function that builds one")
-    try:
-        inspect.signature(made).bind()
-    except TypeError as error:
-        raise ValueError(f"{given} is called without arguments, which it does not take ({error})") from None
+    if why := not_taken(made):
+        raise ValueError(f"{given} is called without arguments, which it does not take ({why})")
     with torch.device("meta"), user_code(str(given)):
         result = made()
     result = result.get("model", result) if isinstance(result, dict) else result

@@ -187,7 +187,7 @@ def grouped(plan: PlanData, tensors: Iterable[TensorPlan]) -> list[dict[str, Any
             "betas": plan.betas,
             **_torch_names(plan, p, values.eps, scale),
         }
-        # few groups: one per tensor would end the fused and foreach updates (anchors 1.2, unit-scaling)
+        # few groups: one per tensor would end the fused and foreach updates
         key = tuple(v for k, v in group.items() if k != "params")
         group = groups.setdefault(key, {**group, "roles": []})
         group["params"].append(p)

@@ -76,6 +76,8 @@ def _of_tuned(tuned: HParams, given: frozenset[str]) -> Iterator[str]:
     for name in tuned.to_dict():  # without what only other optimizers have
         if name != "roles" and f"tuned.{name}" not in given and "tuned" in given:
             yield f"{name} {_text(getattr(tuned, name))}"
+    if tuned.optimizer == "muon" and tuned.adamw_lr is None and "tuned" in given:
+        yield f"adamw_lr {_text(tuned.lr)}, as lr"
 
 
 def _text(value: object) -> str:

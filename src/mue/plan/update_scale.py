@@ -53,8 +53,6 @@ def lr_factor(role: str, tuned: HParams, base: tuple[Transformer, Block], target
     if ROLES[role].kind == "router" and not target[1].experts:
         return 1.0
     before, after = (matrix_shape(ROLES[role], *one) for one in (base, target))
-    to_spectral, back = (
-        lr_ratio(tuned.update_scale, "spectral", *before),
-        lr_ratio("spectral", tuned.update_scale, *after),
-    )
-    return 1.0 if before == after else to_spectral * back
+    if before == after:
+        return 1.0  # exactly, and not by two roundings
+    return lr_ratio(tuned.update_scale, "spectral", *before) * lr_ratio("spectral", tuned.update_scale, *after)

@@ -67,6 +67,7 @@ class RouterKind:
             settings a router is told.
         mean_active: called with (a, N, settings): the mean number of active experts at init, where that differs by token; None
             where it is a.
+        revision: how often what it computes from the same numbers was changed; part of the keys of runs with it, which were other runs before.
         defined_in: the module and name that registered it.
     """
 
@@ -92,6 +93,7 @@ class RouterKind:
     fits_batch: Callable[[int, int, Mapping[str, Any], int], None] | None = None
     moments: Callable[[int, int, Mapping[str, Any]], tuple[float, float]] | None = None
     mean_active: Callable[[int, int, Mapping[str, Any]], float] | None = None
+    revision: int = 0
     defined_in: str = field(default=__name__, compare=False)  # for messages of the registry: no fact of the router
 
     def __post_init__(self) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import linecache
 import sys
 import sysconfig
@@ -74,6 +75,21 @@ def _look_first_in(folder: str) -> None:
     if folder in sys.path:
         sys.path.remove(folder)
     sys.path.insert(0, folder)
+
+
+def not_taken(call: Any, *arguments: Any) -> str:
+    """Why something cannot be called with these arguments, in Python's words; empty where it can, or where nobody knows.
+
+    Args:
+        call: a function or a class, which is not called.
+    """
+    try:
+        inspect.signature(call).bind(*arguments)
+    except TypeError as error:
+        return str(error)
+    except ValueError:  # some built-in ones have no signature
+        return ""
+    return ""
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -10,6 +11,7 @@ import mue
 from mue.lab.data import Corpus
 from mue.lab.data.spec import describe_data
 from mue.lab.train.run import Run, Settings
+from mue.shapes import ROUTERS
 from support.small_run import BASE, SETTINGS, TARGET, TUNED, moe_run
 
 
@@ -111,3 +113,20 @@ def test_whole_numbers_of_settings_are_plain_ones() -> None:
         Settings(eval_sequences=64.0, eval_every=10.0).to_dict() == Settings(eval_sequences=64, eval_every=10).to_dict()
     )  # type: ignore[arg-type]
     assert type(Settings(log_every=5.0).log_every) is int  # type: ignore[arg-type]
+
+
+def test_a_router_that_computes_otherwise_now_has_other_keys(corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of before are not taken for runs of now; routers that stayed keep their keys."""
+    data, training = describe_data({"source": []}, corpus), mue.Training(128, 10)
+
+    def run(router: str) -> Run:
+        target = replace(TARGET, router=router)
+        return Run(mue.transfer(BASE, target, TUNED, base_training=training, training=training), SETTINGS, data)
+
+    assert run("dtop-p").effective["settings"]["router_revisions"] == {"dtop-p": 1}
+    assert "router_revisions" not in run("sigmoid").effective["settings"]
+    before, kind = run("dtop-p").key, ROUTERS.lookup("dtop-p")
+    with monkeypatch.context() as changed:
+        changed.setitem(vars(kind), "revision", kind.revision + 1)  # frozen, and the registry's own
+        assert run("dtop-p").key != before
+    assert run("dtop-p").key == before

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mue.moe.routers.controller import HIGHEST, LOWEST, MOVES, PIController
+from mue.moe.routers.controller import HIGHEST, LOWEST, PIController
 
 
 def stepped(controller: PIController, *errors: float) -> list[float]:
@@ -36,17 +36,22 @@ def test_inside_its_bounds_it_is_the_formula(
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected))
 
 
-@pytest.mark.parametrize("moves", MOVES)
-def test_at_a_bound_nothing_is_wound_up(moves: str) -> None:
-    """A thousand steps that push against a bound are forgotten at once; summed they would hold p there for a thousand more."""
-    for error, bound in ((0.1, HIGHEST if moves == "tail" else 1.0), (-0.1, LOWEST)):
+@pytest.mark.parametrize(("moves", "pushes"), [("p", 100), ("tail", 1000)])
+def test_at_a_bound_nothing_is_wound_up(moves: str, pushes: int) -> None:
+    """Steps that push against a bound are forgotten at once; summed they would hold p there for as many more."""
+    highest = HIGHEST if moves == "tail" else 1.0
+
+    def moved(p: float) -> float:
+        return -math.log1p(-p) if moves == "tail" else p
+
+    for error, bound in ((0.1, highest), (-0.1, LOWEST)):
         controller = PIController(0.5, 1.0, 0.3, moves)
-        assert stepped(controller, *[error] * 1000)[-1] == bound
-        inside = stepped(controller, *[-error] * 3)[-1]
-        assert LOWEST < inside < 1.0 and inside != bound
-        # the control: with all errors summed it would be far beyond the bound still, and for a thousand more steps
-        wound = -error + 0.3 * 997 * error
-        assert not LOWEST < (1 - math.exp(-wound) if moves == "tail" and wound > 0 else 0.5 + wound) < HIGHEST
+        assert stepped(controller, *[error] * pushes)[-1] == bound
+        inside = stepped(controller, -error)[0]
+        assert LOWEST < inside < highest and abs(moved(inside) - moved(bound)) > 0.05
+        # the control: with all errors summed it would be far beyond the bound still, and for as many more steps
+        wound = moved(0.5) - error + 0.3 * (pushes - 1) * error
+        assert not moved(LOWEST) < wound < moved(highest)
 
 
 @settings(max_examples=20, deadline=None, derandomize=True)

@@ -178,6 +178,9 @@ class Run:
         elif settings["balance"] == "bias" and any(map(_softmax_bias, plan.target.blocks)):
             # Their step is in proportion to the score; runs from before it was have other keys, for they are other runs.
             settings["bias_step"] = "of the score"
+        kinds = [block.router_kind for block in plan.target.blocks if block.experts]
+        if revised := {kind.name: kind.revision for kind in kinds if kind.revision}:
+            settings["router_revisions"] = revised
         return {
             "shape": shape,
             "multipliers": asdict(plan.multipliers),

@@ -11,7 +11,7 @@ from typing import Any
 from mue.layouts.layout import ParamInfo
 from mue.layouts.observe.config import find_integer, integers, size_of, subconfigs, text_config
 from mue.layouts.observe.describe import Description
-from mue.layouts.observe.names import ACTIVE_EXPERTS, KV_HEADS, RENORMALISE
+from mue.layouts.observe.names import ACTIVE_EXPERTS, KV_HEADS, RENORMALISE, SEQUENCE
 from mue.shapes import Block, Dense, Mixed, MoE, Transformer
 
 MEASURED = 'gates = "measured" and gate_moments (mue inspect --measure-gates gives them)'
@@ -133,6 +133,7 @@ def shape_of(
     common: dict[str, Any] = {
         "width": (size_of(config, "width") if config is not None else None) or embedding.fan_out,
         **heads,
+        **_sequence(config),
         **{name: said[name] for name in ("sequence", "output_multiplier") if name in said},
         "vocab": embedding.fan_in,
         "gated": any(part.endswith("_gate") for p in placed for part in (p.role, *p.layout.parts)),
@@ -145,6 +146,12 @@ def shape_of(
     if block.ffn is not None:
         return Dense(ffn=block.ffn, layers=block.layers, **common)
     return MoE(**{k: v for k, v in vars(block).items() if k != "ffn"}, **common)
+
+
+def _sequence(config: Any | None) -> dict[str, int]:
+    """The usual sequence, or the longest that a config allows where that is shorter."""
+    longest = None if config is None else find_integer(text_config(config), SEQUENCE)
+    return {} if longest is None or longest >= (usual := Transformer.sequence) else {"sequence": min(longest, usual)}
 
 
 @dataclass(frozen=True)

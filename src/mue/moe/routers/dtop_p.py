@@ -40,6 +40,7 @@ def mean_active(active: int, experts: int, settings: Mapping[str, Any]) -> float
 @router(
     "dtop-p",
     place=2.2,
+    revision=1,  # -ln(1 - p) is moved in place of p, by other factors
     unit_sum=True,
     matrix=True,
     scalars=("theta",),
