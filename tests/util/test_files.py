@@ -9,7 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from mue.util.files import FileLock, cache_folder, digest, rounded, write_atomic, write_json, write_text
+from mue.util.files import (
+    FileLock,
+    cache_folder,
+    digest,
+    remove_unfinished,
+    rounded,
+    write_atomic,
+    write_json,
+    write_text,
+)
 
 HOLD = "import sys, pathlib\nfrom mue.util.files import FileLock\nwith FileLock(pathlib.Path(sys.argv[1])):\n    print('held', flush=True)\n    sys.stdin.read()\n"
 
@@ -99,3 +108,20 @@ def test_the_cache_lies_where_it_is_told(tmp_path: Path, monkeypatch: pytest.Mon
     assert cache_folder() == tmp_path / "user" / "mue"
     monkeypatch.setenv("MUE_CACHE", str(tmp_path / "own"))
     assert cache_folder() == tmp_path / "own"
+
+
+def test_what_a_killed_write_left_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from mue.util.files import write_atomic\n"
+        "write_atomic(Path(sys.argv[1]), lambda path: (path.write_text('half'), os.kill(os.getpid(), 9)))"
+    )
+    file, beside = (
+        tmp_path / "a.[x]",
+        [tmp_path / "a.[x]", tmp_path / ".b.json.1", tmp_path / ".a.x.2", tmp_path / "a.3"],
+    )
+    for path in beside:
+        path.write_text("whole")
+    subprocess.run([sys.executable, "-c", code, str(file)], check=False)
+    assert len(list(tmp_path.iterdir())) == len(beside) + 1  # the control: it is there
+    remove_unfinished(file)
+    assert sorted(tmp_path.iterdir()) == sorted(beside) and file.read_text() == "whole"

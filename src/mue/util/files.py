@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import glob
 import hashlib
 import json
 import os
@@ -61,6 +62,16 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         if made and not any(path.parent.iterdir()):
             path.parent.rmdir()
         raise
+
+
+def remove_unfinished(path: Path) -> None:
+    """Remove what :func:`write_atomic` had begun of a file when its process was killed; only for whoever alone writes that file.
+
+    Args:
+        path: of the file, which may be there or not.
+    """
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+        left.unlink(missing_ok=True)
 
 
 def write_folder(path: Path, fill: Callable[[Path], None]) -> None:

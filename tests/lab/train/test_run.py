@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 import mue
 from mue.lab.data import Corpus
 from mue.lab.data.spec import describe_data
-from mue.lab.train.run import Run, Settings
+from mue.lab.train.run import Run, Settings, Store
 from mue.shapes import ROUTERS
 from support.small_run import BASE, SETTINGS, TARGET, TUNED, moe_run
 
@@ -130,3 +131,13 @@ def test_a_router_that_computes_otherwise_now_has_other_keys(corpus: Corpus, mon
         changed.setitem(vars(kind), "revision", kind.revision + 1)  # frozen, and the registry's own
         assert run("dtop-p").key != before
     assert run("dtop-p").key == before
+
+
+def test_a_run_that_goes_on_clears_what_a_killed_write_left(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.locked("k") as folder:
+        left, other = folder / ".checkpoint.safetensors.abc", folder / "notes.txt"
+        left.touch()
+        other.touch()
+    with store.locked("k"):
+        assert not left.exists() and other.exists()

@@ -23,7 +23,7 @@ from mue.shapes.block import Block
 from mue.shapes.hparams import warmup_steps
 from mue.shapes.routers import LOSSES
 from mue.util.errors import positive, positive_int
-from mue.util.files import FileLock, digest, read_text
+from mue.util.files import FileLock, digest, read_text, remove_unfinished
 
 PRECISIONS = ("fp32", "bf16")
 BALANCES = ("bias", "loss", "none")
@@ -311,11 +311,14 @@ class Store:
     def locked(self, key: str) -> Iterator[Path]:
         """The run's folder, made where it is missing and held by this process alone, as a context.
 
-        The lock is the kernel's (flock) and dies with the process, so that a killed one leaves nothing to clean up.
+        The lock is the kernel's (flock) and dies with the process. What a killed one had half written beside its files is removed.
 
         Raises:
             BusyError: another process holds it.
         """
         busy = BusyError(f"run {key} is being trained by another process")
-        with FileLock(self.folder(key) / "lock", busy=busy):
-            yield self.folder(key)
+        folder = self.folder(key)
+        with FileLock(folder / "lock", busy=busy):
+            for name in (CONFIG_FILE, RESULT_FILE, METRICS_FILE, ROUTERS_FILE, CHECKPOINT_FILE, WEIGHTS_FILE):
+                remove_unfinished(folder / name)
+            yield folder
