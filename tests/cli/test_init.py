@@ -73,7 +73,7 @@ def test_a_sweep_file_is_a_sweep(target: tuple[str, ...], here: Any) -> None:
     assert code == 0 and "mue sweep sweep.toml -o runs/sweep" in out, err
     code, out, err = here("sweep", "sweep.toml", "--dry-run")
     assert code == 0 and "10 runs of 20 steps with 4,096 tokens" in out, err
-    assert not Path("runs/sweep").exists()
+    assert not Path("runs/sweep").exists() and f"kept for the run itself, in {Path('runs/data').absolute()}" in out
     assert ("proposed from the target" in Path("sweep.toml").read_text()) == ("--base" not in flags)
 
 

@@ -40,7 +40,10 @@ OTHER = {
     "layers": ({"layers": 3}, "is in layer 2, the plan has 2 layers"),
     "vocabulary": ({"vocab": 64}, "vocabulary 64, planned 128"),
     "heads": ({"heads": 4}, "fan-in 64, planned 128"),
-    "tied": ({"tied": True}, "tied = false, the model's head is its embedding"),
+    "tied": (
+        {"tied": True},
+        "tied = false, the model's head is its embedding: plan with tied = true in the target, or give the model a head",
+    ),
     "no shared experts": ({"shared_experts": 0}, "the plan has .* tensors of role shared_up, the model none"),
 }
 

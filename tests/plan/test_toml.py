@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 import mue
-from mue.plan.toml import lr_grid, plan_inputs, read_toml
+from mue.plan.toml import lr_grid, plan_inputs, read_toml, shape_from, training_from
 from mue.plan.transfer import plan_of
 from support.plan_file import PLAN as FILE
 from support.sde import SDE
@@ -324,3 +324,20 @@ def test_moments_may_be_said_layer_by_layer() -> None:
     assert [(b.layers, b.gate_moments) for b in mixed.blocks] == [(1, (1.0, 0.6)), (1, (1.0, 0.5))]
     with pytest.raises(ValueError, match=r"gate_moments of \[target\] has 7 pairs for 8 layers"):
         inputs(plain.replace("PAIRS", str(pairs[1:])))
+
+
+def test_what_a_shape_refuses_names_the_table() -> None:
+    """A file has several tables with the same keys, and the numbers know none of them."""
+    dense, moe = {"width": 64, "ffn": 64, "layers": 2}, {"moe": "8e2a", "expert": 32}
+    odd = "width 100 is not divisible by head_dim 64 \\(the default\\): change one"
+    with pytest.raises(ValueError, match=rf"^\[target\]: {odd}"):
+        shape_from({**dense, "width": 100}, "target")
+    with pytest.raises(ValueError, match=r"^\[base\]: width 100 is not divisible by head_dim 32: "):
+        shape_from({**dense, "width": 100, "head_dim": 32}, "base")
+    blocks = [{"layers": 1, "ffn": 64}, {"layers": 3, **moe, "expert": 0}]
+    with pytest.raises(ValueError, match=r"^\[\[target.blocks\]\] 2: expert must be a whole number"):
+        shape_from({"width": 64, "blocks": blocks}, "target")
+    with pytest.raises(ValueError, match=r"^\[target.training\]: training steps must be"):
+        training_from({"training": {"batch": 64, "steps": 0}}, "target")
+    with pytest.raises(ValueError, match=r"^\[target\] needs 'width'$"):  # named once, where it is named already
+        shape_from({}, "target")

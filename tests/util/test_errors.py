@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import re
 from fractions import Fraction
@@ -9,7 +10,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 
-from mue.util.errors import nearest, positive, positive_int, true_or_false
+import mue
+from mue.util.errors import CallError, explain_calls, nearest, positive, positive_int, true_or_false
 
 
 @pytest.mark.parametrize("value", [1, 7, 10**18])
@@ -88,3 +90,43 @@ def test_a_number_beyond_any_shape_is_not_printed() -> None:
 def test_the_nearest_word_or_all_of_them() -> None:
     assert nearest("widht", ["width", "layers"]) == "; did you mean 'width'?"
     assert nearest("zzz", iter(["width", "layers"])) == "; known: width, layers"
+
+
+CALLED = [name for name in mue.__all__ if callable(getattr(mue, name)) and name not in ("Plan", "get_rule")]
+
+
+@pytest.mark.parametrize("name", CALLED)
+def test_a_misspelt_keyword_names_the_nearest(name: str) -> None:
+    """Whatever a user calls; plans are made by ``transfer``, and ``get_rule`` takes the options of any rule."""
+    called = getattr(mue, name)
+    for keyword, p in inspect.signature(called).parameters.items():
+        if len(keyword) < 4 or p.kind is p.VAR_KEYWORD:
+            continue
+        wrong = keyword[:1] + keyword[2:]
+        with pytest.raises(
+            ValueError, match=rf"{name}\(\) got an unexpected keyword argument '{wrong}'; did you mean '{keyword}'"
+        ):
+            called(**{wrong: 1})
+
+
+def test_what_is_missing_or_too_much_is_named() -> None:
+    with pytest.raises(ValueError, match=r"Dense\(\) needs ffn and layers$"):
+        mue.Dense(width=64)  # type: ignore[call-arg]
+    with pytest.raises(CallError, match=r"HParams\(\) needs lr, weight_decay and init_std$"):
+        mue.HParams()  # type: ignore[call-arg]
+    with pytest.raises(
+        TypeError, match=r"Dense\(\) takes width, ffn, layers without a name, and got 4 values: name the others"
+    ):
+        mue.Dense(64, 64, 2, 16)  # type: ignore[misc, call-arg]
+    with pytest.raises(ValueError, match=r"MoE\(\) .* did you mean 'width'"):
+        mue.MoE.parse("8e2a", widht=64, expert=32, layers=2)
+
+
+def test_an_error_from_inside_a_right_call_stays_itself() -> None:
+    @explain_calls
+    def fails(x: int) -> int:
+        return x + "1"  # type: ignore[operator]
+
+    with pytest.raises(TypeError, match="unsupported operand") as caught:
+        fails(1)
+    assert not isinstance(caught.value, CallError)

@@ -25,7 +25,7 @@ from mue.model.apply import init_
 from mue.plan.fold import unfold
 from mue.plan.plan import PlanData
 from mue.shapes import Transformer
-from mue.util.errors import nearest
+from mue.util.errors import explain_calls, nearest
 from mue.util.text import text_table
 
 AXES: dict[str, Callable[[Transformer], float]] = {
@@ -90,6 +90,7 @@ def _range(expected: tuple[float, float]) -> str:
     return f"{low:+.2f}" if low == high else f"{low:+.2f} … {high:+.2f}"
 
 
+@explain_calls
 def coordinate_check(
     build: Callable[[Transformer], nn.Module],
     plan: Callable[[Transformer], PlanData],

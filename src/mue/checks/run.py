@@ -17,8 +17,10 @@ from mue.checks.optimizers import unwrapped
 from mue.checks.registry import CHECKS, Check
 from mue.checks.report import FAIL, SKIP, CheckError, Finding, Report
 from mue.plan.plan import PlanData
+from mue.util.errors import explain_calls
 
 
+@explain_calls
 def check(
     model: nn.Module,
     plan: PlanData,

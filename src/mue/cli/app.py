@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -173,6 +173,15 @@ def say_data(console: Console, corpus: Any, tuned: Path | None = None) -> None:
         from mue.lab.sweep.tuned import tuned_of
 
         _say_notes(tuned_of(tuned).other_data(corpus.hash, str(tuned)))
+
+
+def say_kept(console: Console, source: Mapping[str, Any]) -> None:
+    """Where the tokens lie that a dry run made: it reads the data, and what it read is not read again.
+
+    Args:
+        source: as :func:`mue.lab.data.spec.data_source` gives it.
+    """
+    say_paths(console, f"nothing is trained; the tokens are kept for the run itself, in {source['cache']}")
 
 
 def _say_notes(notes: Iterable[str]) -> None:

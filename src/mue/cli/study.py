@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from typer.core import TyperGroup
 
-from mue.cli.app import KeepWeights, Workers, app, say_data, say_paths
+from mue.cli.app import KeepWeights, Workers, app, say_data, say_kept, say_paths
 from mue.cli.files import Set, change_tables, read_tables
 
 if TYPE_CHECKING:  # a study's modules need torch, and a command imports what it calls when it runs
@@ -123,6 +123,7 @@ def run(
             highlight=False,
         )
     if dry_run:
+        say_kept(console, spec.source)
         return
     label = {p.run.key: p.name for p in missing}
     with RunProgress(console, "study", [p.run for p in missing], lambda r: label.get(r.key, "wider")) as progress:

@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from mue.cli.app import KeepWeights, Log, Workers, app, say_data, say_paths
+from mue.cli.app import KeepWeights, Log, Workers, app, say_data, say_kept, say_paths
 from mue.cli.files import Set, read_tables
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def sweep(
     say_data(console, corpus)
     if dry_run:
         _say_asked(console, spec)
+        say_kept(console, spec.source)
         return
     display = SweepDisplay(console, "sweep", spec.training.steps, spec.training.batch)
     with Broadcast(*sinks, display) as listener:

@@ -16,7 +16,7 @@ from typing import Protocol, runtime_checkable
 from torch import Tensor, nn
 
 from mue.rules.roles import ROLES
-from mue.util.errors import nearest
+from mue.util.errors import explain_calls, nearest
 
 # Wrappers put these in front of, or into, a parameter's name (DDP, torch.compile, FSDP, activation checkpointing).
 _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -32,6 +32,7 @@ _STARS = r"(\*\*|\*|\{\w*\})"
 _MARKS = ("layer", "stage", "expert")
 
 
+@explain_calls
 @dataclass(frozen=True)
 class Layout:
     """Names matching ``pattern`` have ``role``; ``axes`` says what each axis is.

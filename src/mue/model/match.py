@@ -100,8 +100,10 @@ def _missing(plan: PlanData, here: set[str]) -> list[str]:
     ]
     # a tied head is placed once, under the embedding's name
     if tied != ("head" not in here):
+        own = "head" in here
         faults.append(
-            f"the plan's target has tied = {str(tied).lower()}, the model's head is {'its embedding' if 'head' not in here else 'a tensor of its own'}"
+            f"the plan's target has tied = {str(tied).lower()}, the model's head is {'a tensor of its own' if own else 'its embedding'}:"
+            f" plan with tied = {str(not own).lower()} in the target, or {'share the matrix' if own else 'give the model a head of its own'}"
         )
     return faults
 

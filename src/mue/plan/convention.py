@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mue.shapes import DECOUPLED
-from mue.util.errors import positive, true_or_false
+from mue.util.errors import explain_calls, positive, true_or_false
 
 
+@explain_calls
 @dataclass(frozen=True)
 class Convention:
     """The base's own habits, declared and never guessed (``[base.convention]``).

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,21 @@ def check_keys(table: Mapping[str, Any], known: Collection[str], where: str) -> 
     for key in table:
         if key not in known:
             raise ValueError(f"unknown key {key!r} in {where}{nearest(key, known)}")
+
+
+@contextmanager
+def naming(where: str, number: int | None = None) -> Iterator[None]:
+    """What a shape or a run refuses knows no file: put the table in front, for a file has several with the same keys.
+
+    Args:
+        where: the table's name. number: of which entry, where it is a list of tables.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if f"[{where}" in str(error):
+            raise
+        raise ValueError(f"[{where}]: {error}" if number is None else f"[[{where}]] {number}: {error}") from error
 
 
 def need(table: Mapping[str, Any], key: str, where: str) -> Any:
@@ -164,7 +180,8 @@ def training_from(table: Mapping[str, Any], where: str) -> Training | None:
     training = table_of(table, "training", f"{where}.")
     check_keys(training, ("batch", "steps", "critical_batch"), f"[{where}.training]")
     batch, steps = (need(training, key, f"[{where}.training]") for key in ("batch", "steps"))
-    return Training(batch, steps, training.get("critical_batch"))
+    with naming(f"{where}.training"):
+        return Training(batch, steps, training.get("critical_batch"))
 
 
 def shape_from(table: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()) -> Transformer:
@@ -179,10 +196,10 @@ def shape_from(table: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()
     check_keys(table, (*COMMON_KEYS, "ffn", *MOE_KEYS, "blocks", "schedule", *extra), f"[{where}]")
     common = {k: table[k] for k in (*COMMON_KEYS, "output_multiplier") if k in table}
     need(table, "width", f"[{where}]")
-    if "blocks" in table:
-        return _mixed(table, common, where)
-    need(table, "layers", f"[{where}]")
-    return _uniform(table, common, f"[{where}]")
+    if "blocks" not in table:
+        need(table, "layers", f"[{where}]")
+    with naming(where):
+        return _mixed(table, common, where) if "blocks" in table else _uniform(table, common, f"[{where}]")
 
 
 def _uniform(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Transformer:
@@ -264,7 +281,7 @@ def _mixed(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Mixe
     if not isinstance(blocks, list) or not all(isinstance(b, dict) for b in blocks):
         raise ValueError(f"blocks of [{where}] must be tables: write [[{where}.blocks]]")
     made = []
-    for block in blocks:
+    for n, block in enumerate(blocks, 1):
         check_keys(block, ("layers", "ffn", *MOE_KEYS), f"[[{where}.blocks]]")
         need(block, "layers", f"[[{where}.blocks]]")
         own = dict(block)
@@ -273,7 +290,8 @@ def _mixed(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Mixe
         # TOML has lists only; Block compares and hashes a tuple
         if isinstance(own.get("gate_moments"), list):
             own["gate_moments"] = tuple(own["gate_moments"])
-        one = Block(**numbers, **_with_router(own, f"[[{where}.blocks]]"))
+        with naming(f"{where}.blocks", n):
+            one = Block(**numbers, **_with_router(own, f"[[{where}.blocks]]"))
         made += [one] if pairs is None else _with_moments((one,) * one.layers, pairs, f"[[{where}.blocks]]")
     layers = common.pop("layers", None)
     shape = Mixed(blocks=tuple(made), **common)

@@ -32,9 +32,10 @@ from mue.rules import OPTIONS, get_rule
 from mue.rules.optimizers import for_optimizer
 from mue.rules.options import as_json
 from mue.shapes import HParams, Training, Transformer
-from mue.util.errors import nearest
+from mue.util.errors import CallError, explain_calls, nearest
 
 
+@explain_calls
 def transfer(
     base: Transformer | PlanData,
     target: Transformer,
@@ -83,13 +84,13 @@ def transfer(
 
     Raises:
         ValueError: naming the number and the fix, for anything the rule cannot answer, and for an option it lacks.
-        TypeError: a keyword that is no option of any rule.
+        CallError: a keyword that is no option of any rule; it is a TypeError and a ValueError.
 
     Source: Complete-muE (arXiv 2605.23893) for the default rule; each row of a plan names its own.
     """
     for name in more:
         if name not in OPTIONS:
-            raise TypeError(
+            raise CallError(
                 f"transfer() got an unexpected keyword argument {name!r}{nearest(name, dict.fromkeys((*_KEYWORDS, *OPTIONS)))}"
             )
     _check_kinds(base, target, tuned, base_training, training)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from mue.rules.table import FIELDS, NORMAL
+from mue.util.errors import explain_calls
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,7 @@ class BlockPlan:
         return {**out, "drift": dict(self.drift), "roles": {r: p.to_dict() for r, p in self.roles.items()}}
 
 
+@explain_calls
 @dataclass(frozen=True)
 class Multipliers:
     """Forward multipliers of a model; the default is a stock model.

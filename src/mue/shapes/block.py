@@ -9,7 +9,7 @@ from typing import Any
 
 from mue.shapes.routers import ROUTERS, RouterKind
 from mue.shapes.settings import NO_SETTINGS
-from mue.util.errors import LARGEST, positive, positive_int, true_or_false
+from mue.util.errors import LARGEST, explain_calls, positive, positive_int, true_or_false
 
 # The two values of ``gates``: weights that sum to one over the active experts, or whatever gate_moments says of them.
 NORMALISED = "unit-sum"
@@ -19,6 +19,7 @@ MOST_LAYERS = 100_000
 MOST_EXPERTS = 10_000_000
 
 
+@explain_calls
 @dataclass(frozen=True, kw_only=True)
 class Block:
     """``layers`` equal blocks: a dense feed-forward of width ``ffn``, or experts.

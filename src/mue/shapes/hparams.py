@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from mue.shapes.update_scales import update_scale
-from mue.util.errors import nearest, positive, positive_int
+from mue.util.errors import explain_calls, nearest, positive, positive_int
 
 # Optimizers whose transfer is derived for at least one rule (mue.rules.optimizers says what holds for which).
 OPTIMIZERS = (
@@ -76,6 +76,7 @@ def third_and_role(table: str) -> tuple[str, str]:
     return third, role
 
 
+@explain_calls
 @dataclass(frozen=True)
 class Training:
     """A run: ``batch`` in tokens per step, ``steps``; ``tokens`` = D.
@@ -104,6 +105,7 @@ class Training:
         return self.batch * self.steps
 
 
+@explain_calls
 @dataclass(frozen=True)
 class HParams:
     """What the one sweep found on the base.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast
 from mue.shapes.block import MOST_LAYERS, NORMALISED, Block, parse_notation
 from mue.shapes.of_model import OfModel
 from mue.shapes.settings import NO_SETTINGS
-from mue.util.errors import LARGEST, positive, positive_int, true_or_false
+from mue.util.errors import LARGEST, explain_calls, positive, positive_int, true_or_false
 
 DEFAULT_HEAD_DIM = 64
 
@@ -73,11 +73,12 @@ class Transformer(OfModel):
         for name in ("width", "vocab", "sequence", *(n for n in ("heads", "kv_heads") if getattr(self, n) is not None)):
             self._whole(name)
         self._whole("layers", most=MOST_LAYERS)
+        default = " (the default)" if self.head_dim is None else ""
         self._set_head_dim()
         object.__setattr__(self, "output_multiplier", positive("output_multiplier", self.output_multiplier))
         if self.heads is None and self.width % self.head_dim:
             raise ValueError(
-                f"width {self.width} is not divisible by head_dim {self.head_dim}: change one, or give heads"
+                f"width {self.width} is not divisible by head_dim {self.head_dim}{default}: change one, or give heads"
             )
         if self.kv_heads is not None and self.num_heads % self.kv_heads:
             raise ValueError(f"{self.kv_heads} kv_heads do not divide the {self.num_heads} heads")
@@ -228,6 +229,7 @@ class Transformer(OfModel):
         return {"kind": self.kind, **_as_dict(self)}
 
 
+@explain_calls
 @dataclass(frozen=True)
 class Dense(Transformer):
     """A dense decoder: ``Dense(width, ffn, layers)``; the rest as in :class:`Transformer`."""
@@ -246,6 +248,7 @@ class Dense(Transformer):
         return (Block(layers=self.layers, ffn=self.ffn),)
 
 
+@explain_calls
 @dataclass(frozen=True)
 class MoE(Transformer):
     """A decoder whose every block has experts; the fields of :class:`Block` and :class:`Transformer`.
@@ -298,6 +301,7 @@ class MoE(Transformer):
         return self.blocks[0].notation
 
 
+@explain_calls
 @dataclass(frozen=True)
 class Mixed(Transformer):
     """Blocks that differ: dense first layers, another number of experts per layer.

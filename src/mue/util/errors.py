@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import functools
+import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from numbers import Integral, Real
+from typing import Any, TypeVar
 
 from mue.util.text import yaml_number
+
+C = TypeVar("C", bound=Callable[..., Any])
 
 LARGEST = 10**18  # beyond any shape or run, and well inside what a float holds
 
@@ -109,3 +114,57 @@ def extra(name: str) -> str:
         name: of the extra, as in ``pyproject.toml``.
     """
     return f"pip install 'mue[{name}] @ git+<repository>'"
+
+
+class CallError(TypeError, ValueError):
+    """A call whose arguments do not fit: Python's ``TypeError``, and as the mistake of a user a ``ValueError`` as well."""
+
+
+def explain_calls(called: C) -> C:
+    """A decorator for what users call: arguments that do not fit are an error that names the nearest keyword, or those missing.
+
+    Args:
+        called: a function, or a class, of which ``__init__`` is replaced. A call that fits costs one more frame.
+    """
+    own = called.__init__ if inspect.isclass(called) else called  # type: ignore[misc]
+    signature = inspect.signature(called)
+
+    @functools.wraps(own)
+    def explained(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return own(*args, **kwargs)
+        except TypeError as error:
+            given = args[1:] if inspect.isclass(called) else args
+            if isinstance(error, CallError) or not (fault := _misfit(signature, given, kwargs)):
+                raise  # from inside: the call itself was right
+        raise CallError(f"{called.__name__}() {fault}")
+
+    if not inspect.isclass(called):
+        return explained  # type: ignore[return-value]
+    called.__init__ = explained  # type: ignore[misc]
+    return called
+
+
+def _misfit(signature: inspect.Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Why a call does not fit, or nothing where it does."""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError as error:
+        takes = [p for p in signature.parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        names = [p.name for p in takes]
+        for name in kwargs:
+            if name not in names:
+                # what is given already is not what was meant
+                return (
+                    f"got an unexpected keyword argument {name!r}{nearest(name, [n for n in names if n not in kwargs])}"
+                )
+        plain = [p.name for p in takes if p.kind is not p.KEYWORD_ONLY]
+        missing = [
+            p.name for p in takes if p.default is p.empty and p.name not in kwargs and p.name not in plain[: len(args)]
+        ]
+        if missing:
+            return f"needs {' and '.join([', '.join(missing[:-1]), missing[-1]] if missing[1:] else missing)}"
+        if len(args) > len(plain):
+            return f"takes {', '.join(plain) or 'nothing'} without a name, and got {len(args)} values: name the others"
+        return str(error)
+    return ""

@@ -21,7 +21,7 @@ from mue.lab.valley.multiplier_check import MultiplierCheck
 # who is compared on the MoE, by rule, in the order of the pictures
 APPROACHES = {
     "complete-mue": "complete-mue",
-    "hidden-ratio-only": "what stacks do: one ratio of widths",
+    "hidden-ratio-only": "what stacks do (one ratio of widths)",
     "standard": "the base's numbers as they are",
 }
 COLORS = {"complete-mue": plots.MUE, "hidden-ratio-only": plots.DENSE, "standard": plots.STANDARD}
@@ -51,7 +51,7 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
         same = all(p > 0 for p in pairs) or all(p < 0 for p in pairs)
         words = "in each seed" if same else "but not in each seed: level"
         out.append(
-            f"Against {APPROACHES[rule]} complete-mue ends {abs(theirs - ours):.3f} {'lower' if theirs > ours else 'higher'}, {words}."
+            f"complete-mue ends {abs(theirs - ours):.3f} {'lower' if theirs > ours else 'higher'} than {APPROACHES[rule]}, {words}."
         )
     tuned = {
         rule: min((y, float(m)) for m, y in entry["losses"].items() if y is not None)
