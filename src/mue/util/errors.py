@@ -126,7 +126,7 @@ def explain_calls(called: C) -> C:
     Args:
         called: a function, or a class, of which ``__init__`` is replaced. A call that fits costs one more frame.
     """
-    own = called.__init__ if inspect.isclass(called) else called  # type: ignore[misc]
+    own = called.__init__ if inspect.isclass(called) else called
     signature = inspect.signature(called)
 
     @functools.wraps(own)
@@ -141,7 +141,7 @@ def explain_calls(called: C) -> C:
 
     if not inspect.isclass(called):
         return explained  # type: ignore[return-value]
-    called.__init__ = explained  # type: ignore[misc]
+    called.__init__ = explained  # type: ignore[method-assign]
     return called
 
 
