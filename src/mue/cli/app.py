@@ -157,18 +157,12 @@ def with_sweep(data: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any
 
 
 def say_data(console: Console, corpus: Any, tuned: Path | None = None) -> None:
-    """Print what a corpus is and what was left out of it: nothing is skipped silently.
+    """Print what the data are and what was left out of them: nothing is skipped silently.
 
     Args:
-        tuned: the folder of the sweep whose values are trained with on it; that it read other data is noted.
+        corpus: text or images. tuned: the folder of the sweep whose values are trained with on it; that it read other data is noted.
     """
-    skipped = ", ".join(f"{n} {why}" for why, n in corpus.skipped.items())
-    console.print(
-        f"data: {corpus.files} files, {corpus.bytes / 1e6:.1f} MB, {corpus.tokens:,} tokens, vocabulary {corpus.vocab}, sha256 {corpus.hash[:16]}"
-        + (f" (left out: {skipped})" if skipped else ""),
-        highlight=False,
-        soft_wrap=True,
-    )
+    console.print(f"data: {corpus.summary()}", highlight=False, markup=False, soft_wrap=True)
     if tuned is not None:
         from mue.lab.sweep.tuned import tuned_of
 

@@ -104,7 +104,7 @@ def run(
       \\[axes.duration]
       targets = \\[{ steps = 160 }, { steps = 2560 }]
     """
-    from mue.lab.data.spec import describe_data, open_corpus
+    from mue.lab.data.spec import describe_data, open_data
     from mue.lab.report.progress import RunProgress
     from mue.lab.study.report import study_report
     from mue.lab.study.rows import StudyFolder
@@ -112,7 +112,7 @@ def run(
     from mue.lab.study.schedule import Schedule
 
     console, spec = Console(), _asked(file, small, out, change).on(tuple(axis or ()))
-    corpus = open_corpus(spec.source)
+    corpus = open_data(spec.source)
     say_data(console, corpus)
     schedule = Schedule(spec, describe_data(spec.source, corpus))
     folder = StudyFolder(out)

@@ -91,7 +91,7 @@ def sweep(
     [bold]Many machines[/]
       mue sweep sweep.toml -o runs/s --storage postgresql://me@db/sweeps     # on each of them, at any time
     """
-    from mue.lab.data.spec import open_corpus
+    from mue.lab.data.spec import open_data
     from mue.lab.sweep.display import SweepDisplay
     from mue.lab.sweep.listener import Broadcast
     from mue.lab.sweep.metric_sinks import open_sinks
@@ -101,7 +101,7 @@ def sweep(
     spec, folder = _asked(file, out, resume, change)
     console = Console()
     sinks = open_sinks(log or [], folder)  # before the data: a package that is missing is said at once
-    corpus = open_corpus(spec.source)
+    corpus = open_data(spec.source)
     say_data(console, corpus)
     if dry_run:
         _say_asked(console, spec)

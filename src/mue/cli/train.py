@@ -16,7 +16,7 @@ from mue.plan.toml import PLAN_TABLES
 if TYPE_CHECKING:  # a run's modules need torch, and a command imports what it calls when it runs
     import torch
 
-    from mue.lab.data import Corpus
+    from mue.lab.data import Data
     from mue.lab.runners.listener import RunListener
     from mue.lab.train.run import Run, Store
 
@@ -81,7 +81,7 @@ def train(
     """
     import torch
 
-    from mue.lab.data.spec import open_corpus
+    from mue.lab.data.spec import open_data
     from mue.lab.report.runs import run_report
     from mue.lab.runners.threads import set_threads
     from mue.lab.sweep.metric_sinks import open_sinks
@@ -89,7 +89,7 @@ def train(
     from mue.lab.train.step import device_named
 
     console = Console()
-    make: Callable[[Corpus], Run]
+    make: Callable[[Data], Run]
     if file.is_dir():
         options = {"--set": change, "--rule": rule, "--seed": seed, "--tuned": tuned}
         source, make = _again(file, [name for name, value in options.items() if value is not None])
@@ -98,7 +98,7 @@ def train(
         source, make = _of_file(tables, tuned, file.parent)
     place = device_named(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sinks = open_sinks(log or [], out)
-    corpus = open_corpus(source)
+    corpus = open_data(source)
     say_data(console, corpus, tuned)
     run, store = make(corpus), Store(out)
     made, folder, ended = run.plan, store.folder(run.key), store.result(run.key) is not None
@@ -118,7 +118,7 @@ def _train(
     console: Console,
     run: Run,
     store: Store,
-    corpus: Corpus,
+    corpus: Data,
     sinks: Sequence[RunListener],
     *,
     keep_weights: bool,
@@ -142,21 +142,21 @@ def _train(
         listener.ended(run, result, fresh=run.key in progress.seen)
 
 
-def _of_file(
-    tables: dict[str, Any], tuned: Path | None, folder: Path
-) -> tuple[dict[str, Any], Callable[[Corpus], Run]]:
+def _of_file(tables: dict[str, Any], tuned: Path | None, folder: Path) -> tuple[dict[str, Any], Callable[[Data], Run]]:
     """Where the data of a training file is, and its run on them."""
     from mue.lab.data.spec import data_source, describe_data
     from mue.lab.train.run import Run
     from mue.lab.train.spec import settings_from, train_plan
+    from mue.lab.train.task import task_of
 
     data, values = with_sweep(tables, tuned)
     made = train_plan(data, values)
-    source, settings = data_source(data, folder), settings_from(data)
+    settings = settings_from(data)
+    source = data_source(data, folder, task_of(settings).reads)
     return source, lambda corpus: Run(made, settings, describe_data(source, corpus))
 
 
-def _again(folder: Path, options: list[str]) -> tuple[dict[str, Any], Callable[[Corpus], Run]]:
+def _again(folder: Path, options: list[str]) -> tuple[dict[str, Any], Callable[[Data], Run]]:
     """Where the data of a run is, and the very same run on them.
 
     Raises:
@@ -169,7 +169,7 @@ def _again(folder: Path, options: list[str]) -> tuple[dict[str, Any], Callable[[
     if options:
         raise ValueError(f"{options[0]} would make it another run than that in {folder}: leave it out, or give a file")
 
-    def make(corpus: Corpus) -> Run:
+    def make(corpus: Data) -> Run:
         if corpus.hash != run.data["hash"]:
             raise ValueError(
                 f"the data of {folder} have changed (sha256 {run.data['hash'][:16]} then, {corpus.hash[:16]} now): it cannot be"

@@ -54,7 +54,7 @@ def tune_roles(
     [bold]Then[/]
       mue plan target.toml --tuned runs/roles     # or copy runs/roles/tuned.toml
     """
-    from mue.lab.data.spec import open_corpus
+    from mue.lab.data.spec import open_data
     from mue.lab.per_role.report import roles_report
     from mue.lab.per_role.tune import roles_from
     from mue.lab.per_role.tune import tune_roles as run
@@ -63,7 +63,7 @@ def tune_roles(
     console = Console()
     data, values = with_sweep(read_tables(file, change, ("base", "tuned", "data", "run", "roles")), tuned)
     spec = roles_from(data, file.parent, values)
-    corpus = open_corpus(spec.source)
+    corpus = open_data(spec.source)
     say_data(console, corpus, tuned)
 
     @contextmanager

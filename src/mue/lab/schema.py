@@ -11,7 +11,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from mue.lab.data.corpus import load_corpus
+from mue.lab.data import load_corpus, load_images
+from mue.lab.data.images.load import CHANNELS, CORRUPT, ODD
 from mue.lab.data.spec import DATA_KEYS
 from mue.lab.per_role.search import Search
 from mue.lab.runners.runner import KINDS as RUNNERS
@@ -78,7 +79,7 @@ def _tables() -> dict[str, Schema]:
             {**_hints(HParams), "roles": {"type": "object"}, "optimizer": {"enum": list(OPTIMIZERS)}},
         ),
         "options": _object({name: {"description": option.meaning} for name, option in OPTIONS.items()}),
-        "data": _table(DATA_KEYS, "data", {**_hints(load_corpus), "source": _either(_kind(str), _list("string"))}),
+        "data": _data(),
         "run": _table(
             RUN_KEYS,
             "run",
@@ -105,6 +106,18 @@ def _tables() -> dict[str, Schema]:
         ),
         "roles": _object(_hints(Search)),
     }
+
+
+def _data() -> Schema:
+    """Keys of text and of images, for a schema need not say which go together."""
+    of_images: dict[str, Schema] = {
+        "odd": {"enum": list(ODD)},
+        "corrupt": {"enum": list(CORRUPT)},
+        "channels": {"enum": list(CHANNELS)},
+    }
+    kinds = {**_hints(load_images), **_hints(load_corpus), **of_images}
+    keys = dict.fromkeys(key for keys in DATA_KEYS.values() for key in keys)
+    return _table(keys, "data", {**kinds, "source": _either(_kind(str), _list("string"))})
 
 
 def _shape(extra: Iterable[str]) -> Schema:

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import mue
-from mue.lab.data import Corpus, load_corpus
+from mue.lab.data import Corpus, ImageSet, load_corpus, load_images
 from mue.lab.data.spec import describe_data
 from mue.lab.models.language import LanguageModel
 from mue.lab.models.output import Output
@@ -144,3 +144,16 @@ def test_tasks_say_what_guessing_costs() -> None:
 def _made(folder: Path) -> Path:
     folder.mkdir()
     return folder
+
+
+def test_data_of_another_kind_are_refused(tmp_path: Path, corpus: Corpus) -> None:
+    class OnImages(Copy):
+        reads = ImageSet.kind
+
+    with pytest.raises(
+        ValueError, match=r"the task copy reads images, and the data are text: take another \[run\] task"
+    ):
+        OnImages().batches_of(run_of(corpus), corpus)
+    with pytest.raises(ValueError, match="the task copy reads text, and the data are images"):
+        train(run_of(corpus), Store(tmp_path), load_images("digits"))
+    assert not (tmp_path / "runs").exists()

@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
@@ -43,6 +43,8 @@ class Corpus:
     ``bytes`` counts the source files. ``skipped`` says what was left out, as reason -> count; it is never silent.
     """
 
+    kind: ClassVar[str] = "text"
+
     train: Tokens
     validation: Tokens
     vocab: int
@@ -71,6 +73,14 @@ class Corpus:
             "tokenizer": self.tokenizer,
             "skipped": dict(self.skipped),
         }
+
+    def summary(self) -> str:
+        """A line for people, with how much was left out."""
+        skipped = ", ".join(f"{n} {why}" for why, n in self.skipped.items())
+        return (
+            f"{self.files} files, {self.bytes / 1e6:.1f} MB, {self.tokens:,} tokens, vocabulary {self.vocab}, sha256 {self.hash[:16]}"
+            + (f" (left out: {skipped})" if skipped else "")
+        )
 
 
 def load_corpus(

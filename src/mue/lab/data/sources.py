@@ -8,7 +8,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -117,7 +117,7 @@ def _walk(
     root: Path, suffixes: frozenset[str], exclude: frozenset[str], tokens_described: bool, skipped: Counter[str]
 ) -> Iterator[FoundFile]:
     """The files of a folder that may be text; what is left out is counted by its reason."""
-    for folder, inside, names in _folders(root, exclude, skipped):
+    for folder, inside, names in walk_folders(root, exclude, lambda reason, _: skipped.update([reason])):
         for name in names:
             path = folder / name
             kind = _kind(path, suffixes)
@@ -131,21 +131,24 @@ def _walk(
                 yield FoundFile((inside / name).as_posix(), path, kind, named=False)
 
 
-def _folders(root: Path, exclude: frozenset[str], skipped: Counter[str]) -> Iterator[tuple[Path, Path, list[str]]]:
+def walk_folders(
+    root: Path, exclude: frozenset[str], skip: Callable[[str, str], object]
+) -> Iterator[tuple[Path, Path, list[str]]]:
     """Each folder below ``root`` once, as (where it is, its name relative to ``root``, the names of its files).
 
-    Those that lie in the tree come first and those that it links to last, in one order on every machine: however links lead back,
+    What is passed over is told to ``skip``: the reason, and the folder's name. Those that lie in the tree come first and those that it links to last, in one order on every machine: however links lead back,
     none is read twice, and a name does not depend on them.
     """
 
     def unreadable(error: OSError) -> None:
-        skipped["unreadable folder"] += 1
+        skip("unreadable folder", Path(error.filename).name)
 
     def is_new(folder: Path) -> bool:
         real = folder.resolve()
         known = real in seen
         seen.add(real)
-        skipped["folder linked again"] += known
+        if known:
+            skip("folder linked again", folder.name)
         return not known
 
     seen: set[Path] = set()
@@ -160,7 +163,7 @@ def _folders(root: Path, exclude: frozenset[str], skipped: Counter[str]) -> Iter
             for below in sorted(folders):
                 path = Path(folder, below)
                 if below.startswith(".") or {below, (inside / below).as_posix(), str(path.resolve())} & exclude:
-                    skipped["excluded folder"] += 1
+                    skip("excluded folder", (inside / below).as_posix())
                 elif path.is_symlink():
                     tops.append((path, inside / below))
                 elif is_new(path):

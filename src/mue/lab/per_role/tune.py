@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from mue.lab.data import Corpus
+from mue.lab.data import Data
 from mue.lab.data.spec import data_source, describe_data
 from mue.lab.per_role.search import Candidate, RolesResult, Search, multipliers, search
 from mue.lab.per_role.space import coordinates, with_multipliers
@@ -33,7 +33,7 @@ class RolesSpec:
 
     Attributes:
         search: of ``[roles]``. settings: of every run, but for the seed. source: as
-            :func:`mue.lab.data.spec.open_corpus` takes it.
+            :func:`mue.lab.data.spec.open_data` takes it.
     """
 
     base: Transformer
@@ -84,23 +84,24 @@ def roles_from(data: Mapping[str, Any], folder: Path, tuned: HParams | None = No
         raise ValueError("[tuned.roles] is what this search looks for: leave it out")
     table = table_of(data, "roles")
     check_keys(table, tuple(f.name for f in fields(Search)), "[roles]")
-    settings = Search(**table)
+    search = Search(**table)
     if not tuned.weight_decay:  # a multiple of nothing
-        settings = replace(settings, numbers=tuple(n for n in settings.numbers if n != "weight_decay"))
+        search = replace(search, numbers=tuple(n for n in search.numbers if n != "weight_decay"))
+    settings = settings_from(data)
     return RolesSpec(
         base=shape_from(base, "base", ("training", "output_multiplier")),
         training=training,
         tuned=tuned,
-        search=settings,
-        settings=settings_from(data),
-        source=data_source(data, folder),
+        search=search,
+        settings=settings,
+        source=data_source(data, folder, task_of(settings).reads),
     )
 
 
 def tune_roles(
     spec: RolesSpec,
     out: Path,
-    corpus: Corpus,
+    corpus: Data,
     listener_of: ListenerOf,
     *,
     workers: int | None = None,
@@ -118,7 +119,7 @@ def tune_roles(
     data, count = describe_data(spec.source, corpus), set[str]()
     space = coordinates(spec.base, spec.search.numbers, thirds=spec.search.thirds)
     plan = base_plan(spec.base, spec.training, spec.tuned)
-    task_of(spec.settings).batches(Run(plan, spec.settings, data), corpus)  # before the folder is made
+    task_of(spec.settings).batches_of(Run(plan, spec.settings, data), corpus)  # before the folder is made
     store = _own_folder(out, spec.identity(corpus.hash))
 
     def train(title: str, jobs: Sequence[Candidate]) -> list[float]:

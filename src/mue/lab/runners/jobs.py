@@ -9,8 +9,8 @@ from typing import Any, TextIO
 
 import torch
 
-from mue.lab.data import Corpus
-from mue.lab.data.spec import open_corpus
+from mue.lab.data import Data
+from mue.lab.data.spec import open_data
 from mue.lab.runners.stacked_runs import StackedRuns
 from mue.lab.train.run import BusyError, Run, Store
 from mue.lab.train.session import train
@@ -34,7 +34,7 @@ class Jobs:
 
     def __init__(self, out: TextIO, stopped: Container[str]) -> None:
         self.out, self.stopped = out, stopped
-        self.corpora: dict[str, Corpus] = {}
+        self.corpora: dict[str, Data] = {}
         self.stacks: dict[str, StackedRuns] = {}
 
     def begin(self, job: Job) -> None:
@@ -64,19 +64,19 @@ class Jobs:
             if not stack.sessions:
                 del self.stacks[kind]
 
-    def _corpus(self, run: Run) -> Corpus:
-        """The run's corpus, opened once in this process; ``ValueError`` where its text is not that which the run was planned on."""
+    def _corpus(self, run: Run) -> Data:
+        """The run's corpus, opened once in this process; ``ValueError`` where it is not that which the run was planned on."""
         source = json.dumps(run.data["source"], sort_keys=True)
         if source not in self.corpora:
-            self.corpora[source] = open_corpus(run.data["source"])
+            self.corpora[source] = open_data(run.data["source"])
         corpus = self.corpora[source]
         if corpus.hash != run.data["hash"]:
             raise ValueError(
-                f"the text changed: the run was planned on {run.data['hash'][:12]}, it is now {corpus.hash[:12]}"
+                f"the {corpus.kind} changed: the run was planned on {run.data['hash'][:12]}, now the hash is {corpus.hash[:12]}"
             )
         return corpus
 
-    def _train(self, job: Job, run: Run, store: Store, corpus: Corpus) -> dict[str, Any]:
+    def _train(self, job: Job, run: Run, store: Store, corpus: Data) -> dict[str, Any]:
         """Train a run alone, to its end."""
         return train(
             run,
@@ -89,7 +89,7 @@ class Jobs:
             keep_weights=job["keep_weights"],
         )
 
-    def _join(self, job: Job, run: Run, store: Store, corpus: Corpus) -> dict[str, Any] | None:
+    def _join(self, job: Job, run: Run, store: Store, corpus: Data) -> dict[str, Any] | None:
         """Put a run into the stack of its kind; its result where it has one already."""
         kind = stack_kind(run)
         stack = self.stacks.get(kind) or StackedRuns(

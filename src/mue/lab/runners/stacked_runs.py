@@ -7,7 +7,7 @@ from collections.abc import Container
 from contextlib import ExitStack
 from typing import Any
 
-from mue.lab.data import Corpus
+from mue.lab.data import Data
 from mue.lab.train.run import Run, Store
 from mue.lab.train.session import TrainingSession, open_session
 from mue.lab.train.stacked_session import StackedSession
@@ -35,7 +35,7 @@ class StackedRuns:
         self.opened: dict[str, ExitStack] = {}
         self.made_seconds = self.step_seconds = 0.0
 
-    def join(self, run: Run, store: Store, corpus: Corpus, *, keep_weights: bool = False) -> dict[str, Any] | None:
+    def join(self, run: Run, store: Store, corpus: Data, *, keep_weights: bool = False) -> dict[str, Any] | None:
         """Begin a run or go on with it; the next step has it in the stack.
 
         Args:

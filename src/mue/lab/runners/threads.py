@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from mue.lab.data import Corpus
+from mue.lab.data import Data
 from mue.lab.runners.calibrate import FLAT, MEASURED_SECONDS, MEASURED_STEPS, cores, endless
 from mue.lab.train.run import CHECKPOINT_FILE, Run, Store
 from mue.lab.train.session import TrainingSession
@@ -23,7 +23,7 @@ from mue.util.safetensors import read_header
 _SHORT = 50  # steps; of fewer the measurement would be a good part
 
 
-def set_threads(run: Run, store: Store, corpus: Corpus) -> str:
+def set_threads(run: Run, store: Store, corpus: Data) -> str:
     """Set torch's threads to what trains ``run`` fastest on this machine as busy as it is now.
 
     A run that was interrupted keeps the number it began with, for the last bits depend on it; so does ``OMP_NUM_THREADS``, which is
@@ -57,7 +57,7 @@ def _of_checkpoint(path: Path) -> int | None:
     return int(threads) if threads else None
 
 
-def _measure(run: Run, corpus: Corpus) -> dict[int, float]:
+def _measure(run: Run, corpus: Data) -> dict[int, float]:
     """Steps per second by number of threads: all cores, then half as many each time while that is not clearly slower."""
     rates: dict[int, float] = {}
     with (

@@ -33,6 +33,7 @@ from typing import Any
 from mue.lab.data.spec import data_source
 from mue.lab.train.run import Run, Settings
 from mue.lab.train.spec import settings_from
+from mue.lab.train.task import task_of
 from mue.plan.plan import PlanData
 from mue.plan.replan import scaled
 from mue.plan.toml import MOE_KEYS, check_keys, lr_grid, shape_from, table_of, training_from, tuned_from
@@ -135,7 +136,7 @@ class StudySpec:
     Attributes:
         base, training, tuned: what was tuned, how long it was trained, and the values found.
         approaches: by name, in the file's order. targets: of all axes, in the file's order. settings: of every run.
-        source: where the data is (:func:`mue.lab.data.spec.open_corpus`). tables: the file's own, to be stored.
+        source: where the data is (:func:`mue.lab.data.spec.open_data`). tables: the file's own, to be stored.
     """
 
     base: Transformer
@@ -224,14 +225,15 @@ def study_from(data: Mapping[str, Any], folder: Path) -> StudySpec:
         for axis, table in table_of(data, "axes").items()
         for target in _targets(axis, table, base, training, usual, approaches)
     )
+    settings = settings_from(data)
     return StudySpec(
         base=shape,
         training=training,
         tuned=tuned_from(tuned),
         approaches=approaches,
         targets=targets,
-        settings=settings_from(data),
-        source=data_source(data, folder),
+        settings=settings,
+        source=data_source(data, folder, task_of(settings).reads),
         tables={k: v for k, v in data.items() if k != "data"},
     )
 

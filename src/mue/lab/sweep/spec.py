@@ -13,6 +13,7 @@ from mue.lab.sweep.sampler import AXES, LATER, SAMPLERS, Grid, Sampler, sampler_
 from mue.lab.sweep.trial import Point
 from mue.lab.train.run import Run, Settings
 from mue.lab.train.spec import settings_from
+from mue.lab.train.task import task_of
 from mue.lab.valley.cell import tuned_from_point
 from mue.plan.plan import PlanData
 from mue.plan.toml import TABLES, check_keys, lr_grid, shape_from, table_of, training_from, tuned_from
@@ -42,7 +43,7 @@ class SweepSpec:
         base, training: its shape, and how long it is trained.
         defaults: the tuned values, of which the grid's points replace lr, weight decay, init std and, where it has them, betas and adamw_lr.
         grid: what is visited. settings: of every run, but for the seed, which is the point's.
-        source: where the data is, as :func:`mue.lab.data.spec.open_corpus` takes it.
+        source: where the data is, as :func:`mue.lab.data.spec.open_data` takes it.
     """
 
     base: Transformer
@@ -133,13 +134,14 @@ def sweep_from(data: Mapping[str, Any], folder: Path) -> SweepSpec:
     for key in defaults:
         if key in given:
             raise ValueError(f"[tuned] {key} is what the sweep looks for: put its values under [sweep] {key}")
+    settings = settings_from(data)
     return SweepSpec(
         base=shape_from(base, "base", ("training", "output_multiplier")),
         training=training,
         defaults=tuned_from({**given, **defaults}),
         grid=grid,
-        settings=settings_from(data),
-        source=data_source(data, folder),
+        settings=settings,
+        source=data_source(data, folder, task_of(settings).reads),
     )
 
 

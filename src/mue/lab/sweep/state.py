@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mue.lab.data import Corpus
+from mue.lab.data import Data
 from mue.lab.data.spec import describe_data
 from mue.lab.sweep.result import SweepResult
 from mue.lab.sweep.sampler import AXES, sampler_of
@@ -68,7 +68,7 @@ class SweepState:
 
     @classmethod
     def start(
-        cls, folder: Path, spec: SweepSpec, corpus: Corpus, storage: str | None, study: str | None = None
+        cls, folder: Path, spec: SweepSpec, corpus: Data, storage: str | None, study: str | None = None
     ) -> SweepState:
         """The sweep of ``spec`` in its folder, new or gone on with. Nothing is written.
 
@@ -82,7 +82,7 @@ class SweepState:
         if not path.exists():
             point = {**{axis: getattr(spec.grid, axis)[0] for axis in AXES}, "seed": spec.grid.seeds[0]}
             run = spec.run_at(point, describe_data(spec.source, corpus))
-            task_of(spec.settings).batches(run, corpus)  # before the folder is made
+            task_of(spec.settings).batches_of(run, corpus)  # before the folder is made
             return cls(folder, spec, own, storage, study)
         try:
             stored = json.loads(path.read_text(encoding="utf-8"))

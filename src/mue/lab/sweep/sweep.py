@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from mue.lab.data import Corpus
+from mue.lab.data import Data
 from mue.lab.data.spec import describe_data
 from mue.lab.runners.open import open_runner
 from mue.lab.runners.runner import Runner
@@ -26,7 +26,7 @@ from mue.lab.train.run import Run, Store
 def run_sweep(
     spec: SweepSpec,
     out: Path,
-    corpus: Corpus,
+    corpus: Data,
     *,
     storage: str | None = None,
     study: str | None = None,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mue.lab.data import Corpus
+from mue.lab.data import Data
 from mue.lab.train import checkpoint
 from mue.lab.train.provenance import provenance
 from mue.lab.train.router_record import RouterRecord
@@ -44,7 +44,7 @@ OnStep = Callable[[int, float], None]
 def train(
     run: Run,
     store: Store,
-    corpus: Corpus,
+    corpus: Data,
     *,
     progress: OnStep | None = None,
     checkpoint_seconds: float = 10.0,
@@ -56,7 +56,7 @@ def train(
     """Train ``run`` to its end and return its result; a finished run is read, an interrupted one goes on exactly.
 
     Args:
-        store: where the run's folder is. corpus: what it is trained on; its hash is part of the run's key.
+        store: where the run's folder is. corpus: the text or the images that it is trained on; its hash is part of the run's key.
         progress: called with (step, loss) after every logged step, and where steps are slow every few seconds.
         checkpoint_seconds: time between checkpoints, which is what a kill can cost. keep_weights: leave
             ``model.safetensors`` in the run's folder.
@@ -91,7 +91,7 @@ def train(
 
 
 def open_session(
-    run: Run, store: Store, corpus: Corpus, opened: ExitStack, device: torch.device | None = None
+    run: Run, store: Store, corpus: Data, opened: ExitStack, device: torch.device | None = None
 ) -> TrainingSession | dict[str, Any]:
     """Begin a run or go on with it.
 
@@ -107,7 +107,7 @@ def open_session(
     done = store.result(run.key)
     if done is not None:
         return done
-    task_of(run.settings).batches(run, corpus)  # what does not suit the run is said before its folder is made
+    task_of(run.settings).batches_of(run, corpus)  # what does not suit the run is said before its folder is made
     folder = opened.enter_context(store.locked(run.key))
     done = store.result(run.key)  # another process may have finished it while we waited
     return done if done is not None else opened.enter_context(TrainingSession(run, folder, corpus, device))
@@ -126,12 +126,12 @@ class TrainingSession:
         stacked, compiled: how it is trained, for the result. keep_weights: leave ``model.safetensors`` in the run's folder at its end.
     """
 
-    def __init__(self, run: Run, folder: Path, corpus: Corpus, device: torch.device | None = None) -> None:
+    def __init__(self, run: Run, folder: Path, corpus: Data, device: torch.device | None = None) -> None:
         assert run.plan.training is not None
         self.run, self.folder, self.settings, self.plan = run, folder, run.settings, run.plan
         self.key, self.steps, self.tuned = run.key, run.plan.training.steps, run.plan.tuned
         self.task = task_of(run.settings)
-        self.batches = self.task.batches(run, corpus)
+        self.batches = self.task.batches_of(run, corpus)
         self.validation = self.batches.validation()
         self.model = self.task.build(run.plan, run.settings)
         self.moe_layers, self.self_changing = moe_layers(self.model), self_changing(self.model)

@@ -17,9 +17,9 @@ Neither this file nor those of ``mue.lab.tasks`` import torch before they need i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-from mue.lab.data import Corpus
+from mue.lab.data import Corpus, Data
 from mue.lab.train.run import Run, Settings
 from mue.plan.plan import PlanData
 from mue.shapes import Transformer
@@ -57,11 +57,13 @@ class Task(ABC):
 
     Attributes:
         unit: of its loss, as reports and axes say it.
+        reads: the kind of data it is trained on: ``Corpus.kind`` ("text") or ``ImageSet.kind`` ("images").
         stackable: what :meth:`build` makes broadcasts over a leading axis of variants in weights and inputs, and :meth:`loss` then gives one
             loss for each (``mue.lab.train.stacked_session``). Otherwise its runs are trained in processes of their own.
     """
 
     unit: ClassVar[str]
+    reads: ClassVar[str] = Corpus.kind
     stackable: ClassVar[bool] = False
 
     @abstractmethod
@@ -76,9 +78,21 @@ class Task(ABC):
                 routers).
         """
 
+    def batches_of(self, run: Run, corpus: Data) -> TaskBatches:
+        """:meth:`batches` of data that are of the kind that the task reads; ``ValueError`` where they are of another."""
+        if corpus.kind != self.reads:
+            raise ValueError(
+                f"the task {run.settings.task} reads {self.reads}, and the data are {corpus.kind}: take another [run] task or [data] source"
+            )
+        return self.batches(run, corpus)
+
     @abstractmethod
-    def batches(self, run: Run, corpus: Corpus) -> TaskBatches:
+    def batches(self, run: Run, corpus: Any) -> TaskBatches:
         """What ``run`` reads of ``corpus``. It is asked before a folder is made, so nothing may be written.
+
+        Args:
+            corpus: of the type that :attr:`reads` names, a :class:`~mue.lab.data.corpus.Corpus` or an
+                :class:`~mue.lab.data.images.ImageSet`.
 
         Raises:
             ValueError: the run's shape, batch or data do not suit the task; the text names the fix.
