@@ -19,7 +19,7 @@ from mue.api import Plan, transfer
 from mue.plan.convention import Convention
 from mue.plan.values import Multipliers
 from mue.rules import RULES, get_rule
-from mue.shapes import Block, Dense, HParams, Mixed, MoE, Training
+from mue.shapes import Block, Dense, HParams, Image, Mixed, MoE, Training
 
 if TYPE_CHECKING:
     from mue.checks import check, coordinate_check
@@ -31,6 +31,7 @@ __all__ = [
     "Convention",
     "Dense",
     "HParams",
+    "Image",
     "Layout",
     "Mixed",
     "MoE",

@@ -18,7 +18,7 @@ from mue.lab.models.language import LanguageModel
 from mue.plan.explain import WHOLE, why
 from mue.plan.toml import plan_inputs
 from mue.plan.transfer import plan_of
-from mue.rules.roles import ROLES
+from mue.rules.roles import ROLES, roles_of
 from mue.rules.table import FIELDS
 from mue.shapes.hparams import THIRDS, third_of
 from support import rule_properties as properties
@@ -29,7 +29,7 @@ TARGET = mue.MoE.parse("8e2a1s", width=128, expert=32, layers=6, head_dim=32, se
 TUNED = mue.HParams(lr=2e-3, weight_decay=0.1, init_std=0.02)
 RUNS: dict[str, Any] = {"base_training": mue.Training(1 << 12, 4000), "training": mue.Training(1 << 12, 8000)}
 few = settings(max_examples=25, deadline=None)
-ON_THE_BASE = [r for r in ROLES if ROLES[r].trained and ROLES[r].fallback is None and r != "router"]
+ON_THE_BASE = [r for r in roles_of(BASE) if ROLES[r].trained and ROLES[r].fallback is None and r != "router"]
 
 
 def make(roles: dict[str, Any] | None = None, **changes: Any) -> mue.Plan:
@@ -107,7 +107,7 @@ def test_the_rule_carries_them_to_every_role_they_stand_for(roles: dict[str, Any
     plain, plan, base = make(), make(roles), make(roles, target=BASE, training=RUNS["base_training"])
     for layer in range(TARGET.layers):
         tuned_at = next(i for i in range(BASE.layers) if third_of(i, BASE.layers) == third_of(layer, TARGET.layers))
-        for role in ROLES:
+        for role in roles_of(TARGET):
             here, star = plan.role(role, layer), base.role(ROLES[role].tuned_as[-1], tuned_at)
             assert here.factor == plain.role(role, layer).factor, role
             for field, value in here.values.items():
@@ -129,7 +129,7 @@ def test_composition(rule: str, roles: dict[str, Any], data: st.DataObject) -> N
     chained = properties.plan(rule, properties.plan(rule, a, b, tuned), c)
     direct = properties.plan(rule, a, c, tuned)
     for layer in range(c.shape.layers):
-        for role in ROLES:
+        for role in roles_of(c.shape):
             for (name, x), (_, y) in zip(
                 chained.role(role, layer).values.items(), direct.role(role, layer).values.items(), strict=True
             ):
@@ -223,7 +223,7 @@ def test_the_fold_commutes_with_them(roles: dict[str, Any], tied: bool, route: s
         "eps": FOLDS["adamw"].eps,
     }
     for layer in range(TARGET.layers):
-        for role in ROLES:
+        for role in roles_of(TARGET):
             if not ROLES[role].trained or not own.role(role, layer).count:
                 continue
             compared.append((role, layer))

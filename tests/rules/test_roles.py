@@ -7,7 +7,7 @@ import pytest
 import mue
 from mue.lab.models.language import LanguageModel
 from mue.layouts.of_model import placed
-from mue.rules.roles import ROLES, of_kind, of_part
+from mue.rules.roles import ROLES, of_kind, of_part, roles_of
 from mue.shapes import Transformer
 
 # No two sizes alike, so that a fan-in says what it is.
@@ -51,7 +51,7 @@ def test_a_shape_counts_what_a_role_says(shape: Transformer) -> None:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda s: s.name)
 def test_a_block_holds_the_roles_that_the_shape_counts(shape: Transformer) -> None:
     counted = {role for role, many in shape.counts().items() if many}
-    held = {name for name, role in ROLES.items() if any(role.present(block) for block in shape.blocks)}
+    held = {name for name, role in roles_of(shape).items() if any(role.present(block) for block in shape.blocks)}
     gates = set() if shape.gated else {name for name, role in ROLES.items() if role.part == "gate"}
     assert counted == held - gates - {"bias"} - ({"head"} if shape.tied else set())
 
@@ -62,7 +62,9 @@ def test_the_roles_that_are_no_matrix() -> None:
     assert {name for name, role in ROLES.items() if role.gain} == {"norm", "qk_norm", "final_norm"}
     assert {name for name, role in ROLES.items() if not role.trained} == {"router_bias"}
     assert {name for name, role in ROLES.items() if not role.decays} == {*vectors, "router_bias"}
-    assert {name for name, role in ROLES.items() if role.drawn and not role.hidden} == {"embedding", "head"}
+    outside = {name for name, role in ROLES.items() if role.drawn and not role.hidden}
+    assert {name for name in outside if ROLES[name].task is None} == {"embedding", "head"}
+    assert {name for name, role in ROLES.items() if role.zero} == {"modulation", "final_modulation"}
 
 
 def test_a_dense_base_speaks_for_the_experts() -> None:

@@ -56,7 +56,7 @@ def same(one: mue.Plan, other: mue.Plan, tolerance: float = CLOSE, skip: tuple[s
         else:
             assert x == y or abs(x - y) <= tolerance * max(abs(x), abs(y)), f"{what}: {x} and {y}"
 
-    for role in ROLES:
+    for role in one.roles:
         for field in FIELDS:
             close(
                 f"{role}.{field}",
@@ -136,7 +136,7 @@ def sde(rule: str, base: Case, target: Case, *, exponent: float = 0.5) -> None:
     B = target.training.batch / base.training.batch
     D = target.training.tokens / base.training.tokens
     T = target.training.steps / base.training.steps
-    for role in ROLES:
+    for role in p.roles:
         if not ROLES[role].trained or role not in p.rule.rows:
             continue
         f = p.roles[role].factor

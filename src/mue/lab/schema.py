@@ -29,7 +29,7 @@ from mue.plan.key_words import KEY_WORDS, TABLE_WORDS
 from mue.plan.toml import COMMON_KEYS, MOE_KEYS, SCHEDULE_KEYS, TABLES, TUNED_KEYS
 from mue.rules import RULES
 from mue.rules.options import OPTIONS
-from mue.shapes import OPTIMIZERS, ROUTERS, Block, HParams, MoE, Training
+from mue.shapes import OPTIMIZERS, ROUTERS, Block, HParams, Image, MoE, Training
 from mue.util.errors import nearest
 
 Schema = dict[str, Any]
@@ -128,6 +128,7 @@ def _shape(extra: Iterable[str]) -> Schema:
         "blocks": {"type": "array", "items": blocks},
         "schedule": _either(_kind(str), _table(SCHEDULE_KEYS, "schedule", {"name": _kind(str)})),
         "training": _table(get_type_hints(Training), "training", _hints(Training)),
+        "image": _table(get_type_hints(Image), "image", _hints(Image)),
         "convention": _table(
             get_type_hints(Convention),
             "convention",

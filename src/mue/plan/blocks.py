@@ -11,7 +11,7 @@ from mue.plan.ratios import base_block, ratios
 from mue.plan.update_scale import lr_factor
 from mue.plan.values import NOTHING, BlockPlan, RolePlan, Values
 from mue.rules.algebra import Monomial
-from mue.rules.roles import ROLES, Role
+from mue.rules.roles import Role, roles_of
 from mue.rules.table import FIELDS, NORMAL, ZERO_INIT, Row, Rule
 from mue.shapes import Block, Training, Transformer
 
@@ -57,7 +57,7 @@ def block_plan(rule: Rule, transition: Transition, base: Base, block: Block, thi
             base.own_values(name, third),
             lr_factor(name, base.tuned, (transition.base, base_block(transition.base)), (transition.target, block)),
         )
-        for name, role in ROLES.items()
+        for name, role in roles_of(transition.target).items()
     }
     return BlockPlan(
         block.layers,
@@ -143,7 +143,7 @@ def merge(blocks: tuple[BlockPlan, ...]) -> dict[str, RolePlan]:
     if len(blocks) == 1:
         return dict(blocks[0].roles)
     merged = {}
-    for role in ROLES:
+    for role in blocks[0].roles:
         every = [block.roles[role] for block in blocks]
         # a role that no block holds stays in the list with count 0: JSON has every role
         holders = [planned for planned in every if planned.count] or every

@@ -15,6 +15,8 @@ from mue.util.text import below_one
 
 # Numbers of a shape with defaults that a model may well have otherwise.
 _OF_SHAPES = ("head_dim", "kv_heads", "vocab", "sequence", "gated", "tied")
+OF_TEXT = ("vocab", "sequence", "tied")
+"""What of a shape has no meaning, or follows from the rest, where it draws images."""
 _OF_EXPERTS = ("router", "normalize")
 
 
@@ -63,6 +65,8 @@ def _line(table: str, defaults: Iterator[str]) -> str:
 def _of_shape(table: str, shape: Transformer, given: frozenset[str]) -> Iterator[str]:
     experts = [block for block in shape.blocks if block.experts]
     for name in _OF_SHAPES + (_OF_EXPERTS if experts else ()):
+        if shape.image is not None and name in OF_TEXT:
+            continue
         # heads imply the head size
         if f"{table}.{name}" in given or (name == "head_dim" and f"{table}.heads" in given):
             continue

@@ -48,10 +48,10 @@ def why(plan: PlanData, name: str, layer: int | None = None) -> list[Step]:
     """
     if name == RUN:
         return list(_run(plan))
-    if name not in (*ROLES, *WHOLE):
+    if name not in (*plan.roles, *WHOLE):
         if name in LAWS:
             return list(laws.derivation(plan.inputs, name))
-        raise ValueError(f"unknown role {name!r}{nearest(name, (*ROLES, *WHOLE, RUN, *LAWS))}")
+        raise ValueError(f"unknown role {name!r}{nearest(name, (*plan.roles, *WHOLE, RUN, *LAWS))}")
     indices = range(len(plan.blocks)) if layer is None else [plan.block_of(layer)]
     held = [i for i in indices if name in WHOLE or plan.blocks[i].roles[name].count]
     if not held:

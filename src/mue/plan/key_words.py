@@ -41,9 +41,16 @@ KEY_WORDS: Mapping[str, Mapping[str, str]] = {
         "gate_moments": "mean of the weights' sum, and of their squares' sum, at init",
         "blocks": "one table for each kind of block, where blocks differ",
         "schedule": "experts that differ by layer: a name, or a table with its numbers",
+        "image": "what is drawn, of a diffusion transformer; left out, it is a language model",
         "output_multiplier": "what the base multiplies its feed-forward branch by; 1 is a stock model",
         "training": "one run of it: tokens of a step, and steps",
         "convention": "what the base did, where it is not torch's way",
+    },
+    "image": {
+        "size": "pixels along a side",
+        "channels": "1 is grey, 3 is colour",
+        "patch": "pixels along a side of a patch, which is one token",
+        "classes": "classes that an image may be asked to be of",
     },
     "training": {
         "batch": "tokens of one step, not sequences",

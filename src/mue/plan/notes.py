@@ -171,7 +171,7 @@ def _unscaled(base: Transformer, target: Transformer) -> list[str]:
     """What the two shapes differ in and no rule reads: tokens of another kind, windows of another length, a head of its own."""
     changes = [
         f"{name} {getattr(base, name)} → {getattr(target, name)}"
-        for name in ("vocab", "sequence", "tied")
+        for name in ("vocab", "sequence", "tied", "image")
         if getattr(base, name) != getattr(target, name)
     ]
     return [f"{', '.join(changes)}: no rule covers that, and values stay as tuned on the base"] if changes else []

@@ -127,6 +127,12 @@ def refuse(rule: Rule, base: Transformer, target: Transformer, ratio: dict[str, 
     Raises:
         ValueError: an axis that the rule refuses, with its reason, or a role of the target that it has no row for.
     """
+    if (base.image is None) != (target.image is None):
+        drawing, writing = ("target", "base") if base.image is None else ("base", "target")
+        raise ValueError(
+            f"the {drawing} draws images and the {writing} is a language model, and no rule transfers between them: tune a base of the"
+            f" target's own task, or {'give the base an image, too' if base.image is None else 'leave the image of the base out'}"
+        )
     where = f"rule {rule.name!r} cannot plan {base.name} → {target.name}"
     for block in target.blocks:
         changed = changes(base, target, block, ratio)

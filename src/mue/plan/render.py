@@ -115,12 +115,17 @@ def _taken(base: Transformer, plan: PlanData) -> str:
     own += [(name, getattr(tuned, name) == usual[name]) for name in ("betas", "eps")]
     defaults = [name for name, same in own if same]
     taken = (
-        f"{base.num_heads} heads of {base.head_dim}, vocab {base.vocab}, sequence {base.sequence},"
+        f"{base.num_heads} heads of {base.head_dim}, {_of_task(base)},"
         f" betas {', '.join(map(below_one, tuned.betas))}, eps {number(tuned.eps)}"
     )
     if plan.inputs.given is not None:  # a file, of which a line of its own says it
         return taken
     return taken + (f" (mue's defaults, if you gave no other: {', '.join(defaults)})" if defaults else "")
+
+
+def _of_task(shape: Transformer) -> str:
+    image = shape.image
+    return f"vocab {shape.vocab}, sequence {shape.sequence}" if image is None else f"images of {image.text}"
 
 
 def table(plan: PlanData) -> tuple[list[str], list[list[str]]]:

@@ -15,6 +15,7 @@ from mue.rules import RULES, option_names
 from mue.rules.algebra import RATIOS
 from mue.rules.laws.law import LAWS, QUANTITIES, Range, get_law, span
 from mue.rules.options import OPTIONS, as_json
+from mue.rules.roles import ROLES
 from mue.rules.sde import INVARIANTS, kept_and_lost, sde
 from mue.rules.table import AXES, CELLS, Rule
 from mue.shapes import Dense, HParams, MoE, Training, Transformer
@@ -207,6 +208,7 @@ def _rule(rule: Rule) -> str:
     if rule.optimizer == "hyperball":
         lines.append('Only for `optimizer = "hyperball"`.')
     lines += [f"Note: {note}." for note in rule.notes]
+    rule = rule.for_roles(ROLES.values())
     table = _table(["role", *CELLS.values(), "mark", "source"], formulas(rule))
     refuses = [f"* {axis}: {reason}" for axis, reason in rule.refuses.items()]
     return "\n\n".join([*lines, table.rstrip(), *(["Refuses:\n\n" + "\n".join(refuses)] if refuses else [])]) + "\n"

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from mue.plan.convention import Convention
+from mue.plan.defaults import OF_TEXT
 from mue.plan.key_words import KEY_WORDS, TABLE_WORDS
-from mue.shapes import Block, Dense, HParams, Mixed, MoE, Training, Transformer
+from mue.shapes import Block, Dense, HParams, Image, Mixed, MoE, Training, Transformer
 
 KINDS = ("plan", "sweep", "train")
 _AROUND = (0.25, 0.5, 1.0, 2.0, 4.0)  # what a sweep tries, of a rate that somebody has in mind
-_COMMON = ("head_dim", "heads", "kv_heads", "vocab", "sequence", "gated", "tied")
+_COMMON = ("head_dim", "heads", "kv_heads", "vocab", "sequence", "gated", "tied", "image")
 _EXAMPLE = Training(batch=2**19, steps=25_000)  # in lines that are off
 _WORDS_END = 44  # column of the comments, where lines are no longer
 
@@ -86,8 +87,9 @@ class Starter:
         if isinstance(shape, MoE):
             yield from _experts(shape.blocks[0])
         for key in _COMMON:
-            if getattr(shape, key) is not None:
-                yield from _line(key, getattr(shape, key), words[key])
+            value = getattr(shape, key)
+            if value is not None and not (shape.image is not None and key in OF_TEXT):
+                yield from _line(key, asdict(value) if isinstance(value, Image) else value, words[key])
         if table == "base" and shape.output_multiplier != 1:
             yield from _line("output_multiplier", shape.output_multiplier, words["output_multiplier"])
         none = training is None  # both runs or neither: without them batch and duration are taken not to change
@@ -134,7 +136,7 @@ def proposed_base(target: Transformer) -> Dense:
         target: whose head size, vocabulary, sequence and activation it has; of its depth at most 8 layers.
     """
     width = max(2, target.width // 8 // target.head_dim) * target.head_dim
-    names = ("head_dim", "vocab", "sequence", "gated", "tied")
+    names = ("head_dim", "vocab", "sequence", "gated", "tied", "image")
     return Dense(width, width, min(8, target.layers), **{name: getattr(target, name) for name in names})
 
 

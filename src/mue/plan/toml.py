@@ -18,6 +18,7 @@ from mue.shapes import (
     Block,
     Dense,
     HParams,
+    Image,
     Mixed,
     MoE,
     Training,
@@ -29,7 +30,7 @@ from mue.util.errors import nearest, positive
 from mue.util.files import read_text
 
 # What [base] and [target] may hold, beside ffn; MOE_KEYS: with experts only. Anything else in them is an error.
-COMMON_KEYS = ("width", "layers", "head_dim", "heads", "kv_heads", "vocab", "sequence", "gated", "tied")
+COMMON_KEYS = ("width", "layers", "head_dim", "heads", "kv_heads", "vocab", "sequence", "gated", "tied", "image")
 MOE_KEYS = ("moe", "expert", "shared", "router", "normalize", "gates", "gate_moments")
 SCHEDULE_KEYS = ("name", "spread", "active")
 TUNED_KEYS = tuple(f.name for f in fields(HParams))
@@ -195,11 +196,19 @@ def shape_from(table: Mapping[str, Any], where: str, extra: tuple[str, ...] = ()
     """
     check_keys(table, (*COMMON_KEYS, "ffn", *MOE_KEYS, "blocks", "schedule", *extra), f"[{where}]")
     common = {k: table[k] for k in (*COMMON_KEYS, "output_multiplier") if k in table}
+    if "image" in table:
+        common["image"] = _image(table_of(table, "image", f"{where}."), f"[{where}.image]")
     need(table, "width", f"[{where}]")
     if "blocks" not in table:
         need(table, "layers", f"[{where}]")
     with naming(where):
         return _mixed(table, common, where) if "blocks" in table else _uniform(table, common, f"[{where}]")
+
+
+def _image(table: Mapping[str, Any], where: str) -> Image:
+    keys = tuple(f.name for f in fields(Image))
+    check_keys(table, keys, where)
+    return Image(**{key: need(table, key, where) for key in keys})
 
 
 def _uniform(table: Mapping[str, Any], common: dict[str, Any], where: str) -> Transformer:

@@ -31,6 +31,7 @@ from mue.plan.ratios import refuse
 from mue.rules import OPTIONS, get_rule
 from mue.rules.optimizers import for_optimizer
 from mue.rules.options import as_json
+from mue.rules.roles import roles_of
 from mue.shapes import HParams, Training, Transformer
 from mue.util.errors import CallError, explain_calls, nearest
 
@@ -154,7 +155,9 @@ def plan_of(inputs: Inputs) -> PlanData:
 
     # 2. The rule: a published table with its options (one file each in mue.rules), read for the optimizer that the values were
     #    tuned with. The tables are written for Adam; what SGD, Muon and others make of them is derived in mue.rules.optimizers.
-    rule = for_optimizer(get_rule(inputs.rule, **inputs.options), base.tuned.optimizer, base.tuned.muon_moves)
+    #    What a task adds to a transformer (the modulations of images) has rows by its class of weights, where a table has no own.
+    rule = get_rule(inputs.rule, **inputs.options).for_roles(roles_of(target).values())
+    rule = for_optimizer(rule, base.tuned.optimizer, base.tuned.muon_moves)
 
     # 3. What changes, as ratios of target to base, which are all that a table may read:
     #       r = ρ_d = d/d*    residual width: a matrix with more inputs starts smaller and moves less (µP, 2203.03466)

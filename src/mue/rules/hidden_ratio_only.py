@@ -41,6 +41,9 @@ def hidden_ratio_only() -> Rule:
         rows={
             "embedding": rest,
             **dict.fromkeys(of_kind("attention", "ffn", "expert", "shared"), hidden),
+            # by the test of that code: two-dimensional, neither embedding nor output
+            **dict.fromkeys((n for n in of_kind("patch", "condition", "modulation") if n != "class_embedding"), hidden),
+            "class_embedding": rest,
             "router": router,
             "router_bias": Row(source=f"{source}: no optimizer parameter", status=AUTHORS_CODE),
             "norm": rest,

@@ -49,6 +49,10 @@ def hyperp() -> Rule:
             "final_norm": vector,
             "head": rest,
         },
+        unanswered=dict.fromkeys(
+            ("modulation", "final_modulation"),
+            "HyperP keeps every matrix on the sphere it started on, and adaLN-zero's modulations start at 0, where there is none",
+        ),
         residual_multiplier=L ** "-1/2",
         routed=False,
         refuses={

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from mue.shapes import Block
+from mue.shapes import Block, Transformer
 
 # The kinds of which a block holds either one or the other: its feed-forward branch, dense or routed, with the router.
 FEED_FORWARD = frozenset({"ffn", "expert", "shared", "router"})
@@ -22,7 +22,7 @@ class Role:
     Attributes:
         name: as layouts, plans and files write it.
         kind: ``embedding``, ``attention``, ``ffn`` (dense), ``expert`` (routed), ``shared``, ``router``, ``norm``, ``bias``
-            or ``head``.
+            or ``head``; of images also ``patch``, ``condition`` and ``modulation``.
         part: which projection of its kind: ``q, k, v, o``, or ``up, gate, down``; empty where there is one only.
         inside: it belongs to a block, so it has a depth, and depth rules reach it.
         reads_residual: its fan-in is the residual width d. Where a model puts a latent in between (latent attention, a
@@ -33,6 +33,10 @@ class Role:
         trained: the optimizer moves it. Not the router's balance bias, which load statistics move (2408.15664).
         fallback: the role whose tuned values hold where this one has none: a dense base has no experts, and the rule gives
             their projections the dense ones' values.
+        task: the field of a shape that brings it, such as ``image``; plans of shapes without that do not name it.
+        like: the role of its class of weights (input, hidden), whose row a rule has for it where it has none of its own
+            (:meth:`mue.rules.table.Rule.for_roles`).
+        zero: it starts at 0 by what it is, whatever the rule: adaLN-zero (2212.09748).
     """
 
     name: str
@@ -45,6 +49,9 @@ class Role:
     decays: bool = True
     trained: bool = True
     fallback: str | None = None
+    task: str | None = None
+    like: str | None = None
+    zero: bool = False
 
     @property
     def drawn(self) -> bool:
@@ -87,6 +94,10 @@ class Role:
             return block.experts > 0 and (kind.balance_bias if self.part == "bias" else kind.matrix)
         return self.kind != "shared" or block.shared_experts > 0
 
+    def planned(self, shape: Transformer) -> bool:
+        """Whether plans of a shape have an entry for it, be it with a count of 0."""
+        return self.task is None or getattr(shape, self.task) is not None
+
 
 def _projections(kind: str, fallback: str | None = None) -> tuple[Role, ...]:
     """The three matrices of a feed-forward: up and gate read the residual stream, down writes to it."""
@@ -109,12 +120,26 @@ def _vector(name: str, kind: str, start: float, inside: bool = True) -> Role:
     return Role(name, kind, inside=inside, start=start, decays=False)
 
 
+def _of_image(name: str, kind: str, like: str, part: str = "", *, reads_residual: bool = True, **more: bool) -> Role:
+    """A matrix that only diffusion transformers have; µP holds for them by the classes that it has (2505.15270)."""
+    return Role(name, kind, part, reads_residual=reads_residual, task="image", like=like, **{"inside": False, **more})
+
+
 # Every role, in the order of the forward pass; iteration is over names.
 ROLES: Mapping[str, Role] = MappingProxyType(
     {
         role.name: role
         for role in (
             Role("embedding", "embedding", inside=False),
+            # fan-ins that no width changes (a patch's pixels, the sines of the time, a row of a table): input weights, as
+            # the embedding is one (2203.03466, Table 8)
+            _of_image("patch_embedding", "patch", like="embedding", reads_residual=False),
+            _of_image("time_embedding_in", "condition", "embedding", "in", reads_residual=False),
+            # d → d, but outside the blocks: a hidden weight without a depth
+            _of_image("time_embedding_out", "condition", "attention_q", "out"),
+            _of_image("class_embedding", "condition", "embedding", "class", reads_residual=False),
+            # d → 6d in every block, of the condition: a hidden weight as the block's others (2212.09748)
+            _of_image("modulation", "modulation", "attention_q", inside=True, zero=True),
             Role("attention_q", "attention", "q", reads_residual=True),
             Role("attention_k", "attention", "k", reads_residual=True),
             Role("attention_v", "attention", "v", reads_residual=True),
@@ -128,6 +153,7 @@ ROLES: Mapping[str, Role] = MappingProxyType(
             _vector("qk_norm", "norm", start=1.0),
             _vector("bias", "bias", start=0.0),
             _vector("final_norm", "norm", start=1.0, inside=False),
+            _of_image("final_modulation", "modulation", "attention_q", zero=True),
             Role("head", "head", inside=False, reads_residual=True),
         )
     }
@@ -142,3 +168,8 @@ def of_kind(*kinds: str) -> tuple[str, ...]:
 def of_part(*parts: str) -> tuple[str, ...]:
     """Names of the roles that are some part of their kind, in order."""
     return tuple(name for name, role in ROLES.items() if role.part in parts)
+
+
+def roles_of(shape: Transformer) -> Mapping[str, Role]:
+    """The roles that plans of a shape have, by name, in order: all but those of tasks that are not its own."""
+    return {name: role for name, role in ROLES.items() if role.planned(shape)}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
-from mue.rules.algebra import ONE, Monomial
+from mue.rules.algebra import ONE, Monomial, ratio
 from mue.rules.options import OptionValue
-from mue.rules.roles import ROLES
+from mue.rules.roles import ROLES, Role
 from mue.rules.sde import RunFactors
 
 PUBLISHED = "published"
@@ -130,6 +130,34 @@ class Rule:
         assert set(self.rows) <= set(ROLES), f"rule {self.name} has rows for {set(self.rows) - set(ROLES)}"
         assert set(self.refuses) <= set(AXES), f"rule {self.name} refuses {set(self.refuses) - set(AXES)}"
 
+    def for_roles(self, roles: Iterable[Role]) -> Rule:
+        """The rule as it reads for the roles of a task: rows for them, and for no others.
+
+        A role that it has neither a row nor a reason against is answered by the class of weights it belongs to (:attr:`Role.like`), and
+        what starts at 0 by what it is, starts there.
+
+        Args:
+            roles: of a task's plans (:func:`mue.rules.roles.roles_of`).
+        """
+        rows = {}
+        for role in roles:
+            row = self.rows.get(role.name) or (None if role.name in self.unanswered else self._by_class(role))
+            if row is not None:
+                rows[role.name] = _from_zero(row) if role.zero else row
+        return replace(self, rows=rows)
+
+    def _by_class(self, role: Role) -> Row | None:
+        """The row of the role that it is like, without a depth where it lies in no block."""
+        row = self.rows.get(role.like) if role.like is not None else None
+        if row is None or role.like is None:
+            return None
+        source = f"by its class, as {role.like}: {row.source}"
+        made = replace(row, source=source, status=INFERRED, cells={}, marks={})
+        if role.inside == ROLES[role.like].inside:
+            return made
+        cells = {cell: getattr(row, cell) for cell in FIELDS}
+        return replace(made, **{cell: value / ratio("ρ_L") ** value.exponent("ρ_L") for cell, value in cells.items()})
+
     def source_of(self, role: str, cell: str, ratio: str) -> str:
         """The source of one ratio in one cell of a role."""
         row = self.rows[role]
@@ -139,3 +167,11 @@ class Rule:
     def why_not(self, role: str) -> str:
         """Why the rule has no row for a role."""
         return self.unanswered.get(role, f"{self.title} says nothing about {role.replace('_', ' ')}")
+
+
+def _from_zero(row: Row) -> Row:
+    """The row of a matrix that starts at 0 by what it is."""
+    unknown = tuple(cell for cell in row.unknown if cell != "init_std")
+    return replace(
+        row, init_std=ZERO, init=ZERO_INIT, unknown=unknown, source=f"{row.source}; start: adaLN-zero, 2212.09748"
+    )

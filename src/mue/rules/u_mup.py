@@ -47,6 +47,11 @@ def u_mup() -> Rule:
             "final_norm": vector,
             "head": row("output, forward 1/fan_in kept as the head multiplier", ONE, ONE),
         },
+        unanswered=dict.fromkeys(
+            ("patch_embedding", "time_embedding_in"),
+            "u-µP's one input weight is the token embedding, a look-up with the rate of a fan-in d; of an input with a fan-in of its"
+            " own the spec says nothing",
+        ),
         head_multiplier=d**-1,
         routed=False,
         refuses={

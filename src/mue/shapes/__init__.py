@@ -6,6 +6,7 @@ Not here: how a value scales (``mue.rules``), and anything that needs torch.
 
 from mue.shapes.block import MEASURED, NORMALISED, Block, parse_notation
 from mue.shapes.hparams import DECOUPLED, OPTIMIZERS, HParams, Training
+from mue.shapes.image import Image
 from mue.shapes.routers import ROUTERS, RouterKind
 from mue.shapes.settings import Setting
 from mue.shapes.transformer import DEFAULT_HEAD_DIM, Dense, Mixed, MoE, Transformer, shape_from_dict
@@ -20,6 +21,7 @@ __all__ = [
     "Block",
     "Dense",
     "HParams",
+    "Image",
     "Mixed",
     "MoE",
     "RouterKind",

@@ -8,55 +8,45 @@ token passes through; gate and up are never counted twice), N ``experts``, a ``a
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, cast
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from mue.shapes.block import MOST_LAYERS, NORMALISED, Block, parse_notation
+from mue.shapes.image import Image
 from mue.shapes.of_model import OfModel
 from mue.shapes.settings import NO_SETTINGS
+from mue.shapes.tensors import Tensors, tensors_of
 from mue.util.errors import LARGEST, explain_calls, positive, positive_int, true_or_false
 
 DEFAULT_HEAD_DIM = 64
-
-
-class Tensors(NamedTuple):
-    """The tensors of one role in a shape, or in one kind of its blocks.
-
-    Attributes:
-        role: its name (:mod:`mue.rules.roles`). many: how many there are. size: elements of one.
-        used: how many products of one token with one of them there are: more than ``many`` where layers share a small pool.
-        matrix: they are multiplied with vectors, not met element by element. trained: the optimizer moves them.
-    """
-
-    role: str
-    many: int
-    size: int
-    used: int
-    matrix: bool = True
-    trained: bool = True
+DEFAULT_VOCAB = 256
+DEFAULT_SEQUENCE = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class Transformer(OfModel):
-    """What every decoder here shares; use :class:`Dense`, :class:`MoE` or :class:`Mixed`.
+    """What every transformer here shares; use :class:`Dense`, :class:`MoE` or :class:`Mixed`.
 
     Attributes:
         head_dim, heads, kv_heads: attention heads. Of the first two, one alone implies the other: heads · head_dim is the width;
             with neither, head_dim is 64. Both are needed where heads · head_dim is another number. ``kv_heads`` defaults to ``heads``.
-        vocab, sequence: tokens in the vocabulary and in one training sequence.
+        vocab, sequence: tokens in the vocabulary and in one training sequence; of images there is no vocabulary, and the sequence is
+            an image's patches.
         gated: SwiGLU (gate, up, down) or a plain GELU pair (up, down).
         tied: the head shares the embedding's matrix.
         output_multiplier: forward multiplier A* of the feed-forward branch of a *base*; 1 is a stock model.
+        image: what it draws, of a diffusion transformer (2212.09748); None: it is a language model.
     """
 
     head_dim: int = cast("int", None)  # a number in every shape: __post_init__ sees to it
     heads: int | None = None
     kv_heads: int | None = None
-    vocab: int = 256
-    sequence: int = 1024
+    vocab: int = DEFAULT_VOCAB
+    sequence: int = cast("int", None)  # as head_dim
     gated: bool = True
     tied: bool = False
     output_multiplier: float = 1.0
+    image: Image | None = None
 
     kind: ClassVar[str] = ""
 
@@ -70,6 +60,7 @@ class Transformer(OfModel):
         def blocks(self) -> tuple[Block, ...]: ...
 
     def _check(self) -> None:
+        self._set_sequence()
         for name in ("width", "vocab", "sequence", *(n for n in ("heads", "kv_heads") if getattr(self, n) is not None)):
             self._whole(name)
         self._whole("layers", most=MOST_LAYERS)
@@ -88,6 +79,23 @@ class Transformer(OfModel):
     def _whole(self, name: str, most: int = LARGEST) -> None:
         """One of the numbers as a plain ``int``, or refused."""
         object.__setattr__(self, name, positive_int(name, getattr(self, name), most))
+
+    def _set_sequence(self) -> None:
+        """The length that was given, else that of a text, or as many tokens as an image has patches."""
+        if self.image is None:
+            if self.sequence is None:
+                object.__setattr__(self, "sequence", DEFAULT_SEQUENCE)
+            return
+        if not isinstance(self.image, Image):
+            raise ValueError(f"image must be a mue.Image(size, channels, patch, classes), got {self.image!r}")
+        if self.sequence not in (None, self.image.tokens):
+            raise ValueError(
+                f"sequence = {self.sequence}, but an image of {self.image.text} has {self.image.tokens}: leave sequence out"
+            )
+        object.__setattr__(self, "sequence", self.image.tokens)
+        if self.vocab != DEFAULT_VOCAB or self.tied:
+            name = "tied" if self.tied else "vocab"
+            raise ValueError(f"{name} is of a language model, and this shape draws images: leave it out")
 
     def _set_head_dim(self) -> None:
         """The head size that was given; else the width over the heads; else 64."""
@@ -151,43 +159,8 @@ class Transformer(OfModel):
         return None if self.active_width is None else self.active_width / self.width
 
     def tensors(self) -> Iterator[Tensors]:
-        """Every parameter by role, in the order of the forward pass.
-
-        Experts count one by one, whatever a model stores them in; a tied head is counted at the embedding.
-        """
-        d, L = self.width, self.layers
-        # a token looks one row up and is multiplied by none of them; a tied table is the head as well, and multiplies
-        yield Tensors("embedding", 1, self.vocab * d, 0 if not self.tied else 1)
-        kv = self.num_kv_heads * self.head_dim
-        for part, out in (("q", self.attention_width), ("k", kv), ("v", kv), ("o", self.attention_width)):
-            yield Tensors(f"attention_{part}", L, d * out, L)
-        for block in self.blocks:
-            n = block.layers
-            if block.ffn is not None:
-                yield from self._feed_forward("ffn", n, d * block.ffn, n)
-            if block.experts:
-                # one set for each pool, or for each layer; a token passes a of them in every layer
-                many = n // block.readers * block.experts
-                yield from self._feed_forward("expert", many, d * (block.expert or 0), n * block.active)
-                if block.router_kind.matrix:
-                    yield Tensors("router", n, d * block.experts, n)
-                if scalars := len(block.router_kind.scalars):
-                    yield Tensors("norm", n * scalars, 1, n * scalars, matrix=False)
-                if block.router_kind.balance_bias:
-                    yield Tensors("router_bias", n, block.experts, n, matrix=False, trained=False)
-            if block.shared_experts:
-                many = n * block.shared_experts
-                yield from self._feed_forward("shared", many, d * block.shared_width // block.shared_experts, many)
-        # one before attention and one before the feed-forward; QK-norm has a gain for q and one for k, shared by heads
-        yield Tensors("norm", 2 * L, d, 2 * L, matrix=False)
-        yield Tensors("qk_norm", 2 * L, self.head_dim, 2 * L, matrix=False)
-        yield Tensors("final_norm", 1, d, 1, matrix=False)
-        if not self.tied:
-            yield Tensors("head", 1, self.vocab * d, 1)
-
-    def _feed_forward(self, kind: str, many: int, size: int, used: int) -> Iterator[Tensors]:
-        for part in ("up", "gate", "down") if self.gated else ("up", "down"):
-            yield Tensors(f"{kind}_{part}", many, size, used)
+        """Every parameter by role, in the order of the forward pass (:func:`mue.shapes.tensors.tensors_of`)."""
+        return tensors_of(self)
 
     def counts(self) -> dict[str, int]:
         """Tensors of the model by role (experts one by one); absent roles are left out."""
@@ -215,7 +188,10 @@ class Transformer(OfModel):
 
         Source: PaLM (2204.02311) appendix B, with active parameters in place of all; causal masking not discounted.
         """
-        matrices = sum(t.used * t.size for t in self.tensors() if t.matrix)
+        # what an image is multiplied by once is shared by its tokens
+        matrices = sum(
+            t.used * t.size / self.sequence if t.per_image else t.used * t.size for t in self.tensors() if t.matrix
+        )
         return 6.0 * matrices + 12.0 * self.layers * self.attention_width * self.sequence
 
     @property
@@ -333,6 +309,8 @@ def shape_from_dict(data: dict[str, Any]) -> Transformer:
         raise ValueError(f"unknown kind of shape {kind!r}; known: {', '.join(kinds)}")
     if kind == "mixed":
         data["blocks"] = tuple(Block(**_moments_tuple(b)) for b in data["blocks"])
+    if data.get("image") is not None:
+        data["image"] = Image(**data["image"])
     return kinds[kind](**_moments_tuple(data))
 
 
@@ -346,10 +324,12 @@ def _as_dict(numbers: Transformer | Block) -> dict[str, Any]:
     return {name: _plain(value) for name, value in values.items() if name not in _ADDED_LATER or value}
 
 
-_ADDED_LATER = ("router_settings", "pools")
+_ADDED_LATER = ("router_settings", "pools", "image")
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, Image):
+        return asdict(value)
     if isinstance(value, tuple):
         return [_as_dict(item) if isinstance(item, Block) else item for item in value]
     return {name: _plain(item) for name, item in value.items()} if isinstance(value, Mapping) else value

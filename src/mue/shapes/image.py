@@ -1,0 +1,50 @@
+"""Images in numbers: what a diffusion transformer (2212.09748) draws, and the patches that are its tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from mue.util.errors import positive_int
+
+TIME_FEATURES = 256
+"""Sines and cosines of the time that its embedding reads: DiT's number (2212.09748), the same at every width."""
+MODULATIONS = 6
+"""Vectors of width d that a block takes from the condition: shift, scale and gate of attention and of the feed-forward (adaLN-zero)."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """Square images of ``size``² pixels in ``channels`` channels, cut into patches of ``patch``² pixels, each of one of ``classes``.
+
+    Examples:
+        >>> Image(size=32, channels=3, patch=4, classes=10).tokens
+        64
+    """
+
+    size: int
+    channels: int
+    patch: int
+    classes: int
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, positive_int(f"image.{f.name}", getattr(self, f.name)))
+        if self.size % self.patch:
+            raise ValueError(
+                f"patches of {self.patch} pixels do not divide images of {self.size}: choose another patch"
+            )
+
+    @property
+    def tokens(self) -> int:
+        """Patches of an image, which are its tokens."""
+        return (self.size // self.patch) ** 2
+
+    @property
+    def patch_elements(self) -> int:
+        """Numbers of one patch: the fan-in of the patch embedding, and what the head puts out."""
+        return self.patch**2 * self.channels
+
+    @property
+    def text(self) -> str:
+        """``"32×32×3 in patches of 4"``."""
+        return f"{self.size}×{self.size}×{self.channels} in patches of {self.patch}"
