@@ -120,9 +120,18 @@ def _vector(name: str, kind: str, start: float, inside: bool = True) -> Role:
     return Role(name, kind, inside=inside, start=start, decays=False)
 
 
-def _of_image(name: str, kind: str, like: str, part: str = "", *, reads_residual: bool = True, **more: bool) -> Role:
+def _of_image(
+    name: str,
+    kind: str,
+    like: str,
+    part: str = "",
+    *,
+    reads_residual: bool = True,
+    inside: bool = False,
+    zero: bool = False,
+) -> Role:
     """A matrix that only diffusion transformers have; µP holds for them by the classes that it has (2505.15270)."""
-    return Role(name, kind, part, reads_residual=reads_residual, task="image", like=like, **{"inside": False, **more})
+    return Role(name, kind, part, inside, reads_residual, task="image", like=like, zero=zero)
 
 
 # Every role, in the order of the forward pass; iteration is over names.
@@ -133,7 +142,7 @@ ROLES: Mapping[str, Role] = MappingProxyType(
             Role("embedding", "embedding", inside=False),
             # fan-ins that no width changes (a patch's pixels, the sines of the time, a row of a table): input weights, as
             # the embedding is one (2203.03466, Table 8)
-            _of_image("patch_embedding", "patch", like="embedding", reads_residual=False),
+            _of_image("patch_embedding", "patch", "embedding", reads_residual=False),
             _of_image("time_embedding_in", "condition", "embedding", "in", reads_residual=False),
             # d → d, but outside the blocks: a hidden weight without a depth
             _of_image("time_embedding_out", "condition", "attention_q", "out"),
