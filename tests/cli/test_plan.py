@@ -24,8 +24,10 @@ def plan_file(tmp_path: Path) -> Path:
 
 
 def test_plan_prints_and_saves(plan_file: Path) -> None:
-    shown = run("plan", plan_file)
+    page = plan_file.with_name("plan.html")
+    shown = run("plan", plan_file, "--html", page)
     assert shown.returncode == 0, shown.stderr
+    assert f"page: {page}" in shown.stdout and "How the factors move" in page.read_text(encoding="utf-8")
     for role in ("expert_down", "router", "head", "ρ_d^-1"):
         assert role in shown.stdout
     result = run("plan", plan_file, "--json", "--save", plan_file.with_name("plan.json"))

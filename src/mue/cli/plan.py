@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from mue.cli.app import File, Tuned, WithNames, app, with_sweep
+from mue.cli.app import File, Tuned, WithNames, app, say_paths, with_sweep
 from mue.cli.files import Set, read_tables
 from mue.cli.measured_gates import write_measured_gates
 from mue.cli.terminal import print_json
@@ -32,6 +32,10 @@ def plan(
         str, typer.Option("--route", help="Who carries R with --fold: weights, or model (its own route scale).")
     ] = "weights",
     save: Annotated[Path | None, typer.Option(help="Also save the plan as JSON here (mue.Plan.load reads it).")] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write the plan as a page: values by what they rest on, factors as pictures."),
+    ] = None,
     measure: Annotated[
         bool,
         typer.Option(
@@ -79,8 +83,14 @@ def plan(
         made = folded(made, route)
     if save is not None:
         made.save(save)
+    if html is not None:
+        from mue.lab.report.plan_page import plan_page
+
+        plan_page(made, html)
     if json_:
         print_json(made.to_dict())
     else:
         console = Console()
         console.print(plan_table(made, width=console.width, sources=sources))
+        if html is not None:
+            say_paths(console, f"page: {html}")

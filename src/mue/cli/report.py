@@ -77,7 +77,7 @@ def report(
     elif (folder / CONFIG_FILE).exists():
         from mue.lab.report.runs import run_report
 
-        path = run_report(folder)
+        path = run_report(folder, pictures=True)
     elif any(folder.glob(f"runs/*/{CONFIG_FILE}")):
         from mue.lab.report.runs import folder_report
 

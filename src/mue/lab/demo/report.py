@@ -10,7 +10,8 @@ from typing import Any
 
 from mue.lab.demo.figures import outcome_figure
 from mue.lab.report import plots
-from mue.lab.report.page import Section, plan_sections, runs_section, text, write_report
+from mue.lab.report.page import Section, runs_section, text, write_report
+from mue.lab.report.plan_page import pictures_section, plan_sections
 from mue.lab.report.routers import router_sections
 from mue.lab.sweep.report import sweep_section
 from mue.lab.sweep.result import Cell
@@ -153,6 +154,7 @@ def write_demo_report(
         _samples_section(summary),
         sweep_section(summary["sweep"], cells),
         *plan_sections(plan),
+        pictures_section(plan),
         *router_sections(named["MoE"], store.metrics(named["MoE"].key), store.routers(named["MoE"].key)),
         runs_section([(name, run, results[name]) for name, run in named.items()], _facts(summary)),
     ]  # fmt: skip

@@ -12,11 +12,16 @@ from typing import Any, Literal
 
 from matplotlib.figure import Figure
 
-from mue.lab.report import plots
 from mue.lab.train.run import Run
-from mue.plan import render
-from mue.plan.plan import PlanData
 from mue.util.files import write_atomic, write_text
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of several pictures beside each other, as many as a window has room for, and the words under it."""
+
+    figure: Figure
+    caption: str
 
 
 @dataclass
@@ -26,6 +31,9 @@ class Section:
     Attributes:
         id: of the picture's file and of the anchor. texts: as :func:`text` makes them. facts: (what, value).
         header, rows: of the table. wrap: columns whose text may be broken. shades: of the cells, 0 (white) to 1.
+        tags: of the cells, what each rests on: a class of the template, or nothing. A table with tags is read line by line where a
+            window is narrow, each cell under the name of its column.
+        legend: (tag, letter, words) of the tags. panels: pictures beside each other, in the page only.
         fold: where it is not empty the table is folded away under these words.
     """
 
@@ -39,6 +47,9 @@ class Section:
     rows: Sequence[Sequence[str]] = ()
     wrap: tuple[int, ...] = ()
     shades: Sequence[Sequence[float]] = ()
+    tags: Sequence[Sequence[str]] = ()
+    legend: Sequence[tuple[str, str, str]] = ()
+    panels: Sequence[Panel] = ()
     fold: str = ""
     in_page: Literal["svg", "png", ""] = (
         "svg"  # the picture; a PNG is written either way, and a table reads better as text
@@ -61,20 +72,42 @@ def write_report(
     Returns:
         The page's path.
     """
+    for section in sections:
+        if section.figure is not None:
+            png = folder / f"{section.id}.png"
+            write_atomic(png, partial(section.figure.savefig, dpi=160, format="png"))
+    path = folder / "report.html"
+    write_text(path, page(title, lead, sections, cards, pictures=folder))
+    return path
+
+
+def page(
+    title: str,
+    lead: str,
+    sections: Sequence[Section],
+    cards: Sequence[tuple[str, str]] = (),
+    pictures: Path | None = None,
+) -> str:
+    """One self-contained HTML page.
+
+    Args:
+        title, lead, sections, cards: as in :func:`write_report`. pictures: the folder that has them as PNG, for those sections
+            whose picture stands in the page as one.
+    """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     rendered = []
     for section in sections:
         picture = ""
-        if section.figure is not None:
-            write_atomic(png := folder / f"{section.id}.png", partial(section.figure.savefig, dpi=160, format="png"))
-            picture = _svg(section.figure) if section.in_page == "svg" else _img(png) if section.in_page else ""
-        table = (
-            {"header": section.header, "rows": section.rows, "wrap": section.wrap, "shades": section.shades}
-            if section.rows
-            else None
-        )
-        rendered.append({**vars(section), "picture": picture, "table": table})
+        if section.figure is not None and section.in_page == "svg":
+            picture = _svg(section.figure)
+        elif section.figure is not None and section.in_page and pictures is not None:
+            picture = _img(pictures / f"{section.id}.png")
+        names = ("header", "rows", "wrap", "shades", "tags")
+        table = {name: getattr(section, name) for name in names} if section.rows else None
+        panels = [{"picture": _svg(panel.figure), "caption": panel.caption} for panel in section.panels]
+        letters = {tag: letter for tag, letter, _ in section.legend}
+        rendered.append({**vars(section), "picture": picture, "table": table, "panels": panels, "letters": letters})
     environment = Environment(
         loader=PackageLoader("mue.lab.report"),
         autoescape=True,
@@ -82,12 +115,9 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    html = environment.get_template("report.html").render(
+    return environment.get_template("report.html").render(
         title=title, lead=lead, sections=rendered, cards=[{"value": v, "label": k} for k, v in cards]
     )
-    path = folder / "report.html"
-    write_text(path, html)
-    return path
 
 
 def _svg(figure: Figure) -> str:
@@ -101,25 +131,6 @@ def _img(png: Path) -> str:
 
 
 # ---- sections -------------------------------------------------------------------------------------------------------
-
-
-def plan_sections(plan: PlanData) -> list[Section]:
-    """The plan: header, picture and values with sources; then the factors, which one table would push beyond the page's edge."""
-    (header, rows), (of, factors) = render.split(plan)
-    values = Section(
-        id="plan",
-        title="The plan: every parameter of the target",
-        facts=render.header(plan),
-        figure=plots.plan_figure(plan),
-        header=header,
-        rows=rows,
-        wrap=(len(header) - 1,),
-        in_page="",
-    )
-    return [
-        values,
-        Section(id="factors", title="The plan's factors on the base's values", header=of, rows=factors, wrap=(2,)),
-    ]
 
 
 def runs_section(named: Sequence[tuple[str, Run, Mapping[str, Any]]], facts: Sequence[tuple[str, str]]) -> Section:

@@ -7,18 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from mue.lab.report import plots
-from mue.lab.report.page import Section, plan_sections, runs_section, text, write_report
+from mue.lab.report.page import Section, runs_section, text, write_report
+from mue.lab.report.plan_page import pictures_section, plan_sections
 from mue.lab.report.routers import router_sections, routers_table
 from mue.lab.train.run import CONFIG_FILE, Run, Store
 from mue.lab.train.task import task_of
 from mue.util.text import number
 
 
-def run_report(folder: Path) -> Path:
+def run_report(folder: Path, *, pictures: bool = False) -> Path:
     """Write the report of one training run into its folder.
 
     Args:
-        folder: ``<store>/runs/<key>``.
+        folder: ``<store>/runs/<key>``. pictures: of the plan's factors, which take half a second to draw.
 
     Returns:
         The page's path.
@@ -39,7 +40,8 @@ def run_report(folder: Path) -> Path:
     }
     sections = [Section(id="loss", title="Loss", figure=plots.loss_figure([curve], unit))]
     sections += router_sections(run, metrics, store.routers(run.key))
-    sections += [*plan_sections(run.plan), runs_section([("run", run, result)], [("data", run.data["hash"])])]
+    sections += [*plan_sections(run.plan), *([pictures_section(run.plan)] if pictures else [])]
+    sections += [runs_section([("run", run, result)], [("data", run.data["hash"])])]
     held = result["val_loss"]
     lead = (
         f"validation loss {number(held)} {unit} after {result['tokens']:,} tokens" if held is not None else "diverged"
@@ -68,7 +70,7 @@ def folder_report(folder: Path) -> Path:
         raise ValueError(
             f"none of the {len(open_)} runs in {folder} has ended: start the command again to go on with them"
         )
-    pages = [run_report(run) for run in ended]
+    pages = [run_report(run, pictures=len(ended) == 1) for run in ended]
     return pages[0] if len(ended) == 1 and not open_ else _comparison(folder, ended, open_)
 
 
