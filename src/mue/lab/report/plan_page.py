@@ -177,17 +177,21 @@ def roles_in_words(roles: Iterable[str], of: Iterable[Curve] = ()) -> str:
     Args:
         roles: names as :class:`Curve` has them. of: all curves of the axis: a kind that is there in full is named alone.
     """
-    there = {role for curve in of for role in curve.roles}
+    every = [_parted(name) for name in {role for curve in of for role in curve.roles}]
     kinds: dict[tuple[str, str], list[str]] = {}
     for name in roles:
-        role, _, where = name.partition(" ")
-        known = ROLES.get(role)
-        kind = (known.kind if known is not None and known.part else role, where)
-        kinds.setdefault(kind, []).append(known.part if known is not None else "")
+        kind, part, where = _parted(name)
+        kinds.setdefault((kind, where), []).append(part)
     words = []
     for (kind, where), parts in kinds.items():
-        every = [r for r in there if r.partition(" ")[0] in ROLES and ROLES[r.partition(" ")[0]].kind == kind]
-        every = [r for r in every if r.partition(" ")[2] == where]
-        part = "" if len(parts) >= len(every) or not parts[0] else f" {'/'.join(parts)}"
+        there = sum((kind, where) == (other, place) for other, _, place in every)
+        part = "" if len(parts) >= there or not parts[0] else f" {'/'.join(parts)}"
         words.append(f"{kind.replace('_', ' ')}{part}{f' {where}' if where else ''}")
     return ", ".join(words)
+
+
+def _parted(name: str) -> tuple[str, str, str]:
+    """Kind, part and blocks of ``expert_up [layers 0-3]``; what is no role with parts is its own kind."""
+    role, _, where = name.partition(" ")
+    known = ROLES.get(role)
+    return (known.kind, known.part, where) if known is not None and known.part else (role, "", where)
