@@ -149,7 +149,7 @@ def with_sweep(data: dict[str, Any], folder: Path | None) -> tuple[dict[str, Any
     if "data" in data:
         from mue.lab.train.spec import settings_from
 
-        notes += found.check_settings(settings_from(data), str(folder))
+        notes += found.check_settings(settings_from(data, auto=found.settings.precision), str(folder))
     elif unusual := found.unusual():
         notes.append(f"these values were tuned with {unusual}: they are for runs with the same")
     _say_notes(notes)

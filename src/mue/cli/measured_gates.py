@@ -28,7 +28,7 @@ def write_measured_gates(file: Path, tuned: Path | None) -> None:
     from mue.lab.train.spec import settings_from
 
     data, values = with_sweep(read_tables(file, None, (*PLAN_TABLES, "data", "run")), tuned)
-    source, settings = data_source(data, file.parent), settings_from(data)
+    source, settings = data_source(data, file.parent), settings_from(data, auto="fp32")
     target = table_of(data, "target")
     blocks = target.get("blocks")
     tables: list[Any] = [target] if blocks is None else blocks if isinstance(blocks, list) else []

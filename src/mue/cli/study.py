@@ -11,10 +11,13 @@ from typer.core import TyperGroup
 
 from mue.cli.app import KeepWeights, Workers, app, say_data, say_kept, say_paths
 from mue.cli.files import Set, change_tables, read_tables
+from mue.cli.precision import settled
 
 if TYPE_CHECKING:  # a study's modules need torch, and a command imports what it calls when it runs
+    from mue.lab.data import Data
     from mue.lab.study.schedule import Planned, Rows, Schedule
     from mue.lab.study.spec import StudySpec
+    from mue.lab.train.run import Run
 
 
 class _RunByDefault(TyperGroup):
@@ -111,7 +114,8 @@ def run(
     from mue.lab.study.run import run_study
     from mue.lab.study.schedule import Schedule
 
-    console, spec = Console(), _asked(file, small, out, change).on(tuple(axis or ()))
+    console = Console()
+    spec = _asked(console, file, small, out, change, dry_run=dry_run).on(tuple(axis or ()))
     corpus = open_data(spec.source)
     say_data(console, corpus)
     schedule = Schedule(spec, describe_data(spec.source, corpus))
@@ -135,21 +139,34 @@ def run(
     say_paths(console, f"report: {study_report(out)}")
 
 
-def _asked(file: Path | None, small: bool, out: Path, change: list[str] | None) -> StudySpec:
-    """The study that is meant: a file's, or the one that comes with mue, whose data are kept in the study's folder.
+def _asked(
+    console: Console, file: Path | None, small: bool, out: Path, change: list[str] | None, *, dry_run: bool
+) -> StudySpec:
+    """The study that is meant, its precision settled: a file's, or the one that comes with mue, whose data are kept in the study's folder.
 
     Raises:
         ValueError: a file that is to be small.
     """
+    from mue.lab.data.spec import describe_data, open_data
+    from mue.lab.study.schedule import Schedule
     from mue.lab.study.shipped import shipped_study
     from mue.lab.study.spec import TOP, study_from
 
     if file is not None and small:
         raise ValueError("--small is the small form of mue's own study: leave it or the FILE out")
     if file is not None:
-        return study_from(read_tables(file, change, TOP, known=TOP), file.parent)
-    shipped = shipped_study(small=small, cache=out / "data")
-    return study_from(change_tables(shipped, change, TOP, known=TOP), Path())
+        tables, place = read_tables(file, change, TOP, known=TOP), file.parent
+    else:
+        tables, place = change_tables(shipped_study(small=small, cache=out / "data"), change, TOP, known=TOP), Path()
+
+    def largest(tables: dict[str, Any]) -> tuple[Run, Data]:
+        """The run in which most of the study's time goes: that decides for all, since precisions are not to be mixed in a comparison."""
+        spec = study_from(tables, place)
+        corpus = open_data(spec.source)
+        runs = Schedule(spec, describe_data(spec.source, corpus)).missing({})
+        return max((p.run for p in runs), key=lambda run: run.plan.target.flops_per_token), corpus
+
+    return study_from(settled(console, tables, out, largest, dry_run=dry_run), place)
 
 
 def _say_asked(console: Console, schedule: Schedule, rows: Rows) -> list[Planned]:

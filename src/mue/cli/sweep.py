@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -11,10 +11,15 @@ from rich.markup import escape
 
 from mue.cli.app import KeepWeights, Log, Workers, app, say_data, say_kept, say_paths
 from mue.cli.files import Set, read_tables
+from mue.cli.precision import settled
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from mue.lab.data import Data
     from mue.lab.sweep.result import SweepResult
     from mue.lab.sweep.spec import SweepSpec
+    from mue.lab.train.run import Run
 
 _File = Annotated[Path | None, typer.Argument(help="A TOML file; see the example below.", show_default=False)]
 _Out = Annotated[
@@ -98,8 +103,8 @@ def sweep(
     from mue.lab.sweep.report import sweep_report
     from mue.lab.sweep.sweep import run_sweep
 
-    spec, folder = _asked(file, out, resume, change)
     console = Console()
+    spec, folder = _asked(console, file, out, resume, change, storage, study, dry_run=dry_run)
     sinks = open_sinks(log or [], folder)  # before the data: a package that is missing is said at once
     corpus = open_data(spec.source)
     say_data(console, corpus)
@@ -127,14 +132,21 @@ def sweep(
 
 
 def _asked(
-    file: Path | None, out: Path | None, resume: Path | None, change: list[str] | None
+    console: Console,
+    file: Path | None,
+    out: Path | None,
+    resume: Path | None,
+    change: list[str] | None,
+    storage: str | None,
+    study: str | None,
+    *,
+    dry_run: bool,
 ) -> tuple[SweepSpec, Path]:
-    """The sweep that is meant, and its folder.
+    """The sweep that is meant, its precision settled, and its folder.
 
     Raises:
         ValueError: neither a file nor a folder to go on in, or both; values changed of a sweep that has its own.
     """
-    from mue.lab.sweep.spec import sweep_from
     from mue.lab.sweep.state import SweepState
 
     if (file is None) == (resume is None):
@@ -144,9 +156,40 @@ def _asked(
     folder = resume or out or Path("runs/sweep")
     if file is None and change:
         raise ValueError(f"--set changes a file's values, and the sweep in {folder} has its own: leave --resume out")
-    tables = ("base", "tuned", "data", "run", "sweep")
-    spec = sweep_from(read_tables(file, change, tables), file.parent) if file else SweepState.load(folder).spec
-    return spec, folder
+    if file is None:
+        return SweepState.load(folder).spec, folder
+    tables = read_tables(file, change, ("base", "tuned", "data", "run", "sweep"))
+    return _settled(console, tables, file.parent, folder, storage, study, dry_run=dry_run), folder
+
+
+def _settled(
+    console: Console,
+    tables: dict[str, Any],
+    place: Path,
+    folder: Path,
+    storage: str | None,
+    study: str | None,
+    *,
+    dry_run: bool,
+) -> SweepSpec:
+    """The sweep of a file's tables, with a precision in the place of "auto": that of its folder or of its shared storage, or the faster."""
+    from mue.lab.data.spec import describe_data, open_data
+    from mue.lab.sweep.spec import sweep_from
+    from mue.lab.sweep.state import shared_sweep
+    from mue.lab.train.run import PRECISIONS
+
+    def example(tables: dict[str, Any]) -> tuple[Run, Data]:
+        spec = sweep_from(tables, place)
+        corpus = open_data(spec.source)
+        return spec.first_run(describe_data(spec.source, corpus)), corpus
+
+    def decided(of: Callable[[str], dict[str, Any]]) -> str | None:
+        if storage is None:
+            return None
+        specs = {precision: sweep_from(of(precision), place) for precision in PRECISIONS}
+        return shared_sweep(specs, storage, study, open_data(specs["fp32"].source).hash)
+
+    return sweep_from(settled(console, tables, folder, example, decided=decided, dry_run=dry_run), place)
 
 
 def _say_result(console: Console, result: SweepResult, page: Path, folder: Path) -> None:
@@ -165,11 +208,10 @@ def _say_result(console: Console, result: SweepResult, page: Path, folder: Path)
 
 def _say_asked(console: Console, spec: SweepSpec) -> None:
     """Print what a sweep asks for and what it costs, of runs that are done already as of those that are not."""
-    from mue.lab.sweep.sampler import AXES, sampler_of
+    from mue.lab.sweep.sampler import sampler_of
 
     points = sampler_of(spec.grid).points()
-    first = {axis: getattr(spec.grid, axis)[0] for axis in AXES}
-    spec.run_at({**first, "seed": 0}, {})  # what no run can be is said here as it would be by the first
+    spec.first_run({})  # what no run can be is said here as it would be by the first
     runs = len(points) or spec.grid.trials or 0
     flops = runs * spec.base.flops_per_token * spec.training.tokens
     console.print(

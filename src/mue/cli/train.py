@@ -11,6 +11,7 @@ from rich.console import Console
 
 from mue.cli.app import Log, Out, Tuned, WithNames, app, say_data, say_paths, with_sweep
 from mue.cli.files import Set, read_tables
+from mue.cli.precision import settled
 from mue.plan.toml import PLAN_TABLES
 
 if TYPE_CHECKING:  # a run's modules need torch, and a command imports what it calls when it runs
@@ -56,7 +57,7 @@ def train(
 
     The file is a plan file with a [bold]\\[data][/] table (see mue sweep --help) and optionally
     [bold]\\[run][/]: task = {tasks}, seed, schedule = "wsd" | "cosine" | "linear" | "wsqd", decay, shift (of wsqd),
-    precision = "fp32" | "bf16", balance = "bias" | "loss" | "none", consistency (of routers that draw), eval_every, eval_sequences, log_every. Weights, metrics and a report land in OUT/runs/HASH; a run that was
+    precision = "fp32" | "bf16" | "auto" (the faster, measured once for OUT), balance = "bias" | "loss" | "none", consistency (of routers that draw), eval_every, eval_sequences, log_every. Weights, metrics and a report land in OUT/runs/HASH; a run that was
     interrupted goes on exactly where its last checkpoint stands. Given a run's folder (of a sweep, a study, a demo) instead of a file, it trains
     that very run in OUT: so a run that kept no weights gets them. On a CPU a few seconds of measuring choose how many threads
     it gets; OMP_NUM_THREADS says so by itself.
@@ -95,7 +96,12 @@ def train(
         source, make = _again(file, [name for name, value in options.items() if value is not None])
     else:
         tables = read_tables(file, change, (*PLAN_TABLES, "data", "run"), {"rule": rule, "run.seed": seed})
-        source, make = _of_file(tables, tuned, file.parent)
+
+        def example(tables: dict[str, Any]) -> tuple[Run, Data]:
+            source, make = _of_file(tables, tuned, file.parent)
+            return make(corpus := open_data(source)), corpus
+
+        source, make = _of_file(settled(console, tables, out, example), tuned, file.parent)
     place = device_named(device) if device else torch.device("cuda" if torch.cuda.is_available() else "cpu")
     sinks = open_sinks(log or [], out)
     corpus = open_data(source)

@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
 from mue.cli.app import File, Out, Tuned, Workers, app, say_data, say_paths, with_sweep
 from mue.cli.files import Set, read_tables
+from mue.cli.precision import settled
 
 if TYPE_CHECKING:
+    from mue.lab.data import Data
     from mue.lab.runners.listener import RunListener
-    from mue.lab.train.run import Run
 
 
 @app.command("tune-roles")
@@ -54,15 +55,24 @@ def tune_roles(
     [bold]Then[/]
       mue plan target.toml --tuned runs/roles     # or copy runs/roles/tuned.toml
     """
-    from mue.lab.data.spec import open_data
+    from mue.lab.data.spec import describe_data, open_data
     from mue.lab.per_role.report import roles_report
     from mue.lab.per_role.tune import roles_from
     from mue.lab.per_role.tune import tune_roles as run
     from mue.lab.report.progress import RunProgress
+    from mue.lab.sweep.spec import base_plan
+    from mue.lab.train.run import Run
 
     console = Console()
     data, values = with_sweep(read_tables(file, change, ("base", "tuned", "data", "run", "roles")), tuned)
-    spec = roles_from(data, file.parent, values)
+
+    def example(tables: dict[str, Any]) -> tuple[Run, Data]:
+        spec = roles_from(tables, file.parent, values)
+        corpus = open_data(spec.source)
+        plan = base_plan(spec.base, spec.training, spec.tuned)
+        return Run(plan, spec.settings, describe_data(spec.source, corpus)), corpus
+
+    spec = roles_from(settled(console, data, out, example), file.parent, values)
     corpus = open_data(spec.source)
     say_data(console, corpus, tuned)
 

@@ -22,7 +22,7 @@ from mue.lab.sweep.sampler import SAMPLERS
 from mue.lab.sweep.spec import SWEEP_KEYS
 from mue.lab.train.run import BALANCES, PRECISIONS, Settings
 from mue.lab.train.schedule import SCHEDULES
-from mue.lab.train.spec import RUN_KEYS
+from mue.lab.train.spec import AUTO, RUN_KEYS
 from mue.lab.train.task import TASKS
 from mue.plan.convention import Convention
 from mue.plan.key_words import KEY_WORDS, TABLE_WORDS
@@ -86,7 +86,7 @@ def _tables() -> dict[str, Schema]:
             {
                 **_hints(Settings),
                 "schedule": {"enum": list(SCHEDULES)},
-                "precision": {"enum": list(PRECISIONS)},
+                "precision": {"enum": [*PRECISIONS, AUTO]},
                 "balance": {"enum": list(BALANCES)},
                 "task": _names(TASKS),
             },

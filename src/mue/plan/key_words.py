@@ -106,7 +106,7 @@ KEY_WORDS: Mapping[str, Mapping[str, str]] = {
         "schedule": 'shape of the rate: "wsd" (flat, then down), "cosine", "linear" or "wsqd"',
         "decay": "part of the run in which the rate falls, with wsd and wsqd",
         "shift": "steps of the run that the peak was tuned on, with wsqd",
-        "precision": '"fp32", or "bf16" autocast',
+        "precision": '"fp32", "bf16" autocast, or "auto": the faster of both, measured once',
         "balance": 'how experts are balanced: "bias", "loss" or "none"',
         "eval_every": "steps between validations; 0 is only at the end",
         "eval_sequences": "sequences of one validation",

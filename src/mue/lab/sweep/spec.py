@@ -93,6 +93,14 @@ class SweepSpec:
             "data": data_hash,
         }
 
+    def first_run(self, data: dict[str, Any]) -> Run:
+        """A run like all of the sweep: of its first values.
+
+        Args:
+            data: as for :meth:`run_at`.
+        """
+        return self.run_at({**{axis: getattr(self.grid, axis)[0] for axis in AXES}, "seed": self.grid.seeds[0]}, data)
+
     def run_at(self, point: Point, data: dict[str, Any]) -> Run:
         """One run of the sweep: the base with a point's values and seed, every transfer factor 1.
 

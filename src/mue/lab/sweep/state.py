@@ -20,7 +20,7 @@ from typing import Any
 from mue.lab.data import Data
 from mue.lab.data.spec import describe_data
 from mue.lab.sweep.result import SweepResult
-from mue.lab.sweep.sampler import AXES, sampler_of
+from mue.lab.sweep.sampler import sampler_of
 from mue.lab.sweep.spec import SweepSpec
 from mue.lab.sweep.storage import Database, MissingError, Trouble, without_password
 from mue.lab.sweep.trials import Trials
@@ -80,8 +80,7 @@ class SweepState:
         """
         path, own = folder / SWEEP_FILE, spec.identity(corpus.hash)
         if not path.exists():
-            point = {**{axis: getattr(spec.grid, axis)[0] for axis in AXES}, "seed": spec.grid.seeds[0]}
-            run = spec.run_at(point, describe_data(spec.source, corpus))
+            run = spec.first_run(describe_data(spec.source, corpus))
             task_of(spec.settings).batches_of(run, corpus)  # before the folder is made
             return cls(folder, spec, own, storage, study)
         try:
@@ -233,6 +232,20 @@ def join(folder: Path, storage: str, study: str | None) -> None:
     name = study or next(iter(found))
     named = {} if name == digest(found[name]["identity"]) else {"study": name}
     write_json(path, {**found[name], "storage": database.name, **named})
+
+
+def shared_sweep(specs: Mapping[str, SweepSpec], storage: str, study: str | None, data_hash: str) -> str | None:
+    """Which of several forms of a sweep a shared storage has, by its key in ``specs``; None where it has none of them.
+
+    Args:
+        storage: its URL. study: the sweep's name there; None: a sweep is known by what it is. data_hash: of the corpus.
+    """
+    try:
+        found = Database(storage, make=False).studies("sweep")
+    except MissingError:
+        return None
+    there = [digest(json.loads(about)["identity"]) for name, about in found.items() if study in (None, name)]
+    return next((key for key, spec in specs.items() if digest(spec.identity(data_hash)) in there), None)
 
 
 def _differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

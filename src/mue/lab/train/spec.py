@@ -18,19 +18,27 @@ from mue.plan.transfer import plan_of
 from mue.shapes import HParams
 
 RUN_KEYS = tuple(f.name for f in fields(Settings))
+AUTO = "auto"  # of [run] precision: what mue.lab.runners.precision measures and decides before there is a run
 
 
-def settings_from(data: Mapping[str, Any]) -> Settings:
+def settings_from(data: Mapping[str, Any], auto: str | None = None) -> Settings:
     """``[run]``, with defaults for what it leaves out.
 
     Args:
-        data: the tables of the file.
+        data: the tables of the file. auto: what precision = "auto" stands for, where nothing is trained; None: it has to be settled.
 
     Raises:
-        ValueError: an unknown key or task, or a value out of its range.
+        ValueError: an unknown key or task, or a value out of its range; a precision that nobody has settled.
     """
     table = table_of(data, "run")
     check_keys(table, RUN_KEYS, "[run]")
+    if table.get("precision") == AUTO:
+        if auto is None:
+            raise ValueError(
+                '[run] precision = "auto" is settled by mue train, sweep, study and tune-roles for the folder they write to:'
+                ' say "fp32" or "bf16" here, or call mue.lab.runners.precision.settle_precision'
+            )
+        table = {**table, "precision": auto}
     settings = Settings(**table)
     task_of(settings)
     return settings
