@@ -1,4 +1,4 @@
-"""Student's quantile against values of a library that this one does without, and against its two closed forms."""
+"""Student's quantile against values of a library that this one does without, and against its two closed forms; intervals of shares."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from mue.util.statistics import student_quantile
+from mue.util.statistics import share_interval, student_quantile
 
 SCIPY = (  # scipy.stats.t.ppf(p, freedom), version 1.17
     (0.975, 1, 12.706204736174694),
@@ -36,3 +36,12 @@ def test_students_quantile_in_closed_form(p: float) -> None:
 def test_students_quantile_becomes_the_normal_one() -> None:
     assert student_quantile(0.975, math.inf) == pytest.approx(1.959963984540054, abs=1e-12)
     assert student_quantile(0.975, 100_000) == pytest.approx(1.959963984540054, abs=1e-4)
+
+
+@pytest.mark.parametrize(("hits", "n"), [(0, 10), (10, 10), (3, 10), (150, 160), (1, 1)])
+def test_the_interval_of_a_share_is_where_a_normal_test_would_not_refuse_it(hits: int, n: int) -> None:
+    share, low, high = share_interval(hits, n)
+    assert share == hits / n and 0 <= low <= share <= high <= 1 and high > low
+    for end in (low, high):
+        if 0 < end < 1:
+            assert abs(share - end) / math.sqrt(end * (1 - end) / n) == pytest.approx(1.959964, rel=1e-5)

@@ -1,4 +1,4 @@
-"""Means with intervals, and the quantile of Student's distribution, with the standard library alone."""
+"""Means and shares with intervals, and the quantile of Student's distribution, with the standard library alone."""
 
 from __future__ import annotations
 
@@ -44,6 +44,20 @@ def mean_of(samples: Sequence[float], weights: Sequence[float] | None = None) ->
         return Mean(value, math.inf)
     variance = math.fsum((x - value * w) ** 2 for x, w in zip(samples, weights, strict=True)) / (n - 1)
     return Mean(value, student_quantile(0.975, n - 1) * math.sqrt(variance / n) / share)
+
+
+def share_interval(hits: int, n: int) -> tuple[float, float, float]:
+    """A share with the ends of its 95 % interval (Wilson 1927), which are inside 0 and 1 and not both at the share where all or none hit.
+
+    Args:
+        hits: of ``n`` independent trials, at least one.
+    """
+    z = NormalDist().inv_cdf(0.975)
+    share = hits / n
+    middle = (share + z * z / (2 * n)) / (1 + z * z / n)
+    half = z / (1 + z * z / n) * math.sqrt(share * (1 - share) / n + (z / (2 * n)) ** 2)
+    # at 0 and 1 the share is an end of its interval, but for rounding
+    return share, max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def student_quantile(p: float, freedom: float) -> float:
