@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from mue.lab.data import Corpus, load_corpus
-from mue.lab.report.runs import labels
 from mue.lab.train.run import Settings, Store
 from mue.lab.train.session import train
 from support.command_line import in_process, refused
@@ -62,8 +61,24 @@ def test_a_run_that_diverged_at_once_is_reported(corpus: Corpus, tmp_path: Path)
     assert "diverged" in folder_report(tmp_path).read_text(encoding="utf-8")
 
 
-def test_labels_say_what_differs(corpus: Corpus) -> None:
-    same, other = moe_run(corpus), moe_run(corpus, tuned=TUNED.replace(lr=0.02))
-    assert labels([same, other]) == ["lr 0.01", "lr 0.02"]
-    quiet = moe_run(corpus, Settings(**{**vars(SETTINGS), "eval_every": 5}))
-    assert labels([same, quiet]) == [same.key[:8], quiet.key[:8]]
+def test_several_folders_are_compared(
+    corpus: Corpus, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store and one run of another, which is in both."""
+    runs = [moe_run(corpus, steps=4), moe_run(corpus, Settings(**{**vars(SETTINGS), "seed": 1}), steps=4)]
+    runs.append(moe_run(corpus, steps=4, tuned=TUNED.replace(lr=0.02)))
+    one, two = Store(tmp_path / "one"), Store(tmp_path / "two")
+    for run in runs[:2]:
+        train(run, one, corpus)
+    for run in (runs[2], runs[0]):
+        train(run, two, corpus)
+    said = ("report", tmp_path / "one", *(two.folder(run.key) for run in runs[::2]))
+    code, out, err = in_process(capsys, monkeypatch, *said, "-o", tmp_path / "both")
+    assert code == 0 and f"report: {tmp_path / 'both' / 'report.html'}" in out, err
+    written = (tmp_path / "both" / "report.html").read_text(encoding="utf-8")
+    for words in ("3 training runs", "tuned.lr", "lr 0.01, seed 1", " ± ", "Routers at the end"):
+        assert words in written
+    assert not (tmp_path / "one" / "report.html").exists()
+    refused(in_process(capsys, monkeypatch, *said, "--list"), "give one folder")
+    refused(in_process(capsys, monkeypatch, "report", tmp_path / "one", "-o", tmp_path / "x"), "several folders")
+    refused(in_process(capsys, monkeypatch, *said, tmp_path), "holds no run")

@@ -12,6 +12,12 @@ from rich.console import Console
 
 from mue.cli.app import app, say_paths
 
+_Out = Annotated[
+    Path | None,
+    typer.Option(
+        "--out", "-o", help="Where the page on several folders goes \\[default: runs/compare].", show_default=False
+    ),
+]
 _Csv = Annotated[Path | None, typer.Option("--csv", help="Also write every trial of a sweep to this file.")]
 _Storage = Annotated[
     str | None, typer.Option("--storage", help="Of a sweep in this storage, on a machine that has had no part in it.")
@@ -22,22 +28,28 @@ _List = Annotated[bool, typer.Option("--list", help="Only show a sweep's table h
 
 @app.command()
 def report(
-    folder: Annotated[
-        Path, typer.Argument(help="Folder of a demo, a sweep, a per-role search, or what mue train -o wrote.")
+    folders: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="FOLDER...",
+            help="Folder of a demo, a sweep, a per-role search, or what mue train -o wrote; of several the runs are compared.",
+        ),
     ],
+    out: _Out = None,
     csv: _Csv = None,
     listed: _List = False,
     storage: _Storage = None,
     study: _Study = None,
 ) -> None:
-    """Write the report of a demo, a run or a sweep, from what is on disk; of a sweep also while it runs. Several runs in one
-    folder are compared on one page.
+    """Write the report of a demo, a run or a sweep, from what is on disk; of a sweep also while it runs. Several runs, in one
+    folder or in several, are compared on one page.
 
     \b
     [bold]Example[/]
       mue report runs/train                   # a page for each run, and one on all of them
       mue report runs/sweep --list            # how far it is, its valleys, who is training what
       mue report runs/sweep --csv trials.csv
+      mue report runs/ours runs/mup           # curves, losses with intervals, what differs
       mue report runs/here --storage postgresql://me@db/sweeps     # into a new folder
     """
     from mue.lab.train.run import CONFIG_FILE
@@ -47,6 +59,16 @@ def report(
     gc.disable()
     atexit.register(gc.freeze)
     console = Console()
+    folder, *more = folders
+    if more:
+        if csv or listed or storage or study:
+            raise ValueError("--csv, --list, --storage and --study are of one sweep: give one folder")
+        from mue.lab.report.compare import compare_folders
+
+        say_paths(console, f"report: {compare_folders(folders, out or Path('runs/compare'))}")
+        return
+    if out is not None:
+        raise ValueError(f"--out is where the page on several folders goes; the report of {folder} is written into it")
     if storage:  # first: then this folder holds a sweep, like any other machine's
         from mue.lab.sweep.state import join
 

@@ -176,7 +176,7 @@ def loss_figure(runs: Sequence[Mapping[str, Any]], unit: str) -> Figure:
     """Training loss (smoothed) and validation loss over tokens and over active FLOPs.
 
     Args:
-        runs: dictionaries with ``label``, ``color``, ``metrics`` (rows) and ``flops_per_token``.
+        runs: dictionaries with ``label``, ``color``, ``metrics`` (rows), ``flops_per_token`` and, where colours do not suffice, ``style``.
         unit: of the loss (``Task.unit``).
     """
     with mpl.rc_context(STYLE):
@@ -190,11 +190,14 @@ def loss_figure(runs: Sequence[Mapping[str, Any]], unit: str) -> Figure:
             loss = _smooth([row["loss"] for row in rows])
             held = [(row["tokens"], row["val_loss"]) for row in rows if row.get("val_loss") is not None]
             for axes, scale in ((left, 1e-3), (right, run["flops_per_token"] / 1e12)):
-                axes.plot([t * scale for t in tokens], loss, color=run["color"], lw=1.5, alpha=0.55)
+                axes.plot(
+                    [t * scale for t in tokens], loss, run.get("style", "-"), color=run["color"], lw=1.5, alpha=0.55
+                )
                 axes.plot(
                     [t * scale for t, _ in held],
                     [v for _, v in held],
-                    "o-",
+                    run.get("style", "-"),
+                    marker="o",
                     color=run["color"],
                     lw=1,
                     ms=4,

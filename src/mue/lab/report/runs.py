@@ -4,13 +4,13 @@ are several."""
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from mue.lab.report import plots
-from mue.lab.report.page import Section, runs_section, text, write_report
+from mue.lab.report.compare import compare_folders, runs_in
+from mue.lab.report.page import Section, runs_section, write_report
 from mue.lab.report.plan_page import pictures_section, plan_sections
-from mue.lab.report.routers import router_sections, routers_table
-from mue.lab.train.run import CONFIG_FILE, Run, Store
+from mue.lab.report.routers import router_sections
+from mue.lab.train.run import Store
 from mue.lab.train.task import task_of
 from mue.util.text import number
 
@@ -61,73 +61,6 @@ def folder_report(folder: Path) -> Path:
     Raises:
         ValueError: no run in it has ended.
     """
-    store = Store(folder)
-    ended: list[Path] = []
-    open_: list[Path] = []
-    for config in sorted(folder.glob(f"runs/*/{CONFIG_FILE}")):
-        (open_ if store.result(config.parent.name) is None else ended).append(config.parent)
-    if not ended:
-        raise ValueError(
-            f"none of the {len(open_)} runs in {folder} has ended: start the command again to go on with them"
-        )
-    pages = [run_report(run, pictures=len(ended) == 1) for run in ended]
-    return pages[0] if len(ended) == 1 and not open_ else _comparison(folder, ended, open_)
-
-
-def _comparison(folder: Path, ended: list[Path], open_: list[Path]) -> Path:
-    store = Store(folder)
-    found = []
-    for path in ended:
-        run = store.run(path.name)
-        assert run is not None, "the folder was found by its config"
-        found.append((run, store.result(path.name) or {}))
-    found.sort(key=lambda pair: (pair[1]["val_loss"] is None, pair[1]["val_loss"]))  # the lowest first
-    names = labels([run for run, _ in found])
-    figures: list[Section] = []
-    for unit in dict.fromkeys(
-        task_of(run.settings).unit for run, _ in found
-    ):  # losses of two units have no axis in common
-        curves: list[dict[str, Any]] = [
-            {
-                "label": name,
-                "color": plots.CYCLE[i % len(plots.CYCLE)],
-                "metrics": store.metrics(run.key),
-                "flops_per_token": result["flops_per_token"],
-            }
-            for i, (name, (run, result)) in enumerate(zip(names, found, strict=True))
-            if task_of(run.settings).unit == unit
-        ]
-        number_of = f" {len(figures) + 1}" if figures else ""
-        figures.append(
-            Section(id=f"loss{number_of.strip()}", title=f"Loss, {unit}", figure=plots.loss_figure(curves, unit))
-        )
-    data = dict.fromkeys(run.data["hash"] for run, _ in found)
-    rows = runs_section([(n, *pair) for n, pair in zip(names, found, strict=True)], [("data", ", ".join(data))])
-    if open_:
-        rows.texts.append(text(f"Not ended yet, and left out: {', '.join(path.name for path in open_)}.", warn=True))
-    lowest, best = found[0][1]["val_loss"], names[0]
-    lead = f"the lowest validation loss is {number(lowest)} ({best})" if lowest is not None else "every run diverged"
-    routers = routers_table([(name, run, store.metrics(run.key)) for name, (run, _) in zip(names, found, strict=True)])
-    return write_report(folder, f"{len(found)} training runs", lead, [*figures, *routers, rows])
-
-
-def labels(runs: list[Run]) -> list[str]:
-    """A name for each run: what it does not share with all others, and its key where that is not enough."""
-    facts = [
-        {
-            "": run.plan.target.name,
-            "rule": run.plan.rule.name,
-            "lr": number(run.plan.tuned.lr),
-            "wd": number(run.plan.tuned.weight_decay),
-            "std": number(run.plan.tuned.init_std),
-            "steps": str(run.plan.training.steps) if run.plan.training else "",
-            "seed": str(run.settings.seed),
-        }
-        for run in runs
-    ]
-    telling = [key for key in facts[0] if len({fact[key] for fact in facts}) > 1]
-    names = [", ".join(f"{key} {fact[key]}".strip() for key in telling) for fact in facts]
-    return [
-        name if name and names.count(name) == 1 else f"{name} {run.key[:8]}".strip()
-        for name, run in zip(names, runs, strict=True)
-    ]
+    ended, open_ = runs_in(folder)
+    pages = [run_report(run.folder, pictures=len(ended) == 1) for run in ended]
+    return pages[0] if len(ended) == 1 and not open_ else compare_folders([folder], folder)
