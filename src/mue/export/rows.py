@@ -11,9 +11,11 @@ from torch import nn
 from mue.layouts.layout import UNPLANNED, Layout, ParamInfo
 from mue.layouts.of_model import layout_of
 from mue.model.apply import trained_unplanned
+from mue.model.matrices import Matrices, matrices_of
 from mue.model.tensor_plan import TensorPlan, tensor_plans
 from mue.plan.fold import fold, folded_values
 from mue.plan.plan import PlanData
+from mue.rules.optimizers import of_tuned
 from mue.rules.roles import ROLES
 
 
@@ -37,6 +39,8 @@ class ExportRow:
     eps: float
     std: float | None
     constant: float | None
+    matrices: Matrices | None = None
+    fan_in: int = 0
 
     @property
     def setting(self) -> tuple[float, float, float]:
@@ -64,20 +68,27 @@ def folded(plan: PlanData) -> PlanData:
     return plan if plan.folding is not None else fold(plan)
 
 
-def rows(plan: PlanData, model: nn.Module, extra: Mapping[str, float] | None = None) -> list[ExportRow]:
+def rows(
+    plan: PlanData,
+    model: nn.Module,
+    extra: Mapping[str, float] | None = None,
+    optimizers: Sequence[str] = ("adamw",),
+) -> list[ExportRow]:
     """One row for each kind of parameter and distinct setting; layers are listed only where they differ.
 
     Args:
         model: the planned model; the meta device will do.
         extra: pattern of a layout row → what is folded into its tensors beyond the plan's own fold.
+        optimizers: that the stack's file has words for.
 
     Raises:
-        ValueError: a model that is not the planned one; a plan for another optimizer than AdamW; experts that all start
-            from one draw, which no stack can express.
+        ValueError: a model that is not the planned one; a plan for an optimizer that the stack has no words for; experts that all
+            start from one draw, which no stack can express.
     """
-    if plan.tuned.optimizer != "adamw":
+    if plan.tuned.optimizer not in optimizers:
+        spoken = " and ".join({"adamw": "AdamW", "muon": "Muon"}.get(name, name) for name in optimizers)
         raise ValueError(
-            f"exports speak AdamW, and this plan is for {plan.tuned.optimizer!r}: use mue.model.apply in your own loop"
+            f"exports speak {spoken}, and this plan is for {plan.tuned.optimizer!r}: use mue.model.apply in your own loop"
         )
     kinds: dict[str, dict[ExportRow, list[ParamInfo]]] = {}  # by pattern
     for s in tensor_plans(plan, model):
@@ -104,6 +115,7 @@ def _row(plan: PlanData, s: TensorPlan, c: float) -> ExportRow:
     assert v.lr is not None and v.weight_decay is not None and v.eps is not None
     layout = s.info.layout
     constant = None if s.constant is None else s.constant * c
+    muon = of_tuned(plan.tuned, s.info.role) == "muon"
     return ExportRow(
         _pattern(s.info),
         None,
@@ -113,6 +125,8 @@ def _row(plan: PlanData, s: TensorPlan, c: float) -> ExportRow:
         v.eps,
         v.init_std,
         constant,
+        matrices_of(plan, s.info) if muon else None,
+        s.info.fan_in if muon else 0,
     )
 
 
