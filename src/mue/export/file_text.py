@@ -9,10 +9,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
-from torch import nn
-
-from mue.export.rows import ExportRow, left_alone, rows
-from mue.export.scale import own_scale
+from mue.export.rows import ExportRow
 from mue.plan.fold import unfold
 from mue.plan.plan import PlanData
 from mue.plan.values import Folding
@@ -63,34 +60,6 @@ def init_(model, seed=0):
         elif constant is not None:
             parameter.fill_(constant)
 '''
-_GROUPS = '''
-
-def param_groups(model):
-    """Groups for torch.optim.AdamW, one per distinct setting."""
-    groups = {}
-    for i, parameter in _rows(model):
-        lr, weight_decay, eps = ROWS[i][1:4]
-        new = {"params": [], "lr": lr, "weight_decay": weight_decay, "eps": eps, "betas": BETAS}
-        groups.setdefault(ROWS[i][1:4], new)["params"].append(parameter)
-    return list(groups.values())
-'''
-
-
-def loop_file(plan: PlanData, module: nn.Module, name: str, use: str, code: str = "") -> str:
-    """A file with ``init_`` and ``param_groups`` for a training loop of one's own.
-
-    Args:
-        plan: folded. module: the planned model. name: for whom, in words. use: lines that show how to call it. code: what the
-            file has besides.
-    """
-    found, alone = rows(plan, module), left_alone(module)
-    cannot = ["a learning-rate schedule must multiply every group's own lr, never set one lr for all", clipping(plan)]
-    if alone:
-        cannot.append(
-            f"groups of what the model leaves unplanned ({', '.join(row.pattern for row in alone)}): give your optimizer your own"
-        )
-    start = head(plan, name, use, cannot, ("re", "", "torch"), own_scale(plan, module)) + table(plan, found)
-    return start + matching(alone=[row.regex.pattern for row in alone]) + INIT + _GROUPS + code
 
 
 def head(plan: PlanData, model: str, use: str, cannot: Sequence[str], imports: Sequence[str], scale: str = "") -> str:

@@ -37,9 +37,7 @@ def parts(row: ExportRow, plan: PlanData, scale: str) -> list[tuple[int, float, 
     before = plan.tuned.update_scale
     if before == scale:  # exactly, and not by two roundings
         return [(out, row.lr, row.weight_decay) for out in row.matrices[2]]
-    return [
-        (out, *converted(row.lr, row.weight_decay, before, scale, out, row.fan_in)) for out in row.matrices[2]
-    ]
+    return [(out, *converted(row.lr, row.weight_decay, before, scale, out, row.fan_in)) for out in row.matrices[2]]
 
 
 def restated(rows: Sequence[ExportRow], plan: PlanData, scale: str) -> list[ExportRow]:
@@ -62,9 +60,7 @@ def _restated(row: ExportRow, plan: PlanData, scale: str) -> ExportRow:
     return replace(row, lr=lr, weight_decay=wd)
 
 
-def one_rate(
-    rows: Sequence[ExportRow], plan: PlanData, scales: Sequence[str], stack: str
-) -> tuple[str, float, float]:
+def one_rate(rows: Sequence[ExportRow], plan: PlanData, scales: Sequence[str], stack: str) -> tuple[str, float, float]:
     """(convention, lr, weight decay) that all of Muon's matrices share, for a stack that has one rate for them.
 
     Args:
@@ -73,14 +69,21 @@ def one_rate(
     Raises:
         ValueError: in no convention of the stack have all matrices one rate and one weight decay; names two that differ.
     """
-    found = {scale: [(row.pattern, lr, wd) for row in moved(rows) for _, lr, wd in parts(row, plan, scale)] for scale in scales}
+    found = {
+        scale: [(row.pattern, lr, wd) for row in moved(rows) for _, lr, wd in parts(row, plan, scale)]
+        for scale in scales
+    }
     for scale, values in found.items():
         _, lr, wd = values[0]
         if all(math.isclose(v[1], lr, rel_tol=1e-12) and math.isclose(v[2], wd, rel_tol=1e-12) for v in values):
             return scale, lr, wd
     scale = plan.tuned.update_scale if plan.tuned.update_scale in scales else scales[0]
     first = found[scale][0]
-    other = next(v for v in found[scale] if not all(math.isclose(a, b, rel_tol=1e-12) for a, b in zip(v[1:], first[1:], strict=True)))
+    other = next(
+        v
+        for v in found[scale]
+        if not all(math.isclose(a, b, rel_tol=1e-12) for a, b in zip(v[1:], first[1:], strict=True))
+    )
     raise ValueError(
         f"{stack} has one rate and one weight decay for all that Muon moves, and the plan has lr {first[1]:g}, weight decay"
         f" {first[2]:g} for {first[0]} and {other[1]:g}, {other[2]:g} for {other[0]} (in {scale!r}; in {' and '.join(scales)} alike):"

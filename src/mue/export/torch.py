@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
-from mue.export.file_text import loop_file
 from mue.export.hf_model import transformers_model
+from mue.export.loop_file import loop_file
 from mue.export.registry import STACKS
 from mue.export.rows import folded
 from mue.export.skeleton import shaped
@@ -16,7 +16,7 @@ from mue.export.stack_model import EXPERT_OUT_IN, IN_OUT, VECTOR, StackModel, no
 from mue.plan.plan import PlanData
 from mue.shapes import Transformer
 
-_USE = "    init_(model)\n    optimizer = torch.optim.AdamW(param_groups(model))"
+_USE = "    init_(model)\n    optimizer = OPTIMIZER"
 
 
 @STACKS.register("torch", place=1)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from mue.export.file_text import loop_file
 from mue.export.hf_model import transformers_model
+from mue.export.loop_file import loop_file
 from mue.export.registry import STACKS
 from mue.export.rows import folded
 from mue.plan.plan import PlanData
@@ -18,7 +18,7 @@ def trainer_arguments(model, schedule):
 
     Trainer's own optimizer knows two groups (decayed or not) and one lr: it must not build one itself.
     """
-    optimizer = torch.optim.AdamW(param_groups(model))
+    optimizer = OPTIMIZER
     return {"optimizers": (optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, schedule))}
 '''
 
