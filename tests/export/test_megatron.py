@@ -10,11 +10,27 @@ import pytest
 import torch
 from torch import Tensor
 
+import mue
 from mue.export import export
 from mue.export.megatron import MEGATRON
 from mue.fold import fold
 from support.stack_models import megatron, megatron_model
-from support.stack_values import ALL, TARGETS, assert_drawn, built, plan, planned, run, same_parameters, starts
+from support.stack_values import (
+    ALL,
+    MUON,
+    SIZES,
+    TARGETS,
+    assert_drawn,
+    built,
+    built_muon,
+    plan,
+    planned,
+    planned_muon,
+    run,
+    same_parameters,
+    starts,
+)
+from support.stood_in_optimizers import polar, stand_in
 
 pytestmark = pytest.mark.stacks
 
@@ -159,3 +175,87 @@ def test_megatron_sees_what_is_wrong() -> None:
     assert built(made, groups, plan(kind).betas) != planned(fold(plan(kind), "model"), table)
     with pytest.raises(ValueError, match="matches 0 rows of this plan"):
         run(export(plan(kind), "megatron", "te"))["init_"](made)
+
+
+UNGATED = mue.Mixed(
+    64,
+    (
+        mue.Block(layers=1, ffn=96),
+        mue.Block(layers=1, experts=4, active=2, expert=32, shared_experts=1, shared=48, router="softmax"),
+    ),
+    gated=False,
+    **SIZES,
+)
+
+
+def muon_plan(**tuned: Any) -> mue.Plan:
+    # as many queries to a key as in the target, so that q, k and v keep one rate in any convention
+    base = mue.Dense(32, 48, 4, gated=False, **{**SIZES, "kv_heads": 1})
+    return mue.transfer(base, UNGATED, MUON.replace(**tuned))
+
+
+@pytest.mark.parametrize("scale", ["spectral", "keller", "match-rms"])
+def test_megatron_moves_matrices_as_planned(scale: str) -> None:
+    """Its own chain of Muon and AdamW has the plan's groups, and one step is the plan's, matrix by matrix."""
+    stand_in()
+    megatron()
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    made_plan = muon_plan(update_scale=scale)
+    code = run(export(made_plan, "megatron", "local"))
+    made = megatron_model(UNGATED, code["TRANSFORMER"])
+    made.ddp_config = DistributedDataParallelConfig()
+    chain = on_cpu(lambda: code["muon_optimizer"]([made]))
+    folded, table = fold(made_plan, "model"), MEGATRON.named(UNGATED, "local")
+    scheduled(code, chain)
+    inside = [one.optimizer for one in chain.chained_optimizers]
+    muon = [g for o in inside for g in o.param_groups if type(o).__name__ == "TensorParallelMuon"]
+    adamw = [g for o in inside for g in o.param_groups if isinstance(o, torch.optim.AdamW)]
+    wanted = planned_muon(folded, table, scale)
+    assert built_muon(made, muon, adamw) == wanted
+    assert not any("router" in name or "embedding" in name for name, values in wanted.items() if len(values) == 2)
+    assert all(g["momentum_beta"] == 0.9 for g in muon) and all(tuple(g["betas"]) == folded.betas for g in adamw)
+    # one step from rest goes along the gradient: its polar factor by the scale, of q, k and v (groups of heads) each
+    before = {name: p.detach().clone() for name, p in made.named_parameters()}
+    for p in made.parameters():
+        p.grad = torch.randn_like(p)
+    for one in inside:
+        one.step()
+    factors = {
+        "spectral": lambda o, i: (o / i) ** 0.5,
+        "keller": lambda o, i: max(1, o / i) ** 0.5,
+        "match-rms": lambda o, i: 0.2 * max(o, i) ** 0.5,
+    }
+    for name, (lr, wd, *eps) in wanted.items():
+        if eps:
+            continue
+        p = made.get_parameter(name)
+        rows = torch.arange(len(p))
+        turn = rows % 64  # two heads of queries, one of keys, one of values, of 16 each, for both groups
+        parts = [turn < 32, (turn >= 32) & (turn < 48), turn >= 48] if "linear_qkv" in name else [rows >= 0]
+        for part in parts:
+            out, fan_in = p.grad[part].shape
+            step = polar(p.grad[part].double()) * factors[scale](out, fan_in)
+            expected = before[name][part].double() * (1 - lr * wd) - lr * step
+            assert torch.allclose(p[part].double(), expected, atol=2e-6), name
+
+
+def test_megatrons_muon_takes_routers_unless_they_are_marked() -> None:
+    """The control of the mark in the file; a plan whose routers are Muon's marks none."""
+    stand_in()
+    megatron()
+    text = export(muon_plan(), "megatron", "local")
+    code = run(text.replace("parameter.is_embedding_or_output_parameter = True", "pass"))
+    made = megatron_model(UNGATED, code["TRANSFORMER"])
+    from megatron.core.distributed import DistributedDataParallelConfig
+
+    made.ddp_config = DistributedDataParallelConfig()
+    chain = on_cpu(lambda: code["muon_optimizer"]([made]))
+    held = {id(p) for g in chain.chained_optimizers[0].optimizer.param_groups for p in g["params"]}
+    router = "decoder.layers.1.mlp.router.weight"
+    assert id(made.get_parameter(router)) in held
+    moves = run(export(muon_plan(muon_moves=("attention", "ffn", "expert", "shared", "router")), "megatron", "local"))[
+        "MUON"
+    ]
+    assert any(re.fullmatch(pattern, router) for pattern in moves)
+    assert not any(re.fullmatch(pattern, router) for pattern in run(text)["MUON"])

@@ -13,8 +13,11 @@ import mue
 from mue.api import Plan
 from mue.export.skeleton import Skeleton
 from mue.layouts.layout import canonical
+from mue.model.matrices import matrices_of
 from mue.model.tensor_plan import tensor_plans
 from mue.plan.fold import folded_values
+from mue.rules.optimizers import of_tuned
+from mue.shapes.update_scales import converted
 
 SIZES: dict[str, Any] = {"head_dim": 16, "kv_heads": 2, "vocab": 80}
 EXPERTS = mue.Block(layers=2, experts=8, active=2, expert=32, shared_experts=1, shared=48, router="softmax")
@@ -26,6 +29,16 @@ TARGETS = {
 }
 ALL = pytest.mark.parametrize("kind", TARGETS)
 Values = dict[str, tuple[float, float, float]]
+MUON = mue.HParams(
+    lr=0.02,
+    adamw_lr=4e-3,
+    weight_decay=0.1,
+    adamw_weight_decay=0.05,
+    init_std=0.02,
+    eps=1e-9,
+    optimizer="muon",
+    momentum=0.9,
+)
 
 
 @cache
@@ -52,6 +65,34 @@ def planned(folded: Plan, model: Skeleton, extra: dict[str, float] | None = None
         v = folded_values(folded, s.info.role, s.values, (extra or {}).get(s.info.layout.pattern, 1.0))
         assert v.lr is not None and v.weight_decay is not None and v.eps is not None
         found[s.info.name] = (v.lr, v.weight_decay, v.eps)
+    return found
+
+
+def planned_muon(folded: Plan, model: Skeleton, scale: str) -> dict[str, tuple[float, ...]]:
+    """The same under Muon: (lr, weight decay) in a convention of the rate where Muon moves it, with eps where AdamW does."""
+    found: dict[str, tuple[float, ...]] = {}
+    for s in tensor_plans(folded, model):
+        v = s.values
+        assert v.lr is not None and v.weight_decay is not None and v.eps is not None
+        if of_tuned(folded.tuned, s.info.role) == "adamw":
+            found[s.info.name] = (v.lr, v.weight_decay, v.eps)
+            continue
+        _, _, (out, *_), *_ = matrices_of(folded, s.info)
+        own = folded.tuned.update_scale
+        found[s.info.name] = (
+            converted(v.lr, v.weight_decay, own, scale, out, s.info.fan_in) if own != scale else (v.lr, v.weight_decay)
+        )
+    return found
+
+
+def built_muon(
+    model: nn.Module, muon: list[dict[str, Any]], adamw: list[dict[str, Any]], eps: str = "eps"
+) -> dict[str, tuple[float, ...]]:
+    """The same, read from the groups that Muon has and those that AdamW has; ``eps``: what the latter call it."""
+    names = {id(p): canonical(n) for n, p in model.named_parameters()}
+    found = {names[id(p)]: (g["lr"], g["weight_decay"]) for g in muon for p in g["params"]}
+    found |= {names[id(p)]: (g["lr"], g["weight_decay"], g[eps]) for g in adamw for p in g["params"]}
+    assert len(found) == sum(len(g["params"]) for g in (*muon, *adamw)) == len(list(model.parameters()))
     return found
 
 

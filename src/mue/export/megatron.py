@@ -8,6 +8,8 @@ from dataclasses import replace
 from typing import Any
 
 from mue.export.file_text import clipping, commonest, head, matching, table
+from mue.export.megatron_config import transformer_config
+from mue.export.muon import BOTH, is_muon, moved, refuse_fused, refuse_stacked
 from mue.export.registry import STACKS
 from mue.export.rows import ExportRow, rows
 from mue.export.skeleton import NativeStack
@@ -23,7 +25,6 @@ from mue.export.stack_model import (
 )
 from mue.plan.fold import fold, unfold
 from mue.plan.plan import PlanData
-from mue.shapes.block import Block
 
 # Names and axes as in Megatron-Core 0.16. linear_fc1 holds gate and up, linear_fc2 is the down projection.
 _M = "decoder.layers.*"
@@ -130,10 +131,28 @@ def init_(model):
         elif constant is not None:
             parameter.fill_(constant)
 '''
+# Its Muon moves every parameter of two axes without this mark, which Megatron-Core gives to embedding and head, and reads nowhere
+# else but for the decoupled lr, which this file does not use (megatron.core.optimizer.muon, get_megatron_muon_optimizer).
+_MUON = '''
+
+def muon_optimizer(model_chunks, **more):
+    """Muon and AdamW, chained. Routers are marked as embeddings are: its Muon would take them, as every matrix without the mark."""
+    for chunk in model_chunks:
+        for name, parameter in chunk.named_parameters():
+            if parameter.dim() == 2 and not any(re.fullmatch(pattern, _name(name)) for pattern in MUON):
+                parameter.is_embedding_or_output_parameter = True
+    return get_megatron_muon_optimizer(OptimizerConfig(**OPTIMIZER), model_chunks, config_overrides(), **more)
+'''
 _USE = """    config = TransformerConfig(**TRANSFORMER, **yours)          # arguments of the command line are in the comment below
     model = GPTModel(config, ...); init_(model)                 # in the model provider, before it is wrapped
-    optimizer = get_megatron_optimizer(OptimizerConfig(**OPTIMIZER), [model], config_overrides())
+    optimizer = MAKE
     OptimizerParamScheduler(optimizer, **SCHEDULER, ...)        # it writes the groups' own lr and weight decay"""
+_MAKE = {
+    "adamw": "get_megatron_optimizer(OptimizerConfig(**OPTIMIZER), [model], config_overrides())",
+    "muon": "muon_optimizer([model])                         # in the place of get_megatron_optimizer",
+}
+# Its three scales, with the factor beside them (emerging_optimizers 0.1, get_muon_scale_factor).
+_SCALES = {"spectral": ("unit_rms_norm", 1.0), "keller": ("shape_scaling", 1.0), "match-rms": ("spectral", 0.2)}
 _IMPORTS = (
     "re",
     "from contextlib import nullcontext",
@@ -157,7 +176,9 @@ def megatron(plan: PlanData, model: Any) -> str:
     # R stays: moe_router_topk_scaling_factor is its home
     plan = fold(unfold(plan), "model")
     made = MEGATRON.model(plan.target, model)
-    found = rows(plan, made)
+    found, muon = rows(plan, made, optimizers=BOTH), is_muon(plan)
+    if muon:
+        _check_muon(found)
     stds = {
         method: _std(found, method) for method in ("init_method", "output_layer_init_method", "embedding_init_method")
     }
@@ -177,17 +198,41 @@ def megatron(plan: PlanData, model: Any) -> str:
         "of vectors) may stay beside them",
         "warmup must start at 0 (lr_warmup_init is one number for all groups)",
         *_pipeline_line(found),
+        *([_EXPERT_GROUPS] if len({row.setting for row in moved(found) if "expert_" in row.roles}) > 1 else []),
         clipping(plan, "clip_grad"),
     ]
-    text = head(plan, f"megatron-core 0.16, model {made.title}", _USE, cannot, _IMPORTS)
+    use, imports = _USE.replace("MAKE", _MAKE[plan.tuned.optimizer]), _IMPORTS + (_MUON_IMPORTS if muon else ())
+    text = head(plan, f"megatron-core 0.16, model {made.title}", use, cannot, imports)
     return (
         text
         + table(plan, [*kept, *_last_stage(plan, found)])
         + _settings(plan, found, stds)
         + matching(every_row=False)
         + _CODE
+        + (_MUON if muon else "")
         + _RANDOM
     )
+
+
+def _check_muon(found: Sequence[ExportRow]) -> None:
+    """Refuse what its Muon takes as one matrix: it takes apart q, k and v alone, group by group of heads."""
+    qkv = [f"{_M}.self_attention.linear_qkv.weight"]
+    refuse_stacked(
+        found,
+        "Megatron-Core's Muon takes it as one matrix",
+        'the models "te" and "local" have one tensor for each expert',
+    )
+    refuse_fused(found, "Megatron-Core 0.16", 'plan without a gate (gated = false), or export("torch")', qkv)
+
+
+_MUON_IMPORTS = (
+    "from megatron.core.optimizer import OptimizerConfig",
+    "from megatron.core.optimizer.muon import get_megatron_muon_optimizer  # needs emerging_optimizers 0.1",
+)
+_EXPERT_GROUPS = (
+    "the gradient norm with expert parallelism: get_megatron_muon_optimizer removes groups of experts from the list that it iterates"
+    " over, so one behind another may stay beside the dense matrices, and clip_grad then sums its gradients over too few ranks"
+)
 
 
 def _method(row: ExportRow) -> str:
@@ -232,7 +277,7 @@ def _last_stage(plan: PlanData, found: Sequence[ExportRow]) -> list[ExportRow]:
 def _settings(plan: PlanData, found: Sequence[ExportRow], stds: dict[str, float]) -> str:
     """The three dictionaries as code, and as a comment what of them the command line can say."""
     base, floor = commonest(found), plan.tuned.floor
-    shape = {**_shape(plan), **{m: f"init_method_normal({std!r})" for m, std in stds.items()}}
+    shape = {**transformer_config(plan), **{m: f"init_method_normal({std!r})" for m, std in stds.items()}}
     transformer = "".join(f"    {key}={value},\n" for key, value in shape.items())
     lr, weight_decay, eps = base.setting
     flags = {
@@ -247,6 +292,7 @@ def _settings(plan: PlanData, found: Sequence[ExportRow], stds: dict[str, float]
         "init-method-std": stds["init_method"],
         "moe-router-topk-scaling-factor": shape.get("moe_router_topk_scaling_factor"),
     }
+    muon = [row.regex for row in moved(found)]
     line = " ".join(f"--{flag} {value}" for flag, value in flags.items() if value is not None)
     return f"""# {line}
 BASE, FLOOR = {base.setting!r}, {floor!r}
@@ -261,65 +307,21 @@ OPTIMIZER = dict(
     adam_beta2={plan.betas[1]!r},
     adam_eps={eps!r},
     clip_grad={plan.tuned.clip or 0.0!r},
-)
+{_muon_settings(plan) if muon else ""})
 SCHEDULER = dict(init_lr=0.0, max_lr={lr!r}, min_lr={floor * lr!r}, start_wd={weight_decay!r}, end_wd={weight_decay!r})
-"""
+{f"MUON = {muon!r}" + chr(10) if muon else ""}"""
 
 
-def _shape(plan: PlanData) -> dict[str, str]:
-    """TransformerConfig's arguments, as code."""
-    t = plan.target
-    dense = _only(plan, "dense", [block for block in t.blocks if not block.is_moe])
-    moe = _only(plan, "MoE", [block for block in t.blocks if block.is_moe])
-    shape: dict[str, object] = {
-        "num_layers": t.layers,
-        "hidden_size": t.width,
-        "num_attention_heads": t.num_heads,
-        "num_query_groups": t.num_kv_heads,
-        "kv_channels": t.head_dim,
-        "softmax_scale": plan.attention_scale,
-        "qk_layernorm": True,
-        "normalization": "RMSNorm",
-        "add_bias_linear": False,
-        "gated_linear_unit": t.gated,
-        "ffn_hidden_size": dense.ffn if dense else moe.expert if moe else None,
+def _muon_settings(plan: PlanData) -> str:
+    """Arguments of OptimizerConfig for Muon, as code."""
+    mode, extra = _SCALES[plan.tuned.update_scale]
+    settings = {
+        "muon_momentum": plan.momentum,
+        "muon_use_nesterov": True,
+        "muon_scale_mode": mode,
+        "muon_extra_scale_factor": extra,
+        "muon_num_ns_steps": 5,
+        "muon_split_qkv": True,
+        "muon_tp_mode": "duplicated",  # "blockwise", the default, takes each tensor-parallel shard as a matrix of its own
     }
-    code = {
-        **{key: repr(value) for key, value in shape.items()},
-        "activation_func": f"F.{'silu' if t.gated else 'gelu'}",
-    }
-    return code if moe is None else {**code, **{key: repr(value) for key, value in _experts(plan, moe).items()}}
-
-
-def _experts(plan: PlanData, moe: Block) -> dict[str, object]:
-    """TransformerConfig's arguments for experts; R is its top-k scaling factor, so it stays in the model."""
-    if moe.router == "sigmoid" and (moe.active == 1 or not moe.normalize):
-        raise ValueError(
-            "Megatron-Core divides sigmoid scores by their sum, unless one expert is active: plan with softmax, or with"
-            " normalised gates and at least two active experts"
-        )
-    if not moe.experts:
-        raise ValueError("Megatron-Core has no layers with shared experts alone: plan them as dense ones (ffn)")
-    freq = [int(block.is_moe) for block in plan.target.per_layer]
-    shared = {"moe_shared_expert_intermediate_size": moe.shared_width} if moe.shared_experts else {}
-    return {
-        "moe_layer_freq": freq,
-        "num_moe_experts": moe.experts,
-        "moe_ffn_hidden_size": moe.expert,
-        **shared,
-        "moe_router_topk": moe.active,
-        "moe_router_score_function": moe.router,
-        "moe_router_pre_softmax": not moe.normalize,
-        "moe_router_topk_scaling_factor": plan.multipliers.route[freq.index(1)],
-    }
-
-
-def _only(plan: PlanData, kind: str, blocks: Sequence[Block]) -> Block | None:
-    """The one kind of block among them, whatever the number of layers."""
-    kinds = {replace(block, layers=1) for block in blocks}
-    if len(kinds) > 1:
-        raise ValueError(
-            f"the {kind} layers of {plan.target.name} differ, and Megatron-Core's TransformerConfig has one kind of them:"
-            " plan with equal ones, or use another stack"
-        )
-    return kinds.pop() if kinds else None
+    return "".join(f"    {key}={value!r},\n" for key, value in settings.items())

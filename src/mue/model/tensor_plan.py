@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
@@ -79,17 +80,24 @@ def _tensor_plan(plan: PlanData, p: ParamInfo, own: float) -> TensorPlan:
 
 
 def _of_all_parts(plan: PlanData, p: ParamInfo) -> Values:
-    """The role's values; those of every part of a fused tensor must be the same, for it is drawn and moved as one."""
+    """The role's values; those of every part of a fused tensor must be the same, for it is drawn and moved as one.
+
+    Equal but for rounding is the same: a rate in another convention comes to each part by factors of its own shape.
+    """
     values = plan.role(p.role, p.layer).values
     for part in p.layout.parts:
         other = plan.role(part, p.layer).values
-        if other != values:
-            name = next(n for n in FIELDS if getattr(other, n) != getattr(values, n))
+        name = next((n for n in FIELDS if not _same(getattr(other, n), getattr(values, n))), None)
+        if name is not None:
             raise ValueError(
                 f"{p.name} holds {', '.join(p.layout.parts)} in one tensor, but {name} is planned as"
                 f" {getattr(values, name)} for {p.role} and {getattr(other, name)} for {part}: give them one value"
             )
     return values
+
+
+def _same(a: float | None, b: float | None) -> bool:
+    return a == b or (a is not None and b is not None and math.isclose(a, b, rel_tol=1e-12))
 
 
 def _for_own_fan_in(plan: PlanData, p: ParamInfo, values: Values) -> Values:
