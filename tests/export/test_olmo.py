@@ -13,7 +13,22 @@ from mue.export import export
 from mue.export.olmo import OLMO, averaged_shared
 from mue.fold import fold
 from support.stack_models import megatron, need, olmo_fused_model, olmo_model
-from support.stack_values import ALL, SIZES, TARGETS, assert_drawn, built, plan, planned, run, same_parameters, starts
+from support.stack_values import (
+    ALL,
+    MUON,
+    SIZES,
+    TARGETS,
+    assert_drawn,
+    built,
+    built_muon,
+    plan,
+    planned,
+    planned_muon,
+    run,
+    same_parameters,
+    starts,
+)
+from support.stood_in_optimizers import DionMuon, stand_in
 
 pytestmark = pytest.mark.stacks
 
@@ -115,3 +130,38 @@ def test_olmo_sees_what_is_wrong() -> None:
         run(text)["init_"](olmo_model(TARGETS[kind], post_norm=True))
     with pytest.raises(ValueError, match="'normalize_expert_weights': None"):
         run(text)["init_"](olmo_model(TARGETS[kind], normalize_expert_weights=None))
+
+
+DENSE = mue.Dense(64, 96, 4, **SIZES)
+
+
+@pytest.mark.parametrize("scale", ["spectral", "keller", "match-rms"])
+def test_olmo_builds_muons_groups(scale: str) -> None:
+    """Through its own MuonConfig, which has one rate for all matrices; dion, which it builds, is stood in for."""
+    stand_in()
+    made_plan = mue.transfer(mue.Dense(32, 40, 6, **SIZES), DENSE, MUON.replace(update_scale=scale))
+    made, table, folded = olmo_model(DENSE), OLMO.named(DENSE, "moe"), fold(made_plan)
+    code = run(export(made_plan, "olmo-core"))
+    optimizer = code["optim"]().build(made)
+    assert type(optimizer) is DionMuon
+    muon, adamw = ([g for g in optimizer.param_groups if g["algorithm"] == name] for name in ("muon", "adamw"))
+    restated = "match-rms" if scale == "match-rms" else "spectral"
+    wanted = planned_muon(folded, table, restated)
+    assert built_muon(made, muon, adamw, "epsilon") == wanted and len({*wanted.values()}) > 4
+    adjust = {"match-rms": "rms_norm", "spectral": "spectral_norm"}[restated]
+    assert {(g["mu"], g["nesterov"], g["adjust_lr"]) for g in muon} == {(0.9, True, adjust)}
+    assert {(g["beta1"], g["beta2"]) for g in adamw} == {folded.betas}
+    assert all(g["initial_lr"] == g["lr"] for g in optimizer.param_groups)
+    code["init_"](made)
+    assert_drawn(made, starts(folded, table))
+
+
+def test_olmo_alone_has_one_rate_for_all_matrices() -> None:
+    """What the file's subclass is for: its own config takes no groups, and decays no embedding."""
+    stand_in()
+    from olmo_core.optim import MuonConfig, OptimGroupOverride
+
+    with pytest.raises(RuntimeError, match="not supported"):
+        MuonConfig(group_overrides=[OptimGroupOverride(["*"], {"lr": 1.0})]).build(olmo_model(DENSE))
+    plain = MuonConfig(lr=0.02).build(olmo_model(DENSE))
+    assert {g["lr"] for g in plain.param_groups} == {0.02} and 0.0 in {g["weight_decay"] for g in plain.param_groups}

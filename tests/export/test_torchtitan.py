@@ -12,8 +12,23 @@ import mue
 from mue.export import export
 from mue.export.torchtitan import TORCHTITAN
 from mue.fold import fold
-from support.stack_models import need, titan_config, titan_latent_config
-from support.stack_values import ALL, TARGETS, assert_drawn, built, plan, planned, run, same_parameters, starts
+from support.stack_models import megatron, need, titan_config, titan_latent_config
+from support.stack_values import (
+    ALL,
+    MUON,
+    SIZES,
+    TARGETS,
+    assert_drawn,
+    built,
+    built_muon,
+    plan,
+    planned,
+    planned_muon,
+    run,
+    same_parameters,
+    starts,
+)
+from support.stood_in_optimizers import polar
 
 pytestmark = pytest.mark.stacks
 
@@ -106,3 +121,103 @@ def test_torchtitan_sees_what_is_wrong() -> None:
         titan(kind, text, qk_norm=False)
     with pytest.raises(ValueError, match="this plan is for"):
         run(text)["apply"](titan_config(TARGETS["tied"]))
+
+
+ROUTED = mue.Mixed(
+    64,
+    (mue.Block(layers=1, ffn=96), mue.Block(layers=1, experts=4, active=1, expert=96, router="softmax")),
+    **SIZES,
+)
+
+
+def muon_plan(**tuned: Any) -> mue.Plan:
+    # every matrix in the base's proportions, so that one rate stays one in any convention
+    return mue.transfer(mue.Dense(32, 48, 2, **{**SIZES, "kv_heads": 1}), ROUTED, MUON.replace(**tuned))
+
+
+def on_a_mesh(made: nn.Module) -> None:
+    """Every parameter as FSDP leaves it: a DTensor of a mesh with a named axis, here of one process."""
+    megatron()  # one process group for all
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("dp_shard",))
+    for module in made.modules():
+        for name, p in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])))
+
+
+@pytest.mark.parametrize("scale", ["spectral", "match-rms"])
+def test_torchtitans_dist_muon_takes_the_plans_group(scale: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own DistMuon, but for the demand that the device is a GPU: groups, layouts and buckets are read, and its rows are matrices."""
+    need("torchtitan.distributed.flex_shard")
+    from torchtitan.distributed.flex_shard import dist_muon
+
+    validate = dist_muon.DistMuon._validate_parameter_storage
+
+    def on_cpu(optimizer: Any) -> torch.device:
+        with pytest.raises(ValueError, match="one CUDA device"):
+            validate(optimizer)
+        return torch.device("cpu")
+
+    monkeypatch.setattr(dist_muon.DistMuon, "_validate_parameter_storage", on_cpu)
+    monkeypatch.setattr(dist_muon, "_BucketedRedistributionRuntime", _Nothing)
+    made_plan = muon_plan(update_scale=scale)
+    config = titan_config(ROUTED, fuse_qkv=False)
+    run(export(made_plan, "torchtitan", "qwen3_unfused"))["apply"](config)
+    made = config.model_spec.model.build()
+    table, folded = TORCHTITAN.named(ROUTED, "qwen3_unfused"), fold(made_plan)
+    same_parameters(made, table)
+    on_a_mesh(made)
+    config.optimizer.implementation = "for-loop"
+    optimizers = {type(o).__name__: o for o in config.optimizer.build(model_parts=[made])}
+    muon, adamw = optimizers["DistMuon"], optimizers["AdamW"]
+    found, wanted = built_muon(made, muon.param_groups, adamw.param_groups), planned_muon(folded, table, scale)
+    assert found.keys() == wanted.keys()
+    assert all(
+        found[name] == pytest.approx(wanted[name], rel=1e-12) for name in found
+    )  # one rate, for all that differ in rounding
+    (group,) = muon.param_groups
+    assert (group["momentum"], group["nesterov"]) == (0.9, True)
+    shapes = {layout.fqn: tuple(layout.global_compute_shape) for layout in muon._parameter_compute_layouts}
+    assert shapes["layers.1.moe.routed_experts.inner_experts.w1_EFD"] == (4, 96, 64)  # a batch of matrices to it
+    assert shapes["layers.0.attention.qkv_linear.wk.weight"] == (32, 64) and len(shapes) == 2 * 4 + 3 + 3
+    # what it does with such a batch, and by which scale, is the plan's
+    step = dist_muon._apply_muon_update
+    x = torch.randn(4, 96, 64)
+    weight, direction = torch.randn(4, 96, 64), torch.stack([polar(m) for m in x])
+    moved = weight.clone()
+    step(
+        moved,
+        direction.clone(),
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        adjust_lr_fn=group["adjust_lr_fn"],
+        compute_matrix_shape=x.shape,
+    )
+    factor = {"spectral": (96 / 64) ** 0.5, "match-rms": 0.2 * 96**0.5}[scale]
+    expected = weight * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * factor * direction
+    assert torch.allclose(moved, expected, atol=1e-6)
+
+
+class _Nothing:
+    """In the place of what moves shards between ranks, which needs streams of a GPU."""
+
+    def __init__(self, *_: Any) -> None:
+        """Nothing to keep."""
+
+    def __class_getitem__(cls, _: Any) -> type:
+        return cls
+
+    def reserve_buffers(self, *_: Any, **__: Any) -> None:
+        """Nothing to reserve."""
+
+
+def test_torchtitans_dist_muon_takes_one_group() -> None:
+    """Why a plan of several rates is refused."""
+    need("torchtitan.distributed.flex_shard")
+    from torchtitan.distributed.flex_shard import build_dist_muon
+
+    groups = [{"params": [nn.Parameter(torch.ones(2, 2))], "param_names": [str(i)], "lr": 0.1 + i} for i in range(2)]
+    with pytest.raises(ValueError, match="exactly one parameter group"):
+        build_dist_muon(groups, compute_sharding_by_fqn={}, bucket_configs=())

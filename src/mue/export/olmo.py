@@ -10,8 +10,9 @@ from typing import Any
 from torch import nn
 
 from mue.export.file_text import INIT, clipping, commonest, head, matching, table
+from mue.export.muon import BOTH, is_muon, moved, refuse_fused, refuse_stacked, restated
 from mue.export.registry import STACKS
-from mue.export.rows import rows
+from mue.export.rows import ExportRow, rows
 from mue.export.scale import Extra, query_scale
 from mue.export.skeleton import NativeStack, Skeleton
 from mue.export.stack_model import (
@@ -153,7 +154,8 @@ def optim(**more):
         ],
         **more,
     )
-
+'''
+_CHECK = '''
 
 def check(model):
     """What would break the plan in silence: norms elsewhere in the block, routers whose weights do not sum as planned."""
@@ -166,6 +168,29 @@ def check(model):
             found = {key: getattr(module, key, None) or None for key in ROUTERS[0]}
             if found not in ROUTERS:
                 raise ValueError(f"{name} has {found}, planned {ROUTERS}")
+'''
+# MuonConfig refuses group_overrides, and makes its own groups in a method, which is what a subclass changes.
+_MUON = '''
+
+@dataclass
+class Planned(MuonConfig):
+    """OLMo-core's Muon with the plan's groups, in the place of one rate for all matrices."""
+
+    def default_group_overrides(self, model):
+        check(model)
+        merged = {}
+        for pattern, lr, weight_decay, eps, *_ in ROWS:
+            opts = {"lr": lr, "weight_decay": weight_decay}
+            if pattern not in MUON:
+                opts |= {"algorithm": "adamw", "epsilon": eps, "beta1": BETAS[0], "beta2": BETAS[1]}
+            merged.setdefault(tuple(opts.items()), []).append(pattern)
+        return [OptimGroupOverride(params=patterns, opts=dict(opts)) for opts, patterns in merged.items()]
+
+
+def optim(**more):
+    """The optimizer's config; ``more`` are its other fields."""
+    lr, weight_decay, _ = DEFAULT
+    return Planned(lr=lr, weight_decay=weight_decay, betas=BETAS, mu=MOMENTUM, nesterov=True, adjust_lr=ADJUST_LR, **more)
 '''
 _KEYS = ("gating_function", "normalize_expert_weights", "restore_weight_scale", "expert_weight_scale")
 _USE = """    config.optim = optim()                   # TransformerTrainModuleConfig(optim=..., ...)
@@ -214,7 +239,10 @@ def olmo_core(plan: PlanData, model: Any) -> str:
     v2 = any(row.pattern.startswith("blocks.*.routed_experts.") for row in made.layout())
     query, notes = query_scale(plan, made)
     shared, averaged = averaged_shared(plan, made)
-    found = rows(plan, made, query | shared)
+    found = rows(plan, made, query | shared, BOTH)
+    muon = is_muon(plan)
+    if muon:
+        found = _of_muon(plan, found)
     roles = {row.role: shared[row.pattern] for row in made.layout() if row.pattern in shared}
     cannot = [
         "init by role (InitMethod knows one std for all inner matrices, cut at three of it): init_ draws every tensor anew",
@@ -224,21 +252,44 @@ def olmo_core(plan: PlanData, model: Any) -> str:
         + (" (or, in OLMoDDPOptimizer, only logs it)" if v2 else ""),
         clipping(plan, "max_grad_norm", roles),
     ]
-    config = "OLMoDDPOptimizerConfig" if v2 else "AdamWConfig"
+    config = "MuonConfig" if muon else "OLMoDDPOptimizerConfig" if v2 else "AdamWConfig"
     imports = (
         "re",
+        *(["from dataclasses import dataclass"] if muon else []),
         "from fnmatch import fnmatchcase",
         "",
         "torch",
-        f"from olmo_core.optim import {config}, OptimGroupOverride",
+        f"from olmo_core.optim import {config}, OptimGroupOverride" + ("  # needs dion" if muon else ""),
     )
     text = head(plan, f"ai2-olmo-core 3.0, model {made.title}", _USE_V2 if v2 else _USE, cannot, imports)
     text += table(plan, found, lambda row: [("*" if v2 else "") + glob for glob in row.globs])  # behind DDP's "module."
-    text += f"DEFAULT = {commonest(found).setting!r}\n{_blocks(made)}{_routers(plan)}"
+    text += f"DEFAULT = {commonest(moved(found) or found).setting!r}\n{_blocks(made)}{_routers(plan)}"
+    text += _muon_settings(plan, found) if muon else ""
     init = INIT.replace("torch.manual_seed(seed)", "torch.manual_seed(seed)\n    check(model)")
-    return (
-        text + matching("fnmatchcase(_name(name), row[0])", every_row=False) + _CODE.replace("{CONFIG}", config) + init
+    code = (_MUON if muon else _CODE.replace("{CONFIG}", config)) + _CHECK
+    return text + matching("fnmatchcase(_name(name), row[0])", every_row=False) + code + init
+
+
+def _of_muon(plan: PlanData, found: list[ExportRow]) -> list[ExportRow]:
+    """The rows in a convention that dion's Muon has, which OLMo-core's MuonConfig builds."""
+    refuse_stacked(
+        found,
+        "OLMo-core's Muon would orthogonalise them as one matrix (or, of three axes, refuses them)",
+        'export("torch")',
     )
+    refuse_fused(found, "OLMo-core 3.0", "build its attention with w_q, w_k and w_v, its feed-forward with w1 and w3")
+    return restated(found, plan, _scale(plan))
+
+
+def _scale(plan: PlanData) -> str:
+    return "match-rms" if plan.tuned.update_scale == "match-rms" else "spectral"
+
+
+def _muon_settings(plan: PlanData, found: list[ExportRow]) -> str:
+    """MOMENTUM, ADJUST_LR and MUON as code."""
+    adjust = {"match-rms": "rms_norm", "spectral": "spectral_norm"}[_scale(plan)]
+    names = [glob for row in moved(found) for glob in row.globs]
+    return f"MOMENTUM, ADJUST_LR = {plan.momentum!r}, {adjust!r}\nMUON = {names!r}\n"
 
 
 def _blocks(model: Skeleton) -> str:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
 from mue.export.file_text import clipping, head, table
+from mue.export.muon import BOTH, is_muon, one_rate, refuse_fused
 from mue.export.registry import STACKS
-from mue.export.rows import rows
+from mue.export.rows import ExportRow, rows
 from mue.export.scale import query_scale
 from mue.export.skeleton import NativeStack
 from mue.export.stack_model import (
@@ -26,6 +28,7 @@ from mue.export.stack_model import (
 from mue.plan.fold import fold, unfold
 from mue.plan.plan import PlanData
 from mue.shapes.block import Block
+from mue.shapes.update_scales import UPDATE_SCALES
 from mue.util.text import number
 
 # Names and axes as in torchtitan 0.3; the suffixes of its experts' names (w1_EFD) say their axes. Its groups are
@@ -45,15 +48,18 @@ _TITAN = (
     param("norm.weight", "final_norm", VECTOR),
     param("lm_head.weight", "head"),
 )
+_UNFUSED = tuple(param(f"{_T}.attention.qkv_linear.w{x}.weight", f"attention_{x}") for x in "qkv")
+_TITAN_UNFUSED = (_TITAN[0], *_UNFUSED, *_TITAN[2:])
 _TITAN_QK = tuple(norm_params(f"{_T}.attention", ("q_norm", "k_norm"), "qk_norm"))
 TORCHTITAN = NativeStack(
     "torchtitan",
     {
         "qwen3": StackModel("fused q, k and v, norms of queries and keys", _TITAN + _TITAN_QK),
         "llama3": StackModel("fused q, k and v, no norms of queries and keys", _TITAN),
+        "qwen3_unfused": StackModel("fuse_qkv=False, norms of queries and keys", _TITAN_UNFUSED + _TITAN_QK),
+        "llama3_unfused": StackModel("fuse_qkv=False, no norms of queries and keys", _TITAN_UNFUSED),
     },
     others=(
-        *(param(f"{_T}.attention.qkv_linear.w{x}.weight", f"attention_{x}") for x in "qkv"),
         *bias_params(f"{_T}.attention.qkv_linear", ("wqkv", "wq", "wk", "wv")),
         # latent attention
         *(param(f"{_T}.attention.{w}.weight", "attention_q") for w in ("wq", "wq_a", "wq_b")),
@@ -62,7 +68,7 @@ TORCHTITAN = NativeStack(
     ),
 )
 
-_CODE = '''
+_GROUPS = '''
 
 def param_groups():
     """One group for each distinct setting. Behind a dot may stand what activation checkpointing puts there."""
@@ -77,7 +83,39 @@ def param_groups():
         )
         for (lr, weight_decay, eps), patterns in merged.items()
     ]
+'''
+_MUON_GROUPS = '''
 
+def param_groups():
+    """One group for each distinct setting of AdamW, and the one that DistMuon takes. Behind a dot may stand what activation
+    checkpointing puts there."""
+    merged = {}
+    for pattern, lr, weight_decay, eps, *_ in ROWS:
+        group = ("DistMuon",) if pattern in MUON else ("AdamW", lr, weight_decay, eps)
+        merged.setdefault(group, []).append(pattern.replace(r"\\.", r"\\.(?:_\\w+\\.)*"))
+    return [
+        ParamGroupConfig(
+            pattern=f"^(?:{'|'.join(patterns)})$",
+            optimizer_name=name,
+            optimizer_kwargs=dict(zip(("lr", "weight_decay", "eps"), values)) | {"betas": BETAS} if values else DIST_MUON,
+        )
+        for (name, *values), patterns in merged.items()
+    ]
+
+
+def layouts():
+    """Which matrices are whole, which are a stack: DistMuon's own arguments. One bucket for each layer, one for its experts."""
+    whole = ComputeLayout(shardings_by_mesh_axis={"dp_shard": Owned()})
+    stack = ComputeLayout(shardings_by_mesh_axis=dict.fromkeys(("dp_shard", "efsdp", "ep"), Shard(0)))
+    found, buckets = {}, []
+    for layer in range(len(LAYERS)):
+        for kind, stacked in (("matrices", False), ("experts", True)):
+            names = [glob.replace("*", str(layer), 1) for glob, is_stack in MUON.values() if is_stack == stacked]
+            found |= dict.fromkeys(names, stack if stacked else whole)
+            buckets.append(BucketConfig(name=f"layers.{layer}, {kind}", patterns=tuple(names)))
+    return {"DistMuon": {"compute_sharding_by_fqn": found, "bucket_configs": buckets}}
+'''
+_CODE = '''
 
 def set_init(model):
     """Put the planned starts into param_init of every sub-config of a model config."""
@@ -112,7 +150,7 @@ def apply(config):
         if layer.moe is not None:
             layer.moe.router.route_scale = scale
     set_init(model)
-    config.optimizer = OptimizersContainer.Config(param_groups=param_groups())
+    config.optimizer = OptimizersContainer.Config(param_groups=param_groups()MORE)
     return config
 '''
 _IMPORTS = (
@@ -122,6 +160,10 @@ _IMPORTS = (
     "from torch import nn",
     "from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig",
     "from torchtitan.protocols.module import Module",
+)
+_MUON_IMPORTS = (
+    "from torch.distributed.tensor import Shard",
+    "from torchtitan.distributed.flex_shard import BucketConfig, ComputeLayout, Owned",
 )
 _USE = """    config = apply(qwen3_30b_a3b())    # in a config function of your own; any Trainer.Config of the planned shape
 
@@ -135,23 +177,56 @@ def torchtitan(plan: PlanData, model: Any) -> str:
     Raises:
         ValueError: what torchtitan has no setting for and cannot be folded.
     """
-    # R stays: the router's own route_scale is its home, and only A and l^-α go into the weights
-    plan = fold(unfold(plan), "model")
+    # R stays: the router's own route_scale is its home, and only A and l^-α go into the weights. But under Muon the rate of a down
+    # projection has R in it: with R in the weights as well the two cancel, and one rate, as DistMuon has it, is enough for more plans
+    plan = fold(unfold(plan), "weights" if is_muon(plan) else "model")
     made = TORCHTITAN.model(plan.target, model)
     extra, notes = query_scale(plan, made)
-    found = rows(plan, made, extra)
+    found = rows(plan, made, extra, BOTH)
+    muon = ""
+    if is_muon(plan):
+        found, muon = _dist_muon(plan, found)
     cannot = [
         *notes,
         "pipeline parallelism: OptimizersContainer demands that every pattern finds a parameter in every stage, and a stage "
         "without embedding or head has none of theirs",
+        *(["DistMuon runs on parameters that FSDP has sharded over GPUs, and nowhere else"] if muon else []),
         clipping(plan, "training.max_norm"),
         *_group_line(plan),
     ]
+    more = ", optimizer_factory_kwargs_by_name=layouts()" if muon else ""
     return (
-        head(plan, f"torchtitan 0.3, model {made.title}", _USE, cannot, _IMPORTS)
+        head(plan, f"torchtitan 0.3, model {made.title}", _USE, cannot, _IMPORTS + (_MUON_IMPORTS if muon else ()))
         + table(plan, found)
         + _shape(plan)
-        + _CODE
+        + muon
+        + (_MUON_GROUPS if muon else _GROUPS)
+        + _CODE.replace("MORE", more)
+    )
+
+
+def _dist_muon(plan: PlanData, found: list[ExportRow]) -> tuple[list[ExportRow], str]:
+    """The rows with the one rate that DistMuon takes, and its settings as code.
+
+    Raises:
+        ValueError: several rates; a tensor of several projections, which it would orthogonalise as one.
+    """
+    refuse_fused(found, "torchtitan's DistMuon", "build the attention with fuse_qkv=False (--model qwen3_unfused)")
+    own = plan.tuned.update_scale
+    scale, lr, wd = one_rate(found, plan, [own, *(s for s in UPDATE_SCALES if s != own)], "torchtitan 0.3")
+    found = [row if row.matrices is None else replace(row, lr=lr, weight_decay=wd) for row in found]
+    settings = {"lr": lr, "weight_decay": wd, "momentum": plan.momentum, "nesterov": True}
+    settings |= {"adjust_lr_fn": UPDATE_SCALES[scale].torch, "fused": False, "foreach": False}
+    lines = "".join(
+        f'    r"{row.regex}": {(row.pattern, "expert" in row.matrices[0])!r},\n' for row in found if row.matrices
+    )
+    return (
+        found,
+        f"""DIST_MUON = {settings!r}
+# pattern of what DistMuon moves → (its names, * the layer; whether experts are stacked in it)
+MUON = {{
+{lines}}}
+""",
     )
 
 
