@@ -38,8 +38,8 @@ def export(
 
     Every multiplier is folded into the values, so the stack's forward code stays as it is. What the stack cannot say stands
     in the file's head, with what to do about it. Without --model no stack has to be installed: the plan's shape is written
-    in the stack's names (torchtitan: qwen3, llama3; megatron: te, local; olmo-core: moe, moe_dropless, moe_fused_v2), for torch
-    in those of the lab's model, for transformers and automodel in those of qwen3, qwen3_moe, lfm2_moe or glm4_moe.
+    in the stack's names (torchtitan: qwen3, llama3, both with _unfused; megatron: te, local; olmo-core: moe, moe_dropless,
+    moe_fused_v2), for torch in those of the lab's model, for transformers and automodel in those of qwen3, qwen3_moe, lfm2_moe or glm4_moe.
 
     \b
     [bold]Examples[/]

@@ -54,7 +54,7 @@ class MuonAndAdamW(torch.optim.Optimizer):
                 adamw.setdefault(ROWS[i][1:4], new)["params"].append(parameter)
                 continue
             if hasattr(parameter, "placements"):
-                raise ValueError("a sharded tensor has no whole matrices: build the optimizer before sharding, or use another stack")
+                raise ValueError("torch.optim.Muon moves whole matrices, and this tensor is sharded: use a stack that gathers them")
             matrices = []
             for lr, weight_decay, view in _matrices(parameter.detach(), *MATRICES[i]):
                 matrices.append(torch.nn.Parameter(view))

@@ -30,10 +30,11 @@ def parts(row: ExportRow, plan: PlanData, scale: str) -> list[tuple[int, float, 
     """(fan-out, lr, weight decay) of every matrix that is fused in a row's tensors, in another convention of the rate.
 
     Args:
-        row: that Muon moves. plan: whose convention the row's values are in. scale: the wanted one, of
+        row: that Muon moves; one of AdamW's has one entry, of its own values. plan: whose convention the row's values are in. scale: the wanted one, of
             :data:`mue.shapes.update_scales.UPDATE_SCALES`.
     """
-    assert row.matrices is not None
+    if row.matrices is None:
+        return [(0, row.lr, row.weight_decay)]
     before = plan.tuned.update_scale
     if before == scale:  # exactly, and not by two roundings
         return [(out, row.lr, row.weight_decay) for out in row.matrices[2]]
@@ -60,35 +61,32 @@ def _restated(row: ExportRow, plan: PlanData, scale: str) -> ExportRow:
     return replace(row, lr=lr, weight_decay=wd)
 
 
-def one_rate(rows: Sequence[ExportRow], plan: PlanData, scales: Sequence[str], stack: str) -> tuple[str, float, float]:
-    """(convention, lr, weight decay) that all of Muon's matrices share, for a stack that has one rate for them.
+def one_rate(rows: Sequence[ExportRow], plan: PlanData, scales: Sequence[str], why: str) -> tuple[str, float, float]:
+    """(convention, lr, weight decay) that rows share, for a stack that has one rate for all of them.
 
     Args:
-        scales: conventions that the stack has, tried in this order. stack: by name, for the message.
+        rows: with the plan's values; those of AdamW's are the same in any convention. scales: conventions that the stack has; the
+            plan's own is tried first. why: the message's beginning, with the stack's name.
 
     Raises:
-        ValueError: in no convention of the stack have all matrices one rate and one weight decay; names two that differ.
+        ValueError: in no convention of the stack have all rows one rate and one weight decay; names two that differ.
     """
-    found = {
-        scale: [(row.pattern, lr, wd) for row in moved(rows) for _, lr, wd in parts(row, plan, scale)]
-        for scale in scales
-    }
+    scales = sorted(scales, key=lambda scale: scale != plan.tuned.update_scale)
+    found = {scale: [(row.pattern, *one[1:]) for row in rows for one in parts(row, plan, scale)] for scale in scales}
     for scale, values in found.items():
-        _, lr, wd = values[0]
-        if all(math.isclose(v[1], lr, rel_tol=1e-12) and math.isclose(v[2], wd, rel_tol=1e-12) for v in values):
-            return scale, lr, wd
-    scale = plan.tuned.update_scale if plan.tuned.update_scale in scales else scales[0]
-    first = found[scale][0]
-    other = next(
-        v
-        for v in found[scale]
-        if not all(math.isclose(a, b, rel_tol=1e-12) for a, b in zip(v[1:], first[1:], strict=True))
-    )
+        if all(_alike(value, values[0]) for value in values):
+            return scale, values[0][1], values[0][2]
+    first, *others = found[scales[0]]
+    other = next(value for value in others if not _alike(value, first))
     raise ValueError(
-        f"{stack} has one rate and one weight decay for all that Muon moves, and the plan has lr {first[1]:g}, weight decay"
-        f" {first[2]:g} for {first[0]} and {other[1]:g}, {other[2]:g} for {other[0]} (in {scale!r}; in {' and '.join(scales)} alike):"
+        f"{why}, and the plan has lr {first[1]:g}, weight decay {first[2]:g} for {first[0]} and {other[1]:g}, {other[2]:g} for"
+        f" {other[0]} (in the convention {scales[0]!r}, and not one value in {' or '.join(scales[1:])} either):"
         ' export("torch"), or a stack with a rate for each group'
     )
+
+
+def _alike(a: tuple[str, float, float], b: tuple[str, float, float]) -> bool:
+    return all(math.isclose(x, y, rel_tol=1e-12) for x, y in zip(a[1:], b[1:], strict=True))
 
 
 def refuse_fused(rows: Sequence[ExportRow], stack: str, instead: str, but: Sequence[str] = ()) -> None:
@@ -114,11 +112,3 @@ def refuse_stacked(rows: Sequence[ExportRow], stack: str, instead: str) -> None:
             raise ValueError(
                 f"{row.pattern} holds all experts in one tensor of axes ({', '.join(row.matrices[0])}), and {stack}: {instead}"
             )
-
-
-def moving(plan: PlanData) -> str:
-    """The line on what the plan leaves to the stack, of an iteration of its own."""
-    return (
-        f"Muon's iteration: any that makes the singular values about 1 (five steps here). The rates are those of {plan.tuned.update_scale!r}"
-        " in the plan, and of the convention named below in this file"
-    )

@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from mue.export.file_text import clipping, head, table
-from mue.export.muon import BOTH, is_muon, one_rate, refuse_fused
+from mue.export.muon import BOTH, is_muon, moved, one_rate, refuse_fused
 from mue.export.registry import STACKS
 from mue.export.rows import ExportRow, rows
 from mue.export.scale import query_scale
@@ -212,8 +212,8 @@ def _dist_muon(plan: PlanData, found: list[ExportRow]) -> tuple[list[ExportRow],
         ValueError: several rates; a tensor of several projections, which it would orthogonalise as one.
     """
     refuse_fused(found, "torchtitan's DistMuon", "build the attention with fuse_qkv=False (--model qwen3_unfused)")
-    own = plan.tuned.update_scale
-    scale, lr, wd = one_rate(found, plan, [own, *(s for s in UPDATE_SCALES if s != own)], "torchtitan 0.3")
+    one = "torchtitan 0.3 takes one group for all that Muon moves"
+    scale, lr, wd = one_rate(moved(found), plan, list(UPDATE_SCALES), one)
     found = [row if row.matrices is None else replace(row, lr=lr, weight_decay=wd) for row in found]
     settings = {"lr": lr, "weight_decay": wd, "momentum": plan.momentum, "nesterov": True}
     settings |= {"adjust_lr_fn": UPDATE_SCALES[scale].torch, "fused": False, "foreach": False}
