@@ -215,7 +215,7 @@ def _dist_muon(plan: PlanData, found: list[ExportRow]) -> tuple[list[ExportRow],
     one = "torchtitan 0.3 takes one group for all that Muon moves"
     scale, lr, wd = one_rate(moved(found), plan, list(UPDATE_SCALES), one)
     found = [row if row.matrices is None else replace(row, lr=lr, weight_decay=wd) for row in found]
-    settings = {"lr": lr, "weight_decay": wd, "momentum": plan.momentum, "nesterov": True}
+    settings: dict[str, object] = {"lr": lr, "weight_decay": wd, "momentum": plan.momentum, "nesterov": True}
     settings |= {"adjust_lr_fn": UPDATE_SCALES[scale].torch, "fused": False, "foreach": False}
     lines = "".join(
         f'    r"{row.regex}": {(row.pattern, "expert" in row.matrices[0])!r},\n' for row in found if row.matrices
