@@ -26,7 +26,7 @@ class Batches:
     """Batches of one split, in an order that is a pure function of (seed, step): nothing is remembered between calls.
 
     An epoch shifts the stream by a random offset, cuts it into N non-overlapping windows of T + 1 tokens and visits
-    each once, in an order drawn for that epoch. The order comes from a keyed bijection on 0..N-1 (:func:`_shuffled`),
+    each once, in an order drawn for that epoch. The order comes from a keyed bijection on 0..N-1 (:func:`shuffled`),
     not from a stored permutation, so any step of any epoch costs the same. Windows cross document boundaries.
 
     Raises ValueError if the split is shorter than one window, or if a size is not positive.
@@ -86,11 +86,11 @@ class Batches:
         start_B = np.empty_like(sample_B)
         for epoch in np.unique(epoch_B):  # two where a batch straddles epochs, more only for a tiny text
             here = epoch_B == epoch
-            order = _round_keys("order", self.seed, int(epoch))
+            order = round_keys("order", self.seed, int(epoch))
             # Shifted anew in each epoch: else windows would be cut at the same places for ever.
             slack = len(self._stream) - self.windows * self._window
-            offset = int(_round_keys("offset", self.seed, int(epoch))[0]) % (slack + 1)
-            start_B[here] = offset + self._window * _shuffled(place_B[here], self.windows, order)
+            offset = int(round_keys("offset", self.seed, int(epoch))[0]) % (slack + 1)
+            start_B[here] = offset + self._window * shuffled(place_B[here], self.windows, order)
         return self._gather(start_B)
 
     def fixed(self, n: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -128,13 +128,13 @@ def windows_at(stream: Tokens, start_B: npt.NDArray[np.int64], window: int) -> t
 _ROUNDS = 8
 
 
-def _round_keys(purpose: str, seed: int, epoch: int) -> npt.NDArray[np.uint64]:
+def round_keys(purpose: str, seed: int, epoch: int) -> npt.NDArray[np.uint64]:
     """Eight 64-bit keys from (purpose, seed, epoch): a hash, so the same with every numpy on every machine."""
     digest = hashlib.blake2b(f"{purpose} {seed} {epoch}".encode(), digest_size=8 * _ROUNDS).digest()
     return np.frombuffer(digest, dtype="<u8").astype(np.uint64)
 
 
-def _shuffled(place: npt.NDArray[np.int64], n: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+def shuffled(place: npt.NDArray[np.int64], n: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
     """Where a permutation of 0..n-1, drawn by ``keys``, sends each place: O(1) per place, no table.
 
     A Feistel network on the grid (left, right) of about sqrt(n) x sqrt(n): each round adds to one half a keyed hash

@@ -16,15 +16,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mue.lab.models.layers import Attention, Embedding, FeedForward, Linear, PastTokens, RMSNorm
+from mue.lab.models.layers import Attention, Embedding, Linear, PastTokens, RMSNorm
 from mue.lab.models.ops import scaled
 from mue.lab.models.output import Output
+from mue.lab.models.parts import auxiliary, block_rows, checked_multipliers, feed_forward_of, pools_of, routers_in
 from mue.lab.models.residual import add_attention, add_experts, add_feed_forward
 from mue.layouts.layout import Layout
-from mue.moe import ExpertPool, MoELayer, Routing
+from mue.moe import ExpertPool, Routing
 from mue.moe.layer import self_changing
 from mue.moe.losses import consistency_loss
-from mue.moe.routers.base import Balance, BaseRouter, RouterInput, RouterOptions, share
+from mue.moe.routers.base import Balance, RouterInput, RouterOptions, share
 from mue.plan.values import Multipliers
 from mue.shapes import Block, Transformer
 
@@ -50,21 +51,11 @@ class TransformerBlock(nn.Module):
         pool: ExpertPool | None = None,
     ) -> None:
         super().__init__()
-        A = multipliers.output[layer] if multipliers.output else 1.0
-        R = multipliers.route[layer] if multipliers.route else 1.0
         self.residual = multipliers.residual
         self.attention_norm = RMSNorm(shape.width)
         self.attention = Attention(shape, multipliers.attention_scale)
         self.ffn_norm = RMSNorm(shape.width)
-        self.ffn: FeedForward | None = None
-        self.moe: MoELayer | None = None
-        if block.ffn is not None:
-            self.ffn = FeedForward(shape.width, block.ffn, shape.gated, A)
-        else:
-            options = replace(options, route_scale=R, layer=layer)
-            self.moe = MoELayer.from_block(
-                block, shape.width, options, output_multiplier=A, gated=shape.gated, pool=pool
-            )
+        self.ffn, self.moe = feed_forward_of(shape, block, multipliers, layer, options, pool)
 
     def forward(
         self, x_BTD: Tensor, given: RouterInput | None = None, past: PastTokens | None = None
@@ -102,12 +93,7 @@ class LanguageModel(nn.Module):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        ones = (1.0,) * shape.layers
-        multipliers = multipliers or Multipliers(output=ones, route=ones)
-        for name in ("output", "route"):
-            given = getattr(multipliers, name)
-            if len(given) != shape.layers:
-                raise ValueError(f"multipliers.{name} has {len(given)} entries, the shape {shape.layers} layers")
+        multipliers = checked_multipliers(shape, multipliers)
         routers = [block.router_kind for block in shape.blocks if block.experts]
         if consistency and not any(kind.stochastic for kind in routers):
             raise ValueError(f"consistency compares two draws of the experts, and no router of {shape.name} draws any")
@@ -115,33 +101,20 @@ class LanguageModel(nn.Module):
         self.reads_input = consistency or any(kind.needs_tokens for kind in routers)
         options = RouterOptions(balance=balance, z_loss=z_loss, seed=seed)
         self.embedding = Embedding(shape.vocab, shape.width)
-        pools = self._pools(shape)
+        pools, made = pools_of(shape)
+        if made:
+            self.pools = made
         self.blocks = nn.ModuleList(
             TransformerBlock(shape, block, multipliers, layer, replace(options, pool=i), pool)
             for layer, (block, (i, pool)) in enumerate(zip(shape.per_layer, pools, strict=True))
         )
-        if (
-            common := share([module for module in self.blocks.modules() if isinstance(module, BaseRouter)])
-        ) is not None:
+        if (common := share(routers_in(self.blocks))) is not None:
             self.common = common  # only where there is one: the state dict of other models stays as it is
         self.final_norm = RMSNorm(shape.width)
         self.head = Linear(shape.width, shape.vocab)
         if shape.tied:
             # one Parameter, so that named_parameters has it once and its gradient is the sum of both uses
             self.head.weight = self.embedding.weight
-
-    def _pools(self, shape: Transformer) -> list[tuple[int, ExpertPool | None]]:
-        """Of every layer, which pool of experts it reads, and the pool. The model holds pools where there are any."""
-        found: list[tuple[int, ExpertPool | None]] = [(0, None)] * shape.layers
-        made = nn.ModuleList()
-        for i, layers in enumerate(shape.pool_layers):
-            block = shape.per_layer[layers[0]]
-            pool = ExpertPool(shape.width, block.experts, block.expert or 0, gated=shape.gated)
-            made.append(pool)
-            found[layers[0] : layers[-1] + 1] = [(i, pool)] * len(layers)
-        if made:
-            self.pools = made
-        return found
 
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, past: Sequence[PastTokens] | None = None
@@ -190,9 +163,7 @@ class LanguageModel(nn.Module):
         # On the hidden state rather than on the logits: the same product, V/D times fewer elements.
         logits_BTV = self.head(scaled(self.final_norm(x_BTD), self.multipliers.head))
         loss = None if targets_BT is None else mean_loss(logits_BTV, targets_BT)
-        names = dict.fromkeys(name for routing in routings for name in routing.losses)
-        losses = {n: torch.stack([r.losses[n] for r in routings if n in r.losses]).sum(0) for n in names}
-        return Output(logits_BTV, loss, routings, losses)
+        return Output(logits_BTV, loss, routings, auxiliary(routings))
 
     def end_step_(self, bias_speed: float) -> None:
         """After every optimizer step: what routers change by themselves.
@@ -205,33 +176,10 @@ class LanguageModel(nn.Module):
 
     def layout(self) -> Sequence[Layout]:
         """Role and axes of every parameter (``mue.layouts.layout``)."""
-        blocks, gated = self.shape.blocks, self.shape.gated
-        parts = ("up", "gate", "down") if gated else ("up", "down")
         rows = [Layout("embedding.weight", "embedding", ("in", "out"))]
-        rows += [Layout(f"blocks.*.attention.{x}.weight", f"attention_{x}", ("out", "in")) for x in "qkvo"]
-        rows += [Layout(f"blocks.*.attention.{x}_norm.weight", "qk_norm", ("vector",)) for x in "qk"]
-        rows += [Layout(f"blocks.*.{x}_norm.weight", "norm", ("vector",)) for x in ("attention", "ffn")]
-        if any(not block.is_moe for block in blocks):
-            rows += [Layout(f"blocks.*.ffn.{part}.weight", f"ffn_{part}", ("out", "in")) for part in parts]
-        rows += dict.fromkeys(row for block in self.blocks for row in _router_rows(block))
-        if any(block.experts and not block.pools for block in blocks):
-            rows += [Layout(f"blocks.*.moe.experts_{p}", f"expert_{p}", ("expert", "out", "in")) for p in parts]
-        for i, layers in enumerate(self.shape.pool_layers):
-            rows += [Layout(f"pools.{i}.{p}", f"expert_{p}", ("expert", "out", "in"), layers=layers) for p in parts]
-        if any(block.shared_experts for block in blocks):
-            rows += [Layout(f"blocks.*.moe.shared_{p}", f"shared_{p}", ("out", "in")) for p in parts]
+        rows += block_rows(self.shape, self.blocks)
         rows += [Layout("final_norm.weight", "final_norm", ("vector",))]
         return [*rows, Layout("head.weight", "head", ("out", "in"))]
-
-
-def _router_rows(block: nn.Module) -> list[Layout]:
-    """What the router of a block says of its parameters, by their names in the model."""
-    router = block.moe.router if isinstance(block, TransformerBlock) and block.moe is not None else None
-    return (
-        []
-        if router is None
-        else [replace(row, pattern=f"blocks.*.moe.router.{row.pattern}") for row in router.layout()]
-    )
 
 
 def mean_loss(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:

@@ -74,22 +74,23 @@ class PastTokens:
 
 
 class Attention(nn.Module):
-    """o(softmax(scale · q kᵀ) v) over the past, with QK-norm (2302.05442) and RoPE (2104.09864).
+    """o(softmax(scale · q kᵀ) v) with QK-norm (2302.05442): over the past with RoPE (2104.09864), or over all patches of an image.
 
     Args:
-        shape: width, heads and head size; the longest sequence.
+        shape: width, heads and head size; the longest sequence, or the image, whose patches have their place in the stream already.
         scale: of the logits; None: 1/√E.
 
     Raises:
         ValueError: an odd head size.
     """
 
-    rope: Tensor
+    rope: Tensor | None
 
     def __init__(self, shape: Transformer, scale: float | None) -> None:
         super().__init__()
         E, D = shape.head_dim, shape.width
-        if E % 2:
+        self.causal = shape.image is None
+        if E % 2 and self.causal:
             raise ValueError(f"head_dim {E} is odd: rotary positions need pairs, choose an even head_dim")
         self.head_dim, heads, kv_heads = E, shape.num_heads, shape.num_kv_heads
         self.scale = E**-0.5 if scale is None else scale
@@ -99,11 +100,11 @@ class Attention(nn.Module):
         self.o = Linear(heads * E, D)
         self.q_norm, self.k_norm = RMSNorm(E), RMSNorm(E)
         # not in checkpoints: it follows from the shape
-        self.register_buffer("rope", rotary_table(shape.sequence, E), persistent=False)
+        self.register_buffer("rope", rotary_table(shape.sequence, E) if self.causal else None, persistent=False)
 
     def forward(self, x_BTD: Tensor, past: PastTokens | None = None) -> Tensor:
         first = 0 if past is None else len(past)
-        rope = self.rope[first : first + x_BTD.shape[-2]]
+        rope = None if self.rope is None else self.rope[first : first + x_BTD.shape[-2]]
         heads = *x_BTD.shape[:-1], -1, self.head_dim
         q_BTHE, k_BTKE, v_BTKE = (p(x_BTD).view(heads) for p in (self.q, self.k, self.v))
         q_BTHE, k_BTKE = self.q_norm(q_BTHE, rope), self.k_norm(k_BTKE, rope)
@@ -111,7 +112,7 @@ class Attention(nn.Module):
         q, k, v = (x.flatten(0, -4).transpose(1, 2) for x in (q_BTHE, k_BTKE, v_BTKE))
         if past is not None:
             k, v = past.with_next(k, v)
-        y = ops.attend(q, k, v, self.scale)
+        y = ops.attend(q, k, v, self.scale, self.causal)
         return self.o(y.transpose(1, 2).reshape(*x_BTD.shape[:-1], -1))  # type: ignore[no-any-return]
 
 

@@ -123,8 +123,8 @@ class _EmulatedProduct(torch.autograd.Function):
         return dx.to(ctx.types[0]), dweight.to(ctx.types[1])
 
 
-def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, scale: float) -> Tensor:
-    """Causal softmax attention, (B, H, T, E), in the type of v: torch's fused kernel, but in bf16 on a CPU
+def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, scale: float, causal: bool = True) -> Tensor:
+    """Softmax attention, causal or over all keys, (B, H, T, E), in the type of v: torch's fused kernel, but in bf16 on a CPU
 
     A single query is the last token, and sees every key.
 
@@ -137,16 +137,16 @@ def attend(q_BHTE: Tensor, k_BKTE: Tensor, v_BKTE: Tensor, scale: float) -> Tens
     q, k, v = (x.to(inner) for x in (q_BHTE, k_BKTE, v_BKTE))  # under autocast q and k come in float32
     if half and inner == dtype and q.shape[2] <= _PLAIN_LENGTH:
         k, v = (x.repeat_interleave(H // K, 1) if H > K else x for x in (k, v))
-        return _plain(q, k, v, scale)
+        return _plain(q, k, v, scale, causal)
     with torch.autocast(v.device.type, enabled=False):
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=q.shape[2] > 1, scale=scale, enable_gqa=H > K)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=causal and q.shape[2] > 1, scale=scale, enable_gqa=H > K)
     return y.to(dtype)
 
 
-def _plain(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, scale: float) -> Tensor:
+def _plain(q_BHTE: Tensor, k_BHTE: Tensor, v_BHTE: Tensor, scale: float, causal: bool) -> Tensor:
     """Scale and mask ride along in the product; the softmax is in fp32."""
     B, H, T, _ = q_BHTE.shape
-    mask_TT = torch.full((T, T), float("-inf"), dtype=q_BHTE.dtype, device=q_BHTE.device).triu(1)
+    mask_TT = torch.full((T, T), float("-inf") if causal else 0.0, dtype=q_BHTE.dtype, device=q_BHTE.device).triu(1)
     q, k, v = (x.flatten(0, 1) for x in (q_BHTE, k_BHTE, v_BHTE))
     score = torch.baddbmm(mask_TT.expand(B * H, T, T), q, k.mT, alpha=scale)
     y: Tensor = torch.bmm(score.softmax(-1, dtype=torch.float32).to(v.dtype), v).view(B, H, T, -1)

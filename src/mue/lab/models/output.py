@@ -14,8 +14,9 @@ class Output:
     """What a forward pass gives. Of stacked variants, logits and losses have one entry for each.
 
     Attributes:
-        logits: (B, T, V), or of the last positions alone where only they have targets.
-        loss: mean cross-entropy in nats, where targets were given.
+        logits: (B, T, V), or of the last positions alone where only they have targets; what is predicted of images is their velocity,
+            (B, C, H, W).
+        loss: where targets were given: mean cross-entropy in nats, or of images the mean squared error.
         routings: of each block with routed experts.
         losses: auxiliary ones by name: the routers' (:attr:`mue.moe.Routing.losses`), summed over blocks, and ``consistency``.
     """
