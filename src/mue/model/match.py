@@ -13,7 +13,7 @@ from mue.layouts.place import Placement
 from mue.plan.plan import PlanData
 from mue.plan.values import Multipliers
 from mue.rules.roles import ROLES
-from mue.shapes import Block
+from mue.shapes import Block, Image, Transformer
 from mue.util.text import number
 
 
@@ -222,6 +222,8 @@ def _expected(
         # a table of positions has as many rows as the longest sequence, which a plan does not know
         rows = [] if p.layout.role == POSITION else [("vocabulary", p.fan_in, (t.vocab,))]
         return [*rows, ("width", p.fan_out, (t.width,))]
+    if t.image is not None and (sizes := _of_images(t, t.image, kind, part, p)):
+        return sizes
     if kind == "head":
         return [("vocabulary", p.fan_out, (t.vocab,)), ("width", p.fan_in, (t.width,))]
     if kind == "attention":
@@ -244,6 +246,26 @@ def _expected(
     if kind == "expert" and p.expert is None:
         sizes.append(("experts", p.experts, (block.experts,)))
     return sizes
+
+
+def _of_images(
+    t: Transformer, image: Image, kind: str, part: str, p: ParamInfo
+) -> list[tuple[str, int, tuple[int, ...]]]:
+    """:func:`_expected` of what only diffusion transformers have, and of their head."""
+    pixels, width = image.patch_elements, ("width", p.fan_out, (t.width,))
+    if kind == "patch":
+        return [("numbers of a patch", p.fan_in, (pixels,)), width]
+    if kind == "condition":  # how many sines the time is read from, every model has as it likes
+        rows = {"class": [("classes, with one for none", p.fan_in, (image.classes + 1, image.classes))]}
+        return [*rows.get(part, [("fan-in", p.fan_in, (t.width,))] if part == "out" else []), width]
+    if kind == "modulation":
+        return [("fan-in", p.fan_in, (t.width,))]
+    # twice as many where the variance is learnt, too (2212.09748)
+    return (
+        [("numbers of a patch", p.fan_out, (pixels, 2 * pixels)), ("width", p.fan_in, (t.width,))]
+        if kind == "head"
+        else []
+    )
 
 
 def _latents(width: int, outs: tuple[int, ...], routers: list[ParamInfo]) -> set[int]:

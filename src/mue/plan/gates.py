@@ -32,9 +32,12 @@ def with_logit_std(shape: Transformer, router_std: Callable[[Block], float | Non
 
 
 def refuse_batch(shape: Transformer, training: Training | None) -> None:
-    """Refuse a run whose steps have fewer tokens than a router of the shape can route; ``ValueError`` names the router and the fix."""
-    if training is None:
-        return
+    """Refuse a run whose steps, or whose sequences, a router of the shape cannot route; ``ValueError`` names the router and the fix."""
     for block in shape.blocks:
-        if block.experts and (fits := block.router_kind.fits_batch) is not None:
-            fits(block.active, block.experts, block.all_settings, training.batch)
+        if not block.experts:
+            continue
+        kind, numbers = block.router_kind, (block.active, block.experts, block.all_settings)
+        if kind.fits_sequence is not None:
+            kind.fits_sequence(*numbers, shape.sequence)
+        if training is not None and kind.fits_batch is not None:
+            kind.fits_batch(*numbers, training.batch)

@@ -113,6 +113,7 @@ KEY_WORDS: Mapping[str, Mapping[str, str]] = {
         "log_every": "steps between lines of the metrics",
         "consistency": "coefficient of the loss between two passes, for routers that draw",
         "task": "what is trained on",
+        "ema": "decays of averages of the weights, for samples of images",
     },
     "sweep": {
         "lr": "learning rates to try, or the ends of the range",

@@ -62,6 +62,7 @@ class RouterKind:
         fits: called with (a, N, settings) for what no setting can say by itself; raises ``ValueError``.
         fits_batch: called with (a, N, settings, tokens) for a training step of so many tokens that it could not route; raises
             ``ValueError``.
+        fits_sequence: the same of the tokens of one sequence, whatever the step.
         moments: called with (a, N, settings): E[Σw] and E[Σw²] over tokens at init, R divided out; None where they have to be
             measured. Those of raw scores are other ones for other stds of the logits: with :data:`MOMENTS_BY_LOGITS` among its
             settings a router is told.
@@ -91,6 +92,7 @@ class RouterKind:
     losses: Mapping[str, float] = field(default_factory=dict, hash=False)
     fits: Callable[[int, int, Mapping[str, Any]], None] | None = None
     fits_batch: Callable[[int, int, Mapping[str, Any], int], None] | None = None
+    fits_sequence: Callable[[int, int, Mapping[str, Any], int], None] | None = None
     moments: Callable[[int, int, Mapping[str, Any]], tuple[float, float]] | None = None
     mean_active: Callable[[int, int, Mapping[str, Any]], float] | None = None
     revision: int = 0

@@ -110,7 +110,9 @@ class DiffusionModel(nn.Module):
         multipliers = checked_multipliers(shape, multipliers)
         kinds = [block.router_kind for block in shape.blocks if block.experts]
         if any(kind.needs_tokens for kind in kinds):
-            raise ValueError(f"the {kinds[0].name} router reads token ids, and patches of images have none: take another")
+            raise ValueError(
+                f"the {kinds[0].name} router reads token ids, and patches of images have none: take another"
+            )
         self.shape, self.multipliers, self.image = shape, multipliers, shape.image
         options, D = RouterOptions(balance=balance, z_loss=z_loss, seed=seed), shape.width
         self.patch_embedding = Linear(shape.image.patch_elements, D)
@@ -135,9 +137,7 @@ class DiffusionModel(nn.Module):
         """The class of none, which training puts in the place of some labels and guidance asks for."""
         return self.image.classes
 
-    def forward(
-        self, x_BCHW: Tensor, time_B: Tensor, class_B: Tensor, velocity_BCHW: Tensor | None = None
-    ) -> Output:
+    def forward(self, x_BCHW: Tensor, time_B: Tensor, class_B: Tensor, velocity_BCHW: Tensor | None = None) -> Output:
         """The velocity at noised images, and its mean squared error where the true one is given.
 
         Args:

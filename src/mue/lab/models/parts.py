@@ -49,9 +49,7 @@ def feed_forward_of(
     if block.ffn is not None:
         return FeedForward(shape.width, block.ffn, shape.gated, A), None
     options = replace(options, route_scale=multipliers.route[layer] if multipliers.route else 1.0, layer=layer)
-    return None, MoELayer.from_block(
-        block, shape.width, options, output_multiplier=A, gated=shape.gated, pool=pool
-    )
+    return None, MoELayer.from_block(block, shape.width, options, output_multiplier=A, gated=shape.gated, pool=pool)
 
 
 def pools_of(shape: Transformer) -> tuple[list[tuple[int, ExpertPool | None]], nn.ModuleList]:

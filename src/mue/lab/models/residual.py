@@ -29,7 +29,11 @@ def add_attention(
     if past is not None:
         return torch.add(x_BTD, attention(norm(x_BTD), past), alpha=residual)
     parts = norm, own.q, own.k, own.v, own.q_norm, own.k_norm, own.o
-    if own.rope is not None and untouched(own, *parts) and ops.attention_by_kernel(x_BTD, weights := [m.weight for m in parts]):
+    if (
+        own.rope is not None
+        and untouched(own, *parts)
+        and ops.attention_by_kernel(x_BTD, weights := [m.weight for m in parts])
+    ):
         rope, bf16 = own.rope[: x_BTD.shape[-2]], ops.in_bf16(x_BTD)
         return sublayer.attention(x_BTD, weights, rope, scale=own.scale, residual=residual, eps=EPS, half=bf16)
     return torch.add(x_BTD, attention(norm(x_BTD)), alpha=residual)

@@ -8,6 +8,7 @@ as DiT-MoE is trained (2407.11633). Shape suffixes: B images, C channels, H and 
 from __future__ import annotations
 
 import hashlib
+import math
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, ClassVar
@@ -85,10 +86,14 @@ def _check_images(shape: Transformer, corpus: ImageSet) -> None:
         )
     found = {"channels": corpus.train.shape[1], "size": corpus.train.shape[2], "classes": len(corpus.classes)}
     if corpus.train.shape[2] != corpus.train.shape[3]:
-        raise ValueError(f"the images have {corpus.train.shape[2]} rows and {corpus.train.shape[3]} columns, and a model draws squares")
+        raise ValueError(
+            f"the images have {corpus.train.shape[2]} rows and {corpus.train.shape[3]} columns, and a model draws squares"
+        )
     for name, value in found.items():
         if getattr(image, name) != value:
-            raise ValueError(f"the data have {name} {value}, the model's image {name} {getattr(image, name)}: change [base.image] and [target.image]")
+            raise ValueError(
+                f"the data have {name} {value}, the model's image {name} {getattr(image, name)}: change [base.image] and [target.image]"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -135,7 +140,7 @@ class FlowBatches:
 
 def bin_times(bins: int = TIME_BINS) -> list[float]:
     """The middles of equally likely parts of the training's times, so that the mean over them estimates the training's loss."""
-    return [1 / (1 + np.exp(-NormalDist().inv_cdf((i + 0.5) / bins))) for i in range(bins)]
+    return [1 / (1 + math.exp(-NormalDist().inv_cdf((i + 0.5) / bins))) for i in range(bins)]
 
 
 def pixels(image_BCHW: npt.NDArray[np.uint8]) -> Tensor:
@@ -145,9 +150,7 @@ def pixels(image_BCHW: npt.NDArray[np.uint8]) -> Tensor:
     return torch.from_numpy(image_BCHW.astype(np.float32)) / 127.5 - 1
 
 
-def _on_the_way(
-    image_BCHW: npt.NDArray[np.uint8], time_B: Tensor, class_B: Tensor, draw: torch.Generator
-) -> Batch:
+def _on_the_way(image_BCHW: npt.NDArray[np.uint8], time_B: Tensor, class_B: Tensor, draw: torch.Generator) -> Batch:
     """x_t, t, class and velocity of images, with the noise that a generator draws next."""
     import torch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,19 @@ from torch import nn
 from mue.util.files import write_atomic
 
 
-def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+def save(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
+    averages: Mapping[str, torch.Tensor] | None = None,
+) -> None:
     """Replace ``path`` by the present state; on any error (a full disk, say) the old file stays as it was.
 
-    Tensors are named ``model/NAME`` and ``optimizer/NAME/KEY``; ``state`` travels as JSON in the header.
+    Tensors are named ``model/NAME``, ``optimizer/NAME/KEY`` and ``ema/NAME``; ``state`` travels as JSON in the header.
 
     Args:
+        averages: of the weights, by name.
         state: what else a run has to remember; it needs the keys ``run`` and ``plan``, by which :func:`load` knows the
             file.
 
@@ -30,13 +38,22 @@ def save(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: 
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"optimizer/{name}/{key}"] = torch.as_tensor(value)
+    tensors |= {f"ema/{name}": value for name, value in (averages or {}).items()}
     # safetensors refuses a tensor that is not contiguous.
     contiguous = {name: value.detach().contiguous() for name, value in tensors.items()}
     _write(path, contiguous, state)
 
 
-def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, run: str, plan: str) -> dict[str, Any]:
-    """Put a checkpoint's state into model and optimizer, in place.
+def load(
+    path: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averages: Mapping[str, torch.Tensor] | None = None,
+    *,
+    run: str,
+    plan: str,
+) -> dict[str, Any]:
+    """Put a checkpoint's state into model and optimizer, in place, and into the averages of the weights where there are any.
 
     Args:
         run, plan: the key of the run and the hash of the plan that the file has to belong to.
@@ -55,6 +72,8 @@ def load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer, *, run:
                 kind, _, rest = name.partition("/")
                 if kind == "model":
                     own[rest].copy_(file.get_tensor(name))
+                elif kind == "ema":
+                    (averages or {})[rest].copy_(file.get_tensor(name))
                 else:
                     parameter, _, key = rest.rpartition("/")
                     # Adam's step count too: fused AdamW keeps it where the parameter is.

@@ -32,6 +32,7 @@ _ADDED_LATER = {
     "consistency": 0.0,
     "task": "language",
     "shift": 0,
+    "ema": (),
 }  # what runs do that were keyed before these settings existed
 # What a run's folder holds; whoever writes or looks for one of them has its name from here.
 CONFIG_FILE, RESULT_FILE, METRICS_FILE, ROUTERS_FILE = "config.json", "result.json", "metrics.jsonl", "routers.json"
@@ -52,6 +53,7 @@ class Settings:
         consistency: coefficient α of the consistency loss between two passes over every batch (THOR, 2110.04260; the paper: 5).
         eval_every: steps between validations (0: only at the end). eval_sequences: how many each validation reads.
         log_every: steps between rows of metrics.
+        ema: decays of averages of the weights (:mod:`mue.lab.train.averages`); none by default.
     """
 
     seed: int = 0
@@ -65,6 +67,7 @@ class Settings:
     consistency: float = 0.0
     task: str = "language"
     shift: int = 0
+    ema: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         for name, known in (("schedule", tuple(SCHEDULES)), ("precision", PRECISIONS), ("balance", BALANCES)):
@@ -81,6 +84,10 @@ class Settings:
         elif self.shift:
             raise ValueError(f'shift = {self.shift!r} is read by schedule = "wsqd" alone: leave it out')
         positive("consistency", self.consistency, zero=True)
+        if not isinstance(self.ema, list | tuple):
+            raise ValueError(f"ema must be a list of decays below 1, such as [0.99, 0.999], got {self.ema!r}")
+        decays = sorted({positive("ema", decay, below=1) for decay in self.ema})
+        object.__setattr__(self, "ema", tuple(decays))
         for name in ("eval_sequences", "log_every", *(("eval_every",) if self.eval_every else ())):
             object.__setattr__(self, name, positive_int(name, getattr(self, name)))
 

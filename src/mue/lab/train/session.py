@@ -20,6 +20,7 @@ from torch import nn
 
 from mue.lab.data import Data
 from mue.lab.train import checkpoint
+from mue.lab.train.averages import Averages
 from mue.lab.train.provenance import provenance
 from mue.lab.train.router_record import RouterRecord
 from mue.lab.train.run import CHECKPOINT_FILE, CONFIG_FILE, METRICS_FILE, RESULT_FILE, WEIGHTS_FILE, Run, Store
@@ -140,6 +141,7 @@ class TrainingSession:
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.model.to(self.device)
         self.optimizer = planned_optimizer(run.plan, self.model)
+        self.averages = Averages(self.model, self.settings.ema)
         self.step, self.loss, self.val_loss, self.seconds = 0, math.nan, math.nan, 0.0
         self.status: str | None = None
         self.stacked, self.compiled, self.keep_weights = 1, False, False
@@ -200,6 +202,7 @@ class TrainingSession:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.end_moe_step_()
+        self.averages.update_(self.step + 1)
         assert output.loss is not None
         self.advance(float(output.loss.detach()))
         self.record(norm, output.routings, self.validate() if self.eval_due else None)
@@ -255,10 +258,8 @@ class TrainingSession:
         # Nothing in a row depends on the clock, so that a resumed run writes the same bytes.
         row: dict[str, Any] = {"step": self.step, "tokens": self.tokens, "loss": self.loss}
         row["lr_factor"] = lr_factor(self.step - 1, self.steps, self.tuned, self.settings)
-        if norm is not None:
-            row["grad_norm"] = norm
-        if val_loss is not None:
-            row["val_loss"] = val_loss
+        row |= {} if norm is None else {"grad_norm": norm}
+        row |= {} if val_loss is None else {"val_loss": val_loss}
         row |= self.routers.row(routings, self.step, evaluated=val_loss is not None, last=self.status is not None)
         self.metrics.write(json.dumps(row) + "\n")
 
@@ -278,7 +279,7 @@ class TrainingSession:
             "run": self.key, "plan": self.plan.hash, "step": self.step, "seconds": self.seconds, "threads": torch.get_num_threads(),
             "metrics_bytes": self.metrics.tell(), "first": self.first_loss, "above": self.steps_above,
         }  # fmt: skip
-        checkpoint.save(self.folder / CHECKPOINT_FILE, self.model, self.optimizer, state)
+        checkpoint.save(self.folder / CHECKPOINT_FILE, self.model, self.optimizer, state, self.averages.tensors())
         self.saved_at = time.monotonic()
         self.status = "stopped" if stop else None
 
@@ -287,10 +288,12 @@ class TrainingSession:
         result = self._result()
         if self.status == "stopped":
             return result
+        result |= self.averages.result(self.validate) if self.status == "finished" else {}
         self._flush()
         if self.keep_weights:
             meta = {"run": self.key, "plan": self.plan.hash}
             checkpoint.save_weights(self.folder / WEIGHTS_FILE, self.model, meta)
+            self.averages.save(self.folder, meta)
         self.routers.write(self.folder)  # before the result, by which a run is known to be whole
         write_json(self.folder / RESULT_FILE, result)
         # Last: killed before it, the run is finished and a checkpoint too many lies about; the other way round it is
@@ -315,7 +318,8 @@ class TrainingSession:
             rows.unlink(missing_ok=True)
             return
         with torch.no_grad():
-            state = checkpoint.load(path, self.model, self.optimizer, run=self.key, plan=self.plan.hash)
+            own = self.averages.tensors()
+            state = checkpoint.load(path, self.model, self.optimizer, own, run=self.key, plan=self.plan.hash)
         self.first_loss, self.steps_above = state["first"], state["above"]
         os.truncate(rows, state["metrics_bytes"])
         self.step, self.seconds = int(state["step"]), float(state["seconds"])

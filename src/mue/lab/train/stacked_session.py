@@ -49,6 +49,8 @@ def check_stackable(run: Run) -> None:
             f"runs of the task {run.settings.task!r} cannot be stacked: its model has no axis of variants (Task.stackable);"
             ' use runner = "processes"'
         )
+    if run.settings.ema:
+        raise ValueError('runs with averages of their weights (ema) cannot be stacked; use runner = "processes"')
     for kind in (block.router_kind for block in run.plan.target.blocks if block.experts):
         if not kind.stackable:
             raise ValueError(

@@ -108,6 +108,9 @@ class BaseRouter(nn.Module):
 
     kind: RouterKind  # of the class, set by ``router``
     common: nn.Module | None = None  # what the model's routers of this class share; set by ``share``
+    sequence: int | None = (
+        None  # tokens of one sequence of the batch being routed, where they are known to be of equal length
+    )
 
     def __init__(
         self, width: int, experts: int, active: int, groups: int = 1, options: RouterOptions | None = None
@@ -149,6 +152,7 @@ class BaseRouter(nn.Module):
                 second argument.
             sequence: tokens of one sequence, where they are known to be of equal length.
         """
+        self.sequence = sequence
         routing: Routing = super().__call__(x_TD) if given is None else super().__call__(x_TD, given)
         routing.sequence = sequence
         if self.losses:

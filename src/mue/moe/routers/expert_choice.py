@@ -1,7 +1,7 @@
 """Expert choice: experts take tokens, instead of tokens experts (Zhou et al., "Mixture-of-Experts with expert choice routing",
 2202.09368).
 
-Shape suffixes: T tokens, N experts, Q tokens of an expert, P pairs.
+Shape suffixes: T tokens, N experts, Q tokens of an expert, P pairs; S sequences of L tokens.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from mue.shapes.routers import LOGIT_STD, MOMENTS_BY_LOGITS
 from mue.shapes.settings import Setting
 
 BY_THRESHOLD, BY_BATCH = "threshold", "batch"
+BATCH, SEQUENCE = "batch", "sequence"
 
 
 def moments(active: int, experts: int, settings: Mapping[str, Any]) -> tuple[float, float]:
@@ -50,6 +51,19 @@ def fits_batch(active: int, experts: int, settings: Mapping[str, Any], tokens: i
         )
 
 
+def fits_sequence(active: int, experts: int, settings: Mapping[str, Any], tokens: int) -> None:
+    """A whole number of a sequence's tokens for each expert, where they are taken within it: rounding would change a.
+
+    Raises:
+        ValueError: there is none; names the numbers.
+    """
+    if settings["within"] == SEQUENCE and tokens * active % experts:
+        raise ValueError(
+            f"expert choice within a sequence gives each of {experts} experts {tokens}·{active}/{experts} = {tokens * active / experts:g}"
+            f" of its {tokens} tokens, which has to be a whole number: choose other experts or active ones"
+        )
+
+
 @router(
     "expert-choice",
     unit_sum=False,
@@ -65,9 +79,15 @@ def fits_batch(active: int, experts: int, settings: Mapping[str, Any], tokens: i
         "memory": Setting(
             default=0.9, low=0.0, high=1.0, high_open=True, meaning="of the threshold: what of it stays in every step"
         ),
+        "within": Setting(
+            default=BATCH,
+            choices=(BATCH, SEQUENCE),
+            meaning="what an expert takes its tokens from: the batch, or each sequence, in evaluation too (EC-DiT; not for causal models)",
+        ),
         **MOMENTS_BY_LOGITS,
     },
     fits_batch=fits_batch,
+    fits_sequence=fits_sequence,
     moments=moments,
     mean_active=lambda active, experts, settings: float(active),
 )
@@ -79,6 +99,9 @@ class ExpertChoiceRouter(ThresholdRouter):
     model: its training loss profits from it. In evaluation an expert therefore takes each token whose part reaches a threshold,
     an average over past steps of the q-th largest part (the paper leaves causal use open; this form is ours). Before the first
     step there is no threshold, and each token takes its a best experts.
+
+    With ``within = "sequence"`` an expert takes L·a/N tokens of every sequence (of every image: EC-DiT, 2410.02098), in evaluation as in
+    training, so that what comes of a sequence does not depend on what else is in its batch.
     """
 
     def forward(self, x_TD: Tensor, given: RouterInput | None = None) -> Routing:
@@ -89,7 +112,9 @@ class ExpertChoiceRouter(ThresholdRouter):
         """
         logit_TN = self.logits(x_TD)
         score_TN = torch.softmax(logit_TN, dim=1)
-        if self.training or self.options.settings["evaluation"] == BY_BATCH:
+        if self.options.settings["within"] == SEQUENCE:
+            token_P, expert_P = self._from_sequences(score_TN)
+        elif self.training or self.options.settings["evaluation"] == BY_BATCH:
             token_P, expert_P = self._from_batch(score_TN)
         else:
             token_P, expert_P = self._by_threshold(score_TN.detach()).nonzero().unbind(1)
@@ -108,6 +133,22 @@ class ExpertChoiceRouter(ThresholdRouter):
             self.observe(score_TN.detach().t().gather(1, token_NQ).amin(1))
         expert_NQ = torch.arange(self.experts, device=score_TN.device)[:, None].expand(-1, count)
         return token_NQ.flatten(), expert_NQ.flatten()
+
+    def _from_sequences(self, score_TN: Tensor) -> tuple[Tensor, Tensor]:
+        """The pairs of each expert with the tokens it takes of each sequence."""
+        if self.sequence is None:
+            raise ValueError(
+                'within = "sequence" needs sequences: call the layer with x of shape (sequences, tokens, width)'
+            )
+        N, L = self.experts, self.sequence
+        fits_sequence(self.active, N, self.options.settings, L)
+        count = L * self.active // N
+        # every expert of every sequence is a column of its own
+        score_LX = score_TN.view(-1, L, N).transpose(0, 1).reshape(L, -1)
+        token_XQ = take_top(score_LX, count)
+        column_X1 = torch.arange(len(token_XQ), device=score_TN.device)[:, None]
+        token_XQ = token_XQ + column_X1.div(N, rounding_mode="floor") * L
+        return token_XQ.flatten(), (column_X1 % N).expand(-1, count).flatten()
 
     def _by_threshold(self, score_TN: Tensor) -> Tensor:
         """(T, N) bool, each row a function of its own token alone."""
