@@ -222,8 +222,8 @@ def _expected(
         # a table of positions has as many rows as the longest sequence, which a plan does not know
         rows = [] if p.layout.role == POSITION else [("vocabulary", p.fan_in, (t.vocab,))]
         return [*rows, ("width", p.fan_out, (t.width,))]
-    if t.image is not None and (sizes := _of_images(t, t.image, kind, part, p)):
-        return sizes
+    if t.image is not None and (of_image := _of_images(t, t.image, kind, part, p)):
+        return of_image
     if kind == "head":
         return [("vocabulary", p.fan_out, (t.vocab,)), ("width", p.fan_in, (t.width,))]
     if kind == "attention":

@@ -199,14 +199,14 @@ class DiffusionModel(nn.Module):
 def patches(x_BCHW: Tensor, image: Image) -> Tensor:
     """(..., C, H, W) as (..., T, P): patches row by row, of each its channels, then its pixels row by row."""
     n, p = image.size // image.patch, image.patch
-    x = x_BCHW.unflatten(-1, (n, p)).unflatten(-3, (n, p))  # ..., C, n, p, n, p
+    x = x_BCHW.reshape(*x_BCHW.shape[:-2], n, p, n, p)  # ..., C, n, p, n, p
     return x.movedim((-4, -2), (-5, -4)).flatten(-3).flatten(-3, -2)
 
 
 def unpatched(x_BTP: Tensor, image: Image) -> Tensor:
     """The inverse of :func:`patches`."""
     n, p = image.size // image.patch, image.patch
-    x = x_BTP.unflatten(-1, (image.channels, p, p)).unflatten(-4, (n, n))  # ..., n, n, C, p, p
+    x = x_BTP.reshape(*x_BTP.shape[:-2], n, n, image.channels, p, p)
     return x.movedim((-5, -4), (-4, -2)).flatten(-4, -3).flatten(-2)
 
 

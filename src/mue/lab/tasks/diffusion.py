@@ -55,7 +55,7 @@ class DiffusionTask(Task):
             seed=settings.seed,
         )
 
-    def batches(self, run: Run, corpus: ImageSet) -> FlowBatches:  # type: ignore[override]
+    def batches(self, run: Run, corpus: ImageSet) -> FlowBatches:
         shape, settings = run.plan.target, run.settings
         assert run.plan.training is not None
         _check_images(shape, corpus)
