@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from mue.checks.context import Context
@@ -119,10 +119,37 @@ def kept_weights(parameter: Tensor, optimizers: Sequence[Optimizer]) -> Tensor:
     return here
 
 
+def held_beside(model: nn.Module, optimizers: Sequence[Optimizer]) -> list[Tensor]:
+    """What optimizers keep outside of their states, such as float32 masters: tensors in attributes, lists and mappings of theirs."""
+    seen: dict[int, Any] = {id(p): p for p in (*model.parameters(), *model.buffers())}
+    found: list[Tensor] = []
+
+    def walk(one: Any, depth: int) -> None:
+        if id(one) in seen or depth < 0:
+            return
+        seen[id(one)] = one
+        if isinstance(one, Tensor):
+            found.append(one)
+        elif isinstance(one, Mapping):
+            for inside in one.values():
+                walk(inside, depth - 1)
+        elif isinstance(one, list | tuple):
+            for inside in one:
+                walk(inside, depth - 1)
+
+    for optimizer in optimizers:
+        for inside in (optimizer, *(getattr(optimizer, name, None) for name in ("optimizer", "optim"))):
+            for key, value in getattr(inside, "__dict__", {}).items():
+                if key != "state":
+                    walk(value, 4)
+    return found
+
+
 @contextmanager
 def undone(ctx: Context, optimizers: Sequence[Optimizer]) -> Iterator[None]:
     """Weights, buffers, gradients, modes and optimizer state as they were before; rates at their peak meanwhile."""
-    tensors = [(t, t.detach().clone()) for t in (*ctx.model.parameters(), *ctx.model.buffers())]
+    kept = [*ctx.model.parameters(), *ctx.model.buffers(), *held_beside(ctx.model, optimizers)]
+    tensors = [(t, t.detach().clone()) for t in kept]
     gradients = [(p, p.grad) for p in ctx.model.parameters()]
     modes = {m: m.training for m in ctx.model.modules()}
     states = [

@@ -19,6 +19,7 @@ from mue.lab.models.language import LanguageModel
 from mue.layouts.layout import ParamInfo
 from mue.layouts.of_model import placed
 from mue.layouts.transformers.idle import idle_in_family
+from mue.model.muon import Muon
 from support.wiring.carried import Carried, Knob, cancelled, owner
 from support.wiring.families import TRAININGS, TUNED, Stock, build_stock, stock_family, tokens_of
 
@@ -28,6 +29,7 @@ OURS = {
     "mue dense, tied": mue.Dense(width=64, ffn=256, layers=2, head_dim=16, sequence=32, vocab=96, tied=True),
 }
 FOLDED, ROUTED, MULTIPLIERS = "folded", "folded, R in the model", "multipliers"
+MUON = {"optimizer": "muon", "lr": 0.02, "adamw_lr": 4e-3, "update_scale": "keller"}
 
 
 @dataclass
@@ -148,22 +150,31 @@ def forms(family: str) -> tuple[str, ...]:
     return (*([ROUTED] if stock.routed is not None else []), FOLDED, *([MULTIPLIERS] if carries else []))
 
 
-def case(family: str, seed: int = 0, form: str = "") -> Case:
-    """A right case of a family; every multiplier of it that can be carried differs from 1."""
+def case(family: str, seed: int = 0, form: str = "", muon: bool = False) -> Case:
+    """A right case of a family; every multiplier of it that can be carried differs from 1.
+
+    Args:
+        muon: planned for and trained with Muon and the AdamW beside it, in place of AdamW alone.
+
+    Raises:
+        ValueError: a plan that cannot be made for Muon.
+    """
     form = form or forms(family)[0]
     stock = None if family in OURS else stock_family(family)
     tokens = tokens_of(seed)
+    more = MUON if muon else {}
     if stock is None:
-        plan = mue.transfer(BASE, OURS[family], TUNED, **TRAININGS)
+        plan = mue.transfer(BASE, OURS[family], TUNED.replace(**more), **TRAININGS)
         model: nn.Module = LanguageModel(OURS[family], plan.multipliers)
         batch: Any = (tokens, tokens.roll(-1, 1))
     else:
         model = build_stock(stock.routed if form == ROUTED else stock.config, seed)
-        plan = stock.plan if form == MULTIPLIERS else fold(stock.plan, "model" if form == ROUTED else "weights")
+        unfolded = stock.plan.retuned(**more)
+        plan = unfolded if form == MULTIPLIERS else fold(unfolded, "model" if form == ROUTED else "weights")
         model = Carried(model, stock) if form == MULTIPLIERS else model
         batch = {"input_ids": tokens, "labels": tokens}
     plan.init_(model, seed)
-    optimizer = torch.optim.AdamW(plan.param_groups(model))
+    optimizer = Muon.of(plan, model) if muon else torch.optim.AdamW(plan.param_groups(model))
     made = Case(family, form, plan, model, batch, optimizer, warmup(optimizer), None, {"plan": plan.hash}, stock)
     if plan.tuned.clip is not None:
         made.clip = right_clip(made)

@@ -31,6 +31,7 @@ class Fault:
         culprit: of a right case, the pattern that must be found in the place that a failing finding names.
         unless: of a case's traits, why the fault cannot be there, or would be no fault; empty where it is one.
         form: how the multipliers are carried in the model that it is seeded into: in the weights, in the forward pass, or as usual.
+        muon: it is seeded into a model that is trained with Muon. warns: it is no fault that stops a run, and a warning names it.
     """
 
     name: str
@@ -39,6 +40,8 @@ class Fault:
     culprit: Culprit
     unless: Callable[[Traits], str]
     form: str = "usual"
+    muon: bool = False
+    warns: bool = False
 
     @property
     def breaks(self) -> str:
@@ -61,7 +64,7 @@ class Fault:
                 folded
                 or "a norm without a gain cancels the residual multiplier, so only a folded plan without one can be carried"
             )
-        return self.unless(traits(family, form))
+        return self.unless(traits(family, form)) or (no_muon(family, form) if self.muon else "")
 
 
 FAULTS: dict[str, Fault] = {}
@@ -72,6 +75,16 @@ FAULTS: dict[str, Fault] = {}
 def traits(family: str, form: str) -> Traits:
     """What is true of a family's right case."""
     return traits_of(case(family, form=form))
+
+
+@cache
+def no_muon(family: str, form: str) -> str:
+    """Why a family's plan cannot be made for Muon; empty where it can."""
+    try:
+        case(family, form=form, muon=True)
+    except ValueError as error:
+        return f"no plan for Muon: {str(error).splitlines()[0]}"[:160]
+    return ""
 
 
 def possible(families: tuple[str, ...]) -> Iterator[tuple[str, str]]:
@@ -85,22 +98,28 @@ def possible(families: tuple[str, ...]) -> Iterator[tuple[str, str]]:
 def broken(name: str, family: str) -> tuple[Case, str]:
     """A case of a family with one fault in it, and the pattern of its culprit."""
     fault = load()[name]
-    made = case(family, form=fault.form_in(family))
+    made = case(family, form=fault.form_in(family), muon=fault.muon)
     culprit = fault.culprit(made)
     fault.apply(made)
     return made, culprit
 
 
-def names_it(report: Report, culprit: str) -> list[Any]:
-    """The failing findings that name the culprit."""
-    return [f for f in report.failures if re.search(culprit, f.where)]
+def names_it(report: Report, culprit: str, warns: bool = False) -> list[Any]:
+    """The failing findings (warnings, where that is what it deserves) that name the culprit."""
+    return [f for f in (report.warnings if warns else report.failures) if re.search(culprit, f.where)]
 
 
 # ---- registering -------------------------------------------------------------------------------------------------------------
 
 
 def fault(
-    name: str, checks: str, culprit: Culprit | str, unless: Callable[[Traits], str] = lambda t: "", form: str = "usual"
+    name: str,
+    checks: str,
+    culprit: Culprit | str,
+    unless: Callable[[Traits], str] = lambda t: "",
+    form: str = "usual",
+    muon: bool = False,
+    warns: bool = False,
 ) -> Callable[[Callable[[Case], None]], Callable[[Case], None]]:
     """Register a function that puts a fault into a case (:class:`Fault`); ``checks`` are names, with commas between them."""
 
@@ -108,7 +127,7 @@ def fault(
         assert name not in FAULTS
         text = culprit
         made: Culprit = (lambda c: text) if isinstance(text, str) else text
-        FAULTS[name] = Fault(name, apply, tuple(checks.split(", ")), made, unless, form)
+        FAULTS[name] = Fault(name, apply, tuple(checks.split(", ")), made, unless, form, muon, warns)
         return apply
 
     return keep
@@ -122,13 +141,13 @@ def load() -> dict[str, Fault]:
         faults_forward,
         faults_gates,
         faults_init,
+        faults_muon,
         faults_optimizer,
         faults_training,
     )
 
-    assert all(
-        (faults_attention, faults_decay, faults_forward, faults_gates, faults_init, faults_optimizer, faults_training)
-    )
+    every = (faults_attention, faults_decay, faults_forward, faults_gates, faults_init)
+    assert all((*every, faults_muon, faults_optimizer, faults_training))
     return FAULTS
 
 

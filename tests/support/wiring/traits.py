@@ -28,6 +28,7 @@ class Traits:
         gains: there are norms with gains inside the blocks. ended_attention, ended_ffn: a norm ends that branch.
         residual, A, R, head: the multiplier differs from 1. expansion: a down projection's planned std is not the dense base's.
         prenorm: a norm stands before the branches.
+        stacked: a tensor holds several experts. fused: a hidden matrix lies in one tensor with another.
         layers: blocks with an attention output of their own. biases: some projections have biases.
     """
 
@@ -57,6 +58,8 @@ class Traits:
     prenorm: bool
     layers: int
     square: bool
+    stacked: bool
+    fused: bool
 
 
 def traits_of(c: Case) -> Traits:
@@ -97,6 +100,8 @@ def traits_of(c: Case) -> Traits:
         prenorm=any(p.role == "norm" and not p.layout.after for p in params),
         layers=len([p for p in params if p.role == "attention_o"]),
         square=all(p.fan_in == p.fan_out for p in downs),
+        stacked=any(p.layout.stacked > 1 or "expert" in p.layout.axes for p in downs),
+        fused=any(ROLES[p.role].hidden and p.layout.parts for p in params),
     )
 
 

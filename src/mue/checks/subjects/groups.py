@@ -8,6 +8,7 @@ from typing import Any
 from mue.checks.adamw_step import FAR, NEAR, distance
 from mue.checks.context import Context
 from mue.checks.optimizers import algorithm, called, holds_its_own
+from mue.checks.probe import probes
 from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, SKIP, UNMEASURED, Finding, several
 from mue.checks.schedule import stated_peak, walk, writes_peaks
@@ -116,7 +117,12 @@ def _planned(ctx: Context, expected: dict[str, Any]) -> str:
 
 
 def _unknown(ctx: Context, optimizer: Any, planned: str) -> Iterator[Finding]:
-    """A class that no name tells is measured: its first two steps are AdamW's, or those of something else."""
+    """A class that no name tells is measured: its first two steps are AdamW's, or those of something else.
+
+    Under a plan for Muon the checks of orthogonal steps measure it, and name what is wrong.
+    """
+    if ctx.plan.tuned.optimizer == "muon" and ctx.batch is not None and not ctx.meta and _probed(ctx):
+        return
     off = distance(ctx, optimizer)
     if off is not None and off <= NEAR:
         return
@@ -141,6 +147,14 @@ def _unknown(ctx: Context, optimizer: Any, planned: str) -> Iterator[Finding]:
         else f"its first two steps, or its decay, are near those of {planned} and not the same ({100 * off:.0f} %)",
         mend=f"make sure that its update is {planned}'s",
     )
+
+
+def _probed(ctx: Context) -> bool:
+    """Whether its steps along designed gradients can be seen."""
+    try:
+        return not isinstance(probes(ctx), str)
+    except Exception:  # an optimizer that cannot be stepped is named by the checks that step it
+        return False
 
 
 def _another(ctx: Context, optimizer: Any, kind: str, planned: str, names: list[str]) -> Finding:

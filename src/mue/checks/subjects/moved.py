@@ -92,7 +92,7 @@ def _findings(ctx: Context, steps: list[TensorStep], optimizers: list[Optimizer]
     if not (still or left_out or lost or wrong):
         text = f"{len(steps)} tensors moved" + (", each by its planned step" if exact else "")
         others = [p.name for p in ctx.placed if not ROLES[p.role].trained]
-        text += f"; {idle} experts got no token of this batch" if idle else ""
+        text += f"; {idle} experts got no token of this batch (docs/rare-experts.md: their decay)" if idle else ""
         text += f"; {several(others)} stayed: moved by load, not by the optimizer" if others else ""
         yield Finding(NAME, PASS, measured=text)
 

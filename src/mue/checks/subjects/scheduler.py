@@ -196,19 +196,24 @@ def _reached(seen: Walk, steps: int) -> int:
     return next(i for i, f in enumerate(seen.factors) if f >= 0.99 * max(seen.factors[:steps])) + 1
 
 
+def _average(ctx: Context) -> float:
+    """How many steps Adam's average over squared gradients lasts; 0 where no group has one."""
+    betas = [g["betas"][1] for o in ctx.optimizers for g in o.param_groups if "betas" in g and g["params"]]
+    return 1 / (1 - max(betas)) if betas else 0.0
+
+
 def _short_warmup(ctx: Context, seen: Walk) -> str:
     """A note where rates rise to their peak in fewer steps than Adam's average over squared gradients lasts; else nothing."""
-    betas = [g["betas"][1] for o in ctx.optimizers for g in o.param_groups if "betas" in g and g["params"]]
-    if seen.begun or not betas or feeds_on_loss(ctx.scheduler):
+    average, reached = _average(ctx), _reached(seen, len(seen.factors))
+    if seen.begun or feeds_on_loss(ctx.scheduler):
         return ""
-    average, reached = 1 / (1 - max(betas)), _reached(seen, len(seen.factors))
     if reached >= average * (1 - 1e-9):
         return ""
     return f"; warmup of {reached} steps, shorter than 1/(1-β2) = {average:.4g}"
 
 
 def _warmup(ctx: Context, seen: Walk, steps: int) -> Iterator[Finding]:
-    """A warning where the peak is reached in less than half of the planned warmup."""
+    """A warning where the peak is reached in less than half of the planned warmup, or before Adam's average that it spans."""
     given = ctx.plan.tuned.warmup
     planned = warmup_steps(given, steps)
     reached = _reached(seen, steps)
@@ -221,4 +226,14 @@ def _warmup(ctx: Context, seen: Walk, steps: int) -> Iterator[Finding]:
             "none" if reached == 1 else f"the peak is reached at step {reached}",
             ("the schedule has no warmup", "warmup given in other units than steps"),
             f"warm up over {planned:.0f} steps, or say how the base was tuned: mue.HParams(warmup=0.0)",
+        )
+    elif planned >= (average := _average(ctx)) > reached * (1 + 1e-9):
+        yield Finding(
+            NAME,
+            WARN,
+            f"{_name(ctx)}: warmup",
+            f"{planned:.0f} steps of warmup, no less than Adam's average over squared gradients lasts",
+            f"the peak is reached at step {reached}, within 1/(1-β2) = {average:.4g} steps",
+            ("the highest rate meets a denominator of few gradients",),
+            f"warm up over {planned:.0f} steps",
         )

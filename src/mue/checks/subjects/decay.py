@@ -1,0 +1,84 @@
+"""Does every tensor shrink by lr·wd in a step, once, and only those that are planned to? A step without a gradient is the decay alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+from mue.checks.context import Context
+from mue.checks.probe import Probe, probes
+from mue.checks.registry import check_of
+from mue.checks.report import FAIL, PASS, SKIP, Finding, several
+
+NAME = "weight decay"
+NEAR = 0.05  # relative
+MEND = "optimizer = torch.optim.AdamW(plan.param_groups(model)), or decay in one place alone: p *= 1 - lr·wd"
+
+
+@check_of(NAME, place=15, needs=("roles", "plan", "values", "batch"))
+def decay(ctx: Context) -> Iterator[Finding]:
+    """Measured in the weights, whoever decays them. A decay that low precision rounds away is ``moved``'s."""
+    found = probes(ctx)
+    if isinstance(found, str):
+        yield Finding(NAME, SKIP, measured=found)
+        return
+    judged = [one for one in found if not one.copied and not one.unsteady and one.weight > 0]
+    wrong = [one for one in judged if _off(one)]
+    yield from _faults(judged, wrong)
+    if not wrong:
+        rest = len(found) - len(judged)
+        text = f"{len(judged)} tensors shrink by lr·wd" + (
+            f"; {rest} move without a gradient, or are 0" if rest else ""
+        )
+        yield Finding(NAME, PASS, measured=text)
+
+
+def _planned(one: Probe) -> float:
+    return float(one.group["lr"]) * float(one.group["weight_decay"])
+
+
+def _off(one: Probe) -> bool:
+    # what rounding a stored weight leaves of one decay, averaged over the tensor
+    dtype = one.info.parameter.dtype
+    rounding = 4e-7 if dtype.itemsize >= 4 else 1e-6
+    noise = rounding / math.sqrt(one.info.parameter.numel()) + 1e-8
+    return abs(one.shrunk - _planned(one)) > NEAR * _planned(one) + noise
+
+
+def _faults(judged: list[Probe], wrong: list[Probe]) -> Iterator[Finding]:
+    exchanged = any(_planned(one) and not _seen(one) for one in wrong) and any(not _planned(one) for one in wrong)
+    kinds: dict[str, list[Probe]] = {}
+    for one in wrong:
+        kinds.setdefault(_cause(one), []).append(one)
+    for cause, many in kinds.items():
+        one = many[0]
+        causes = (cause, "the set that is decayed is another than the planned one") if exchanged else (cause,)
+        yield Finding(
+            NAME,
+            FAIL,
+            several([p.info.name for p in many]),
+            f"shrunk by lr·wd = {_planned(one):.4g} a step ({one.info.name})",
+            f"shrunk by {one.shrunk + 0.0:.4g}, {len(many)} of {len(judged)} tensors alike",
+            causes,
+            MEND,
+        )
+
+
+def _seen(one: Probe) -> bool:
+    """Whether a tensor is decayed at all."""
+    return abs(one.shrunk) > 0.1 * _planned(one)
+
+
+def _cause(one: Probe) -> str:
+    """What was done, by the ratio of what a step takes off to what is planned."""
+    planned = _planned(one)
+    if not planned:
+        return "a tensor is decayed that is planned to stay out (a gain, a bias, an embedding)"
+    ratio, rate = one.shrunk / planned, float(one.group["lr"])
+    if abs(ratio) < 0.1:
+        return "never applied: a fused or wrapped step leaves it out, or it joins the gradient"
+    if abs(ratio - 2) < 0.1:
+        return "applied twice: by the optimizer and by what wraps it, or beside it in the loop"
+    if abs(ratio * rate - 1) < 0.1:
+        return "not multiplied by the rate: the plan's is p *= 1 - lr·wd"
+    return f"{ratio:.3g} × the planned decay: another rate or another decay in the step"
