@@ -1,6 +1,8 @@
 """The mutation table: every possible fault of tests/support/wiring in every family, and every right model in each of its forms.
 
     python benchmarks/mutations.py [--families qwen3_moe,gpt2] [--workers 2] [--out docs/results/checks.json]
+    python benchmarks/mutations.py --missing --families qwen3_moe,gpt2   # only faults that the table has no row of
+    python benchmarks/mutations.py --seeds 20 --families qwen3_moe,gpt2  # right optimizers over so many seeds
     python benchmarks/mutations.py --listing   # which faults are impossible where, and why; committed before the run
 
 Families of transformers need the hf extra. With --families, the rows of those alone are made again.
@@ -29,6 +31,7 @@ from mue.util.files import write_json  # noqa: E402
 from support.wiring.case import OURS, forms, right, runs_in_bf16  # noqa: E402
 from support.wiring.families import LISTING, accepted  # noqa: E402
 from support.wiring.fault import broken, load, names_it, possible  # noqa: E402
+from support.wiring.muons import right_optimizers  # noqa: E402
 
 
 def row(name: str, family: str) -> dict[str, Any]:
@@ -80,6 +83,32 @@ def family(name: str) -> dict[str, Any]:
         for c in right(name)
     ]
     return {"rows": rows, "right": models, "seconds": round(time.process_time() - start, 1)}
+
+
+def missing(name: str, done: frozenset[str]) -> dict[str, Any]:
+    """The rows of a family that an earlier run has not: of faults that came later."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    start = time.process_time()
+    rows = [row(fault, name) for fault, _ in possible((name,)) if fault not in done]
+    return {"rows": rows, "right": [], "seconds": round(time.process_time() - start, 1)}
+
+
+def seeded(name: str, seeds: int) -> list[dict[str, Any]]:
+    """Right optimizers of a family, by seed: what is alarmed of them, or could not be measured."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    return [
+        {
+            "family": name,
+            "seed": seed,
+            "optimizer": optimizer,
+            "alarms": [f.to_dict() for f in report.failures],
+            "unmeasured": [f"{f.check}: {f.where}: {f.measured}" for f in report.unmeasured],
+        }
+        for seed in range(seeds)
+        for optimizer, report in right_optimizers(name, seed)
+    ]
 
 
 def facts(name: str) -> dict[str, Any]:
@@ -142,6 +171,21 @@ def summary(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def of_seeds(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Right optimizers over seeds, as the table's file has them."""
+    return {
+        "seeds": len({r["seed"] for r in rows}),
+        "families": list(dict.fromkeys(r["family"] for r in rows)),
+        "optimizers": dict(Counter(r["optimizer"] for r in rows)),
+        "runs": len(rows),
+        "false_alarms": sum(len(r["alarms"]) for r in rows),
+        "unmeasured": sum(len(r["unmeasured"]) for r in rows),
+        "not_right": [r for r in rows if r["alarms"] or r["unmeasured"]],
+        "command": "python benchmarks/mutations.py --seeds 20",
+        **provenance(),
+    }
+
+
 def _by_check(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[str]]]:
     """Fault → the check that names it → the families: six thousand rows in a file that can be read."""
     found: dict[str, dict[str, list[str]]] = {}
@@ -158,6 +202,12 @@ def markdown(result: dict[str, Any]) -> str:
         f" {result['false_alarms']} false alarms on {result['right_models']} right models; of {result['planned_quantities']:,}"
         f" planned quantities in them {100 * result['unmeasured']:.2f} % could not be measured.\n"
     )
+    if "right_optimizers" in result:
+        seeds = result["right_optimizers"]
+        head += (
+            f"\nRight optimizers, {len(seeds['optimizers'])} ways to build one: {seeds['false_alarms']} false alarms in {seeds['runs']} runs of"
+            f" {len(seeds['families'])} families with {seeds['seeds']} seeds, {seeds['unmeasured']} quantities not measured.\n"
+        )
     lines = [head, "| fault | families | caught | named | by | not named in |", "|---|---|---|---|---|---|"]
     for name in load():
         checks = result["named"].get(name, {})
@@ -199,33 +249,60 @@ def main() -> None:
     parser.add_argument("--families", default="", help="these alone, with commas between them")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--listing", action="store_true", help="write which faults are impossible where, and end")
+    parser.add_argument(
+        "--missing", action="store_true", help="only pairs of fault and family that the table has no row of"
+    )
+    parser.add_argument("--seeds", type=int, default=0, help="right optimizers over so many seeds, and no faults")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     every = (*OURS, *accepted())
-    wanted = [name for name in every if not given.families or name in given.families.split(",")]
+    # a name of ours has a comma of its own
+    wanted = [name for name in every if not given.families or f",{name}," in f",{given.families},"]
     if given.listing:
         write_listing(wanted, given.workers)
         return
-    parts = kept(given.out) if given.families else {}
+    old = json.loads(given.out.read_text(encoding="utf-8")) if given.out.exists() else {}
     with ProcessPoolExecutor(given.workers) as pool:
-        for name, part in zip(wanted, pool.map(family, wanted), strict=True):
-            parts[name] = part
-            bad = [r["fault"] for r in part["rows"] if not r["named"]]
-            print(f"{name}: {len(part['rows'])} faults, not named: {', '.join(bad) or 'none'}", flush=True)
-            for m in part["right"]:
-                for f in m["alarms"]:
-                    print(
-                        f"  FALSE ALARM {m['form']}, {m['precision']}: {f['check']}: {f['where']}: {f['measured']}"[
-                            :300
-                        ]
-                    )
-                for u in m["unmeasured"]:
-                    print(f"  unmeasured {m['form']}, {m['precision']}: {u['check']}: {u['where']}: {u['why']}"[:300])
-    result = summary({name: parts[name] for name in every if name in parts})
+        if given.seeds:
+            made = [r for rows in pool.map(seeded, wanted, [given.seeds] * len(wanted)) for r in rows]
+            result = {**old, "right_optimizers": of_seeds(made)}
+        else:
+            result = table(pool, given, wanted, every)
+            result |= {k: v for k, v in old.items() if k == "right_optimizers"}
     print({k: v for k, v in result.items() if k not in ("named", "not_named", "right", "families")})
     write_json(given.out, result)
     if given.out == ROOT / "docs/results/checks.json":
         write_page(result)
+
+
+def table(
+    pool: ProcessPoolExecutor, given: argparse.Namespace, wanted: list[str], every: tuple[str, ...]
+) -> dict[str, Any]:
+    """The table with the rows of these families made again, or with those alone that it has not."""
+    parts = kept(given.out) if given.families or given.missing else {}
+    if given.missing:
+        done = [frozenset(r["fault"] for r in parts[name]["rows"]) if name in parts else frozenset() for name in wanted]
+        found = zip(wanted, pool.map(missing, wanted, done), strict=True)
+    else:
+        found = zip(wanted, pool.map(family, wanted), strict=True)
+    for name, part in found:
+        bad = [r["fault"] for r in part["rows"] if not r["named"]]
+        print(f"{name}: {len(part['rows'])} faults, not named: {', '.join(bad) or 'none'}", flush=True)
+        _print(part)
+        if given.missing and name in parts:
+            part = {**part, "rows": parts[name]["rows"] + part["rows"], "right": parts[name]["right"]}
+        parts[name] = part
+    return summary({name: parts[name] for name in every if name in parts})
+
+
+def _print(part: dict[str, Any]) -> None:
+    """What a family's right models are alarmed of."""
+    for m in part["right"]:
+        for f in m["alarms"]:
+            text = f"  FALSE ALARM {m['form']}, {m['precision']}: {f['check']}: {f['where']}: {f['measured']}"
+            print(text[:300])
+        for u in m["unmeasured"]:
+            print(f"  unmeasured {m['form']}, {m['precision']}: {u['check']}: {u['where']}: {u['why']}"[:300])
 
 
 if __name__ == "__main__":

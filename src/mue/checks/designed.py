@@ -85,7 +85,7 @@ class Design:
             left_OR.to(change.device, wide).mT @ (x_EOI @ right_IR)
             for left_OR, x_EOI in zip(self.left, parts, strict=True)
         ]
-        return torch.stack(cores, dim=1).double().cpu()
+        return torch.stack(cores, dim=1).cpu().double()
 
 
 def design(plan: PlanData, p: ParamInfo, total: int) -> Design | None:
@@ -104,16 +104,19 @@ def design(plan: PlanData, p: ParamInfo, total: int) -> Design | None:
     seed = int.from_bytes(hashlib.sha256(p.name.encode()).digest()[:8], "little") >> 1
     dice = torch.Generator().manual_seed(seed)
 
-    def basis(n: int) -> Tensor:
+    def orthonormal(n: int) -> Tensor:
         noise = torch.randn(n, directions, generator=dice, dtype=torch.float64)
-        return torch.linalg.qr(noise)[0]
+        basis, _ = torch.linalg.qr(noise)
+        return basis  # type: ignore[no-any-return]
 
     sizes_EP = torch.tensor([[SIZES[(e + k) % 2] for k in range(len(rows))] for e in range(count)]).double()
     signs_ER = torch.tensor([[-1.0 if e % 2 and i % 2 else 1.0 for i in range(directions)] for e in range(count)])
     levels = torch.tensor([one for one, _ in LEVELS[:directions]]).double()
     norm = float(sizes_EP.norm() * levels.norm())
     amplitude = NORM * (p.parameter.numel() / total) ** 0.5 / norm
-    return Design(how, shape, [basis(n) for n in rows], basis(fan_in), sizes_EP, signs_ER.double(), amplitude)
+    return Design(
+        how, shape, [orthonormal(n) for n in rows], orthonormal(fan_in), sizes_EP, signs_ER.double(), amplitude
+    )
 
 
 def _matrices(plan: PlanData, p: ParamInfo) -> tuple[Matrices, tuple[int, ...]]:

@@ -35,7 +35,8 @@ def signs(d: Design) -> Tensor:
 def polar(x: Tensor) -> Tensor:
     """U·Vᵀ of the directions that are there; the others stay zero, as Newton and Schulz leave them."""
     u, s, vh = torch.linalg.svd(x, full_matrices=False)
-    return u @ ((s > 1e-6 * s.max()).to(x)[:, None] * vh)
+    there: Tensor = u @ ((s > 1e-6 * s.max()).to(x)[:, None] * vh)
+    return there
 
 
 def as_one(d: Design) -> Iterator[tuple[str, Tensor]]:

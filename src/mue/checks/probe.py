@@ -108,10 +108,10 @@ def _made(ctx: Context) -> list[Probe] | str:
     for one in every:
         one.rms = _planned_rms(one)
     _still(ctx, every)
-    beside = [one for one in every if one.planned == "adamw"]
-    # what makes a step of nothing may be a factorisation; AdamW has none
+    # A factorisation makes a step of nothing, too; AdamW does not. Of a vector of ones momentum may look as decay does.
+    beside = [one for one in every if one.planned == "adamw" and one.design is not None]
     if sum(one.unsteady for one in beside) > len(beside) / 2:
-        return "the optimizer has a state already, and moves without a gradient"
+        return "it moves without a gradient: by a state that it has already, or a decay that joins the gradient"
     found = [one for one in every if one.exact]
     if not found:
         return "weights in low precision alone: a step of known size is rounded in them"

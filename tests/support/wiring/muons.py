@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+from mue.checks import Report
+from mue.model.apply import groups_of
+from mue.model.muon import Muon
+from support.wiring.case import case
 
 Groups = list[dict[str, Any]]
 KELLER = (3.4445, -4.7750, 2.0315)
@@ -69,7 +74,7 @@ class OwnMuon(Optimizer):
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                muon = group["algorithm"] == "muon" or id(p) in self.also
+                muon = group.get("algorithm") == "muon" or id(p) in self.also
                 u = self._orthogonal(group, p) if muon else self._adamw(group, p)
                 updates.append((group, p, u, muon))
         norm = math.sqrt(sum(float(u.norm()) ** 2 for _, _, u, muon in updates if muon))
@@ -156,3 +161,36 @@ class Masters:
     def _each(self) -> list[tuple[dict[str, Any], tuple[Tensor, Tensor]]]:
         inner = [g for g in self.inside.param_groups for _ in g["params"]]
         return list(zip(inner, self.pairs, strict=True))
+
+
+# ---- right ones ------------------------------------------------------------------------------------------------------------
+
+# For a plan for Muon, and for one for AdamW: everything that does as planned, whatever it is called and however it is built.
+BY_MUON: dict[str, Callable[[Groups], Any]] = {
+    "ours": Muon,
+    "a user's": own,
+    "a user's, exact polar factors": lambda g: own(g, orthogonalize=staticmethod(exact)),
+    "a user's, raw gradients clipped": lambda g: own(g, raw=0.02),
+    "a user's, on masters": lambda g: Masters(g, own),
+    "torch's and AdamW": chain,
+}
+BY_ADAMW: dict[str, Callable[[Groups], Any]] = {
+    "torch's": torch.optim.AdamW,
+    "torch's, fused": lambda g: torch.optim.AdamW(g, fused=True),
+    "torch's, on masters": lambda g: Masters(g, torch.optim.AdamW),
+    "a user's": own,
+}
+STEPS = ("groups", "stale copies", "orthogonalisation", "momentum", "update scale", "weight decay")
+
+
+def right_optimizers(family: str, seed: int) -> Iterator[tuple[str, Report]]:
+    """What the checks of steps say of every right optimizer on a family's model; what fails or stays unmeasured is a false alarm."""
+    for muon, many in ((False, BY_ADAMW), (True, BY_MUON)):
+        made = case(family, seed, muon=muon)
+        made.scheduler = None
+        for name, make in many.items():
+            groups = groups_of(made.plan, made.model)
+            if make is chain and not chainable(groups):
+                continue
+            made.optimizer = make(groups)
+            yield f"{'Muon' if muon else 'AdamW'}: {name}", made.check(only=STEPS)

@@ -12,7 +12,7 @@ from mue.checks.report import FAIL, PASS, SKIP, Finding, several
 NAME = "stale copies"
 
 
-@check_of(NAME, place=9.5, needs=("roles", "plan", "values", "batch"))
+@check_of(NAME, place=11.5, needs=("roles", "plan", "values", "batch"))
 def copies(ctx: Context) -> Iterator[Finding]:
     """A step without a gradient shrinks weights and does nothing else; where other numbers come, they were the optimizer's."""
     found = probes(ctx)

@@ -30,6 +30,10 @@ def momentum(ctx: Context) -> Iterator[Finding]:
         low, high = remembered(one)
         if low <= counted(planned, nesterov=True) <= high:
             continue
+        if low > high:
+            measured = "directions turn their sign at no ratio of the two gradients"
+            wrong.setdefault((f"{planned:g}", measured, "another average than momentum's"), []).append(one.info.name)
+            continue
         between = f"{max(low, 0):.3g} to {high:.3g}" if high < 10 else f"more than {low:.3g}"
         measured = f"the first gradient counts {between} of what the second does"
         wrong.setdefault((f"{planned:g}", measured, _cause(planned, low, high)), []).append(one.info.name)

@@ -55,7 +55,7 @@ def _muons(one: Probe) -> tuple[str, str, str, str] | None:
         cause = "another algorithm, or axes that are not the layout's"
         return planned, f"another step (cosine {right:.2f})", cause, f"optimizer = {OWN}"
     if small < SMALL or plain:
-        steps = 0 if plain else iterations(one)
+        steps = iterations(one)
         seen = f"directions of 0.004 of the largest gradient get {small:.2g} of the largest step"
         done = "no orthogonalisation at all" if steps == 0 else f"about {steps} of Keller's five steps"
         cause = f"{done}: weak directions hardly learn"
