@@ -13,6 +13,7 @@ from mue.layouts.observe.config import find_integer, integers, size_of, subconfi
 from mue.layouts.observe.describe import Description
 from mue.layouts.observe.names import ACTIVE_EXPERTS, KV_HEADS, RENORMALISE, SEQUENCE
 from mue.shapes import Block, Dense, Mixed, MoE, Transformer
+from mue.shapes.transformer import DEFAULT_SEQUENCE
 
 MEASURED = 'gates = "measured" and gate_moments (mue inspect --measure-gates gives them)'
 # What may be said beside a model: what no tensor shows, or a config may lack.
@@ -151,7 +152,7 @@ def shape_of(
 def _sequence(config: Any | None) -> dict[str, int]:
     """The usual sequence, or the longest that a config allows where that is shorter."""
     longest = None if config is None else find_integer(text_config(config), SEQUENCE)
-    return {} if longest is None or longest >= (usual := Transformer.sequence) else {"sequence": min(longest, usual)}
+    return {} if longest is None or longest >= DEFAULT_SEQUENCE else {"sequence": longest}
 
 
 @dataclass(frozen=True)
