@@ -7,7 +7,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -q -c constraint
 TEST_ENV := OMP_NUM_THREADS=1 MPLBACKEND=Agg
 # The packages of other training stacks, whose pins fight ours: an environment of their own that borrows the rest of $(VENV).
 STACKS := $(VENV)-stacks
-STACK_TESTS := tests/export/test_torchtitan.py tests/export/test_megatron.py tests/export/test_olmo.py
+STACK_TESTS := tests/export/test_torchtitan.py tests/export/test_megatron.py tests/export/test_olmo.py tests/export/test_optax.py
 
 .PHONY: demo test slow stacks check docs wheel clean postgresql
 

@@ -87,7 +87,7 @@ def run_python(text: str, page: str) -> dict[str, Any]:
     failed: list[str] = []
     for kind, code in fences(text):
         if kind == "python":
-            exec(compile(code, page, "exec"), names)
+            exec(compile(code, page, "exec", dont_inherit=True), names)  # without this file's own __future__
         elif kind == "pycon":
             session = doctest.DocTestParser().get_doctest(code, {}, page, page, 0)
             session.globs = names

@@ -30,23 +30,51 @@ def arguments(model: str, plan: Plan) -> dict[str, Any]:
         UserCodeError: the function failed.
     """
     if ":" in model:
-        build = imported(model)
-        if why := not_taken(build, plan):
-            raise ValueError(
-                f"{model} is called with the plan, which it does not take ({why}): give a function of the plan that returns a model, or a"
-                f" dict with {', '.join(KEYS)}"
-            )
-        with user_code(model):
-            made = build(plan)
-        given = {"model": made} if isinstance(made, nn.Module) else made
-        if not isinstance(given, Mapping) or not isinstance(given.get("model"), nn.Module):
-            raise ValueError(f"{model} returned {type(made).__name__}: return a model, or a dict with the key 'model'")
-        for key in given:
-            if key not in KEYS:
-                raise ValueError(f"{model} returned the unknown key {key!r}{nearest(str(key), KEYS)}")
-        return dict(given)
+        return _read(_called(model, plan), model)
     from mue.layouts.transformers.configs import build, read_config
 
     config = read_config(model)
     with torch.device("meta"), user_code(model):  # shapes and names without weights, so that a model of any size fits
         return {"model": build(config)}
+
+
+def exported(model: str, plan: Plan) -> Any:
+    """What a plan is exported for: a function's model, or its rows of paths (a list); any other text stays as it is.
+
+    Args:
+        model: as in :func:`arguments`, or a name that the stack knows. plan: passed to the function.
+
+    Raises:
+        ValueError, UserCodeError: as :func:`arguments`.
+    """
+    if ":" not in model:
+        return model
+    made = _called(model, plan)
+    return made if isinstance(made, list) else _read(made, model)["model"]
+
+
+def _called(model: str, plan: Plan) -> Any:
+    """What ``module:function`` or ``file.py:function`` returns, called with the plan.
+
+    Raises:
+        ValueError: nothing that can be imported, or that does not take the plan.
+        UserCodeError: the function failed.
+    """
+    build = imported(model)
+    if why := not_taken(build, plan):
+        raise ValueError(
+            f"{model} is called with the plan, which it does not take ({why}): give a function of the plan that returns a model, or a"
+            f" dict with {', '.join(KEYS)}"
+        )
+    with user_code(model):
+        return build(plan)
+
+
+def _read(made: Any, model: str) -> dict[str, Any]:
+    given = {"model": made} if isinstance(made, nn.Module) else made
+    if not isinstance(given, Mapping) or not isinstance(given.get("model"), nn.Module):
+        raise ValueError(f"{model} returned {type(made).__name__}: return a model, or a dict with the key 'model'")
+    for key in given:
+        if key not in KEYS:
+            raise ValueError(f"{model} returned the unknown key {key!r}{nearest(str(key), KEYS)}")
+    return dict(given)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from mue.export.rows import ExportRow
 from mue.plan.fold import unfold
@@ -62,15 +62,28 @@ def init_(model, seed=0):
 '''
 
 
-def head(plan: PlanData, model: str, use: str, cannot: Sequence[str], imports: Sequence[str], scale: str = "") -> str:
+def head(
+    plan: PlanData,
+    model: str,
+    use: str,
+    cannot: Sequence[str],
+    imports: Sequence[str],
+    scale: str = "",
+    sets: Collection[str] = (),
+) -> str:
     """The docstring and the imports: bare names of modules, or whole lines; ``""`` leaves a line free.
 
-    ``scale``: what the forward code has to do about the attention scale, where it has to do anything.
+    ``scale``: what the forward code has to do about the attention scale, where it has to do anything. ``sets``: what of the base's
+    settings the file applies itself, by its word in the last line.
     """
     stays = "the model's forward code stays as it is" + (", but for the attention scale" if scale else "")
     cannot = [*([scale] if scale else []), *cannot, *_losses(plan)]
     lines = "\n".join(textwrap.fill(line, 116, initial_indent=" - ", subsequent_indent="   ") for line in cannot)
-    same = ", ".join(f"{name} {number(value) if value is not None else 'off'}" for name, value in _same(plan).items())
+    same = ", ".join(
+        f"{name} {number(value) if value is not None else 'off'}"
+        for name, value in _same(plan).items()
+        if name not in sets
+    )
     needed = "\n".join(line if " " in line or not line else f"import {line}" for line in imports)
     return f'''"""{plan.target.name}: hyperparameters of plan {unfold(plan).hash} ({plan.rule.name}), written by mue export. Do not edit.
 {the_fold(plan)}

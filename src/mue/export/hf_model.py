@@ -26,6 +26,8 @@ def transformers_model(target: Transformer, given: Any) -> tuple[nn.Module, str]
     """
     if isinstance(given, nn.Module):
         return given, type(given).__name__
+    if isinstance(given, list | tuple):
+        raise ValueError("rows of paths are for optax; give a module, or a transformers config, its path or its family")
     try:
         config, sizes = _config_of(target) if given is None else (given, "")
     except ValueError as error:

@@ -54,12 +54,17 @@ def own_scale(plan: PlanData, model: nn.Module) -> str:
     Args:
         plan: folded or not. model: what the file is written for.
     """
+    return needed_scale(plan, "scale= of scaled_dot_product_attention") if isinstance(unwrap(model), HasLayout) else ""
+
+
+def needed_scale(plan: PlanData, argument: str) -> str:
+    """The same for forward code that nobody can see; ``argument``: how attention is told its scale."""
     usual = plan.target.head_dim**-0.5
-    if not isinstance(unwrap(model), HasLayout) or math.isclose(plan.attention_scale, usual):
+    if math.isclose(plan.attention_scale, usual):
         return ""
     return (
         f"the attention scale: queries times keys are to be multiplied by {plan.attention_scale!r}, and not by the usual 1/√head_dim ="
-        f" {number(usual)}: set it in the model's forward code (scale= of scaled_dot_product_attention)"
+        f" {number(usual)}: set it in the model's forward code ({argument})"
     )
 
 

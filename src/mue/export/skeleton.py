@@ -208,7 +208,7 @@ def shape_of(row: Layout, target: Transformer, block: Block) -> tuple[int, ...]:
     """The shape of a row's tensor in a planned model."""
     if ROLES[row.planned].vector:
         return (target.head_dim if row.role == "qk_norm" else target.width,)
-    pairs = [_fans(role, target, block) for role in row.parts or (row.planned,)]
+    pairs = [fans(role, target, block) for role in row.parts or (row.planned,)]
     sizes = {
         "in": pairs[0][0],
         "out": sum(out for _, out in pairs),
@@ -222,7 +222,7 @@ def _product(sizes: Mapping[str, int], axis: str) -> int:
     return sizes[first] * (sizes[second] if second else 1)
 
 
-def _fans(role: str, target: Transformer, block: Block) -> tuple[int, int]:
+def fans(role: str, target: Transformer, block: Block) -> tuple[int, int]:
     """(fan-in, fan-out) of one matrix."""
     d, kind, part = target.width, ROLES[role].kind, ROLES[role].part
     if kind == "embedding":
