@@ -23,7 +23,7 @@ import torch
 
 from mue.util.files import FileLock, cache_folder, write_json
 
-SOURCES = ("attention.cpp", "entry.cpp", "feedforward.cpp", "kernel.cpp", "norm.cpp", "route.cpp")
+SOURCES = ("attention.cpp", "entry.cpp", "feedforward.cpp", "kernel.cpp", "norm.cpp", "processor.cpp", "route.cpp")
 # -O2, for -O3 made attention 15 % slower (docs/LOG.md). Errno and traps are given up, which vectorising needs; not
 # -ffast-math, which would also give up NaN and the order of sums.
 OPTIONS = ("-std=c++17", "-O2", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-Wall", "-Wextra")
@@ -33,7 +33,7 @@ INSTRUCTIONS = {
     "AVX512": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"),
     "AVX2": ("-mavx2", "-mfma"),
 }
-ENGINES = ("plain", "matrix unit")  # the better last
+ENGINES = ("plain", "dot products", "matrix unit")  # the better last
 
 
 class BuildError(RuntimeError):
@@ -147,22 +147,24 @@ def _run(*commands: list[str]) -> None:
 def _trials(library: Path, trial: str) -> list[str]:
     """The engines that compute rightly, each tried in a process of its own: a wrong one may crash.
 
-    Without the plain one there is no library; without the matrix unit's there is one that leaves the unit alone.
+    Without the plain one there is no library; without another there is one that leaves it alone.
     """
-    passed = []
+    passed: list[str] = []
+    offered = ENGINES[:1]
     for engine in ENGINES:
+        if engine not in offered:
+            continue
         code = f"from {trial} import main; main({str(library)!r}, {engine!r})"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
         tried = subprocess.run(
             [sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False
         )
-        if tried.returncode:
-            if engine == "plain":
-                raise BuildError(
-                    f"the kernel does not load or computes wrongly here:\n{(tried.stdout + tried.stderr)[-4000:]}"
-                )
-            break
-        passed.append(engine)
-        if "matrix unit" not in tried.stdout:
-            break  # there is none to try
+        if tried.returncode == 0:
+            passed.append(engine)
+        elif engine == ENGINES[0]:
+            raise BuildError(
+                f"the kernel does not load or computes wrongly here:\n{(tried.stdout + tried.stderr)[-4000:]}"
+            )
+        if engine == ENGINES[0]:  # which others the processor has is known to the library only
+            offered = tuple(name for name in ENGINES if name in tried.stdout)
     return passed

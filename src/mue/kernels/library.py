@@ -22,21 +22,54 @@ def loaded() -> ctypes.CDLL | None:
 
 
 def load(path: Path) -> ctypes.CDLL:
-    """The kernel at `path`, with the types of the two results that are no C int."""
+    """The kernel at `path`, with the types of the results that are no C int."""
     kernel = ctypes.CDLL(str(path))
-    kernel.mue_has_matrix_unit.restype = ctypes.c_bool
-    kernel.mue_call_bytes.restype = ctypes.c_int64
+    kernel.mue_has_dot.restype = ctypes.c_bool
+    kernel.mue_matrix_unit.restype = kernel.mue_call_bytes.restype = ctypes.c_int64
     return kernel
+
+
+_NO_UNIT, _REFUSED, _GIVEN = range(3)  # processor.h, MatrixUnit
+
+
+def offered(kernel: ctypes.CDLL) -> list[str]:
+    """Those of `build.ENGINES` that this processor has and its system lets us use."""
+    has = {"plain": True, "dot products": kernel.mue_has_dot(), "matrix unit": kernel.mue_matrix_unit() == _GIVEN}
+    return [name for name in build.ENGINES if has[name]]
 
 
 @functools.cache
 def engine() -> str:
-    """How bf16 products are computed here: "matrix unit" where there is one and it passed its trial, else "plain"."""
-    # A unit that did not pass its trial, or a library built where there was none, is left alone.
+    """How bf16 products are computed here: the best of `build.ENGINES` that the processor offers and that passed its trial.
+
+    "plain" is float32 inside the kernel.
+    """
     path, kernel = build.find(), loaded()
-    if path is None or kernel is None or not kernel.mue_has_matrix_unit():
+    if path is None or kernel is None:
         return "plain"
-    return build.engines(path)[-1]
+    passed = build.engines(path)
+    return [name for name in offered(kernel) if name in passed][-1]
+
+
+def why_engine() -> str:
+    """What `engine` took, and why nothing better, in words."""
+    path, kernel = build.find(), loaded()
+    assert path is not None and kernel is not None
+    passed, taken = build.engines(path), engine()
+    words = {
+        "plain": "float32 inside the kernel",
+        "dot products": "bf16 instructions (AVX512_BF16's vdpbf16ps, Arm's bfmmla)",
+        "matrix unit": "the matrix unit (AMX)",
+    }
+    reasons = []
+    for name, missing in (
+        ("matrix unit", "the system refused its registers (arch_prctl)" if kernel.mue_matrix_unit() == _REFUSED else "this processor has none"),
+        ("dot products", "this processor or build has none"),
+    ):
+        if name == taken:
+            break
+        reasons.append(f"no {name}: {'it failed its trial' if name in offered(kernel) and name not in passed else missing}")
+    return "; ".join([words[taken], *reasons])
 
 
 def forget() -> None:

@@ -16,15 +16,14 @@ from mue.moe.experts import experts
 def main(path: str, engine: str) -> None:
     """Compares `engine` of the library at `path` with the reference; ends with 1 and says so where they differ."""
     kernel = library.load(Path(path))
-    if kernel.mue_has_matrix_unit():
-        print("this machine has a matrix unit")
+    print("offers", library.offered(kernel))
     library.loaded, library.engine = lambda: kernel, lambda: engine  # type: ignore[assignment]
     torch.manual_seed(0)
     # Two orders of summation: float32 differs by some 1e-7 a term; bf16 has eight bits (2^-8 = 0.4 %) and rounds rows,
     # hidden rows and outputs. A wrong layout is off by 100 %.
     dtype, bound = (torch.float32, 1e-5) if engine == "plain" else (torch.bfloat16, 0.05)
     # Many rows an expert; experts without any, and no shared ones; two experts for all. The widths are multiples of 32,
-    # or bf16 would not reach the matrix unit (mue.moe.backends.native).
+    # or bf16 would be computed in float32 (mue.moe.backends.native).
     for tokens, number, active, width, inner, shared in (
         (70, 6, 2, 64, 96, 32),
         (9, 40, 3, 32, 64, 0),

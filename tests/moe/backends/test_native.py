@@ -44,7 +44,7 @@ def test_matrix_unit_layout(kernel: Path, monkeypatch: pytest.MonkeyPatch, kind:
     x_TD, dy_TD = torch.randn(150, 96, requires_grad=True), torch.randn(150, 96)
     exact_y, exact = run("reference", x_TD, routing, weights, dy_TD)
     asked = []
-    monkeypatch.setattr(library, "engine", lambda: asked.append(1) or "emulated")
+    monkeypatch.setattr(library, "engine", lambda: asked.append(1) or "tile model")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         y, ours = run("native", x_TD, routing, weights, dy_TD)
         y_loop, loop = run("reference", x_TD, routing, weights, dy_TD)

@@ -6,9 +6,9 @@
 
 enum Type : int64_t { kFloat, kDouble, kBFloat16 };
 
-// How products are computed: in float (or double) by our own loops, or in bf16 by the machine's matrix unit.
-// kEmulated is kBrgemm with the unit's work done in plain C++: it tests the data layout where there is no such unit.
-enum Engine : int64_t { kPlain, kBrgemm, kEmulated };
+// How products are computed: in float (or double); in bf16 by instructions for pairs of terms, or by the matrix unit.
+// kTileModel is kTiles with the unit played by plain C++: it tests the code where there is no such unit.
+enum Engine : int64_t { kPlain, kDot, kTiles, kTileModel };
 
 enum Status : int32_t { kFine, kNegativeExpert, kExpertTooLarge, kTokenOutside, kNotTokenMajor, kNoMemory, kNoParallel };
 

@@ -1,17 +1,11 @@
-// How a block of rows is multiplied: `Plain` in float or double by product.h, `Brgemm` in bf16 by the matrix unit.
+// How a block of rows is multiplied: `Plain` in float or double, `Half` in bf16 by one of two units of the processor.
 //
 // An engine says in which type operands lie (In) and results come (Out), how a weight matrix is packed once per expert,
 // and how the operands of a weight gradient (sums over rows) lie. `kRows` is what row counts are rounded up to in its
 // buffers; rows beyond the last are zeros. kBlock rows are done at a time, in steps of kStep.
 #pragma once
-#include "product.h"
-
-namespace c10 { struct BFloat16; }
-namespace at::native::cpublas {  // torch's own headers would add half a minute to the build
-void brgemm(int64_t M, int64_t N, int64_t K, int64_t ld_a, int64_t ld_b, int64_t ld_c, bool add_C, const c10::BFloat16* A,
-            const c10::BFloat16* B, float* C, bool is_vnni);
-void brgemm_release(bool is_vnni);
-}  // namespace at::native::cpublas
+#include "half.h"
+#include "tiles.h"
 
 namespace mue {
 
@@ -36,8 +30,14 @@ template <class T> struct Plain {
   using In = T;
   using Out = T;
   static constexpr int64_t kRows = 1, kPanel = 2 * kLanes<T>, kBlock = 120, kStep = kTileRows<T>;
-  static void release() {}
+  static void begin() {}
+  static void end() {}
   static int64_t packed(int64_t K, int64_t N) { return K * up_to(N, kPanel); }
+
+  // Values on their way from one type to another: `count` of them, a vector of them, or what is left of one.
+  template <class To, class From> static void convert(To* to, const From* from, int64_t count) { mue::convert(to, from, count); }
+  template <class To, class From> static void place_vector(To* to, const From* from, int64_t left) { convert_vector(to, from, left); }
+  template <class To> static void put(To* to, Vector<T> value, int64_t left) { store_some<T>(to, value, left); }
 
   // The panels of B = w^T, with w (N, K).
   static void pack_transposed(T* to, const void* w, int64_t type, int64_t K, int64_t N) {
@@ -79,29 +79,50 @@ template <class T> struct Plain {
   }
 };
 
-// Pairs of neighbouring rows interleaved: the layout (K/2, columns, 2) in which matrix units read bf16.
-inline Vector<float> interleaved(const bf16* even, const bf16* odd) {
-  using Wide = VectorOf<float>::wide;
-  Vector<float> a = load(even), b = load(odd);  // the bits of each lie in the upper half
-  Wide pair = (reinterpret_cast<Wide&>(a) >> 16) | reinterpret_cast<Wide&>(b);
-  return reinterpret_cast<Vector<float>&>(pair);
-}
-
-// Widths must be multiples of kRows (the caller sees to it).
-template <bool emulated> struct Brgemm {
+// In pairs (half.h). Widths must be multiples of 32 (the caller sees to it). Products: what multiplies (see below).
+template <class Products> struct Half {
   using In = bf16;
   using Out = float;
-  static constexpr int64_t kRows = 32, kLane = kLanes<float>, kBlock = 128, kStep = 32;
-  static int64_t panel(int64_t N) { return N % 64 == 0 ? 64 : 32; }
-  static void release() { if constexpr (!emulated) at::native::cpublas::brgemm_release(true); }
+  static constexpr int64_t kLane = kLanes<float>, kPanel = 2 * kLane, kRows = Products::kRows, kBlock = Products::kBlock, kStep = Products::kStep;
+  static void begin() { Products::begin(); }
+  static void end() { Products::end(); }
   static int64_t packed(int64_t K, int64_t N) { return K * N; }
+
+  template <class To, class From> static void convert(To* to, const From* from, int64_t count) {
+    if constexpr (std::is_same_v<To, bf16> && std::is_same_v<From, float>) {
+      for (int64_t i = 0; i < count; i += kLane) put(to + i, load(from + i), kLane);
+    } else {
+      mue::convert(to, from, count);
+    }
+  }
+  template <class To, class From> static void place_vector(To* to, const From* from, int64_t) { convert(to, from, kLane); }
+  template <class To> static void put(To* to, Vector<float> value, int64_t) {
+    if constexpr (std::is_same_v<To, bf16>) Products::Round::store(to, value);
+    else store(to, value);
+  }
+  // Values rounded to bf16, still as floats.
+  template <class From> static Vector<float> rounded(const From* from) {
+    if constexpr (std::is_same_v<From, double>) {
+      float narrow[kLane];
+      mue::convert(narrow, from, kLane);
+      return rounded(narrow);
+    } else {
+      bf16 half[kLane];
+      convert(half, from, kLane);
+      return load(half);
+    }
+  }
+
+  // Where the pairs of rows k and k + 1 lie, from column n on.
+  static Pair* place(bf16* b, int64_t k, int64_t n, int64_t K) {
+    return reinterpret_cast<Pair*>(b + n / kPanel * kPanel * K + n % kPanel * 2 + k * kPanel);
+  }
 
   static void pack_transposed(bf16* to, const void* w, int64_t type, int64_t K, int64_t N) {
     with_type(type, [&](auto* typed) {
       auto from = static_cast<decltype(typed)>(const_cast<void*>(w));
       Vector<float> square[kLane];
       bf16 pairs[2 * kLane];
-      int64_t P = panel(N);
       for (int64_t n = 0; n < N; n += kLane)
         for (int64_t k = 0; k < K; k += 2 * kLane) {
           for (int64_t i = 0; i < kLane; i++) {
@@ -109,8 +130,7 @@ template <bool emulated> struct Brgemm {
             square[i] = load(reinterpret_cast<float*>(pairs));
           }
           transpose<float>(square);
-          bf16* at = to + n / P * P * K + n % P * 2 + k * P;
-          for (int64_t i = 0; i < kLane; i++) store(reinterpret_cast<float*>(at + i * 2 * P), square[i]);
+          for (int64_t i = 0; i < kLane; i++) store(place(to, k + 2 * i, n, K), square[i]);
         }
     });
   }
@@ -118,57 +138,99 @@ template <bool emulated> struct Brgemm {
   static void pack(bf16* to, const void* w, int64_t type, int64_t K, int64_t N) {
     with_type(type, [&](auto* typed) {
       auto from = static_cast<decltype(typed)>(const_cast<void*>(w));
-      bf16 even[kLane], odd[kLane];
-      int64_t P = panel(N);
       for (int64_t k = 0; k < K; k += 2)
-        for (int64_t n = 0; n < N; n += kLane) {
-          convert(even, from + k * N + n, kLane);
-          convert(odd, from + (k + 1) * N + n, kLane);
-          store(reinterpret_cast<float*>(to + n / P * P * K + n % P * 2 + k * P), interleaved(even, odd));
-        }
+        for (int64_t n = 0; n < N; n += kLane)
+          store(place(to, k, n, K), paired(rounded(from + k * N + n), rounded(from + (k + 1) * N + n)));
     });
   }
 
-  static void brgemm(int64_t M, int64_t N, int64_t K, int64_t lda, int64_t ldc, bool add, const bf16* a, const bf16* b, float* c) {
-    if constexpr (emulated) {
-      for (int64_t m = 0; m < M; m++)
-        for (int64_t n = 0; n < N; n++) {
-          float sum = add ? c[m * ldc + n] : 0;
-          for (int64_t k = 0; k < K; k++) sum += scalar(a[m * lda + k]) * scalar(b[k / 2 * 2 * N + n * 2 + k % 2]);
-          c[m * ldc + n] = sum;
-        }
-    } else {
-      at::native::cpublas::brgemm(M, N, K, lda, N, ldc, add, reinterpret_cast<const c10::BFloat16*>(a),
-                                  reinterpret_cast<const c10::BFloat16*>(b), c, true);
-    }
-  }
-
   static void multiply(int64_t M, int64_t N, int64_t K, const bf16* a, int64_t lda, const bf16* b, float* c, int64_t ldc, bool add) {
-    int64_t P = panel(N);
-    for (int64_t n = 0; n < N; n += P) brgemm(up_to(M, kRows), P, K, lda, ldc, add, a, b + n * K, c + n);
+    Products::multiply(M, N, K, a, lda, b, c, ldc, add);
   }
 
   static bf16* right(bf16* b, int64_t r, int64_t c, int64_t, int64_t ld) { return b + r * ld + c; }
   static const bf16* finish_right(const bf16* b, bf16* scratch, int64_t rows, int64_t ld, int64_t N) {
-    int64_t P = panel(N), K = up_to(rows, kRows);
+    int64_t K = up_to(rows, kRows);
     for (int64_t k = 0; k < K; k += 2)
-      for (int64_t n = 0; n < N; n += kLane)
-        store(reinterpret_cast<float*>(scratch + n / P * P * K + n % P * 2 + k * P),
-              interleaved(b + k * ld + n, b + (k + 1) * ld + n));
+      for (int64_t n = 0; n < N; n += kLane) store(place(scratch, k, n, K), paired(load(b + k * ld + n), load(b + (k + 1) * ld + n)));
     return scratch;
   }
 
   static void outer(int64_t M, int64_t N, int64_t rows, const bf16* a, int64_t lda, const bf16* b, float* c, bool add, bf16* turned) {
-    int64_t K = up_to(rows, kRows), P = panel(N);
-    Vector<float> square[kLane];
-    for (int64_t k = 0; k < K; k += 2 * kLane)
-      for (int64_t m = 0; m < M; m += kLane) {
-        for (int64_t i = 0; i < kLane; i++) square[i] = interleaved(a + (k + 2 * i) * lda + m, a + (k + 2 * i + 1) * lda + m);
-        transpose<float>(square);
-        for (int64_t i = 0; i < kLane; i++) store(reinterpret_cast<float*>(turned + (m + i) * K + k), square[i]);
-      }
-    for (int64_t n = 0; n < N; n += P) brgemm(M, P, K, K, N, add, turned, b + n * K, c + n);
+    Products::outer(M, N, up_to(rows, kRows), a, lda, b, c, add, turned);
   }
 };
+
+#if defined(MUE_DOT)
+
+// Products of pairs, vector by vector: product.h's tiles.
+struct Dot {
+  using Round = Rounding;
+  static constexpr int64_t kRows = kVectorBytes == 64 ? 2 : 4, kBlock = 120, kStep = kTileRows<Pair>;
+  static void begin() {}
+  static void end() {}
+
+  static void multiply(int64_t M, int64_t N, int64_t K, const bf16* a, int64_t lda, const bf16* b, float* c, int64_t ldc, bool add) {
+    mue::multiply<Pair, true>(M, N, K / 2, reinterpret_cast<const Pair*>(a), lda / 2, reinterpret_cast<const Pair*>(b), c, ldc, add);
+  }
+
+  static void outer(int64_t M, int64_t N, int64_t rows, const bf16* a, int64_t lda, const bf16* b, float* c, bool add, bf16* turned) {
+    Pair* pairs = reinterpret_cast<Pair*>(turned);
+    int64_t apart = M + kLanes<float>;  // not a power of two
+    for (int64_t k = 0; k < rows; k += 2)
+      for (int64_t m = 0; m < M; m += kLanes<float>)
+        store(pairs + k / 2 * apart + m, paired(load(a + k * lda + m), load(a + (k + 1) * lda + m)));
+    mue::multiply<Pair, false>(M, N, rows / 2, pairs, apart, reinterpret_cast<const Pair*>(b), c, N, add);
+  }
+};
+
+#endif
+#if defined(MUE_TILES)
+
+// Products of whole tiles: C in squares of 32, summed 32 terms at a time. Tiles: the instructions, or a model of them.
+template <class Tiles> struct Squares {
+  using Round = typename Tiles::Round;
+  static constexpr int64_t kRows = 32, kBlock = 128, kStep = 32;
+  static void begin() { Tiles::configure(); }
+  static void end() { Tiles::release(); }
+
+  static void multiply(int64_t M, int64_t N, int64_t K, const bf16* a, int64_t lda, const bf16* b, float* c, int64_t ldc, bool add) {
+    for (int64_t n = 0; n < N; n += 32, b += 32 * K)
+      for (int64_t m = 0; m < M; m += 32) square(K, a + m * lda, lda, b, c + m * ldc + n, ldc, add);
+  }
+
+  // Tiles 0 to 3: C, upper left to lower right; 4, 5: A's rows; 6, 7: B's columns.
+  static void square(int64_t K, const bf16* a, int64_t lda, const bf16* b, float* c, int64_t ldc, bool add) {
+    float* lower = c + 16 * ldc;
+    if (add) {
+      Tiles::template load<0>(c, 4 * ldc), Tiles::template load<1>(c + 16, 4 * ldc);
+      Tiles::template load<2>(lower, 4 * ldc), Tiles::template load<3>(lower + 16, 4 * ldc);
+    } else {
+      Tiles::template zero<0>(), Tiles::template zero<1>(), Tiles::template zero<2>(), Tiles::template zero<3>();
+    }
+    for (int64_t k = 0; k < K; k += 32) {
+      Tiles::template load<4>(a + k, 2 * lda), Tiles::template load<5>(a + 16 * lda + k, 2 * lda);
+      Tiles::template load<6>(b + 32 * k, 128), Tiles::template load<7>(b + 32 * k + 32, 128);
+      Tiles::template add_product<0, 4, 6>(), Tiles::template add_product<1, 4, 7>();
+      Tiles::template add_product<2, 5, 6>(), Tiles::template add_product<3, 5, 7>();
+    }
+    Tiles::template store<0>(c, 4 * ldc), Tiles::template store<1>(c + 16, 4 * ldc);
+    Tiles::template store<2>(lower, 4 * ldc), Tiles::template store<3>(lower + 16, 4 * ldc);
+  }
+
+  static void outer(int64_t M, int64_t N, int64_t rows, const bf16* a, int64_t lda, const bf16* b, float* c, bool add, bf16* turned) {
+    constexpr int64_t L = kLanes<float>;
+    Vector<float> block[L];
+    for (int64_t k = 0; k < rows; k += 2 * L)
+      for (int64_t m = 0; m < M; m += L) {
+        for (int64_t i = 0; i < L; i++) block[i] = paired(load(a + (k + 2 * i) * lda + m), load(a + (k + 2 * i + 1) * lda + m));
+        transpose<float>(block);
+        for (int64_t i = 0; i < L; i++) store(reinterpret_cast<Pair*>(turned + (m + i) * rows + k), block[i]);
+      }
+    multiply(M, N, rows, turned, rows, b, c, N, add);
+  }
+};
+
+#endif
 
 }  // namespace mue

@@ -11,9 +11,6 @@
 #include "parallel.h"
 #include "plan.h"
 
-namespace c10 { enum class ScalarType : int8_t; }
-namespace at::native::cpublas { bool could_pack(c10::ScalarType type); }
-
 namespace mue {
 namespace {
 
@@ -197,9 +194,6 @@ void* scratch(Purpose purpose, int64_t bytes) {
 }  // namespace mue
 
 extern "C" {
-
-// Whether torch does bf16 products on a matrix unit of this machine (11 is its number for bf16).
-bool mue_has_matrix_unit() { return at::native::cpublas::could_pack(c10::ScalarType(11)); }
 
 int64_t mue_call_bytes() { return sizeof(Call); }
 

@@ -76,7 +76,7 @@ template <class E, class S> struct Worker {
   void gather(In* to, const void* tokens, int64_t type, const Unit& unit, int64_t first, int64_t count) {
     with_type(type, [&](auto* typed) {
       auto from = static_cast<decltype(typed)>(const_cast<void*>(tokens));
-      for (int64_t r = 0; r < count; r++) convert(to + r * ldd, from + token(unit, first + r) * D, D);
+      for (int64_t r = 0; r < count; r++) E::convert(to + r * ldd, from + token(unit, first + r) * D, D);
     });
     clear_rows(to, ldd, count);
   }
@@ -86,7 +86,7 @@ template <class E, class S> struct Worker {
       auto from = static_cast<decltype(typed)>(const_cast<void*>(tokens));
       for (int64_t r = 0; r < count; r++) {
         auto source = from + token(unit, first + r) * D;
-        for (int64_t c = 0; c < D; c += L) convert_vector(E::right(right, r, c, count, ldd), source + c, smaller(L, D - c));
+        for (int64_t c = 0; c < D; c += L) E::place_vector(E::right(right, r, c, count, ldd), source + c, smaller(L, D - c));
       }
     });
     clear_rows(right, ldd, count);
@@ -124,12 +124,12 @@ template <class E, class S> struct Worker {
           if (ffn.gate) {
             Vector<Out> g = load_some<Out>(gate + r * ld + h, n);
             hidden = activated<Out>(g, u);
-            if (!kSame && keep_gate) store_some<Out>(keep_gate + r * H + h, g, n);
+            if (!kSame && keep_gate) E::put(keep_gate + r * H + h, g, n);
           } else {
             hidden = activated<Out>(u);
           }
-          if (!kSame && keep_up) store_some<Out>(keep_up + r * H + h, u, n);
-          store(gate_in + r * ldh + h, hidden * weight);
+          if (!kSame && keep_up) E::put(keep_up + r * H + h, u, n);
+          E::put(gate_in + r * ldh + h, hidden * weight, L);
         }
       }
       clear_rows(gate_in, ldh, rows);
@@ -138,7 +138,7 @@ template <class E, class S> struct Worker {
         E::multiply(rows, D, H, gate_in, ldh, packed_down, result, D, false);
       } else {
         E::multiply(rows, D, H, gate_in, ldh, packed_down, out_MD, ldd, false);
-        for (int64_t r = 0; r < rows; r++) convert(result + r * D, out_MD + r * ldd, D);
+        for (int64_t r = 0; r < rows; r++) E::convert(result + r * D, out_MD + r * ldd, D);
       }
     });
   }
@@ -206,9 +206,9 @@ template <class E, class S> struct Worker {
       Slopes<Out> at = ffn.gate ? slopes<Out>(load_some<Out>(gate + h, n), u) : slopes<Out>(u);
       dot += dhidden * at.value;
       dhidden *= weight;
-      if (ffn.gate) store(gate_in + r * ldh + h, dhidden * at.by_gate);
-      store(up_in + r * ldh + h, dhidden * at.by_up);
-      store(E::right(right, r, h, rows, ldh), at.value * weight);
+      if (ffn.gate) E::put(gate_in + r * ldh + h, dhidden * at.by_gate, L);
+      E::put(up_in + r * ldh + h, dhidden * at.by_up, L);
+      E::put(E::right(right, r, h, rows, ldh), at.value * weight, L);
     }
     if (!unit.routed || !call.dweight_P) return;
     Out sum = 0;
@@ -227,7 +227,7 @@ template <class E, class S> struct Worker {
     E::multiply(rows, D, H, up_in, ldh, packed_up, to, ld, false);
     if (unit.ffn->gate) E::multiply(rows, D, H, gate_in, ldh, packed_gate, to, ld, true);
     if constexpr (!kSame)
-      for (int64_t r = 0; r < rows; r++) convert(result + r * D, out_MD + r * ldd, D);
+      for (int64_t r = 0; r < rows; r++) E::convert(result + r * D, out_MD + r * ldd, D);
   }
 
   void deliver(const Out* from, void* gradient, int64_t offset, int64_t count) {
@@ -239,9 +239,14 @@ template <class E, class S> struct Worker {
 template <class F> void with_worker(const Call& call, F&& f) {
   if (call.row_type == kDouble) return f(static_cast<Worker<Plain<double>, double>*>(nullptr));
   if (call.row_type == kFloat) return f(static_cast<Worker<Plain<float>, float>*>(nullptr));
-  if (call.engine == kPlain) return f(static_cast<Worker<Plain<float>, bf16>*>(nullptr));
-  if (call.engine == kBrgemm) return f(static_cast<Worker<Brgemm<false>, bf16>*>(nullptr));
-  return f(static_cast<Worker<Brgemm<true>, bf16>*>(nullptr));
+#if defined(MUE_DOT)
+  if (call.engine == kDot) return f(static_cast<Worker<Half<Dot>, bf16>*>(nullptr));
+#endif
+#if defined(MUE_TILES)
+  if (call.engine == kTiles) return f(static_cast<Worker<Half<Squares<AmxTiles>>, bf16>*>(nullptr));
+  if (call.engine == kTileModel) return f(static_cast<Worker<Half<Squares<TileModel>>, bf16>*>(nullptr));
+#endif
+  return f(static_cast<Worker<Plain<float>, bf16>*>(nullptr));
 }
 
 template <class F> void work(const Call& call, const Plan& plan, int64_t thread, F&& f) {
@@ -249,8 +254,9 @@ template <class F> void work(const Call& call, const Plan& plan, int64_t thread,
     using W = std::remove_pointer_t<decltype(typed)>;
     W worker(call, plan);
     if (!worker.prepare()) return;
+    W::Engine::begin();
     for (int64_t i = plan.part_begin[thread]; i < plan.part_begin[thread + 1]; i++) f(worker, plan.parts[i]);
-    W::Engine::release();
+    W::Engine::end();
   });
 }
 

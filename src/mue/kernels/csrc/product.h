@@ -1,34 +1,52 @@
 // Matrix products on packed panels. C is row-major; A is read by strides; B lies in panels of kPanel columns,
 // each K rows of kPanel consecutive values, so that the inner loop streams through memory.
+//
+// T: float or double, or Pair (half.h), two neighbouring terms of a sum in bf16; K then counts pairs, and C is float.
 #pragma once
 #include "vector.h"
 
 namespace mue {
 
+// What a sum of products of T's is, a value of A as `add` wants it, and sum + value * b.
+template <class T> struct Term {
+  using Sum = T;
+  static T spread(T value) { return value; }
+  static void add(Vector<T>& sum, T value, Vector<T> b) { sum += value * b; }
+};
+template <class T> using Sum = typename Term<T>::Sum;
+
 // Rows of a register tile: two vectors of columns each; two more registers hold B and one a value of A.
 // (double is for checking numerics, not for speed: a small tile keeps the build short.)
 template <class T> constexpr int kTileRows = sizeof(T) == 8 ? 4 : kVectorBytes == 64 ? 12 : 6;
 
-// C[rows, columns] (+)= A B, with A[i, k] at a[i * stride + k] (unit_column) or a[i + k * stride].
-template <class T, int rows, bool unit_column>
-void tile(int64_t K, const T* a, int64_t stride, const T* b, T* c, int64_t ldc, int64_t columns, bool add) {
-  constexpr int L = kLanes<T>;
-  Vector<T> sum[rows][2];
+// A register tile's sums, with A[i, k] at a[i * stride + k] (unit_column) or a[i + k * stride].
+template <int rows, bool unit_column, class T>
+inline __attribute__((always_inline)) void accumulate(int64_t K, const T* a, int64_t stride, const T* b, Vector<Sum<T>> (&sum)[rows][2]) {
+  constexpr int L = kLanes<Sum<T>>;
 #pragma GCC unroll 16
-  for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = Vector<T>{};
-#pragma GCC unroll 16
-  for (int i = 0; i < rows; i++) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + L, 1);
+  for (int i = 0; i < rows; i++) sum[i][0] = sum[i][1] = Vector<Sum<T>>{};
   for (int64_t k = 0; k < K; k++, b += 2 * L) {
-    Vector<T> b0 = load(b), b1 = load(b + L);
+    Vector<Sum<T>> b0 = load(b), b1 = load(b + L);
 #pragma GCC unroll 16
     for (int i = 0; i < rows; i++) {
-      T value = unit_column ? a[i * stride + k] : a[i + k * stride];
-      sum[i][0] += value * b0;
-      sum[i][1] += value * b1;
+      auto value = Term<T>::spread(unit_column ? a[i * stride + k] : a[i + k * stride]);
+      Term<T>::add(sum[i][0], value, b0);
+      Term<T>::add(sum[i][1], value, b1);
     }
   }
-  T edge[rows * 2 * L];  // where the tile is wider than C
-  T* to = columns == 2 * L ? c : edge;
+}
+
+// C[rows, columns] (+)= A B.
+template <class T, int rows, bool unit_column>
+void tile(int64_t K, const T* a, int64_t stride, const T* b, Sum<T>* c, int64_t ldc, int64_t columns, bool add) {
+  using S = Sum<T>;
+  constexpr int L = kLanes<S>;
+  Vector<S> sum[rows][2];
+#pragma GCC unroll 16
+  for (int i = 0; i < rows; i++) __builtin_prefetch(c + i * ldc, 1), __builtin_prefetch(c + i * ldc + L, 1);
+  accumulate<rows, unit_column>(K, a, stride, b, sum);
+  S edge[rows * 2 * L];  // where the tile is wider than C
+  S* to = columns == 2 * L ? c : edge;
   int64_t ld = columns == 2 * L ? ldc : 2 * L;
   if (add && to == c) {
 #pragma GCC unroll 16
@@ -43,7 +61,8 @@ void tile(int64_t K, const T* a, int64_t stride, const T* b, T* c, int64_t ldc, 
 
 // Rows from m to M in tiles of `rows`, then in halves of it.
 template <class T, int rows, bool unit_column>
-void tiles(int64_t m, int64_t M, int64_t K, const T* a, int64_t stride, const T* b, T* c, int64_t ldc, int64_t columns, bool add) {
+void tiles(int64_t m, int64_t M, int64_t K, const T* a, int64_t stride, const T* b, Sum<T>* c, int64_t ldc, int64_t columns,
+           bool add) {
   for (; m + rows <= M; m += rows)
     tile<T, rows, unit_column>(K, a + m * (unit_column ? stride : 1), stride, b, c + m * ldc, ldc, columns, add);
   if constexpr (rows > 1)
@@ -52,8 +71,8 @@ void tiles(int64_t m, int64_t M, int64_t K, const T* a, int64_t stride, const T*
 
 // C[M, N] (+)= A B, A as in `tile`, B in panels.
 template <class T, bool unit_column>
-void multiply(int64_t M, int64_t N, int64_t K, const T* a, int64_t stride, const T* b, T* c, int64_t ldc, bool add) {
-  constexpr int64_t kPanel = 2 * kLanes<T>;
+void multiply(int64_t M, int64_t N, int64_t K, const T* a, int64_t stride, const T* b, Sum<T>* c, int64_t ldc, bool add) {
+  constexpr int64_t kPanel = 2 * kLanes<Sum<T>>;
   for (int64_t n = 0; n < N; n += kPanel, b += K * kPanel)
     tiles<T, kTileRows<T>, unit_column>(0, M, K, a, stride, b, c + n, ldc, N - n < kPanel ? N - n : kPanel, add);
 }

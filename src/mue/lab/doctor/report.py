@@ -72,8 +72,7 @@ def backend_states() -> dict[str, str]:
         else:
             states[name] = _PASSIVE[name]
     if library.loaded() is not None:
-        how = {"plain": "float32 inside the kernel", "matrix unit": "the matrix unit"}[library.engine()]
-        states["native"] += f"; bf16 products go through {how}; {build.find()}"
+        states["native"] += f"; bf16 products go through {library.why_engine()}; {build.find()}"
     return states
 
 

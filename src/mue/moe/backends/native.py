@@ -6,7 +6,8 @@ a time through gather, products, SwiGLU and routing weight while they are in the
 per token, without atomics, so that the same threads give the same bits. Saved for the backward: gate x and up x.
 
 Weights are read as they are stored: under autocast there is no copy of them in bf16, and their gradients come in their
-own type. bf16 goes to the machine's matrix unit where torch has one (AMX), else through float inside the kernel.
+own type. bf16 goes to the processor's bf16 instructions or its matrix unit, else through float inside the kernel
+(`mue.kernels.library.engine`).
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from mue.moe.backends.operator import Differentiable, Kernel, RoutedCall, operat
 from mue.moe.expert_weights import ExpertWeights
 
 _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
-# "emulated" is the matrix unit's layout with its work in plain C++, for tests elsewhere (docs/performance.md).
-_ENGINES = {"plain": 0, "matrix unit": 1, "emulated": 2}
+# "tile model" is the matrix unit's code with the unit played by plain C++, for tests elsewhere (docs/performance.md).
+_ENGINES = {"plain": 0, "dot products": 1, "matrix unit": 2, "tile model": 3}
 # A matrix larger than this is packed per expert into too much memory, and large products are fast everywhere.
 _LARGEST_MATRIX = 1 << 22
 TRIAL = "mue.moe.kernel_trial"  # what a built library is tried with before it is used
@@ -93,7 +94,7 @@ def _call(inputs: Differentiable, routed: RoutedCall, saved: Sequence[Tensor] | 
     for name, tensor in {**given, **more}.items():
         setattr(call, name, _pointer(tensor))
     inner = [ffn.inner for ffn in (call.routed, call.shared) if ffn.count]
-    # a row of the unit's tiles is 64 bytes, 32 numbers of bf16; other widths take the plain engine
+    # bf16 is laid out in blocks of 32, a row of the matrix unit's tiles; other widths take the plain engine
     even = all(size % 32 == 0 for size in (call.width, *inner))
     call.engine = _ENGINES[library.engine() if routed.dtype == torch.bfloat16 and even else "plain"]
     work = call.width * (call.pairs * call.routed.inner + call.tokens * call.shared.inner)
