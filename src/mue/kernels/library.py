@@ -63,12 +63,19 @@ def why_engine() -> str:
     }
     reasons = []
     for name, missing in (
-        ("matrix unit", "the system refused its registers (arch_prctl)" if kernel.mue_matrix_unit() == _REFUSED else "this processor has none"),
+        (
+            "matrix unit",
+            "the system refused its registers (arch_prctl)"
+            if kernel.mue_matrix_unit() == _REFUSED
+            else "this processor has none",
+        ),
         ("dot products", "this processor or build has none"),
     ):
         if name == taken:
             break
-        reasons.append(f"no {name}: {'it failed its trial' if name in offered(kernel) and name not in passed else missing}")
+        reasons.append(
+            f"no {name}: {'it failed its trial' if name in offered(kernel) and name not in passed else missing}"
+        )
     return "; ".join([words[taken], *reasons])
 
 

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 from mue.kernels import build, library, norm
 from mue.moe import ExpertWeights, MoELayer, Router, Routing, experts
 from mue.moe.backends import native
 from support.expert_cases import assert_close, make_routing, make_weights, run
-from support.precision import close
+from support.precision import close, norm_off
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler: the native kernel cannot be built")
 
@@ -33,25 +39,54 @@ def test_without_a_library_portable_takes_over(monkeypatch: pytest.MonkeyPatch, 
         library.forget()
 
 
-@pytest.mark.parametrize("shared", [0, 64])
-@pytest.mark.parametrize("kind", ["topk", "ragged", "choice", "one"])
-def test_matrix_unit_layout(kernel: Path, monkeypatch: pytest.MonkeyPatch, kind: str, shared: int) -> None:
-    """The matrix unit's path with the unit played by plain loops: as exact as a loop of bf16 products."""
-    torch.manual_seed(0)
-    routing, routed = make_routing(kind, 150, 6, 2, torch.float32), make_weights(6, 96, 64, torch.float32)
-    more = [torch.randn(s).div_(s[-1] ** 0.5).requires_grad_() for s in ((shared, 96), (shared, 96), (96, shared))]
-    weights = [*routed, *(more if shared else [])]
-    x_TD, dy_TD = torch.randn(150, 96, requires_grad=True), torch.randn(150, 96)
-    exact_y, exact = run("reference", x_TD, routing, weights, dy_TD)
-    asked = []
-    monkeypatch.setattr(library, "engine", lambda: asked.append(1) or "tile model")
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+@contextlib.contextmanager
+def engine_of(name: str) -> Iterator[list[str]]:
+    """The named engine in the place of this processor's best; who asked for it is in the list."""
+    asked: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "engine", lambda: asked.append(name) or name)
+        yield asked
+
+
+@pytest.mark.parametrize("engine", [*build.ENGINES, "tile model"])
+@settings(max_examples=70, deadline=None, derandomize=True)
+@given(
+    kind=st.sampled_from(["topk", "ragged", "choice", "one"]), tokens=st.integers(40, 130), number=st.integers(1, 9),
+    width=st.integers(1, 4), inner=st.integers(1, 4), shared=st.sampled_from([0, 32, 64]), gated=st.booleans(),
+    threads=st.integers(1, 3), block=st.sampled_from([32, 32, 32, 24]),
+)  # fmt: skip
+def test_every_engine_is_as_exact_as_a_loop_of_bf16_products(
+    engine: str, kernel: Path, kind: str, tokens: int, number: int, width: int, inner: int, shared: int, gated: bool,
+    threads: int, block: int,
+) -> None:  # fmt: skip
+    """On all that this processor has, and the matrix unit's code with the unit played by plain loops; also at widths that it lacks."""
+    loaded = library.loaded()
+    assert loaded is not None
+    if engine not in [*library.offered(loaded), "tile model"]:
+        pytest.skip(f"this processor has no {engine}")
+    width, inner, slots = block * width, block * inner, min(2, number)
+    torch.manual_seed(tokens)
+    routing = make_routing(kind, tokens, number, slots, torch.float32)
+    routed = make_weights(number, width, inner, torch.float32, gated)
+    shapes = [(shared, width), (shared, width), (width, shared)] if shared else []
+    more: list[Tensor | None] = [torch.randn(s).div_(s[-1] ** 0.5).requires_grad_() for s in shapes]
+    if shared and not gated:
+        more[0] = None
+    weights = [*routed, *more]
+    x_TD, dy_TD = torch.randn(tokens, width, requires_grad=True), torch.randn(tokens, width)
+    leaves = [None if w is None else w.detach().double().requires_grad_() for w in weights]
+    double = replace(routing, weight_P=routing.weight_P.detach().double().requires_grad_())
+    exact_y, exact = run("reference", x_TD.detach().double().requires_grad_(), double, leaves, dy_TD.double())
+    with engine_of(engine) as asked, torch.autocast("cpu", dtype=torch.bfloat16), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "_WORK_PER_THREAD", 1)
+        patch.setattr(torch, "get_num_threads", lambda: threads)
         y, ours = run("native", x_TD, routing, weights, dy_TD)
         y_loop, loop = run("reference", x_TD, routing, weights, dy_TD)
-    assert asked
+    assert bool(asked) == (width % 32 == inner % 32 == 0)  # blocks of 32; else the plain engine
     for mine, theirs, true in zip([y, *ours], [y_loop, *loop], [exact_y, *exact], strict=True):
-        error, allowed = (mine - true).norm() / true.norm(), (theirs - true).norm() / true.norm()
-        assert 1e-4 < error <= 1.2 * allowed
+        if true.norm() > 0:
+            error, allowed = norm_off(mine, true), norm_off(theirs, true)
+            assert 1e-4 < error <= 1.2 * allowed, (error, allowed)
 
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
