@@ -85,8 +85,10 @@ def test_every_engine_is_as_exact_as_a_loop_of_bf16_products(
     assert bool(asked) == (width % 32 == inner % 32 == 0)  # blocks of 32; else the plain engine
     for mine, theirs, true in zip([y, *ours], [y_loop, *loop], [exact_y, *exact], strict=True):
         if true.norm() > 0:
-            error, allowed = norm_off(mine, true), norm_off(theirs, true)
-            assert 1e-4 < error <= 1.2 * allowed, (error, allowed)
+            error, allowed, few = norm_off(mine, true), norm_off(theirs, true), true.numel() < 1000
+            # the size of few errors is itself a draw: three of its standard deviations, 1/√(2n) (the weights of a hundred pairs)
+            chance = 1 + 3 / (2 * true.numel()) ** 0.5 if few else 1.0
+            assert 1e-4 < error <= 1.2 * allowed * chance, (error, allowed)
 
 
 @pytest.mark.parametrize("threads", [2, 3, 7])
