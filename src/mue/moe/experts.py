@@ -97,16 +97,17 @@ def _activation(x: Tensor, gate: Tensor | None, up: Tensor) -> Tensor:
     return F.gelu(F.linear(x, up)) if gate is None else F.silu(F.linear(x, gate)) * F.linear(x, up)
 
 
-def _with_shared(routed: Backend) -> Backend:
-    """A backend of routed experts in one dtype, with the casts before it and the shared experts beside it."""
+def _with_shared(routed: Backend, *, casts: bool = False) -> Backend:
+    """A backend of routed experts, with the casts before it (but of the weights where it `casts` them itself) and the shared
+    experts beside it."""
 
     def run(x_TD: Tensor, routing: Routing, weights: ExpertWeights, dtype: torch.dtype) -> Tensor:
-        x_TD, weights = x_TD.to(dtype), weights.map(lambda matrix: matrix.to(dtype))
-        gate_SD, up_SD, down_DS = weights.matrices[3:]
+        x_TD = x_TD.to(dtype)
         y_TD = None
         if weights.up_NHD is not None:
-            alone = ExpertWeights(weights.gate_NHD, weights.up_NHD, weights.down_NDH)
-            y_TD = routed(x_TD, routing, alone, dtype)
+            alone = ExpertWeights(*weights.matrices[:3])
+            y_TD = routed(x_TD, routing, alone if casts else alone.map(lambda matrix: matrix.to(dtype)), dtype)
+        gate_SD, up_SD, down_DS = (None if matrix is None else matrix.to(dtype) for matrix in weights.matrices[3:])
         if up_SD is not None and down_DS is not None:
             shared_TD = F.linear(_activation(x_TD, gate_SD, up_SD), down_DS)
             y_TD = shared_TD if y_TD is None else y_TD + shared_TD
@@ -133,7 +134,7 @@ def _reference(x_TD: Tensor, routing: Routing, weights: ExpertWeights, dtype: to
 
 BACKENDS: dict[str, Backend] = {
     "reference": _with_shared(_reference),
-    "portable": _with_shared(portable.run),
+    "portable": _with_shared(portable.run, casts=True),
     "native": native.run,
     "grouped_mm": _with_shared(grouped.run),
 }

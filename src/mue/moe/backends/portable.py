@@ -8,6 +8,8 @@
 * the combine is one fused gather-and-sum (embedding_bag), which needs no atomics and so gives the same bits every time, and
   applies the routing weights; their gradient is its own, and every other one gets them with the gathered rows of dy;
 * where the rows are so large that their memory is fresh every time, those of dx are added chunk by chunk;
+* weights of another type are cast batch by batch, in memory that is kept between calls: copies of all of them would be
+  new pages in each step, and would be kept for the backward;
 * gate x, up x and each row's output are saved for the backward; gathered inputs and hidden rows are made again.
 
 Shape suffixes: T tokens, K slots per token, P pairs, N experts, D width, H expert width, M rows in expert order (the pairs
@@ -16,6 +18,8 @@ that are not padding, and the alignment rows that make experts equally long), B 
 
 from __future__ import annotations
 
+import math
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -29,6 +33,7 @@ from mue.moe.routing import Routing
 # oneDNN builds a primitive for every new shape, about 1 ms each in bf16; float32 goes to MKL, which does not.
 _ROW_ALIGNMENT = {torch.bfloat16: 32, torch.float16: 32}
 _MOST_PARTS = 16  # of one expert
+_MOST_KEPT = 1 << 26  # bytes of one buffer that are kept for a call that needs fewer
 _LARGE = 1 << 25  # bytes of all rows: glibc gives 32 MiB and more back after every use (docs/LOG.md)
 
 
@@ -42,21 +47,24 @@ def _combine(row_MD: Tensor, order: Order, tokens: int, weight_P: Tensor | None 
     return F.embedding_bag(order.bag, row_MD, order.offset_T, mode="sum", per_sample_weights=weight)
 
 
-def _longest(order: Order) -> int:
-    return max((chunk.stop - chunk.start for chunk in order.chunks), default=0)
-
-
 class _Scratch:
-    """Buffers that chunks reuse: fresh memory costs page faults."""
+    """Buffers that chunks and, on the CPU, later calls reuse: fresh memory costs page faults."""
 
-    def __init__(self, like: Tensor, order: Order) -> None:
-        self.like, self.longest = like, _longest(order)
-        self.buffers: dict[str, Tensor] = {}
+    kept = threading.local()
 
-    def __call__(self, name: str, rows: int, width: int) -> Tensor:
-        if name not in self.buffers:
-            self.buffers[name] = self.like.new_empty(self.longest, width)
-        return self.buffers[name][:rows]
+    def __init__(self, like: Tensor) -> None:
+        self.like, self.buffers = like, {}
+        # other kinds of tensors (of a FakeTensorMode, of inference mode) are of no use to later calls
+        if type(like) is Tensor and like.device.type == "cpu" and not torch.is_inference_mode_enabled():
+            self.buffers = self.kept.__dict__
+
+    def __call__(self, name: str, rows: int, *shape: int) -> Tensor:
+        """(rows, *shape) of the type of `like`."""
+        key, count = f"{name} {self.like.dtype}", rows * math.prod(shape)
+        buffer = self.buffers.get(key)
+        if buffer is None or buffer.numel() < count or buffer.numel() * buffer.element_size() > _MOST_KEPT:
+            buffer = self.buffers[key] = self.like.new_empty(count)
+        return buffer[:count].view(rows, *shape)
 
 
 def _plan(inputs: Differentiable, call: RoutedCall) -> Order:
@@ -89,21 +97,21 @@ def _forward(inputs: Differentiable, call: RoutedCall, saved: list[Tensor] | Non
         gate_MH, up_MH, y_MD = saved[:3]
     # the row that padding pairs are sent to (Order.row_P)
     y_MD[total].zero_()
-    scratch = _Scratch(x_TD, order)
+    scratch = _Scratch(x_TD)
     for chunk in order.chunks:
         span, size = slice(chunk.start, chunk.stop), chunk.stop - chunk.start
         x = torch.index_select(x_TD, 0, order.token_M[span], out=scratch("x", size, width))
         hidden, up = scratch("hidden", size, inner), up_MH[span]
-        _products(x, up_NHD.mT, chunk, up)
+        _products(x, up_NHD, chunk, up, scratch, turned=True)
         if gate_NHD is not None:
             gate = gate_MH[span]
-            _products(x, gate_NHD.mT, chunk, gate)
+            _products(x, gate_NHD, chunk, gate, scratch, turned=True)
             # out= forms, which autograd does not know and this forward does not need: no fresh memory for a chunk
             torch.ops.aten.silu.out(gate, out=hidden)
             hidden.mul_(up)
         else:
             torch.ops.aten.gelu.out(up, out=hidden)
-        _products(hidden, down_NDH.mT, chunk, y_MD[span])
+        _products(hidden, down_NDH, chunk, y_MD[span], scratch, turned=True)
     return _combine(y_MD, order, x_TD.shape[0], inputs.weight_P), order
 
 
@@ -126,34 +134,34 @@ def _backward(
     # rows of 16 bits are summed in float32, which only the bag does
     large = total * width * x_TD.element_size() > _LARGE and x_TD.dtype not in _ROW_ALIGNMENT
     dx_TD = torch.zeros_like(x_TD) if need_x and large else None
-    dx_MD = x_TD.new_empty(total + 1, width) if need_x and not large else None
+    scratch = _Scratch(x_TD)
+    dx_MD = scratch("dx of all", total + 1, width) if need_x and not large else None
     dgate_NHD, dup_NHD, ddown_NDH = (
         _empty_gradient(weight, order.empty) if need else None
         for weight, need in ((gate_NHD, need_gate), (up_NHD, need_up), (down_NDH, need_down))
     )
-    scratch = _Scratch(x_TD, order)
     for chunk in order.chunks:
         span, size = slice(chunk.start, chunk.stop), chunk.stop - chunk.start
         dy = torch.index_select(dy_TD, 0, order.token_M[span], out=scratch("dy", size, width))
         dy.mul_(order.weight_M[span])
         dhidden, up = scratch("dhidden", size, inner), up_MH[span]
-        _products(dy, down_NDH, chunk, dhidden)
+        _products(dy, down_NDH, chunk, dhidden, scratch)
         act, dup = scratch("act", size, inner), scratch("dup", size, inner)
         gate = None if gate_NHD is None else gate_MH[span]
         dgate = _activation_gradients(dhidden, gate, up, act, dup)
         if ddown_NDH is not None:
-            _outer_products(dy, act, chunk, ddown_NDH)
+            _outer_products(dy, act, chunk, ddown_NDH, scratch)
         # dy has done its work: its buffer takes the tokens
         x = torch.index_select(x_TD, 0, order.token_M[span], out=scratch("dy", size, width))
         if dup_NHD is not None:
-            _outer_products(dup, x, chunk, dup_NHD)
+            _outer_products(dup, x, chunk, dup_NHD, scratch)
         if dgate_NHD is not None and dgate is not None:
-            _outer_products(dgate, x, chunk, dgate_NHD)
+            _outer_products(dgate, x, chunk, dgate_NHD, scratch)
         if need_x:
             dx = scratch("dx", size, width) if dx_MD is None else dx_MD[span]
-            _products(dup, up_NHD, chunk, dx)
+            _products(dup, up_NHD, chunk, dx, scratch)
             if gate_NHD is not None and dgate is not None:
-                _products(dgate, gate_NHD, chunk, dx, add=True)
+                _products(dgate, gate_NHD, chunk, dx, scratch, add=True)
             if dx_TD is not None:
                 dx_TD.index_add_(0, order.token_M[span], dx)
     dweight_P = None
@@ -193,31 +201,41 @@ def _empty_gradient(weight: Tensor | None, empty: list[int]) -> Tensor | None:
     return gradient
 
 
-def _products(left_MX: Tensor, weights: Tensor, chunk: Chunk, out_MX: Tensor, add: bool = False) -> None:
-    """out[rows of e] (+)= left[rows of e] @ weights[e], for the experts of the chunk."""
+def _products(
+    left_MX: Tensor, weights: Tensor, chunk: Chunk, out_MX: Tensor, scratch: _Scratch, *, turned: bool = False, add: bool = False
+) -> None:  # fmt: skip
+    """out[rows of e] (+)= left[rows of e] @ weights[e] (or its transpose, turned), for the experts of the chunk."""
     for batch in chunk.batches:
-        left, right, into = batch.of(left_MX), batch.matrices(weights), batch.of(out_MX)
+        left, into = batch.of(left_MX), batch.of(out_MX)
+        if weights.dtype == left.dtype:
+            right = batch.matrices(weights.mT if turned else weights)
+        else:
+            own = scratch("weights", batch.experts, *weights.shape[1:])
+            own.copy_(weights[batch.first : batch.first + batch.experts])
+            right = batch.matrices(own.mT if turned else own, first=0)
         if add:
             into.baddbmm_(left, right)
         else:
             torch.bmm(left, right, out=into)
 
 
-def _outer_products(left_MX: Tensor, right_MX: Tensor, chunk: Chunk, out_NXX: Tensor) -> None:
+def _outer_products(left_MX: Tensor, right_MX: Tensor, chunk: Chunk, out_NXX: Tensor, scratch: _Scratch) -> None:
     """out[e] = left[rows of e]^T @ right[rows of e], for the experts of the chunk."""
     tall, wide = out_NXX.shape[1:]
     for batch in chunk.batches:
         first, experts, parts, rows, start = batch
+        whole = out_NXX[first : first + experts]
+        made = whole if out_NXX.dtype == left_MX.dtype else scratch("gradients", experts, tall, wide)
         if parts == 1:
-            into = strided(out_NXX, (experts, tall, wide), (tall * wide, wide, 1), first * tall * wide)
-            torch.bmm(batch.of(left_MX).mT, batch.of(right_MX), out=into)
-            continue
-        # Each part makes some rows of the result from all rows: a sum over parts would be made by all threads.
-        count, parts = rows * parts, parts if tall % parts == 0 else 1
-        left = strided(left_MX, (parts, tall // parts, count), (tall // parts, 1, tall), start * tall)
-        right = strided(right_MX, (parts, count, wide), (0, wide, 1), start * wide)
-        into = strided(out_NXX, (parts, tall // parts, wide), (tall // parts * wide, wide, 1), first * tall * wide)
-        torch.bmm(left, right, out=into)
+            torch.bmm(batch.of(left_MX).mT, batch.of(right_MX), out=made)
+        else:
+            # Each part makes some rows of the result from all rows: a sum over parts would be made by all threads.
+            count, parts = rows * parts, parts if tall % parts == 0 else 1
+            left = strided(left_MX, (parts, tall // parts, count), (tall // parts, 1, tall), start * tall)
+            right = strided(right_MX, (parts, count, wide), (0, wide, 1), start * wide)
+            torch.bmm(left, right, out=strided(made, (parts, tall // parts, wide), (tall // parts * wide, wide, 1), 0))
+        if made is not whole:
+            whole.copy_(made)
 
 
 run = operator("experts_portable", Kernel(_forward, _backward, _rows, outputs=True))

@@ -41,11 +41,12 @@ class Batch(NamedTuple):
         width, number = x_MX.shape[1], self.experts * self.parts
         return strided(x_MX, (number, self.rows, width), (self.rows * width, width, 1), self.start * width)
 
-    def matrices(self, w_NXX: Tensor) -> Tensor:
-        """(B, out, in): each expert's or part's own."""
+    def matrices(self, w_NXX: Tensor, first: int | None = None) -> Tensor:
+        """(B, out, in): each expert's or part's own; the batch's own experts begin with that of number `first`."""
         apart, *strides = w_NXX.stride()
         shape = (self.experts * self.parts, *w_NXX.shape[1:])
-        return strided(w_NXX, shape, (apart if self.parts == 1 else 0, *strides), self.first * apart)
+        first = self.first if first is None else first
+        return strided(w_NXX, shape, (apart if self.parts == 1 else 0, *strides), first * apart)
 
 
 def strided(x: Tensor, shape: tuple[int, ...], strides: tuple[int, ...], offset: int) -> Tensor:
