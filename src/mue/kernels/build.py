@@ -150,7 +150,7 @@ def _trials(library: Path, trial: str) -> list[str]:
     Without the plain one there is no library; without another there is one that leaves it alone.
     """
     passed: list[str] = []
-    offered = ENGINES[:1]
+    offered: tuple[str, ...] = ENGINES[:1]
     for engine in ENGINES:
         if engine not in offered:
             continue
