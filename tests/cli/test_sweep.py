@@ -128,3 +128,20 @@ def test_an_interrupt_says_how_to_go_on(experiment: Path) -> None:
         _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "start the same command again to go on" in err and "Traceback" not in err
+
+
+def test_a_dry_run_on_images_says_what_it_would_train(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    (tmp_path / "images.toml").write_text(
+        "data = {source = 'digits'}\nrun = {task = 'diffusion'}\n"
+        "base = {width = 32, ffn = 32, layers = 1, head_dim = 16, image = {size = 8, channels = 1, patch = 2, classes = 10},"
+        " training = {batch = 64, steps = 5}}\nsweep = {lr = [0.01], weight_decay = [0.0], init_std = [0.05]}\n"
+    )
+    code, out, err = in_process(
+        capsys, monkeypatch, "sweep", tmp_path / "images.toml", "-o", tmp_path / "s", "--dry-run"
+    )
+    assert code == 0, err
+    assert "runs of 5 steps" in out
+    assert "tokens are kept" not in out and not (tmp_path / "s").exists()

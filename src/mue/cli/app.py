@@ -170,12 +170,13 @@ def say_data(console: Console, corpus: Any, tuned: Path | None = None) -> None:
 
 
 def say_kept(console: Console, source: Mapping[str, Any]) -> None:
-    """Where the tokens lie that a dry run made: it reads the data, and what it read is not read again.
+    """Where the tokens lie that a dry run made: it reads the data, and what it read is not read again. Images are kept nowhere.
 
     Args:
         source: as :func:`mue.lab.data.spec.data_source` gives it.
     """
-    say_paths(console, f"nothing is trained; the tokens are kept for the run itself, in {source['cache']}")
+    kept = f"; the tokens are kept for the run itself, in {source['cache']}" if "cache" in source else ""
+    say_paths(console, f"nothing is trained{kept}")
 
 
 def _say_notes(notes: Iterable[str]) -> None:
