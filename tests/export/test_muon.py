@@ -54,6 +54,7 @@ SAID: dict[str, tuple[mue.Plan, Any]] = {
     "torchtitan": (plan_of(MOE), "qwen3_unfused"),
     "megatron": (plan_of(UNGATED, 1), "local"),
     "olmo-core": (plan_of(DENSE, 1, update_scale="keller"), None),
+    "optax": (plan_of(MOE, 1), None),
 }
 
 

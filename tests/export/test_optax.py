@@ -300,6 +300,8 @@ def test_schedules_are_the_labs(shape: str, warmup: float, jax: ModuleType) -> N
     for step in range(50):
         wanted = lr_factor(step, 50, made.tuned, Settings(schedule=shape))
         assert float(factor(jax.numpy.asarray(step, float))) == pytest.approx(wanted, rel=1e-12), step
+    with pytest.raises(ValueError, match="shape 'wds' is none of wsd, linear, cosine"):
+        run(export(made, "optax"))["schedule"](50, "wds")
 
 
 def test_equinox(jax: ModuleType) -> None:

@@ -168,6 +168,8 @@ def schedule(steps, shape="wsd", decay=0.2):
     # the step after the last would be at the floor, so that the last still moves where it is 0
     shapes = {"wsd": stable, "linear": optax.linear_schedule(1.0, FLOOR, after + 1)}
     shapes["cosine"] = optax.cosine_decay_schedule(1.0, after, FLOOR)
+    if shape not in shapes:
+        raise ValueError(f"shape {shape!r} is none of {', '.join(shapes)}; any function of the step is a schedule, too")
     return optax.join_schedules([lambda step: (step + 1) / warmup, lambda step: shapes[shape](step + 1)], [warmup])
 
 
