@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
-from mue.kernels import sublayer
+from mue.kernels import library, sublayer
 from mue.lab.models.layers import rotary_table
 from mue.lab.models.ops import rotate
 from support.precision import close, norm_off
@@ -113,6 +116,49 @@ def test_the_kernels_feed_forward_is_torchs(shape: tuple[int, int, int], gated: 
     assert max(both(functools.partial(ours, residual=0.71), exact, leaves)) > 1e-4  # negative control
     rounded = both(functools.partial(ours, half=True), exact, leaves)
     assert 5e-4 < max(rounded) < 2e-2
+
+
+@pytest.mark.usefixtures("kernel", "threads")
+@pytest.mark.parametrize("engine", ["plain", "dot products"])
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(B=st.integers(1, 4), T=st.integers(16, 70), D=st.integers(24, 80), K=st.integers(1, 2), group=st.integers(1, 2), E=st.integers(4, 20))  # fmt: skip
+def test_in_bf16_the_kernels_are_as_exact_as_torchs_operators(
+    engine: str, B: int, T: int, D: int, K: int, group: int, E: int
+) -> None:
+    """Attention, gated and plain feed-forward of any size, by every way that this processor has: against the same in float64."""
+    loaded = library.loaded()
+    assert loaded is not None
+    if engine not in library.offered(loaded):
+        pytest.skip(f"this processor has no {engine}")
+    attention = attention_leaves(B, T, D, K * group, K, 2 * E)
+    feed_forward: Leaves = [
+        torch.randn(s) / s[-1] ** 0.5 for s in ((B, T, D), (D,), (3 * E, D), (3 * E, D), (D, 3 * E))
+    ]
+
+    def plain(x: Tensor, gain: Tensor, gate: Tensor | None, up: Tensor, down: Tensor) -> Tensor:
+        n = normed(x, gain)
+        return x + 0.7 * (F.gelu(n @ up.mT) if gate is None else F.silu(n @ gate.mT) * (n @ up.mT)) @ down.mT
+
+    def ours(x: Tensor, *weights: Tensor | None) -> Tensor:
+        return sublayer.feed_forward(x, weights, residual=0.7, eps=1e-3, half=True)
+
+    def loop(function: Callable[..., Tensor], *given: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return function(*given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(library, "engine", lambda: engine)
+        for kernels, exact, leaves in (
+            (functools.partial(kernels_attention, half=True), plain_attention, attention),
+            (ours, plain, feed_forward),
+            (ours, plain, [*feed_forward[:2], None, *feed_forward[3:]]),
+        ):
+            found, allowed = (both(f, exact, leaves) for f in (kernels, functools.partial(loop, exact)))
+            sizes = [(B, T, D), *(leaf.shape for leaf in leaves if leaf is not None)]
+            # the size of few errors is itself a draw: three of its standard deviations, 1/√(2n)
+            few = [1 + 3 / (2 * math.prod(size)) ** 0.5 for size in sizes]
+            assert all(f <= 1.2 * n * a for f, n, a in zip(found, few, allowed, strict=True)), (found, allowed)
+            assert max(found) > 1e-4  # negative control: it rounds
 
 
 @pytest.mark.usefixtures("kernel", "threads")

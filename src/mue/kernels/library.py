@@ -91,6 +91,12 @@ def built() -> bool:
     return loaded() is not None
 
 
+@constant
+def has_dot_products() -> bool:
+    """Whether bf16 products go through the processor's instructions for them; a constant to torch.compile."""
+    return engine() == "dot products"
+
+
 def serves_training(x: Tensor) -> bool:
     """Whether the lesser kernels (norm, attention) serve x: on the CPU, where built, where a backward follows and nobody watches.
 

@@ -27,7 +27,7 @@ from mue.kernels import library
 class _Attention(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("variants", "batch", "length", "width", "heads", "kv_heads")),
-        *((name, ctypes.c_int64) for name in ("head_dim", "half", "threads")),
+        *((name, ctypes.c_int64) for name in ("head_dim", "products", "threads")),
         *((name, ctypes.c_double) for name in ("scale", "residual", "eps")),
         *((name, ctypes.c_void_p) for name in ("gain", "q", "k", "v", "q_gain", "k_gain", "o", "turn", "x")),
         *((name, ctypes.c_void_p) for name in ("out", "qkv", "y", "log_sum", "dout", "dx", "gradients")),
@@ -36,11 +36,19 @@ class _Attention(ctypes.Structure):
 
 class _FeedForward(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("variants", "rows", "width", "inner", "half", "threads")),
+        *((name, ctypes.c_int64) for name in ("variants", "rows", "width", "inner", "products", "threads")),
         *((name, ctypes.c_double) for name in ("residual", "eps")),
         *((name, ctypes.c_void_p) for name in ("gain", "gate", "up", "down", "x")),
         *((name, ctypes.c_void_p) for name in ("out", "gate_rows", "up_rows", "dout", "dx", "gradients")),
     ]
+
+
+_FLOATS, _ROUNDED, _HALVES = range(3)  # csrc/api.h, Products
+
+
+def _products() -> int:
+    """In bf16: by the processor's instructions for it, else in float32 with both sides rounded."""
+    return _HALVES if library.has_dot_products() else _ROUNDED
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,10 @@ class _Kernel:
         """`way`: forward or backward; `more`: other tensors by field."""
         loaded = library.loaded()
         assert loaded is not None  # library.serves_training
-        call: Any = self.structure(half=half, **self.sizes(x, given), **dict(zip(self.numbers, numbers, strict=True)))
+        products = _products() if half else _FLOATS
+        call: Any = self.structure(
+            products=products, **self.sizes(x, given), **dict(zip(self.numbers, numbers, strict=True))
+        )
         for name, tensor in (("x", x), *zip(self.given, given, strict=True), *more.items()):
             setattr(call, name, tensor.data_ptr() if tensor.numel() else None)
         if status := getattr(loaded, f"mue_{self.name}_{way}")(ctypes.byref(call)):
@@ -233,7 +244,7 @@ def attention(
         weights: the norm's gain (D,), q (H·E, D), k and v (K·E, D), the gains of q and k (E,), o (D, H·E).
         rope: (T, 1, E/2, 2), cos and sin of the angle by which neighbouring pairs are turned. (Of all variants.)
         scale: of the logits.
-        half: round to bf16 what products in it would take and give.
+        half: products in bf16 (where there are no instructions for it, in float32 with what they take and give rounded).
     """
     return _attention(x_BTD, [*weights, rope], [scale, residual, eps], half)
 

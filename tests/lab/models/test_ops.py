@@ -64,7 +64,7 @@ def test_a_product_in_emulated_bf16_is_the_product_in_bf16(monkeypatch: pytest.M
 
 @pytest.mark.usefixtures("kernel")
 def test_when_a_block_is_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In training, in float32 or emulated bf16, where it fits the cache and has work for every thread; of variants as of one."""
+    """In training, in float32, or in bf16 that is emulated or by its own instructions, where it fits the cache and has work for every thread; of variants as of one."""
     x, weights = torch.randn(2, 8, 16), [torch.randn(16), torch.randn(16, 16)]
     small, large = torch.randn(1, 8, 16), torch.randn(2, 1 << 14, 16)
     monkeypatch.setattr(paths, "thread_count", lambda: 2)
@@ -86,8 +86,11 @@ def test_when_a_block_is_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     wide = torch.empty(1 << 10, 1 << 9)
     assert not paths.attention_by_kernel(x, [wide]) and not paths.feed_forward_by_kernel(x, [wide])
     with torch.autocast("cpu", torch.bfloat16):
-        for instructions in (True, False):
+        for instructions, engine, ours in (
+            (False, "plain", True), (True, "plain", False), (True, "dot products", True), (True, "matrix unit", False),
+        ):  # fmt: skip
             monkeypatch.setattr(paths, "bf16_instructions", lambda instructions=instructions: instructions)
-            assert paths.feed_forward_by_kernel(x, weights) != instructions
+            monkeypatch.setattr(library, "engine", lambda engine=engine: engine)
+            assert paths.feed_forward_by_kernel(x, weights) == ours
     monkeypatch.setattr(library, "built", lambda: False)
     assert not paths.attention_by_kernel(x, weights)

@@ -30,6 +30,9 @@ struct Call {
   Ffn routed, shared;
 };
 
+// How a sublayer's products are computed: in float; in float and rounded to bf16, what they take and what they give; or in bf16 (half.h).
+enum Products : int64_t { kFloats, kRounded, kHalves };
+
 // RMSNorm of rows, and where there is a turn RoPE after it, in float: row r belongs to token (r / heads) % period.
 struct Norm {
   int64_t rows, width, heads, period, x_type, threads;
@@ -43,10 +46,10 @@ struct Norm {
 };
 
 // x + residual o(attention(norm x)): causal softmax attention with RMSNorm before it, and RMSNorm and RoPE of every head's q and k.
-// In float; `half` rounds to bf16 what bf16 products would take and give. Of several variants, every array but `turn` is one's after the
+// In float. Of several variants, every array but `turn` is one's after the
 // other's.
 struct Attention {
-  int64_t variants, batch, length, width, heads, kv_heads, head_dim, half, threads;  // B, T, D, H, K, E
+  int64_t variants, batch, length, width, heads, kv_heads, head_dim, products, threads;  // B, T, D, H, K, E
   double scale, residual, eps;                                             // scale: of the logits
   const float *gain, *q, *k, *v, *q_gain, *k_gain, *o;                     // (D), (HE, D), (KE, D), (KE, D), (E), (E), (D, HE)
   const float *turn, *x;                                                   // (T, E / 2, 2) as in Norm; (B, T, D)
@@ -57,7 +60,7 @@ struct Attention {
 
 // x + residual down(silu(gate n) * up n), n = norm x; no gate: gelu(up n). Variants as above.
 struct FeedForward {
-  int64_t variants, rows, width, inner, half, threads;  // M, D, H
+  int64_t variants, rows, width, inner, products, threads;  // M, D, H
   double residual, eps;
   const float *gain, *gate, *up, *down;       // (D), (H, D), (H, D), (D, H)
   const float* x;                             // (M, D)

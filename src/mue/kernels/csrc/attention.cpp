@@ -1,4 +1,4 @@
-// Causal softmax attention between norm and sum, with QK-norm and RoPE, forward and backward, in float.
+// Causal softmax attention between norm and sum, with QK-norm and RoPE, forward and backward, in float (products: see sublayer.h).
 //
 // Logits exist for kQueries queries of one head at a time, and only for keys that those may see. Kept for the backward: q, k
 // and v before their norms, attention's result and the logarithm of each softmax's sum; the rest is cheaper to compute again.
@@ -47,7 +47,8 @@ inline void softmax_backward(float* row, float* drow, float log_sum, int64_t n, 
 }
 
 // One thread's work; a piece is a sequence.
-struct Heads {
+template <class P> struct Heads {
+  P products;
   const Attention& call;
   const int64_t T = call.length, D = call.width, E = call.head_dim, H = call.heads, K = call.kv_heads, group = H / K;
   const int64_t row = (H + 2 * K) * E;  // of q, k and v side by side
@@ -91,6 +92,7 @@ struct Heads {
     for (auto buffer : {&p, &dp}) memory.take(*buffer, kQueries * ldp);
     for (auto buffer : {&block, &dblock}) memory.take(*buffer, kQueries * head);
     for (auto buffer : {&scaled_gain, &dscaled_gain}) memory.take(*buffer, E);
+    products.lay_out(memory, std::max((T + 1) * (std::max(D, H * E) + 2 * kPanel), kQueries * (T + 2 * kPanel)));
     return memory.at - base;
   }
 
@@ -105,7 +107,7 @@ struct Heads {
   }
 
   void round(float* values, int64_t count) const {
-    if (call.half) round_to_half(values, count);
+    if (call.products == kRounded) round_to_half(values, count);
   }
 
   void norm(int64_t b) {
@@ -122,7 +124,7 @@ struct Heads {
   void keys_and_values(const float* qkv, int64_t kv) {
     turn_head(key, qkv + begin[1] + kv * E, call.k_gain);
     for (int64_t t = 0; t < T; t++) convert(value + t * E, qkv + begin[2] + kv * E + t * row, E);
-    Engine::pack_transposed(key_columns, key, kFloat, E, T);
+    P::pack_transposed(key_columns, key, E, T);
   }
 
   // f(first, rows, keys) for blocks of queries; keys: how many they see, and after them zeros fill a panel.
@@ -136,25 +138,25 @@ struct Heads {
   void prepare_forward() {
     add_scaled(scaled_gain, nullptr, call.scale, call.q_gain, E);
     for (int i = 0; i < 3; i++) {
-      Engine::pack_transposed(packed[i], weight[i], kFloat, D, wide[i]);
+      P::pack_transposed(packed[i], weight[i], D, wide[i]);
       round(packed[i], D * up_to(wide[i], kPanel));
     }
-    Engine::pack_transposed(packed_o, call.o, kFloat, H * E, D);
+    P::pack_transposed(packed_o, call.o, H * E, D);
     round(packed_o, H * E * up_to(D, kPanel));
   }
 
   void forward(int64_t b) {
     float *qkv = call.qkv + b * T * row, *y = call.y + b * T * H * E;
     norm(b);
-    for (int i = 0; i < 3; i++) multiply<true>(T, wide[i], D, normed, D, packed[i], D, qkv + begin[i], row, false);
+    for (int i = 0; i < 3; i++) products.rows(T, wide[i], D, normed, D, packed[i], D, qkv + begin[i], row, false);
     round(qkv, T * row);
     for (int64_t kv = 0; kv < K; kv++) {
       keys_and_values(qkv, kv);
-      Engine::pack(value_rows, value, kFloat, T, E);
+      P::pack(value_rows, value, T, E);
       for (int64_t h = kv * group; h < (kv + 1) * group; h++) attend(qkv, y + h * E, h, call.log_sum + (b * H + h) * T);
     }
     round(y, T * H * E);
-    multiply<true>(T, D, H * E, y, H * E, packed_o, H * E, branch, D, false);
+    products.rows(T, D, H * E, y, H * E, packed_o, H * E, branch, D, false);
     round(branch, T * D);
     add_scaled(call.out + b * T * D, call.x + b * T * D, call.residual, branch, T * D);
   }
@@ -163,13 +165,13 @@ struct Heads {
     turn_head(query, qkv + h * E, scaled_gain);
     blocks([&](int64_t first, int64_t rows, int64_t keys) {
       float share[kQueries];
-      multiply<true>(rows, keys, E, query + first * E, E, key_columns, E, p, ldp, false);
+      products.rows(rows, keys, E, query + first * E, E, key_columns, E, p, ldp, false);
       for (int64_t r = 0; r < rows; r++) {
         auto [sum, largest] = exponentials(p + r * ldp, first + r + 1, keys);
         log_sum[first + r] = largest + std::log(sum);
         share[r] = 1 / sum;
       }
-      multiply<true>(rows, E, first + rows, p, ldp, value_rows, T, block, E, false);
+      products.rows(rows, E, first + rows, p, ldp, value_rows, T, block, E, false);
       for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < E; c += L) {
           int64_t n = lanes_left(E, c);
@@ -181,10 +183,10 @@ struct Heads {
   void prepare_backward() {
     add_scaled(scaled_gain, nullptr, call.scale, call.q_gain, E);
     for (int i = 0; i < 3; i++) {
-      Engine::pack(packed[i], weight[i], kFloat, wide[i], D);
+      P::pack(packed[i], weight[i], wide[i], D);
       round(packed[i], wide[i] * up_to(D, kPanel));
     }
-    Engine::pack(packed_o, call.o, kFloat, D, H * E);
+    P::pack(packed_o, call.o, D, H * E);
     round(packed_o, D * up_to(H * E, kPanel));
   }
 
@@ -192,19 +194,19 @@ struct Heads {
     const float *qkv = call.qkv + b * T * row, *dout = call.dout + b * T * D, *x = call.x + b * T * D;
     add_scaled(branch, nullptr, call.residual, dout, T * D);
     round(branch, T * D);
-    Engine::pack(right, call.y + b * T * H * E, kFloat, T, H * E);
-    multiply<false>(D, H * E, T, branch, D, right, T, sum_o, H * E, true);
-    multiply<true>(T, H * E, D, branch, D, packed_o, D, dy, H * E, false);
+    P::pack(right, call.y + b * T * H * E, T, H * E);
+    products.outer(D, H * E, T, branch, D, right, T, sum_o, H * E, true);
+    products.rows(T, H * E, D, branch, D, packed_o, D, dy, H * E, false);
     round(dy, T * H * E);
     std::fill_n(dscaled_gain, E, 0.0f);
     for (int64_t kv = 0; kv < K; kv++) head_backward(b, qkv, kv);
     add_scaled(sum_q_gain, sum_q_gain, call.scale, dscaled_gain, E);
     round(dqkv, T * row);
     norm(b);
-    Engine::pack(right, normed, kFloat, T, D);
+    P::pack(right, normed, T, D);
     for (int i = 0; i < 3; i++) {
-      multiply<false>(wide[i], D, T, dqkv + begin[i], row, right, T, sum_qkv[i], D, true);
-      multiply<true>(T, D, wide[i], dqkv + begin[i], row, packed[i], wide[i], branch, D, i > 0);
+      products.outer(wide[i], D, T, dqkv + begin[i], row, right, T, sum_qkv[i], D, true);
+      products.rows(T, D, wide[i], dqkv + begin[i], row, packed[i], wide[i], branch, D, i > 0);
     }
     float* dx = call.dx + b * T * D;
     for (int64_t t = 0; t < T; t++)
@@ -214,8 +216,8 @@ struct Heads {
 
   void head_backward(int64_t b, const float* qkv, int64_t kv) {
     keys_and_values(qkv, kv);
-    Engine::pack(key_rows, key, kFloat, T, E);
-    Engine::pack_transposed(value_columns, value, kFloat, E, T);
+    P::pack(key_rows, key, T, E);
+    P::pack_transposed(value_columns, value, E, T);
     std::fill_n(dkey, T * E, 0.0f), std::fill_n(dvalue, T * E, 0.0f);
     for (int64_t h = kv * group; h < (kv + 1) * group; h++) {
       turn_head(query, qkv + h * E, scaled_gain);
@@ -223,15 +225,15 @@ struct Heads {
       blocks([&](int64_t first, int64_t rows, int64_t keys) {
         const float *q = query + first * E, *dy_rows = dy + first * H * E + h * E;
         int64_t seen = first + rows;
-        multiply<true>(rows, keys, E, q, E, key_columns, E, p, ldp, false);
-        multiply<true>(rows, keys, E, dy_rows, H * E, value_columns, E, dp, ldp, false);
+        products.rows(rows, keys, E, q, E, key_columns, E, p, ldp, false);
+        products.rows(rows, keys, E, dy_rows, H * E, value_columns, E, dp, ldp, false);
         for (int64_t r = 0; r < rows; r++) softmax_backward(p + r * ldp, dp + r * ldp, log_sum[first + r], first + r + 1, keys);
         for (int64_t r = 0; r < rows; r++) convert(dblock + r * E, dy_rows + r * H * E, E);
-        Engine::pack(block, dblock, kFloat, rows, E);
-        multiply<false>(seen, E, rows, p, ldp, block, rows, dvalue, E, true);
-        Engine::pack(block, q, kFloat, rows, E);
-        multiply<false>(seen, E, rows, dp, ldp, block, rows, dkey, E, true);
-        multiply<true>(rows, E, seen, dp, ldp, key_rows, T, dblock, E, false);
+        P::pack(block, dblock, rows, E);
+        products.outer(seen, E, rows, p, ldp, block, rows, dvalue, E, true);
+        P::pack(block, q, rows, E);
+        products.outer(seen, E, rows, dp, ldp, block, rows, dkey, E, true);
+        products.rows(rows, E, seen, dp, ldp, key_rows, T, dblock, E, false);
         for (int64_t r = 0; r < rows; r++) unturn(qkv, h * E, first + r, scaled_gain, dblock + r * E, dscaled_gain);
       });
     }
@@ -253,7 +255,7 @@ struct Heads {
 
 extern "C" {
 
-int32_t mue_attention_forward(const Attention* call) { return mue::run_forward<mue::Heads>(*call); }
-int32_t mue_attention_backward(const Attention* call) { return mue::run_backward<mue::Heads>(*call); }
+int32_t mue_attention_forward(const Attention* call) { return mue::with_products(*call, [&](auto of) { return mue::run_forward<mue::Heads<decltype(of)>>(*call); }); }
+int32_t mue_attention_backward(const Attention* call) { return mue::with_products(*call, [&](auto of) { return mue::run_backward<mue::Heads<decltype(of)>>(*call); }); }
 
 }  // extern "C"

@@ -105,11 +105,9 @@ template <class Products> struct Half {
     if constexpr (std::is_same_v<From, double>) {
       float narrow[kLane];
       mue::convert(narrow, from, kLane);
-      return rounded(narrow);
+      return Products::Round::rounded(load(narrow));
     } else {
-      bf16 half[kLane];
-      convert(half, from, kLane);
-      return load(half);
+      return Products::Round::rounded(load(from));
     }
   }
 

@@ -1,4 +1,4 @@
-// A dense feed-forward network between norm and sum, gated or not, forward and backward, in float.
+// A dense feed-forward network between norm and sum, gated or not, forward and backward, in float (products: see sublayer.h).
 //
 // Kept for the backward: gate x and up x.
 #include "activation.h"
@@ -8,7 +8,8 @@ namespace mue {
 namespace {
 
 // One thread's work; a piece is `size` tokens, at most kRows, chosen so that all threads get as many.
-struct Rows {
+template <class P> struct Rows {
+  P products;
   const FeedForward& call;
   const int64_t D = call.width, H = call.inner, ldh = H + kRowLanes;  // rows apart by a power of two share cache lines
   const bool gated = call.gate != nullptr;
@@ -43,6 +44,7 @@ struct Rows {
     for (auto buffer : {&normed, &branch}) memory.take(*buffer, kRows * D);
     for (auto buffer : {&hidden, &dgate, &dup}) memory.take(*buffer, kRows * ldh);
     memory.take(right, kRows * std::max(padded, inner)), memory.take(inverse, kRows);
+    products.lay_out(memory, (kRows + 1) * (std::max(D, H) + 2 * kPanel));
     return memory.at - base;
   }
 
@@ -53,7 +55,7 @@ struct Rows {
   }
 
   void round(float* values, int64_t count) const {
-    if (call.half) round_to_half(values, count);
+    if (call.products == kRounded) round_to_half(values, count);
   }
 
   void norm(const float* x, int64_t rows) {
@@ -64,10 +66,10 @@ struct Rows {
   void prepare_forward() {
     for (auto [to, from] : {std::pair(packed_gate, call.gate), {packed_up, call.up}}) {
       if (!from) continue;
-      Engine::pack_transposed(to, from, kFloat, D, H);
+      P::pack_transposed(to, from, D, H);
       round(to, D * up_to(H, kPanel));
     }
-    Engine::pack_transposed(packed_down, call.down, kFloat, H, D);
+    P::pack_transposed(packed_down, call.down, H, D);
     round(packed_down, H * up_to(D, kPanel));
   }
 
@@ -76,15 +78,15 @@ struct Rows {
     float *gate = gated ? call.gate_rows + first * H : nullptr, *up = call.up_rows + first * H;
     const float* x = call.x + first * D;
     norm(x, rows);
-    if (gated) multiply<true>(rows, H, D, normed, D, packed_gate, D, gate, H, false), round(gate, rows * H);
-    multiply<true>(rows, H, D, normed, D, packed_up, D, up, H, false), round(up, rows * H);
+    if (gated) products.rows(rows, H, D, normed, D, packed_gate, D, gate, H, false), round(gate, rows * H);
+    products.rows(rows, H, D, normed, D, packed_up, D, up, H, false), round(up, rows * H);
     for (int64_t r = 0; r < rows; r++)
       vectors(H, [&](int64_t h, int64_t n) {
         RowVector u = load_some<float>(up + r * H + h, n);
         store_some<float>(hidden + r * ldh + h, gated ? activated<float>(load_some<float>(gate + r * H + h, n), u) : activated<float>(u), n);
       });
     round(hidden, rows * ldh);
-    multiply<true>(rows, D, H, hidden, ldh, packed_down, H, branch, D, false);
+    products.rows(rows, D, H, hidden, ldh, packed_down, H, branch, D, false);
     round(branch, rows * D);
     add_scaled(call.out + first * D, x, call.residual, branch, rows * D);
   }
@@ -92,10 +94,10 @@ struct Rows {
   void prepare_backward() {
     for (auto [to, from] : {std::pair(packed_gate, call.gate), {packed_up, call.up}}) {
       if (!from) continue;
-      Engine::pack(to, from, kFloat, H, D);
+      P::pack(to, from, H, D);
       round(to, H * up_to(D, kPanel));
     }
-    Engine::pack(packed_down, call.down, kFloat, D, H);
+    P::pack(packed_down, call.down, D, H);
     round(packed_down, D * up_to(H, kPanel));
   }
 
@@ -104,18 +106,18 @@ struct Rows {
     const float *x = call.x + first * D, *dout = call.dout + first * D;
     add_scaled(branch, nullptr, call.residual, dout, rows * D);
     round(branch, rows * D);
-    multiply<true>(rows, H, D, branch, D, packed_down, D, hidden, ldh, false);
+    products.rows(rows, H, D, branch, D, packed_down, D, hidden, ldh, false);
     round(hidden, rows * ldh);
     activation_backward(first, rows);
-    multiply<false>(D, H, rows, branch, D, right, rows, sum_down, H, true);
+    products.outer(D, H, rows, branch, D, right, rows, sum_down, H, true);
     norm(x, rows);
-    Engine::pack(right, normed, kFloat, rows, D);
+    P::pack(right, normed, rows, D);
     if (gated) {
-      multiply<false>(H, D, rows, dgate, ldh, right, rows, sum_gate, D, true);
-      multiply<true>(rows, D, H, dgate, ldh, packed_gate, H, branch, D, false);
+      products.outer(H, D, rows, dgate, ldh, right, rows, sum_gate, D, true);
+      products.rows(rows, D, H, dgate, ldh, packed_gate, H, branch, D, false);
     }
-    multiply<false>(H, D, rows, dup, ldh, right, rows, sum_up, D, true);
-    multiply<true>(rows, D, H, dup, ldh, packed_up, H, branch, D, gated);
+    products.outer(H, D, rows, dup, ldh, right, rows, sum_up, D, true);
+    products.rows(rows, D, H, dup, ldh, packed_up, H, branch, D, gated);
     float* dx = call.dx + first * D;
     for (int64_t r = 0; r < rows; r++)
       norm_row_backward(x + r * D, call.gain, nullptr, D, inverse[r], branch + r * D, dx + r * D, sum_gain);
@@ -131,8 +133,9 @@ struct Rows {
         Slopes<float> at = gated ? slopes<float>(load_some<float>(gate + r * H + h, n), u) : slopes<float>(u);
         if (gated) store_some<float>(dgate + r * ldh + h, dhidden * at.by_gate, n);
         store_some<float>(dup + r * ldh + h, dhidden * at.by_up, n);
-        store(Engine::right(right, r, h, rows, 0), at.value);
+        store(P::place(right, hidden, ldh, r, h, rows), at.value);
       });
+    P::finish(right, hidden, ldh, rows, H);
     if (gated) round(dgate, rows * ldh);
     round(dup, rows * ldh), round(right, rows * up_to(H, kPanel));
   }
@@ -143,7 +146,7 @@ struct Rows {
 
 extern "C" {
 
-int32_t mue_feed_forward_forward(const FeedForward* call) { return mue::run_forward<mue::Rows>(*call); }
-int32_t mue_feed_forward_backward(const FeedForward* call) { return mue::run_backward<mue::Rows>(*call); }
+int32_t mue_feed_forward_forward(const FeedForward* call) { return mue::with_products(*call, [&](auto of) { return mue::run_forward<mue::Rows<decltype(of)>>(*call); }); }
+int32_t mue_feed_forward_backward(const FeedForward* call) { return mue::with_products(*call, [&](auto of) { return mue::run_backward<mue::Rows<decltype(of)>>(*call); }); }
 
 }  // extern "C"

@@ -30,18 +30,29 @@ inline Vector<float> paired(Vector<float> even, Vector<float> odd) {
   return reinterpret_cast<Vector<float>&>(pair);
 }
 
-// Rounding by integers, as vector.h does it: for any machine.
+// Rounding by integers, as vector.h does it: for any machine. `rounded` is still of floats.
 struct PlainRounding {
   static void store(bf16* to, Vector<float> value) { mue::store(to, value); }
+  static Vector<float> rounded(Vector<float> value) {
+    bf16 half[kLanes<float>];
+    mue::store(half, value);
+    return load(half);
+  }
 };
 
 #if defined(MUE_DOT) && defined(__x86_64__)
 
 struct Rounding {
-  static void store(bf16* to, Vector<float> value) {
-    VectorOf<float>::half half;
+  using Bits = VectorOf<float>::half;
+  static Bits bits(Vector<float> value) {
+    Bits half;
     asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(value));
-    *reinterpret_cast<VectorOf<float>::half*>(to) = half;
+    return half;
+  }
+  static void store(bf16* to, Vector<float> value) { *reinterpret_cast<Bits*>(to) = bits(value); }
+  static Vector<float> rounded(Vector<float> value) {
+    auto wide = __builtin_convertvector(bits(value), VectorOf<float>::wide) << 16;
+    return reinterpret_cast<Vector<float>&>(wide);
   }
 };
 

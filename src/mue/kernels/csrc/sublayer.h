@@ -10,19 +10,6 @@
 
 namespace mue {
 
-using Engine = Plain<float>;
-constexpr int64_t kPanel = Engine::kPanel;
-
-// C[M, N] (+)= A B as in product.h; B's panels have `depth` rows, of which the first K take part. (Tiles of 8 rows divide the
-// usual lengths; the experts' tiles of 12 do not.)
-template <bool unit_column>
-void multiply(int64_t M, int64_t N, int64_t K, const float* a, int64_t stride, const float* b, int64_t depth, float* c, int64_t ldc,
-              bool add) {
-  constexpr int kTile = kVectorBytes == 64 ? 8 : 4;
-  for (int64_t n = 0; n < N; n += kPanel)
-    tiles<float, kTile, unit_column>(0, M, K, a, stride, b + n * depth, c + n, ldc, N - n < kPanel ? N - n : kPanel, add);
-}
-
 // Deals out a thread's memory; with base null it only counts.
 struct Memory {
   char* at;
@@ -31,6 +18,103 @@ struct Memory {
     at += up_to(count * 4, 64) + 64;
   }
 };
+
+using Engine = Plain<float>;
+constexpr int64_t kPanel = Engine::kPanel;
+
+// C[M, N] (+)= A B as in product.h; B's panels have `depth` rows, of which the first K take part. (Tiles of 8 rows divide the
+// usual lengths; the experts' tiles of 12 do not.)
+template <bool unit_column, class T>
+void multiply(int64_t M, int64_t N, int64_t K, const T* a, int64_t stride, const T* b, int64_t depth, float* c, int64_t ldc, bool add) {
+  constexpr int kTile = kVectorBytes == 64 ? 8 : 4;
+  for (int64_t n = 0; n < N; n += kPanel)
+    tiles<T, kTile, unit_column>(0, M, K, a, stride, b + n * depth, c + n, ldc, N - n < kPanel ? N - n : kPanel, add);
+}
+
+// A sublayer's products of rows in float: A B (`rows`) and A^T B (`outer`), and how it packs B, or B = w^T.
+struct Floats {
+  void lay_out(Memory&, int64_t) {}
+  static void pack(float* to, const float* from, int64_t K, int64_t N) { Engine::pack(to, from, kFloat, K, N); }
+  static void pack_transposed(float* to, const float* from, int64_t K, int64_t N) { Engine::pack_transposed(to, from, kFloat, K, N); }
+  // Where a vector of B is written that is made row by row, (r, c) of `depth` rows; and B packed where that was in `rows`.
+  static float* place(float* to, float*, int64_t, int64_t r, int64_t c, int64_t depth) { return Engine::right(to, r, c, depth, 0); }
+  static void finish(float*, const float*, int64_t, int64_t, int64_t) {}
+  void rows(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc, bool add) {
+    multiply<true>(M, N, K, a, lda, b, depth, c, ldc, add);
+  }
+  void outer(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc, bool add) {
+    multiply<false>(M, N, K, a, lda, b, depth, c, ldc, add);
+  }
+};
+
+#if defined(MUE_DOT)
+
+// The same with operands rounded to bf16 on their way into the product, by its instructions (half.h). Sums are floats.
+struct Halves {
+  float* left;  // A in pairs
+  static constexpr int64_t L = kLanes<float>;
+
+  // largest: elements of A, rows of it padded to pairs and to a cache line more.
+  void lay_out(Memory& memory, int64_t largest) { memory.take(left, largest); }
+
+  // The first `count` values, rounded; zeros after them.
+  static Vector<float> some(const float* from, int64_t count) { return Rounding::rounded(load_some<float>(from, count < L ? count : L)); }
+  // Rows k and k + 1 of (K, N) from column n on, in pairs.
+  static Vector<float> two(const float* from, int64_t apart, int64_t k, int64_t K, int64_t n, int64_t N) {
+    return paired(some(from + k * apart + n, N - n), k + 1 < K ? some(from + (k + 1) * apart + n, N - n) : Vector<float>{});
+  }
+
+  static void pack(float* to, const float* from, int64_t K, int64_t N) { finish(to, from, N, K, N); }
+  static float* place(float*, float* rows, int64_t apart, int64_t r, int64_t c, int64_t) { return rows + r * apart + c; }
+  static void finish(float* to, const float* from, int64_t apart, int64_t K, int64_t N) {
+    int64_t depth = (K + 1) / 2;
+    for (int64_t k = 0; k < K; k += 2)
+      for (int64_t n = 0; n < N; n += L)
+        store(to + n / kPanel * kPanel * depth + k / 2 * kPanel + n % kPanel, two(from, apart, k, K, n, N));
+  }
+
+  static void pack_transposed(float* to, const float* from, int64_t K, int64_t N) {
+    int64_t depth = (K + 1) / 2;
+    Vector<float> square[L];
+    for (int64_t n = 0; n < up_to(N, kPanel); n += L)
+      for (int64_t k = 0; k < depth; k += L) {
+        for (int64_t i = 0; i < L; i++) square[i] = n + i < N ? pairs(from + (n + i) * K + 2 * k, K - 2 * k) : Vector<float>{};
+        transpose<float>(square);
+        float* at = to + n / kPanel * kPanel * depth + k * kPanel + n % kPanel;
+        for (int64_t i = 0; i < L && i < depth - k; i++) mue::store(at + i * kPanel, square[i]);
+      }
+  }
+
+  // Neighbours of a row, in pairs: 2 L of them, or what is left of it.
+  static Vector<float> pairs(const float* from, int64_t left) {
+    alignas(64) bf16 both[2 * L];
+    Rounding::store(both, load_some<float>(from, left < L ? left : L));
+    Rounding::store(both + L, left > L ? load_some<float>(from + L, left - L < L ? left - L : L) : Vector<float>{});
+    return load(reinterpret_cast<float*>(both));
+  }
+
+  void rows(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc, bool add) {
+    int64_t apart = up_to((K + 1) / 2, L) + L;
+    for (int64_t m = 0; m < M; m++)
+      for (int64_t k = 0; k < K; k += 2 * L) mue::store(left + m * apart + k / 2, pairs(a + m * lda + k, K - k));
+    products<true>(M, N, K, apart, b, depth, c, ldc, add);
+  }
+
+  void outer(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc, bool add) {
+    int64_t apart = up_to(M, L) + L;
+    for (int64_t k = 0; k < K; k += 2)
+      for (int64_t m = 0; m < M; m += L) mue::store(left + k / 2 * apart + m, two(a, lda, k, K, m, M));
+    products<false>(M, N, K, apart, b, depth, c, ldc, add);
+  }
+
+  template <bool unit_column>
+  void products(int64_t M, int64_t N, int64_t K, int64_t apart, const float* b, int64_t depth, float* c, int64_t ldc, bool add) {
+    auto pairs = [](const float* from) { return reinterpret_cast<const Pair*>(from); };
+    multiply<unit_column>(M, N, (K + 1) / 2, pairs(left), apart, pairs(b), (depth + 1) / 2, c, ldc, add);
+  }
+};
+
+#endif
 
 // f(c, n) for the vectors of `count` values.
 template <class F> inline void vectors(int64_t count, F&& f) {
@@ -84,6 +168,15 @@ template <class Worker, class Call, class F> int32_t each(const Call& call, cons
     }
   });
   return !ran ? kNoParallel : failed ? kNoMemory : kFine;
+}
+
+// f(the products that a call asks for).
+template <class Call, class F> int32_t with_products(const Call& call, F&& f) {
+#if defined(MUE_DOT)
+  if (call.products == kHalves) return f(Halves{});
+#endif
+  (void)call;
+  return f(Floats{});
 }
 
 template <class Worker, class Call> int32_t run_forward(const Call& call) {

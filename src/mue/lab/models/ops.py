@@ -25,8 +25,8 @@ from mue.moe.experts import compute_dtype
 # With bf16 instructions the fused kernel's backward is several times slower than plain products up to this length
 # (measured on a machine with AMX before this was written; none was at hand to repeat it).
 _PLAIN_LENGTH = 256
-# Elements of a matrix of the float32 FFN, of one of attention, and of a sequence, up to which the kernel's sublayers
-# are faster than torch's operators. Beyond, a matrix leaves the cache: at d512 the kernel's attention took 93 ms to
+# Elements of a matrix of the float32 FFN, of one of attention (in bf16 twice as many), and of a sequence, up to which the
+# kernel's sublayers are faster than torch's operators. Beyond, a matrix leaves the cache: at d512 the kernel's attention took 93 ms to
 # torch's 84, its FFN 295 to 196 (docs/performance.md).
 _KERNEL_MATRIX, _KERNEL_HEADS, _KERNEL_SEQUENCE = 1 << 18, 1 << 17, 1 << 17
 
@@ -167,7 +167,8 @@ def attention_by_kernel(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """
     if not _sublayer(x, weights) or x.shape[:-2].numel() < thread_count() or x.shape[-2:].numel() > _KERNEL_SEQUENCE:
         return False
-    return max(weight.shape[-2:].numel() for weight in weights) <= _KERNEL_HEADS
+    most = 2 * _KERNEL_HEADS if in_bf16(x) else _KERNEL_HEADS
+    return max(weight.shape[-2:].numel() for weight in weights) <= most
 
 
 def feed_forward_by_kernel(x: Tensor, weights: Sequence[Tensor | None]) -> bool:
@@ -182,7 +183,9 @@ def feed_forward_by_kernel(x: Tensor, weights: Sequence[Tensor | None]) -> bool:
 
 
 def _sublayer(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether the kernel can: in training, in float32 or in bf16 that would be emulated, of one model or of variants.
+    """Whether the kernel can, and has products as fast as torch's: in training, of one model or of variants.
+
+    In bf16 it has none for the matrix unit, which is torch's then.
 
     Weights that are more than tensors (DTensors) are for their own modules.
     """
@@ -194,7 +197,7 @@ def _sublayer(x: Tensor, weights: Sequence[Tensor]) -> bool:
         return False
     if any(tensor.dtype != torch.float32 for tensor in (x, *weights)):
         return False
-    return compute_dtype(x) == torch.float32 or (in_bf16(x) and not bf16_instructions())
+    return compute_dtype(x) == torch.float32 or (in_bf16(x) and (library.has_dot_products() or not bf16_instructions()))
 
 
 def one_multiplier(x: Tensor) -> bool:
