@@ -27,6 +27,7 @@ COMMANDS = (
     "train",
     "report",
     "generate",
+    "sample",
     "eval",
     "noise",
     "inspect",

@@ -92,6 +92,14 @@ Tokenizer = Annotated[
         show_default=False,
     ),
 ]
+Ema = Annotated[
+    float | None,
+    typer.Option(
+        "--ema",
+        help="Decay of the average of weights to take; 0: the last weights \\[default: the lowest held-out loss].",
+        show_default=False,
+    ),
+]
 KeepWeights = Annotated[
     bool, typer.Option("--keep-weights", help="Leave model.safetensors in the folder of every run that is trained.")
 ]

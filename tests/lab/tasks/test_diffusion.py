@@ -13,7 +13,7 @@ import mue
 from mue.lab.data.batches import round_keys
 from mue.lab.tasks.diffusion import TIME_BINS, DiffusionTask, bin_times, pixels
 from mue.lab.train.averages import Averages, ema_file
-from mue.lab.train.run import WEIGHTS_FILE, Run, Settings, Store
+from mue.lab.train.run import TASK_FILE, WEIGHTS_FILE, Run, Settings, Store
 from mue.lab.train.session import train
 from support.diffusion import BASE, IMAGE, images, run_of
 from support.small_run import Stop, stop_at
@@ -100,7 +100,7 @@ def test_a_run_broken_off_goes_on_exactly_with_its_averages(tmp_path: Path) -> N
         train(run, folders[1], CORPUS, checkpoint_seconds=0, progress=stop_at(11))
     train(run, folders[1], CORPUS, keep_weights=True)
     whole, broken = (store.folder(run.key) for store in folders)
-    for name in (WEIGHTS_FILE, ema_file(0.5), ema_file(0.9)):
+    for name in (WEIGHTS_FILE, ema_file(0.5), ema_file(0.9), TASK_FILE):
         assert (whole / name).read_bytes() == (broken / name).read_bytes(), name
     assert (whole / "metrics.jsonl").read_bytes() == (broken / "metrics.jsonl").read_bytes()
     weights, average = (load_file(whole / name) for name in (WEIGHTS_FILE, ema_file(0.9)))

@@ -33,6 +33,11 @@ def _cmap() -> mpl.colors.Colormap:
     return mpl.colormaps["PuOr_r"].with_extremes(bad=GRID)
 
 
+def load_map(panel: Axes, table: Any, **more: Any) -> Any:
+    """A table of loads over their fair share, drawn."""
+    return panel.imshow(table, aspect="auto", cmap=_cmap(), vmin=0, vmax=2, interpolation="nearest", **more)
+
+
 def load_figure(rows: Rows, layers: Layers) -> Figure:
     """Share of each expert over training, one panel for each layer; white is balanced (1/N).
 
@@ -48,9 +53,7 @@ def load_figure(rows: Rows, layers: Layers) -> Figure:
             experts = len(rows[0]["load"][place])
             table = [[row["load"][place][n] * experts for row in rows] for n in range(experts)]
             extent = (tokens[0], max(tokens[-1], tokens[0] + 1e-3), experts - 0.5, -0.5)
-            image = panel.imshow(
-                table, aspect="auto", extent=extent, cmap=_cmap(), vmin=0, vmax=2, interpolation="nearest"
-            )
+            image = load_map(panel, table, extent=extent)
             panel.set_title(f"layer {layers[place]}", fontsize=9)
             panel.set_xlabel("thousand tokens", fontsize=8)
         axes[0].set_ylabel("expert")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from mue.lab.report import plots
 from mue.lab.report.compare import compare_folders, runs_in
+from mue.lab.report.images import image_sections
 from mue.lab.report.page import Section, runs_section, write_report
 from mue.lab.report.plan_page import pictures_section, plan_sections
 from mue.lab.report.routers import router_sections
@@ -39,6 +40,7 @@ def run_report(folder: Path, *, pictures: bool = False) -> Path:
         "flops_per_token": result["flops_per_token"],
     }
     sections = [Section(id="loss", title="Loss", figure=plots.loss_figure([curve], unit))]
+    sections += image_sections({result["name"]: (metrics, store.of_task(run.key))}, unit)
     sections += router_sections(run, metrics, store.routers(run.key))
     sections += [*plan_sections(run.plan), *([pictures_section(run.plan)] if pictures else [])]
     sections += [runs_section([("run", run, result)], [("data", run.data["hash"])])]

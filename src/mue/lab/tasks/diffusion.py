@@ -7,11 +7,12 @@ as DiT-MoE is trained (2407.11633). Shape suffixes: B images, C channels, H and 
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import math
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +20,7 @@ import numpy.typing as npt
 from mue.lab.data import ImageSet
 from mue.lab.data.batches import round_keys, shuffled
 from mue.lab.train.run import Run, Settings
-from mue.lab.train.task import TASKS, Batch, Task
+from mue.lab.train.task import TASKS, Batch, Task, TaskBatches
 from mue.plan.plan import PlanData
 from mue.shapes import Transformer
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from mue.lab.models.output import Output
 
 UNLABELLED = 0.1  # part of the labels that training leaves out, for guidance (2207.12598)
+SHOWN, SHOWN_STEPS = 10, 12  # classes that a validation draws, and steps of each
 TIME_BINS = 8  # of a validation: equally likely parts of the training's times, each at its middle
 
 
@@ -70,6 +72,27 @@ class DiffusionTask(Task):
     def loss(self, model: nn.Module, batch: Batch) -> Output:
         output: Output = model(*batch)
         return output
+
+    def watch(self, model: nn.Module) -> dict[str, Any]:
+        """A drawn image of each class, of the first :data:`SHOWN`, with the same noise at every validation."""
+        from mue.lab.models.diffusion import DiffusionModel
+        from mue.lab.models.draw import Way, draw
+
+        assert isinstance(model, DiffusionModel)
+        shown = range(min(SHOWN, model.image.classes))
+        try:
+            drawn = draw(model, shown, shown, Way(steps=SHOWN_STEPS))
+        except ValueError:  # the loss says that it diverged
+            return {}
+        return {"drawn": {"shape": list(drawn.shape), "bytes": base64.b64encode(drawn.tobytes()).decode()}}
+
+    def at_end(self, model: nn.Module, batches: TaskBatches) -> dict[str, Any]:
+        from mue.lab.models.at_times import at_times
+        from mue.lab.models.diffusion import DiffusionModel
+
+        assert isinstance(model, DiffusionModel)
+        place = next(model.parameters()).device
+        return at_times(model, [tuple(part.to(place) for part in batch) for batch in batches.validation()])
 
     def baseline_loss(self, shape: Transformer) -> float:
         # of the mean: noise varies by 1, and pixels, which lie in [-1, 1], by at most 1

@@ -36,6 +36,7 @@ _ADDED_LATER = {
 }  # what runs do that were keyed before these settings existed
 # What a run's folder holds; whoever writes or looks for one of them has its name from here.
 CONFIG_FILE, RESULT_FILE, METRICS_FILE, ROUTERS_FILE = "config.json", "result.json", "metrics.jsonl", "routers.json"
+TASK_FILE = "task.json"  # what the run's task keeps of the trained model
 CHECKPOINT_FILE, WEIGHTS_FILE = "checkpoint.safetensors", "model.safetensors"  # under way; at the end, where kept
 
 
@@ -305,7 +306,18 @@ class Store:
         Raises:
             ValueError: the file is damaged; the text names it.
         """
-        path = self.folder(key) / ROUTERS_FILE
+        return self._kept(key, ROUTERS_FILE)
+
+    def of_task(self, key: str) -> dict[str, Any] | None:
+        """What the run's task keeps of the trained model (``mue.lab.train.task.Task.at_end``); None where it keeps nothing.
+
+        Raises:
+            ValueError: as :meth:`routers`.
+        """
+        return self._kept(key, TASK_FILE)
+
+    def _kept(self, key: str, name: str) -> dict[str, Any] | None:
+        path = self.folder(key) / name
         try:
             found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -326,6 +338,14 @@ class Store:
         busy = BusyError(f"run {key} is being trained by another process")
         folder = self.folder(key)
         with FileLock(folder / "lock", busy=busy):
-            for name in (CONFIG_FILE, RESULT_FILE, METRICS_FILE, ROUTERS_FILE, CHECKPOINT_FILE, WEIGHTS_FILE):
+            for name in (
+                CONFIG_FILE,
+                RESULT_FILE,
+                METRICS_FILE,
+                ROUTERS_FILE,
+                TASK_FILE,
+                CHECKPOINT_FILE,
+                WEIGHTS_FILE,
+            ):
                 remove_unfinished(folder / name)
             yield folder

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -26,7 +26,7 @@ from mue.lab.train.router_record import RouterRecord
 from mue.lab.train.run import CHECKPOINT_FILE, CONFIG_FILE, METRICS_FILE, RESULT_FILE, WEIGHTS_FILE, Run, Store
 from mue.lab.train.schedule import lr_factor
 from mue.lab.train.step import autocast, compile_blocks, moe_layers, objective, planned_optimizer, uncompiled
-from mue.lab.train.task import Batch, task_of
+from mue.lab.train.task import Batch, task_of, write_of_task
 from mue.model.apply import init_
 from mue.moe import Routing
 from mue.moe.layer import self_changing
@@ -40,6 +40,7 @@ DIVERGED_NATS, DIVERGED_STEPS = 1.0, 20
 TOLD_SECONDS = 10.0  # between two words on a run, at most: ten steps of a large model take minutes
 
 OnStep = Callable[[int, float], None]
+Answer = TypeVar("Answer")
 
 
 def train(
@@ -229,18 +230,20 @@ class TrainingSession:
             self.status = "finished"
 
     @torch.no_grad()
-    def validate(self) -> float:
-        """The mean loss on the validation batches, in the task's unit."""
+    def asked(self, question: Callable[[], Answer]) -> Answer:
+        """What the model says in eval mode, in the precision of the training."""
         # In eval mode the lab's model leaves the kernels that only training takes: validation alone and in a stack
         # differed in the last bit with them (docs/LOG.md, "A whole step at the machine's limit").
         self.model.eval()
-        losses = []
         with autocast(self.device, self.settings), uncompiled(self.compiled):
-            for batch in self.validation:
-                loss = self.task.loss(self.model, self.to_device(batch)).loss
-                assert loss is not None
-                losses.append(float(loss))
+            answer = question()
         self.model.train()
+        return answer
+
+    def validate(self) -> float:
+        """The mean loss on the validation batches, in the task's unit."""
+        found = self.asked(lambda: [self.task.loss(self.model, self.to_device(b)).loss for b in self.validation])
+        losses = [float(loss) for loss in found if loss is not None]
         return math.fsum(losses) / len(losses)  # rounded once, as a stack does it: the same losses give the same mean
 
     def record(self, norm: float | None, routings: Sequence[Routing], val_loss: float | None) -> None:
@@ -260,6 +263,8 @@ class TrainingSession:
         row["lr_factor"] = lr_factor(self.step - 1, self.steps, self.tuned, self.settings)
         row |= {} if norm is None else {"grad_norm": norm}
         row |= {} if val_loss is None else {"val_loss": val_loss}
+        if val_loss is not None and self.settings.eval_every:
+            row |= self.asked(lambda: self.task.watch(self.model))
         row |= self.routers.row(routings, self.step, evaluated=val_loss is not None, last=self.status is not None)
         self.metrics.write(json.dumps(row) + "\n")
 
@@ -294,7 +299,10 @@ class TrainingSession:
             meta = {"run": self.key, "plan": self.plan.hash}
             checkpoint.save_weights(self.folder / WEIGHTS_FILE, self.model, meta)
             self.averages.save(self.folder, meta)
-        self.routers.write(self.folder)  # before the result, by which a run is known to be whole
+        # before the result, by which a run is known to be whole
+        self.routers.write(self.folder)
+        if self.status == "finished":
+            write_of_task(self.folder, self.asked(lambda: self.task.at_end(self.model, self.batches)))
         write_json(self.folder / RESULT_FILE, result)
         # Last: killed before it, the run is finished and a checkpoint too many lies about; the other way round it is
         # lost.

@@ -16,13 +16,16 @@ Neither this file nor those of ``mue.lab.tasks`` import torch before they need i
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from mue.lab.data import Corpus, Data
-from mue.lab.train.run import Run, Settings
+from mue.lab.train.run import TASK_FILE, Run, Settings
 from mue.plan.plan import PlanData
 from mue.shapes import Transformer
+from mue.util.files import write_text
 from mue.util.registry import Registry
 
 if TYPE_CHECKING:
@@ -117,6 +120,22 @@ class Task(ABC):
         """
         return None
 
+    def watch(self, model: nn.Module) -> dict[str, Any]:
+        """What a row of metrics keeps of a model on its way beside the loss, as JSON; asked at each validation of a run that has some.
+
+        Args:
+            model: in eval mode, without gradients.
+        """
+        return {}
+
+    def at_end(self, model: nn.Module, batches: TaskBatches) -> dict[str, Any] | None:
+        """What a run keeps of its trained model in ``task.json``, as JSON; None: nothing.
+
+        Args:
+            model: as of :meth:`watch`. batches: what the run read.
+        """
+        return None
+
     @abstractmethod
     def baseline_loss(self, shape: Transformer) -> float:
         """The loss of guessing: a run that ends above it has learnt nothing."""
@@ -128,3 +147,9 @@ TASKS: Registry[type[Task]] = Registry("task", home="mue.lab.tasks")
 def task_of(settings: Settings) -> Task:
     """The task that ``settings`` name; ``ValueError`` with the nearest known name for one that nobody registered."""
     return TASKS.lookup(settings.task)()
+
+
+def write_of_task(folder: Path, found: dict[str, Any] | None) -> None:
+    """Write what :meth:`Task.at_end` gives into a run's folder, atomically; nothing where it is nothing."""
+    if found is not None:
+        write_text(folder / TASK_FILE, json.dumps(found, separators=(",", ":")) + "\n")

@@ -30,7 +30,7 @@ class TrainedRun:
     @property
     def under_way(self) -> bool:
         """The weights are of a checkpoint, and the run has not ended."""
-        return self.weights.name != WEIGHTS_FILE
+        return self.weights.name == CHECKPOINT_FILE
 
     @property
     def name(self) -> str:

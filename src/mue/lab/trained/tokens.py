@@ -114,8 +114,10 @@ def tokens_of(data: Mapping[str, Any], tokenizer: Path | None = None) -> TextTok
         None where the run read tokens that somebody else had made, and no tokenizer is given.
 
     Raises:
-        ValueError: the tokenizer's file is gone, or is another than the run's.
+        ValueError: the run's data are no text; the tokenizer's file is gone, or is another than the run's.
     """
+    if "tokenizer" not in data:
+        raise ValueError("the run was trained on images, which have no tokens of text: mue sample draws from it")
     name, source = data["tokenizer"], data.get("source", {})
     if name == BYTES:
         if tokenizer is not None:

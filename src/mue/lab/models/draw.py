@@ -1,0 +1,75 @@
+"""Images drawn from a diffusion model, each a function of its class and its seed alone.
+
+Shape suffixes: N images, C channels, H and W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mue.lab.models.diffusion import DiffusionModel
+from mue.lab.models.flow import SAMPLERS, follow, guided
+from mue.util.errors import nearest, positive, positive_int
+
+_AT_ONCE = 256  # images
+
+
+@dataclass(frozen=True)
+class Way:
+    """How noise becomes an image.
+
+    Attributes:
+        guidance: w of :func:`mue.lab.models.flow.guided`: 1 is the model's own velocity, more of it is surer of the class and less various.
+        steps: from noise to image. sampler: of :data:`mue.lab.models.flow.SAMPLERS`.
+    """
+
+    guidance: float = 1.5
+    steps: int = 25
+    sampler: str = "heun"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "guidance", positive("guidance", self.guidance, zero=True))
+        object.__setattr__(self, "steps", positive_int("steps", self.steps))
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"sampler {self.sampler!r} is unknown{nearest(self.sampler, SAMPLERS)}")
+
+
+@torch.no_grad()
+def draw(
+    model: DiffusionModel, classes: Sequence[int], seeds: Sequence[int], way: Way | None = None
+) -> npt.NDArray[np.uint8]:
+    """Draw an image for each class and seed.
+
+    Args:
+        model: in eval mode. classes: of each image, places among the model's. seeds: of each image's noise; the same seed is the same
+            noise, whatever the class.
+
+    Returns:
+        Pixels (N, C, H, W) as bytes.
+
+    Raises:
+        ValueError: the images are not finite, as of a run that diverged.
+    """
+    way, place = way or Way(), next(model.parameters()).device
+    parts = []
+    for i in range(0, len(classes), _AT_ONCE):
+        noise = torch.stack([noise_of(model, seed) for seed in seeds[i : i + _AT_ONCE]]).to(place)
+        class_N = torch.tensor(classes[i : i + _AT_ONCE], device=place)
+        parts.append(follow(guided(model, class_N, way.guidance), noise, way.steps, way.sampler).cpu())
+    images = torch.cat(parts)
+    if not bool(torch.isfinite(images).all()):
+        raise ValueError("the model's velocity is not finite, so that nothing can be drawn: its run diverged")
+    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+
+
+def noise_of(model: DiffusionModel, seed: int) -> Tensor:
+    """The noise (C, H, W) of a seed."""
+    image = model.image
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(image.channels, image.size, image.size, generator=generator)

@@ -1,0 +1,55 @@
+"""Drawing: an image is a function of its class, its seed and the way it is drawn."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from mue.lab.models.draw import Way, draw, noise_of
+from mue.lab.models.flow import guided
+from support.diffusion import model_of, plan_of
+
+
+def test_an_image_does_not_depend_on_what_is_drawn_beside_it() -> None:
+    model = model_of(plan_of(), awake=0.3).eval()
+    together = draw(model, [0, 1, 2, 0], [5, 5, 6, 7], Way(steps=4))
+    alone = [draw(model, [c], [seed], Way(steps=4))[0] for c, seed in ((0, 5), (1, 5), (2, 6), (0, 7))]
+    assert together.dtype == np.uint8 and together.shape == (4, 1, 8, 8)
+    # to a shade: products of another number of rows are rounded otherwise
+    assert np.abs(together.astype(int) - np.stack(alone)).max() <= 1
+    # The controls: another class, another seed.
+    assert (
+        np.abs(together[0].astype(int) - together[1]).max() > 5
+        and np.abs(together[0].astype(int) - together[3]).max() > 5
+    )
+
+
+def test_one_step_of_euler_by_hand() -> None:
+    model = model_of(plan_of(), awake=0.3).eval()
+    noise, label = noise_of(model, 3)[None], torch.tensor([1])
+    with torch.no_grad():
+        image = noise - guided(model, label, 2.0)(noise, torch.ones(1))
+    found = draw(model, [1], [3], Way(guidance=2.0, steps=1, sampler="euler"))
+    assert (found == ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()).all()
+
+
+def test_a_model_that_diverged_draws_nothing() -> None:
+    model = model_of(plan_of()).eval()
+    with torch.no_grad():
+        model.head.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="its run diverged"):
+        draw(model, [0], [0])
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"guidance": -1}, "guidance must be at least 0"),
+        ({"steps": 0}, "steps must be a whole number of at least 1"),
+        ({"sampler": "huen"}, "did you mean 'heun'"),
+    ],
+)
+def test_ways_that_are_none(options: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        Way(**options)  # type: ignore[arg-type]
