@@ -80,9 +80,9 @@ def _times(runs: Mapping[str, Mapping[str, Any]], unit: str) -> Section:
         fig, (axes,) = figure(6.4, 3.4)
         for (name, found), color in zip(runs.items(), CYCLE, strict=False):
             values = [mean.value for mean in means[name]]
-            ends = [[m.value - m.half for m in means[name]], [m.value + m.half for m in means[name]]]
+            low, high = ([m.value + sign * m.half for m in means[name]] for sign in (-1, 1))
             axes.plot(found["times"], values, "o-", color=color, label=name)
-            axes.fill_between(found["times"], *ends, color=color, alpha=0.15, linewidth=0)
+            axes.fill_between(found["times"], low, high, color=color, alpha=0.15, linewidth=0)
         axes.set_xlabel("time: 0 image, 1 noise")
         axes.set_ylabel(unit)
         axes.legend()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mue.lab.models.output import Output
 
 
-@TASKS.register("language")
+@TASKS.register("language", place=0)
 class LanguageTask(Task):
     """Next-token prediction on a corpus, with the lab's decoder. A batch is (tokens (B, T), the tokens that follow (B, T))."""
 
