@@ -32,6 +32,18 @@ def test_a_bar_counts_what_is_trained_now_and_what_was_before() -> None:
     assert "run 1  loss 2.0000  3 s, 11111111" in lines and "run 2  diverged  done before, 22222222" in lines
 
 
+def test_a_run_that_nobody_foresaw_lengthens_the_bar() -> None:
+    """A study widens a valley while it runs."""
+    known, wider, console = a_run("1" * 16), a_run("2" * 16, 30), Console(file=io.StringIO(), width=120)
+    with RunProgress(console, "study", [known], lambda run: f"run {run.key[0]}") as progress:
+        progress.ended(known, {"val_loss": 2.0, "seconds": 3.0}, fresh=True)
+        progress.moved(wider, 4, 2.5)
+        assert progress.bar.tasks[0].total == 40 and progress.bar.tasks[0].completed == 14
+        progress.ended(wider, {"val_loss": 2.0, "seconds": 3.0}, fresh=True)
+        assert progress.bar.tasks[0].completed == 40
+    assert "run 2  loss 2.0000" in console.file.getvalue()  # type: ignore[attr-defined]
+
+
 def test_hundreds_of_runs_have_a_bar_alone() -> None:
     run, console = a_run("1" * 16), Console(file=io.StringIO(), width=120)
     with RunProgress(console, "runs", [run], label=None) as progress:

@@ -56,7 +56,8 @@ class RunProgress(RunListener):
     """``with RunProgress(console, "sweep", runs, label) as p: run_all(..., listener=p)``.
 
     Args:
-        runs: all that are to come; the bar counts their steps, so that long and short ones weigh as they should.
+        runs: all that are known to come; the bar counts their steps, so that long and short ones weigh as they should. One that is heard of
+            and was not known (a valley that is widened) lengthens it.
         label: names a run in the line that it gets as it ends; None: of hundreds of runs, where only the bar moves.
         pace: of another clock, for tests.
     """
@@ -65,8 +66,10 @@ class RunProgress(RunListener):
         self, console: Console, title: str, runs: Sequence[Run], label: Label | None, pace: Pace | None = None
     ) -> None:
         self.console, self.title, self.label, self.pace = console, title, label, pace or Pace()
-        self.batch = {run.key: run.plan.training.batch for run in runs if run.plan.training is not None}
-        self.steps = {run.key: run.plan.training.steps for run in runs if run.plan.training is not None}
+        self.batch: dict[str, int] = {}
+        self.steps: dict[str, int] = {}
+        for run in runs:
+            self._know(run)
         self.seen: dict[str, int] = {}
         self.fresh = 0  # runs trained in this session
         self.bar = Progress(
@@ -82,6 +85,15 @@ class RunProgress(RunListener):
         )
         self.task = self.bar.add_task(title, total=sum(self.steps.values()), last="")
 
+    def _know(self, run: Run) -> None:
+        assert run.plan.training is not None
+        self.batch[run.key], self.steps[run.key] = run.plan.training.batch, run.plan.training.steps
+
+    def _hear_of(self, run: Run) -> None:
+        if run.key not in self.steps:
+            self._know(run)
+            self.bar.update(self.task, total=sum(self.steps.values()))
+
     def __enter__(self) -> Self:
         self.bar.start()
         return self
@@ -90,6 +102,7 @@ class RunProgress(RunListener):
         self.bar.stop()
 
     def moved(self, run: Run, step: int, loss: float) -> None:
+        self._hear_of(run)
         self.bar.advance(self.task, step - self.seen.get(run.key, 0))
         self.seen[run.key] = step
         done = sum(self.seen.values())
@@ -100,7 +113,8 @@ class RunProgress(RunListener):
             self.console.print(line, highlight=False, soft_wrap=True)
 
     def ended(self, run: Run, result: dict[str, Any], *, fresh: bool) -> None:
-        steps = self.steps.get(run.key, 0)
+        self._hear_of(run)
+        steps = self.steps[run.key]
         self.bar.advance(self.task, steps - self.seen.get(run.key, 0))
         self.seen[run.key] = steps
         self.fresh += fresh
