@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 # Kernel → for each operand, the dimensions it is summed over. Negative ones count from the end.
-_SUMS: dict[str, dict[int, tuple[int, ...]]] = {
+SUMS: dict[str, dict[int, tuple[int, ...]]] = {
     "mm": {0: (1,), 1: (0,)},
     "bmm": {0: (2,), 1: (1,)},
     "addmm": {1: (1,), 2: (0,)},
@@ -142,8 +142,8 @@ class UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 use.order = self._clock if use.order < 0 else use.order
                 if kernel in _LOOKUPS and position == _LOOKUPS[kernel]:
                     use.looked_up = True
-                elif kernel in _SUMS and position in _SUMS[kernel]:
-                    dims = [d % t.dim() for d in _SUMS[kernel][position] if d < t.dim()]
+                elif kernel in SUMS and position in SUMS[kernel]:
+                    dims = [d % t.dim() for d in SUMS[kernel][position] if d < t.dim()]
                     found = tuple(sorted({a for d in dims if (a := axes[d]) is not None}))
                     use.summed.add(found)
                     use.convolved |= "convolution" in kernel
@@ -176,7 +176,7 @@ class UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._follow(outs[0], [(n, [axes[0]] * extra + axes) for n, axes in self._carried(source)])
             return True
         alone = all(self._known(t) or not t.dim() for _, t in tensors)
-        if outs and alone and all(t.shape == outs[0].shape or t.numel() == 1 for t in mine) and kernel not in _SUMS:
+        if outs and alone and all(t.shape == outs[0].shape or t.numel() == 1 for t in mine) and kernel not in SUMS:
             # A function of parameters alone (a cast, 1 + gain, -exp(A_log)): still that parameter.
             for t in mine:
                 if t.shape == outs[0].shape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -31,3 +32,12 @@ def perturb(model: nn.Module) -> None:
         if p.is_floating_point():
             # about the size of a weight at init: the pass stays finite, and no zero hides a use
             p.add_(torch.randn_like(p), alpha=0.02)
+
+
+def run_batch(model: nn.Module, batch: Any) -> Any:
+    """Call a model on a batch: a mapping as keywords, a tuple or list as arguments, anything else as the one argument."""
+    if isinstance(batch, Mapping):
+        return model(**batch)
+    if isinstance(batch, tuple | list):
+        return model(*batch)
+    return model(batch)

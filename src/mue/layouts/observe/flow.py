@@ -1,0 +1,470 @@
+"""Where every value of a recorded forward pass comes from: which matrices, on which ways, from which of their outputs.
+
+A matrix's result is followed until the next matrix reads it. On the way it is known whether it stayed linear, met another
+activation, was contracted with one, or chose something. The residual stream is what embeddings start and branches are added to.
+No name of a parameter or module is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, IntFlag
+from math import prod
+
+from torch import Tensor
+
+from mue.layouts.observe.graph import Node
+from mue.layouts.observe.param_use import SUMS
+
+
+class Kind(Enum):
+    """Whether a node's values depend on the tokens, else on parameters, else on neither."""
+
+    ACTIVATION = 0
+    WEIGHT = 1
+    CONSTANT = 2
+
+
+class Way(IntFlag):
+    """What happened between a matrix and where its values are found now."""
+
+    LINEAR = 0
+    BENT = 1  # a function that is not linear
+    SOFTMAX = 2
+    MIXED = 4  # contracted with another activation, as attention does
+    TIMES = 8  # multiplied by another activation, element by element
+    CHOSE = 16  # it only says which entries of others are taken
+    TORN = 32  # halves of it met, and it is not known which
+
+
+# (node of a product, first of its outputs that a view took; None: all of them)
+Origin = tuple[int, int | None]
+Origins = Mapping[Origin, frozenset[Way]]
+
+_LINEAR = frozenset(
+    [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "_reshape_alias",
+        "t",
+        "transpose",
+        "permute",
+        "expand",
+        "expand_as",
+        "unsqueeze",
+        "squeeze",
+        "slice",
+        "select",
+        "split",
+        "split_with_sizes",
+        "unbind",
+        "clone",
+        "contiguous",
+        "_to_copy",
+        "detach",
+        "alias",
+        "as_strided",
+        "unfold",
+        "constant_pad_nd",
+        "flip",
+        "roll",
+        "neg",
+        "native_dropout",
+        "sum",
+        "mean",
+        "cumsum",
+        "repeat",
+        "tril",
+        "triu",
+        "lift_fresh",
+        "diagonal",
+        "movedim",
+        "add",
+        "sub",
+        "rsub",
+        "mul",
+        "div",
+        "cat",
+        "stack",
+        "index",
+        "index_select",
+        "gather",
+        "masked_fill",
+        "where",
+        "index_put",
+        "index_add",
+        "index_copy",
+        "scatter",
+        "scatter_add",
+        "scatter_reduce",
+        "copy",
+        "overwritten",
+        "masked_scatter",
+        "masked_select",
+        "repeat_interleave",
+        "fill",
+        "zero",
+        "_conj",
+        "squeeze_",
+        "view_as",
+        "pixel_shuffle",
+    ]
+)
+_REDUCTIONS = frozenset(
+    ["sum", "mean", "var", "std", "norm", "linalg_vector_norm", "amax", "amin", "var_mean", "logsumexp", "max"]
+)
+_SHAPING = frozenset(
+    [
+        "view",
+        "_unsafe_view",
+        "reshape",
+        "expand",
+        "unsqueeze",
+        "squeeze",
+        "clone",
+        "_to_copy",
+        "detach",
+        "alias",
+        "contiguous",
+    ]
+)
+_CHOOSES: Mapping[str, tuple[int, ...]] = {  # arguments that say which entries are taken
+    **dict.fromkeys(("index", "index_put", "masked_fill", "masked_scatter", "masked_select", "embedding"), (1,)),
+    **dict.fromkeys(
+        ("index_select", "gather", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce"), (2,)
+    ),
+    "where": (0,),
+    "repeat_interleave": (1,),
+}
+# Norms that are one kernel: the arguments that are its gain and its bias.
+NORMS: Mapping[str, tuple[int, int | None]] = {
+    "native_layer_norm": (2, 3),
+    "_fused_rms_norm": (2, None),
+    "native_group_norm": (1, 2),
+    "native_batch_norm": (1, 2),
+}
+_LOOKUPS = ("embedding", "index", "index_select")
+
+
+@dataclass(frozen=True)
+class Product:
+    """A matrix product of weights with activations.
+
+    Attributes:
+        weight, reads: the nodes of its operands. parameters: that the weight was made of. features: its outputs.
+    """
+
+    node: int
+    weight: int
+    reads: int
+    parameters: frozenset[str]
+    features: int
+
+
+@dataclass(frozen=True)
+class Use:
+    """A parameter that met activations element by element: by which kernel, which activations, and what came out.
+
+    ``slot``: ``gain`` or ``bias`` of a norm's kernel, ``bias`` of a product, or empty.
+    """
+
+    op: str
+    weight: int
+    activation: int
+    result: int
+    slot: str = ""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What is added to the residual stream: the node of the sum, and of what was added."""
+
+    sum: int
+    added: int
+
+
+@dataclass(frozen=True)
+class Lookup:
+    """Rows of a parameter, picked by whole numbers."""
+
+    weight: int
+    index: int
+    result: int
+
+
+@dataclass
+class Flow:
+    """All that was found; lists are in the order of the forward pass.
+
+    Attributes:
+        origins: of each node. stream: nodes that hold the residual stream. normed: nodes that a norm was the last to change.
+        contractions: node → its two operands, both activations. filters: parameters of convolutions. narrow: statistics over the
+            features, one number each.
+    """
+
+    nodes: Sequence[Node]
+    kinds: list[Kind] = field(default_factory=list)
+    origins: list[Origins] = field(default_factory=list)
+    stream: set[int] = field(default_factory=set)
+    normed: set[int] = field(default_factory=set)
+    parameters: dict[int, frozenset[str]] = field(default_factory=dict)
+    products: dict[int, Product] = field(default_factory=dict)
+    contractions: dict[int, tuple[int, int]] = field(default_factory=dict)
+    branches: list[Branch] = field(default_factory=list)
+    uses: list[Use] = field(default_factory=list)
+    lookups: list[Lookup] = field(default_factory=list)
+    filters: set[str] = field(default_factory=set)
+    narrow: set[int] = field(default_factory=set)
+    _frames: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # storage → first entry, step, features
+
+    def bent(self, origin_ways: Iterable[Way]) -> bool:
+        """Whether on every way it was bent or only chose."""
+        return all(way & (Way.BENT | Way.CHOSE) for way in origin_ways)
+
+    def leads_to(self, ends: Iterable[int]) -> set[int]:
+        """The nodes that any of ``ends`` was made of."""
+        found = set(ends)
+        for n in range(len(self.nodes) - 1, -1, -1):
+            if n in found:
+                found.update(i for _, i in self.nodes[n].inputs)
+        return found
+
+    def value(self, index: int) -> Tensor | None:
+        """The whole numbers that a node holds."""
+        return self.nodes[index].tensor
+
+
+def flow_of(nodes: Sequence[Node], ends: Iterable[int]) -> Flow:
+    """Follow every value of a recorded pass that what the model returned (``ends``) was made of."""
+    flow = Flow(nodes)
+    live = flow.leads_to(ends)
+    for n, node in enumerate(nodes):
+        flow.origins.append({})
+        flow.kinds.append(_kind(flow, node))
+        if flow.kinds[n] is Kind.WEIGHT:
+            own = frozenset({node.name}) if node.op == "parameter" else frozenset()
+            flow.parameters[n] = own.union(*(flow.parameters.get(i, frozenset()) for _, i in node.inputs))
+        elif flow.kinds[n] is Kind.ACTIVATION and node.inputs and n in live:
+            _Step(flow, n).take()
+    return flow
+
+
+def _kind(flow: Flow, node: Node) -> Kind:
+    if not node.inputs:
+        given = {"parameter": Kind.WEIGHT, "input": Kind.ACTIVATION}
+        return given.get(node.op, Kind.CONSTANT)
+    first = node.inputs[0][1]
+    picks = node.op in ("index", "index_select") and flow.kinds[first] is Kind.WEIGHT
+    if picks and any(flow.origins[i] for _, i in node.inputs[1:]):
+        return Kind.WEIGHT  # experts that a router picked: their weights still
+    return min((flow.kinds[i] for _, i in node.inputs), key=lambda kind: kind.value)
+
+
+def _with(origins: Origins, way: Way) -> Origins:
+    return {origin: frozenset(w | way for w in ways) for origin, ways in origins.items()}
+
+
+def _union(many: Iterable[Origins]) -> Origins:
+    found: dict[Origin, frozenset[Way]] = {}
+    for origins in many:
+        for origin, ways in origins.items():
+            found[origin] = found.get(origin, frozenset()) | ways
+    return found
+
+
+class _Step:
+    """One node: what its kernel makes of the origins of what it read."""
+
+    def __init__(self, flow: Flow, n: int) -> None:
+        self.flow, self.n, self.node = flow, n, flow.nodes[n]
+        self.op = self.node.op
+        self.acts = [(p, i) for p, i in self.node.inputs if flow.kinds[i] is Kind.ACTIVATION]
+        self.weights = [(p, i) for p, i in self.node.inputs if flow.kinds[i] is Kind.WEIGHT]
+
+    def take(self) -> None:
+        flow, n = self.flow, self.n
+        if self.op in SUMS and self._sum():
+            return
+        if self.op in NORMS and self.acts[0][0] == 0:
+            if not self.node.output:  # the others are its statistics
+                self._norm()
+            return
+        if self.op in _LOOKUPS and self.weights and self.weights[0][0] == 0:
+            index = self.acts[0][1]
+            flow.lookups.append(Lookup(self.weights[0][1], index, n))
+            flow.stream.add(n)
+            return
+        for _, w in self.weights:
+            flow.uses.append(Use(self.op, w, self.acts[0][1], n))
+        self._follow()
+        self._cut()
+
+    # ---- kernels with a meaning of their own
+
+    def _sum(self) -> bool:
+        """A product: of weights and activations, or of two activations."""
+        flow, n, sides = self.flow, self.n, SUMS[self.op]
+        weights = [(p, i) for p, i in self.weights if p in sides]
+        acts = [(p, i) for p, i in self.acts if p in sides]
+        rest = [i for p, i in self.acts if p not in sides]
+        if "convolution" in self.op:
+            for _, w in self.weights:
+                flow.filters |= flow.parameters[w]
+            flow.origins[n] = flow.origins[self.acts[0][1]]
+            return True
+        if len(weights) == 1 and len(acts) == 1:
+            (position, weight), (_, reads) = weights[0], acts[0]
+            last = position == max(sides)  # the right operand's columns are the features, or the left one's rows
+            shape = self.node.shape
+            vector = len(flow.nodes[weight].shape) == 1
+            features = 1 if vector else shape[-1] if last or len(shape) < 2 else shape[-2]
+            flow.products[n] = Product(n, weight, reads, flow.parameters[weight], features)
+            step = 1 if last or len(shape) < 2 else shape[-1]
+            flow._frames[self.node.storage] = (self.node.offset, step, features)
+            flow.origins[n] = _union([{(n, None): frozenset({Way.LINEAR})}, *(flow.origins[i] for i in rest)])
+            for p, w in self.weights:
+                if p not in sides:
+                    flow.uses.append(Use(self.op, w, n, n, "bias"))
+            return True
+        if len(acts) == 2:
+            a, b = acts[0][1], acts[1][1]
+            flow.contractions[n] = (a, b)
+            flow.origins[n] = _union(
+                [*(_with(flow.origins[i], Way.MIXED) for i in (a, b)), *(flow.origins[i] for i in rest)]
+            )
+            if (a in flow.stream) != (b in flow.stream):
+                flow.stream.add(n)  # streams that are mixed, or tokens that are sent to experts
+            return True
+        return False
+
+    def _norm(self) -> None:
+        flow, n = self.flow, self.n
+        gain, bias = NORMS[self.op]
+        source = self.acts[0][1]
+        for p, w in self.weights:
+            slot = "gain" if p == gain else "bias" if p == bias else ""
+            flow.uses.append(Use(self.op, w, source, n, slot))
+        flow.origins[n] = flow.origins[source]
+        flow.normed.add(n)
+        if source in flow.stream:
+            flow.stream.add(n)
+
+    # ---- all others
+
+    def _follow(self) -> None:
+        """Origins, stream and norms of a kernel that is none of the above."""
+        flow, n = self.flow, self.n
+        chosen = _CHOOSES.get(self.op, ())
+        taken = [i for p, i in self.acts if p not in chosen]
+        choosing = [i for p, i in self.acts if p in chosen]
+        if self.op in ("mul", "div", "sub") and len(taken) == 2 and self._statistic(*taken):
+            return
+        if self.op in ("mul", "div") and len(taken) == 2:
+            self._times(*taken)
+            return
+        if self._residual(taken):
+            return
+        linear = self.op in _LINEAR
+        way = Way.LINEAR if linear else Way.SOFTMAX | Way.BENT if "softmax" in self.op else Way.BENT
+        if not self.node.floating:
+            way |= Way.CHOSE | Way.BENT
+        parts = [_with(flow.origins[i], way) for i in taken]
+        flow.origins[n] = _union([*parts, *(_with(flow.origins[i], Way.CHOSE) for i in choosing)])
+        reduced = self.op in _REDUCTIONS and self._reduces_features(taken)
+        if reduced or (taken and all(i in flow.narrow for i in taken) and self._keeps_narrow()):
+            flow.narrow.add(n)
+        elif linear and self.node.floating and taken and all(i in flow.stream for i in taken):
+            flow.stream.add(n)
+        if len(taken) == 1 and taken[0] in flow.normed and linear:
+            flow.normed.add(n)
+
+    def _reduces_features(self, taken: Sequence[int]) -> bool:
+        """Whether a sum, mean or norm is over the last axis."""
+        if not taken:
+            return False
+        rank = len(self.flow.nodes[taken[0]].shape)
+        axes = [d for a in self.node.args for d in (a if isinstance(a, list | tuple) else [a]) if type(d) is int]
+        return any(d % max(rank, 1) == rank - 1 for d in axes)
+
+    def _keeps_narrow(self) -> bool:
+        return self.op in _SHAPING or self.op not in _LINEAR or self.op in ("add", "sub", "mul", "div", "neg")
+
+    def _statistic(self, a: int, b: int) -> bool:
+        """``a`` over one of its own statistics, as norms and softmaxes do: that is ``a`` still."""
+        flow, n = self.flow, self.n
+        if self.op == "mul" and a in flow.narrow and b not in flow.narrow:
+            a, b = b, a
+        own = {p for p, _ in flow.origins[b]} <= {p for p, _ in flow.origins[a]}
+        if b not in flow.narrow or a in flow.narrow or not own:
+            return False
+        flow.origins[n] = flow.origins[a]
+        if a in flow.stream:
+            flow.stream.add(n)
+        if self.op != "sub":
+            flow.normed.add(n)
+        return True
+
+    def _times(self, a: int, b: int) -> None:
+        """Two activations, element by element: a gate, a function of itself times itself, or a mask."""
+        flow, n = self.flow, self.n
+        one, other = flow.origins[a], flow.origins[b]
+        for mask, rest in ((a, b), (b, a)):
+            plain = not flow.origins[mask] and mask not in flow.stream
+            if plain and (self.op == "mul" or rest == a):
+                flow.origins[n] = flow.origins[rest]
+                if rest in flow.stream:
+                    flow.stream.add(n)
+                return
+        if self.op == "div":
+            other = _with(other, Way.BENT)
+        found = dict(_union([_with(one, Way.TIMES), _with(other, Way.TIMES)]))
+        for origin in set(one) & set(other):
+            # x · sigmoid(x): a function of x alone, unless the two are different parts of x and it was lost which
+            product = flow.nodes[origin[0]]
+            half = min(prod(flow.nodes[i].shape) for i in (a, b)) < prod(product.shape) and origin[1] is None
+            way = Way.BENT | Way.TIMES | (Way.TORN if half else Way.LINEAR)
+            found[origin] = frozenset(w | way for w in found[origin])
+        flow.origins[n] = found
+
+    def _residual(self, taken: Sequence[int]) -> bool:
+        """A sum of the stream and what came out of matrices is the stream from then on."""
+        flow = self.flow
+        if self.op != "add" or len(taken) != 2:
+            return False
+        for stream, added in (taken, taken[::-1]):
+            if stream in flow.stream and added not in flow.stream and flow.origins[added]:
+                flow.branches.append(Branch(self.n, added))
+                flow.stream.add(self.n)
+                return True
+        return False
+
+    def _cut(self) -> None:
+        """Where a view takes a part of a product's outputs, say where that begins."""
+        flow, node = self.flow, self.node
+        frame = flow._frames.get(node.storage)
+        whole = [o for o in flow.origins[self.n] if o[1] is None]
+        source = next((i for _, i in self.acts), None)
+        if frame is None:
+            if (
+                source is not None
+                and node.contiguous
+                and whole
+                and (old := flow._frames.get(flow.nodes[source].storage)) is not None
+                and flow.nodes[source].shape == node.shape
+                and old[1] == 1
+                and node.shape
+                and node.shape[-1] == old[2]
+            ):  # the same numbers, moved by a bias, a cast or a function: parts lie in it as they did
+                flow._frames[node.storage] = (node.offset, 1, old[2])
+            return
+        first, step, features = frame
+        if source is None or flow.nodes[source].storage != node.storage:
+            return
+        found: dict[Origin, frozenset[Way]] = {}
+        for origin, ways in flow.origins[self.n].items():
+            part = prod(node.shape) < prod(flow.nodes[origin[0]].shape)
+            start = (node.offset - first) // step % features if part or origin[1] is not None else None
+            found[(origin[0], start)] = found.get((origin[0], start), frozenset()) | ways
+        flow.origins[self.n] = found
