@@ -18,13 +18,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from other_models.models import MODELS, NotHereError, built
-
 from mue.lab.train.provenance import provenance
 from mue.layouts.layout import Layout
 from mue.layouts.propose import Proposal, propose
 from mue.rules.roles import ROLES
 from mue.util.files import write_json
+from other_models.models import MODELS, NotHereError, built
 
 EXPECTED = Path(__file__).parent / "other_models" / "expected.toml"
 
@@ -67,8 +66,13 @@ def measured(proposal: Proposal, table: Mapping[str, str]) -> dict[str, Any]:
             misses.append({"tensor": name, "expected": want, "proposed": have, "mark": row.look})
     marked = [row.look for row in proposal.rows if row.look]
     return {
-        **{"tensors": proposal.tensors, "rows": len(proposal.rows), "right": right, "decided": decided},
-        **{"wrong_without_mark": silent, "marks": marked, "misses": misses},
+        "tensors": proposal.tensors,
+        "rows": len(proposal.rows),
+        "right": right,
+        "decided": decided,
+        "wrong_without_mark": silent,
+        "marks": marked,
+        "misses": misses,
     }
 
 

@@ -37,6 +37,13 @@ def inspect_(
             help="With --measure-gates: the planned std of the router, init_std·√(base width/width); default: the model's own.",
         ),
     ] = None,
+    propose: Annotated[
+        bool,
+        typer.Option(
+            "--propose",
+            help="Of a function that returns any torch model: propose its method layout(), each row decided or marked for a look.",
+        ),
+    ] = False,
     json_: Annotated[
         bool, typer.Option("--json", help="Print as JSON; one line per family with --all-families.")
     ] = False,
@@ -57,6 +64,7 @@ def inspect_(
       mue inspect checkpoint-1000                               # config and shards against each other
       mue inspect olmoe --measure-gates --router-std 0.005      # the gate_moments line of a plan file
       mue inspect model.py:MyModel --config my.json --rows model.py:ROWS
+      mue inspect train.py:build --propose                      # a layout() to paste into a model of your own
     """
     from mue.layouts.inspect import inspect, lines, measure_gates
     from mue.util.importing import imported
@@ -65,6 +73,10 @@ def inspect_(
         raise ValueError("give a model, or --all-families")
     if router_std is not None and not measure:
         raise ValueError("--router-std is read only with --measure-gates")
+    if propose:
+        if all_families or measure or rows or config is not None:
+            raise ValueError("--propose takes a function that builds a model, and no other option but --json")
+        _propose(model, json_)
     if all_families:
         _walk(json_)
         return
@@ -77,6 +89,18 @@ def inspect_(
         print("\n".join([*lines(found), *([moments.how] if moments is not None else [])]))
     fits = found.stored is None or found.stored.fits
     raise typer.Exit(0 if fits and not found.undecided else 1)
+
+
+def _propose(source: str, json_: bool) -> None:
+    """Print a method ``layout()`` for the model that a function builds; the exit code is 1 where a parameter got no role."""
+    from mue.layouts.propose import built, propose
+
+    found = propose(*built(source))
+    if json_:
+        print_json(found.to_dict(), indent=None)
+    else:
+        print(found.text())
+    raise typer.Exit(0 if all(row.layout is not None for row in found.rows) else 1)
 
 
 def _walk(json_: bool) -> None:

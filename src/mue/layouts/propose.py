@@ -6,8 +6,8 @@ row that rests on anything else is marked.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,15 +16,16 @@ from torch import Tensor, nn
 
 from mue.layouts.layout import Layout, canonical, pattern_of, unwrap
 from mue.layouts.observe.describe import TINY_BATCH
-from mue.layouts.observe.flow import flow_of
-from mue.layouts.observe.flow_roles import roles_of
-from mue.layouts.observe.flow_vectors import Vectors
-from mue.layouts.observe.graph import Node, given_tensors, record_graph
+from mue.layouts.observe.flow.follow import flow_of
+from mue.layouts.observe.flow.graph import Node, given_tensors, record_graph
+from mue.layouts.observe.flow.locality import acts_at_its_own_position
+from mue.layouts.observe.flow.matrices import roles_of
+from mue.layouts.observe.flow.patterns import Names
+from mue.layouts.observe.flow.vectors import Vectors
+from mue.layouts.observe.flow.verdict import Observed, Verdict
 from mue.layouts.observe.param_use import param_use
-from mue.layouts.observe.patterns import Names
 from mue.layouts.observe.run import perturb, run_batch, run_tokens
-from mue.layouts.observe.verdict import Observed, Verdict
-from mue.rules.roles import ROLES
+from mue.rules.roles import of_kind
 from mue.util.importing import imported, not_taken, user_code
 
 
@@ -164,10 +165,36 @@ def propose(model: nn.Module, batch: Any = None) -> Proposal:
     name = type(inner).__name__
     if any(p.is_meta for p in inner.parameters()):
         raise ValueError(f"{name} is on the meta device: build it with weights, for its forward pass is watched")
-    seen = _observe(copy.deepcopy(inner), batch)
+    with _as_it_was(inner):
+        seen = _observe(inner, batch)
     verdicts = {n: seen.verdict(n) for n in seen.shapes}
     verdicts |= {n: v for n in seen.shapes if (v := _as_siblings(n, verdicts, seen.shapes)) is not None}
     return Proposal(name, tuple(_rows(verdicts, _names(seen, verdicts))))
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Afterwards a model has the very values, buffers and modes that it had before.
+
+    A copy would not do: functions that a module made of its own parts would go on using the original's.
+    """
+    kept = [(p, p.data) for p in model.parameters()]
+    modules = [(m, m.training, dict(m._buffers)) for m in model.modules()]
+    values = [(b, b.clone()) for b in model.buffers()]
+    try:
+        for p, data in kept:
+            p.data = data.detach().clone()
+        yield
+    finally:
+        for p, data in kept:
+            p.data = data
+        with torch.no_grad():
+            for b, old in values:
+                b.copy_(old)
+        for m, training, buffers in modules:
+            m.training = training
+            m._buffers.clear()
+            m._buffers.update(buffers)
 
 
 def _observe(model: nn.Module, batch: Any) -> Observed:
@@ -190,7 +217,8 @@ def _observe(model: nn.Module, batch: Any) -> Observed:
     flow = flow_of(*seen[0])
     ends = [flow.nodes[b.sum].shape[-1] for b in flow.branches]
     width = max(set(ends), key=ends.count) if ends else 0
-    roles = roles_of(flow, width)
+    with user_code(name):
+        roles = roles_of(flow, width, lambda change, read: acts_at_its_own_position(model, run, given, change, read))
     vectors = Vectors(flow, roles, flow.leads_to([b.sum for b in flow.branches]))
     products = {n: [p for p in flow.products.values() if n in p.parameters] for n in shapes}
     by_name = {canonical(n): u for n, u in uses.items()}
@@ -220,7 +248,7 @@ def _as_siblings(name: str, verdicts: Mapping[str, Verdict], shapes: Mapping[str
             v
             for n, v in verdicts.items()
             if v.role is not None
-            and ROLES[v.role].kind == "expert"
+            and v.role.startswith("expert_")
             and shapes[n] == shapes[name]
             and pattern_of(n) == pattern_of(name)
         }
@@ -235,7 +263,7 @@ def _names(seen: Observed, verdicts: Mapping[str, Verdict]) -> Names:
     for node, branch in seen.roles.branch_of.items():
         members.setdefault(branch, set()).update(seen.flow.products[node].parameters)
     order = sorted(b for b in members if seen.roles.kinds.get(b))
-    experts = {n for n, v in verdicts.items() if v.role in ROLES and ROLES[v.role].kind in ("expert", "shared")}
+    experts = {n for n, v in verdicts.items() if v.role in of_kind("expert", "shared")}
     beside = {n for n in verdicts if any(n.rpartition(".")[0] == e.rpartition(".")[0] for e in experts)}
     return Names(
         tuple(verdicts),

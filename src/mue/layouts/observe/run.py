@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -20,9 +20,16 @@ def run_tokens(model: nn.Module, tokens_BT: Tensor) -> Any:
         What the model returns. No cache of keys and values is asked for.
     """
     named = inspect.signature(model.forward).parameters
-    anything = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named.values())
-    extra = {"use_cache": False} if "use_cache" in named or anything else {}
-    return model(input_ids=tokens_BT, **extra) if "input_ids" in named or anything else model(tokens_BT, **extra)
+    takes = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    first = any(p.kind in takes for p in named.values())
+    # what forwards all its arguments to another function names none of its own
+    by_name = "input_ids" in named or not first
+    extra = {"use_cache": False} if "use_cache" in named or (by_name and _takes_anything(named.values())) else {}
+    return model(input_ids=tokens_BT, **extra) if by_name else model(tokens_BT, **extra)
+
+
+def _takes_anything(parameters: Iterable[inspect.Parameter]) -> bool:
+    return any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
 
 
 @torch.no_grad()

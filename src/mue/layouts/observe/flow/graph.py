@@ -1,7 +1,7 @@
 """Record one forward pass as a graph: every kernel that ran, and which results of others it read.
 
 Where a tensor's values come from is followed by object; what is written in place is a new node of every view that shares its
-storage. Nothing is concluded here (:mod:`mue.layouts.observe.flow` reads the graph).
+storage. Nothing is concluded here (:mod:`mue.layouts.observe.flow.follow` reads the graph).
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class GraphRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = id(t) in self._node_of
         number = t.is_floating_point() or t.is_complex()
         values = None if number else t
-        where = (_storage(t), t.storage_offset(), t.is_contiguous())
+        where = (_storage(t), int(t.storage_offset()), t.is_contiguous())
         self.nodes.append(Node(op, inputs, tuple(t.shape), number, *where, args, name, output, values))
         self._node_of[id(t)] = len(self.nodes) - 1
         if not known:

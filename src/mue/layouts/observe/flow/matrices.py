@@ -5,11 +5,11 @@ A claim is sure where the flow of values allows one reading only. What is usual 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from mue.layouts.observe.flow import Flow, Kind, Origin, Product, Way
+from mue.layouts.observe.flow.flow import Flow, Kind, Origin, Product, Way
 from mue.rules.roles import ROLES
 
 _SWAPS = ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "expand", "slice", "clone")
@@ -30,14 +30,16 @@ class Roles:
     """What was found of products.
 
     Attributes:
-        claims: origin → readings. layer_of: node of a product → number of its branch. writers: branch → its last matrices and
-            their kind (attention, ffn, ...). routed: products that choose experts → how many.
+        claims: origin → readings. branch_of: node of a product → number of its branch. kinds: of a branch: attention, ffn, or both.
+        routers: products that choose experts → how many. unsaid: queries or keys of an attention without a softmax → the node in
+            which their values are mixed.
     """
 
     claims: dict[Origin, list[Claim]] = field(default_factory=dict)
     branch_of: dict[int, int] = field(default_factory=dict)
     kinds: dict[int, set[str]] = field(default_factory=dict)
     routers: dict[int, int] = field(default_factory=dict)
+    unsaid: dict[Origin, int] = field(default_factory=dict)
 
     def add(self, origin: Origin, role: str, how: str, doubt: str = "", branch: int | None = None) -> None:
         claim = Claim(role, how, doubt)
@@ -47,14 +49,27 @@ class Roles:
             self.branch_of.setdefault(origin[0], branch)
 
 
-def roles_of(flow: Flow, width: int) -> Roles:
-    """Read the products of a flow. ``width``: of the residual stream."""
+def roles_of(flow: Flow, width: int, local: Callable[[int, int], bool | None]) -> Roles:
+    """Read the products of a flow.
+
+    Args:
+        width: of the residual stream. local: of a product and a node, whether each token's values are felt there at that token
+            alone (:func:`mue.layouts.observe.flow.locality.acts_at_its_own_position`).
+    """
     roles = Roles()
     scores: dict[Origin, set[str]] = {}
     for origin, side in _scores(flow):
         scores.setdefault(origin, set()).add(side)
     for number, branch in enumerate(flow.branches):
         _Branch(flow, roles, width, number, branch.added, scores).read()
+    said = {origin[0] for origin in roles.claims}
+    for node, mixed in {origin[0]: mixed for origin, mixed in roles.unsaid.items()}.items():
+        own = local(node, mixed) if node not in said else None  # one that is fused with others has no row of its own
+        role = "" if own is None else "attention_q" if own else "attention_k"
+        why = "attention without a softmax: a query is what acts at its own position alone"
+        for origin in roles.unsaid:
+            if origin[0] == node:
+                roles.add(origin, role, "acts at its own position alone" if own else "acts at other positions", why)
     _heads(flow, roles)
     return roles
 
@@ -233,9 +248,7 @@ class _Branch:
                 if not flow.bent(ways):
                     self._add(origin, "attention_v", "mixed over positions, and linear until the output")
             elif not soft:
-                self._add(
-                    origin, "", "in the scores of an attention without a softmax", "query or key: a name says which"
-                )
+                self.roles.unsaid[origin] = flow.products[writer[0]].reads
             else:
                 self._add(origin, "", "in the scores of attention", "query or key could not be told apart")
         for origin in others:

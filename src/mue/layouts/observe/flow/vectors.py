@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
-from mue.layouts.observe.flow import Flow, Origin, Use, Way
-from mue.layouts.observe.flow_roles import Claim, Roles
+from mue.layouts.observe.flow.flow import Flow, Origin, Use, Way
+from mue.layouts.observe.flow.matrices import Claim, Roles
 
 _ADDS = ("add", "sub", "rsub")
 
@@ -15,13 +16,17 @@ class Vectors:
     """Reads the element-by-element uses of a flow.
 
     Attributes:
-        leads: nodes that something is still made of which is added to the stream. constants: what a parameter starts at, where
-            that is one number.
+        leads: nodes that something is still made of which is added to the stream. before_head: nodes that a head reads.
     """
 
     flow: Flow
     roles: Roles
     leads: set[int]
+
+    @cached_property
+    def before_head(self) -> set[int]:
+        heads = {o[0] for o, claims in self.roles.claims.items() if any(c.role == "head" for c in claims)}
+        return self.flow.leads_to([self.flow.products[n].reads for n in heads])
 
     def claim(self, use: Use) -> tuple[Claim, frozenset[int]]:
         """What a use says of its parameter, and the products whose scale a norm before it cancels."""
@@ -45,7 +50,9 @@ class Vectors:
         if use.activation in flow.stream:
             if use.result in self.leads:
                 return Claim("norm", "gain of a norm of the residual stream"), none
-            return Claim("final_norm", "gain of the norm after the last branch"), none
+            if use.result in self.before_head:
+                return Claim("final_norm", "gain of the norm after the last branch"), none
+            return Claim("norm", "gain of a norm", "it is neither before a branch nor before the head"), none
         roles = {c.role for o in origins for c in self.roles.claims.get(o, [])}
         mixed = any(way & Way.MIXED for ways in origins.values() for way in ways)
         if roles and roles <= {"attention_q", "attention_k"} and not mixed:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mue.layouts.layout import pattern_of
 from mue.layouts.observe.decide import Facts, decide
-from mue.layouts.observe.flow import Flow, Origin, Product, Way
-from mue.layouts.observe.flow_roles import Claim, Roles
-from mue.layouts.observe.flow_vectors import Vectors
+from mue.layouts.observe.flow.flow import Flow, Origin, Product, Way
+from mue.layouts.observe.flow.matrices import Claim, Roles
+from mue.layouts.observe.flow.vectors import Vectors
 from mue.layouts.observe.param_use import ParamUse
 from mue.rules.roles import ROLES
 
@@ -117,8 +117,8 @@ class Observed:
         index = nodes[nodes[weight].inputs[-1][1]].tensor
         if index is None:
             return False
-        found = index.flatten().unique()
-        return found.numel() > 1 and torch.equal(found, torch.arange(found.numel()))
+        found = sorted(set(index.flatten().tolist()))
+        return len(found) > 1 and found == list(range(len(found)))
 
     # ---- matrices
 
@@ -189,7 +189,7 @@ class Observed:
     def _by_name(self, name: str, axes: tuple[str, ...], how: str, look: str, products: Sequence[Product]) -> Verdict:
         """A proposal by name, or by what reads it, for what the flow left open."""
         decision = decide(self._facts(name))
-        role = decision.role if decision.role in ROLES and ROLES[decision.role].drawn else None
+        role = decision.role if decision.role is not None and ROLES[decision.role].drawn else None
         if role is not None:
             return Verdict(role, how, f"{look}; its name says {role}", axes, decision.parts)
         readers = {
@@ -201,6 +201,8 @@ class Observed:
         }
         if len(readers) == 1 and (role := readers.pop()) in ROLES:
             return Verdict(role, how, f"{look}; a matrix reads it that is {role}", axes)
+        if all(p.reads in self.flow.stream and 4 * p.features <= self.width for p in products):
+            return Verdict("router", how, f"{look}; its few outputs may weigh something, as a router's do", axes)
         return Verdict(None, how, look, axes)
 
     def _facts(self, name: str) -> Facts:
@@ -257,7 +259,9 @@ class Observed:
         """Whether the code adds a constant to a parameter before it uses it."""
         nodes = self.flow.nodes
         while nodes[weight].op != "parameter":
-            if nodes[weight].op in ("add", "rsub"):
-                return True
-            weight = next(i for _, i in nodes[weight].inputs if self.flow.parameters.get(i))
+            node = nodes[weight]
+            if node.op in ("add", "rsub"):
+                added = [a for a in node.args if isinstance(a, int | float)]
+                return len(node.inputs) > 1 or any(added)
+            weight = next(i for _, i in node.inputs if self.flow.parameters.get(i))
         return False
