@@ -169,7 +169,11 @@ def propose(model: nn.Module, batch: Any = None) -> Proposal:
         seen = _observe(inner, batch)
     verdicts = {n: seen.verdict(n) for n in seen.shapes}
     verdicts |= {n: v for n in seen.shapes if (v := _as_siblings(n, verdicts, seen.shapes)) is not None}
-    return Proposal(name, tuple(_rows(verdicts, _names(seen, verdicts))))
+    names = _names(seen, verdicts)
+    for n, v in verdicts.items():  # the last norm of the last block is the norm that it is in every block
+        if v.role == "final_norm" and names.block(n) is not None:
+            verdicts[n] = replace(v, role="norm", how="gain of a norm of the residual stream")
+    return Proposal(name, tuple(_rows(verdicts, names)))
 
 
 @contextmanager
@@ -239,23 +243,14 @@ def _tokens(model: nn.Module) -> Tensor:
 
 
 def _as_siblings(name: str, verdicts: Mapping[str, Verdict], shapes: Mapping[str, tuple[int, ...]]) -> Verdict | None:
-    """An expert that no token reached is what the others are whose names differ from its own in numbers only."""
-    mine = verdicts[name]
-    if mine.role is not None:
+    """An expert that no token reached, or one, is what the others are whose names differ from its own in numbers only."""
+    if not verdicts[name].look:
         return None
-    alike = (
-        {
-            v
-            for n, v in verdicts.items()
-            if v.role is not None
-            and v.role.startswith("expert_")
-            and shapes[n] == shapes[name]
-            and pattern_of(n) == pattern_of(name)
-        }
-        if "never used" in mine.look
-        else set()
-    )
-    return alike.pop() if len(alike) == 1 else None
+    pattern, shape = pattern_of(name), shapes[name]
+    alike = [n for n, v in verdicts.items() if pattern_of(n) == pattern and shapes[n] == shape and not v.look]
+    modules = {n.rpartition(".")[0] for n, v in verdicts.items() if v.role in of_kind("expert")}
+    found = {verdicts[n] for n in alike if n.rpartition(".")[0] in modules}
+    return found.pop() if len(found) == 1 and len({verdicts[n] for n in alike}) == 1 else None
 
 
 def _names(seen: Observed, verdicts: Mapping[str, Verdict]) -> Names:

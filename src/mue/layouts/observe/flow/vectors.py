@@ -31,14 +31,16 @@ class Vectors:
     def claim(self, use: Use) -> tuple[Claim, frozenset[int]]:
         """What a use says of its parameter, and the products whose scale a norm before it cancels."""
         flow, none = self.flow, frozenset[int]()
-        normed = use.activation in flow.normed or use.slot == "gain"
         if use.slot == "bias" or (use.op in _ADDS and (use.activation in flow.normed or self._bare(use))):
             return Claim("bias", "added to what a matrix or a norm puts out"), none
-        if not normed or (use.op != "mul" and not use.slot):
+        if not self._is_gain(use):
             return Claim("", f"met element by element ({use.op}), and it is neither a norm's gain nor a bias"), none
         if any(use.result in self._inputs(n) and flow.nodes[n].op in ("sum", "mean") for n in range(len(flow.nodes))):
             return Claim("", "multiplied and summed: it may be a matrix of one output"), none
         return self._gain(use)
+
+    def _is_gain(self, use: Use) -> bool:
+        return use.slot == "gain" or (use.op == "mul" and use.activation in self.flow.normed)
 
     def _inputs(self, n: int) -> list[int]:
         return [i for _, i in self.flow.nodes[n].inputs]
@@ -51,6 +53,8 @@ class Vectors:
             if use.result in self.leads:
                 return Claim("norm", "gain of a norm of the residual stream"), none
             if use.result in self.before_head:
+                if any(u.result > use.result and u.result in self.before_head and self._is_gain(u) for u in flow.uses):
+                    return Claim("norm", "gain of a norm after the last branch, with another after it"), none
                 return Claim("final_norm", "gain of the norm after the last branch"), none
             return Claim("norm", "gain of a norm", "it is neither before a branch nor before the head"), none
         roles = {c.role for o in origins for c in self.roles.claims.get(o, [])}

@@ -1,0 +1,103 @@
+"""A proposed layout: pasted, planned with and checked; what is marked; and a model that is left as it was."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.own_models.case import COMMON, D, IDS, TUNED
+from support.own_models.lists import Lists
+from torch import Tensor, nn
+
+import mue
+from mue.layouts.propose import built, propose
+from mue.rules.roles import ROLES
+
+BASE = mue.Dense(16, 64, 1, head_dim=16, gated=False, **COMMON)
+TARGET = mue.MoE.parse("4e2a", width=D, expert=D, layers=2, head_dim=8, gated=False, router="softmax", **COMMON)
+
+
+def pasted(text: str) -> Any:
+    """The proposed method, as Python runs it where it was pasted."""
+    space: dict[str, Any] = {"mue": mue}
+    exec("class Pasted:\n" + text, space)
+    return space["Pasted"].layout
+
+
+def test_pasted_rows_carry_a_plan_to_the_model() -> None:
+    plan = mue.transfer(BASE, TARGET, TUNED)
+    model = Lists(TARGET, plan.multipliers)
+    text = propose(model, (IDS[:, :-1], IDS[:, 1:])).text()
+    assert "LOOK" not in text
+    # the class without the rows that it had
+    kind = type("Mine", (Lists,), {"layout": pasted(text)})
+    mine = kind(TARGET, plan.multipliers)
+    plan.init_(mine)
+    optimizer = torch.optim.AdamW(plan.param_groups(mine))
+    mue.check(mine, plan, (IDS[:, :-1], IDS[:, 1:]), optimizer)
+    own = {p.name: (p.role, p.layers, p.expert, p.fan_in) for p in mue.layouts.of_model.placed(model)}
+    for p in mue.layouts.of_model.placed(mine):
+        expert = p.expert if ROLES[p.role].kind == "expert" else own[p.name][2]
+        assert (p.role, p.layers, expert, p.fan_in) == own[p.name]
+
+
+class Odd(nn.Module):
+    """What no flow settles: a matrix beside the known ones, a vector of its own, a layer that nothing calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Embedding(64, 16)
+        self.extra, self.up, self.down = nn.Linear(16, 16), nn.Linear(16, 32, bias=False), nn.Linear(32, 16, bias=False)
+        self.warp, self.idle = nn.Parameter(torch.full((16,), 0.3)), nn.Linear(4, 4, bias=False)
+        self.head = nn.Linear(16, 64, bias=False)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        self.calls += 1
+        x = torch.tanh(self.extra(self.table(ids))) * self.warp
+        x = x + self.down(F.relu(self.up(x)))
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+def test_what_the_flow_does_not_settle_is_marked_with_a_reason() -> None:
+    found = propose(Odd())
+    rows = {row.pattern: row for row in found.rows}
+    for name in ("extra.weight", "warp", "idle.weight", "up.weight", "down.weight"):
+        assert rows[name].look, name
+    assert rows["idle.weight"].layout is None and "never used" in rows["idle.weight"].look
+    assert not rows["table.weight"].look
+    # a row without a role is no code, so that a table with a hole is refused and not guessed
+    assert re.search(r'^ +# mue.Layout\("idle.weight", ROLE', found.text(), re.MULTILINE)
+    assert found.to_dict()["decided"] == found.unmarked < found.tensors
+
+
+def test_the_model_is_as_it_was() -> None:
+    model = Odd().train().to(torch.bfloat16)
+    before = {n: (t, t.clone()) for n, t in model.state_dict(keep_vars=True).items()}
+    propose(model)
+    after = model.state_dict(keep_vars=True)
+    assert all(after[n] is t and torch.equal(after[n], value) and after[n].dtype == value.dtype for n, (t, value) in before.items())
+    assert model.training and model.head.training
+
+
+def test_a_model_that_does_not_run_on_tokens_says_what_to_return() -> None:
+    plan = mue.transfer(BASE, TARGET, TUNED)
+    with pytest.raises(ValueError, match=r"'batch': \.\.\."):
+        propose(Lists(TARGET, plan.multipliers))
+
+
+def test_a_model_without_weights_is_refused() -> None:
+    with torch.device("meta"):
+        model = Odd()
+    with pytest.raises(ValueError, match="meta device"):
+        propose(model)
+
+
+def test_what_builds_is_a_function_of_a_model() -> None:
+    with pytest.raises(ValueError, match="return a model"):
+        built("os:getcwd")
+    with pytest.raises(ValueError, match="is no function"):
+        built("collections:OrderedDict")
