@@ -130,9 +130,9 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "performer-pytorch 1.1.4, PerformerLM": performer,
     "litgpt 0.5.13, Llama 3.2": litgpt_llama,
     "litgpt 0.5.13, Mixtral": litgpt_moe,
-    "nanoGPT": nanogpt,
-    "minGPT": mingpt,
-    "llama2.c": llama2c,
+    "nanoGPT": nanogpt,  # karpathy/nanoGPT at 3adf61e
+    "minGPT": mingpt,  # karpathy/minGPT at 37baab7
+    "llama2.c": llama2c,  # karpathy/llama2.c at 350e04f
 }
 
 

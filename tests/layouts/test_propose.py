@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.own_models.case import COMMON, D, IDS, TUNED
-from support.own_models.lists import Lists
 from torch import Tensor, nn
 
 import mue
 from mue.layouts.propose import built, propose
 from mue.rules.roles import ROLES
+from support.own_models.case import COMMON, IDS, TUNED, D
+from support.own_models.lists import Lists
 
 BASE = mue.Dense(16, 64, 1, head_dim=16, gated=False, **COMMON)
 TARGET = mue.MoE.parse("4e2a", width=D, expert=D, layers=2, head_dim=8, gated=False, router="softmax", **COMMON)
@@ -79,7 +79,10 @@ def test_the_model_is_as_it_was() -> None:
     before = {n: (t, t.clone()) for n, t in model.state_dict(keep_vars=True).items()}
     propose(model)
     after = model.state_dict(keep_vars=True)
-    assert all(after[n] is t and torch.equal(after[n], value) and after[n].dtype == value.dtype for n, (t, value) in before.items())
+    assert all(
+        after[n] is t and torch.equal(after[n], value) and after[n].dtype == value.dtype
+        for n, (t, value) in before.items()
+    )
     assert model.training and model.head.training
 
 

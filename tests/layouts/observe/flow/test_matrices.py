@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from support.flow_models import Make, Nameless
 
 from mue.layouts.place import place
 from mue.layouts.propose import Proposal, propose
 from mue.rules.roles import ROLES
+from support.flow_models import Make, Nameless
 
 MAKES = st.builds(
     Make,
@@ -47,7 +47,7 @@ def wrong(model: Nameless, proposal: Proposal) -> list[str]:
     return found
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(MAKES)
 @example(Make(gate="apart", experts="list", shared=True, bias=True, norm="layer"))
 @example(Make(place="post", norm="shifted", order="vkq", rotary=True))

@@ -11,7 +11,9 @@ def test_a_block_with_both_branches_is_the_layer_and_other_numbers_stay() -> Non
     # layers.N.0 is attention and layers.N.1.M an element of a feed-forward's sequence
     names = [f"layers.{n}.{rest}" for n in range(2) for rest in ("0.qkv", "0.o", "1.0.w", "1.3.w", "1.2.gain")]
     branches = [
-        frozenset(f"layers.{n}.{m}" for m in members) for n in range(2) for members in (("0.qkv", "0.o"), ("1.0.w", "1.3.w"))
+        frozenset(f"layers.{n}.{m}" for m in members)
+        for n in range(2)
+        for members in (("0.qkv", "0.o"), ("1.0.w", "1.3.w"))
     ]
     found = Names([*names, "head.1.w"], branches, [ATTENTION, FEED] * 2, frozenset())
     assert found.pattern("layers.1.0.qkv") == "layers.*.0.qkv"
