@@ -20,7 +20,7 @@ from typing import Any
 
 from mue.lab.train.provenance import provenance
 from mue.layouts.layout import Layout
-from mue.layouts.propose import Proposal, propose
+from mue.layouts.propose import LayoutProposal, propose
 from mue.rules.roles import ROLES
 from mue.util.files import write_json
 from other_models.models import MODELS, NotHereError, built
@@ -50,7 +50,7 @@ def said(row: Layout | None, with_start: bool) -> str:
     return " | ".join(("+".join(row.parts) or row.role, " ".join(row.axes))) + (end if with_start else "")
 
 
-def measured(proposal: Proposal, table: Mapping[str, str]) -> dict[str, Any]:
+def measured(proposal: LayoutProposal, table: Mapping[str, str]) -> dict[str, Any]:
     """Counts of one model's tensors, and what was not as expected."""
     right = decided = silent = 0
     misses = []

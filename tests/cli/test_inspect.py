@@ -94,3 +94,25 @@ def test_configs_that_transformers_refuses(
     config: str, words: str, here: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused(in_process(capsys, monkeypatch, "inspect", f"{config}.json"), words)
+
+
+def test_propose_prints_rows_to_paste(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "train.py").write_text(
+        "from torch import nn\n"
+        "class Tiny(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.e, self.u, self.d = nn.Embedding(9, 8), nn.Linear(8, 16, bias=False), nn.Linear(16, 8, bias=False)\n"
+        "    def forward(self, ids):\n"
+        "        x = self.e(ids)\n"
+        "        return (x + self.d(self.u(x).relu())) @ self.e.weight.T\n"
+        "def build():\n"
+        "    return Tiny()\n"
+    )
+    call = ("inspect", f"{tmp_path}/train.py:build", "--propose")
+    code, out, _ = in_process(capsys, monkeypatch, *call)
+    assert code == 0 and 'mue.Layout("e.weight", "embedding", ("in", "out"))' in out
+    assert "3 tensors in 3 rows, 3 decided" in out
+    refused(in_process(capsys, monkeypatch, *call, "--measure-gates"), "--propose takes")

@@ -22,7 +22,7 @@ from mue.layouts.observe.flow.locality import acts_at_its_own_position
 from mue.layouts.observe.flow.matrices import roles_of
 from mue.layouts.observe.flow.patterns import Names
 from mue.layouts.observe.flow.vectors import Vectors
-from mue.layouts.observe.flow.verdict import Observed, Verdict
+from mue.layouts.observe.flow.verdict import Observed, ParamVerdict
 from mue.layouts.observe.param_use import param_use
 from mue.layouts.observe.run import perturb, run_batch, run_tokens
 from mue.rules.roles import of_kind
@@ -54,7 +54,7 @@ class ProposedRow:
 
 
 @dataclass(frozen=True)
-class Proposal:
+class LayoutProposal:
     """The proposed table of a model."""
 
     name: str
@@ -151,7 +151,7 @@ def built(source: str) -> tuple[nn.Module, Any]:
     return model, given.get("batch")
 
 
-def propose(model: nn.Module, batch: Any = None) -> Proposal:
+def propose(model: nn.Module, batch: Any = None) -> LayoutProposal:
     """Propose a layout for a model, which is left as it is.
 
     Args:
@@ -173,7 +173,7 @@ def propose(model: nn.Module, batch: Any = None) -> Proposal:
     for n, v in verdicts.items():  # the last norm of the last block is the norm that it is in every block
         if v.role == "final_norm" and names.block(n) is not None:
             verdicts[n] = replace(v, role="norm", how="gain of a norm of the residual stream")
-    return Proposal(name, tuple(_rows(verdicts, names)))
+    return LayoutProposal(name, tuple(_rows(verdicts, names)))
 
 
 @contextmanager
@@ -242,7 +242,9 @@ def _tokens(model: nn.Module) -> Tensor:
     return torch.randint(min(3, top - 1), top, TINY_BATCH).to(device)
 
 
-def _as_siblings(name: str, verdicts: Mapping[str, Verdict], shapes: Mapping[str, tuple[int, ...]]) -> Verdict | None:
+def _as_siblings(
+    name: str, verdicts: Mapping[str, ParamVerdict], shapes: Mapping[str, tuple[int, ...]]
+) -> ParamVerdict | None:
     """An expert that no token reached, or one, is what the others are whose names differ from its own in numbers only."""
     if not verdicts[name].look:
         return None
@@ -253,7 +255,7 @@ def _as_siblings(name: str, verdicts: Mapping[str, Verdict], shapes: Mapping[str
     return found.pop() if len(found) == 1 and len({verdicts[n] for n in alike}) == 1 else None
 
 
-def _names(seen: Observed, verdicts: Mapping[str, Verdict]) -> Names:
+def _names(seen: Observed, verdicts: Mapping[str, ParamVerdict]) -> Names:
     members: dict[int, set[str]] = {}
     for node, branch in seen.roles.branch_of.items():
         members.setdefault(branch, set()).update(seen.flow.products[node].parameters)
@@ -268,7 +270,7 @@ def _names(seen: Observed, verdicts: Mapping[str, Verdict]) -> Names:
     )
 
 
-def _rows(verdicts: Mapping[str, Verdict], names: Names) -> list[ProposedRow]:
+def _rows(verdicts: Mapping[str, ParamVerdict], names: Names) -> list[ProposedRow]:
     """Tensors of one pattern and one verdict in one row; where verdicts differ, each tensor has its own."""
     groups: dict[str, list[str]] = {}
     for name in verdicts:
@@ -292,7 +294,7 @@ def _rows(verdicts: Mapping[str, Verdict], names: Names) -> list[ProposedRow]:
     return rows
 
 
-def _kind(v: Verdict, names: Names) -> Verdict:
+def _kind(v: ParamVerdict, names: Names) -> ParamVerdict:
     """A verdict without what may differ between tensors of one row."""
     after = frozenset(names.pattern(a) for a in v.after)
     return replace(v, how="", look="", after=after)

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from mue.layouts.place import place
-from mue.layouts.propose import Proposal, propose
+from mue.layouts.propose import LayoutProposal, propose
 from mue.rules.roles import ROLES
 from support.flow_models import Make, Nameless
 
@@ -31,7 +31,7 @@ MAKES = st.builds(
 )
 
 
-def wrong(model: Nameless, proposal: Proposal) -> list[str]:
+def wrong(model: Nameless, proposal: LayoutProposal) -> list[str]:
     """Tensors that were decided, and otherwise than they are."""
     found = []
     for row in proposal.rows:

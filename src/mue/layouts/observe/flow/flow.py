@@ -37,7 +37,7 @@ Origins = Mapping[Origin, frozenset[Way]]
 
 
 @dataclass(frozen=True)
-class Product:
+class WeightProduct:
     """A matrix product of weights with activations.
 
     Attributes:
@@ -66,7 +66,7 @@ class Use:
 
 
 @dataclass(frozen=True)
-class Branch:
+class StreamBranch:
     """What is added to the residual stream: the node of the sum, and of what was added."""
 
     sum: int
@@ -98,9 +98,9 @@ class Flow:
     stream: set[int] = field(default_factory=set)
     normed: set[int] = field(default_factory=set)
     parameters: dict[int, frozenset[str]] = field(default_factory=dict)
-    products: dict[int, Product] = field(default_factory=dict)
+    products: dict[int, WeightProduct] = field(default_factory=dict)
     contractions: dict[int, tuple[int, int]] = field(default_factory=dict)
-    branches: list[Branch] = field(default_factory=list)
+    branches: list[StreamBranch] = field(default_factory=list)
     uses: list[Use] = field(default_factory=list)
     lookups: list[Lookup] = field(default_factory=list)
     filters: set[str] = field(default_factory=set)

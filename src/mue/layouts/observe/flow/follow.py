@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
-from mue.layouts.observe.flow.flow import Branch, Flow, Kind, Lookup, Origin, Origins, Product, Use, Way
+from mue.layouts.observe.flow.flow import Flow, Kind, Lookup, Origin, Origins, StreamBranch, Use, Way, WeightProduct
 from mue.layouts.observe.flow.graph import Node
 from mue.layouts.observe.param_use import SUMS
 
@@ -204,7 +204,7 @@ class _Step:
             shape = self.node.shape
             vector = len(flow.nodes[weight].shape) == 1
             features = 1 if vector else shape[-1] if last or len(shape) < 2 else shape[-2]
-            flow.products[n] = Product(n, weight, reads, flow.parameters[weight], features)
+            flow.products[n] = WeightProduct(n, weight, reads, flow.parameters[weight], features)
             step = 1 if last or len(shape) < 2 else shape[-1]
             flow._frames[self.node.storage] = (self.node.offset, step, features)
             flow.origins[n] = _union([{(n, None): frozenset({Way.LINEAR})}, *(flow.origins[i] for i in rest)])
@@ -320,7 +320,7 @@ class _Step:
             return False
         for stream, added in (taken, taken[::-1]):
             if stream in flow.stream and added not in flow.stream and flow.origins[added]:
-                flow.branches.append(Branch(self.n, added))
+                flow.branches.append(StreamBranch(self.n, added))
                 flow.stream.add(self.n)
                 return True
         return False

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from mue.layouts.observe.flow.flow import Flow, Kind, Origin, Product, Way
+from mue.layouts.observe.flow.flow import Flow, Kind, Origin, Way, WeightProduct
 from mue.rules.roles import ROLES
 
 _SWAPS = ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "expand", "slice", "clone")
@@ -184,7 +184,7 @@ class _Branch:
             found |= stacked
         return found
 
-    def _experts_inside(self, product: Product, many: int) -> bool:
+    def _experts_inside(self, product: WeightProduct, many: int) -> bool:
         return any(
             many in node.shape and len(node.shape) > 2
             for node in self.flow.nodes

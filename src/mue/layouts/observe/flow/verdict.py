@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mue.layouts.layout import pattern_of
 from mue.layouts.observe.decide import Facts, decide
-from mue.layouts.observe.flow.flow import Flow, Origin, Product, Way
+from mue.layouts.observe.flow.flow import Flow, Origin, Way, WeightProduct
 from mue.layouts.observe.flow.matrices import Claim, Roles
 from mue.layouts.observe.flow.vectors import Vectors
 from mue.layouts.observe.param_use import ParamUse
@@ -21,7 +21,7 @@ _LOOKUPS = ("embedding", "index", "index_select")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class ParamVerdict:
     """What one parameter is proposed to be.
 
     Attributes:
@@ -56,9 +56,9 @@ class Observed:
     constants: Mapping[str, float | None]
     tokens: Sequence[Tensor]
     width: int
-    products: Mapping[str, Sequence[Product]] = field(default_factory=dict)
+    products: Mapping[str, Sequence[WeightProduct]] = field(default_factory=dict)
 
-    def verdict(self, name: str) -> Verdict:
+    def verdict(self, name: str) -> ParamVerdict:
         """What is proposed for a parameter."""
         products = self.products.get(name, ())
         lookups = [x for x in self.flow.lookups if name in self.flow.parameters[x.weight]]
@@ -72,13 +72,13 @@ class Observed:
         uses = [u for u in self.flow.uses if name in self.flow.parameters[u.weight]]
         if uses:
             return self._elementwise(name, uses)
-        return Verdict(
+        return ParamVerdict(
             None, "", "the forward pass never used it: leave it alone with the role unplanned, or say what it is"
         )
 
     # ---- tables
 
-    def _table(self, name: str, indices: Sequence[int], products: Sequence[Product]) -> Verdict:
+    def _table(self, name: str, indices: Sequence[int], products: Sequence[WeightProduct]) -> ParamVerdict:
         how, look = "rows looked up by the tokens", ""
         if not all(self._is_tokens(self.flow.value(i)) for i in indices):
             look = "rows looked up by numbers that are not the tokens themselves"
@@ -88,7 +88,9 @@ class Observed:
         if len({p for x in self.flow.lookups for p in self.flow.parameters[x.weight]}) > 1:
             look = look or "several tables are looked up by what depends on the tokens"
         return (
-            Verdict("embedding", how, look, ("in", "out")) if len(self.shapes[name]) == 2 else Verdict(None, how, look)
+            ParamVerdict("embedding", how, look, ("in", "out"))
+            if len(self.shapes[name]) == 2
+            else ParamVerdict(None, how, look)
         )
 
     @cached_property
@@ -122,7 +124,7 @@ class Observed:
 
     # ---- matrices
 
-    def _matrix(self, name: str, products: Sequence[Product]) -> Verdict:
+    def _matrix(self, name: str, products: Sequence[WeightProduct]) -> ParamVerdict:
         read = [self._parts(p) for p in products]
         roles, how, look = read[0]
         if any(r[0] != roles for r in read):
@@ -139,9 +141,9 @@ class Observed:
             return self._by_name(name, axes, how, look, products)
         if self.constants[name] == 0:
             look = look or "its code starts it at 0: add start=0.0 if that is meant"
-        return Verdict(roles[0], how, look, axes, roles if len(roles) > 1 else ())
+        return ParamVerdict(roles[0], how, look, axes, roles if len(roles) > 1 else ())
 
-    def _parts(self, product: Product) -> tuple[tuple[str, ...], str, str]:
+    def _parts(self, product: WeightProduct) -> tuple[tuple[str, ...], str, str]:
         """Roles of the matrices fused in a product, in the order of its outputs, how they were read, and what is in doubt."""
         claims: list[tuple[int | None, Claim]] = [
             (origin[1], c) for origin, many in self.roles.claims.items() if origin[0] == product.node for c in many
@@ -165,7 +167,7 @@ class Observed:
         )
         return tuple(roles), how, look or ("" if roles else "where its values go is none of the known ways")
 
-    def _axes(self, name: str, role: str, products: Sequence[Product]) -> tuple[tuple[str, ...], str]:
+    def _axes(self, name: str, role: str, products: Sequence[WeightProduct]) -> tuple[tuple[str, ...], str]:
         """What each axis is, and what is in doubt about it."""
         shape, summed = self.shapes[name], self.uses[name].summed
         inner = next(iter(summed), ())
@@ -186,12 +188,14 @@ class Observed:
             return tuple(axes), "it has more than two axes"
         return tuple(axes), ""
 
-    def _by_name(self, name: str, axes: tuple[str, ...], how: str, look: str, products: Sequence[Product]) -> Verdict:
+    def _by_name(
+        self, name: str, axes: tuple[str, ...], how: str, look: str, products: Sequence[WeightProduct]
+    ) -> ParamVerdict:
         """A proposal by name, or by what reads it, for what the flow left open."""
         decision = decide(self._facts(name))
         role = decision.role if decision.role is not None and ROLES[decision.role].drawn else None
         if role is not None:
-            return Verdict(role, how, f"{look}; its name says {role}", axes, decision.parts)
+            return ParamVerdict(role, how, f"{look}; its name says {role}", axes, decision.parts)
         readers = {
             c.role
             for p in products
@@ -200,10 +204,10 @@ class Observed:
             for c in self.roles.claims.get((q.node, None), [])
         }
         if len(readers) == 1 and (role := readers.pop()) in ROLES:
-            return Verdict(role, how, f"{look}; a matrix reads it that is {role}", axes)
+            return ParamVerdict(role, how, f"{look}; a matrix reads it that is {role}", axes)
         if all(p.reads in self.flow.stream and 4 * p.features <= self.width for p in products):
-            return Verdict("router", how, f"{look}; its few outputs may weigh something, as a router's do", axes)
-        return Verdict(None, how, look, axes)
+            return ParamVerdict("router", how, f"{look}; its few outputs may weigh something, as a router's do", axes)
+        return ParamVerdict(None, how, look, axes)
 
     def _facts(self, name: str) -> Facts:
         shape = self.shapes[name]
@@ -214,7 +218,7 @@ class Observed:
 
     # ---- vectors
 
-    def _elementwise(self, name: str, uses: Sequence[object]) -> Verdict:
+    def _elementwise(self, name: str, uses: Sequence[object]) -> ParamVerdict:
         read = [self.vectors.claim(u) for u in uses]  # type: ignore[arg-type]
         claims = {c.role: c for c, _ in read}
         if len(claims) == 1 and "" not in claims:
@@ -227,9 +231,9 @@ class Observed:
             sure = all(self._positions(w) for w in weights)
             axes = ("in",) * (len(self.shapes[name]) - 1) + ("out",)
             if sure and len(axes) == 2:
-                return Verdict("position", "rows looked up by their number, and added to the embedding", "", axes)
+                return ParamVerdict("position", "rows looked up by their number, and added to the embedding", "", axes)
             if len(axes) > 1:
-                return Verdict("position", "", "added to the stream: is it a table of positions?", axes)
+                return ParamVerdict("position", "", "added to the stream: is it a table of positions?", axes)
         how = next(c.how for c, _ in read if not c.role or len(claims) > 1)
         decision = decide(self._facts(name))
         role = decision.role if decision.role and ROLES[decision.role].vector else "norm"
@@ -238,7 +242,7 @@ class Observed:
         said = f"{how}: planned as {role}, which is neither drawn nor decayed"
         return self._vector(name, Claim(role, how, said))
 
-    def _vector(self, name: str, claim: Claim, weights: Sequence[int] = ()) -> Verdict:
+    def _vector(self, name: str, claim: Claim, weights: Sequence[int] = ()) -> ParamVerdict:
         """A vector with what it starts at: gains at 1, or at 0 where the code adds 1."""
         constant, look = self.constants[name], claim.doubt
         start: float | str | None = "own" if constant is None else float(f"{constant:.6g}")
@@ -253,7 +257,7 @@ class Observed:
             if constant not in (0.0, None):
                 look = look or f"a bias that starts at {constant:g}"
             start = start if look else None  # drawn by torch's own default or 0: the plan starts it at 0
-        return Verdict(role, claim.how, look, ("vector",) * len(self.shapes[name]), start=start)
+        return ParamVerdict(role, claim.how, look, ("vector",) * len(self.shapes[name]), start=start)
 
     def _shifted(self, weight: int) -> bool:
         """Whether the code adds a constant to a parameter before it uses it."""
