@@ -102,14 +102,10 @@ _SHAPING = frozenset(
         "contiguous",
     ]
 )
-_CHOOSES: Mapping[str, tuple[int, ...]] = {  # arguments that say which entries are taken
-    **dict.fromkeys(("index", "index_put", "masked_fill", "masked_scatter", "masked_select", "embedding"), (1,)),
-    **dict.fromkeys(
-        ("index_select", "gather", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce"), (2,)
-    ),
-    "where": (0,),
-    "repeat_interleave": (1,),
-}
+_SECOND = "index index_put masked_fill masked_scatter masked_select embedding repeat_interleave".split()
+_THIRD = "index_select gather index_add index_copy scatter scatter_add scatter_reduce".split()
+# Arguments that say which entries of others are taken.
+_CHOOSES = {"where": (0,), **dict.fromkeys(_SECOND, (1,)), **dict.fromkeys(_THIRD, (2,))}
 # Norms that are one kernel: the arguments that are its gain and its bias.
 NORMS: Mapping[str, tuple[int, int | None]] = {
     "native_layer_norm": (2, 3),
