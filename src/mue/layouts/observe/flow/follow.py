@@ -7,6 +7,7 @@ No name of a parameter or module is looked at.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
@@ -14,96 +15,17 @@ from mue.layouts.observe.flow.flow import Flow, Kind, Lookup, Origin, Origins, S
 from mue.layouts.observe.flow.graph import Node
 from mue.layouts.observe.param_use import SUMS
 
-_LINEAR = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "_reshape_alias",
-        "t",
-        "transpose",
-        "permute",
-        "expand",
-        "expand_as",
-        "unsqueeze",
-        "squeeze",
-        "slice",
-        "select",
-        "split",
-        "split_with_sizes",
-        "unbind",
-        "clone",
-        "contiguous",
-        "_to_copy",
-        "detach",
-        "alias",
-        "as_strided",
-        "unfold",
-        "constant_pad_nd",
-        "flip",
-        "roll",
-        "neg",
-        "native_dropout",
-        "sum",
-        "mean",
-        "cumsum",
-        "repeat",
-        "tril",
-        "triu",
-        "lift_fresh",
-        "diagonal",
-        "movedim",
-        "add",
-        "sub",
-        "rsub",
-        "mul",
-        "div",
-        "cat",
-        "stack",
-        "index",
-        "index_select",
-        "gather",
-        "masked_fill",
-        "where",
-        "index_put",
-        "index_add",
-        "index_copy",
-        "scatter",
-        "scatter_add",
-        "scatter_reduce",
-        "copy",
-        "overwritten",
-        "masked_scatter",
-        "masked_select",
-        "repeat_interleave",
-        "fill",
-        "zero",
-        "_conj",
-        "squeeze_",
-        "view_as",
-        "pixel_shuffle",
-    ]
+# Kernels by name, whole. What is linear in each of its activations; every other kernel is taken to bend what it reads.
+_LINEAR = re.compile(
+    r"view|_unsafe_view|reshape|_reshape_alias|t|transpose|permute|expand|expand_as|unsqueeze|squeeze|slice|select|split|unbind"
+    r"|split_with_sizes|clone|contiguous|_to_copy|detach|alias|as_strided|unfold|constant_pad_nd|flip|roll|neg|native_dropout"
+    r"|sum|mean|cumsum|repeat|tril|triu|diagonal|movedim|add|sub|rsub|mul|div|cat|stack|where|copy|overwritten|masked_\w+"
+    r"|index|index_(select|put|add|copy)|gather|scatter|scatter_(add|reduce)|repeat_interleave|view_as_(real|complex)|_conj"
 )
-_REDUCTIONS = frozenset(
-    ["sum", "mean", "var", "std", "norm", "linalg_vector_norm", "amax", "amin", "var_mean", "logsumexp", "max"]
-)
-_SHAPING = frozenset(
-    [
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "expand",
-        "unsqueeze",
-        "squeeze",
-        "clone",
-        "_to_copy",
-        "detach",
-        "alias",
-        "contiguous",
-    ]
-)
-_SECOND = "index index_put masked_fill masked_scatter masked_select embedding repeat_interleave".split()
-_THIRD = "index_select gather index_add index_copy scatter scatter_add scatter_reduce".split()
+_REDUCTIONS = re.compile(r"sum|mean|var|std|norm|linalg_vector_norm|amax|amin|max|var_mean|logsumexp")
+_SHAPING = re.compile(r"view|_unsafe_view|reshape|expand|unsqueeze|squeeze|clone|_to_copy|detach|alias|contiguous")
+_SECOND = ["index", "index_put", "masked_fill", "masked_scatter", "masked_select", "embedding", "repeat_interleave"]
+_THIRD = ["index_select", "gather", "index_add", "index_copy", "scatter", "scatter_add", "scatter_reduce"]
 # Arguments that say which entries of others are taken.
 _CHOOSES = {"where": (0,), **dict.fromkeys(_SECOND, (1,)), **dict.fromkeys(_THIRD, (2,))}
 # Norms that are one kernel: the arguments that are its gain and its bias.
@@ -246,13 +168,13 @@ class _Step:
             return
         if self._residual(taken):
             return
-        linear = self.op in _LINEAR
+        linear = bool(_LINEAR.fullmatch(self.op))
         way = Way.LINEAR if linear else Way.SOFTMAX | Way.BENT if "softmax" in self.op else Way.BENT
         if not self.node.floating:
             way |= Way.CHOSE | Way.BENT
         parts = [_with(flow.origins[i], way) for i in taken]
         flow.origins[n] = _union([*parts, *(_with(flow.origins[i], Way.CHOSE) for i in choosing)])
-        reduced = self.op in _REDUCTIONS and self._reduces_features(taken)
+        reduced = _REDUCTIONS.fullmatch(self.op) and self._reduces_features(taken)
         if reduced or (taken and all(i in flow.narrow for i in taken) and self._keeps_narrow()):
             flow.narrow.add(n)
         elif linear and self.node.floating and taken and all(i in flow.stream for i in taken):
@@ -270,7 +192,8 @@ class _Step:
         return any(d % max(rank, 1) == rank - 1 for d in axes)
 
     def _keeps_narrow(self) -> bool:
-        return self.op in _SHAPING or self.op not in _LINEAR or self.op in ("add", "sub", "mul", "div", "neg")
+        shaping, linear = _SHAPING.fullmatch(self.op), _LINEAR.fullmatch(self.op)
+        return bool(shaping) or not linear or self.op in ("add", "sub", "mul", "div", "neg")
 
     def _statistic(self, a: int, b: int) -> bool:
         """``a`` over one of its own statistics, as norms and softmaxes do: that is ``a`` still."""
