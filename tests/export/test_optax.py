@@ -21,8 +21,6 @@ from mue.lab.models.language import LanguageModel
 from mue.lab.train.run import Settings
 from mue.lab.train.schedule import lr_factor
 from mue.lab.train.step import planned_optimizer
-from mue.plan.values import Multipliers
-from mue.shapes import Transformer
 from support.pages import run_python
 from support.paths import ROOT
 from support.stack_models import need
@@ -44,10 +42,10 @@ def jax() -> Iterator[ModuleType]:
     found.config.update("jax_enable_x64", False)
 
 
-def twin_of(target: Transformer, multipliers: Multipliers) -> Any:
+def twin_of(made: mue.Plan) -> Any:
     from support.flax_twin import Twin
 
-    return Twin(target, multipliers)
+    return Twin(made.target, made.attention_scale)
 
 
 def arrays(params: Any) -> dict[str, Any]:
@@ -139,7 +137,7 @@ def distance(kind: str, optimizer: str = "adamw", wrong: tuple[str, str] = ("", 
     text = export(made, "optax")
     assert wrong[0] in text
     code = run(text.replace(*wrong))
-    return apart(trained_in_jax(code, twin_of(made.target, fold(made).multipliers), start), ended, start)
+    return apart(trained_in_jax(code, twin_of(made), start), ended, start)
 
 
 @pytest.mark.parametrize("kind", ["dense", "dense, then experts", "tied"])
@@ -164,7 +162,7 @@ def shapes(kind: str, found: ModuleType) -> dict[str, Any]:
     from flax import nnx
 
     made = plan(kind)
-    state = nnx.eval_shape(lambda: nnx.state(twin_of(made.target, fold(made).multipliers), nnx.Param))
+    state = nnx.eval_shape(lambda: nnx.state(twin_of(made), nnx.Param))
     return arrays(state)
 
 

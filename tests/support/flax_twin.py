@@ -1,5 +1,7 @@
 """The lab's language model once more, in flax (nnx): the same forward pass written by hand, with the names of the optax export.
 
+It has no multipliers but the attention scale, as a user's model has none.
+
 Shape suffixes: B sequences, T tokens, D width, H heads, K key/value heads, E head size, N experts, F inner width.
 """
 
@@ -13,7 +15,6 @@ from jax import numpy as jnp
 from torch import nn
 
 from mue.lab.models.layers import EPS, ROPE_BASE
-from mue.plan.values import Multipliers
 from mue.shapes import Block, Transformer
 
 
@@ -82,11 +83,11 @@ class FeedForward(nnx.Module):
 
 
 class MoE(nnx.Module):
-    """R · Σ πᵢEᵢ(x) + S(x); every expert computes every token, and gates are zero where it is not chosen."""
+    """Σ πᵢEᵢ(x) + S(x); every expert computes every token, and gates are zero where it is not chosen."""
 
-    def __init__(self, width: int, block: Block, route: float) -> None:
+    def __init__(self, width: int, block: Block) -> None:
         N, F, S = block.experts, block.expert or 0, block.shared_width if block.shared_experts else 0
-        self.active, self.sigmoid, self.route = block.active, block.router == "sigmoid", route
+        self.active, self.sigmoid = block.active, block.router == "sigmoid"
         self.router = Kernel(width, N)
         self.experts_up, self.experts_gate = (nnx.Param(jnp.zeros((N, width, F))) for _ in range(2))
         self.experts_down = nnx.Param(jnp.zeros((N, F, width)))
@@ -100,7 +101,7 @@ class MoE(nnx.Module):
         scores = jax.nn.sigmoid(logits) if self.sigmoid else jax.nn.softmax(logits, -1)
         chosen = jax.lax.top_k(scores, self.active)[1]
         mine = jnp.sum(jax.nn.one_hot(chosen, scores.shape[-1], dtype=scores.dtype), -2)
-        gates = self.route * scores * mine / jnp.sum(scores * mine, -1, keepdims=True)
+        gates = scores * mine / jnp.sum(scores * mine, -1, keepdims=True)
         each = _swiglu(x_BTD, self.experts_gate[...], self.experts_up[...], self.experts_down[...])
         y = jnp.einsum("btn,btnd->btd", gates, each)
         if self.shared:
@@ -115,21 +116,20 @@ def _swiglu(x_BTD: Array, gate_NDF: Array, up_NDF: Array, down_NFD: Array) -> Ar
 
 
 class TwinBlock(nnx.Module):
-    """x + l^-α · attention(norm x), then x + l^-α · A · feed-forward(norm x)."""
+    """x + attention(norm x), then x + feed-forward(norm x)."""
 
-    def __init__(self, shape: Transformer, block: Block, m: Multipliers, layer: int) -> None:
-        self.residual, self.output = m.residual, m.output[layer]
+    def __init__(self, shape: Transformer, block: Block, scale: float) -> None:
         self.attention_norm, self.ffn_norm = Norm(shape.width), Norm(shape.width)
-        self.attention = Attention(shape, m.attention_scale or shape.head_dim**-0.5)
+        self.attention = Attention(shape, scale)
         if block.ffn:
             self.ffn = FeedForward(shape.width, block.ffn)
         else:
-            self.moe = MoE(shape.width, block, m.route[layer])
+            self.moe = MoE(shape.width, block)
         self.dense = bool(block.ffn)
 
     def __call__(self, x: Array) -> Array:
-        x = x + self.residual * self.attention(self.attention_norm(x))
-        return x + self.residual * self.output * (self.ffn if self.dense else self.moe)(self.ffn_norm(x))
+        x = x + self.attention(self.attention_norm(x))
+        return x + (self.ffn if self.dense else self.moe)(self.ffn_norm(x))
 
 
 class Embedding(nnx.Module):
@@ -140,12 +140,15 @@ class Embedding(nnx.Module):
 
 
 class Twin(nnx.Module):
-    """``LanguageModel(shape, multipliers)`` in flax; gated, and with routers that choose the best by one matrix's scores."""
+    """``LanguageModel(shape)`` in flax; gated, and with routers that choose the best by one matrix's scores.
 
-    def __init__(self, shape: Transformer, multipliers: Multipliers) -> None:
-        self.head_multiplier = multipliers.head
+    Args:
+        scale: of the attention's logits.
+    """
+
+    def __init__(self, shape: Transformer, scale: float) -> None:
         self.embedding = Embedding(shape.vocab, shape.width)
-        self.blocks = nnx.List(TwinBlock(shape, b, multipliers, i) for i, b in enumerate(shape.per_layer))
+        self.blocks = nnx.List(TwinBlock(shape, block, scale) for block in shape.per_layer)
         self.final_norm = Norm(shape.width)
         self.tied = shape.tied
         if not shape.tied:
@@ -155,7 +158,7 @@ class Twin(nnx.Module):
         x = self.embedding.embedding[...][tokens_BT]
         for block in self.blocks:
             x = block(x)
-        x = self.head_multiplier * self.final_norm(x)
+        x = self.final_norm(x)
         return x @ self.embedding.embedding[...].T if self.tied else self.head(x)
 
     def loss(self, tokens_BT: Array, targets_BT: Array) -> Array:
