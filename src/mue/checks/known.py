@@ -36,6 +36,8 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._roots: dict[int, Tensor] = {}  # the stream, as it is and as it was
         self._sums: dict[int, list[Term]] = {}  # of an attention and a feed-forward that have not met the stream yet
         self._chains: dict[int, tuple[Any, float]] = {}  # what a tensor is, but for a factor
+        self._gated: dict[int, tuple[Tensor, Tensor, float]] = {}  # a gate times a branch → both, and by what else
+        self._places: dict[int, int] = {}  # of 1 + scale, which of a modulation's vectors the scale is
         self._rows: dict[int, Tensor] = {}  # a number for each row → what it was reduced from
         self._squared: Tensor | None = None  # what was squared last: the input of a norm, if a mean comes next
         self._kept: dict[int, list[tuple[Any, str]]] = {}  # recorded values, by storage
@@ -90,7 +92,16 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = key_of(t)
         shared = any(key_of(g) == key for g in given)
         if not shared:
-            for known in (self._origins, self._roots, self._sums, self._chains, self._rows, self._kept):
+            for known in (
+                self._origins,
+                self._roots,
+                self._sums,
+                self._chains,
+                self._gated,
+                self._places,
+                self._rows,
+                self._kept,
+            ):
                 known.pop(key, None)
         if origin is not None and (t.is_floating_point() or t.is_complex()) and (not shared or kernel.endswith("_")):
             self._origins[key] = origin
@@ -129,6 +140,8 @@ class Known(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self._sums[key] = [term.times(factor) for term in self._sums[old]]
         if old in self._chains:
             self._chains[key] = self._chains[old][0], self._chains[old][1] * factor
+        if old in self._gated:
+            self._gated[key] = *self._gated[old][:2], self._gated[old][2] * factor
         return new
 
     def _order(self, t: Tensor) -> int:

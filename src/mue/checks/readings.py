@@ -13,6 +13,7 @@ from mue.checks.branches import Branch, fit_ratio, fit_sum
 from mue.checks.context import Context
 from mue.checks.record import Normed, Product
 from mue.checks.solve import EVEN, Coefficients, single_multiplier
+from mue.checks.stream import ENTERING
 from mue.layouts.layout import POSITION, ParamInfo
 from mue.plan.fold import unfold
 from mue.rules.roles import ROLES
@@ -155,7 +156,7 @@ def embedding(ctx: Context) -> Iterator[Reading | Missed]:
     record = ctx.seen[0]
     first = ctx.branches[0].added if ctx.branches else None
     c, residue = (1.0, 1.0) if first is None else fit_ratio(first.carried, first.before)
-    for p in (p for p in ctx.placed if p.role == "embedding"):
+    for p in (p for p in ctx.placed if p.role in ENTERING):
         if p.name not in record.entered or residue > UNEXPLAINED:
             seen = (
                 "its rows were not seen to join" if p.name not in record.entered else "the stream was made anew before"
@@ -240,11 +241,19 @@ def norm_ratio(n: Normed, rows: int = 64) -> tuple[float, float]:
     x = n.given.reshape(-1, n.given.shape[-1])[:rows].double()
     out = n.out.reshape(-1, n.out.shape[-1])[:rows]
     gain, bias = _vectors(n.vectors, x)
+    scale, shift = (_rows(t, n.given, rows) for t in (n.scale, n.shift))
     fits = []
     for eps in EPSILONS:
         for unit in (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps), F.layer_norm(x, x.shape[-1:], eps=eps)):
-            fits.append(fit_ratio(out, unit * gain + bias))
+            fits.append(
+                fit_ratio(out, (unit * gain + bias) * (1 if scale is None else scale) + (0 if shift is None else shift))
+            )
     return min(fits, key=lambda f: f[1])
+
+
+def _rows(t: Tensor | None, like: Tensor, rows: int) -> Tensor | None:
+    """A scale or a shift for each of the first rows of what was normed."""
+    return None if t is None else t.expand(like.shape).reshape(-1, like.shape[-1])[:rows].double()
 
 
 def _vectors(vectors: Sequence[ParamInfo], x: Tensor) -> tuple[Tensor, Tensor]:

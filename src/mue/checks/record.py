@@ -33,11 +33,16 @@ class Origin:
 
 @dataclass
 class Normed:
-    """The output of one norm: what it was given, and the gain and bias that followed, in their order."""
+    """The output of one norm: what it was given, and the gain and bias that followed, in their order.
+
+    ``scale`` and ``shift``: of adaLN (2212.09748), by what it was then multiplied and what was added, made of a modulation.
+    """
 
     given: Tensor
     out: Tensor
     vectors: list[ParamInfo]
+    scale: Tensor | None = None
+    shift: Tensor | None = None
 
 
 @dataclass
@@ -63,14 +68,16 @@ class Term:
     """One part of what is added to the stream.
 
     Attributes:
-        value: as it is added, divided by ``scale``. origin: the products it was made of. normed: the norm that ended it, and
-            ``factor``, by what its output was multiplied.
+        value: as it is added; of one behind a gate, as it would be added if that were 1. origin: the products it was made of.
+            normed: the norm that ended it, and ``factor``, by what its output was multiplied. gate: of adaLN-zero, by what it was
+            multiplied token by token.
     """
 
     value: Tensor
     origin: Origin
     normed: Normed | None = None
     factor: float = 1.0
+    gate: Tensor | None = None
 
     def times(self, factor: float) -> Term:
         return replace(self, value=self.value * factor, factor=self.factor * factor)
@@ -121,11 +128,12 @@ class Record:
     """A whole forward pass.
 
     Attributes:
-        entered: name of an embedding → by what its rows were multiplied on their way into the stream.
+        entered: name of an embedding, of tokens or of patches → by what its rows were multiplied on their way into the stream.
         losses, returned: the product that a loss, or the model's caller, was given, and by what it was multiplied.
         entropies: of each cross-entropy: its mean, and over how many targets.
         lookup: the first embedding's rows. stream: as it was left last.
         read: the tokens that the embedding looked up. targets: of each cross-entropy.
+        modulated: of each use of a modulation: its name, which of its vectors of width d, and as what.
         used: names of the parameters that some kernel was handed.
         vectors: name of a vector → whether a kernel took it as a ``"gain"`` or as a ``"bias"``.
     """
@@ -142,6 +150,7 @@ class Record:
     stream: Tensor | None = None
     read: list[Tensor] = field(default_factory=list)
     targets: list[Tensor] = field(default_factory=list)
+    modulated: list[tuple[str, int, str]] = field(default_factory=list)
     used: set[str] = field(default_factory=set)
     vectors: dict[str, str] = field(default_factory=dict)
 

@@ -7,12 +7,14 @@ recorded is what the kernels were handed. Values are kept, so use small batches.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mue.checks.known import TIMES, Known, broadcasts, factor_of, key_of, returned, seen_ahead, tensors, unmasked
+from mue.checks.gated import Gated
+from mue.checks.known import TIMES, broadcasts, factor_of, key_of, returned, seen_ahead, tensors, unmasked
 from mue.checks.record import Added, Normed, Origin, Product, Record, Scores, Softmax, Term
 from mue.layouts.layout import ParamInfo
 from mue.rules.roles import ROLES
@@ -40,7 +42,7 @@ _SLOPE_ONE = frozenset({"tanh", "tanh_"})
 _MASKS = frozenset({"where", "masked_fill", "masked_fill_"})
 
 
-class Trace(Known):  # type: ignore[no-untyped-call]
+class Trace(Gated):
     """Record into ``record`` while this mode is on."""
 
     wants_plain_operators = True  # mue.moe.experts then takes no fused kernel, whose inside cannot be seen
@@ -78,6 +80,8 @@ class Trace(Known):  # type: ignore[no-untyped-call]
 
         Taken before it runs, for it may run in place. alpha is a multiplier like any other: torch.add(x, y, alpha=c) is x + c·y.
         """
+        if (behind := self._behind_gate(kernel, args, kwargs)) is not None:
+            return behind
         if kernel not in _SUMS or len(args) < 2 or not (self._wide(args[0]) and self._wide(args[1])):
             return None
         a, b = args[0], args[1]
@@ -118,6 +122,9 @@ class Trace(Known):  # type: ignore[no-untyped-call]
 
     def _terms(self, t: Tensor, like: Tensor) -> list[Term]:
         """The parts of a branch, each as it is added."""
+        if (gated := self._gated.get(key_of(t))) is not None:
+            gate, branch, factor = gated
+            return [replace(term.times(factor), gate=gate) for term in self._terms(branch, like)]
         parts = self._sums.get(key_of(t))
         if parts is not None and all(p.value.numel() == t.numel() for p in parts):
             return parts
@@ -147,27 +154,6 @@ class Trace(Known):  # type: ignore[no-untyped-call]
                     record.added.append(Added(before, carried, term, len(record.products)))
         self._move(out)
 
-    def _entered(self, t: Tensor) -> None:
-        """Note by what an embedding was multiplied until something was first made of it."""
-        source, factor = self._chains.get(key_of(t), (None, 1.0))
-        held = self._parameter(t)
-        if held is not None and held[0].role == "embedding":  # positions, added as they are
-            source, factor = held
-        if not isinstance(source, ParamInfo) or source.role != "embedding" or source.name in self.record.entered:
-            return
-        self.record.entered[source.name] = factor
-        if self._order(t) >= 0:
-            self.record.stream = t  # what later multiplies the stream is told from what multiplied the rows
-
-    def _move(self, stream: Tensor) -> None:
-        self.record.stream = stream
-        key = key_of(stream)
-        self._roots.pop(key, None)  # to the end: the latest
-        self._roots[key] = stream
-        self._alive.append(stream)
-        self._origins[key] = Origin(stream=True)
-        self._scores = None
-
     # ---- everything else ----------------------------------------------------------------------------------------------
 
     def _follow(
@@ -191,7 +177,9 @@ class Trace(Known):  # type: ignore[no-untyped-call]
             if key_of(out) != key_of(first):
                 self._hold(out, held[0], held[1] * (factor_of(kernel, args) or 1.0))
             return
-        if self._normed(kernel, args, given, out) or self._product(kernel, args, kwargs, out):
+        if self._modulated(kernel, args, out) or self._normed(kernel, args, given, out):
+            return
+        if self._product(kernel, args, kwargs, out):
             return
         factor = factor_of(kernel, args)
         index = next((i for i, t in enumerate(given) if t.numel() > 1 or len(given) == 1), 0)
@@ -209,6 +197,9 @@ class Trace(Known):  # type: ignore[no-untyped-call]
             self._chains[key_of(out)] = chain[0], chain[1] * factor
         if key_of(out) == key_of(wide):
             return
+        if key_of(wide) in self._gated and out.numel() == wide.numel():
+            gate, branch, before = self._gated[key_of(wide)]
+            self._gated[key_of(out)] = gate, branch, before * factor
         if key_of(wide) in self._sums and out.numel() == wide.numel():
             self._sums[key_of(out)] = [t.times(factor) for t in self._sums[key_of(wide)]]
         if self._wide(out) and out.numel() == wide.numel() and self._order(wide) >= 0 and kernel != "cat":
@@ -221,17 +212,6 @@ class Trace(Known):  # type: ignore[no-untyped-call]
             return True
         alone = all(self._parameter(t) is not None or t.numel() == 1 for t in given)
         return alone and kernel in (*_SUMS, *TIMES, "rsub")
-
-    def _looked_up(self, p: ParamInfo, factor: float, out: Tensor) -> None:
-        if p.role != "embedding" or not self._wide(out):
-            return
-        self._chains[key_of(out)] = p, factor
-        self.record.lookup = out if self.record.lookup is None else self.record.lookup
-        if self.record.stream is None:
-            self._move(out)
-        else:  # positions: the stream only once they are added
-            self._roots = {key_of(out): out, **self._roots}
-            self._alive.append(out)
 
     def _normed(self, kernel: str, args: tuple[Any, ...], given: list[Tensor], out: Tensor) -> bool:
         """Norms, fused or made of a square, a mean and a product; their gain and bias."""
@@ -275,6 +255,9 @@ class Trace(Known):  # type: ignore[no-untyped-call]
                 self.record.products.append(found)
                 self._chains[key_of(out)] = found, 1.0
                 self._keep(found, "given", "out")
+                if held[0].role == "patch_embedding" and self.record.stream is None:
+                    self._move(out)
+                    self._chains[key_of(out)] = found, 1.0
                 return True
         # of a matrix that is nobody's (an adapter that is not planned), or of two activations: the stream no longer
         origin = self._origins.pop(key_of(out), None)

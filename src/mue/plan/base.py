@@ -62,7 +62,7 @@ def base_of(inputs: Inputs) -> Base:
     made = _of_plan(inputs, inputs.base) if isinstance(inputs.base, PlanData) else _of_shape(inputs, inputs.base)
     per_role.check_roles(made.tuned, made.shape)
     made.convention.check_optimizer(made.tuned.optimizer)
-    return replace(made, shape=with_logit_std(made.shape, lambda _: made.values("router", "").init_std))
+    return replace(made, shape=with_logit_std(made.shape, lambda _, role: made.values(role, "").init_std))
 
 
 def _of_plan(inputs: Inputs, plan: PlanData) -> Base:

@@ -7,24 +7,31 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from mue.shapes import Block, Training, Transformer
-from mue.shapes.routers import LOGIT_STD
+from mue.shapes.routers import LOGIT_STD, TOKEN_STD
 
 
-def with_logit_std(shape: Transformer, router_std: Callable[[Block], float | None]) -> Transformer:
+def with_logit_std(shape: Transformer, init_std: Callable[[Block, str], float | None]) -> Transformer:
     """The shape, its routers told the std of their logits where their moments depend on it and nobody said it.
 
     A router reads d numbers of a normed stream, whose squares are 1 on average at init, so that its logits have the std σ√d.
 
+    Patches of an image differ from each other in a part of that alone (:meth:`mue.shapes.Image.spread`).
+
     Args:
-        router_std: σ, with which a block's router is drawn; None: not known, and the logits count as even.
+        init_std: of a block and a role: with which it is drawn; None of the router: not known, and the logits count as even.
     """
 
     def told(block: Block) -> Block:
         if not block.experts or LOGIT_STD not in (settings := block.all_settings) or settings[LOGIT_STD] is not None:
             return block
-        if (std := router_std(block)) is None:
+        if (std := init_std(block, "router")) is None:
             return block
-        return replace(block, router_settings={**block.router_settings, LOGIT_STD: std * math.sqrt(shape.width)})
+        told = {LOGIT_STD: std * math.sqrt(shape.width)}
+        if TOKEN_STD in settings and shape.image is not None:
+            told[TOKEN_STD] = told[LOGIT_STD] * shape.image.spread(
+                shape.width, init_std(block, "patch_embedding") or 0.0
+            )
+        return replace(block, router_settings={**block.router_settings, **told})
 
     blocks = shape.blocks
     found = [told(block) for block in blocks]

@@ -174,7 +174,7 @@ def plan_of(inputs: Inputs) -> PlanData:
     refuse(rule, base.shape, target, ratios)
     #    Where weights do not sum to one: how far apart the router's logits are at init (docs/why/index.md#gates).
     target = with_logit_std(
-        target, lambda block: block_plan(rule, transition, base, block, "").roles["router"].values.init_std
+        target, lambda block, role: block_plan(rule, transition, base, block, "").roles[role].values.init_std
     )
     refuse_batch(target, transition.training)
     transition = replace(transition, target=target)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
 from mue.util.errors import positive_int
@@ -43,6 +44,23 @@ class Image:
     def patch_elements(self) -> int:
         """Numbers of one patch: the fan-in of the patch embedding, and what the head puts out."""
         return self.patch**2 * self.channels
+
+    def spread(self, width: int, patch_std: float) -> float:
+        """Of what patches are normed to at init, the part (a root mean square) in which they differ from each other.
+
+        Places are sines of which most turn slowly, and so are alike for all patches; pixels vary by about 1.
+
+        Args:
+            width: d. patch_std: init std of the patch embedding.
+        """
+        n, waves = self.size // self.patch, max(width // 4, 1)
+        alike = 0.0
+        for i in range(waves):
+            angle = 10_000.0 ** (-i / waves)
+            sin, cos = (sum(f(angle * j) for j in range(n)) / n for f in (math.sin, math.cos))
+            alike += (sin**2 + cos**2) / waves
+        pixels = patch_std**2 * self.patch_elements
+        return math.sqrt(((1 - alike) / 2 + pixels) / (1 / 2 + pixels))
 
     @property
     def text(self) -> str:

@@ -21,6 +21,8 @@ LOSSES = "losses"
 """The setting that every router has: coefficients of auxiliary losses by name."""
 LOGIT_STD = "logit_std"
 """The setting of routers whose moments depend on how far apart their logits are at init; a plan says it (:mod:`mue.plan.gates`)."""
+TOKEN_STD = "token_std"
+"""Beside it, of routers that compare tokens: how far apart an expert's logits of different tokens are; as far, where nobody says less."""
 MOMENTS_BY_LOGITS = {
     LOGIT_STD: Setting(
         default=None,

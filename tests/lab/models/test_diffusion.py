@@ -166,3 +166,19 @@ def test_gradients_reach_the_gates_first_and_then_all() -> None:
     assert {n.split(".")[-2] for n in silent[0]} >= {"q", "up", "time_in", "class_embedding"} and not silent[1]
     assert not any(n.endswith("modulation.weight") for n in silent[0])
     assert isinstance(model, nn.Module)
+
+
+def test_a_plan_knows_how_far_apart_patches_are() -> None:
+    """E[Σw] of expert choice within an image at init, of 64 images and 4 seeds, within 6 % of the plan's; without it, 40 % off."""
+    plan = plan_of(replace(EC, experts=8, width=64))
+    planned, found = plan.target.blocks[0].moments, []
+    for seed in range(4):
+        model, draw = model_of(plan, seed), torch.Generator().manual_seed(seed)
+        x, t = torch.randn(64, 1, 8, 8, generator=draw), torch.rand(64, generator=draw)
+        for routing in model(x, t, torch.zeros(64, dtype=torch.long)).routings:
+            found.append(float(routing.weight_P.detach().sum()) / routing.num_tokens / routing.route_scale)
+    mean = sum(found) / len(found)
+    assert planned is not None and abs(planned[0] / mean - 1) < 0.06
+    settings = {k: v for k, v in plan.target.blocks[0].all_settings.items() if k != "token_std"}
+    alike = plan.target.blocks[0].router_kind.moments(2, 8, {**settings, "token_std": None})  # type: ignore[misc]
+    assert alike[0] / mean > 1.3

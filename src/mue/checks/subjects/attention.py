@@ -101,7 +101,13 @@ def _heads(ctx: Context) -> Iterator[Finding]:
 
 
 def _ahead(ctx: Context) -> Iterator[Finding]:
-    """A warning where tokens see later ones: meant in an encoder, and a loss that means nothing in a decoder."""
+    """A warning where tokens see later ones: meant in an encoder, and a loss that means nothing in a decoder.
+
+    Patches of an image all see each other, and a mask that hides some is a fault.
+    """
+    if ctx.plan.target.image is not None:
+        yield from _hidden(ctx)
+        return
     seen = [p.info for s in ctx.seen[0].softmaxes if s.later for p in s.products if p.info.role == "attention_q"]
     names = dict.fromkeys(p.name for p in seen if p.layer is not None)
     if names:
@@ -113,6 +119,22 @@ def _ahead(ctx: Context) -> Iterator[Finding]:
             "the first token sees the last one",
             ("no causal mask (is_causal=True) was given",),
             "scaled_dot_product_attention(q, k, v, is_causal=True, ...), unless both directions are meant",
+            len(names),
+        )
+
+
+def _hidden(ctx: Context) -> Iterator[Finding]:
+    hidden = [p.info for s in ctx.seen[0].softmaxes if not s.later for p in s.products if p.info.role == "attention_q"]
+    names = dict.fromkeys(p.name for p in hidden if p.layer is not None)
+    if names:
+        yield Finding(
+            NAME,
+            FAIL,
+            several(names),
+            "every patch of an image sees every other",
+            "the first patch does not see the last one",
+            ("a causal mask, as of a language model (is_causal=True)",),
+            "scaled_dot_product_attention(q, k, v, is_causal=False, ...)",
             len(names),
         )
 

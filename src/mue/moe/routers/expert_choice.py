@@ -18,7 +18,7 @@ from mue.moe.routers.base import RouterInput, router
 from mue.moe.routers.ops import select_top, take_top, with_stats
 from mue.moe.routers.thresholds import ThresholdRouter
 from mue.moe.routing import Routing
-from mue.shapes.routers import LOGIT_STD, MOMENTS_BY_LOGITS
+from mue.shapes.routers import LOGIT_STD, MOMENTS_BY_LOGITS, TOKEN_STD
 from mue.shapes.settings import Setting
 
 BY_THRESHOLD, BY_BATCH = "threshold", "batch"
@@ -30,12 +30,15 @@ def moments(active: int, experts: int, settings: Mapping[str, Any]) -> tuple[flo
 
     Of N Gaussian logits of std s, where N is large: w = exp(s·g - s²/2)/N with g beyond the (1 - a/N) quantile z of a standard
     normal, so that E[Σw] = Q(z - s) and E[Σw²] = exp(s²)·Q(z - 2s)/N, Q the upper tail (ours; 5 % and 20 % too high at N = 8, s = 0.6).
+    Where an expert's logits of different tokens lie less far apart, as those of an image's patches, that std chooses: s in Q, and
+    not in exp(s²).
     """
     normal, std = NormalDist(), settings[LOGIT_STD] or 0.0
     if active == experts or std == 0:
         return active / experts, active / experts**2
-    z = normal.inv_cdf(1 - active / experts)
-    return normal.cdf(std - z), math.exp(std**2) * normal.cdf(2 * std - z) / experts
+    z, own = normal.inv_cdf(1 - active / experts), settings.get(TOKEN_STD)
+    own = std if own is None else own
+    return normal.cdf(own - z), math.exp(std**2) * normal.cdf(2 * own - z) / experts
 
 
 def fits_batch(active: int, experts: int, settings: Mapping[str, Any], tokens: int) -> None:
@@ -85,6 +88,12 @@ def fits_sequence(active: int, experts: int, settings: Mapping[str, Any], tokens
             meaning="what an expert takes its tokens from: the batch, or each sequence, in evaluation too (EC-DiT; not for causal models)",
         ),
         **MOMENTS_BY_LOGITS,
+        TOKEN_STD: Setting(
+            default=None,
+            kind=float,
+            low=0.0,
+            meaning="std of an expert's logits over tokens at init; a plan of images knows it",
+        ),
     },
     fits_batch=fits_batch,
     fits_sequence=fits_sequence,
