@@ -18,7 +18,7 @@ _ADDCMUL = ("addcmul", "addcmul_")
 _ADD = ("add", "add_")
 
 
-class Gated(Stream):
+class Gated(Stream):  # type: ignore[no-untyped-call]
     """The part of a trace that knows modulations."""
 
     def _modulates(self, t: object) -> bool:

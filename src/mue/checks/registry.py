@@ -27,12 +27,14 @@ class Check:
         needs: of :data:`NEEDS`: every tensor has a role; the model is the planned one; tensors have values (not on meta);
             there is a batch. Where one of them is lacking, the check is left out with the reason.
         otherwise: what runs in that case instead, where roles are all it needs.
+        task: the field of a shape, such as ``image``, without which there is nothing to look at: reports on other shapes do not have it.
     """
 
     name: str
     run: RunCheck
     needs: tuple[str, ...] = ()
     otherwise: RunCheck | None = None
+    task: str | None = None
     defined_in: str = field(default="", compare=False)
 
 
@@ -40,7 +42,11 @@ CHECKS: Registry[Check] = Registry("check", home="mue.checks.subjects")
 
 
 def check_of(
-    name: str, place: float = 100.0, needs: tuple[str, ...] = (), otherwise: RunCheck | None = None
+    name: str,
+    place: float = 100.0,
+    needs: tuple[str, ...] = (),
+    otherwise: RunCheck | None = None,
+    task: str | None = None,
 ) -> Callable[[RunCheck], RunCheck]:
     """A decorator that makes a function one of the checks; for the arguments see :class:`Check`.
 
@@ -54,7 +60,7 @@ def check_of(
             raise ValueError(f"check {name!r} has the unknown need {need!r}{nearest(need, NEEDS)}")
 
     def add(run: RunCheck) -> RunCheck:
-        CHECKS.register(name, place)(Check(name, run, needs, otherwise, f"{run.__module__}.{run.__qualname__}"))
+        CHECKS.register(name, place)(Check(name, run, needs, otherwise, task, f"{run.__module__}.{run.__qualname__}"))
         return run
 
     return add

@@ -68,7 +68,8 @@ def check(
     optimizers = () if optimizer is None else tuple(unwrapped(optimizer))
     check_calls(scheduler, clip, loss)
     ctx = Context(model, plan, batch, optimizers, scheduler, checkpoint, clip, loss, tokens)
-    wanted = [c for c in CHECKS.values() if c.name not in skip and (not only or c.name in only)]
+    here = [c for c in CHECKS.values() if c.task is None or getattr(plan.target, c.task) is not None]
+    wanted = [c for c in (CHECKS.values() if only else here) if c.name not in skip and (not only or c.name in only)]
     findings: list[Finding] = []
     seconds: dict[str, float] = {}
     lacking = _lacking(ctx)

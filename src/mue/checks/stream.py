@@ -11,7 +11,7 @@ from mue.layouts.layout import ParamInfo
 ENTERING = ("embedding", "patch_embedding")  # roles whose rows become the stream
 
 
-class Stream(Known):
+class Stream(Known):  # type: ignore[no-untyped-call]
     """The part of a trace that follows the stream."""
 
     def _entered(self, t: Tensor) -> None:

@@ -42,7 +42,7 @@ _SLOPE_ONE = frozenset({"tanh", "tanh_"})
 _MASKS = frozenset({"where", "masked_fill", "masked_fill_"})
 
 
-class Trace(Gated):
+class Trace(Gated):  # type: ignore[no-untyped-call]
     """Record into ``record`` while this mode is on."""
 
     wants_plain_operators = True  # mue.moe.experts then takes no fused kernel, whose inside cannot be seen

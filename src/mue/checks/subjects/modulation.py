@@ -19,7 +19,7 @@ from mue.rules.roles import ROLES
 NAME = "modulation"
 
 
-@check_of(NAME, place=7.2, needs=("roles", "values", "batch"))
+@check_of(NAME, place=7.2, needs=("roles", "values", "batch"), task="image")
 def modulation(ctx: Context) -> Iterator[Finding]:
     """Gates of all branches, scale and shift of what they and the head are given, and no vector used twice or never."""
     names = [p.name for p in ctx.placed if ROLES[p.role].kind == "modulation"]

@@ -21,7 +21,7 @@ ROUNDING = (
 )
 
 
-@check_of(NAME, place=9.5, needs=("roles", "values", "batch"))
+@check_of(NAME, place=9.5, needs=("roles", "values", "batch"), task="image")
 def samples(ctx: Context) -> Iterator[Finding]:
     """The first half of the batch alone, against the same images in the whole batch: every branch before its gate, and the velocity."""
     if ctx.plan.target.image is None:
