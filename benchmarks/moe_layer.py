@@ -8,6 +8,10 @@ rounds of an implementation's time divided by the dense FFN's of the same round,
 `bound` is the one-sided 95 % bound on the median of mue-native's time over this implementation's, again round by round: at
 most 1.03 means that ours is not slower.
 
+`share` is an implementation's arithmetic in that time over the machine's peak, the best of several large products of torch in
+that precision just before. `memory_mb` is by how much the process grows in a step (gradients included, what a backend keeps
+between calls not), `kept_mb` what the forward keeps for the backward. Rows are printed, and written, cell by cell.
+
 Peers are in `peers.py`; those that are not installed are named and left out. With a GPU the cells are larger, in bf16,
 and 8 to 256 experts at 8 active are compared with the dense FFN; nothing of that has been run by us yet.
 
@@ -23,12 +27,14 @@ import random
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
 
 import peers
 from mue.kernels import library
+from mue.lab.doctor import limits
 from mue.lab.doctor.timing import Bench, Case, Step, draw_routing, measure, median_ratio, ratios, upper_bound
 from mue.lab.train.provenance import provenance
 from mue.moe import MoELayer, Router, Routing
@@ -84,7 +90,13 @@ def measured(case: Case, kind: str, seconds: float, least: int, skip: list[str],
     steps, left_out = steps_of(Bench(case), kind, skip)
     for name, reason in left_out.items():
         print(f"    {name}: {reason}")
+    given = routing()
+    tensors = [value for value in vars(given).values() if isinstance(value, torch.Tensor)]
+    kept = {name: limits.kept_bytes(partial(step, given), *tensors) for name, step in steps.items()}
+    grown = {name: limits.step_memory(partial(step, given)) for name, step in steps.items()}
+    peak = limits.peak(case.dtype, case.device)
     times = measure(steps, routing, seconds, least)
+    flop = 2 * 3 * 3 * case.tokens * case.active * case.width * case.inner  # three matrices, forward and twice backward
     ours = times.get("mue-grouped_mm" if case.device == "cuda" else "mue-native")
     rows = []
     for name, took in times.items():
@@ -96,9 +108,27 @@ def measured(case: Case, kind: str, seconds: float, least: int, skip: list[str],
                 "ms": round(statistics.median(took), 3), "ratio": round(median_ratio(took, times["dense-eager"]), 3),
                 "ratio_quartiles": [round(paired[quarter], 3), round(paired[-1 - quarter], 3)], "rounds": len(took),
                 "bound": None if ours is None else round(upper_bound(ratios(ours, took)), 3),
+                "peak_gflops": round(peak, 1), "share": round(flop / statistics.median(took) / peak / 1e6, 3),
+                "memory_mb": megabytes(grown[name]), "kept_mb": megabytes(kept[name]),
             }
         )  # fmt: skip
     return rows
+
+
+def megabytes(count: int | None) -> float | None:
+    return None if count is None else round(count / 2**20, 1)
+
+
+def cell(rows: list[dict[str, object]]) -> str:
+    """One cell's rows as they come."""
+    lines = [f"    {'peak':<24}{rows[0]['peak_gflops']:>10} GFLOP/s"]
+    lines.append(f"    {'':<24}{'ms':>10}{'ratio':>8}{'bound':>8}{'share':>8}{'memory':>9}{'kept':>8}")
+    for row in rows:
+        lines.append(
+            f"    {row['impl']:<24}{row['ms']:>10}{row['ratio']:>8}{row['bound']!s:>8}{row['share']:>8}"
+            f"{row['memory_mb']!s:>9}{row['kept_mb']!s:>8}"
+        )
+    return "\n".join(lines)
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -128,17 +158,25 @@ def main() -> None:
     torch.manual_seed(options.seed)
     random.seed(options.seed)
     rows: list[dict[str, object]] = []
-    for case in CUDA_CELLS if torch.cuda.is_available() else CELLS:
-        if (options.dtype or case.dtype_name) != case.dtype_name or (options.width or case.width) != case.width:
-            continue
-        for kind in [options.routing] if options.routing else ["fresh", "zipf"]:
+    cases = [
+        case
+        for case in (CUDA_CELLS if torch.cuda.is_available() else CELLS)
+        if options.dtype in (None, case.dtype_name) and options.width in (None, case.width)
+    ]
+    kinds = [options.routing] if options.routing else ["fresh", "zipf"]
+    total = QUICK_SECONDS if options.quick else options.seconds * len(cases) * len(kinds)
+    print(f"{len(cases) * len(kinds)} cells, {total / 60:.0f} minutes or a third more", flush=True)
+    for case in cases:
+        for kind in kinds:
             if options.quick and time.perf_counter() - started > QUICK_SECONDS:
                 print(f"{case.shape} {case.dtype_name} {kind}: left out, --quick ran out of time on this machine")
                 continue
             print(f"{case.shape} {case.dtype_name} {kind}", flush=True)
             slow = ["mue-reference", "transformers-eager"] if options.quick and case.width > 128 else []
             seconds, least = (2.0, 1) if options.quick else (options.seconds, 5)  # five: a median with quartiles
-            rows += measured(case, kind, seconds, least, [*options.skip, *slow], options.seed)
+            found = measured(case, kind, seconds, least, [*options.skip, *slow], options.seed)
+            print(cell(found), flush=True)
+            rows += found
             if options.json:
                 write_json(
                     options.json, {"command": " ".join(["python", *sys.argv]), **about(options.seed), "rows": rows}

@@ -72,12 +72,15 @@ def choose(x_TD: Tensor, weights: ExpertWeights, dtype: torch.dtype) -> str:
         x_TD: (T, D). weights: of the block. dtype: in which it would be computed (:func:`compute_dtype`).
 
     Returns:
-        A name of BACKENDS. It is the plain operators' where somebody wants to see each of them (``mue.check``).
+        A name of BACKENDS: of those that can, the one that was measured to be the fastest at such a shape. It is the plain operators'
+        where somebody wants to see each of them (``mue.check``).
     """
     if not torch.compiler.is_compiling() and getattr(_get_current_dispatch_mode(), "wants_plain_operators", False):
         return "portable"
     best = {"cpu": "native", "cuda": "grouped_mm"}.get(x_TD.device.type, "portable")
-    return best if best == "portable" or REFUSALS[best](x_TD, weights, dtype) is None else "portable"
+    if best == "portable" or REFUSALS[best](x_TD, weights, dtype) is not None:
+        return "portable"
+    return "portable" if best == "native" and native.is_slower(weights, dtype) else best
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -19,7 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 
 from mue.kernels import library, norm
-from mue.kernels.operator import constant, thread_count
+from mue.kernels.library import bf16_instructions
+from mue.kernels.operator import thread_count
 from mue.moe.experts import compute_dtype
 
 # With bf16 instructions the fused kernel's backward is several times slower than plain products up to this length
@@ -29,13 +30,6 @@ _PLAIN_LENGTH = 256
 # kernel's sublayers are faster than torch's operators. Beyond, a matrix leaves the cache: at d512 the kernel's attention took 93 ms to
 # torch's 84, its FFN 295 to 196 (docs/performance.md).
 _KERNEL_MATRIX, _KERNEL_HEADS, _KERNEL_SEQUENCE = 1 << 18, 1 << 17, 1 << 17
-
-
-@constant
-def bf16_instructions() -> bool:
-    """Whether this processor multiplies bf16; one that does not takes four times as long for it as for float32."""
-    facts = torch.cpu.get_capabilities()
-    return any(facts.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float, rope: Tensor | None = None) -> Tensor:

@@ -29,6 +29,7 @@ _TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
 _ENGINES = {"plain": 0, "dot products": 1, "matrix unit": 2, "tile model": 3}
 # A matrix larger than this is packed per expert into too much memory, and large products are fast everywhere.
 _LARGEST_MATRIX = 1 << 22
+_PLAIN_MATRIX = 1 << 15  # elements of a matrix up to which the kernel's float32 is as fast as torch's bf16 (is_slower)
 TRIAL = "mue.moe.kernel_trial"  # what a built library is tried with before it is used
 _WORK_PER_THREAD = 1 << 18  # multiplications of one matrix below which another thread does not pay
 
@@ -66,6 +67,24 @@ def refusal(x_TD: Tensor, weights: ExpertWeights, dtype: torch.dtype) -> str | N
     return None
 
 
+def is_slower(weights: ExpertWeights, dtype: torch.dtype) -> bool:
+    """Whether the portable backend is the faster of ours: in bf16 where torch has instructions for it and the kernel has not.
+
+    Measured (docs/performance.md): d128 h128 1.48 to 1.38 of the dense FFN with one thread and 1.65 to 2.42 with two, d256
+    h256 1.81 to 1.16 and 1.72 to 1.66, d512 h256 2.27 to 1.42 and 2.89 to 2.21. In all other cells the kernel is faster.
+    """
+    if dtype != torch.bfloat16 or not library.bf16_instructions():
+        return False
+    shapes = [matrix.shape[-2:] for matrix in weights.matrices if matrix is not None]
+    plain = library.bf16_is_plain() or not all(_in_blocks(*shape) for shape in shapes)
+    return plain and max(shape.numel() for shape in shapes) > _PLAIN_MATRIX
+
+
+def _in_blocks(*widths: int) -> bool:
+    # bf16 is laid out in blocks of 32, a row of the matrix unit's tiles; other widths take the plain engine
+    return all(width % 32 == 0 for width in widths)
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None or tensor.numel() == 0 else tensor.data_ptr()
 
@@ -94,9 +113,8 @@ def _call(inputs: Differentiable, routed: RoutedCall, saved: Sequence[Tensor] | 
     for name, tensor in {**given, **more}.items():
         setattr(call, name, _pointer(tensor))
     inner = [ffn.inner for ffn in (call.routed, call.shared) if ffn.count]
-    # bf16 is laid out in blocks of 32, a row of the matrix unit's tiles; other widths take the plain engine
-    even = all(size % 32 == 0 for size in (call.width, *inner))
-    call.engine = _ENGINES[library.engine() if routed.dtype == torch.bfloat16 and even else "plain"]
+    bf16 = routed.dtype == torch.bfloat16 and _in_blocks(call.width, *inner)
+    call.engine = _ENGINES[library.engine() if bf16 else "plain"]
     work = call.width * (call.pairs * call.routed.inner + call.tokens * call.shared.inner)
     call.threads = max(1, min(torch.get_num_threads(), work // _WORK_PER_THREAD))
     return call
