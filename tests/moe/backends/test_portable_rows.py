@@ -16,7 +16,7 @@ def test_bf16_rows_come_in_buckets() -> None:
     are not padded."""
     counts = torch.bincount(make_routing("topk", 100, 7, 2).expert_P).tolist()
     chunks, rows = portable_rows.layout(counts, 32, 1, 1, 100)
-    assert [batch.rows for chunk in chunks for batch in chunk.batches] == rows
+    assert [batch.rows for chunk in chunks for batch in chunk.batches for _ in range(batch.experts)] == rows
     assert all(row % 32 == 0 for row in rows)
     assert portable_rows.layout(counts, 1, 1, 1, 100)[1] == counts
     assert any(count % 32 for count in counts)
@@ -27,9 +27,11 @@ def test_bf16_rows_come_in_buckets() -> None:
     counts=st.lists(st.one_of(st.integers(0, 5), st.integers(200, 230), st.integers(0, 3000)), min_size=1, max_size=70),
     parts=st.integers(1, 16),
     cost=st.sampled_from([1, 16384, 131072]),
+    bf16=st.booleans(),
 )
-def test_batches_hold_every_expert_once_and_waste_little(counts: list[int], parts: int, cost: int) -> None:
-    chunks, rows = portable_rows.layout(counts, parts, parts, cost, 2048)
+def test_batches_hold_every_expert_once_and_waste_little(counts: list[int], parts: int, cost: int, bf16: bool) -> None:
+    alignment, parts = (32, 1) if bf16 else (parts, parts)
+    chunks, rows = portable_rows.layout(counts, alignment, parts, cost, 2048)
     batches = [batch for chunk in chunks for batch in chunk.batches]
     held = [expert for batch in batches for expert in range(batch.first, batch.first + batch.experts)]
     assert held == [expert for expert, count in enumerate(counts) if count]
@@ -43,7 +45,8 @@ def test_batches_hold_every_expert_once_and_waste_little(counts: list[int], part
             assert batch.experts == 1 or batch.experts % parts == 0  # every thread has whole products
             real = sum(counts[batch.first : batch.first + batch.experts])
             size = batch.experts * batch.parts * batch.rows
-            assert real <= size <= real + max(size // portable_rows.MOST_WASTE, parts - 1)
+            assert real <= size <= real + max(size // portable_rows.MOST_WASTE, alignment - 1)
+            assert batch.rows % alignment == 0 or not bf16
             stop += size
         assert chunk.stop == stop
         assert stop - chunk.start <= 2048 or len(chunk.batches) == 1

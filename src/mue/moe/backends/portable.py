@@ -81,7 +81,8 @@ def _rows(call: RoutedCall) -> int:
     """Pairs, and the most that alignment can add."""
     pairs = call.token_P.shape[0]
     alone = (_ROW_ALIGNMENT.get(call.dtype, _MOST_PARTS) - 1) * min(pairs, call.number)
-    return pairs + max(alone, pairs // (MOST_WASTE - 1))
+    joined = pairs // (MOST_WASTE - 1)
+    return pairs + (alone + joined if call.dtype in _ROW_ALIGNMENT else max(alone, joined))
 
 
 def _forward(inputs: Differentiable, call: RoutedCall, saved: list[Tensor] | None) -> tuple[Tensor, Order]:

@@ -18,9 +18,13 @@ __all__ = ["MOST_WASTE", "Batch", "Chunk", "Order", "layout", "order_of", "sorte
 
 # What was measured with benchmarks/moe_layer.py on 2 cores (docs/LOG.md, "The portable experts in batches").
 _CHUNK_ELEMENTS = 1 << 18  # of one chunk's (rows, H) buffer
-_BATCH_COST = 9 << 23  # multiply-adds of one batch of experts; larger ones gain nothing
+_BATCH_COST = (
+    5 << 23,
+    9 << 23,
+)  # multiply-adds of one batch of experts, by whether experts are cut; larger ones gain nothing
 _JOINING = 1 << 21  # multiply-adds in alignment rows that one call less is worth
 MOST_WASTE = 8  # of so many rows of a batch one may be alignment
+_JOINED = (4, 2), (4, 2, 1)  # experts of a batch for each part: alone, and where an expert alone is cut into parts
 _RADIX = 1 << 15  # torch sorts so many integers, or more, in linear time
 
 
@@ -158,14 +162,16 @@ def layout(counts: list[int], alignment: int, parts: int, cost: int, most: int) 
     first = start = 0
     while first < len(counts):
         size, cut, row = 1, parts, -(-counts[first] // alignment) * alignment
+        largest = _BATCH_COST[parts > 1] // cost
         # multiples of the threads, so that each has whole products; most experts first, for a call costs 20–40 µs
-        for several in (4 * parts, 2 * parts, parts) if parts > 1 else ():
-            some = counts[first : first + several]
-            padded = several * max(some)
+        step = alignment if parts == 1 else 1  # a batch's rows need no parts
+        for several in _JOINED[parts > 1] if alignment > 1 else ():
+            several, some = several * parts, counts[first : first + several * parts]
+            padded = several * (-(-max(some) // step) * step)
             # alignment rows are work for nothing: at most an eighth, and no more than the saved calls are worth
             waste = min(padded // MOST_WASTE, (several - 1) * _JOINING // cost)
-            if len(some) == several and min(some) and padded <= _BATCH_COST // cost and padded - sum(some) <= waste:
-                size, cut, row = several, 1, max(some)
+            if len(some) == several and min(some) and padded <= largest and padded - sum(some) <= waste:
+                size, cut, row = several, 1, padded // several
                 break
         stop = start + size * row
         if row:
