@@ -29,6 +29,7 @@ inline void load_transposed(Vector<T>* square, const From* from, int64_t ld, int
 template <class T> struct Plain {
   using In = T;
   using Out = T;
+  static constexpr bool kRough = false;
   static constexpr int64_t kRows = 1, kPanel = 2 * kLanes<T>, kBlock = 120, kStep = kTileRows<T>;
   static void begin() {}
   static void end() {}
@@ -83,6 +84,7 @@ template <class T> struct Plain {
 template <class Products> struct Half {
   using In = bf16;
   using Out = float;
+  static constexpr bool kRough = true;  // activations to four digits
   static constexpr int64_t kLane = kLanes<float>, kPanel = 2 * kLane, kRows = Products::kRows, kBlock = Products::kBlock, kStep = Products::kStep;
   static void begin() { Products::begin(); }
   static void end() { Products::end(); }
@@ -100,15 +102,11 @@ template <class Products> struct Half {
     if constexpr (std::is_same_v<To, bf16>) Products::Round::store(to, value);
     else store(to, value);
   }
-  // Values rounded to bf16, still as floats.
-  template <class From> static Vector<float> rounded(const From* from) {
-    if constexpr (std::is_same_v<From, double>) {
-      float narrow[kLane];
-      mue::convert(narrow, from, kLane);
-      return Products::Round::rounded(load(narrow));
-    } else {
-      return Products::Round::rounded(load(from));
-    }
+  template <class From> static Vector<float> wide(const From* from) {
+    if constexpr (!std::is_same_v<From, double>) return load(from);
+    float narrow[kLane];
+    mue::convert(narrow, from, kLane);
+    return load(narrow);
   }
 
   // Where the pairs of rows k and k + 1 lie, from column n on.
@@ -120,12 +118,11 @@ template <class Products> struct Half {
     with_type(type, [&](auto* typed) {
       auto from = static_cast<decltype(typed)>(const_cast<void*>(w));
       Vector<float> square[kLane];
-      bf16 pairs[2 * kLane];
       for (int64_t n = 0; n < N; n += kLane)
         for (int64_t k = 0; k < K; k += 2 * kLane) {
           for (int64_t i = 0; i < kLane; i++) {
-            convert(pairs, from + (n + i) * K + k, 2 * kLane);
-            square[i] = load(reinterpret_cast<float*>(pairs));
+            auto row = from + (n + i) * K + k;
+            square[i] = Products::Round::along(wide(row), wide(row + kLane));
           }
           transpose<float>(square);
           for (int64_t i = 0; i < kLane; i++) store(place(to, k + 2 * i, n, K), square[i]);
@@ -138,7 +135,7 @@ template <class Products> struct Half {
       auto from = static_cast<decltype(typed)>(const_cast<void*>(w));
       for (int64_t k = 0; k < K; k += 2)
         for (int64_t n = 0; n < N; n += kLane)
-          store(place(to, k, n, K), paired(rounded(from + k * N + n), rounded(from + (k + 1) * N + n)));
+          store(place(to, k, n, K), Products::Round::across(wide(from + k * N + n), wide(from + (k + 1) * N + n)));
     });
   }
 
@@ -150,7 +147,7 @@ template <class Products> struct Half {
   static const bf16* finish_right(const bf16* b, bf16* scratch, int64_t rows, int64_t ld, int64_t N) {
     int64_t K = up_to(rows, kRows);
     for (int64_t k = 0; k < K; k += 2)
-      for (int64_t n = 0; n < N; n += kLane) store(place(scratch, k, n, K), paired(load(b + k * ld + n), load(b + (k + 1) * ld + n)));
+      for (int64_t n = 0; n < N; n += kLane) store(place(scratch, k, n, K), paired(b + k * ld + n, b + (k + 1) * ld + n));
     return scratch;
   }
 
@@ -177,7 +174,7 @@ struct Dot {
     int64_t apart = M + kLanes<float>;  // not a power of two
     for (int64_t k = 0; k < rows; k += 2)
       for (int64_t m = 0; m < M; m += kLanes<float>)
-        store(pairs + k / 2 * apart + m, paired(load(a + k * lda + m), load(a + (k + 1) * lda + m)));
+        store(pairs + k / 2 * apart + m, paired(a + k * lda + m, a + (k + 1) * lda + m));
     mue::multiply<Pair, false>(M, N, rows / 2, pairs, apart, reinterpret_cast<const Pair*>(b), c, N, add);
   }
 };
@@ -221,7 +218,7 @@ template <class Tiles> struct Squares {
     Vector<float> block[L];
     for (int64_t k = 0; k < rows; k += 2 * L)
       for (int64_t m = 0; m < M; m += L) {
-        for (int64_t i = 0; i < L; i++) block[i] = paired(load(a + (k + 2 * i) * lda + m), load(a + (k + 2 * i + 1) * lda + m));
+        for (int64_t i = 0; i < L; i++) block[i] = paired(a + (k + 2 * i) * lda + m, a + (k + 2 * i + 1) * lda + m);
         transpose<float>(block);
         for (int64_t i = 0; i < L; i++) store(reinterpret_cast<Pair*>(turned + (m + i) * rows + k), block[i]);
       }

@@ -5,6 +5,9 @@
 // file has to be compiled for them and none runs by accident: whether the processor has them is asked at run time (processor.h).
 #pragma once
 #include "product.h"
+#if defined(__AVX512BW__)
+#include <immintrin.h>
+#endif
 
 // gcc 11 and clang 12 come with assemblers that know all of these instructions
 #if __GNUC__ >= 11 || __clang_major__ >= 12
@@ -30,9 +33,33 @@ inline Vector<float> paired(Vector<float> even, Vector<float> odd) {
   return reinterpret_cast<Vector<float>&>(pair);
 }
 
-// Rounding by integers, as vector.h does it: for any machine. `rounded` is still of floats.
+// Pairs of two rows' numbers, column by column.
+#if defined(__AVX512BW__)
+inline Vector<float> zipped(Vector<float> both) {  // of the halves of one vector
+  typedef uint16_t Words __attribute__((vector_size(64), may_alias));
+  Words order;
+  for (int i = 0; i < 32; i++) order[i] = i / 2 + i % 2 * 16;
+  Words words = __builtin_shuffle(reinterpret_cast<Words&>(both), order);
+  return reinterpret_cast<Vector<float>&>(words);
+}
+inline Vector<float> paired(const bf16* even, const bf16* odd) {
+  return zipped(Vector<float>(_mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(even))),
+                                                 _mm256_loadu_si256(reinterpret_cast<const __m256i*>(odd)), 1)));
+}
+#else
+inline Vector<float> paired(const bf16* even, const bf16* odd) { return paired(load(even), load(odd)); }
+#endif
+
+// Rounding by integers, as vector.h does it: for any machine.
 struct PlainRounding {
   static void store(bf16* to, Vector<float> value) { mue::store(to, value); }
+  // Pairs of (even, odd) lane by lane; of neighbours in `low`, then in `high`.
+  static Vector<float> across(Vector<float> even, Vector<float> odd) { return paired(rounded(even), rounded(odd)); }
+  static Vector<float> along(Vector<float> low, Vector<float> high) {
+    bf16 both[2 * kLanes<float>];
+    mue::store(both, low), mue::store(both + kLanes<float>, high);
+    return load(reinterpret_cast<float*>(both));
+  }
   static Vector<float> rounded(Vector<float> value) {
     bf16 half[kLanes<float>];
     mue::store(half, value);
@@ -43,16 +70,16 @@ struct PlainRounding {
 #if defined(MUE_DOT) && defined(__x86_64__)
 
 struct Rounding {
-  using Bits = VectorOf<float>::half;
-  static Bits bits(Vector<float> value) {
-    Bits half;
+  static void store(bf16* to, Vector<float> value) {
+    VectorOf<float>::half half;
     asm("vcvtneps2bf16 %1, %0" : "=v"(half) : "v"(value));
-    return half;
+    *reinterpret_cast<VectorOf<float>::half*>(to) = half;
   }
-  static void store(bf16* to, Vector<float> value) { *reinterpret_cast<Bits*>(to) = bits(value); }
-  static Vector<float> rounded(Vector<float> value) {
-    auto wide = __builtin_convertvector(bits(value), VectorOf<float>::wide) << 16;
-    return reinterpret_cast<Vector<float>&>(wide);
+  static Vector<float> across(Vector<float> even, Vector<float> odd) { return zipped(along(even, odd)); }
+  static Vector<float> along(Vector<float> low, Vector<float> high) {
+    Vector<float> both;
+    asm("vcvtne2ps2bf16 %1, %2, %0" : "=v"(both) : "v"(low), "v"(high));
+    return both;
   }
 };
 

@@ -123,7 +123,7 @@ template <class E, class S> struct Worker {
           Vector<Out> u = load_some<Out>(up + r * ld + h, n), hidden;
           if (ffn.gate) {
             Vector<Out> g = load_some<Out>(gate + r * ld + h, n);
-            hidden = activated<Out>(g, u);
+            hidden = activated<Out, E::kRough>(g, u);
             if (!kSame && keep_gate) E::put(keep_gate + r * H + h, g, n);
           } else {
             hidden = activated<Out>(u);
@@ -203,7 +203,7 @@ template <class E, class S> struct Worker {
     for (int64_t h = 0; h < H; h += L) {
       int64_t n = smaller(L, H - h);
       Vector<Out> u = load_some<Out>(up + h, n), dhidden = load_some<Out>(up_out + r * ldh + h, n);
-      Slopes<Out> at = ffn.gate ? slopes<Out>(load_some<Out>(gate + h, n), u) : slopes<Out>(u);
+      Slopes<Out> at = ffn.gate ? slopes<Out, E::kRough>(load_some<Out>(gate + h, n), u) : slopes<Out>(u);
       dot += dhidden * at.value;
       dhidden *= weight;
       if (ffn.gate) E::put(gate_in + r * ldh + h, dhidden * at.by_gate, L);

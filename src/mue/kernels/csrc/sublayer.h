@@ -57,11 +57,11 @@ struct Halves {
   // largest: elements of A, rows of it padded to pairs and to a cache line more.
   void lay_out(Memory& memory, int64_t largest) { memory.take(left, largest); }
 
-  // The first `count` values, rounded; zeros after them.
-  static Vector<float> some(const float* from, int64_t count) { return Rounding::rounded(load_some<float>(from, count < L ? count : L)); }
+  // The first `count` values; zeros after them.
+  static Vector<float> some(const float* from, int64_t count) { return load_some<float>(from, count < L ? count : L); }
   // Rows k and k + 1 of (K, N) from column n on, in pairs.
   static Vector<float> two(const float* from, int64_t apart, int64_t k, int64_t K, int64_t n, int64_t N) {
-    return paired(some(from + k * apart + n, N - n), k + 1 < K ? some(from + (k + 1) * apart + n, N - n) : Vector<float>{});
+    return Rounding::across(some(from + k * apart + n, N - n), k + 1 < K ? some(from + (k + 1) * apart + n, N - n) : Vector<float>{});
   }
 
   static void pack(float* to, const float* from, int64_t K, int64_t N) { finish(to, from, N, K, N); }
@@ -87,10 +87,7 @@ struct Halves {
 
   // Neighbours of a row, in pairs: 2 L of them, or what is left of it.
   static Vector<float> pairs(const float* from, int64_t left) {
-    alignas(64) bf16 both[2 * L];
-    Rounding::store(both, load_some<float>(from, left < L ? left : L));
-    Rounding::store(both + L, left > L ? load_some<float>(from + L, left - L < L ? left - L : L) : Vector<float>{});
-    return load(reinterpret_cast<float*>(both));
+    return Rounding::along(some(from, left), left > L ? some(from + L, left - L) : Vector<float>{});
   }
 
   void rows(int64_t M, int64_t N, int64_t K, const float* a, int64_t lda, const float* b, int64_t depth, float* c, int64_t ldc, bool add) {
