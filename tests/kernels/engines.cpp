@@ -1,6 +1,6 @@
 // Experts by every engine of bf16 against those in double: a program of its own, for other processors and for sanitizers.
 //
-// Prints each engine's error relative to that of a loop over the rounded numbers' products; ends with 1 where one is off.
+// Prints each engine's errors (of y and the gradients), and those of sublayers in bf16 against float; ends with 1 where one is off.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -12,6 +12,10 @@
 extern "C" {
 int32_t mue_forward(const Call*);
 int32_t mue_backward(const Call*);
+int32_t mue_attention_forward(const Attention*);
+int32_t mue_attention_backward(const Attention*);
+int32_t mue_feed_forward_forward(const FeedForward*);
+int32_t mue_feed_forward_backward(const FeedForward*);
 bool mue_has_dot();
 int64_t mue_matrix_unit();
 int32_t torch_parallel_for(int64_t begin, int64_t end, int64_t, void (*f)(int64_t, int64_t, void*), void* data) {  // torch's, without torch
@@ -54,10 +58,32 @@ template <class T> Results<T> run(const Shape& s, int64_t engine, int64_t row_ty
   return {y, dx, dgate, dup, ddown, std::vector<T>(dweight.begin(), dweight.end())};
 }
 
-double off(const std::vector<float>& found, const std::vector<double>& exact) {
+template <class T> double off(const std::vector<float>& found, const std::vector<T>& exact) {
   double difference = 0, size = 0;
   for (size_t i = 0; i < exact.size(); i++) difference += std::pow(found[i] - exact[i], 2), size += exact[i] * exact[i];
   return std::sqrt(difference / size);
+}
+
+struct Sublayer { Numbers out, dx, gradients; };
+
+Sublayer attention(int64_t B, int64_t T, int64_t D, int64_t H, int64_t E, int64_t products, const Numbers& x, const Numbers& w) {
+  Sublayer found{Numbers(x.size()), Numbers(x.size()), Numbers(2 * D + 2 * E + 4 * D * H * E)};
+  Numbers gain(D, 1), head_gain(E, 1), turn(T * E), kept(B * T * 4 * H * E), log_sum(B * H * T);
+  for (int64_t i = 0; i < T * E; i += 2) turn[i] = std::cos(i), turn[i + 1] = std::sin(i);
+  const float *q = w.data(), *k = q + D * H * E, *v = k + D * H * E, *o = v + D * H * E;
+  Attention call{1, B, T, D, H, H, E, products, 2, 0.3, 0.7, 1e-3, gain.data(), q, k, v, head_gain.data(), head_gain.data(), o, turn.data(), x.data(),
+                 found.out.data(), kept.data(), kept.data() + B * T * 3 * H * E, log_sum.data(), x.data(), found.dx.data(), found.gradients.data()};
+  if (mue_attention_forward(&call) || mue_attention_backward(&call)) std::exit(2);
+  return found;
+}
+
+Sublayer feed_forward(int64_t M, int64_t D, int64_t H, int64_t products, const Numbers& x, const Numbers& w) {
+  Sublayer found{Numbers(x.size()), Numbers(x.size()), Numbers(D + 3 * D * H)};
+  Numbers gain(D, 1), kept(2 * M * H);
+  FeedForward call{1, M, D, H, products, 2, 0.7, 1e-3, gain.data(), w.data(), w.data() + D * H, w.data() + 2 * D * H, x.data(),
+                   found.out.data(), kept.data(), kept.data() + M * H, x.data(), found.dx.data(), found.gradients.data()};
+  if (mue_feed_forward_forward(&call) || mue_feed_forward_backward(&call)) std::exit(2);
+  return found;
 }
 
 int main() {
@@ -92,6 +118,18 @@ int main() {
       for (double error : errors) std::printf(" %.1e", error), wrong |= !(error < 0.01);
       std::printf("\n");
     }
+  }
+  auto compare = [&](long width, const char* name, const Sublayer& found, const Sublayer& exact) {
+    double errors[] = {off(found.out, exact.out), off(found.dx, exact.dx), off(found.gradients, exact.gradients)};
+    for (double error : errors) wrong |= !(error < 0.02);
+    std::printf("sublayers d%ld %s %.1e %.1e %.1e\n", width, name, errors[0], errors[1], errors[2]);
+  };
+  struct Size { int64_t T, D, H, E; };
+  for (auto [T, D, H, E] : mue_has_dot() ? std::vector<Size>{{16, 32, 2, 16}, {37, 44, 1, 10}, {70, 24, 3, 6}} : std::vector<Size>{}) {
+    Numbers x = draw(3 * T * D, 1), w = draw(4 * D * H * E, 1 / std::sqrt(D));
+    compare(D, "attention", attention(3, T, D, H, E, kHalves, x, w), attention(3, T, D, H, E, kFloats, x, w));
+    Numbers more = draw(3 * D * 5 * E, 1 / std::sqrt(D));
+    compare(D, "feed-forward", feed_forward(3 * T, D, 5 * E, kHalves, x, more), feed_forward(3 * T, D, 5 * E, kFloats, x, more));
   }
   return wrong;
 }

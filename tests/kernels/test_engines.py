@@ -11,7 +11,9 @@ import pytest
 
 from mue.kernels import build
 
-SOURCES = [Path(build.__file__).parent / "csrc" / name for name in ("entry.cpp", "kernel.cpp", "processor.cpp")]
+SOURCES = [
+    Path(build.__file__).parent / "csrc" / name for name in build.SOURCES if name not in ("norm.cpp", "route.cpp")
+]
 ARM, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 INSTRUCTIONS = build.INSTRUCTIONS.get(build._instructions(), ())
 
@@ -48,6 +50,8 @@ def test_sanitizers_find_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(not (shutil.which(ARM) and shutil.which(EMULATOR)), reason=f"no {ARM} or {EMULATOR}")
-@pytest.mark.parametrize(("processor", "expected"), [("max", {"plain", "dot products"}), ("cortex-a72", {"plain"})])
+@pytest.mark.parametrize(
+    ("processor", "expected"), [("max", {"plain", "dot products", "sublayers"}), ("cortex-a72", {"plain"})]
+)
 def test_arm_with_and_without_bf16_instructions(tmp_path: Path, processor: str, expected: set[str]) -> None:
     assert engines(tmp_path, ARM, ("-static",), (EMULATOR, "-cpu", processor)) == expected

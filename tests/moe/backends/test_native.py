@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +17,9 @@ from torch import Tensor
 from mue.kernels import build, library, norm
 from mue.moe import ExpertWeights, MoELayer, Router, Routing, experts
 from mue.moe.backends import native
+from mue.moe.experts import choose
 from support.expert_cases import assert_close, make_routing, make_weights, run
+from support.paths import ROOT
 from support.precision import close, norm_off
 
 pytestmark = pytest.mark.skipif(build.compiler() is None, reason="no C++ compiler: the native kernel cannot be built")
@@ -168,3 +171,25 @@ def test_bad_tokens_are_refused_before_memory_is_touched(kernel: Path) -> None:
         routing = Routing(token_P, torch.tensor([0, 1]), torch.ones(2), 6, 3, slots=0)
         with pytest.raises(ValueError, match="6 tokens"):
             experts(x_TD, routing, ExpertWeights(*weights), backend="native")
+
+
+def test_auto_takes_the_faster_of_ours(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel in every cell that was measured; but in bf16 without instructions of its own, where torch has them, only small matrices."""
+    rows = json.loads((ROOT / "docs/results/moe_layer.json").read_text())["rows"]
+    cells = {(row["shape"], row["dtype"], row["routing"], row["impl"]): row["ratio"] for row in rows}
+    for (*place, name), ratio in cells.items():
+        if name == "mue-native":
+            assert ratio < cells[*place, "mue-portable"]
+    x = torch.zeros(1, 256)
+    for width, inner, engine, instructions, expected in (
+        (256, 256, "dot products", True, "native"),
+        (256, 256, "plain", True, "portable"),
+        (256, 256, "plain", False, "native"),
+        (128, 128, "plain", True, "native"),
+        (250, 256, "matrix unit", True, "portable"),  # no blocks of 32
+    ):
+        monkeypatch.setattr(library, "engine", lambda engine=engine: engine)
+        monkeypatch.setattr(library, "bf16_instructions", lambda instructions=instructions: instructions)
+        weights = ExpertWeights(*make_weights(2, width, inner, torch.float32))
+        assert choose(x, weights, torch.bfloat16) == expected
+        assert choose(x, weights, torch.float32) == "native"

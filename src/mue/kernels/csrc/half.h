@@ -116,17 +116,18 @@ inline __attribute__((always_inline)) void accumulate(int64_t K, const Pair* a, 
   for (int i = 0; i < pairs; i++)
     for (int j = 0; j < 4; j++) square[i][j] = V{};
   auto at = [&](int i, int64_t k) { return a + (unit_column ? i * stride + k : i + k * stride); };
-  for (int64_t k = 0; k < K; k += 2, b += 16) {  // (K is even: kRows of the engine)
+  for (int64_t k = 0; k < K; k += 2, b += 16) {
+    bool both = k + 1 < K;
     V columns[4];
     for (int half = 0; half < 2; half++) {
-      V low = load(b + 4 * half), high = load(b + 8 + 4 * half);
+      V low = load(b + 4 * half), high = both ? load(b + 8 + 4 * half) : V{};
       columns[2 * half] = __builtin_shuffle(low, high, Index{0, 4, 1, 5});
       columns[2 * half + 1] = __builtin_shuffle(low, high, Index{2, 6, 3, 7});
     }
 #pragma GCC unroll 4
     for (int i = 0; i < pairs; i++) {
       int next = 2 * i + 1 < rows ? 2 * i + 1 : 2 * i;
-      Pair four[4] = {*at(2 * i, k), *at(2 * i, k + 1), *at(next, k), *at(next, k + 1)};
+      Pair four[4] = {*at(2 * i, k), both ? *at(2 * i, k + 1) : Pair{}, *at(next, k), both ? *at(next, k + 1) : Pair{}};
       V left = load(four);
 #pragma GCC unroll 4
       for (int j = 0; j < 4; j++) add_square(square[i][j], left, columns[j]);
