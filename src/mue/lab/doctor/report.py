@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from mue.kernels import build, library
+from mue.kernels.library import bf16_instructions
 from mue.lab.doctor.timing import Bench, Case, draw_routing, measure, median_ratio
-from mue.lab.models.ops import bf16_instructions
 from mue.moe import ExpertWeights
 from mue.moe.experts import BACKENDS, REFUSALS, choose
 
