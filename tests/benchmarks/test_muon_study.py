@@ -16,4 +16,4 @@ def test_every_target_has_a_plan_for_muon() -> None:
     assert study.tuned.optimizer == "muon" and study.tuned.adamw_lr
     base = sweep_from(read_toml(STUDIES / "muon_base.toml"), STUDIES)
     assert base.base == study.base and base.training == study.training
-    assert len(base.grid.adamw_lr) * len(base.grid.lr) * len(base.grid.seeds) == 30
+    assert len(base.grid.adamw_lr) * len(base.grid.lr) * len(base.grid.seeds) == 40
