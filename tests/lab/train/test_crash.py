@@ -22,16 +22,18 @@ TRAIN = """
 import sys
 from pathlib import Path
 from mue.plan.toml import read_toml
-from mue.lab.data.spec import data_source, describe_data, open_corpus
+from mue.lab.data.spec import data_source, describe_data, open_data
 from mue.lab.train.spec import settings_from, train_plan
 from mue.lab.train.run import Run, Store
 from mue.lab.train.session import train
+from mue.lab.train.task import task_of
 
 file, out = Path(sys.argv[1]), Path(sys.argv[2])
 data = read_toml(file)
-source = data_source(data, file.parent)
-corpus = open_corpus(source)
-run = Run(train_plan(data, None), settings_from(data), describe_data(source, corpus))
+settings = settings_from(data)
+source = data_source(data, file.parent, task_of(settings).reads)
+corpus = open_data(source)
+run = Run(train_plan(data, None), settings, describe_data(source, corpus))
 print("ready", flush=True)
 result = train(run, Store(out), corpus, checkpoint_seconds=0.05, keep_weights=True)
 print("done", run.key, flush=True)
@@ -68,6 +70,24 @@ sequence = 32
 [target.training]
 batch = 128
 steps = 600
+"""
+
+
+IMAGES = """
+[base]
+width = 32
+ffn = 32
+layers = 2
+head_dim = 16
+image = {size = 8, channels = 1, patch = 2, classes = 10}
+[base.training]
+batch = 128
+steps = 600
+[data]
+source = "digits"
+[run]
+task = "diffusion"
+ema = [0.9, 0.99]
 """
 
 
@@ -128,6 +148,24 @@ def test_a_training_run_survives_kills(experiment: Path, tmp_path: Path, kills: 
     weights = [next(out.glob("runs/*/model.safetensors")).read_bytes() for out in (whole, broken)]
     assert weights[0] == weights[1]
     assert not list(broken.glob("runs/*/checkpoint.safetensors"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_run_on_images_survives_kills(tmp_path: Path) -> None:
+    """With its averages: every file of weights has the same bytes."""
+    pytest.importorskip("sklearn")
+    file, whole, broken = tmp_path / "images.toml", tmp_path / "whole", tmp_path / "broken"
+    file.write_text(
+        IMAGES + TARGET.replace("sequence = 32", "image = {size = 8, channels = 1, patch = 2, classes = 10}")
+    )
+    finish(start(TRAIN, file, whole))
+    hits, faults = kill_until_done(TRAIN, file, broken, 5, (0.1, 1.5))
+    assert hits >= 2 and faults == []
+    assert metrics(whole) == metrics(broken)
+    names = ("model", "ema-0.9", "ema-0.99")
+    weights = [[next(out.glob(f"runs/*/{n}.safetensors")).read_bytes() for n in names] for out in (whole, broken)]
+    assert weights[0] == weights[1] and len(set(weights[0])) == 3
 
 
 @pytest.mark.timeout(900)

@@ -22,6 +22,7 @@ from mue.lab.models.layers import Attention, Embedding, Linear, RMSNorm
 from mue.lab.models.ops import scaled
 from mue.lab.models.output import Output
 from mue.lab.models.parts import auxiliary, block_rows, checked_multipliers, feed_forward_of, pools_of, routers_in
+from mue.lab.models.residual import of_feed_forward
 from mue.layouts.layout import Layout
 from mue.moe import ExpertPool, Routing
 from mue.moe.layer import self_changing
@@ -71,7 +72,7 @@ class DiffusionBlock(nn.Module):
             y_BTD, routing = self.moe(n_BTD) if given is None else self.moe(n_BTD, given=given)
         else:
             assert self.ffn is not None
-            y_BTD = self.ffn(n_BTD)
+            y_BTD = of_feed_forward(n_BTD, self.ffn)
         return torch.addcmul(x_BTD, ffn_gate, y_BTD, value=self.residual), routing
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from mue.kernels import sublayer
 from mue.lab.models import ops
 from mue.lab.models.layers import EPS, Attention, FeedForward, Linear, PastTokens, RMSNorm
-from mue.moe import MoELayer, Routing
+from mue.moe import ExpertWeights, MoELayer, Routing, experts
 from mue.moe.routers.base import RouterInput
 
 _OWN = frozenset({RMSNorm, Linear, Attention, FeedForward, MoELayer})
@@ -47,6 +47,16 @@ def add_feed_forward(x_BTD: Tensor, norm: RMSNorm, ffn: FeedForward, residual: f
         c = residual * ffn.output_multiplier
         return sublayer.feed_forward(x_BTD, weights, residual=c, eps=EPS, half=ops.in_bf16(x_BTD))
     return torch.add(x_BTD, ffn(norm(x_BTD)), alpha=residual)
+
+
+def of_feed_forward(n_BTD: Tensor, ffn: FeedForward) -> Tensor:
+    """ffn(n) of what was normed and modulated already: as the shared experts of a block without others, in one call of their kernel."""
+    weights = None if ffn.gate is None else ffn.gate.weight, ffn.up.weight, ffn.down.weight
+    if untouched(ffn) and ops.experts_by_kernel(n_BTD, own := ExpertWeights(None, None, None, *weights)):
+        n_TD = n_BTD.reshape(-1, n_BTD.shape[-1])
+        nobody = Routing.empty(len(n_TD), device=n_TD.device)
+        return experts(n_TD, nobody, own, scale=ffn.output_multiplier).view(n_BTD.shape)
+    return ffn(n_BTD)  # type: ignore[no-any-return]
 
 
 def add_experts(
