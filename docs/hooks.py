@@ -1,4 +1,4 @@
-"""What the site has beyond the files of docs/: README and CHANGELOG as pages, and a reference of the public names.
+"""What the site has beyond the pages of docs/: README, CHANGELOG and the notebook as pages, and a reference of the public names.
 
 MkDocs calls the functions that begin with ``on_`` (mkdocs.yml, hooks). Links are written as the repository has them; here those that
 leave docs/ are turned into links between pages of the site.
@@ -6,7 +6,9 @@ leave docs/ are turned into links between pages of the site.
 
 from __future__ import annotations
 
+import base64
 import inspect
+import json
 import posixpath
 import re
 from importlib import import_module
@@ -14,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# file at the repository's root → its page
-OUTSIDE = {"README.md": "index.md", "CHANGELOG.md": "changelog.md"}
+NOTEBOOK = "docs/tutorial.ipynb"
+# file that is no page of docs/ → its page
+OUTSIDE = {"README.md": "index.md", "CHANGELOG.md": "changelog.md", NOTEBOOK: "tutorial.md"}
 # public module → its page; what stands on it follows from the module's __all__
 REFERENCE = {name: f"reference/{name}.md" for name in ("mue", "mue.fold", "mue.moe")}
 LINK = re.compile(r"(\]\()(?!\w+:|#|/)([^)#\s]+)((?:#[^)\s]*)?\))")
@@ -51,6 +54,29 @@ def reference(module: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def notebook(data: dict[str, Any], name: str) -> tuple[str, dict[str, bytes]]:
+    """A notebook as a page: its words, its code, what that printed, and its pictures.
+
+    Args:
+        data: the notebook (nbformat 4), with outputs. name: of the page, without its ending; pictures are called after it.
+
+    Returns:
+        Markdown, and file → content of every picture.
+    """
+    lines, pictures = [], {}
+    for cell in data["cells"]:
+        source = "".join(cell["source"])
+        lines.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        for output in cell.get("outputs", ()):
+            if output["output_type"] == "stream":
+                lines.append(f"```\n{''.join(output['text'])}```")
+            else:
+                file = f"{name}-{len(pictures) + 1}.png"
+                pictures[file] = base64.b64decode(output["data"]["image/png"])
+                lines.append(f"![What the code above draws]({file})")
+    return "\n\n".join(lines) + "\n", pictures
+
+
 def on_config(config: Any) -> Any:
     """Headings get the anchors that the forge gives them, so that one link works in both places."""
     from pymdownx.slugs import slugify
@@ -63,10 +89,12 @@ def on_files(files: Any, config: Any) -> Any:
     """Add the pages that are not files of docs/."""
     from mkdocs.structure.files import File
 
-    pages = {page: for_site((ROOT / file).read_text(encoding="utf-8"), file) for file, page in OUTSIDE.items()}
+    texts = {file: (ROOT / file).read_text(encoding="utf-8") for file in OUTSIDE}
+    texts[NOTEBOOK], made = notebook(json.loads(texts[NOTEBOOK]), Path(NOTEBOOK).stem)
+    pages = {page: for_site(texts[file], file) for file, page in OUTSIDE.items()}
     pages |= {page: reference(module) for module, page in REFERENCE.items()}
-    for page, text in pages.items():
-        files.append(File.generated(config, page, content=text))
+    for page, content in (*pages.items(), *made.items()):
+        files.append(File.generated(config, page, content=content))
     return files
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +13,7 @@ import pytest
 import yaml
 
 import mue
-from support.pages import anchors, broken, links, name, pages
+from support.pages import anchors, broken, fences, links, name, pages
 from support.paths import ROOT
 
 TEXTS = {name(path): path.read_text(encoding="utf-8") for path in pages()}
@@ -77,6 +78,18 @@ def test_links_are_turned_for_the_site() -> None:
     assert (
         turned("[c](../../CHANGELOG.md) [l](../LOG.md)", "docs/findings/a.md") == "[c](../changelog.md) [l](../LOG.md)"
     )
+
+
+def test_the_notebook_is_a_page() -> None:
+    """Words as they are, code and what it prints in fences, pictures as files of the site."""
+    hooks = of_docs("hooks")
+    data = json.loads((ROOT / hooks.NOTEBOOK).read_text(encoding="utf-8"))
+    text, pictures = hooks.notebook(data, "tutorial")
+    kinds = [kind for kind, _ in fences(text)]
+    code = sum(cell["cell_type"] == "code" for cell in data["cells"])
+    assert kinds.count("python") == code and kinds.count("") >= 4 and text.startswith("# ")
+    assert list(pictures) == ["tutorial-1.png"] and "(tutorial-1.png)" in text
+    assert pictures["tutorial-1.png"].startswith(b"\x89PNG")
 
 
 def test_the_reference_has_every_public_name() -> None:
