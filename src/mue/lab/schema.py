@@ -104,7 +104,7 @@ def _tables() -> dict[str, Schema]:
                 "runner": {"enum": list(RUNNERS)},
             },
         ),
-        "roles": _object(_hints(Search)),
+        "roles": _table(get_type_hints(Search), "roles", _hints(Search)),
     }
 
 

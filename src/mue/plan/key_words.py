@@ -126,6 +126,17 @@ KEY_WORDS: Mapping[str, Mapping[str, str]] = {
         "trials": "at most so many runs, of a sampler that searches",
         "stop_early": "give up runs that can no longer move the minimum",
         "runner": "how runs are laid out on this machine; auto measures it",
+        "precision": "of valley: octaves to each side to which the minimum is to be known",
+        "extend": "of valley: look beyond the ends of lr, where the minimum seems to lie there",
+    },
+    "roles": {
+        "numbers": "which of lr, init_std and weight_decay get multipliers",
+        "thirds": "the outer thirds of the depth get their own, too",
+        "step": "octaves to each side in the first round",
+        "rounds": "at most so many",
+        "seeds": "of a round",
+        "confirm": "fresh seeds of the final comparison",
+        "error": "chance of a false step, and of an interval that misses",
     },
     "study": {
         "seeds": "of the runs at one point",
