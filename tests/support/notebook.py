@@ -53,9 +53,10 @@ def run(notebook: Cell) -> list[list[dict[str, Any]]]:
 
 
 def form(outputs: list[dict[str, Any]]) -> list[str]:
-    """Outputs without their numbers, which another machine rounds otherwise, and without the room that they take in a table."""
+    """The lines of outputs without their numbers, which another machine rounds otherwise, and without the room that they take."""
     texts = ["".join(out["text"]) if out["output_type"] == "stream" else "picture" for out in outputs]
-    return [re.sub(r" +|─+", " ", re.sub(r"\d[\d.,]*(e[+-]\d+)?", "#", text)) for text in texts]
+    plain = (re.sub(r"\d[\d.,]*(e[+-]\d+)?", "#", line) for text in texts for line in text.splitlines())
+    return [" ".join(line.replace("─", " ").split()) for line in plain]
 
 
 def write(path: Path, notebook: Cell, found: list[list[dict[str, Any]]]) -> None:
