@@ -1,4 +1,4 @@
-"""docs/files.md and docs/roles.md say all that there is: every key, every file of a run, every role and axis.
+"""docs/files.md and docs/layouts.md say all that there is: every key, every file of a run, every role and axis.
 
 ``MUE_WRITE_KEYS=1`` writes the tables of keys again.
 """
@@ -28,7 +28,7 @@ from support.small_run import moe_run
 
 PATH = ROOT / "docs" / "files.md"
 PAGE = PATH.read_text(encoding="utf-8")
-ROLES_PAGE = (ROOT / "docs" / "roles.md").read_text(encoding="utf-8")
+LAYOUTS = (ROOT / "docs" / "layouts.md").read_text(encoding="utf-8")
 MARKED = re.compile(r"(<!-- keys: ([\w.]+) -->\n).*?(<!-- /keys -->)", flags=re.S)
 
 
@@ -62,7 +62,10 @@ def test_every_key_of_a_file_stands_there() -> None:
         return
     assert written(PAGE) == PAGE
     tables = {match[2] for match in MARKED.finditer(PAGE)}
-    assert {name.rpartition(".")[0] or name for name in tables} >= set(schema("train")["properties"]) - {"rule", "options"} - {"base"}
+    assert {name.rpartition(".")[0] or name for name in tables} >= set(schema("train")["properties"]) - {
+        "rule",
+        "options",
+    } - {"base"}
 
 
 def test_the_example_plans_plan() -> None:
@@ -77,12 +80,16 @@ def test_a_runs_files_and_fields_are_those_that_a_run_leaves(texts: Path, tmp_pa
     result = train(run, store, load_corpus(texts, cache=tmp_path / "cache"), keep_weights=True)
     said = first_cells(PAGE, "## A run's folder")
     files = {value for name, value in vars(runs).items() if name.endswith("_FILE")}
-    assert files <= said and {p.name for p in store.folder(run.key).iterdir() if not p.name.startswith(".")} - {"lock"} <= said
+    assert (
+        files <= said
+        and {p.name for p in store.folder(run.key).iterdir() if not p.name.startswith(".")} - {"lock"} <= said
+    )
     assert {key for row in store.metrics(run.key) for key in row} <= said
     assert set(result) <= said, set(result) - said
     assert json.loads((store.folder(run.key) / "result.json").read_text()).keys() <= said
 
 
 def test_every_role_and_axis_stands_there() -> None:
-    assert set(re.findall(r"`(\w+)`", ROLES_PAGE.partition("## Axes")[0])) >= set(LAYOUT_ROLES)
-    assert first_cells(ROLES_PAGE, "## Axes") == set(AXES)
+    roles, _, axes = LAYOUTS.partition("## Axes")
+    assert set(re.findall(r"`(\w+)`", roles)) >= set(LAYOUT_ROLES)
+    assert set(re.findall(r"[`\"]([\w*]+)[`\"]", axes)) >= set(AXES)
