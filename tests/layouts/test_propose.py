@@ -67,11 +67,35 @@ def test_what_the_flow_does_not_settle_is_marked_with_a_reason() -> None:
     rows = {row.pattern: row for row in found.rows}
     for name in ("extra.weight", "warp", "idle.weight", "up.weight", "down.weight"):
         assert rows[name].look, name
-    assert rows["idle.weight"].layout is None and "never used" in rows["idle.weight"].look
+    assert rows["idle.weight"].layout is None and "not seen to use" in rows["idle.weight"].look
     assert not rows["table.weight"].look
     # a row without a role is no code, so that a table with a hole is refused and not guessed
     assert re.search(r'^ +# mue.Layout\("idle.weight", ROLE', found.text(), re.MULTILINE)
     assert found.to_dict()["decided"] == found.unmarked < found.tensors
+
+
+class Hidden(nn.Module):
+    """A branch that is computed outside of torch, as a kernel of one's own does; ``classes`` has one number for each sequence."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.classes = nn.Embedding(64, 16), nn.Embedding(5, 16)
+        self.norm, self.up, self.down = nn.RMSNorm(16), nn.Linear(16, 32, bias=False), nn.Linear(32, 16, bias=False)
+        self.last, self.head = nn.RMSNorm(16), nn.Linear(16, 64, bias=False)
+
+    def forward(self, ids: Tensor, kind: Tensor) -> Tensor:
+        x = self.table(ids) + self.classes(kind)[:, None]
+        up, down = (w.weight.numpy() for w in (self.up, self.down))
+        x = x + torch.from_numpy((self.norm(x).numpy() @ up.T).clip(0) @ down.T)
+        return self.head(self.last(x))  # type: ignore[no-any-return]
+
+
+def test_what_a_kernel_hides_makes_the_rest_doubtful() -> None:
+    batch = (torch.randint(64, (2, 8)), torch.randint(5, (2,)))
+    rows = {row.pattern: row for row in propose(Hidden(), batch).rows}
+    # the norm in the block is followed by no matrix that was seen, as a last norm would be
+    assert rows["norm.weight"].look and rows["last.weight"].look and rows["head.weight"].look
+    assert "not the tokens of sequences" in rows["classes.weight"].look
 
 
 def test_the_model_is_as_it_was() -> None:

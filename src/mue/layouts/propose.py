@@ -25,7 +25,7 @@ from mue.layouts.observe.flow.vectors import Vectors
 from mue.layouts.observe.flow.verdict import Observed, ParamVerdict
 from mue.layouts.observe.param_use import param_use
 from mue.layouts.observe.run import perturb, run_batch, run_tokens
-from mue.rules.roles import of_kind
+from mue.rules.roles import ROLES, of_kind
 from mue.util.importing import imported, not_taken, user_code
 
 
@@ -170,10 +170,25 @@ def propose(model: nn.Module, batch: Any = None) -> LayoutProposal:
     verdicts = {n: seen.verdict(n) for n in seen.shapes}
     verdicts |= {n: v for n in seen.shapes if (v := _as_siblings(n, verdicts, seen.shapes)) is not None}
     names = _names(seen, verdicts)
-    for n, v in verdicts.items():  # the last norm of the last block is the norm that it is in every block
-        if v.role == "final_norm" and names.block(n) is not None:
-            verdicts[n] = replace(v, role="norm", how="gain of a norm of the residual stream")
+    verdicts = {n: _doubted(n, v, verdicts, seen, names) for n, v in verdicts.items()}
     return LayoutProposal(name, tuple(_rows(verdicts, names)))
+
+
+def _doubted(
+    name: str, verdict: ParamVerdict, verdicts: Mapping[str, ParamVerdict], seen: Observed, names: Names
+) -> ParamVerdict:
+    """A verdict in the light of the others: what was not seen, and where its tensor lies."""
+    look, role = verdict.look, verdict.role
+    hidden = next((n for n, v in verdicts.items() if v.unseen and len(seen.shapes[n]) > 1), None)
+    if hidden is not None and role in ("norm", "final_norm", "head"):  # a kernel of its own hides what it reads
+        look = look or f"{hidden} was not seen in the pass: its values may go between this and the stream's end"
+    if (
+        role == "final_norm" and names.block(name) is not None
+    ):  # the last block's last norm is what it is in every block
+        return replace(verdict, role="norm", how="gain of a norm of the residual stream", look=look)
+    if names.lost(name) and role in ROLES and role != "bias" and ROLES[role].inside:
+        look = look or "it lies in no block that was recognised: is it in one, say layers=?"
+    return replace(verdict, look=look)
 
 
 @contextmanager
@@ -218,6 +233,10 @@ def _observe(model: nn.Module, batch: Any) -> Observed:
     hint = "the function may return {'model': ..., 'batch': ...}, with what its forward takes"
     with user_code(f"{name} on {'the batch' if tokens is None else f'random tokens ({hint})'}"):
         uses = param_use(model, lambda: seen.append(record_graph(model, run, given)))
+    if not seen[0][1]:
+        raise ValueError(
+            f"{name} returned no tensor from its forward pass: give a function whose model returns logits or a loss"
+        )
     flow = flow_of(*seen[0])
     ends = [flow.nodes[b.sum].shape[-1] for b in flow.branches]
     width = max(set(ends), key=ends.count) if ends else 0

@@ -39,3 +39,12 @@ def test_stages_and_experts_have_marks() -> None:
     found = Names(names, branches, [ATTENTION, FEED] * 4, experts)
     assert found.pattern("stages.1.blocks.0.q") == "stages.{stage}.blocks.{layer}.q"
     assert found.pattern("stages.0.blocks.1.experts.2.up") == "stages.{stage}.blocks.{layer}.experts.{expert}.up"
+
+
+def test_layers_are_counted_where_blocks_are_lists_of_matrices() -> None:
+    names = [f"{w}.{n}.weight" for n in range(2) for w in ("up", "down", "norm")]
+    branches = [frozenset({f"up.{n}.weight", f"down.{n}.weight"}) for n in range(2)]
+    found = Names(names, branches, [FEED] * 2, frozenset())
+    assert [(found.pattern(n), found.layers(n)) for n in names[:2]] == [("up.0.weight", (0,)), ("down.0.weight", (0,))]
+    assert found.layers("down.1.weight") == (1,) and found.layers("up.1.bias") == (1,)
+    assert found.lost("norm.1.weight") and not found.lost("up.1.weight")  # in no branch: a person has to say

@@ -96,12 +96,18 @@ class _Step:
         if self.op in _LOOKUPS and self.weights and self.weights[0][0] == 0:
             index = self.acts[0][1]
             flow.lookups.append(Lookup(self.weights[0][1], index, n))
-            flow.stream.add(n)
+            if self._of_sequences(index):
+                flow.stream.add(n)
             return
         for _, w in self.weights:
             flow.uses.append(Use(self.op, w, self.acts[0][1], n))
         self._follow()
         self._cut()
+
+    def _of_sequences(self, index: int) -> bool:
+        """Whether there is a number for each token of sequences, and not one for each of them, as for classes."""
+        many, nodes = prod(self.flow.nodes[index].shape), self.flow.nodes
+        return any(n.op == "input" and not n.floating and len(n.shape) > 1 and prod(n.shape) == many for n in nodes)
 
     # ---- kernels with a meaning of their own
 

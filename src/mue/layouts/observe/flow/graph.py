@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
@@ -156,6 +156,8 @@ def given_tensors(batch: Any) -> list[Tensor]:
         return [t for value in batch.values() for t in given_tensors(value)]
     if isinstance(batch, list | tuple):
         return [t for value in batch for t in given_tensors(value)]
+    if is_dataclass(batch):
+        return given_tensors(vars(batch))
     return [batch] if isinstance(batch, Tensor) else []
 
 

@@ -31,8 +31,8 @@ class Roles:
 
     Attributes:
         claims: origin → readings. branch_of: node of a product → number of its branch. kinds: of a branch: attention, ffn, or both.
-        routers: products that choose experts → how many. unsaid: queries or keys of an attention without a softmax → the node in
-            which their values are mixed.
+        routers: products that choose experts → how many. unsaid: queries or keys that no softmax tells apart → the node in which
+            their values are mixed.
     """
 
     claims: dict[Origin, list[Claim]] = field(default_factory=dict)
@@ -66,7 +66,7 @@ def roles_of(flow: Flow, width: int, local: Callable[[int, int], bool | None]) -
     for node, mixed in {origin[0]: mixed for origin, mixed in roles.unsaid.items()}.items():
         own = local(node, mixed) if node not in said else None  # one that is fused with others has no row of its own
         role = "" if own is None else "attention_q" if own else "attention_k"
-        why = "attention without a softmax: a query is what acts at its own position alone"
+        why = "no softmax tells queries from keys: one token was changed, which a query feels at its own position alone"
         for origin in roles.unsaid:
             if origin[0] == node:
                 roles.add(origin, role, "acts at its own position alone" if own else "acts at other positions", why)
@@ -247,10 +247,8 @@ class _Branch:
                     )
                 if not flow.bent(ways):
                     self._add(origin, "attention_v", "mixed over positions, and linear until the output")
-            elif not soft:
-                self.roles.unsaid[origin] = flow.products[writer[0]].reads
             else:
-                self._add(origin, "", "in the scores of attention", "query or key could not be told apart")
+                self.roles.unsaid[origin] = flow.products[writer[0]].reads
         for origin in others:
             self._add(origin, "attention_v", "reaches attention's output unmixed", GATE_OF_ATTENTION)
         more = "it reads more than the mixed values" if others else ""

@@ -36,6 +36,8 @@ class Names:
         """Blocks with all kinds of branches that the model has; empty where they are counted one after another."""
         every = frozenset().union(*self.kinds)
         full = [p for p, kinds in self._blocks.items() if kinds == every]
+        if len(every) == 1:  # a block has nothing else that could say how large it is: the outermost
+            return frozenset(p for p in full if not any(p.startswith(f"{q}.") for q in full))
         # the innermost: stages.0.blocks.1, and not stages.0
         return frozenset(p for p in full if not any(q.startswith(f"{p}.") for q in full))
 
@@ -51,15 +53,26 @@ class Names:
         return whole[-1] if whole else inside[0] if inside and not self._whole else None
 
     def layers(self, name: str) -> tuple[int, ...]:
-        """The layer, where attention and feed-forward are counted one after another; empty where the name has it."""
+        """The layer of a tensor whose pattern does not have it: where branches are counted one after another, or lie in no block."""
         block = self.block(name)
-        if block is None or self._whole:
+        if block is not None and self._whole:
             return ()
-        mine = next(i for i, members in enumerate(self.branches) if all(n.startswith(f"{block}.") for n in members))
-        before = {
-            self.block(next(iter(m))) for i, m in enumerate(self.branches[:mine]) if self.kinds[i] == self.kinds[mine]
-        }
+        own = name.rpartition(".")[0] if block is None else block
+        mine = next(
+            (i for i, m in enumerate(self.branches) if any(n.startswith(f"{own}.") or n == name for n in m)), None
+        )
+        if mine is None or not (own or block):
+            return ()
+        alike = [i for i, kinds in enumerate(self.kinds) if kinds == self.kinds[mine]]
+        if block is None:
+            return (alike.index(mine),) if len(alike) > 1 else ()
+        before = {self.block(next(iter(self.branches[i]))) for i in alike if i < mine}
         return (len(before - {block}),)
+
+    def lost(self, name: str) -> bool:
+        """Whether nothing says which of several layers a tensor is in."""
+        several = any(self.kinds.count(kinds) > 1 for kinds in self.kinds)
+        return several and self.block(name) is None and not self.layers(name)
 
     def pattern(self, name: str) -> str:
         """The name with a star for its layer, and what else a layout has a mark for."""

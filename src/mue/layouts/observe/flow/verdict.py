@@ -26,7 +26,7 @@ class ParamVerdict:
 
     Attributes:
         role: None where nothing is proposed. look: why it has to be looked at; empty where it was decided.
-        after: parameters of the projections whose scale a norm's gain cancels.
+        after: parameters of the projections whose scale a norm's gain cancels. unseen: the pass did not use it.
     """
 
     role: str | None
@@ -37,6 +37,7 @@ class ParamVerdict:
     start: float | str | None = None
     after: frozenset[str] = frozenset()
     stacked: int = 1
+    unseen: bool = False
 
 
 @dataclass(frozen=True)
@@ -72,16 +73,15 @@ class Observed:
         uses = [u for u in self.flow.uses if name in self.flow.parameters[u.weight]]
         if uses:
             return self._elementwise(name, uses)
-        return ParamVerdict(
-            None, "", "the forward pass never used it: leave it alone with the role unplanned, or say what it is"
-        )
+        look = "the forward pass was not seen to use it: leave it alone with the role unplanned, or say what it is"
+        return ParamVerdict(None, "", look, unseen=True)
 
     # ---- tables
 
     def _table(self, name: str, indices: Sequence[int], products: Sequence[WeightProduct]) -> ParamVerdict:
         how, look = "rows looked up by the tokens", ""
         if not all(self._is_tokens(self.flow.value(i)) for i in indices):
-            look = "rows looked up by numbers that are not the tokens themselves"
+            look = "rows looked up by numbers that are not the tokens of sequences"
         others = {c.role for p in products for c in self.roles.claims.get((p.node, None), [])}
         if products and others != {"head"}:
             look = "it is looked up, and multiplied by elsewhere"
@@ -102,7 +102,10 @@ class Observed:
 
     def _is_tokens(self, index: Tensor | None) -> bool:
         return index is not None and any(
-            not t.is_floating_point() and t.numel() == index.numel() and torch.equal(t.flatten(), index.flatten())
+            not t.is_floating_point()
+            and t.dim() > 1
+            and t.numel() == index.numel()
+            and torch.equal(t.flatten(), index.flatten())
             for t in self.tokens
         )
 
@@ -203,7 +206,7 @@ class Observed:
             if any(o[0] == p.node for o in self.flow.origins[q.reads])
             for c in self.roles.claims.get((q.node, None), [])
         }
-        if len(readers) == 1 and (role := readers.pop()) in ROLES:
+        if len(readers) == 1 and (role := readers.pop()) in ROLES and ROLES[role].reads_residual:
             return ParamVerdict(role, how, f"{look}; a matrix reads it that is {role}", axes)
         if all(p.reads in self.flow.stream and 4 * p.features <= self.width for p in products):
             return ParamVerdict("router", how, f"{look}; its few outputs may weigh something, as a router's do", axes)
