@@ -1,5 +1,8 @@
 """The ten models, built small: seven of installed packages, three from folders of sources that ``MUE_OTHER_SOURCES`` holds.
 
+The packages are x-transformers, local-attention, palm-rlhf-pytorch, performer-pytorch and litgpt, in the versions below, installed
+with ``--no-deps`` (they would bring another torch), and what they import beside torch.
+
 The list was written before the command first ran, and none is replaced: one that cannot be built is written down as such.
 """
 

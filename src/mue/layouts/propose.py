@@ -182,11 +182,10 @@ def _doubted(
     hidden = next((n for n, v in verdicts.items() if v.unseen and len(seen.shapes[n]) > 1), None)
     if hidden is not None and role in ("norm", "final_norm", "head"):  # a kernel of its own hides what it reads
         look = look or f"{hidden} was not seen in the pass: its values may go between this and the stream's end"
-    if (
-        role == "final_norm" and names.block(name) is not None
-    ):  # the last block's last norm is what it is in every block
+    if role == "final_norm" and names.block(name) is not None:  # it is the norm that it is in every block
         return replace(verdict, role="norm", how="gain of a norm of the residual stream", look=look)
-    if names.lost(name) and role in ROLES and role != "bias" and ROLES[role].inside:
+    known = ROLES.get(role or "")
+    if known is not None and known.inside and role != "bias" and names.lost(name):
         look = look or "it lies in no block that was recognised: is it in one, say layers=?"
     return replace(verdict, look=look)
 

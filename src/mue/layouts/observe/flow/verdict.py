@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mue.layouts.layout import pattern_of
 from mue.layouts.observe.decide import Facts, decide
-from mue.layouts.observe.flow.flow import Flow, Origin, Way, WeightProduct
+from mue.layouts.observe.flow.flow import Flow, Origin, Use, Way, WeightProduct
 from mue.layouts.observe.flow.matrices import Claim, Roles
 from mue.layouts.observe.flow.vectors import Vectors
 from mue.layouts.observe.param_use import ParamUse
@@ -221,16 +221,16 @@ class Observed:
 
     # ---- vectors
 
-    def _elementwise(self, name: str, uses: Sequence[object]) -> ParamVerdict:
-        read = [self.vectors.claim(u) for u in uses]  # type: ignore[arg-type]
+    def _elementwise(self, name: str, uses: Sequence[Use]) -> ParamVerdict:
+        read = [self.vectors.claim(u) for u in uses]
         claims = {c.role: c for c, _ in read}
         if len(claims) == 1 and "" not in claims:
             claim = next((c for c, _ in read if c.doubt), read[0][0])
             after = frozenset(p for _, ends in read for n in ends for p in self.flow.products[n].parameters)
-            return replace(self._vector(name, claim, [u.weight for u in uses]), after=after)  # type: ignore[attr-defined]
-        weights = [u.weight for u in uses]  # type: ignore[attr-defined]
-        streams = [u.activation in self.flow.stream for u in uses]  # type: ignore[attr-defined]
-        if all(streams) and all(u.op == "add" for u in uses):  # type: ignore[attr-defined]
+            return replace(self._vector(name, claim, [u.weight for u in uses]), after=after)
+        weights = [u.weight for u in uses]
+        streams = [u.activation in self.flow.stream for u in uses]
+        if all(streams) and all(u.op == "add" for u in uses):
             sure = all(self._positions(w) for w in weights)
             axes = ("in",) * (len(self.shapes[name]) - 1) + ("out",)
             if sure and len(axes) == 2:
