@@ -383,9 +383,9 @@ def broken(change: Callable[[Rule], Rule]) -> Callable[..., Rule]:
     return lambda: change(mue.get_rule("complete-mue", **SDE))
 
 
-def rows(rule: Rule, factor: Monomial, field: str, roles: tuple[str, ...] = ROLES) -> Rule:
+def rows(rule: Rule, factor: Monomial, field: str, roles: tuple[str, ...] = ()) -> Rule:
     new: dict[str, Row] = dict(rule.rows)
-    for role in roles:
+    for role in roles or rule.rows:
         new[role] = replace(new[role], **{field: getattr(new[role], field) * factor})
     return replace(rule, rows=new)
 

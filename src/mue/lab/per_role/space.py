@@ -47,7 +47,9 @@ def coordinates(base: Transformer, numbers: Iterable[str] = NUMBERS, *, thirds: 
     trained = [role for role in ROLES if counts.get(role) and ROLES[role].trained]
     found = []
     for number in numbers:
-        found += [Coordinate(role, number, (role,)) for role in trained if not ROLES[role].vector]
+        # what starts at 0 by what it is has no std either
+        drawn = [r for r in trained if not ROLES[r].vector and not (number == "init_std" and ROLES[r].zero)]
+        found += [Coordinate(role, number, (role,)) for role in drawn]
         # Gains have no std and no weight decay to multiply, and one learning rate for all of them.
         gains = tuple(role for role in trained if ROLES[role].vector)
         if number == "lr":
