@@ -41,8 +41,8 @@ def measured() -> Cells:
     for folder in sorted(RESULTS.glob("*/study.json")):
         name = folder.parent.name
         if folder.parent != FOLDER.root:
-            # the rows alone are read, and the corpus need not be here
-            asked = tomllib.loads((STUDIES / f"{name}.toml").read_text(encoding="utf-8")) | {"data": house["data"]}
+            # the rows alone are read, and the data, text or images, need not be here
+            asked = tomllib.loads((STUDIES / f"{name}.toml").read_text(encoding="utf-8")) | {"data": {"source": "data"}}
             cells = _cells(asked, StudyFolder(folder.parent))
             found |= {(f"{name}/{axis}", target, approach): m for (axis, target, approach), m in cells}
     return found

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mue.lab.data.spec import describe_data, open_corpus
+from mue.lab.data.spec import describe_data, open_corpus, open_data
 from mue.lab.study.report import study_report
 from mue.lab.study.rows import StudyFolder
 from mue.lab.study.run import run_study
@@ -99,3 +99,19 @@ def test_a_comparison_with_a_diverged_seed_is_named(tmp_path: Path) -> None:
         row(p, None if p.name.startswith("width: width 64, ffn 64, standard") else 2.0 + p.seed) for p in runs
     )
     assert f"so not compared: {lost}" in study_report(tmp_path).read_text(encoding="utf-8")
+
+
+def test_a_study_on_images_is_reported(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+    image = "image = { size = 8, channels = 1, patch = 2, classes = 10 }"
+    text = (
+        f'data = {{ source = "digits" }}\nrun = {{ task = "diffusion", eval_sequences = 8 }}\nbase = {{ width = 16, ffn = 16, layers = 1, head_dim = 8, {image}, training = {{ batch = 64, steps = 2 }} }}\n'
+        "tuned = { lr = 0.01, weight_decay = 0.0, init_std = 0.05, clip = 1 }\nstudy = { seeds = [0], multipliers = [1], reach = 1 }\n"
+        "approaches = { complete-mue = {} }\naxes = { width = { targets = [{ width = 32 }] } }\n"
+    )
+    spec = study_from(tomllib.loads(text), tmp_path)
+    data = open_data(spec.source)
+    schedule, folder = Schedule(spec, describe_data(spec.source, data)), StudyFolder(tmp_path / "out")
+    assert run_study(schedule, folder, workers=1) == 0
+    page = study_report(tmp_path / "out").read_text(encoding="utf-8")
+    assert "images of 8 × 8" in page and "squared error per pixel" in page and "nats" not in page

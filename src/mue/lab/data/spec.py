@@ -125,3 +125,12 @@ def describe_data(source: dict[str, Any], data: Data) -> dict[str, Any]:
     Only its ``hash`` is part of a run's key: the same text or images under another path are the same run.
     """
     return {**data.describe(), "source": source}
+
+
+def described_words(described: Mapping[str, Any]) -> str:
+    """What a :func:`describe_data` says of its content, for people: ``"731 files of text, 12,118,641 bytes"``, or how many images of what size."""
+    if described.get("kind") == ImageSet.kind:
+        _, height, width = described["shape"]
+        held = described["held_out_images"]
+        return f"{described['train_images'] + held:,} images of {height} × {width}, {held:,} of them held out"
+    return f"{described['files']:,} files of text, {described['bytes']:,} bytes"

@@ -54,7 +54,7 @@ def headline_figure(measured: Sequence[CellMeasures], axes: Sequence[str], color
         for panel, axis in zip(panels.flat, axes, strict=False):
             _headline_panel(panel, axis, [m for m in measured if m.cell.target.axis == axis], colored)
         _legend(fig, panels.flat)
-        fig.supylabel("nats above the best that any approach reached, retuned", fontsize=9, color=INK)
+        fig.supylabel("loss above the best that any approach reached, retuned", fontsize=9, color=INK)
         return fig
 
 

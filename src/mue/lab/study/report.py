@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mue.lab.data.spec import described_words
 from mue.lab.report.page import Section, text, write_report
 from mue.lab.study.figures import colors, headline_figure, valleys_figure
 from mue.lab.study.measure import CellMeasures, Compared, Interval, compare, measure
@@ -20,7 +21,7 @@ from mue.lab.train.task import task_of
 from mue.util.files import write_json
 
 HEADER = (
-    "axis", "target", "approach", "tokens per active parameter", "transferred loss", "minimum at (octaves)", "regret (nats)", "regret (% of steps)",
+    "axis", "target", "approach", "tokens per active parameter", "transferred loss", "minimum at (octaves)", "regret", "regret (% of steps)",
     "retuned loss", "runs", "remark",
 )  # fmt: skip
 POWER = 0.35  # octaves: a drift interval whose half-width is more says too little to be called measured
@@ -125,11 +126,11 @@ def sentences(compared: Sequence[Compared]) -> list[str]:
         words = f"{approach} against {mine[0].against}, at transferred values, over {len(mine)} targets: higher loss on {len(worse)}"
         if worse:
             most = max(worse, key=lambda c: c.difference.value)
-            words += f" (by up to {most.difference.value:.3f} nats, {most.axis}: {most.target})"
+            words += f" (by up to {most.difference.value:.3f}, {most.axis}: {most.target})"
         words += f", lower on {len(better)}"
         if better:
             most = min(better, key=lambda c: c.difference.value)
-            words += f" (by up to {-most.difference.value:.3f} nats, {most.axis}: {most.target})"
+            words += f" (by up to {-most.difference.value:.3f}, {most.axis}: {most.target})"
         out.append(f"{words}, level within noise on {len(mine) - len(worse) - len(better)}.")
     return out
 
@@ -169,7 +170,7 @@ def study_report(folder: Path, others: Sequence[Path] = ()) -> Path:
                 texts=[text(s) for s in sentences(compared)],
                 figure=headline_figure(measured, with_runs, colored),
                 caption="Lines: what a user gets, with the rate that each approach transfers (dots: seeds). Dashes: its rate retuned on the target."
-                " Zero is the best that any approach reached there, retuned.",
+                f" Zero is the best that any approach reached there, retuned. Losses are in {unit}.",
             )
         )
     sections.append(_against_section(compared, measured))
@@ -195,7 +196,7 @@ def study_report(folder: Path, others: Sequence[Path] = ()) -> Path:
         )
     )
     runs = sum(m.planned for m in measured)
-    lead = f"{len(rows)} runs on {asked['data']['bytes'] / 1e6:.0f} MB of text; {spec.base.name} tuned, {len(spec.axes)} axes, {len(spec.approaches)} approaches."
+    lead = f"{len(rows)} runs on {described_words(asked['data'])}; {spec.base.name} tuned, {len(spec.axes)} axes, {len(spec.approaches)} approaches."
     cards = [("runs trained", str(len(rows))), ("asked for so far", str(runs)), ("core-hours", f"{_hours(rows):.1f}")]
     return write_report(folder, "Does it transfer?", lead, sections, cards)
 
@@ -224,7 +225,7 @@ def _against_section(compared: Sequence[Compared], measured: Sequence[CellMeasur
                 else []
             ),
         ],
-        header=("axis", "target", "approach", "difference (95 % interval), nats", "seeds"),
+        header=("axis", "target", "approach", "difference (95 % interval)", "seeds"),
         rows=rows,
     )
 
@@ -255,7 +256,7 @@ def _facts(asked: Mapping[str, Any], rows: Mapping[str, Mapping[str, Any]]) -> l
     code = sorted({str(row.get("git")) for row in rows.values()})
     machines = sorted({str(row.get("machine")) for row in rows.values()})
     return [
-        ("data", f"{asked['source']}: {data['files']} files, {data['bytes']:,} bytes, sha256 {data['hash']}"),
+        ("data", f"{asked['source']}: {described_words(data)}, sha256 {data['hash']}"),
         ("tuned", json.dumps(asked["study"]["tuned"])),
         ("code", ", ".join(code)),
         ("machines", "; ".join(machines)),

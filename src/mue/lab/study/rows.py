@@ -77,7 +77,8 @@ class StudyFolder:
 
     def spec(self) -> StudySpec:
         """The study that was asked; its data need not be here."""
-        return study_from({**self.asked()["study"], "data": {"source": "stdlib"}}, self.root)
+        # a path, for it is not opened, and a name would be of text or of images
+        return study_from({**self.asked()["study"], "data": {"source": "data"}}, self.root)
 
     def rows(self) -> dict[str, dict[str, Any]]:
         """Every row by its run's key."""
