@@ -19,7 +19,7 @@ class Kind(Enum):
     CONSTANT = 2
 
 
-class Way(IntFlag):
+class Passage(IntFlag):
     """What happened between a matrix and where its values are found now."""
 
     LINEAR = 0
@@ -33,7 +33,7 @@ class Way(IntFlag):
 
 # (node of a product, first of its outputs that a view took; None: all of them)
 Origin = tuple[int, int | None]
-Origins = Mapping[Origin, frozenset[Way]]
+Origins = Mapping[Origin, frozenset[Passage]]
 
 
 @dataclass(frozen=True)
@@ -107,9 +107,9 @@ class Flow:
     narrow: set[int] = field(default_factory=set)
     _frames: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # storage → first entry, step, features
 
-    def bent(self, origin_ways: Iterable[Way]) -> bool:
+    def bent(self, origin_ways: Iterable[Passage]) -> bool:
         """Whether on every way it was bent or only chose."""
-        return all(way & (Way.BENT | Way.CHOSE) for way in origin_ways)
+        return all(way & (Passage.BENT | Passage.CHOSE) for way in origin_ways)
 
     def leads_to(self, ends: Iterable[int]) -> set[int]:
         """The nodes that any of ``ends`` was made of."""

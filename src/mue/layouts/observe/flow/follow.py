@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
-from mue.layouts.observe.flow.flow import Flow, Kind, Lookup, Origin, Origins, StreamBranch, Use, Way, WeightProduct
+from mue.layouts.observe.flow.flow import Flow, Kind, Lookup, Origin, Origins, Passage, StreamBranch, Use, WeightProduct
 from mue.layouts.observe.flow.graph import Node
 from mue.layouts.observe.param_use import SUMS
 
@@ -64,12 +64,12 @@ def _kind(flow: Flow, node: Node) -> Kind:
     return min((flow.kinds[i] for _, i in node.inputs), key=lambda kind: kind.value)
 
 
-def _with(origins: Origins, way: Way) -> Origins:
+def _with(origins: Origins, way: Passage) -> Origins:
     return {origin: frozenset(w | way for w in ways) for origin, ways in origins.items()}
 
 
 def _union(many: Iterable[Origins]) -> Origins:
-    found: dict[Origin, frozenset[Way]] = {}
+    found: dict[Origin, frozenset[Passage]] = {}
     for origins in many:
         for origin, ways in origins.items():
             found[origin] = found.get(origin, frozenset()) | ways
@@ -131,7 +131,7 @@ class _Step:
             flow.products[n] = WeightProduct(n, weight, reads, flow.parameters[weight], features)
             step = 1 if last or len(shape) < 2 else shape[-1]
             flow._frames[self.node.storage] = (self.node.offset, step, features)
-            flow.origins[n] = _union([{(n, None): frozenset({Way.LINEAR})}, *(flow.origins[i] for i in rest)])
+            flow.origins[n] = _union([{(n, None): frozenset({Passage.LINEAR})}, *(flow.origins[i] for i in rest)])
             for p, w in self.weights:
                 if p not in sides:
                     flow.uses.append(Use(self.op, w, n, n, "bias"))
@@ -140,7 +140,7 @@ class _Step:
             a, b = acts[0][1], acts[1][1]
             flow.contractions[n] = (a, b)
             flow.origins[n] = _union(
-                [*(_with(flow.origins[i], Way.MIXED) for i in (a, b)), *(flow.origins[i] for i in rest)]
+                [*(_with(flow.origins[i], Passage.MIXED) for i in (a, b)), *(flow.origins[i] for i in rest)]
             )
             if (a in flow.stream) != (b in flow.stream):
                 flow.stream.add(n)  # streams that are mixed, or tokens that are sent to experts
@@ -175,11 +175,11 @@ class _Step:
         if self._residual(taken):
             return
         linear = bool(_LINEAR.fullmatch(self.op))
-        way = Way.LINEAR if linear else Way.SOFTMAX | Way.BENT if "softmax" in self.op else Way.BENT
+        way = Passage.LINEAR if linear else Passage.SOFTMAX | Passage.BENT if "softmax" in self.op else Passage.BENT
         if not self.node.floating:
-            way |= Way.CHOSE | Way.BENT
+            way |= Passage.CHOSE | Passage.BENT
         parts = [_with(flow.origins[i], way) for i in taken]
-        flow.origins[n] = _union([*parts, *(_with(flow.origins[i], Way.CHOSE) for i in choosing)])
+        flow.origins[n] = _union([*parts, *(_with(flow.origins[i], Passage.CHOSE) for i in choosing)])
         reduced = _REDUCTIONS.fullmatch(self.op) and self._reduces_features(taken)
         if reduced or (taken and all(i in flow.narrow for i in taken) and self._keeps_narrow()):
             flow.narrow.add(n)
@@ -228,13 +228,13 @@ class _Step:
                     flow.stream.add(n)
                 return
         if self.op == "div":
-            other = _with(other, Way.BENT)
-        found = dict(_union([_with(one, Way.TIMES), _with(other, Way.TIMES)]))
+            other = _with(other, Passage.BENT)
+        found = dict(_union([_with(one, Passage.TIMES), _with(other, Passage.TIMES)]))
         for origin in set(one) & set(other):
             # x · sigmoid(x): a function of x alone, unless the two are different parts of x and it was lost which
             product = flow.nodes[origin[0]]
             half = min(prod(flow.nodes[i].shape) for i in (a, b)) < prod(product.shape) and origin[1] is None
-            way = Way.BENT | Way.TIMES | (Way.TORN if half else Way.LINEAR)
+            way = Passage.BENT | Passage.TIMES | (Passage.TORN if half else Passage.LINEAR)
             found[origin] = frozenset(w | way for w in found[origin])
         flow.origins[n] = found
 
@@ -272,7 +272,7 @@ class _Step:
         first, step, features = frame
         if source is None or flow.nodes[source].storage != node.storage:
             return
-        found: dict[Origin, frozenset[Way]] = {}
+        found: dict[Origin, frozenset[Passage]] = {}
         for origin, ways in flow.origins[self.n].items():
             part = prod(node.shape) < prod(flow.nodes[origin[0]].shape)
             start = (node.offset - first) // step % features if part or origin[1] is not None else None

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 
-from mue.layouts.observe.flow.flow import Flow, Kind, Origin, Way, WeightProduct
+from mue.layouts.observe.flow.flow import Flow, Kind, Origin, Passage, WeightProduct
 from mue.rules.roles import ROLES
 
 _SWAPS = ("view", "_unsafe_view", "reshape", "unsqueeze", "squeeze", "expand", "slice", "clone")
@@ -91,7 +91,7 @@ def _scores(flow: Flow) -> Iterator[tuple[Origin, str]]:
         query, key = (a, b) if at == -1 else (b, a)
         for side, name in ((query, "q"), (key, "k")):
             for origin, ways in flow.origins[side].items():
-                if not all(way & Way.MIXED for way in ways):
+                if not all(way & Passage.MIXED for way in ways):
                     yield origin, name
 
 
@@ -100,7 +100,7 @@ def _back(flow: Flow, n: int, dim: int) -> tuple[int, int] | None:
     while n not in flow.contractions:
         node = flow.nodes[n]
         acts = [i for _, i in node.inputs if flow.origins[i] and i not in flow.narrow]
-        mixed = [i for i in acts if any(w & Way.MIXED for ways in flow.origins[i].values() for w in ways)]
+        mixed = [i for i in acts if any(w & Passage.MIXED for ways in flow.origins[i].values() for w in ways)]
         if len(mixed) != 1 or n in flow.products:
             return None
         source = mixed[0]
@@ -157,7 +157,7 @@ class _Branch:
         for gate in gates:
             self._gate(gate, experts, many)
         for writer, ways in writers.items():
-            times = any(way & (Way.TIMES | Way.MIXED) for way in ways)
+            times = any(way & (Passage.TIMES | Passage.MIXED) for way in ways)
             kind = "expert" if writer in experts else "shared" if experts else "ffn"
             doubt = "something that is no router weighs it" if times and kind == "ffn" else ""
             if len(feeding) > 1 and kind != "expert" and writer in feeding:
@@ -167,16 +167,16 @@ class _Branch:
     def _mixes(self, writer: Origin) -> bool:
         """Whether it reads what was mixed over positions."""
         origins = self.flow.origins[self.flow.products[writer[0]].reads]
-        return any(way & Way.MIXED for ways in origins.values() for way in ways)
+        return any(way & Passage.MIXED for ways in origins.values() for way in ways)
 
-    def _experts(self, writers: Mapping[Origin, frozenset[Way]], gates: Sequence[Origin]) -> set[Origin]:
+    def _experts(self, writers: Mapping[Origin, frozenset[Passage]], gates: Sequence[Origin]) -> set[Origin]:
         """The writers that a router weighs: as many as it has outputs, or with an axis that is as long."""
         found: set[Origin] = set()
         for gate in gates:
             many = self.flow.products[gate[0]].features
             if many < 2:
                 continue
-            weighed = {o for o, ways in writers.items() if all(w & (Way.TIMES | Way.MIXED) for w in ways)}
+            weighed = {o for o, ways in writers.items() if all(w & (Passage.TIMES | Passage.MIXED) for w in ways)}
             stacked = {o for o in weighed if self._experts_inside(self.flow.products[o[0]], many)}
             apart = weighed - stacked
             if len({p for o in apart for p in self.flow.products[o[0]].parameters}) > 1:
@@ -214,7 +214,7 @@ class _Branch:
         flow = self.flow
         product = flow.products[writer[0]]
         reads = flow.origins[product.reads]
-        origins = {o: ways for o, ways in reads.items() if not all(way & Way.CHOSE for way in ways)}
+        origins = {o: ways for o, ways in reads.items() if not all(way & Passage.CHOSE for way in ways)}
         doubt = "" if product.features == self.width else "it does not write as many numbers as the stream has"
         doubt = doubt or ("" if writer[1] is None else "a part of its outputs alone is added to the stream")
         if not origins:
@@ -227,13 +227,13 @@ class _Branch:
         sure = self._feed_forward(origins, kind, doubt)
         self._add(writer, f"{kind}_down", "reads what was bent, and is added to the stream", doubt or sure)
 
-    def _attention(self, writer: Origin, origins: Mapping[Origin, frozenset[Way]], doubt: str) -> None:
+    def _attention(self, writer: Origin, origins: Mapping[Origin, frozenset[Passage]], doubt: str) -> None:
         flow, others = self.flow, []
         self.roles.kinds.setdefault(self.number, set()).add("attention")
-        soft = any(way & Way.SOFTMAX for ways in origins.values() for way in ways)
+        soft = any(way & Passage.SOFTMAX for ways in origins.values() for way in ways)
         for origin, ways in origins.items():
             sides = self.scores.get(origin, set())
-            mixed = all(way & Way.MIXED for way in ways)
+            mixed = all(way & Passage.MIXED for way in ways)
             if not mixed:
                 others.append(origin)
             elif not flow.bent(ways) and not sides:
@@ -254,13 +254,13 @@ class _Branch:
         more = "it reads more than the mixed values" if others else ""
         self._add(writer, "attention_o", "reads what was mixed, and is added to the stream", doubt or more)
 
-    def _feed_forward(self, origins: Mapping[Origin, frozenset[Way]], kind: str, doubt: str) -> str:
+    def _feed_forward(self, origins: Mapping[Origin, frozenset[Passage]], kind: str, doubt: str) -> str:
         """Up and gate; returns why they are in doubt."""
         flow = self.flow
         bent = [o for o, ways in origins.items() if flow.bent(ways)]
         plain = [o for o in origins if o not in bent]
-        torn = any(way & Way.TORN for ways in origins.values() for way in ways)
-        times = all(any(way & Way.TIMES for way in origins[o]) for o in (*bent, *plain))
+        torn = any(way & Passage.TORN for ways in origins.values() for way in ways)
+        times = all(any(way & Passage.TIMES for way in origins[o]) for o in (*bent, *plain))
         why = doubt
         if torn:
             why = "halves of its outputs meet, and which is which was lost on the way"

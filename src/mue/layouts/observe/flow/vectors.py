@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from mue.layouts.observe.flow.flow import Flow, Origin, Use, Way
+from mue.layouts.observe.flow.flow import Flow, Origin, Passage, Use
 from mue.layouts.observe.flow.matrices import Claim, Roles
 
 _ADDS = ("add", "sub", "rsub")
@@ -58,7 +58,7 @@ class Vectors:
                 return Claim("final_norm", "gain of the norm after the last branch"), none
             return Claim("norm", "gain of a norm", "it is neither before a branch nor before the head"), none
         roles = {c.role for o in origins for c in self.roles.claims.get(o, [])}
-        mixed = any(way & Way.MIXED for ways in origins.values() for way in ways)
+        mixed = any(way & Passage.MIXED for ways in origins.values() for way in ways)
         if roles and roles <= {"attention_q", "attention_k"} and not mixed:
             return Claim("qk_norm", "gain of a norm of queries or keys"), none
         ends = frozenset(o[0] for o in origins if self._ends(o))

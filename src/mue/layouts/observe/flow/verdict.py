@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mue.layouts.layout import pattern_of
 from mue.layouts.observe.decide import Facts, decide
-from mue.layouts.observe.flow.flow import Flow, Origin, Use, Way, WeightProduct
+from mue.layouts.observe.flow.flow import Flow, Origin, Passage, Use, WeightProduct
 from mue.layouts.observe.flow.matrices import Claim, Roles
 from mue.layouts.observe.flow.vectors import Vectors
 from mue.layouts.observe.param_use import ParamUse
@@ -98,7 +98,7 @@ class Observed:
         """What products read, but for what only chose for them."""
         flow = self.flow
         every = [item for p in flow.products.values() for item in flow.origins[p.reads].items()]
-        return frozenset(o for o, ways in every if not all(way & Way.CHOSE for way in ways))
+        return frozenset(o for o, ways in every if not all(way & Passage.CHOSE for way in ways))
 
     def _is_tokens(self, index: Tensor | None) -> bool:
         return index is not None and any(
