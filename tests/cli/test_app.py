@@ -31,6 +31,7 @@ def test_one_file_holds_one_command() -> None:
         "app",
         "files",
         "measured_gates",
+        "precision",
         "terminal",
         "user_model",
     }

@@ -42,7 +42,7 @@ MULTIPLIERS = (0.5, 1.0, 2.0)  # of the transferred rate: an octave to each side
 SEEDS = (0, 1)  # of the runs at transferred values; the valleys are of the first
 PROMPT = "def read_lines(self, path):\n"
 _SAMPLE = 160  # bytes
-_KEPT = (  # of a run's result
+KEPT = (  # of a run's result
     "key",
     "plan",
     "name",
@@ -69,7 +69,8 @@ class Experiment:
 def experiment(out: Path, tables: Mapping[str, Any] | None = None) -> Experiment:
     """``demo.toml`` of this package, or other tables of its kind, with the data's cache under ``out``."""
     found = read_toml(FILE) if tables is None else tables
-    data = {**found, "data": {**found["data"], "cache": str(out / "data")}}
+    cache = {"cache": str(out / "data")} if "task" not in table_of(found, "run") else {}  # text has one
+    data = {**found, "data": {**found["data"], **cache}}
     target = table_of(data, "target")
     training = training_from(target, "target")
     assert training is not None
@@ -103,14 +104,14 @@ def demo(out: Path, console: Console, *, workers: int | None = None, tables: Map
     console.print(f"  [bold]{swept.verdict}[/]", highlight=False)
 
     console.rule("[bold]3  transfer to a MoE four times as wide")
-    plan = _transfer(ours, swept, ours.target, "complete-mue")
+    plan = transferred(ours, swept, ours.target, "complete-mue")
     console.print(plan_table(plan, width=console.width))
     plan.save(out / "plan.json")
 
     console.rule("[bold]4  train it three ways, nothing retuned, and an octave to each side")
     store = Store(out)
     named = _runs(ours, swept, plan, describe_data(spec.source, corpus))
-    with RunProgress(console, "MoE three ways, dense model", list(named.values()), _label) as progress:
+    with RunProgress(console, "MoE three ways, dense model", list(named.values()), label) as progress:
         by_key = run_all(
             list(named.values()), store, workers=workers, listener=progress, keep_weights={named["MoE"].key}
         )
@@ -120,7 +121,7 @@ def demo(out: Path, console: Console, *, workers: int | None = None, tables: Map
         for rule in APPROACHES
     }
 
-    seconds = _total_seconds(out / "demo.json", time.monotonic() - started, fresh=progress.fresh + display.fresh)
+    seconds = total_seconds(out / "demo.json", time.monotonic() - started, fresh=progress.fresh + display.fresh)
     summary = _summary(swept, plan, results, checks, corpus, seconds)
     summary["samples"] = _samples(named["MoE"], store)
     write_json(out / "demo.json", summary)
@@ -129,7 +130,7 @@ def demo(out: Path, console: Console, *, workers: int | None = None, tables: Map
     return path
 
 
-def _total_seconds(path: Path, now: float, *, fresh: int) -> float:
+def total_seconds(path: Path, now: float, *, fresh: int) -> float:
     """Seconds spent over all sessions: a start that only reads what is done adds nothing.
 
     Args:
@@ -139,9 +140,22 @@ def _total_seconds(path: Path, now: float, *, fresh: int) -> float:
     return before + now if fresh or not before else before
 
 
-def _transfer(ours: Experiment, swept: SweepResult, target: Transformer, rule: str) -> PlanData:
+def transferred(ours: Experiment, swept: SweepResult, target: Transformer, rule: str) -> PlanData:
     return transfer(
         ours.spec.base, target, swept.tuned, base_training=ours.spec.training, training=ours.training, rule=rule
+    )
+
+
+def equal_dense(shape: Transformer, plan: PlanData) -> Dense:
+    """What an MoE has to beat: a dense model that costs as much per token."""
+    assert plan.active_width is not None
+    return Dense(
+        shape.width,
+        plan.active_width,
+        shape.layers,
+        head_dim=shape.head_dim,
+        sequence=shape.sequence,
+        image=shape.image,
     )
 
 
@@ -151,17 +165,14 @@ def _runs(ours: Experiment, swept: SweepResult, plan: PlanData, data: dict[str, 
     In the order in which they tell most: an interrupted demo has its headline first.
     """
     settings = ours.spec.settings
-    assert plan.active_width is not None
-    shape = ours.target
-    # What an MoE has to beat: a dense model that costs as much per token.
-    dense = Dense(shape.width, plan.active_width, shape.layers, head_dim=shape.head_dim, sequence=shape.sequence)
+    shape, dense = ours.target, equal_dense(ours.target, plan)
     # All validate on the same text, under the same settings; rules that agree at a multiplier share the run.
     named = {
         "base": Run(base_plan(ours.spec.base, ours.spec.training, swept.tuned), settings, data),
         "MoE": Run(plan, settings, data),
-        "dense": Run(_transfer(ours, swept, dense, "complete-mue"), settings, data),
+        "dense": Run(transferred(ours, swept, dense, "complete-mue"), settings, data),
     }
-    ruled = {rule: _transfer(ours, swept, shape, rule) for rule in APPROACHES}
+    ruled = {rule: transferred(ours, swept, shape, rule) for rule in APPROACHES}
     for multiplier in sorted(MULTIPLIERS, key=lambda m: m != 1):
         for rule in APPROACHES:
             named[f"{rule} × {multiplier:g}"] = Run(scaled(ruled[rule], multiplier), settings, data)
@@ -171,7 +182,7 @@ def _runs(ours: Experiment, swept: SweepResult, plan: PlanData, data: dict[str, 
     return named
 
 
-def _label(run: Run) -> str:
+def label(run: Run) -> str:
     return f"{run.plan.rule.name:<17} {run.plan.target.name:<15} lr {run.plan.tuned.lr:<8.3g} seed {run.settings.seed}"
 
 
@@ -191,7 +202,7 @@ def _summary(
         "data": corpus.describe(),
         "sweep": swept.to_dict(corpus.hash),
         "plan": plan.to_dict(),
-        "runs": {name: {k: result[k] for k in _KEPT} for name, result in results.items()},
+        "runs": {name: {k: result[k] for k in KEPT} for name, result in results.items()},
         "check": {rule: check.to_dict() for rule, check in checks.items()},
         "transferred": {
             rule: [results[f"{rule} × 1"]["val_loss"]] + [results[f"{rule}, seed {s}"]["val_loss"] for s in SEEDS[1:]]

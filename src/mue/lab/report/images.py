@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from mue.lab.report.grids import Pixels, grid
 from mue.lab.report.page import Section, text
@@ -120,6 +121,7 @@ def _experts(found: Mapping[str, Any]) -> list[Section]:
             image = load_map(panel, table * len(table))
             panel.set_xticks(range(len(found["times"])), [f"{t:.2f}" for t in found["times"]], rotation=90, fontsize=7)
             panel.set_title(f"block {layer + 1} with experts", fontsize=9)
+            panel.yaxis.set_major_locator(MaxNLocator(integer=True))
             panel.set_xlabel("time")
         axes[0].set_ylabel("expert")
         by_time.colorbar(image, ax=axes, label="load ÷ fair share", shrink=0.9)

@@ -35,7 +35,11 @@ class SampleScores:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready, with the name of the feature space, so that nobody takes the distance for another."""
-        return {**asdict(self), "asked": list(self.asked), "features": f"{FEATURES} of a classifier of these images"}
+        return {
+            **asdict(self),
+            "asked": list(self.asked),
+            "features": f"{FEATURES} features of a classifier of these images",
+        }
 
 
 def score(

@@ -1,0 +1,68 @@
+"""The demo on images in seconds: the same steps on a model that small, and what it says of whatever came out."""
+
+from __future__ import annotations
+
+import json
+from html import unescape
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+from rich.console import Console
+
+from mue.lab.demo import diffusion
+from mue.lab.demo.diffusion import FILE, GRID_FILE, diffusion_demo
+from mue.lab.demo.diffusion_report import findings
+from mue.lab.models.draw import Way
+from mue.lab.trained.images import classifier
+from mue.plan.toml import read_toml
+
+
+def tiny() -> dict[str, Any]:
+    """The demo's file with a few steps of a few images."""
+    data = read_toml(FILE)
+    for table in (data["base"], data["target"]):
+        table.update(layers=1, training={"batch": 64, "steps": 4})
+    data["target"].update(width=32, expert=16)
+    data["sweep"].update(lr=[0.008, 0.016], init_std=[0.1])
+    data["run"].update(eval_sequences=4, eval_every=2, log_every=1)
+    return data
+
+
+@pytest.mark.slow  # eight runs in processes of their own
+def test_from_the_sweep_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(diffusion, "WAY", Way(steps=1))
+    monkeypatch.setattr(diffusion, "OF_EACH", 2)
+    monkeypatch.setattr(diffusion, "SHOWN", 2)
+    monkeypatch.setattr(classifier, "_STEPS", 20)
+    out = tmp_path / "demo"
+    page = diffusion_demo(out, Console(quiet=True), workers=1, tables=tiny())
+    summary = json.loads((out / "demo.json").read_text())
+    assert set(summary["runs"]) == {"base", "dense", "MoE", "MoE × 0.5", "MoE × 2"}
+    moe, dense = (summary["runs"][name] for name in ("MoE", "dense"))
+    assert dense["flops_per_token"] == pytest.approx(moe["flops_per_token"], rel=0.05)  # but for the router
+    assert set(summary["check"]["losses"]) == {"0.5", "1", "2"} and summary["check"]["loss_at_1"] == moe["val_loss"]
+    assert set(summary["scores"]) == {"MoE", "dense"} and summary["scores"]["MoE"]["count"] == 20
+    assert matplotlib.image.imread(out / GRID_FILE).shape[:2] == (2 * 54 + 6, 10 * 54 + 6)
+    html = unescape(page.read_text(encoding="utf-8"))
+    assert all(sentence.split("(")[0][:60] in html for sentence in findings(summary))
+    for words in ("over training", "fixed times", "by time step", "by image position", "Judged by", "no FID"):
+        assert words in html
+
+
+def test_it_says_what_came_out_whatever_it_is() -> None:
+    own = {
+        "count": 320, "asked": [0.5, 0.4, 0.6], "accuracy": 0.98, "distance": None, "floor": None, "features": "16 features",
+        "copies": {"samples": 0.1, "held_out": 0.12, "share": 0.4},
+    }  # fmt: skip
+    run = {"val_loss": None, "tokens": 10}
+    summary = {
+        "runs": {"MoE": run, "dense": run, "base": {"val_loss": 0.5, "tokens": 5}},
+        "scores": {"MoE": own},
+        "way": {"guidance": 1.5},
+        "check": {"losses": {"0.5": 0.4, "1": None, "2": None}},
+    }
+    said = " ".join(findings(summary))
+    assert "0.4000 at 0.5×, diverged at 1×" in said and "50.0% (40.0% to 60.0%)" in said
+    assert "Fréchet" not in said and "40.0% of the samples are nearer" in said
