@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import platform
 from pathlib import Path
 
 import torch
@@ -53,30 +54,24 @@ def engine() -> str:
 
 def why_engine() -> str:
     """What `engine` took, and why nothing better, in words."""
-    path, kernel = build.find(), loaded()
+    path, kernel, taken = build.find(), loaded(), engine()
     assert path is not None and kernel is not None
-    passed, taken = build.engines(path), engine()
+    dot = "bfmmla" if platform.machine() in ("aarch64", "arm64") else "vdpbf16ps"
     words = {
         "plain": "float32 inside the kernel",
-        "dot products": "bf16 instructions (AVX512_BF16's vdpbf16ps, Arm's bfmmla)",
+        "dot products": f"the processor's instructions ({dot})",
         "matrix unit": "the matrix unit (AMX)",
     }
-    reasons = []
-    for name, missing in (
-        (
-            "matrix unit",
-            "the system refused its registers (arch_prctl)"
-            if kernel.mue_matrix_unit() == _REFUSED
-            else "this processor has none",
-        ),
-        ("dot products", "this processor or build has none"),
-    ):
-        if name == taken:
-            break
-        reasons.append(
-            f"no {name}: {'it failed its trial' if name in offered(kernel) and name not in passed else missing}"
-        )
-    return "; ".join([words[taken], *reasons])
+    refused = kernel.mue_matrix_unit() == _REFUSED
+    missing = {
+        "dot products": "this processor has none, or the compiler knew none",
+        "matrix unit": "the system refused its registers (arch_prctl)" if refused else "this processor has none",
+    }
+    there = offered(kernel)
+    better = build.ENGINES[build.ENGINES.index(taken) + 1 :]
+    return "; ".join(
+        [words[taken], *(f"no {name}: {'failed its trial' if name in there else missing[name]}" for name in better)]
+    )
 
 
 def forget() -> None:

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -193,3 +194,25 @@ def test_auto_takes_the_faster_of_ours(kernel: Path, monkeypatch: pytest.MonkeyP
         weights = ExpertWeights(*make_weights(2, width, inner, torch.float32))
         assert choose(x, weights, torch.bfloat16) == expected
         assert choose(x, weights, torch.float32) == "native"
+
+
+def test_the_engine_that_was_taken_has_a_reason(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best that the processor has, the system gives and the trial passed; each better one is named with what it lacks."""
+    loaded = library.loaded()
+    assert loaded is not None
+    for unit, dot, passed, taken, reasons in (
+        (library._GIVEN, True, build.ENGINES, "matrix unit", []),
+        (library._REFUSED, True, build.ENGINES, "dot products", ["no matrix unit: the system refused"]),
+        (library._GIVEN, True, build.ENGINES[:2], "dot products", ["no matrix unit: failed its trial"]),
+        (library._NO_UNIT, False, build.ENGINES, "plain", ["no dot products: this processor", "no matrix unit: this processor"]),
+    ):  # fmt: skip
+        given = SimpleNamespace(mue_matrix_unit=lambda unit=unit: unit, mue_has_dot=lambda dot=dot: dot)
+        monkeypatch.setattr(library, "loaded", lambda given=given: given)
+        monkeypatch.setattr(build, "engines", lambda _, passed=passed: list(passed))
+        library.engine.cache_clear()
+        try:
+            assert library.engine() == taken
+            words = library.why_engine().split("; ")
+        finally:
+            library.engine.cache_clear()
+        assert len(words) == 1 + len(reasons) and all(w.startswith(r) for w, r in zip(words[1:], reasons, strict=True))
