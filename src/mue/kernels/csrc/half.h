@@ -36,7 +36,7 @@ inline Vector<float> paired(Vector<float> even, Vector<float> odd) {
 // Pairs of two rows' numbers, column by column.
 #if defined(__AVX512BW__)
 inline Vector<float> zipped(Vector<float> both) {  // of the halves of one vector
-  typedef uint16_t Words __attribute__((vector_size(64), may_alias));
+  typedef uint16_t Words __attribute__((vector_size(64), aligned(4), may_alias));
   Words order;
   for (int i = 0; i < 32; i++) order[i] = i / 2 + i % 2 * 16;
   Words words = __builtin_shuffle(reinterpret_cast<Words&>(both), order);
