@@ -28,8 +28,13 @@ def write_measured_gates(file: Path, tuned: Path | None) -> None:
     from mue.lab.train.spec import settings_from
 
     data, values = with_sweep(read_tables(file, None, (*PLAN_TABLES, "data", "run")), tuned)
-    source, settings = data_source(data, file.parent), settings_from(data, auto="fp32")
     target = table_of(data, "target")
+    if "image" in target:
+        raise ValueError(
+            "--measure-gates measures on text, and [target] draws images: give gate_moments by hand, or take a router whose weights sum to"
+            " one or whose moments are known (expert-choice)"
+        )
+    source, settings = data_source(data, file.parent), settings_from(data, auto="fp32")
     blocks = target.get("blocks")
     tables: list[Any] = [target] if blocks is None else blocks if isinstance(blocks, list) else []
     wanted = {i for i, table in enumerate(tables) if isinstance(table, dict) and needs_measuring(table)}

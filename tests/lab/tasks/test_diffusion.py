@@ -133,3 +133,14 @@ def test_an_average_by_hand() -> None:
         with averages.in_place(decay):
             assert model.weight.item() == pytest.approx(value, rel=1e-5)
     assert model.weight.item() == 39
+
+
+def test_gates_of_images_are_not_measured_on_text(tmp_path: Path) -> None:
+    from mue.cli.measured_gates import write_measured_gates
+
+    file = tmp_path / "images.toml"
+    file.write_text(
+        'data = {source = "digits"}\ntarget = {image = {size = 8, channels = 1, patch = 2, classes = 10}}\n'
+    )
+    with pytest.raises(ValueError, match="measures on text"):
+        write_measured_gates(file, None)
