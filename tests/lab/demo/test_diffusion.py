@@ -66,3 +66,14 @@ def test_it_says_what_came_out_whatever_it_is() -> None:
     said = " ".join(findings(summary))
     assert "0.4000 at 0.5×, diverged at 1×" in said and "50.0% (40.0% to 60.0%)" in said
     assert "Fréchet" not in said and "40.0% of the samples are nearer" in said
+
+
+def test_the_docs_quote_a_run_that_is_there() -> None:
+    root = Path(__file__).parents[3]
+    summary = json.loads((root / "docs/results/diffusion_demo.json").read_text(encoding="utf-8"))
+    quoted = (root / "docs/images.md").read_text(encoding="utf-8").split("```text\n")[1].split("```")[0]
+    assert quoted.splitlines() == findings(summary)
+    # what was asked of it: the class asked for, by a classifier that is right itself, and no copies
+    own = summary["scores"]["MoE"]
+    assert own["asked"][0] >= 0.9 and own["accuracy"] >= 0.97 and own["copies"]["share"] <= 0.05
+    assert own["distance"] < 2 * own["floor"]
