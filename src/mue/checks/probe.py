@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mue.checks.context import Context
 from mue.checks.designed import NORM, Design, design
+from mue.checks.schedule import peak_rate
 from mue.checks.training_step import LOW, kept_weights, undone
 from mue.layouts.layout import ParamInfo
 from mue.rules.roles import ROLES
@@ -32,6 +33,8 @@ class Probe:
 
     Attributes:
         info: the parameter. group: its planned optimizer group. design: its gradients; None for a vector.
+        lr, decay: the rate, and what a step is to take off a weight, as its own group says at the peak. Whether that is planned is
+            another check's (groups); the planned ones where its optimizer shows no group with it.
         weight: norm of the weights. still: norm of the first change under gradients of zero, freed of what shrinks the weights;
             ``again``: of the second. shrunk: part of the weights that the first one took off.
         rms: size of an element's planned step. core, core2: (E, P, R, R), two steps in the design's directions, weight decay
@@ -43,6 +46,8 @@ class Probe:
     info: ParamInfo
     group: dict[str, Any]
     design: Design | None
+    lr: float
+    decay: float
     weight: float = 0.0
     still: float = 0.0
     again: float = 0.0
@@ -104,9 +109,8 @@ def _why_not(ctx: Context) -> str:
 def _made(ctx: Context) -> list[Probe] | str:
     trained = [p for p in ctx.placed if ROLES[p.role].trained and p.parameter.requires_grad]
     total = sum(p.parameter.numel() for p in trained)
-    every = [Probe(p, ctx.expected[id(p.parameter)], design(ctx.plan, p, total)) for p in trained]
-    for one in every:
-        one.rms = _planned_rms(one)
+    held = {id(q): g for o in ctx.optimizers for g in o.param_groups for q in g["params"]}
+    every = [_planned(ctx, p, held.get(id(p.parameter)), total) for p in trained]
     _still(ctx, every)
     # A factorisation makes a step of nothing, too; AdamW does not. Of a vector of ones momentum may look as decay does.
     beside = [one for one in every if one.planned == "adamw" and one.design is not None]
@@ -119,13 +123,16 @@ def _made(ctx: Context) -> list[Probe] | str:
     return found
 
 
-def _planned_rms(one: Probe) -> float:
-    """An element's size in a planned step: AdamW's is lr, and an orthogonal O×I matrix has elements of 1/√max(O, I)."""
-    lr = float(one.group["lr"])
-    if one.planned == "adamw" or one.design is None:
-        return lr
-    fan_in, sizes = one.design.right.shape[0], zip(one.scales, one.design.how[2], strict=True)
-    return lr * max(scale / math.sqrt(max(rows, fan_in)) for scale, rows in sizes)
+def _planned(ctx: Context, p: ParamInfo, held: dict[str, Any] | None, total: int) -> Probe:
+    """A probe that has not been stepped."""
+    group = ctx.expected[id(p.parameter)]
+    lr = float(group["lr"]) if held is None else peak_rate(ctx, held)
+    decay = group["weight_decay"] if held is None else held.get("weight_decay", group["weight_decay"])
+    one = Probe(p, group, design(ctx.plan, p, total), lr, lr * float(decay), rms=lr)
+    if one.planned == "muon" and one.design is not None:  # an orthogonal O×I matrix has elements of 1/√max(O, I)
+        fan_in, sizes = one.design.right.shape[0], zip(one.scales, one.design.how[2], strict=True)
+        one.rms = lr * max(scale / math.sqrt(max(rows, fan_in)) for scale, rows in sizes)
+    return one
 
 
 def _still(ctx: Context, every: Sequence[Probe]) -> None:
@@ -150,7 +157,7 @@ def _still(ctx: Context, every: Sequence[Probe]) -> None:
             if one.copied:
                 one.shrunk = shrunk
             if one.unsteady:
-                one.shrunk = float(one.group["lr"]) * float(one.group["weight_decay"])
+                one.shrunk = one.decay
 
 
 def _designed(ctx: Context, every: Sequence[Probe], total: int) -> None:
@@ -160,9 +167,10 @@ def _designed(ctx: Context, every: Sequence[Probe], total: int) -> None:
         return one.design.gradient(one.design.first, one.info.parameter) if one.design else _vector(one, total)
 
     def second(one: Probe) -> Tensor:
-        momentum = float(one.group.get("momentum", 0.95))
-        levels = one.design.second(momentum) if one.design else None
-        return -0.3 * _vector(one, total) if one.design is None else one.design.gradient(levels, one.info.parameter)  # type: ignore[arg-type]
+        if one.design is None:
+            return -0.3 * _vector(one, total)
+        levels = one.design.second(float(one.group.get("momentum", 0.95)))
+        return one.design.gradient(levels, one.info.parameter)
 
     with undone(ctx, ctx.optimizers):
         start = [one.info.parameter.detach().clone() for one in every]
@@ -190,7 +198,7 @@ def _first(one: Probe, w: Tensor, after: Tensor, gradient: Tensor) -> None:
 
 def _core(one: Probe, before: Tensor, after: Tensor) -> Tensor:
     assert one.design is not None
-    return -one.design.core_EPRR(after - before * (1 - one.shrunk)) / float(one.group["lr"])
+    return -one.design.core_EPRR(after - before * (1 - one.shrunk)) / one.lr
 
 
 def stepped_once(ctx: Context, every: Sequence[Probe], gradient: Gradients) -> list[Tensor]:

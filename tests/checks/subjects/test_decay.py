@@ -17,7 +17,7 @@ from support.wiring.muons import own
         ({"decay": 0.0}, "never applied"),
         ({"decay": 2.0}, "applied twice"),
         ({"independent": True}, "not multiplied by the rate"),
-        ({"decay": 0.5}, "0.5 × the planned decay"),
+        ({"decay": 0.5}, "0.5 × lr·wd"),
     ],
 )
 def test_what_was_done_instead_is_said(slips: dict[str, Any], cause: str) -> None:

@@ -27,26 +27,18 @@ def decay(ctx: Context) -> Iterator[Finding]:
     yield from _faults(judged, wrong)
     if not wrong:
         rest = len(found) - len(judged)
-        text = f"{len(judged)} tensors shrink by lr·wd" + (
-            f"; {rest} move without a gradient, or are 0" if rest else ""
-        )
-        yield Finding(NAME, PASS, measured=text)
-
-
-def _planned(one: Probe) -> float:
-    return float(one.group["lr"]) * float(one.group["weight_decay"])
+        more = f"; {rest} move without a gradient, or are 0" if rest else ""
+        yield Finding(NAME, PASS, measured=f"{len(judged)} tensors shrink by lr·wd of their groups{more}")
 
 
 def _off(one: Probe) -> bool:
-    # what rounding a stored weight leaves of one decay, averaged over the tensor
-    dtype = one.info.parameter.dtype
-    rounding = 4e-7 if dtype.itemsize >= 4 else 1e-6
-    noise = rounding / math.sqrt(one.info.parameter.numel()) + 1e-8
-    return abs(one.shrunk - _planned(one)) > NEAR * _planned(one) + noise
+    # 1 - lr·wd is a number of single precision, and each product with it is rounded once
+    rounding = 6e-8 * (1 + 8 / math.sqrt(one.info.parameter.numel()))
+    return abs(one.shrunk - one.decay) > NEAR * one.decay + rounding
 
 
 def _faults(judged: list[Probe], wrong: list[Probe]) -> Iterator[Finding]:
-    exchanged = any(_planned(one) and not _seen(one) for one in wrong) and any(not _planned(one) for one in wrong)
+    exchanged = any(one.decay and not _seen(one) for one in wrong) and any(not one.decay for one in wrong)
     kinds: dict[str, list[Probe]] = {}
     for one in wrong:
         kinds.setdefault(_cause(one), []).append(one)
@@ -57,7 +49,7 @@ def _faults(judged: list[Probe], wrong: list[Probe]) -> Iterator[Finding]:
             NAME,
             FAIL,
             several([p.info.name for p in many]),
-            f"shrunk by lr·wd = {_planned(one):.4g} a step ({one.info.name})",
+            f"shrunk by lr·wd = {one.decay:.4g} a step ({one.info.name})",
             f"shrunk by {one.shrunk + 0.0:.4g}, {len(many)} of {len(judged)} tensors alike",
             causes,
             MEND,
@@ -66,19 +58,18 @@ def _faults(judged: list[Probe], wrong: list[Probe]) -> Iterator[Finding]:
 
 def _seen(one: Probe) -> bool:
     """Whether a tensor is decayed at all."""
-    return abs(one.shrunk) > 0.1 * _planned(one)
+    return abs(one.shrunk) > 0.1 * one.decay
 
 
 def _cause(one: Probe) -> str:
-    """What was done, by the ratio of what a step takes off to what is planned."""
-    planned = _planned(one)
-    if not planned:
-        return "a tensor is decayed that is planned to stay out (a gain, a bias, an embedding)"
-    ratio, rate = one.shrunk / planned, float(one.group["lr"])
+    """What was done, by the ratio of what a step takes off to lr·wd."""
+    if not one.decay:
+        return "a tensor is decayed whose group has no decay (a gain, a bias, an embedding)"
+    ratio = one.shrunk / one.decay
     if abs(ratio) < 0.1:
         return "never applied: a fused or wrapped step leaves it out, or it joins the gradient"
     if abs(ratio - 2) < 0.1:
         return "applied twice: by the optimizer and by what wraps it, or beside it in the loop"
-    if abs(ratio * rate - 1) < 0.1:
+    if abs(ratio * one.lr - 1) < 0.1:
         return "not multiplied by the rate: the plan's is p *= 1 - lr·wd"
-    return f"{ratio:.3g} × the planned decay: another rate or another decay in the step"
+    return f"{ratio:.3g} × lr·wd: another rate or another decay in the step"

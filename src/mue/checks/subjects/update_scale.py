@@ -90,7 +90,7 @@ def _other(ctx: Context, seen: list[Probe], sizes: dict[str, float]) -> Finding:
     cause = (
         f"the optimizer multiplies by {name}"
         if off < math.inf
-        else "another convention, or an lr that is not the group's"
+        else "another convention, or another rate in the step than its group says"
     )
     names = several([p.info.name for p in seen])
     return Finding(NAME, FAIL, names, f"lr · {planned.formula} · an orthogonal step", text, (cause,), MEND)
