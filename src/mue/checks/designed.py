@@ -26,7 +26,7 @@ from mue.rules.roles import ROLES
 LEVELS = ((1, 0.05), (1, -0.05), (0.004, 0.3), (1, 1), (0.03, -1), (1, -0.3), (1, 0.02), (1, -0.02))
 # Matrices of one tensor by turns: what orthogonalises them as one gives the smaller ones less.
 SIZES = (1.0, 1 / 3)
-NORM = 1e-2  # of all gradients together: below any threshold of clipping, above what Muon takes for zero
+NORM = 1e-2  # of all gradients together: above what Muon takes for zero
 
 
 @dataclass(frozen=True)

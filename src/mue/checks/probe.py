@@ -166,11 +166,18 @@ def _designed(ctx: Context, every: Sequence[Probe], total: int) -> None:
     def first(one: Probe) -> Tensor:
         return one.design.gradient(one.design.first, one.info.parameter) if one.design else _vector(one, total)
 
+    def averaged(one: Probe) -> Tensor:
+        assert one.design is not None
+        return one.design.gradient(one.design.second(float(one.group["momentum"])), one.info.parameter)
+
+    muon = [one for one in every if one.planned == "muon" and one.design is not None]
+    rest = {id(one): one for one in every if one.planned == "adamw" or one.design is None}
+    left = sum(_square(first(one)) for one in every) - sum(_square(averaged(one)) for one in muon)
+    # Both gradients of one norm: a clip in the optimizer's step takes the same off both, and their average is what it was.
+    factor = -math.sqrt(max(left, 0.0) / max(sum(_square(first(one)) for one in rest.values()), 1e-30))
+
     def second(one: Probe) -> Tensor:
-        if one.design is None:
-            return -0.3 * _vector(one, total)
-        levels = one.design.second(float(one.group.get("momentum", 0.95)))
-        return one.design.gradient(levels, one.info.parameter)
+        return factor * first(one) if id(one) in rest else averaged(one)
 
     with undone(ctx, ctx.optimizers):
         start = [one.info.parameter.detach().clone() for one in every]

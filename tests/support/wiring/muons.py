@@ -170,7 +170,7 @@ BY_MUON: dict[str, Callable[[Groups], Any]] = {
     "ours": Muon,
     "a user's": own,
     "a user's, exact polar factors": lambda g: own(g, orthogonalize=staticmethod(exact)),
-    "a user's, raw gradients clipped": lambda g: own(g, raw=0.02),
+    "a user's, raw gradients clipped": lambda g: own(g, raw=1e-3),
     "a user's, on masters": lambda g: Masters(g, own),
     "torch's and AdamW": chain,
 }
