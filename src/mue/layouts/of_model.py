@@ -1,4 +1,4 @@
-"""The layout of a model as it stands: the one that it declares, or, for a model of ``transformers``, the one that is observed.
+"""The layout of a model as it stands: the one that it declares, or, for a stock model, the one that is observed.
 
 Above the observers, which need :mod:`mue.layouts.layout` below them.
 """
@@ -9,13 +9,14 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from mue.layouts.diffusers.stock import is_diffusers, observe_diffusers
 from mue.layouts.layout import HasLayout, Layout, ParamInfo, unwrap
 from mue.layouts.place import Placement, placement
 from mue.layouts.transformers.stock import observe_stock
 
 
 def layout_of(model: nn.Module) -> Sequence[Layout]:
-    """The table a model declares, or, for a model of ``transformers``, the one that is observed.
+    """The table a model declares, or, for a model of ``transformers`` or ``diffusers``, the one that is observed.
 
     Raises:
         ValueError: neither, with the fix; parameters of a stock model whose role cannot be decided.
@@ -25,6 +26,8 @@ def layout_of(model: nn.Module) -> Sequence[Layout]:
         return inner.layout()
     if hasattr(getattr(inner, "config", None), "model_type"):
         return observe_stock(inner).description.layout()
+    if is_diffusers(type(inner)):
+        return observe_diffusers(inner).layout()
     raise ValueError(
         f"{type(inner).__name__} declares no parameter layout: give it a method layout() that returns mue.Layout rows"
         " (pattern, role, axes), one for each kind of parameter"

@@ -106,7 +106,7 @@ def _taken(seen: Seen, shape: Transformer, said: Mapping[str, Any]) -> list[str]
     """What no model says, or only some do, and what it has of its own that a plan has to hear of."""
     notes = []
     own = seen.given.declared is not None and isinstance(getattr(seen.model, "shape", None), Transformer)
-    if "sequence" not in said and not own:
+    if "sequence" not in said and not own and shape.image is None:
         notes.append(f"how long its training sequences are is not said, {shape.sequence} is taken: pass sequence=...")
     moe = [block for block in shape.blocks if block.experts]
     if moe and "router" not in said and seen.routing is not None and seen.routing.score is None:

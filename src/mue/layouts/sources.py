@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from typing import Any, get_type_hints
 import torch
 from torch import nn
 
+from mue.layouts.diffusers.stock import build_image, describe_images, image_config, is_diffusers
 from mue.layouts.layout import HasLayout, Layout, pattern_of, unwrap
 from mue.layouts.observe.axis_sizes import Build
 from mue.layouts.observe.describe import Description, ParamPattern
@@ -33,6 +35,7 @@ class Source:
     Attributes:
         config: None where a declared model has none. rows: the user's rows, which win.
         folder: of the checkpoint, where there are weights to compare with. instance: the very model that was given.
+        observe: what describes a config, with the user's rows; None: as models of tokens are described.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Source:
     declared: nn.Module | None = None
     folder: Path | None = None
     instance: nn.Module | None = None
+    observe: Callable[[Any, Sequence[Layout]], Description] | None = None
 
     def model(self) -> nn.Module:
         """The model that was given, or else one on the meta device."""
@@ -55,7 +59,10 @@ class Source:
         """Every parameter's row; of the same model with another config where one is given."""
         if self.declared is None:
             with user_code(self.name):
-                return describe_config(self.config if config is None else config, self.rows, self.build)
+                of = self.config if config is None else config
+                if self.observe is not None:
+                    return self.observe(of, self.rows)
+                return describe_config(of, self.rows, self.build)
         patterns = {pattern_of(n): (n, tuple(p.shape)) for n, p in self.declared.named_parameters()}
         with user_code(f"{self.name}.layout"):
             table = list(self.declared.layout())  # type: ignore[operator]
@@ -112,6 +119,8 @@ def _is_code(name: str) -> bool:
 
 
 def _of_class(kind: type[nn.Module], rows: Sequence[Layout], config: str | Path | None) -> Source:
+    if is_diffusers(kind):
+        return _of_images(kind, {} if config is None else _json_object(Path(config)), rows, str(config))
     if config is None:
         default = getattr(kind, "config_class", None)
         if default is None:
@@ -133,6 +142,13 @@ def _of_class(kind: type[nn.Module], rows: Sequence[Layout], config: str | Path 
         return _with_class(kind, own, rows)
     _known(kind, data, config)
     return _with_class(kind, own, rows, lambda c: kind(**{k: v for k, v in vars(c).items() if k != "_file"}))
+
+
+def _of_images(kind: type[nn.Module], given: Mapping[str, Any], rows: Sequence[Layout], where: str) -> Source:
+    """A class of ``diffusers``, built from keywords; what is not given is as its class has it."""
+    build, observe = functools.partial(build_image, kind), functools.partial(describe_images, kind)
+    every = dict.fromkeys([*rows, *getattr(kind, "layout_rows", ())])
+    return Source(kind.__name__, image_config(kind, given, where), build, tuple(every), observe=observe)
 
 
 class _Config(SimpleNamespace):
@@ -202,6 +218,9 @@ def _of_model(model: nn.Module, rows: Sequence[Layout]) -> Source:
         if rows:
             raise ValueError(f"{kind.__name__} declares its own layout: put your rows there")
         return Source(kind.__name__, own, build, declared=inner)
+    if is_diffusers(kind):
+        own_rows = (*rows, *getattr(inner, "layout_rows", ()))
+        return replace(_of_images(kind, inner.config, own_rows, "its config"), instance=inner)  # type: ignore[arg-type]
     if own is None:
         raise ValueError(
             f"{kind.__name__} has neither a layout() that declares its parameters nor a config to build it again: add one"

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from mue.layouts.layout import UNPLANNED, Layout, canonical, pattern_of
 from mue.layouts.observe.axis_sizes import Build, axis_sizes
 from mue.layouts.observe.config import find_integer, size_of
-from mue.layouts.observe.decide import Facts, decide
+from mue.layouts.observe.decide import Decision, Facts, decide
 from mue.layouts.observe.gates import Gates, record_gates
 from mue.layouts.observe.names import ACTIVE_EXPERTS
 from mue.layouts.observe.param_use import ParamUse, param_use
@@ -82,6 +82,7 @@ def describe(
     rows: Sequence[Layout] = (),
     forward: Callable[[nn.Module], object] | None = None,
     known: Sequence[Layout] = (),
+    decide: Callable[[Facts], Decision] = decide,
 ) -> Description:
     """Observe the family of ``tiny``, a small config, and give every pattern of parameters a role.
 
@@ -91,6 +92,7 @@ def describe(
         rows: the user's own rows; they win, and one that matches nothing is an error.
         forward: runs the model once; default: :func:`mue.layouts.observe.run.run_tokens` on random tokens.
         known: rows that are known of the family, for what cannot be decided; those that match nothing here do nothing.
+        decide: from what was observed to a role.
 
     Raises:
         ValueError: a user's row that matches no parameter or does not fit its axes; a config without a width.
@@ -117,7 +119,7 @@ def describe(
             Facts(pattern, shapes[n], uses[n], sizes.axes[n], sizes.is_width[n], constants[n], pattern == last_gain)
             for n in _distinct(names, shapes, uses)
         ]
-        patterns.append(_given(pattern, facts[0].shape, rows, known) or _decided(pattern, facts))
+        patterns.append(_given(pattern, facts[0].shape, rows, known) or _decided(pattern, facts, decide))
     _check_rows(rows, shapes)
     after, cancelled = post_norms(model, run, {p.pattern: p.row for p in patterns if p.row is not None})
     patterns = [
@@ -173,7 +175,7 @@ def _given(
     return ParamPattern(pattern, shape, theirs[0], "known of this family") if theirs else None
 
 
-def _decided(pattern: str, facts: list[Facts]) -> ParamPattern:
+def _decided(pattern: str, facts: list[Facts], decide: Callable[[Facts], Decision]) -> ParamPattern:
     """What the facts of a pattern's parameters agree on."""
     shape = facts[0].shape
     decisions = [decide(f) for f in facts]

@@ -18,20 +18,20 @@ ROUTER = r"\w*router\w*"
 SHARED_GATE = r"shared_expert_gate"  # one number per token on the shared experts: a router of one
 POSITION = r"wpe|\w*position\w*|\w*pos_emb\w*|token_type_embeddings"
 HYPER_CONNECTION = r"\w*_hc|hc_\w*|\w*hyper_connection\w*"
-QUERY = r"q|q_\w*|wq\w*|query|\w*_q_proj"
-KEY = r"k|k_\w*|wk\w*|key"
-VALUE = r"v|v_\w*|wv\w*|value"
+QUERY = r"(to_)?q|add_q_proj|q_\w*|wq\w*|query|\w*_q_proj"
+KEY = r"(to_)?k|add_k_proj|k_\w*|wk\w*|key"
+VALUE = r"(to_)?v|add_v_proj|v_\w*|wv\w*|value"
 FUSED_QKV = r"w?qkv\w*|c_attn|query_key_value|in_proj_qkv\w*|fused_qkv\w*"
 MIXER_GATE = r"output_gate|g_proj|gate_proj|gate"
 KEY_VALUE = r"kv\w*|wkv\w*"
-ATTENTION_OUT = r"o|o_\w*|wo|out|out_proj|output|dense|c_proj|linear_out|output_linear|out_linear"
+ATTENTION_OUT = r"(to_(add_)?)?out|o|o_\w*|wo|out_proj|output|dense|c_proj|linear_out|output_linear|out_linear"
 GATE = r"gate|\w*gate_proj|w1|gate_linear"
 GATE_UP = r"gate_up\w*|input_linear|wi_fused|up_gate\w*"
-UP = r"up|\w*up_proj\w*|w3|fc1|fc_in|c_fc|dense_h_to_4h|fc|wi|v1|linear_1"
+UP = r"up|\w*up_proj\w*|w3|fc1|fc_in|c_fc|dense_h_to_4h|fc|wi|v1|linear_1|proj"
 DOWN = r"down|\w*down_proj\w*|w2|fc2|fc_out|c_proj|dense_4h_to_h|output_linear|wo|linear_2"
 NORM = r"\w*norm\w*|ln|ln_\w*|\w*_ln|\w*layernorm\w*"
 NORMED_ATTENTION = "norm_att"  # a part of a block's name (DBRX), not a norm
-QK_NORM = r"(q|k|query|key|qk)_?(layer)?_?(norm|ln|layernorm)|ln_[qk]|qk_norm"
+QK_NORM = r"(q|k|query|key|qk)_?(layer)?_?(norm|ln|layernorm)|ln_[qk]|qk_norm|norm_(added_)?[qk]"
 SELECTION_BIAS = r"e_score_correction_bias|expert_bias|expert_biases|score_bias|routing_bias|correction_bias"
 # Vectors that rules treat like gains and biases, but which start as the model's own code starts them.
 OWN_START = (
@@ -40,7 +40,13 @@ OWN_START = (
 )
 # Offsets of something other than a matrix product, so that no weight's fold carries over to them.
 OWN_BIAS = r"dt_bias|position_bias|\w*(gate|states|residual)_bias"
-BLOCKS = r"layers?|h|blocks?"
+BLOCKS = r"layers?|h|(\w*transformer_)?blocks?"
+# Of diffusion transformers.
+PATCHES = r"x_embedder|img_in|patch_embed\w*"
+CLASS = r"class_embedder|label_embedder|y_embedder"
+TIME = r"(timestep|time|t)_embedder"
+MODULATION = r"norm\w*|ada\w*|\w*modulation\w*|proj_out_1"
+MODULATION_TABLE = r"scale_shift_table"  # what a block adds to a modulation that all blocks share
 
 # ---- configs: an attribute ---------------------------------------------------------------------------------------------
 

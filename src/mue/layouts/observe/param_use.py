@@ -26,9 +26,10 @@ SUMS: dict[str, dict[int, tuple[int, ...]]] = {
     "dot": {0: (0,), 1: (0,)},
     "_grouped_mm": {0: (-1,), 1: (-2,)},
     "linear": {0: (-1,), 1: (-1,)},
-    "convolution": {1: (1, 2)},
-    "_convolution": {1: (1, 2)},
-    "mkldnn_convolution": {1: (1, 2)},
+    # of a filter over images the last two; one over a line has no axis 3
+    "convolution": {1: (1, 2, 3)},
+    "_convolution": {1: (1, 2, 3)},
+    "mkldnn_convolution": {1: (1, 2, 3)},
 }
 _SCORES = {"sigmoid": "sigmoid", "sigmoid_": "sigmoid", "_softmax": "softmax", "softmax": "softmax"}
 _LOOKUPS = {"embedding": 0}

@@ -68,7 +68,11 @@ def _layers(model: nn.Module, rows: Mapping[str, Layout], projections: set[str])
     for name, p in named.items():
         pattern, prefix = pattern_of(name), _prefix(name)
         if prefix and pattern in rows:
-            beside = [w for w in weights_beside(name) if w in named] if rows[pattern].role == "bias" else []
+            beside = (
+                [w for w in weights_beside(name) if w in named and pattern_of(w) in rows]
+                if rows[pattern].role == "bias"
+                else []
+            )
             offset = 1.0 if rows[pattern].role == "norm" and rows[pattern].start == 0 else 0.0
             for one in [pattern, *(pattern_of(w) for w in beside)]:  # a bias is scaled with its weight
                 by_layer.setdefault(prefix, {}).setdefault(one, []).append((p, offset))

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
+
+from torch import nn
 
 from mue.layouts.layout import Layout, pattern_of
 from mue.layouts.observe.axis_sizes import Build, parameter_shapes
 from mue.layouts.observe.config import size_of
+from mue.layouts.observe.decide import Decision, Facts, decide
 from mue.layouts.observe.describe import Description, ParamPattern, describe
 from mue.layouts.transformers.configs import build
 from mue.layouts.transformers.family import family_of
 from mue.layouts.transformers.tiny import shrunk_enough
 
 
-def describe_config(config: Any, rows: Sequence[Layout] = (), build: Build = build) -> Description:
+def describe_config(
+    config: Any,
+    rows: Sequence[Layout] = (),
+    build: Build = build,
+    forward: Callable[[nn.Module], object] | None = None,
+    decide: Callable[[Facts], Decision] = decide,
+    sizes: Mapping[str, int] | None = None,
+) -> Description:
     """Roles for every parameter of a transformers config of any size, observed on a tiny model of its family.
 
-    The rows hold for the config's own size. A parameter that only the full model has is undecided.
+    The rows hold for the config's own size. A parameter that only the full model has is undecided. ``forward`` and ``decide`` are
+    those of :func:`mue.layouts.observe.describe.describe`; ``sizes`` are what the tiny model has to have.
 
     Raises:
         ValueError: the family cannot be built or run at a tiny size (with its own error); a user's row that fits nothing.
@@ -30,9 +41,9 @@ def describe_config(config: Any, rows: Sequence[Layout] = (), build: Build = bui
         tiny = shrunk_enough(
             config,
             lambda c: {pattern_of(n) for n in parameter_shapes(build, c)} if c is not config else wanted,
-            family.tiny,
+            {**family.tiny, **(sizes or {})},
         )
-        seen = describe(build, tiny, rows, known=family.rows)
+        seen = describe(build, tiny, rows, forward, family.rows, decide)
     except (ValueError, KeyboardInterrupt):
         raise
     except Exception as error:  # a family's own code failed on our tiny config

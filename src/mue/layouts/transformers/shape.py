@@ -12,7 +12,7 @@ from mue.layouts.layout import ParamInfo
 from mue.layouts.observe.config import find_integer, integers, size_of, subconfigs, text_config
 from mue.layouts.observe.describe import Description
 from mue.layouts.observe.names import ACTIVE_EXPERTS, KV_HEADS, RENORMALISE, SEQUENCE
-from mue.shapes import Block, Dense, Mixed, MoE, Transformer
+from mue.shapes import Block, Dense, Image, Mixed, MoE, Transformer
 from mue.shapes.transformer import DEFAULT_SEQUENCE
 
 MEASURED = 'gates = "measured" and gate_moments (mue inspect --measure-gates gives them)'
@@ -130,15 +130,11 @@ def shape_of(
     if missing:
         raise UnreadShapeError(missing)
     roles = {p.role for p in placed}
-    embedding = next(p for p in placed if p.layout.role == "embedding")
     common: dict[str, Any] = {
-        "width": (size_of(config, "width") if config is not None else None) or embedding.fan_out,
         **heads,
-        **_sequence(config),
+        **(_of_image(config, placed) if "patch_embedding" in roles else _of_text(config, placed)),
         **{name: said[name] for name in ("sequence", "output_multiplier") if name in said},
-        "vocab": embedding.fan_in,
         "gated": any(part.endswith("_gate") for p in placed for part in (p.role, *p.layout.parts)),
-        "tied": "head" not in roles,
     }
     merged = _merged([Block(layers=1, **block) for block in blocks])
     if len(merged) > 1:
@@ -147,6 +143,30 @@ def shape_of(
     if block.ffn is not None:
         return Dense(ffn=block.ffn, layers=block.layers, **common)
     return MoE(**{k: v for k, v in vars(block).items() if k != "ffn"}, **common)
+
+
+def _of_text(config: Any | None, placed: Sequence[ParamInfo]) -> dict[str, Any]:
+    """Width, vocabulary and sequence of a language model, and whether its head is its embedding."""
+    embedding = next(p for p in placed if p.layout.role == "embedding")
+    width = (size_of(config, "width") if config is not None else None) or embedding.fan_out
+    tied = "head" not in {p.role for p in placed}
+    return {"width": width, **_sequence(config), "vocab": embedding.fan_in, "tied": tied}
+
+
+def _of_image(config: Any, placed: Sequence[ParamInfo]) -> dict[str, Any]:
+    """Width and image of a diffusion transformer, by the words that ``diffusers`` has for them.
+
+    Raises:
+        ValueError: a number that the config does not have, or a model that draws by something other than a class.
+    """
+    if not any(p.role == "class_embedding" for p in placed):
+        raise ValueError("it has no table of classes, and a plan's images are of classes: it draws by something else")
+    words = {"size": "sample_size", "channels": "in_channels", "patch": "patch_size", "classes": "num_embeds_ada_norm"}
+    numbers = {name: getattr(config, word, None) for name, word in words.items()}
+    if missing := [words[name] for name, number in numbers.items() if not isinstance(number, int)]:
+        raise ValueError(f"its config does not say the image: {', '.join(missing)}")
+    patch = next(p for p in placed if p.role == "patch_embedding")
+    return {"width": patch.fan_out, "image": Image(**numbers)}  # type: ignore[arg-type]
 
 
 def _sequence(config: Any | None) -> dict[str, int]:
