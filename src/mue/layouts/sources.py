@@ -220,7 +220,7 @@ def _of_model(model: nn.Module, rows: Sequence[Layout]) -> Source:
         return Source(kind.__name__, own, build, declared=inner)
     if is_diffusers(kind):
         own_rows = (*rows, *getattr(inner, "layout_rows", ()))
-        return replace(_of_images(kind, inner.config, own_rows, "its config"), instance=inner)  # type: ignore[arg-type]
+        return replace(_of_images(kind, own, own_rows, "its config"), instance=inner)
     if own is None:
         raise ValueError(
             f"{kind.__name__} has neither a layout() that declares its parameters nor a config to build it again: add one"

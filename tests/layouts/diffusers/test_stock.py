@@ -59,7 +59,7 @@ def test_a_dit_is_read_as_the_base_that_it_is_and_takes_its_plan() -> None:
     model = DiTTransformer2DModel(**HEADS, num_embeds_ada_norm=10)
     shape = mue.Dense.of(model)
     image = mue.Image(size=8, channels=4, patch=2, classes=10)
-    assert shape == mue.Dense(width=32, ffn=128, layers=2, heads=2, head_dim=16, gated=False, image=image)
+    assert shape == mue.Dense(width=32, ffn=128, layers=2, heads=2, kv_heads=2, head_dim=16, gated=False, image=image)
     plan = mue.fold.fold(mue.transfer(shape, shape, mue.HParams(lr=1e-3, weight_decay=0.1, init_std=0.02)))
     plan.init_(model)
     assert not model.transformer_blocks[0].norm1.linear.weight.any()

@@ -162,11 +162,11 @@ def _of_image(config: Any, placed: Sequence[ParamInfo]) -> dict[str, Any]:
     if not any(p.role == "class_embedding" for p in placed):
         raise ValueError("it has no table of classes, and a plan's images are of classes: it draws by something else")
     words = {"size": "sample_size", "channels": "in_channels", "patch": "patch_size", "classes": "num_embeds_ada_norm"}
-    numbers = {name: getattr(config, word, None) for name, word in words.items()}
+    numbers: dict[str, Any] = {name: getattr(config, word, None) for name, word in words.items()}
     if missing := [words[name] for name, number in numbers.items() if not isinstance(number, int)]:
         raise ValueError(f"its config does not say the image: {', '.join(missing)}")
     patch = next(p for p in placed if p.role == "patch_embedding")
-    return {"width": patch.fan_out, "image": Image(**numbers)}  # type: ignore[arg-type]
+    return {"width": patch.fan_out, "image": Image(**numbers)}
 
 
 def _sequence(config: Any | None) -> dict[str, int]:
