@@ -218,11 +218,11 @@ def _of_model(model: nn.Module, rows: Sequence[Layout]) -> Source:
         if rows:
             raise ValueError(f"{kind.__name__} declares its own layout: put your rows there")
         return Source(kind.__name__, own, build, declared=inner)
-    if is_diffusers(kind):
-        own_rows = (*rows, *getattr(inner, "layout_rows", ()))
-        return replace(_of_images(kind, own, own_rows, "its config"), instance=inner)
     if own is None:
         raise ValueError(
             f"{kind.__name__} has neither a layout() that declares its parameters nor a config to build it again: add one"
         )
+    if is_diffusers(kind):
+        own_rows = (*rows, *getattr(inner, "layout_rows", ()))
+        return replace(_of_images(kind, own, own_rows, "its config"), instance=inner)
     return replace(_with_class(kind, own, (*rows, *getattr(inner, "layout_rows", ()))), instance=inner)

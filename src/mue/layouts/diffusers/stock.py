@@ -105,7 +105,8 @@ def observe_diffusers(model: nn.Module) -> Description:
     """
     inner: Any = unwrap(model)
     given = {k: tuple(v) if isinstance(v, list) else v for k, v in inner.config.items() if not k.startswith("_")}
-    return _observed(type(inner), tuple(sorted(given.items())), tuple(getattr(inner, "layout_rows", ())))
+    kind: Any = type(inner)
+    return _observed(kind, tuple(sorted(given.items())), tuple(getattr(inner, "layout_rows", ())))
 
 
 @lru_cache(maxsize=32)  # every function of mue.model asks anew
