@@ -73,7 +73,7 @@ $(VENV)/.kernel: $(wildcard src/mue/kernels/csrc/*.cpp src/mue/kernels/csrc/*.h)
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.lab
-	$(PIP) -e '.[lab,cluster,hf,images,dev]'
+	$(PIP) -e '.[lab,cluster,hf,images,diffusers,dev]'
 	$(PIP) --no-deps mup  # an oracle of the tests; its own requirements would bring torchvision and another torch
 	@touch $@
 

@@ -12,6 +12,7 @@ pytest.importorskip("diffusers", reason="stock diffusion transformers need the d
 import torch
 from diffusers.models.transformers.dit_transformer_2d import DiTTransformer2DModel
 from diffusers.models.transformers.pixart_transformer_2d import PixArtTransformer2DModel
+from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 
 import mue
 from mue.layouts.diffusers.stock import describe_images, image_config
@@ -71,6 +72,17 @@ def test_what_reads_captions_is_refused_by_name() -> None:
     assert refused and all("caption_projection" in name for name in refused)
     with pytest.raises(ValueError, match=r"caption_projection\.linear_1\.weight.*other than time and class"):
         pixart().layout()
+
+
+def test_a_model_of_two_streams_is_refused_whole_and_by_name() -> None:
+    own = {**HEADS, "joint_attention_dim": 24, "caption_projection_dim": 32, "pooled_projection_dim": 20}
+    with pytest.raises(ValueError, match="SD3Transformer2DModelConfig could not be built and run"):
+        describe_images(SD3Transformer2DModel, image_config(SD3Transformer2DModel, own))
+
+
+def test_sizes_of_pictures_are_refused_and_captions_that_are_read_as_they_are_need_no_role() -> None:
+    found = describe_images(PixArtTransformer2DModel, image_config(PixArtTransformer2DModel, {}))
+    assert {p.pattern.split(".")[2] for p in found.undecided} == {"resolution_embedder", "aspect_ratio_embedder"}
 
 
 def test_an_unknown_keyword_is_refused_with_the_nearest() -> None:

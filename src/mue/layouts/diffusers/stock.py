@@ -48,7 +48,9 @@ def image_config(kind: type[nn.Module], given: Mapping[str, Any], where: str = "
             " layout() that says what its parameters are (mue inspect --propose)"
         )
     width = heads * size
-    return SimpleNamespace(hidden_size=width, **{k: v for k, v in values.items() if not (k in _WIDTHS and v == width)})
+    # called as the class is: messages name it
+    named: type[SimpleNamespace] = type(f"{kind.__name__}Config", (SimpleNamespace,), {})
+    return named(hidden_size=width, **{k: v for k, v in values.items() if not (k in _WIDTHS and v == width)})
 
 
 def build_image(kind: Any, config: SimpleNamespace) -> nn.Module:
@@ -70,7 +72,8 @@ def run_images(model: nn.Module) -> object:
     config: Any = model.config
     side = _SIDE * getattr(config, "patch_size", 1)
     labels = getattr(config, "num_embeds_ada_norm", None) or 1
-    text = getattr(config, "caption_channels", None) or getattr(config, "joint_attention_dim", None) or 1
+    text = getattr(config, "caption_channels", None) or getattr(config, "joint_attention_dim", None)
+    text = text or config.num_attention_heads * config.attention_head_dim  # read as they are
     known = {
         "hidden_states": torch.randn(_IMAGES, config.in_channels, side, side),
         "timestep": torch.arange(1, _IMAGES + 1),
