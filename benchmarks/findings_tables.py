@@ -85,7 +85,7 @@ def _value(cells: Cells, axes: list[str], target: str, approach: str, multiplier
         raise ValueError(f"{target}, {approach} stands on several of the axes {', '.join(axes)}: name one")
     (one,) = losses or {()}
     mean = math.fsum(loss for _, loss in one) / len(one) if one else math.nan
-    return NONE if math.isnan(mean) else "diverged" if math.isinf(mean) else f"{mean:.3f}"
+    return NONE if math.isnan(mean) else "diverged" if math.isinf(mean) else f"{mean:#.4g}"
 
 
 def picture(cells: Cells) -> None:

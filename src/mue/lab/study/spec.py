@@ -238,6 +238,14 @@ def study_from(data: Mapping[str, Any], folder: Path) -> StudySpec:
     )
 
 
+def _said(key: str, value: Any) -> str:
+    """A changed key of a target in words: ``"width 64"``, of a table ``"router expert-choice, within sequence"``."""
+    if not isinstance(value, Mapping):
+        return f"{key} {value}"
+    named = [f"{key} {value['name']}"] if "name" in value else [key]
+    return ", ".join([*named, *(f"{k} {v}" for k, v in value.items() if k != "name")])
+
+
 def _approach(name: str, table: Mapping[str, Any], tuned: Mapping[str, Any]) -> Approach:
     where = f"[approaches.{name}]"
     if not isinstance(table, Mapping):
@@ -312,7 +320,7 @@ def _targets(
             raise ValueError(f"{here}: seeds must be a list of whole numbers, got {seeds!r}")
         yield Target(
             axis=axis,
-            name=own.get("name") or ", ".join(f"{k} {v}" for k, v in changes.items() if k not in TARGET_KEYS[3:]),
+            name=own.get("name") or ", ".join(_said(k, v) for k, v in changes.items() if k not in TARGET_KEYS[3:]),
             shape=shape,
             training=Training(own.get("batch", training.batch), own.get("steps", training.steps)),
             approaches=tuple(chosen),
