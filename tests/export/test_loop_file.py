@@ -11,6 +11,7 @@ import mue
 from mue.export import export
 from mue.fold import fold
 from mue.lab.models.language import LanguageModel
+from mue.layouts.inspect import inspect
 from mue.layouts.layout import Layout
 from mue.layouts.transformers.configs import build
 from mue.model.muon import Muon
@@ -96,6 +97,35 @@ def test_a_stock_model_is_moved_expert_by_expert(exact: None) -> None:
     }
     whole = moved(model := made(), code["MuonAndAdamW"](model))
     assert largest(ours, whole) > 1e-3  # gate and up as one matrix
+
+
+@pytest.mark.parametrize(
+    ("family", "refused"), [("gpt_oss", ""), ("gpt_neox", "query_key_value.weight holds .* head by head")]
+)
+def test_parts_in_turns(exact: None, family: str, refused: str) -> None:
+    """Rows in turn are a view with a step, heads in turn are none."""
+    pytest.importorskip("transformers", reason="needs the hf extra")
+    from support.stock_models import stock, tiny
+
+    config = tiny(family)
+    target = inspect(config).shape
+    assert target is not None
+    plan = mue.transfer(mue.Dense(32, 32, 1, head_dim=16, gated=target.gated, tied=target.tied), target, TUNED)
+
+    def made() -> nn.Module:
+        fold(plan).init_(model := stock(config))
+        return model
+
+    if refused:
+        with pytest.raises(ValueError, match=refused):
+            export(plan, "torch", config)
+        return
+    code = run(export(plan, "torch", config))
+    ours = moved(model := made(), Muon.of(fold(plan), model, orthogonalize=polar))
+    theirs = moved(model := made(), code["MuonAndAdamW"](model))
+    code["MATRICES"] = {i: (*how[:2], 1, how[3]) for i, how in code["MATRICES"].items()}
+    in_blocks = moved(model := made(), code["MuonAndAdamW"](model))
+    assert largest(ours, theirs) < 1e-12 and largest(ours, in_blocks) > 1e-3
 
 
 def test_schedules_and_checkpoints_reach_both(exact: None) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -75,6 +76,38 @@ def test_a_fused_tensor_moves_part_by_part(name: str, scale: str) -> None:
     flat = [t.reshape(-1, shape[-1]) for t in (start, *gradients)]
     whole = stepped(flat[0], (("out", "in"), 1, (len(flat[0]),)), flat[1:], scale)
     assert (whole.reshape(shape) - fused).norm() > 0.05 * (fused - start).norm()
+
+
+# the same where the parts come in turns: the rows of each part
+IN_TURNS: dict[str, tuple[tuple[int, ...], Matrices, Callable[[Tensor, int], list[Tensor]]]] = {
+    "gate and up row by row": (
+        (3, 4, 6),
+        (("expert", "in", "out"), 1, (3, 3), 3),
+        lambda t, e: [t[e, :, 0::2].mT, t[e, :, 1::2].mT],
+    ),
+    "q, k and v head by head": (
+        (16, 4),
+        (("out", "in"), 1, (8, 4, 4), 2),
+        lambda t, e: [t[[*a, *(n + 8 for n in a)]] for a in ([0, 1, 2, 3], [4, 5], [6, 7])],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(IN_TURNS))
+def test_parts_in_turns_move_one_by_one(name: str) -> None:
+    """As gpt_oss has gate and up, and gpt_neox q, k and v. Cut in blocks, as if one lay after the other, it is another step."""
+    shape, how, parts_of = IN_TURNS[name]
+    torch.manual_seed(5)
+    start, *gradients = (torch.randn(shape, dtype=torch.float64) for _ in range(4))
+    fused = stepped(start, how, gradients)
+    for expert in range(3 if "expert" in how[0] else 1):
+        here = zip(*(parts_of(t, expert) for t in (start, *gradients, fused)), strict=True)
+        for (first, *steps, after), rows in zip(here, how[2], strict=True):
+            alone = stepped(first.clone(), (("out", "in"), 1, (rows,)), steps)
+            assert torch.allclose(after, alone, rtol=1e-12, atol=1e-13)
+    blocks = stepped(start, how[:3], gradients)
+    assert (blocks - fused).norm() > 0.05 * (fused - start).norm()
+    assert torch.equal(join(split(start, how), how, start), start)
 
 
 @pytest.mark.parametrize("name", list(HELD))
@@ -286,6 +319,34 @@ def test_parts_of_unknown_sizes_are_refused() -> None:
     experts = Layout("blocks.*.gate_up", "expert_gate", ("expert", "out", "in"), ("expert_gate", "expert_up"))
     with pytest.raises(ValueError, match=r"of \(24, 24\) rows in one tensor of 96"):
         matrices_of(plan, ParamInfo("blocks.0.gate_up", torch.empty(8, 96, 64), experts, (0,)))
+
+
+def test_parts_in_an_unknown_order_are_refused() -> None:
+    plan, _ = planned()
+    parts = ("attention_q", "attention_k", "attention_v")
+    info = ParamInfo("blocks.0.qkv", torch.empty(96, 64), Layout("blocks.*.qkv", parts[0], ("out", "in"), parts), (0,))
+    heads, unknown = (replace(info, layout=replace(info.layout, order=order)) for order in ("heads", "unknown"))
+    assert matrices_of(plan, info) == (("out", "in"), 1, (64, 16, 16))
+    assert matrices_of(plan, heads) == (("out", "in"), 1, (64, 16, 16), 2)  # two heads of keys
+    with pytest.raises(ValueError, match=r"blocks\.0\.qkv holds .* in which order its rows lie was not found"):
+        matrices_of(plan, unknown)
+    with pytest.raises(ValueError, match="unknown order 'row'; did you mean 'rows'"):
+        Layout("w", "ffn_up", ("out", "in"), order="row")
+    rows = replace(info.layout, order="rows")
+    with pytest.raises(ValueError, match=r"rows in 32 turns \(order = 'rows'\), which do not divide them"):
+        matrices_of(plan, replace(info, layout=rows))
+
+
+def test_values_of_parts_may_differ_by_rounding() -> None:
+    """As those of q and k do in another convention: their factors are of other shapes, and come to the same number."""
+    base = mue.Dense(width=32, ffn=32, layers=2, head_dim=8, kv_heads=2, vocab=64)
+    target = mue.Dense(width=64, ffn=64, layers=2, head_dim=8, kv_heads=4, vocab=64)
+    plan = mue.transfer(base, target, TUNED.replace(update_scale="match-rms"))
+    q, k = (plan.roles[f"attention_{x}"].values.lr for x in "qk")
+    assert q != k and q == pytest.approx(k, rel=1e-14)
+    parts = ("attention_q", "attention_k", "attention_v")
+    info = ParamInfo("blocks.0.qkv", torch.empty(128, 64), Layout("blocks.*.qkv", parts[0], ("out", "in"), parts), (0,))
+    assert tensor_plans_of(plan, [TensorFold(info, 1.0)])[0].values.lr == q
 
 
 def test_the_mean_of_a_step_in_noise_grows_as_the_root_of_the_batch() -> None:

@@ -138,7 +138,12 @@ MATRICES = {{
 
 def _matrix(row: ExportRow, plan: PlanData, scale: str) -> tuple[object, ...]:
     assert row.matrices is not None
-    axes, experts, _, turns = (*row.matrices, 1)[:4]
+    axes, experts, sizes, turns = (*row.matrices, 1)[:4]
+    if turns not in (1, sizes[0]):
+        raise ValueError(
+            f"{row.pattern} holds {row.roles} head by head, of which no view is a matrix, and torch.optim.Muon moves matrices: give each"
+            " projection a tensor of its own, or use mue.model.muon.Muon.of(plan, model)"
+        )
     words = [word for axis in axes for word in axis.split("*")]
     if len(words) != len(set(words)):
         raise ValueError(

@@ -23,6 +23,7 @@ from mue.export.stack_model import (
     norm_params,
     param,
 )
+from mue.layouts.layout import HEADS
 from mue.plan.fold import fold, unfold
 from mue.plan.plan import PlanData
 
@@ -31,7 +32,7 @@ _M = "decoder.layers.*"
 _EXPERT_UP = ("expert_gate", "expert_up")
 _MEGATRON = (
     param("embedding.word_embeddings.weight", "embedding", IN_OUT),
-    param(f"{_M}.self_attention.linear_qkv.weight", QKV),
+    param(f"{_M}.self_attention.linear_qkv.weight", QKV, order=HEADS),
     *norm_params(f"{_M}.self_attention", ("q_layernorm", "k_layernorm"), "qk_norm"),
     param(f"{_M}.self_attention.linear_proj.weight", "attention_o"),
     param(f"{_M}.mlp.linear_fc1.weight", ("ffn_gate", "ffn_up")),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from mue.layouts.layout import Layout
+from mue.layouts.layout import BLOCKS, Layout
 
 OUT_IN, IN_OUT, EXPERT_OUT_IN, VECTOR = ("out", "in"), ("in", "out"), ("expert", "out", "in"), ("vector",)
 QKV = ("attention_q", "attention_k", "attention_v")
@@ -31,10 +31,10 @@ class StackModel:
     moe: tuple[Layout, ...] = ()
 
 
-def param(pattern: str, role: str | tuple[str, ...], axes: tuple[str, ...] = OUT_IN) -> Layout:
+def param(pattern: str, role: str | tuple[str, ...], axes: tuple[str, ...] = OUT_IN, order: str = BLOCKS) -> Layout:
     """A row of a table; several roles are fused in the tensor, in this order along its out axis."""
     parts = role if isinstance(role, tuple) else ()
-    return Layout(pattern, parts[0] if parts else str(role), axes, parts)
+    return Layout(pattern, parts[0] if parts else str(role), axes, parts, order=order)
 
 
 def gated_params(prefix: str, kind: str) -> list[Layout]:

@@ -25,6 +25,7 @@ from mue.export.stack_model import (
     norm_params,
     param,
 )
+from mue.layouts.layout import HEADS
 from mue.plan.fold import fold, unfold
 from mue.plan.plan import PlanData
 from mue.shapes.block import Block
@@ -36,7 +37,7 @@ from mue.util.text import number
 _T = "layers.*"
 _TITAN = (
     param("tok_embeddings.weight", "embedding", IN_OUT),
-    param(f"{_T}.attention.qkv_linear.wqkv.weight", QKV),
+    param(f"{_T}.attention.qkv_linear.wqkv.weight", QKV, order=HEADS),
     param(f"{_T}.attention.wo.weight", "attention_o"),
     *norm_params(_T, ("attention_norm", "ffn_norm")),
     *gated_params(f"{_T}.feed_forward", "ffn"),

@@ -27,6 +27,8 @@ AXES = ("in", "out", "expert", "vector", "expert*in", "expert*out")
 # embedding's values for it; it has rows for positions, not for tokens. What is not planned is left alone by everything here.
 POSITION, UNPLANNED = "position", "unplanned"
 LAYOUT_ROLES = (*ROLES, POSITION, UNPLANNED)
+# How the parts of a fused tensor lie along its out axis (Layout.order).
+ORDERS = BLOCKS, ROWS, HEADS, UNKNOWN = ("blocks", "rows", "heads", "unknown")
 # One dotted part of a name each, but for ** (any number of them).
 _STARS = r"(\*\*|\*|\{\w*\})"
 _MARKS = ("layer", "stage", "expert")
@@ -53,6 +55,9 @@ class Layout:
         after: for the gain of a norm that ends a residual branch (sandwich norms): patterns of the projections whose scale
             it cancels. The fold puts the residual multiplier into this gain instead.
         layers: that read the tensor, where it lies in none of them and its name says nothing (a pool of experts).
+        order: how the parts lie along the out axis: ``"blocks"``, one after another; ``"rows"``, row by row in turn (``[..., ::2]``);
+            ``"heads"``, for each head of keys its queries, its key and its value; ``"unknown"``, which only optimizers ask about that
+            move matrices.
     """
 
     pattern: str
@@ -63,6 +68,7 @@ class Layout:
     stacked: int = 1
     after: tuple[str, ...] = ()
     layers: tuple[int, ...] = ()
+    order: str = BLOCKS
 
     def __post_init__(self) -> None:
         # names are compared without what wrappers add, so a row may have it or not: a part called "module" in front, too
@@ -73,6 +79,8 @@ class Layout:
                 raise ValueError(f"layout {self.pattern!r}: unknown role {role!r}{nearest(role, LAYOUT_ROLES)}")
         if self.parts and self.parts[0] != self.role:
             raise ValueError(f"layout {self.pattern!r}: role is {self.role!r}, but its first part is {self.parts[0]!r}")
+        if self.order not in ORDERS:
+            raise ValueError(f"layout {self.pattern!r}: unknown order {self.order!r}{nearest(self.order, ORDERS)}")
         if isinstance(self.axes, str):  # ("vector") is no tuple, and would be read letter by letter
             raise ValueError(
                 f"layout {self.pattern!r}: axes is the text {self.axes!r}; write ({self.axes!r},), with the comma"

@@ -11,13 +11,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from mue.layouts.layout import ParamInfo
+from mue.layouts.layout import HEADS, ROWS, UNKNOWN, ParamInfo
 from mue.plan.plan import PlanData
 from mue.plan.update_scale import matrix_shape
 from mue.rules.roles import ROLES
 
-Matrices = tuple[tuple[str, ...], int, tuple[int, ...]]
-"""(what each axis is, as layouts say it; experts in a merged axis; fan-outs of the fused parts, in order)."""
+Matrices = tuple[tuple[str, ...], int, tuple[int, ...]] | tuple[tuple[str, ...], int, tuple[int, ...], int]
+"""(what each axis is, as layouts say it; experts in a merged axis; fan-outs of the fused parts, in order). A fourth number: in how many
+turns the parts come along fan-out, a piece of each in every turn."""
 
 
 def matrices_of(plan: PlanData, p: ParamInfo) -> Matrices:
@@ -27,7 +28,8 @@ def matrices_of(plan: PlanData, p: ParamInfo) -> Matrices:
         plan: has the sizes of fused parts. p: a matrix, of a hidden role.
 
     Raises:
-        ValueError: parts whose sizes do not add up to the tensor's, or an axis that is neither fan-in, fan-out nor experts.
+        ValueError: parts whose sizes do not add up to the tensor's, or whose order is not known; an axis that is neither fan-in,
+            fan-out nor experts.
     """
     if "vector" in p.layout.axes:
         raise ValueError(
@@ -36,6 +38,11 @@ def matrices_of(plan: PlanData, p: ParamInfo) -> Matrices:
     block = plan.target.per_layer[p.layer or 0]
     sizes = tuple(matrix_shape(ROLES[part], plan.target, block)[0] for part in p.layout.parts)
     many = len(sizes)
+    if many > 1 and p.layout.order == UNKNOWN:
+        raise ValueError(
+            f"{p.name} holds {', '.join(p.layout.parts)} in one tensor, and in which order its rows lie was not found, so Muon cannot move"
+            " them one by one: give a row of your own with its order (model.layout_rows), or each projection a tensor of its own"
+        )
     if many and sum(sizes) != p.fan_out:
         shared = all(ROLES[part].kind == "shared" for part in p.layout.parts)
         if not shared or p.fan_out % many or len(set(sizes)) > 1:
@@ -44,15 +51,25 @@ def matrices_of(plan: PlanData, p: ParamInfo) -> Matrices:
                 " begins is not known, so Muon cannot move them one by one; give each a tensor of its own"
             )
         sizes = (p.fan_out // many,) * many  # several shared experts as one, gate and up as wide as each other
-    return p.layout.axes, p.layout.stacked, sizes or (p.fan_out,)
+    turns = {ROWS: p.fan_out // max(many, 1), HEADS: plan.target.num_kv_heads}.get(p.layout.order, 1) if many > 1 else 1
+    if any(size % turns for size in sizes):
+        raise ValueError(
+            f"{p.name} holds {', '.join(p.layout.parts)} of {sizes} rows in {turns} turns (order = {p.layout.order!r}), which do not divide"
+            " them: correct the order of its row"
+        )
+    how = p.layout.axes, p.layout.stacked, sizes or (p.fan_out,)
+    return how if turns == 1 else (*how, turns)
 
 
 def split(tensor: Tensor, how: Matrices) -> list[Tensor]:
     """A tensor as its matrices: one (E, out, in) for each fused part, E the experts that lie in it (or 1)."""
-    axes, experts, sizes = how
+    axes, experts, sizes, turns = (*how, 1)[:4]
     whole, _ = _ordered(tensor, axes, experts)
     count, out, fan_in = _sizes(whole, axes)
-    return list(torch.split(whole.reshape(count, out, fan_in), list(sizes), dim=1))
+    if turns == 1:
+        return list(torch.split(whole.reshape(count, out, fan_in), list(sizes), dim=1))
+    pieces = torch.split(whole.reshape(count, turns, out // turns, fan_in), [size // turns for size in sizes], dim=2)
+    return [piece.reshape(count, size, fan_in) for piece, size in zip(pieces, sizes, strict=True)]
 
 
 def join(parts: Sequence[Tensor], how: Matrices, like: Tensor) -> Tensor:
@@ -61,9 +78,10 @@ def join(parts: Sequence[Tensor], how: Matrices, like: Tensor) -> Tensor:
     Args:
         parts: as :func:`split` gives them. like: a tensor of the wanted shape.
     """
-    axes, experts, _ = how
+    axes, experts, _, turns = (*how, 1)[:4]
     ordered, order = _ordered(like, axes, experts)
-    whole = parts[0] if len(parts) == 1 else torch.cat(list(parts), dim=1)
+    pieces = [part.unflatten(1, (turns, -1)) for part in parts]
+    whole = parts[0] if len(parts) == 1 else torch.cat(pieces, dim=2)
     back = [order.index(i) for i in range(len(order))]
     return whole.reshape(ordered.shape).permute(back).reshape(like.shape)
 

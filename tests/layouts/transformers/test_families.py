@@ -208,3 +208,18 @@ def test_a_family_from_outside_is_one_function() -> None:
 def test_a_family_that_leaves_its_experts_open_by_default_is_filled_in() -> None:
     """Negative control: without its file the default config has none."""
     assert default_config("doge").is_moe and not type(default_config("doge"))().is_moe
+
+
+@pytest.mark.parametrize(
+    ("family", "tensor", "order"),
+    [
+        ("gpt_oss", "gate_up_proj", "rows"),
+        ("gpt_neox", "query_key_value.weight", "heads"),
+        ("mixtral", "gate_up_proj", "blocks"),
+        ("phi3", "qkv_proj.weight", "blocks"),
+        ("dbrx", "Wqkv.weight", "blocks"),
+    ],
+)
+def test_fused_projections_lie_as_their_code_cuts_them(family: str, tensor: str, order: str) -> None:
+    (found,) = {row.order for row in described(family).layout() if row.parts and row.pattern.endswith(tensor)}
+    assert found == order

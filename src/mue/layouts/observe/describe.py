@@ -14,8 +14,9 @@ from mue.layouts.observe.axis_sizes import Build, axis_sizes
 from mue.layouts.observe.config import find_integer, size_of
 from mue.layouts.observe.decide import Decision, Facts, decide
 from mue.layouts.observe.gates import Gates, record_gates
-from mue.layouts.observe.names import ACTIVE_EXPERTS
+from mue.layouts.observe.names import ACTIVE_EXPERTS, KV_HEADS
 from mue.layouts.observe.param_use import ParamUse, param_use
+from mue.layouts.observe.part_order import part_orders
 from mue.layouts.observe.post_norms import post_norms
 from mue.layouts.observe.run import perturb, run_tokens
 
@@ -121,6 +122,9 @@ def describe(
         ]
         patterns.append(_given(pattern, facts[0].shape, rows, known) or _decided(pattern, facts, decide))
     _check_rows(rows, shapes)
+    measured = {p.pattern: p.row for p in patterns if p.row is not None}
+    orders = part_orders(model, run, measured, size_of(tiny, "heads"), find_integer(tiny, KV_HEADS))
+    patterns = [_ordered(p, orders, [*rows, *known]) for p in patterns]
     after, cancelled = post_norms(model, run, {p.pattern: p.row for p in patterns if p.row is not None})
     patterns = [
         replace(p, row=replace(p.row, after=after[p.pattern])) if p.row and p.pattern in after else p for p in patterns
@@ -185,6 +189,13 @@ def _decided(pattern: str, facts: list[Facts], decide: Callable[[Facts], Decisio
     d = decisions[0]
     row = None if d.role is None else Layout(pattern, d.role, d.axes, d.parts, d.start)
     return ParamPattern(pattern, shape, row, d.how, d.axes if row is None else ())
+
+
+def _ordered(p: ParamPattern, orders: Mapping[str, str], given: Sequence[Layout]) -> ParamPattern:
+    """The row with the measured order of its parts; one that was given says it itself."""
+    if p.row is None or p.row in given or p.pattern not in orders:
+        return p
+    return replace(p, row=replace(p.row, order=orders[p.pattern]))
 
 
 def _check_rows(rows: Sequence[Layout], shapes: Mapping[str, tuple[int, ...]]) -> None:
