@@ -10,6 +10,7 @@ from mue.export.file_text import INIT, clipping, head, matching, table
 from mue.export.muon import BOTH, is_muon, parts
 from mue.export.rows import ExportRow, left_alone, rows
 from mue.export.scale import own_scale
+from mue.model.matrices import unpacked
 from mue.plan.plan import PlanData
 from mue.shapes.update_scales import UPDATE_SCALES, update_scale
 
@@ -138,7 +139,7 @@ MATRICES = {{
 
 def _matrix(row: ExportRow, plan: PlanData, scale: str) -> tuple[object, ...]:
     assert row.matrices is not None
-    axes, experts, sizes, turns = (*row.matrices, 1)[:4]
+    axes, experts, sizes, turns = unpacked(row.matrices)
     if turns not in (1, sizes[0]):
         raise ValueError(
             f"{row.pattern} holds {row.roles} head by head, of which no view is a matrix, and torch.optim.Muon moves matrices: give each"

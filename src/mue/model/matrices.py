@@ -61,9 +61,14 @@ def matrices_of(plan: PlanData, p: ParamInfo) -> Matrices:
     return how if turns == 1 else (*how, turns)
 
 
+def unpacked(how: Matrices) -> tuple[tuple[str, ...], int, tuple[int, ...], int]:
+    """(axes, experts in a merged axis, fan-outs of the parts, turns)."""
+    return how[0], how[1], how[2], how[3] if len(how) == 4 else 1
+
+
 def split(tensor: Tensor, how: Matrices) -> list[Tensor]:
     """A tensor as its matrices: one (E, out, in) for each fused part, E the experts that lie in it (or 1)."""
-    axes, experts, sizes, turns = (*how, 1)[:4]
+    axes, experts, sizes, turns = unpacked(how)
     whole, _ = _ordered(tensor, axes, experts)
     count, out, fan_in = _sizes(whole, axes)
     if turns == 1:
@@ -78,7 +83,7 @@ def join(parts: Sequence[Tensor], how: Matrices, like: Tensor) -> Tensor:
     Args:
         parts: as :func:`split` gives them. like: a tensor of the wanted shape.
     """
-    axes, experts, _, turns = (*how, 1)[:4]
+    axes, experts, _, turns = unpacked(how)
     ordered, order = _ordered(like, axes, experts)
     pieces = [part.unflatten(1, (turns, -1)) for part in parts]
     whole = parts[0] if len(parts) == 1 else torch.cat(pieces, dim=2)
