@@ -87,5 +87,6 @@ def test_the_order_is_measured(
 def test_what_does_nothing_shows_nothing() -> None:
     """A pass that never reaches the tensors fits every order, and says none."""
     model = Model(blocks, halves)
-    orders = part_orders(model, lambda m: torch.ones(2, 3), ROWS, HEADS, KV)
-    assert set(orders.values()) == {"unknown"}
+    for shown in (torch.ones(2, 3), {"loss": torch.ones(()), "logits": (torch.ones(2, 3),)}, None):
+        orders = part_orders(model, lambda m, shown=shown: shown, ROWS, HEADS, KV)
+        assert set(orders.values()) == {"unknown"}

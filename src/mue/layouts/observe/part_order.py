@@ -121,14 +121,19 @@ def _changed(
 
 def _output(model: nn.Module, run: Callable[[nn.Module], object]) -> Tensor:
     torch.manual_seed(1)  # the same tokens in every pass
-    return _first(run(model)).float()
+    tensors = list(_tensors(run(model)))
+    # logits, where a loss stands beside them; a pass that gives nothing shows nothing
+    return max(tensors, key=Tensor.numel).float() if tensors else torch.zeros(1)
 
 
-def _first(out: Any) -> Tensor:
+def _tensors(out: Any) -> Iterator[Tensor]:
     if isinstance(out, Tensor):
-        return out
-    logits = getattr(out, "logits", None)
-    return logits if isinstance(logits, Tensor) else next(x for x in out if isinstance(x, Tensor))
+        yield out
+    elif isinstance(out, Mapping | list | tuple):
+        for one in out.values() if isinstance(out, Mapping) else out:
+            yield from _tensors(one)
+    elif hasattr(out, "__dict__"):
+        yield from _tensors(vars(out))
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
