@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import is_dataclass
 from typing import Any
 
 import torch
@@ -70,16 +71,15 @@ def _order(
         quiet = len(parts) - 1 if ROLES[row.role].kind == "attention" else 0
         others = {i: -2.0 for i in range(len(parts)) if i != quiet}
         silenced = _changed(model, run, views, {quiet: 0.0}, parts)
-        if _apart(silenced, _changed(model, run, views, {quiet: 0.0, **others}, parts)) > NONE * _apart(
-            whole, silenced
-        ):
+        heard = _apart(whole, silenced)
+        if _apart(silenced, _changed(model, run, views, {quiet: 0.0, **others}, parts)) > NONE * heard:
             continue
         # queries twice, keys half as large: the same products, also where both are normed
         if len(parts) == 3:
             alone, both = (_apart(whole, _changed(model, run, views, f, parts)) for f in ({0: 2.0}, {0: 2.0, 1: 0.5}))
-            if both > NONE * max(alone, NONE * _apart(whole, silenced)):  # behind a norm neither does a thing
+            if both > NONE * max(alone, NONE * heard):  # behind a norm neither does a thing
                 continue
-        return order if _apart(whole, silenced) > SEEN else UNKNOWN
+        return order if heard > SEEN else UNKNOWN
     return UNKNOWN
 
 
@@ -132,12 +132,12 @@ def _tensors(out: Any) -> Iterator[Tensor]:
     elif isinstance(out, Mapping | list | tuple):
         for one in out.values() if isinstance(out, Mapping) else out:
             yield from _tensors(one)
-    elif hasattr(out, "__dict__"):
+    elif is_dataclass(out):
         yield from _tensors(vars(out))
 
 
 def _apart(a: Tensor, b: Tensor) -> float:
-    return float((a - b).abs().max() / a.std().clamp_min(1e-30))
+    return float((a - b).abs().max() / a.abs().max().clamp_min(1e-30))
 
 
 @contextmanager
