@@ -66,6 +66,12 @@ def unpacked(how: Matrices) -> tuple[tuple[str, ...], int, tuple[int, ...], int]
     return how[0], how[1], how[2], how[3] if len(how) == 4 else 1
 
 
+def stacked_once_more(how: Matrices) -> Matrices:
+    """The same with one more axis of matrices in front."""
+    axes = ("expert", *how[0])
+    return (axes, how[1], how[2], how[3]) if len(how) == 4 else (axes, how[1], how[2])
+
+
 def split(tensor: Tensor, how: Matrices) -> list[Tensor]:
     """A tensor as its matrices: one (E, out, in) for each fused part, E the experts that lie in it (or 1)."""
     axes, experts, sizes, turns = unpacked(how)
@@ -85,7 +91,7 @@ def join(parts: Sequence[Tensor], how: Matrices, like: Tensor) -> Tensor:
     """
     axes, experts, _, turns = unpacked(how)
     ordered, order = _ordered(like, axes, experts)
-    pieces = [part.unflatten(1, (turns, -1)) for part in parts]
+    pieces = [part.reshape(part.size(0), turns, -1, part.size(2)) for part in parts]
     whole = parts[0] if len(parts) == 1 else torch.cat(pieces, dim=2)
     back = [order.index(i) for i in range(len(order))]
     return whole.reshape(ordered.shape).permute(back).reshape(like.shape)

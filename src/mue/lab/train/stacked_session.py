@@ -28,7 +28,7 @@ from mue.lab.train.run import Run
 from mue.lab.train.session import TrainingSession
 from mue.lab.train.step import autocast, compile_blocks, moe_layers, objective, uncompiled
 from mue.lab.train.task import Batch, task_of
-from mue.model.matrices import Matrices, join, split
+from mue.model.matrices import Matrices, join, split, stacked_once_more
 from mue.model.muon import Scale, orthogonal
 from mue.moe import MoELayer
 from mue.shapes.update_scales import UPDATE_SCALES
@@ -309,8 +309,7 @@ def muon_(banks: list[ParameterBank], factor: Tensor, momentum: Tensor, scale: S
         assert bank.matrices is not None
         average = bank.states["momentum_buffer"].lerp_(bank.grad_NVS, 1 - momentum)
         ahead = bank.grad_NVS.lerp(average, momentum)
-        axes, stacked, sizes = bank.matrices
-        how.append((("expert", *axes), stacked, sizes))  # tensors and variants are one more axis of matrices
+        how.append(stacked_once_more(bank.matrices))  # of tensors and variants
         parts.append(split(ahead.view(-1, *bank.shape), how[-1]))
     flat = iter(orthogonal([x for many in parts for x in many]))
     for bank, many, matrices in zip(banks, parts, how, strict=True):

@@ -98,9 +98,9 @@ def _candidates(row: Layout, rows: int, heads: int, kv_heads: int) -> Iterator[t
         if len(row.parts) != 3 or heads % keys or rows % (heads + 2 * keys):
             continue
         size, queries = rows // (heads + 2 * keys), heads // keys
-        yield BLOCKS, list(at.split([heads * size, keys * size, keys * size]))
+        yield BLOCKS, list(torch.split(at, [heads * size, keys * size, keys * size]))
         if keys > 1:
-            parts = at.view(keys, -1).split([queries * size, size, size], dim=1)
+            parts = torch.split(at.view(keys, -1), [queries * size, size, size], dim=1)
             yield HEADS, [part.flatten() for part in parts]
 
 
