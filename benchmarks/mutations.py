@@ -2,6 +2,7 @@
 
     python benchmarks/mutations.py [--families qwen3_moe,gpt2] [--workers 2] [--out docs/results/checks.json]
     python benchmarks/mutations.py --missing --families qwen3_moe,gpt2   # only faults that the table has no row of
+    python benchmarks/mutations.py --right --families qwen3_moe,gpt2     # only right models; the rows of faults are kept
     python benchmarks/mutations.py --seeds 20 --families qwen3_moe,gpt2  # right optimizers over so many seeds
     python benchmarks/mutations.py --listing   # which faults are impossible where, and why; committed before the run
 
@@ -16,6 +17,7 @@ import sys
 import time
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,15 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+LONG = (
+    "named",
+    "not_named",
+    "right",
+    "families",
+    "unmeasured_why",
+    "notices",
+    "right_optimizers",
+)  # not for a terminal
 sys.path.insert(0, str(ROOT / "tests"))
 
 from mue.checks.report import FAIL, PASS, UNMEASURED, WARN, Report  # noqa: E402
@@ -78,11 +89,20 @@ def family(name: str) -> dict[str, Any]:
     warnings.simplefilter("ignore")
     start = time.process_time()
     rows = [row(fault, name) for fault, _ in possible((name,))]
+    models = right_models(name)["right"]
+    return {"rows": rows, "right": models, "seconds": round(time.process_time() - start, 1)}
+
+
+def right_models(name: str) -> dict[str, Any]:
+    """What the checks as they are now say of a family's right models."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    start = time.process_time()
     models = [
         {"family": name, "form": c.form, "precision": "autocast bf16" if c.autocast else "float32", **judged(c.check())}
         for c in right(name)
     ]
-    return {"rows": rows, "right": models, "seconds": round(time.process_time() - start, 1)}
+    return {"rows": [], "right": models, "seconds": round(time.process_time() - start, 1)}
 
 
 def missing(name: str, done: frozenset[str]) -> dict[str, Any]:
@@ -167,7 +187,6 @@ def summary(parts: dict[str, dict[str, Any]]) -> dict[str, Any]:
         "named": _by_check([r for r in rows if r["named"]]),
         "not_named": [r for r in rows if not r["named"]],
         "command": "python benchmarks/mutations.py",
-        **provenance(),
     }
 
 
@@ -252,6 +271,7 @@ def main() -> None:
     parser.add_argument(
         "--missing", action="store_true", help="only pairs of fault and family that the table has no row of"
     )
+    parser.add_argument("--right", action="store_true", help="only right models; the rows of faults are kept")
     parser.add_argument("--seeds", type=int, default=0, help="right optimizers over so many seeds, and no faults")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -265,34 +285,42 @@ def main() -> None:
     with ProcessPoolExecutor(given.workers) as pool:
         if given.seeds:
             made = [r for rows in pool.map(seeded, wanted, [given.seeds] * len(wanted)) for r in rows]
-            result = {**old, "right_optimizers": of_seeds(made)}
+            written(given.out, {**old, "right_optimizers": of_seeds(made)})
         else:
-            result = table(pool, given, wanted, every)
-            result |= {k: v for k, v in old.items() if k == "right_optimizers"}
-    print({k: v for k, v in result.items() if k not in ("named", "not_named", "right", "families")})
-    write_json(given.out, result)
-    if given.out == ROOT / "docs/results/checks.json":
+            for result in tables(pool, given, wanted, every):
+                written(given.out, result | {k: v for k, v in old.items() if k == "right_optimizers"})
+
+
+def written(out: Path, result: dict[str, Any]) -> None:
+    """The table as a file, and on its page where that is the page's file."""
+    write_json(out, result)
+    print({k: v for k, v in result.items() if k not in LONG}, flush=True)
+    if out == ROOT / "docs/results/checks.json":
         write_page(result)
 
 
-def table(
+def tables(
     pool: ProcessPoolExecutor, given: argparse.Namespace, wanted: list[str], every: tuple[str, ...]
-) -> dict[str, Any]:
-    """The table with the rows of these families made again, or with those alone that it has not."""
-    parts = kept(given.out) if given.families or given.missing else {}
+) -> Iterator[dict[str, Any]]:
+    """The table after each family that is made again, in whole or in part: a run that is cut off keeps what it has."""
+    parts, now = kept(given.out), provenance()  # once: what is written below makes the checkout a changed one
     if given.missing:
         done = [frozenset(r["fault"] for r in parts[name]["rows"]) if name in parts else frozenset() for name in wanted]
-        found = zip(wanted, pool.map(missing, wanted, done), strict=True)
+        found = pool.map(missing, wanted, done)
     else:
-        found = zip(wanted, pool.map(family, wanted), strict=True)
-    for name, part in found:
+        found = pool.map(right_models if given.right else family, wanted)
+    for name, part in zip(wanted, found, strict=True):
         bad = [r["fault"] for r in part["rows"] if not r["named"]]
-        print(f"{name}: {len(part['rows'])} faults, not named: {', '.join(bad) or 'none'}", flush=True)
+        print(f"{name}: {len(part['rows'])} faults, not named: {', '.join(bad) or 'none'};", end=" ")
+        print(f"{len(part['right'])} right models in {part['seconds']} s", flush=True)
         _print(part)
+        part["right"] = [{**m, "git": now["git"]} for m in part["right"]]  # families may be judged by different commits
+        if given.right and name in parts:
+            part = {**part, "rows": parts[name]["rows"]}
         if given.missing and name in parts:
             part = {**part, "rows": parts[name]["rows"] + part["rows"], "right": parts[name]["right"]}
         parts[name] = part
-    return summary({name: parts[name] for name in every if name in parts})
+        yield summary({name: parts[name] for name in every if name in parts}) | now
 
 
 def _print(part: dict[str, Any]) -> None:
