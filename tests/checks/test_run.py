@@ -159,3 +159,22 @@ def test_a_check_from_outside_is_one_function() -> None:
         mue.check(c.model, c.plan, only=["narrow"])
     with pytest.raises(ValueError, match="unknown need 'roels'; did you mean 'roles'"):
         check_of("narrow", needs=("roels",))
+
+
+class TwoArguments(LanguageModel):
+    """``forward(idx, targets)``, both needed."""
+
+    def forward(self, idx: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+        logits = super().forward(idx).logits
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+def test_a_call_that_fails_says_that_the_check_calls_the_model_itself() -> None:
+    plan = mue.transfer(BASE, BASE, TUNED)
+    model = TwoArguments(BASE, plan.multipliers)
+    plan.init_(model)
+    ids = torch.randint(BASE.vocab, (2, BASE.sequence))
+    report = mue.check(model, plan, ids, loss=lambda m, x: m(x, x), raises=False)
+    failed = [f for f in report.failures if "calls model(batch) itself, also where loss= is given" in f.mend]
+    assert failed and all("(inputs, targets)" in f.mend and "targets" in f.measured for f in failed)
+    assert not [f for f in mue.check(model, plan, (ids, ids), raises=False).failures if "TypeError" in f.measured]

@@ -46,6 +46,22 @@ def test_printed_width_decides_the_columns(plan_file: Path) -> None:
     assert "expert_down" in out
 
 
+@pytest.mark.parametrize("command", [("plan",), ("rules",)])
+def test_a_value_of_the_base_that_the_target_leaves_out_is_a_warning(
+    command: tuple[str, ...], plan_file: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = "[target] gated is not given and true, [base] has false: say which"
+    assert "warning:" not in in_process(capsys, monkeypatch, *command, plan_file)[2]
+    plan_file.write_text(plan_file.read_text().replace("[base]", "[base]\ngated = false", 1))
+    code, _, err = in_process(capsys, monkeypatch, *command, plan_file)
+    assert code == 0 and f"warning: {line}\n" in err
+    if command == ("plan",):
+        page = plan_file.with_name("plan.html")
+        in_process(capsys, monkeypatch, *command, plan_file, "--html", page)
+        html = page.read_text(encoding="utf-8")
+        assert html.index(line) < html.index("<table")
+
+
 SDE_OPTIONS = "[options]\n" + "".join(f"{name} = '{value}'\n" for name, value in SDE.items())
 SPOILED = {
     "misspelt key": (("[base]\nwidth", "[base]\nwidht"), ("widht", "width")),

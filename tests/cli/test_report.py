@@ -79,6 +79,13 @@ def test_several_folders_are_compared(
     for words in ("3 training runs", "tuned.lr", "lr 0.01, seed 1", " ± ", "Routers at the end"):
         assert words in written
     assert not (tmp_path / "one" / "report.html").exists()
+    page = tmp_path / "cmp.html"
+    refused(in_process(capsys, monkeypatch, *said, "-o", page), "--out is a folder", f"give --out {tmp_path / 'cmp'}")
+    assert not page.exists()
+    code, out, err = in_process(capsys, monkeypatch, "report", tmp_path / "two" / "runs")
+    assert code == 0 and f"report: {tmp_path / 'two' / 'report.html'}" in out, err
+    (tmp_path / "none" / "runs").mkdir(parents=True)
+    refused(in_process(capsys, monkeypatch, "report", tmp_path / "none" / "runs"), "neither")
     refused(in_process(capsys, monkeypatch, *said, "--list"), "give one folder")
     refused(in_process(capsys, monkeypatch, "report", tmp_path / "one", "-o", tmp_path / "x"), "several folders")
     refused(in_process(capsys, monkeypatch, *said, tmp_path), "holds no run")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from mue.api import Plan
-from mue.plan.defaults import given_in, not_given
+from mue.plan.defaults import differing, given_in, not_given
 from mue.plan.toml import plan_inputs
 from mue.plan.transfer import plan_of
 from support.plan_file import SHORT
@@ -91,3 +91,35 @@ def test_it_is_text_only(tmp_path: Path) -> None:
     ours.save(tmp_path / "plan.json")
     assert "given" not in json.loads((tmp_path / "plan.json").read_text())["inputs"]
     assert "not given, so default" not in dict(Plan.load(tmp_path / "plan.json").header())
+
+
+BASE_HAS = (
+    "[base]\nwidth = 128\nlayers = 8\nffn = 128\ngated = false\ntied = true\nsequence = 64\nheads = 8\nkv_heads = 8\n"
+)
+TARGET_HAS = '[target]\nmoe = "8e2a"\nwidth = 256\nexpert = 128\nlayers = 8\n'
+VALUES = "[tuned]\nlr = 1e-3\nweight_decay = 0.1\ninit_std = 0.02\n"
+
+
+def test_what_the_base_gives_and_the_target_leaves_out_with_another_value_is_the_first_note() -> None:
+    plan = plan_of(plan_inputs(tomllib.loads(BASE_HAS + VALUES + TARGET_HAS)))
+    said = (
+        "[target] head_dim is not given and 64, [base] has 16: say which",
+        "[target] sequence is not given and 1024, [base] has 64: say which",
+        "[target] gated is not given and true, [base] has false: say which",
+        "[target] tied is not given and false, [base] has true: say which",
+    )
+    assert differing(plan.inputs) == said == plan.notes[: len(said)]
+    grouped = BASE_HAS.replace("kv_heads = 8", "kv_heads = 2")
+    assert "[target] kv_heads is not given and 4, [base] has 2: say which" in differing(
+        plan_inputs(tomllib.loads(grouped + VALUES + TARGET_HAS))
+    )
+
+
+def test_what_the_target_says_too_is_no_oversight_and_changes_no_plan() -> None:
+    """The warning goes when the same values are said, and the plan is the same one."""
+    unsaid = plan_inputs(tomllib.loads(BASE_HAS + VALUES + TARGET_HAS))
+    given = "sequence = 1024\ngated = true\ntied = false\nhead_dim = 64\n"
+    said = plan_inputs(tomllib.loads(BASE_HAS + VALUES + TARGET_HAS + given))
+    assert differing(said) == () and plan_of(said).hash == plan_of(unsaid).hash
+    assert differing(replace(unsaid, given=None)) == ()
+    assert differing(plan_inputs(tomllib.loads(SHORT))) == ()

@@ -19,6 +19,11 @@ from mue.checks.report import FAIL, SKIP, CheckError, Finding, Report
 from mue.plan.plan import PlanData
 from mue.util.errors import explain_calls
 
+_CALLED = (
+    "; the check calls model(batch) itself, also where loss= is given: give a tuple (inputs, targets) to a model that takes both,"
+    " or a mapping of keywords"
+)
+
 
 @explain_calls
 def check(
@@ -129,6 +134,6 @@ def _run(one: Check, ctx: Context, lacking: dict[str, str]) -> list[Finding]:
                 "the check can run",
                 f"{type(error).__name__}: {first} ({Path(raised.filename).name}:{raised.lineno})",
                 ("the batch is not what the model takes", "the model cannot run as it is"),
-                "call the model on this batch by hand first",
+                "call the model on this batch by hand first" + (_CALLED if "batch" in one.needs else ""),
             )
         ]

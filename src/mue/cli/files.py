@@ -12,6 +12,7 @@ the package are changed alike, ``change_tables(data, change, TOP, known=TOP)``. 
 
 from __future__ import annotations
 
+import sys
 import tomllib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from mue.plan.defaults import differing
+from mue.plan.plan import Inputs
 from mue.plan.toml import PLAN_TABLES, TABLES, check_keys, plan_inputs, read_toml
 from mue.plan.transfer import plan_of
 
@@ -124,6 +127,16 @@ def _index(entries: list[Any], part: str, said: str) -> int:
     return int(part)
 
 
+def say_differing(inputs: Inputs) -> None:
+    """Warn on stderr of every key that ``[base]`` gives and ``[target]`` leaves out with another value.
+
+    Args:
+        inputs: as they were read from a file.
+    """
+    for line in differing(inputs):
+        print(f"warning: {line}", file=sys.stderr)
+
+
 def read_plan(path: Path, change: Sequence[str] | None = None) -> Plan:
     """A plan from the JSON that ``plan.save`` wrote, or from a plan file in TOML.
 
@@ -136,7 +149,9 @@ def read_plan(path: Path, change: Sequence[str] | None = None) -> Plan:
     from mue.api import Plan
 
     if path.suffix == ".toml":
-        return Plan.of(plan_of(plan_inputs(read_tables(path, change, PLAN_TABLES))))
+        inputs = plan_inputs(read_tables(path, change, PLAN_TABLES))
+        say_differing(inputs)
+        return Plan.of(plan_of(inputs))
     if change:
         raise ValueError(
             f"--set changes a plan file (TOML), and {path} is a plan that was made: make it again from its file"

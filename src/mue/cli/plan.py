@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from mue.cli.app import File, Tuned, WithNames, app, say_paths, with_sweep
-from mue.cli.files import Set, read_tables
+from mue.cli.files import Set, read_tables, say_differing
 from mue.cli.measured_gates import write_measured_gates
 from mue.cli.terminal import print_json
 from mue.plan.fold import fold as folded
@@ -79,6 +79,7 @@ def plan(
         write_measured_gates(file, tuned)
     data, values = with_sweep(read_tables(file, change, PLAN_TABLES, {"rule": rule}), tuned)
     made = plan_of(plan_inputs(data, values))
+    say_differing(made.inputs)
     if fold:
         made = folded(made, route)
     if save is not None:

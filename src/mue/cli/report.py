@@ -15,7 +15,10 @@ from mue.cli.app import app, say_paths
 _Out = Annotated[
     Path | None,
     typer.Option(
-        "--out", "-o", help="Where the page on several folders goes \\[default: runs/compare].", show_default=False
+        "--out",
+        "-o",
+        help="Folder that the page on several folders goes into, as report.html beside its pictures \\[default: runs/compare].",
+        show_default=False,
     ),
 ]
 _Csv = Annotated[Path | None, typer.Option("--csv", help="Also write every trial of a sweep to this file.")]
@@ -23,6 +26,17 @@ _Storage = Annotated[
     str | None, typer.Option("--storage", help="Of a sweep in this storage, on a machine that has had no part in it.")
 ]
 _Study = Annotated[str | None, typer.Option("--study", help="Which sweep, where the storage holds several.")]
+
+
+def _owner(folder: Path) -> Path:
+    """The folder that a ``runs/`` full of runs is in, which is the one that has a report; any other as it is."""
+    from mue.lab.train.run import CONFIG_FILE
+
+    whole = folder.resolve()
+    full = whole.name == "runs" and any(whole.glob(f"*/{CONFIG_FILE}"))
+    return folder if not full else folder.parent if folder.name == "runs" else whole.parent
+
+
 _List = Annotated[bool, typer.Option("--list", help="Only show a sweep's table here, and write nothing.")]
 
 
@@ -32,7 +46,7 @@ def report(
         list[Path],
         typer.Argument(
             metavar="FOLDER...",
-            help="Folder of a demo, a sweep, a per-role search, or what mue train -o wrote; of several the runs are compared.",
+            help="Folder of a demo, a sweep, a per-role search, or what mue train -o wrote, or the runs/ in one; of several the runs are compared.",
         ),
     ],
     out: _Out = None,
@@ -59,10 +73,12 @@ def report(
     gc.disable()
     atexit.register(gc.freeze)
     console = Console()
-    folder, *more = folders
+    folder, *more = folders = [_owner(one) for one in folders]
     if more:
         if csv or listed or storage or study:
             raise ValueError("--csv, --list, --storage and --study are of one sweep: give one folder")
+        if out is not None and out.suffix.lower() in (".html", ".htm"):
+            raise ValueError(f"--out is a folder, which gets the page as report.html: give --out {out.with_suffix('')}")
         from mue.lab.report.compare import compare_folders
 
         say_paths(console, f"report: {compare_folders(folders, out or Path('runs/compare'))}")

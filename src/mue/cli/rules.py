@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from mue.cli.app import Tuned, app, with_sweep
-from mue.cli.files import Set, read_tables
+from mue.cli.files import Set, read_tables, say_differing
 from mue.cli.terminal import print_file, print_json
 from mue.plan.toml import PLAN_TABLES, plan_inputs
 
@@ -57,6 +57,7 @@ def rules(
         raise ValueError("mue rules needs a plan file (or --markdown): mue rules moe.toml")
     data, values = with_sweep(read_tables(file, change, PLAN_TABLES), tuned)
     inputs = plan_inputs(data, values)
+    say_differing(inputs)
     if why is not None:
         from dataclasses import asdict
 

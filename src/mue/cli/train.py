@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from mue.cli.app import Log, Out, Tuned, WithNames, app, say_data, say_paths, with_sweep
-from mue.cli.files import Set, read_tables
+from mue.cli.files import Set, read_tables, say_differing
 from mue.cli.precision import settled
 from mue.plan.toml import PLAN_TABLES
 
@@ -107,6 +107,7 @@ def train(
     corpus = open_data(source)
     say_data(console, corpus, tuned)
     run, store = make(corpus), Store(out)
+    say_differing(run.plan.inputs)
     made, folder, ended = run.plan, store.folder(run.key), store.result(run.key) is not None
     if keep_weights and ended and not (folder / WEIGHTS_FILE).exists():
         raise ValueError(

@@ -57,23 +57,53 @@ def not_given(inputs: Inputs) -> str:
     return "; ".join(line for line in lines if line)
 
 
+def differing(inputs: Inputs) -> tuple[str, ...]:
+    """What the base's table gives and the target's leaves out, where the default in force is another: most often an oversight.
+
+    Args:
+        inputs: of a plan; ``given`` says what the file had, and without it nothing is claimed.
+
+    Returns:
+        A sentence for each such key, with both values.
+    """
+    base, target, given = inputs.base, inputs.target, inputs.given
+    if given is None or not isinstance(base, Transformer):
+        return ()
+    before = _values(base)
+    differ = {key: value for key, value in _values(target).items() if key in before and before[key] != value}
+    if base.num_heads * target.num_kv_heads == target.num_heads * base.num_kv_heads:
+        differ.pop("kv_heads", None)  # as many queries to a key head as before, in a model of more heads
+    return tuple(
+        f"[target] {key} is not given and {_text(value)}, [base] has {_text(before[key])}: say which"
+        for key, value in differ.items()
+        if _gives(given, "base", key) and not _gives(given, "target", key)
+    )
+
+
+def _gives(given: frozenset[str], table: str, key: str) -> bool:
+    return f"{table}.{key}" in given or (key == "head_dim" and f"{table}.heads" in given)  # heads imply the head size
+
+
+def _values(shape: Transformer) -> dict[str, Any]:
+    """Key → value in force, of the keys with defaults that mean something for this shape."""
+    experts = [block for block in shape.blocks if block.experts]
+    found = {
+        name: shape.num_kv_heads if name == "kv_heads" else getattr(shape, name)
+        for name in _OF_SHAPES
+        if shape.image is None or name not in OF_TEXT
+    }
+    return found | ({name: getattr(experts[0], name) for name in _OF_EXPERTS} if experts else {})
+
+
 def _line(table: str, defaults: Iterator[str]) -> str:
     found = ", ".join(defaults)
     return f"{table} {found}" if found else ""
 
 
 def _of_shape(table: str, shape: Transformer, given: frozenset[str]) -> Iterator[str]:
-    experts = [block for block in shape.blocks if block.experts]
-    for name in _OF_SHAPES + (_OF_EXPERTS if experts else ()):
-        if shape.image is not None and name in OF_TEXT:
-            continue
-        # heads imply the head size
-        if f"{table}.{name}" in given or (name == "head_dim" and f"{table}.heads" in given):
-            continue
-        if name in _OF_EXPERTS:
-            yield f"{name} {_text(getattr(experts[0], name))}"
-        else:
-            yield f"{name} {_text(shape.num_kv_heads if name == 'kv_heads' else getattr(shape, name))}"
+    for name, value in _values(shape).items():
+        if not _gives(given, table, name):
+            yield f"{name} {_text(value)}"
 
 
 def _of_tuned(tuned: HParams, given: frozenset[str]) -> Iterator[str]:

@@ -32,6 +32,12 @@ from mue.util.files import read_text
 # What [base] and [target] may hold, beside ffn; MOE_KEYS: with experts only. Anything else in them is an error.
 COMMON_KEYS = ("width", "layers", "head_dim", "heads", "kv_heads", "vocab", "sequence", "gated", "tied", "image")
 MOE_KEYS = ("moe", "expert", "shared", "router", "normalize", "gates", "gate_moments")
+# A slip that no spelling is near → a key that is known where it is meant so, and what to write.
+MEANT = {
+    "training": ("target", "[target.training] or [base.training]"),
+    "convention": ("base", "[base.convention]"),
+    "notation": ("moe", "'moe'"),
+}
 SCHEDULE_KEYS = ("name", "spread", "active")
 TUNED_KEYS = tuple(f.name for f in fields(HParams))
 PLAN_TABLES = ("rule", "base", "tuned", "target", "options")
@@ -74,7 +80,9 @@ def check_keys(table: Mapping[str, Any], known: Collection[str], where: str) -> 
     """
     for key in table:
         if key not in known:
-            raise ValueError(f"unknown key {key!r} in {where}{nearest(key, known)}")
+            beside, meant = MEANT.get(key, ("", ""))
+            hint = f"; did you mean {meant}?" if beside in known else nearest(key, known)
+            raise ValueError(f"unknown key {key!r} in {where}{hint}")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from fractions import Fraction
 from mue.plan.base import base_of
 from mue.plan.blocks import Transition, block_plan, carried_betas, check_output_multiplier, merge
 from mue.plan.convention import Convention
+from mue.plan.defaults import differing
 from mue.plan.gates import refuse_batch, with_logit_std
 from mue.plan.notes import (
     batch_notes,
@@ -208,7 +209,8 @@ def plan_of(inputs: Inputs) -> PlanData:
         attention_scale=base.attention_scale
         * (base.shape.head_dim / target.head_dim) ** float(rule.attention_exponent),
         betas=betas,
-        notes=notes(rule, base.shape, target, base.tuned, ratios, planned_base=base.plan is not None)
+        notes=differing(inputs)
+        + notes(rule, base.shape, target, base.tuned, ratios, planned_base=base.plan is not None)
         + far_batch_notes(rule, ratios, transition.training)
         + critical_batch_notes(base.training, target, transition.training)
         + batch_notes(("base", inputs.base_training, base.shape), ("target", inputs.training, target))

@@ -14,6 +14,7 @@ from mue.lab.report import plots
 from mue.lab.report.page import Panel, Section, page, text
 from mue.plan import render
 from mue.plan.along import FORWARD, Along, Curve, along
+from mue.plan.defaults import differing
 from mue.plan.plan import PlanData
 from mue.rules.roles import ROLES
 from mue.rules.table import AUTHORS_CODE, CELLS, FIELDS, INFERRED, MARKS, NOT_GIVEN, PUBLISHED
@@ -53,6 +54,7 @@ def plan_page(plan: PlanData, path: Path) -> Path:
     ]
     values, factors = plan_sections(plan)
     values.facts, facts = [], values.facts
+    values.texts = [text(line, warn=True) for line in differing(plan.inputs)]
     about = Section(id="about", title="What it follows from", facts=facts)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, page(plan.target.name, lead, [values, pictures_section(plan), factors, about], cards))
