@@ -14,7 +14,9 @@ from support.wiring.case import OURS, case
 from support.wiring.muons import STEPS, Masters, OwnMuon, chain, own, right_optimizers
 
 HF = importlib.util.find_spec("transformers") is not None
-FAMILIES = (*OURS, "qwen3", "mixtral", "gpt2") if HF else tuple(OURS)
+FAMILIES = (
+    (*OURS, "qwen3", "mixtral", "gpt2", "bloom") if HF else tuple(OURS)
+)  # bloom: q, k and v in turns, head by head
 
 
 def no_alarm(family: str, seed: int) -> None:

@@ -47,6 +47,16 @@ def exact(x: Tensor, steps: int = 0) -> Tensor:
     return u @ vh
 
 
+def _parts(x: Tensor, rows: tuple[int, ...], turns: int) -> list[Tensor]:
+    """Fused projections, each by itself: one below the other, or in turns (the first head's q, k, v, the second's)."""
+    pieces = x.unflatten(-2, (turns, -1)).split([n // turns for n in rows], dim=-2)
+    return [piece.flatten(-3, -2) for piece in pieces]
+
+
+def _whole(parts: list[Tensor], turns: int) -> Tensor:
+    return torch.cat([part.unflatten(-2, (turns, -1)) for part in parts], dim=-2).flatten(-3, -2)
+
+
 class OwnMuon(Optimizer):
     """Muon by batches of matrices, for the groups of a plan; AdamW where a group says so.
 
@@ -97,17 +107,17 @@ class OwnMuon(Optimizer):
         if p.dim() < 2:
             return g / g.norm().clamp_min(1e-7)
         how = group.get("matrices") or (("out", "in"), 1, (p.shape[0],))
-        axes, _, rows = how
+        axes, rows, turns = how[0], how[2], how[3] if len(how) == 4 else 1
         x = g.mT if axes[-2:] == ("in", "out") else g
         shape = x.shape
         if self.flat == "rows":
             x = x.reshape(-1, shape[-1])
         if self.flat == "vectors":
             x = x.reshape(len(x), -1)
-        cut = [x] if self.flat else list(x.split(list(rows), dim=-2))
+        cut = [x] if self.flat else _parts(x, rows, turns)
         factor = SCALES[self.scale or group.get("adjust_lr_fn", "original")]
         done = [self.orthogonalize(m, self.steps).to(p.dtype) * factor(m.size(-2), m.size(-1)) for m in cut]
-        whole = torch.cat(done, dim=-2).reshape(shape)
+        whole = (done[0] if self.flat else _whole(done, turns)).reshape(shape)
         return whole.mT if axes[-2:] == ("in", "out") else whole
 
     def _adamw(self, group: dict[str, Any], p: Tensor) -> Tensor:
@@ -133,7 +143,7 @@ def chain(groups: Groups) -> list[Optimizer]:
 def chainable(groups: Groups) -> bool:
     """Whether torch's Muon takes all that is Muon's: one matrix a tensor, as (out, in)."""
     hows = [g["matrices"] for g in groups if g["algorithm"] == "muon"]
-    return all(axes == ("out", "in") and len(rows) == 1 for axes, _, rows in hows)
+    return all(how[0] == ("out", "in") and len(how[2]) == 1 for how in hows)
 
 
 class Masters:
