@@ -187,4 +187,6 @@ def test_values_are_those_of_any_other_model_of_the_shape() -> None:
 
     for stack, name in MODELS:
         wanted = values(LanguageModel(target, plan.multipliers))
-        assert values(stack.named(target, name)) == {v for v in wanted if v[0] != "qk_norm" or not name.startswith("llama3")}
+        assert values(stack.named(target, name)) == {
+            v for v in wanted if v[0] != "qk_norm" or not name.startswith("llama3")
+        }
