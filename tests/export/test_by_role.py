@@ -76,6 +76,13 @@ def test_biases_go_with_their_weights() -> None:
     assert ("bias of attention_q", 0) not in rows  # nothing is folded there
 
 
+def test_a_bias_of_a_tied_models_last_norm_is_folded_as_its_gain() -> None:
+    rows = in_layers(role_rows(fold(plan("tied"))))
+    gain, bias = rows["final_norm", None], rows["bias of final_norm", 0]
+    assert (bias.folded, bias.constant) == (gain.folded, 0) and gain.folded != 1
+    assert bias.lr == pytest.approx(rows["bias", 0].lr * gain.folded)
+
+
 @pytest.mark.parametrize("scale", UPDATE_SCALES)
 def test_rates_of_muon_are_those_of_an_orthogonal_step(scale: str) -> None:
     before = plan("dense, then experts")

@@ -257,6 +257,10 @@ def test_arrays_of_all_layers_and_fused_ones(jax: ModuleType) -> None:
     assert not drawn["gain"].any() and not drawn["bias"].any() and drawn["balance"].all()
     with pytest.raises(ValueError, match="attention_q has 4096 numbers, planned 8192"):
         code["labels"]({**tree, "q": struct(1, 64, 4, 16)}, rows)
+    with pytest.raises(ValueError, match="bias: no role 'bias of atention_q' in this plan"):
+        code["labels"](
+            tree, [("bias", "bias of atention_q", "layer vector") if row[0] == "bias" else row for row in rows]
+        )
     with pytest.raises(ValueError, match="'bias of attention_o': it is folded with it"):
         code["labels"](tree, [("bias", "bias", "layer vector") if row[0] == "bias" else row for row in rows])
     # another value in the last third of the depth: one array for all layers cannot have it

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 import mue
-from mue.export import export
+from mue.export import STACKS, export
 from mue.export.paths import STYLES
+from mue.lab.models.diffusion import DiffusionModel
 from mue.lab.models.language import LanguageModel
 from support.stack_values import ALL, TARGETS, plan
 
@@ -32,6 +34,9 @@ def test_every_style_has_a_row_for_every_matrix(kind: str, style: str) -> None:
         ),
         ([("a", "head+attention_kk", "in out")], "no role 'attention_kk'"),
         ([("a", "bias of nothing", "vector")], "no role 'bias of nothing'"),
+        ([("a", "bias of atention_o", "vector")], "'bias of atention_o'; did you mean 'bias of attention_o'"),
+        ([("a", "router", "in out")], "the plan has no role 'router'"),  # of a dense one
+        ([("{layer}/{layer}/q", "attention_q", "in out")], "once in a path"),
         ([("a", "head", "in ouT")], "unknown axis 'ouT'; did you mean 'out'"),
         ([("a", "head")], "a row of a layout is"),
         ([("a", "head", ("in", "out"))], "three texts"),
@@ -49,6 +54,27 @@ def test_a_torch_model_is_no_pytree() -> None:
         export(plan("dense"), "optax", LanguageModel(TARGETS["dense"]))
     with pytest.raises(ValueError, match="rows of paths are for optax"):
         export(plan("dense"), "torch", [("a", "head", "in out")])
+
+
+def test_a_bias_beside_any_weight_is_said() -> None:
+    """Control of the refusals: with a row of its own (o), and without one (q)."""
+    given = [("{layer}/o", "bias of attention_o", "vector"), ("{layer}/q", "bias of attention_q", "vector")]
+    for row in given:
+        assert repr(row) in export(plan("dense"), "optax", given)
+
+
+def test_plans_for_images_are_refused_by_every_file_without_their_module() -> None:
+    """And the file for optax, which looks at no module, does not ask for one."""
+    image = mue.Image(size=8, channels=1, patch=2, classes=3)
+    base = mue.Dense(width=32, ffn=32, layers=2, head_dim=16, image=image)
+    made = mue.transfer(base, replace(base, width=64), mue.HParams(lr=0.01, weight_decay=0.02, init_std=0.1))
+    for to in STACKS:
+        words = "draws images: export..torch" if to == "optax" else "draws images, .* give the planned module"
+        with pytest.raises(ValueError, match=words):
+            export(made, to)
+    assert "time_in" in export(made, "torch", DiffusionModel(made.target))
+    with pytest.raises(ValueError, match="has the roles of language models"):
+        export(made, "optax", [("a", "head", "in out")])
 
 
 def test_plans_that_the_file_cannot_say() -> None:

@@ -81,6 +81,27 @@ def test_what_a_user_says_stays_and_files_keep_what_a_plan_follows_from(tmp_path
     assert wider.hash == mue.transfer(BASE, shape("switch", "8e1a"), replace(TUNED, init_std=0.1)).hash
 
 
+def test_of_two_stds_each_is_told_that_nobody_said() -> None:
+    """Of logits, and of an expert's logits over the patches of an image."""
+    image = mue.Image(size=8, channels=1, patch=2, classes=3)
+    base = mue.Dense(width=64, ffn=64, layers=2, head_dim=16, image=image)
+
+    def stds(**given: float) -> tuple[float, float, float]:
+        settings = {"within": "sequence", **given}
+        moe = mue.MoE.parse("8e2a", width=64, expert=32, layers=2, head_dim=16, image=image, router="expert-choice", router_settings=settings)  # fmt: skip
+        plan = mue.transfer(base, moe, TUNED)
+        found = plan.target.blocks[0].all_settings
+        return found["logit_std"], found["token_std"], plan.route_scale
+
+    logit, token, scale = stds()
+    assert 0 < token < 0.9 * logit
+    assert stds(token_std=0.5)[:2] == (pytest.approx(logit), 0.5)
+    assert stds(logit_std=2 * logit)[:2] == pytest.approx((2 * logit, 2 * token))
+    assert stds(logit_std=0.3, token_std=0.2)[:2] == (0.3, 0.2)
+    assert stds(logit_std=logit) == pytest.approx((logit, token, scale))
+    assert stds(token_std=0.5)[2] < 0.9 * scale  # control: R hears it
+
+
 def test_the_explanation_and_a_base_with_such_a_router_agree() -> None:
     plan = mue.transfer(BASE, shape("switch", "8e1a"), TUNED)
     assert "switch router's gates, absolute" in why(plan, "route_scale")[0].text

@@ -75,7 +75,7 @@ def _merged(found: Iterator[tuple[RoleRow, int]]) -> list[RoleRow]:
 def _biases(plan: PlanData) -> list[RoleRow]:
     """A bias beside a folded weight has that weight's coefficient, so that there is a row for each of these roles."""
     folds = [_coefficients(plan, layer) for layer in range(plan.target.layers)]
-    roles = [role for role in dict.fromkeys(role for fold in folds for role in fold) if ROLES[role].drawn]
+    roles = dict.fromkeys(role for fold in folds for role in fold)
     return [
         replace(row, role=f"bias of {role}")
         for role in roles

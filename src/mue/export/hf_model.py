@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mue.export.rows import refuse_images
 from mue.layouts.transformers.configs import build, default_config, read_config
 from mue.shapes import Transformer
 from mue.shapes.block import Block
@@ -22,12 +23,13 @@ def transformers_model(target: Transformer, given: Any) -> tuple[nn.Module, str]
             ``qwen3_moe``, ``lfm2_moe`` or ``glm4_moe`` in the planned shape, where one of them has it.
 
     Raises:
-        ValueError: no such config; a shape that none of the four has.
+        ValueError: no such config; a shape that none of the four has; one that draws images.
     """
     if isinstance(given, nn.Module):
         return given, type(given).__name__
     if isinstance(given, list | tuple):
         raise ValueError("rows of paths are for optax; give a module, or a transformers config, its path or its family")
+    refuse_images(target)
     try:
         config, sizes = _config_of(target) if given is None else (given, "")
     except ValueError as error:

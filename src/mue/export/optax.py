@@ -11,7 +11,7 @@ from typing import Any
 
 from mue.export.by_role import RoleRow, role_rows
 from mue.export.file_text import head
-from mue.export.paths import path_rows
+from mue.export.paths import BIASED, path_rows
 from mue.export.registry import STACKS
 from mue.export.rows import folded
 from mue.export.scale import needed_scale
@@ -41,6 +41,8 @@ class Row(NamedTuple):
 
 
 {ROWS}
+# what a bias may stand beside; without a row of its own it has that of "bias"
+BIASED = {BIASED}
 
 
 def _path(keys):
@@ -50,9 +52,9 @@ def _path(keys):
 
 def _planned(role, layer, path):
     """The row of a role in one layer; layer None: the path does not say which, and all have to have the same values."""
-    found = [row for row in ROWS if row.role == role] or [
-        row for row in ROWS if row.role == "bias" and role.startswith("bias of ")
-    ]
+    found = [row for row in ROWS if row.role == role]
+    if role in [f"bias of {weight}" for weight in BIASED]:
+        found = found or [row for row in ROWS if row.role == "bias"]
     if role == "bias" and any(row.role.startswith("bias of ") for row in ROWS):
         raise ValueError(f"{path}: say which weight it is added to, 'bias of attention_o': it is folded with it")
     if not found:
@@ -266,7 +268,7 @@ def optax(plan: PlanData, model: Any) -> str:
             ``"linen"``, ``"equinox"``); or the user's own rows, a list of (path, role, axes).
 
     Raises:
-        ValueError: another optimizer, experts in pools or from one draw; a layout with an unknown role or axis.
+        ValueError: a plan for images; another optimizer, experts in pools or from one draw; a layout with an unknown role or axis.
     """
     plan = folded(plan)
     _refuse(plan)
@@ -291,6 +293,7 @@ def optax(plan: PlanData, model: Any) -> str:
         f"LAYOUT = [\n{layout}]\n"
     )
     code = _CODE.replace("{ROWS}", "ROWS = [\n" + "".join(map(_code, rows)) + "]")
+    code = code.replace("{BIASED}", repr(BIASED))
     code = code.replace("{MOVES}", _MOVES if muon else "")
     return (
         text
@@ -309,6 +312,11 @@ def _code(row: RoleRow) -> str:
 
 
 def _refuse(plan: PlanData) -> None:
+    if plan.target.image is not None:
+        raise ValueError(
+            f'the file for optax has the roles of language models, and {plan.target.name} draws images: export("torch") with the'
+            " planned module, or plan.role(...) has its values"
+        )
     if plan.tuned.optimizer not in ("adamw", "muon"):
         raise ValueError(
             f"the file for optax speaks AdamW and Muon, and this plan is for {plan.tuned.optimizer!r}: plan.role(...) has its values"

@@ -11,6 +11,8 @@ from mue.util.errors import nearest
 
 AXES = ("in", "out", "expert", "layer", "vector")
 FROZEN = "frozen"  # the role of what no optimizer moves: balance biases, tables of angles
+BIASED = tuple(name for name, role in ROLES.items() if role.trained and role.task is None and name != "bias")
+"""What a row ``bias of ROLE`` may name: the weights and gains of language models."""
 PathRow = tuple[str, str, str] | tuple[str, str, str, float]
 """(path, role, axes), and where a gain starts at 0, because the code adds 1, that 0."""
 
@@ -58,9 +60,11 @@ def _checked(row: tuple[Any, ...], roles: Collection[str]) -> PathRow:
         raise ValueError(
             f"a row of a layout is (path, role, axes), three texts, and a 0 beside them for a gain that starts at 0: {row!r}"
         )
-    known = [*roles, FROZEN]
+    if row[0].count("{layer}") > 1:
+        raise ValueError(f"layout {row[0]!r}: {{layer}} is the layer's number, once in a path; * is any other part")
+    known = dict.fromkeys([*roles, FROZEN, *(f"bias of {weight}" for weight in BIASED)])
     for role in row[1].split("+"):
-        if role not in known and role.removeprefix("bias of ") not in ROLES:
+        if role not in known:
             raise ValueError(f"layout {row[0]!r}: the plan has no role {role!r}{nearest(role, known)}")
     for axis in row[2].split():
         if axis not in AXES:

@@ -37,9 +37,4 @@ def export(plan: PlanData, to: str, model: Any = None) -> str:
     Raises:
         ValueError: an unknown stack; a model that is not the planned one; what the stack's dialect cannot say at all.
     """
-    stack = STACKS.lookup(to)
-    if plan.target.image is not None and not hasattr(model, "named_parameters"):
-        raise ValueError(
-            f"{plan.target.name} draws images, and the models that mue knows of {to} are language models: give the planned module"
-        )
-    return stack(plan, model)
+    return STACKS.lookup(to)(plan, model)

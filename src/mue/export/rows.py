@@ -17,6 +17,7 @@ from mue.plan.fold import fold, folded_values
 from mue.plan.plan import PlanData
 from mue.rules.optimizers import of_tuned
 from mue.rules.roles import ROLES
+from mue.shapes import Transformer
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,14 @@ class ExportRow:
         if self.layers is None:
             return [self.pattern]
         return [self.pattern.replace("*", str(layer), 1) for layer in self.layers]
+
+
+def refuse_images(target: Transformer) -> None:
+    """``ValueError`` for a shape that draws images, where the model to write for is not the user's but one that mue knows."""
+    if target.image is not None:
+        raise ValueError(
+            f"{target.name} draws images, and the models that mue knows of stacks are language models: give the planned module"
+        )
 
 
 def folded(plan: PlanData) -> PlanData:

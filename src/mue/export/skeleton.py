@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mue.export.rows import refuse_trained_alone
+from mue.export.rows import refuse_images, refuse_trained_alone
 from mue.export.stack_model import StackModel
 from mue.layouts.layout import HasLayout, Layout, canonical, unwrap
 from mue.layouts.of_model import placed
@@ -143,8 +143,9 @@ def shaped(kind: StackModel, target: Transformer, title: str) -> Skeleton:
     """The planned shape in the names of a table; ``title`` is the model's name for people.
 
     Raises:
-        ValueError: a shape that the table's tensors cannot have.
+        ValueError: a shape that the table's tensors cannot have; one that draws images.
     """
+    refuse_images(target)
     experts = _experts(target)
     shapes: dict[str, tuple[int, ...]] = {}
     used: dict[str, Layout] = {}

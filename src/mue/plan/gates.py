@@ -22,16 +22,15 @@ def with_logit_std(shape: Transformer, init_std: Callable[[Block, str], float | 
     """
 
     def told(block: Block) -> Block:
-        if not block.experts or LOGIT_STD not in (settings := block.all_settings) or settings[LOGIT_STD] is not None:
+        if not block.experts or LOGIT_STD not in (settings := block.all_settings):
             return block
-        if (std := init_std(block, "router")) is None:
-            return block
-        told = {LOGIT_STD: std * math.sqrt(shape.width)}
-        if TOKEN_STD in settings and shape.image is not None:
-            told[TOKEN_STD] = told[LOGIT_STD] * shape.image.spread(
-                shape.width, init_std(block, "patch_embedding") or 0.0
-            )
-        return replace(block, router_settings={**block.router_settings, **told})
+        found, logit_std = {}, settings[LOGIT_STD]
+        if logit_std is None and (std := init_std(block, "router")) is not None:
+            found[LOGIT_STD] = logit_std = std * math.sqrt(shape.width)
+        if shape.image is not None and logit_std is not None and settings.get(TOKEN_STD, 0.0) is None:
+            spread = shape.image.spread(shape.width, init_std(block, "patch_embedding") or 0.0)
+            found[TOKEN_STD] = logit_std * spread
+        return replace(block, router_settings={**block.router_settings, **found}) if found else block
 
     blocks = shape.blocks
     found = [told(block) for block in blocks]
