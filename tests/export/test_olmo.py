@@ -158,6 +158,7 @@ def test_olmo_builds_muons_groups(scale: str) -> None:
 
 def test_olmo_alone_has_one_rate_for_all_matrices() -> None:
     """What the file's subclass is for: its own config takes no groups, and decays no embedding."""
+    need("olmo_core.optim")
     stand_in()
     from olmo_core.optim import MuonConfig, OptimGroupOverride
 

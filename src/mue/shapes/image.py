@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
-from mue.util.errors import positive_int
+from mue.util.errors import explain_calls, positive_int
 
 TIME_FEATURES = 256
 """Sines and cosines of the time that its embedding reads: DiT's number (2212.09748), the same at every width."""
@@ -13,6 +13,7 @@ MODULATIONS = 6
 """Vectors of width d that a block takes from the condition: shift, scale and gate of attention and of the feed-forward (adaLN-zero)."""
 
 
+@explain_calls
 @dataclass(frozen=True)
 class Image:
     """Square images of ``size``² pixels in ``channels`` channels, cut into patches of ``patch``² pixels, each of one of ``classes``.

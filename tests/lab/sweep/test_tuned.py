@@ -88,7 +88,7 @@ def test_other_data_are_said(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         ("1" * 64, f"{tmp_path} was tuned on other data (sha256 {'0' * 16} there, {'1' * 16} here)"),
         ("0" * 64, ""),
     ):
-        corpus = SimpleNamespace(skipped={}, files=1, bytes=1, tokens=1, vocab=1, hash=data)
+        corpus = SimpleNamespace(summary=lambda: "one file", hash=data)
         say_data(Console(), corpus, swept(tmp_path, {}))
         assert capsys.readouterr().err == (f"note: {said}\n" if said else "")
 
