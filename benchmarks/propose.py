@@ -2,7 +2,7 @@
 
     MUE_OTHER_SOURCES=~/clones python benchmarks/propose.py --json docs/results/propose.json
 
-Right is a tensor whose role, parts, axes and (of a vector) start are as expected. A tensor without a proposal is not right, and one
+Right is a tensor whose role, parts, the order of their rows, axes and (of a vector) start are as expected. A tensor without a proposal is not right, and one
 that is wrong without a mark is what must not happen. A model whose code is not here stands in the result as such.
 """
 
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mue.lab.train.provenance import provenance
-from mue.layouts.layout import Layout
+from mue.layouts.layout import BLOCKS, Layout
 from mue.layouts.propose import LayoutProposal, propose
 from mue.rules.roles import ROLES
 from mue.util.files import write_json
@@ -47,7 +47,9 @@ def said(row: Layout | None, with_start: bool) -> str:
         return "nothing"
     start = ROLES[row.planned].start if row.start is None else row.start
     end = f" | {start:g}" if isinstance(start, float) else f" | {start}"
-    return " | ".join(("+".join(row.parts) or row.role, " ".join(row.axes))) + (end if with_start else "")
+    what = "+".join(row.parts) or row.role
+    what += "" if row.order == BLOCKS else f" in {row.order}"
+    return " | ".join((what, " ".join(row.axes))) + (end if with_start else "")
 
 
 def measured(proposal: LayoutProposal, table: Mapping[str, str]) -> dict[str, Any]:

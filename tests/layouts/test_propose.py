@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import mue
+from mue.layouts.place import place
 from mue.layouts.propose import built, propose
+from mue.model.matrices import matrices_of, split
 from mue.rules.roles import ROLES
+from support.flow_models import FFN, HEADS, SIZE, VOCAB, Make, Nameless
 from support.own_models.case import COMMON, IDS, TUNED, D
 from support.own_models.lists import Lists
 
@@ -42,6 +46,60 @@ def test_pasted_rows_carry_a_plan_to_the_model() -> None:
     for p in mue.layouts.of_model.placed(mine):
         expert = p.expert if ROLES[p.role].kind == "expert" else own[p.name][2]
         assert (p.role, p.layers, expert, p.fan_in) == own[p.name]
+
+
+@pytest.mark.parametrize("in_turn", [False, True])
+@pytest.mark.parametrize("groups", [2, HEADS])
+def test_an_optimizer_cuts_fused_parts_as_the_model_does(in_turn: bool, groups: int) -> None:
+    shape: dict[str, Any] = {"head_dim": SIZE, "kv_heads": groups, "vocab": VOCAB, "sequence": 32, "router": "softmax"}
+    target = mue.MoE.parse("6e2a", width=D, expert=FFN, layers=2, **shape)
+    plan = mue.transfer(mue.Dense(D, FFN, 2, head_dim=SIZE, kv_heads=groups, vocab=VOCAB, sequence=32), target, TUNED)
+    model = Nameless(Make(groups=groups, experts="stack", in_turn=in_turn))
+    proposal = propose(model)
+    space: dict[str, Any] = {"mue": mue}
+    rows = eval(
+        "[" + "\n".join(row.line() for row in proposal.rows) + "\n]", space
+    )  # as pasted: with what stands in the text
+    assert rows == proposal.layout()
+    fused = [p for p in place(model, rows) if len(p.layout.parts) > 1]
+    assert len(fused) == 4 and proposal.unmarked == proposal.tensors
+    for p in fused:
+        weight = model.get_parameter(p.name)
+        attention = ROLES[p.role].kind == "attention"
+        cut = list(model.cut_qkv(weight.mT).values()) if attention else model.cut_pair(weight.mT)
+        own = [part.mT.reshape(-1, part.shape[-1], D) for part in cut]
+        assert all(map(torch.equal, split(weight, matrices_of(plan, p)), own))
+        # the control: parts one after another are other matrices where the model takes them in turn
+        plain = split(weight, matrices_of(plan, replace(p, layout=replace(p.layout, order="blocks"))))
+        assert all(map(torch.equal, plain, own)) is not in_turn
+
+
+class Grouped(nn.Module):
+    """Attention whose fused projection lies in two groups of two heads each, as no order of a layout says."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.table, self.qkv, self.o = (
+            nn.Embedding(64, 32),
+            nn.Linear(32, 96, bias=False),
+            nn.Linear(32, 32, bias=False),
+        )
+        self.head, self.groups = nn.Linear(32, 64, bias=False), groups
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.table(ids)
+        parts = self.qkv(x).unflatten(-1, (self.groups, -1)).chunk(3, -1)
+        q, k, v = (part.unflatten(-1, (-1, 8)).flatten(2, 3).transpose(1, 2) for part in parts)
+        x = x + self.o(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2))
+        return self.head(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(("groups", "order"), [(1, "blocks"), (2, "unknown"), (4, "heads")])
+def test_an_order_that_is_none_of_the_known_is_marked(groups: int, order: str) -> None:
+    row = next(row for row in propose(Grouped(groups)).rows if row.pattern == "qkv.weight")
+    assert row.layout is not None and row.layout.order == order
+    assert ("order" in row.look) is (order == "unknown")
+    assert ("order=" in row.line()) is (order != "blocks")
 
 
 class Odd(nn.Module):

@@ -18,6 +18,7 @@ class Make:
     Attributes:
         norm: ``layer``, ``rms``, ``manual`` or ``shifted`` (the code adds 1). place: of norms: ``pre``, ``post`` or ``sandwich``.
         order: in which q, k and v lie in one matrix; empty where they are three. groups: of keys and values.
+        in_turn: q, k and v lie head by head, gate and up row by row, and not one after another.
         scores: ``kernel`` or ``einsum``. gate: ``""``, ``apart``, ``gate first`` or ``up first``.
         act: of the feed-forward. experts: ``""``, ``list``, ``stack`` or ``stack, transposed``.
         parallel: attention and feed-forward read the same stream. positions: ``""``, ``lookup`` or ``slice``.
@@ -27,6 +28,7 @@ class Make:
     place: str = "pre"
     order: str = "qkv"
     groups: int = 4
+    in_turn: bool = False
     scores: str = "kernel"
     rotary: bool = False
     qk_norm: bool = False
@@ -143,11 +145,29 @@ class Nameless(nn.Module):
             return x * torch.sigmoid(x)
         return {"silu": F.silu, "gelu": F.gelu, "relu2": lambda y: F.relu(y) ** 2}[self.make.act](x)
 
+    def cut_pair(self, h: Tensor) -> tuple[Tensor, ...]:
+        """The two parts of a gated feed-forward's first product, along its last axis."""
+        return (h[..., ::2], h[..., 1::2]) if self.make.in_turn else h.chunk(2, -1)
+
+    def fused_order(self, roles: tuple[str, ...]) -> str:
+        """How the parts of a matrix lie."""
+        if len(roles) == 1 or not self.make.in_turn:
+            return "blocks"
+        # one head of keys: its turn is the whole
+        return "rows" if len(roles) == 2 else "heads" if self.make.groups > 1 else "blocks"
+
+    def cut_qkv(self, fused: Tensor) -> dict[str, Tensor]:
+        """Queries, keys and values of a fused projection, along its last axis."""
+        make, turns = self.make, self.make.groups if self.make.in_turn else 1
+        sizes = {"q": D // turns, "k": make.groups * SIZE // turns, "v": make.groups * SIZE // turns}
+        parts = fused.unflatten(-1, (turns, -1)).split([sizes[one] for one in make.order], -1)
+        return {one: part.flatten(-2) for one, part in zip(make.order, parts, strict=True)}
+
     def _bent(self, h: Tensor, gate: Tensor | None = None) -> Tensor:
         if gate is not None:
             return self._act(gate) * h
         if self.make.gate in ("gate first", "up first"):
-            a, b = h.chunk(2, -1)
+            a, b = self.cut_pair(h)
             return self._act(a) * b if self.make.gate == "gate first" else a * self._act(b)
         return self._act(h)
 
@@ -176,13 +196,11 @@ class Nameless(nn.Module):
         return torch.cat([a * angle.cos() - b * angle.sin(), a * angle.sin() + b * angle.cos()], -1)
 
     def _attention(self, block: nn.Module, x: Tensor) -> Tensor:
-        few, make = self.make.groups * SIZE, self.make
-        sizes = {"q": D, "k": few, "v": few}
+        make = self.make
         if make.order:
-            parts = F.linear(x, *block.qkv).split([sizes[one] for one in make.order], -1)
-            by = dict(zip(make.order, parts, strict=True))
+            by = self.cut_qkv(F.linear(x, *block.qkv))
         else:
-            by = {one: F.linear(x, *getattr(block, one)) for one in sizes}
+            by = {one: F.linear(x, *getattr(block, one)) for one in "qkv"}
         q, k, v = (by[one].unflatten(-1, (-1, SIZE)).transpose(1, 2) for one in "qkv")
         if make.qk_norm:
             q, k = self._normed(q, block.q_norm), self._normed(k, block.k_norm)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mue.layouts.layout import Layout, canonical, pattern_of, unwrap
+from mue.layouts.layout import BLOCKS, Layout, canonical, pattern_of, unwrap
 from mue.layouts.observe.describe import TINY_BATCH
 from mue.layouts.observe.flow.follow import flow_of
 from mue.layouts.observe.flow.graph import Node, given_tensors, record_graph
@@ -113,6 +113,8 @@ def code(row: Layout) -> str:
         texts.append(f"stacked={row.stacked}")
     if row.layers:
         texts.append(f"layers={row.layers!r}")
+    if row.order != BLOCKS:
+        texts.append(f"order={_quoted(row.order)}")
     return f"mue.Layout({', '.join(texts)})"
 
 
@@ -306,7 +308,7 @@ def _rows(verdicts: Mapping[str, ParamVerdict], names: Names) -> list[ProposedRo
         if v.role is not None:
             inside = v.role not in ("embedding", "position", "final_norm", "head")
             layers = names.layers(members[0]) if inside else ()
-            row = Layout(pattern, v.role, v.axes, v.parts, v.start, v.stacked, after, layers)
+            row = Layout(pattern, v.role, v.axes, v.parts, v.start, v.stacked, after, layers, v.order)
         look = next((verdicts[n].look for n in members if verdicts[n].look), "")
         rows.append(ProposedRow(pattern, row, tuple(members), v.how, look))
     return rows

@@ -17,6 +17,7 @@ MAKES = st.builds(
     place=st.sampled_from(["pre", "post", "sandwich"]),
     order=st.sampled_from(["", "qkv", "kqv", "qvk", "vkq"]),
     groups=st.sampled_from([1, 2, 4]),
+    in_turn=st.booleans(),
     scores=st.sampled_from(["kernel", "einsum"]),
     rotary=st.booleans(),
     qk_norm=st.booleans(),
@@ -39,6 +40,7 @@ def wrong(model: Nameless, proposal: LayoutProposal) -> list[str]:
             roles, axes, start = model.truth[name]
             layout = row.layout
             said = layout and (layout.parts or (layout.role,), layout.axes)
+            said = said if layout is None or layout.order == model.fused_order(roles) else f"in order {layout.order}"
             if layout is not None and start is not None:
                 started = ROLES[layout.role].start if layout.start is None else layout.start
                 said = said if started == start else f"starts at {started}"
@@ -52,6 +54,7 @@ def wrong(model: Nameless, proposal: LayoutProposal) -> list[str]:
 @example(Make(gate="apart", experts="list", shared=True, bias=True, norm="layer"))
 @example(Make(place="post", norm="shifted", order="vkq", rotary=True))
 @example(Make(place="sandwich", qk_norm=True, groups=1, scores="einsum", order=""))
+@example(Make(order="qkv", in_turn=True, groups=2, rotary=True, experts="list"))
 @example(Make(experts="stack, transposed", gate="up first", shared=True, tied=True, positions="slice"))
 def test_what_is_decided_is_right_whatever_the_names(make: Make) -> None:
     torch.manual_seed(0)

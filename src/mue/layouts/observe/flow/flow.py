@@ -89,7 +89,7 @@ class Flow:
     Attributes:
         origins: of each node. stream: nodes that hold the residual stream. normed: nodes that a norm was the last to change.
         contractions: node → its two operands, both activations. filters: parameters of convolutions. narrow: statistics over the
-            features, one number each.
+            features, one number each. outputs: origin that is a part of a product → the outputs in it, of the least view that begins there.
     """
 
     nodes: Sequence[Node]
@@ -105,6 +105,7 @@ class Flow:
     lookups: list[Lookup] = field(default_factory=list)
     filters: set[str] = field(default_factory=set)
     narrow: set[int] = field(default_factory=set)
+    outputs: dict[Origin, frozenset[int]] = field(default_factory=dict)
     _frames: dict[int, tuple[int, int, int]] = field(default_factory=dict)  # storage → first entry, step, features
 
     def bent(self, origin_ways: Iterable[Passage]) -> bool:

@@ -277,4 +277,17 @@ class _Step:
             part = prod(node.shape) < prod(flow.nodes[origin[0]].shape)
             start = (node.offset - first) // step % features if part or origin[1] is not None else None
             found[(origin[0], start)] = found.get((origin[0], start), frozenset()) | ways
+            if start is not None:
+                outputs = _outputs(node, first, step, features)
+                known = flow.outputs.get((origin[0], start), outputs)
+                flow.outputs[(origin[0], start)] = min(outputs, known, key=len)
         flow.origins[self.n] = found
+
+
+def _outputs(view: Node, first: int, step: int, features: int) -> frozenset[int]:
+    """Which outputs of a product a view of it holds."""
+    found = {view.offset - first}
+    for size, stride in zip(view.shape, view.strides, strict=True):
+        if stride % (step * features):  # or it counts tokens
+            found = {entry + i * stride for entry in found for i in range(size)}
+    return frozenset(entry // step % features for entry in found)

@@ -26,7 +26,7 @@ class Node:
     Attributes:
         op: the kernel's name without what says that it works in place; ``parameter``, ``input`` and ``constant`` are given.
         inputs: (position among the arguments, node) of every tensor that it read.
-        floating: its entries are no whole numbers. storage, offset, contiguous: where its entries lie. args: its arguments; tensors are None in it.
+        floating: its entries are no whole numbers. storage, offset, strides, contiguous: where its entries lie. args: its arguments; tensors are None in it.
         name: of a parameter. output: which of the kernel's results it is.
         tensor: the values, of whole numbers only.
     """
@@ -37,6 +37,7 @@ class Node:
     floating: bool
     storage: int
     offset: int
+    strides: tuple[int, ...]
     contiguous: bool
     args: tuple[Any, ...] = ()
     name: str = ""
@@ -114,7 +115,7 @@ class GraphRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = id(t) in self._node_of
         number = t.is_floating_point() or t.is_complex()
         values = None if number else t
-        where = (_storage(t), int(t.storage_offset()), t.is_contiguous())
+        where = (_storage(t), int(t.storage_offset()), t.stride(), t.is_contiguous())
         self.nodes.append(Node(op, inputs, tuple(t.shape), number, *where, args, name, output, values))
         self._node_of[id(t)] = len(self.nodes) - 1
         if not known:

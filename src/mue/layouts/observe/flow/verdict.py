@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 
 import torch
 from torch import Tensor
 
-from mue.layouts.layout import pattern_of
+from mue.layouts.layout import BLOCKS, UNKNOWN, pattern_of
 from mue.layouts.observe.decide import Facts, decide
 from mue.layouts.observe.flow.flow import Flow, Origin, Passage, Use, WeightProduct
+from mue.layouts.observe.flow.fused_rows import order_of
 from mue.layouts.observe.flow.matrices import Claim, Roles
 from mue.layouts.observe.flow.vectors import Vectors
 from mue.layouts.observe.param_use import ParamUse
@@ -27,6 +29,7 @@ class ParamVerdict:
     Attributes:
         role: None where nothing is proposed. look: why it has to be looked at; empty where it was decided.
         after: parameters of the projections whose scale a norm's gain cancels. unseen: the pass did not use it.
+        order: how its parts lie, as :class:`mue.layouts.layout.Layout` says it.
     """
 
     role: str | None
@@ -38,6 +41,7 @@ class ParamVerdict:
     after: frozenset[str] = frozenset()
     stacked: int = 1
     unseen: bool = False
+    order: str = BLOCKS
 
 
 @dataclass(frozen=True)
@@ -144,10 +148,17 @@ class Observed:
             return self._by_name(name, axes, how, look, products)
         if self.constants[name] == 0:
             look = look or "its code starts it at 0: add start=0.0 if that is meant"
-        return ParamVerdict(roles[0], how, look, axes, roles if len(roles) > 1 else ())
+        if len(roles) == 1:
+            return ParamVerdict(roles[0], how, look, axes)
+        size = prod(n for n, axis in zip(self.shapes[name], axes, strict=False) if axis == "out")
+        orders = {order_of(self.flow, self.roles, p.node, roles, size) for p in products}
+        order = orders.pop() if len(orders) == 1 else UNKNOWN
+        if order == UNKNOWN:
+            look = look or "in which order the rows of its parts lie fits none that is known: say order= if it does"
+        return ParamVerdict(roles[0], how, look, axes, roles, order=order)
 
     def _parts(self, product: WeightProduct) -> tuple[tuple[str, ...], str, str]:
-        """Roles of the matrices fused in a product, in the order of its outputs, how they were read, and what is in doubt."""
+        """Roles of the matrices fused in a product, in the order of their first outputs, how they were read, and what is in doubt."""
         claims: list[tuple[int | None, Claim]] = [
             (origin[1], c) for origin, many in self.roles.claims.items() if origin[0] == product.node for c in many
         ]
@@ -166,7 +177,11 @@ class Observed:
             if role not in roles:
                 roles.append(role)
         how = (
-            claims[0][1].how if len(roles) == 1 else f"{len(roles)} fused, in the order of its outputs" if roles else ""
+            claims[0][1].how
+            if len(roles) == 1
+            else f"{len(roles)} fused, in the order of their first outputs"
+            if roles
+            else ""
         )
         return tuple(roles), how, look or ("" if roles else "where its values go is none of the known ways")
 
