@@ -18,6 +18,8 @@ import mue
 from mue.layouts.inspect import inspect, lines, walk
 from mue.layouts.transformers.configs import build, default_config, read_config
 from mue.layouts.transformers.tiny import shrink
+from support.own_models.case import SHAPES, TUNED
+from support.own_models.chains import Chains
 
 torch.set_num_threads(1)
 
@@ -206,7 +208,7 @@ def test_a_class_or_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.Mon
     assert inspect("transformers.Qwen3ForCausalLM").rows == inspect("qwen3").rows
     for name, message in {
         "mine.py:Mine": "Mine is a class: give --config",
-        "mine.py:nothing": "RMSNorm has neither a layout",
+        "mine.py:nothing": r"RMSNorm has neither a layout.* \(mue inspect mine\.py:nothing --propose prints",
         "mine.py:asks": "called without arguments, which it does not take",
         "mine.py:both": "a tuple is neither a model nor a config: give, or return, the model alone",
         "mine.py:biuld": "has no 'biuld'; did you mean 'build'",
@@ -293,3 +295,36 @@ def test_heads_said_layer_by_layer_have_to_agree() -> None:
     small.num_attention_heads_per_layer = [2 * small.num_attention_heads] * len(small.num_attention_heads_per_layer)
     known = inspect(small)
     assert known.shape is None and "num_attention_heads_per_layer has 8 heads" in known.no_shape
+
+
+def test_numbers_within_an_expert_are_kinds_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    base, target = SHAPES["lists"]
+    model = Chains(target, mue.transfer(base, target, TUNED).multipliers)
+    roles = {row.pattern: (row.role, row.tensors) for row in inspect(model).rows}
+    assert roles["h.*.experts.*.0.weight"] == ("expert_up", 8)
+    assert roles["h.*.experts.*.2.weight"] == ("expert_down", 8)
+    own = model.layout()
+    monkeypatch.setattr(model, "layout", lambda: [row for row in own if row.role != "expert_up"])
+    [missing] = inspect(model).undecided  # not the pattern of both, which would have one role
+    assert "Layout('h.*.experts.*.0.weight', ROLE, ('out', 'in'))" in missing
+
+
+def test_numbers_that_only_the_rows_tell_apart() -> None:
+    found = inspect(Pairs())
+    assert [(row.pattern, row.role) for row in found.rows] == [
+        ("h.{layer}.0.weight", "ffn_up"),
+        ("h.{layer}.1.weight", "ffn_down"),
+    ]
+
+
+class Pairs(torch.nn.Module):
+    """Two square matrices of a layer in a list, as layers or experts are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        pairs = (torch.nn.ModuleList(torch.nn.Linear(4, 4, bias=False) for _ in range(2)) for _ in range(3))
+        self.h = torch.nn.ModuleList(pairs)
+
+    def layout(self) -> list[mue.Layout]:
+        w = ("out", "in")
+        return [mue.Layout("h.{layer}.0.weight", "ffn_up", w), mue.Layout("h.{layer}.1.weight", "ffn_down", w)]

@@ -10,7 +10,7 @@ from torch import nn
 
 import mue
 from mue.lab.models.language import LanguageModel
-from mue.layouts.layout import Layout, ParamInfo, canonical, expert_slices, unwrap
+from mue.layouts.layout import Layout, ParamInfo, canonical, chain_steps, expert_slices, pattern_of, unwrap
 from mue.layouts.of_model import layout_of, placed
 from mue.layouts.place import place
 
@@ -133,6 +133,31 @@ def test_an_unknown_parameter_is_named_with_shape_nearest_pattern_and_the_line()
     assert "outer.weight (6, 4) has no role" in text
     assert "nearest known: 'out.weight'" in text
     assert "Layout('outer.weight', ROLE, ('out', 'in'))" in text
+
+
+def test_blocks_and_experts_are_counted_and_steps_of_a_chain_are_not() -> None:
+    def expert(h: int) -> nn.Module:
+        return nn.Sequential(nn.Linear(8, h), nn.GELU(), nn.Sequential(nn.Dropout(), nn.Linear(h, 8)))
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.experts = nn.LayerNorm(8), nn.ModuleList(expert(8) for _ in range(2))
+            self.pair = nn.ModuleList([nn.Linear(8, 4), nn.Linear(4, 8)])
+            self.each = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    model = nn.Module()
+    model.h = nn.Sequential(Block(), Block(), nn.LayerNorm(8))
+    steps = chain_steps(model)
+    assert {pattern_of(n, steps) for n, p in model.named_parameters() if p.dim() == 2} == {
+        "h.*.experts.*.0.weight",
+        "h.*.experts.*.2.1.weight",
+        "h.*.pair.0.weight",
+        "h.*.pair.1.weight",
+        "h.*.each.*.weight",
+    }
+    assert pattern_of("h.2.weight", steps) == "h.2.weight"
+    assert pattern_of("module.h.1.experts.0.2.1.bias", steps) == "h.*.experts.*.2.1.bias"
 
 
 def test_all_faults_are_listed_at_once() -> None:

@@ -18,6 +18,7 @@ from mue.model.matrices import matrices_of, split
 from mue.rules.roles import ROLES
 from support.flow_models import FFN, HEADS, SIZE, VOCAB, Make, Nameless
 from support.own_models.case import COMMON, IDS, TUNED, D
+from support.own_models.chains import Chains
 from support.own_models.lists import Lists
 
 BASE = mue.Dense(16, 64, 1, head_dim=16, gated=False, **COMMON)
@@ -100,6 +101,21 @@ def test_an_order_that_is_none_of_the_known_is_marked(groups: int, order: str) -
     assert row.layout is not None and row.layout.order == order
     assert ("order" in row.look) is (order == "unknown")
     assert ("order=" in row.line()) is (order != "blocks")
+
+
+def test_rows_of_chained_experts_hold_for_more_layers_and_experts() -> None:
+    small = Chains(TARGET, mue.transfer(BASE, TARGET, TUNED).multipliers)
+    found = propose(small, (IDS[:, :-1], IDS[:, 1:]))
+    roles = {row.pattern: row.layout.role for row in found.rows if row.layout is not None and "experts" in row.pattern}
+    assert roles == {
+        "h.*.experts.*.0.weight": "expert_up",
+        "h.*.experts.*.0.bias": "bias",
+        "h.*.experts.*.2.weight": "expert_down",
+        "h.*.experts.*.2.bias": "bias",
+    }
+    larger = mue.MoE.parse("6e2a", width=2 * D, expert=D, layers=3, head_dim=8, gated=False, router="softmax", **COMMON)
+    plan = mue.transfer(BASE, larger, TUNED)
+    plan.init_(type("Mine", (Chains,), {"layout": pasted(found.text())})(larger, plan.multipliers))
 
 
 class Odd(nn.Module):

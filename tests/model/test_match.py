@@ -17,6 +17,8 @@ from mue.model.match import match_model
 from mue.model.tensor_plan import tensor_plans
 from mue.plan.values import Multipliers
 from mue.shapes import Transformer
+from support.own_models.case import SHAPES
+from support.own_models.chains import Chains
 
 BASE = mue.Dense(width=64, ffn=64, layers=2, head_dim=16, vocab=128)
 TARGET = mue.MoE.parse("8e2a1s", width=128, expert=96, layers=2, head_dim=16, vocab=128)
@@ -260,3 +262,18 @@ def test_a_model_of_fewer_layers_is_refused() -> None:
     model.multipliers = plan.multipliers
     with pytest.raises(ValueError, match="the plan has 4 layers, and the model no tensor in layer 2, 3"):
         match_model(plan, model)
+
+
+def test_a_missing_role_is_said_first_and_like_tensors_once() -> None:
+    base, target = SHAPES["lists"]
+    plan = mue.transfer(base, replace(target, width=64), TUNED)
+    model = Chains(plan.target, plan.multipliers)
+    both = Layout("h.*.experts.*.*.weight", "expert_down", ("out", "in"))
+    model.rows |= {"fc": both, "proj": both}
+    model.layout = lambda: list(dict.fromkeys(Chains.layout(model)))  # type: ignore[method-assign]
+    with pytest.raises(ValueError) as no:
+        plan.init_(model)
+    _, first, *others = str(no.value).splitlines()
+    assert "the plan has 8 tensors of role expert_up, the model none" in first
+    [tensor] = [line for line in others if "experts.0.0.weight" in line]
+    assert tensor.endswith("(and 7 more like it)") and "experts.1." not in str(no.value)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from mue.layouts.layout import UNPLANNED, Layout, ParamInfo, pattern_of
+from mue.layouts.layout import UNPLANNED, Layout, ParamInfo
 from mue.layouts.observe.describe import Description
 from mue.layouts.read_shape import look_at
 from mue.layouts.sources import source_of
@@ -151,8 +151,8 @@ def _rows(model: torch.nn.Module, description: Description) -> tuple[InspectionR
     shapes: dict[str, list[tuple[int, ...]]] = {}
     example: dict[str, torch.Tensor] = {}
     for name, p in model.named_parameters():
-        shapes.setdefault(pattern_of(name), []).append(tuple(p.shape))
-        example.setdefault(pattern_of(name), p)
+        shapes.setdefault(description.pattern(name), []).append(tuple(p.shape))
+        example.setdefault(description.pattern(name), p)
     found = {f.pattern: f for f in description.patterns}
     rows = []
     for pattern, many in shapes.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol, runtime_checkable
@@ -268,9 +268,32 @@ def canonical(name: str) -> str:
     return name
 
 
-def pattern_of(name: str) -> str:
-    """A canonical name with its numbers replaced by ``*``."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", canonical(name))
+def pattern_of(name: str, steps: Collection[str] = ()) -> str:
+    """A canonical name with its numbers replaced by ``*``, but for those that end one of the ``steps`` (:func:`chain_steps`)."""
+    name = canonical(name)
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", lambda n: n[0] if name[: n.end()] in steps else "*", name)
+
+
+def chain_steps(model: nn.Module) -> frozenset[str]:
+    """Names of modules whose number says which step of a chain they are, and not which of several alike.
+
+    ``up`` and ``down`` of ``nn.Sequential(up, nn.GELU(), down)`` are such; blocks and experts are not, chained or in a list.
+    """
+    steps = set()
+    for raw, module in model.named_modules():
+        numbered = [(n, m) for n, m in module.named_children() if n.isdigit() and _plain(m)]
+        makes = [(type(m), [p.shape for p in m.parameters()]) for _, m in numbered]
+        for (n, _), make in zip(numbered, makes, strict=True):
+            if isinstance(module, nn.Sequential) or (len(makes) > 1 and makes.count(make) == 1):
+                steps.add(canonical(f"{raw}.{n}" if raw else n))
+    return frozenset(steps)
+
+
+def _plain(module: nn.Module) -> bool:
+    """A single layer, or a chain of such: no block, which has parts of other kinds."""
+    return not any(True for _ in module.children()) or (
+        isinstance(module, nn.Sequential) and all(map(_plain, module.children()))
+    )
 
 
 def weights_beside(bias: str) -> tuple[str, ...]:

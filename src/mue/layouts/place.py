@@ -14,7 +14,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from mue.layouts.layout import UNPLANNED, Layout, ParamInfo, canonical
+from mue.layouts.layout import UNPLANNED, Layout, ParamInfo, canonical, chain_steps, pattern_of
 from mue.rules.roles import ROLES
 
 
@@ -66,23 +66,27 @@ def placement(model: nn.Module, rows: Sequence[Layout]) -> Placement:
     used: set[int] = set()
     faults: list[str] = []
     hits: list[_Hit] = []
+    unknown: dict[str, Tensor] = {}
     for raw, parameter in model.named_parameters():  # yields a tied parameter once
         name = canonical(raw)
         others = aliases.get(id(parameter), ())
         row, fault = _row_of(name, parameter, others, table, used)
         if name in made and (row is None or row.role != UNPLANNED):
             row, fault = None, f"{name} is not the weight that the model multiplies by: {made[name]}"
-        if row is None:
+        if row is None and not fault:
+            unknown[name] = parameter
+        elif row is None:
             faults.append(fault)
         else:
             other_addresses = tuple(_address(row, n, places) for n in others)
             hits.append(_Hit(name, parameter, row, _address(row, name, places), other_addresses))
+    faults += _unknown(model, unknown, table)
     faults += _twice(h.name for h in hits)
     faults += _stage_faults(hits)
     faults += _unknown_after(table)
     faults += [_unmatched(model, row) for i, row in enumerate(rows) if i not in used]
     if faults:
-        raise ValueError("this model's parameters do not fit its layout:\n  " + "\n  ".join(_alike(faults)))
+        raise ValueError("this model's parameters do not fit its layout:\n  " + "\n  ".join(alike(faults)))
     numbers = _layer_numbers(hits)
     planned = [_info(h, numbers) for h in hits if h.row.role != UNPLANNED]
     return Placement(
@@ -103,14 +107,16 @@ def _info(hit: _Hit, numbers: Mapping[tuple[int, ...], int]) -> ParamInfo:
 def _row_of(
     name: str, parameter: Tensor, aliases: Sequence[str], table: Sequence[Layout], used: set[int]
 ) -> tuple[Layout | None, str]:
-    """The row of one parameter, or None and what is wrong with it; ``used`` gets every row that one of its names fits."""
+    """The row of one parameter, or None and what is wrong with it (nothing: no row fits); ``used`` gets every row that one of its
+    names fits.
+    """
     found = [(i, row, other) for other in (name, *aliases) for i, row in enumerate(table) if row.regex.fullmatch(other)]
     used |= {i for i, _, _ in found}
     own = [row for _, row, other in found if other == name]
     if len(own) > 1:
         return None, f"{name} is matched by {len(own)} rows ({', '.join(row.pattern for row in own)}): keep one"
     if not found:
-        return None, _unknown(name, parameter, table)
+        return None, ""
     row = own[0] if own else found[0][1]
     if row.role == "head":
         # a tied table is the embedding, whichever of its names the model has first: the head is a second use of it
@@ -123,8 +129,8 @@ def _row_of(
     return row, ""
 
 
-def _alike(faults: Iterable[str]) -> list[str]:
-    """The first of the faults that are the same in several layers, with how many there are."""
+def alike(faults: Iterable[str]) -> list[str]:
+    """The first of the faults that are the same in several layers or experts, with how many there are."""
     groups: dict[str, list[str]] = {}
     for fault in faults:
         groups.setdefault(re.sub(r"\.\d+\.", ".*.", fault), []).append(fault)
@@ -251,9 +257,13 @@ def _made_weights(model: nn.Module) -> Mapping[str, str]:
     return found
 
 
-def _unknown(name: str, parameter: Tensor, table: Iterable[Layout]) -> str:
+def _unknown(model: nn.Module, names: Mapping[str, Tensor], table: Sequence[Layout]) -> list[str]:
+    steps = chain_steps(model) if names else frozenset()
+    return [_without_row(name, p, pattern_of(name, steps), table) for name, p in names.items()]
+
+
+def _without_row(name: str, parameter: Tensor, pattern: str, table: Iterable[Layout]) -> str:
     close = difflib.get_close_matches(name, [row.pattern for row in table], n=1, cutoff=0.0)
-    pattern = re.sub(r"\.\d+\.", ".*.", name)
     axes = (
         ("out", "in")
         if parameter.dim() == 2

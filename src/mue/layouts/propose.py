@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mue.layouts.layout import BLOCKS, Layout, canonical, pattern_of, unwrap
+from mue.layouts.layout import BLOCKS, Layout, canonical, chain_steps, pattern_of, unwrap
 from mue.layouts.observe.describe import TINY_BATCH
 from mue.layouts.observe.flow.follow import flow_of
 from mue.layouts.observe.flow.graph import Node, given_tensors, record_graph
@@ -170,8 +170,10 @@ def propose(model: nn.Module, batch: Any = None) -> LayoutProposal:
     with _as_it_was(inner):
         seen = _observe(inner, batch)
     verdicts = {n: seen.verdict(n) for n in seen.shapes}
-    verdicts |= {n: v for n in seen.shapes if (v := _as_siblings(n, verdicts, seen.shapes)) is not None}
-    names = _names(seen, verdicts)
+    steps = chain_steps(inner)
+    patterns = {n: pattern_of(n, steps) for n in seen.shapes}
+    verdicts |= {n: v for n in seen.shapes if (v := _as_siblings(n, verdicts, seen.shapes, patterns)) is not None}
+    names = _names(seen, verdicts, steps)
     verdicts = {n: _doubted(n, v, verdicts, seen, names) for n, v in verdicts.items()}
     return LayoutProposal(name, tuple(_rows(verdicts, names)))
 
@@ -263,19 +265,22 @@ def _tokens(model: nn.Module) -> Tensor:
 
 
 def _as_siblings(
-    name: str, verdicts: Mapping[str, ParamVerdict], shapes: Mapping[str, tuple[int, ...]]
+    name: str,
+    verdicts: Mapping[str, ParamVerdict],
+    shapes: Mapping[str, tuple[int, ...]],
+    patterns: Mapping[str, str],
 ) -> ParamVerdict | None:
-    """An expert that no token reached, or one, is what the others are whose names differ from its own in numbers only."""
+    """An expert that no token reached, or one, is what the others are whose names have its own pattern."""
     if not verdicts[name].look:
         return None
-    pattern, shape = pattern_of(name), shapes[name]
-    alike = [n for n, v in verdicts.items() if pattern_of(n) == pattern and shapes[n] == shape and not v.look]
+    pattern, shape = patterns[name], shapes[name]
+    alike = [n for n, v in verdicts.items() if patterns[n] == pattern and shapes[n] == shape and not v.look]
     modules = {n.rpartition(".")[0] for n, v in verdicts.items() if v.role in of_kind("expert")}
     found = {verdicts[n] for n in alike if n.rpartition(".")[0] in modules}
     return found.pop() if len(found) == 1 and len({verdicts[n] for n in alike}) == 1 else None
 
 
-def _names(seen: Observed, verdicts: Mapping[str, ParamVerdict]) -> Names:
+def _names(seen: Observed, verdicts: Mapping[str, ParamVerdict], steps: frozenset[str]) -> Names:
     members: dict[int, set[str]] = {}
     for node, branch in seen.roles.branch_of.items():
         members.setdefault(branch, set()).update(seen.flow.products[node].parameters)
@@ -287,6 +292,7 @@ def _names(seen: Observed, verdicts: Mapping[str, ParamVerdict]) -> Names:
         [frozenset(members[b]) for b in order],
         [frozenset(seen.roles.kinds[b]) for b in order],
         frozenset(experts | beside),
+        steps,
     )
 
 

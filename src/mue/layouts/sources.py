@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from mue.layouts.diffusers.stock import build_image, describe_images, image_config, is_diffusers
-from mue.layouts.layout import HasLayout, Layout, pattern_of, unwrap
+from mue.layouts.layout import HasLayout, Layout, canonical, chain_steps, pattern_of, unwrap
 from mue.layouts.observe.axis_sizes import Build
 from mue.layouts.observe.describe import Description, ParamPattern
 from mue.layouts.transformers.configs import build, config_of, read_config
@@ -63,16 +63,27 @@ class Source:
                 if self.observe is not None:
                     return self.observe(of, self.rows)
                 return describe_config(of, self.rows, self.build)
-        patterns = {pattern_of(n): (n, tuple(p.shape)) for n, p in self.declared.named_parameters()}
         with user_code(f"{self.name}.layout"):
             table = list(self.declared.layout())  # type: ignore[operator]
-        found = []
-        for pattern, (name, shape) in patterns.items():
-            row = next((r for r in table if r.regex.fullmatch(name)), None)
-            found.append(
-                ParamPattern(pattern, shape, row, "declared by the model" if row else "the model's layout has no row")
-            )
-        return Description(tuple(found))
+        return _declared(self.declared, table)
+
+
+def _declared(model: nn.Module, table: Sequence[Layout]) -> Description:
+    """A model as its own table has it: parameters of one pattern have one row, or the pattern of each row."""
+    shapes = {canonical(n): tuple(p.shape) for n, p in model.named_parameters()}
+    rows = {n: next((r for r in table if r.regex.fullmatch(n)), None) for n in shapes}
+    steps = chain_steps(model)
+    found: dict[str, set[Layout | None]] = {}
+    for name, row in rows.items():
+        found.setdefault(pattern_of(name, steps), set()).add(row)
+    names: dict[str, str] = {}
+    patterns: dict[str, ParamPattern] = {}
+    for name, row in rows.items():
+        pattern = pattern_of(name, steps)
+        names[name] = row.pattern if row is not None and len(found[pattern]) > 1 else pattern
+        how = "declared by the model" if row else "the model's layout has no row"
+        patterns.setdefault(names[name], ParamPattern(names[name], shapes[name], row, how))
+    return Description(tuple(patterns.values()), names=names)
 
 
 def source_of(given: str | Path | Any, rows: Sequence[Layout] = (), config: str | Path | None = None) -> Source:
@@ -110,7 +121,7 @@ def source_of(given: str | Path | Any, rows: Sequence[Layout] = (), config: str 
     with torch.device("meta"), user_code(str(given)):
         result = made()
     result = result.get("model", result) if isinstance(result, dict) else result
-    return source_of(result, rows)
+    return _of_model(result, rows, str(given)) if isinstance(result, nn.Module) else source_of(result, rows)
 
 
 def _is_code(name: str) -> bool:
@@ -210,7 +221,7 @@ def _with_class(kind: Any, config: Any, rows: Sequence[Layout], build: Build | N
     return Source(kind.__name__, config, make, tuple(every))
 
 
-def _of_model(model: nn.Module, rows: Sequence[Layout]) -> Source:
+def _of_model(model: nn.Module, rows: Sequence[Layout], builder: str = "FILE.py:FUNCTION") -> Source:
     inner = unwrap(model)
     kind: Any = type(inner)
     own = getattr(inner, "config", None)
@@ -221,6 +232,7 @@ def _of_model(model: nn.Module, rows: Sequence[Layout]) -> Source:
     if own is None:
         raise ValueError(
             f"{kind.__name__} has neither a layout() that declares its parameters nor a config to build it again: add one"
+            f" (mue inspect {builder} --propose prints a layout())"
         )
     if is_diffusers(kind):
         own_rows = (*rows, *getattr(inner, "layout_rows", ()))

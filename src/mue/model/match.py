@@ -9,7 +9,7 @@ from torch import nn
 
 from mue.layouts.layout import POSITION, HasLayout, ParamInfo, unwrap
 from mue.layouts.of_model import placement_of
-from mue.layouts.place import Placement
+from mue.layouts.place import Placement, alike
 from mue.plan.plan import PlanData
 from mue.plan.values import Multipliers
 from mue.rules.roles import ROLES
@@ -56,7 +56,7 @@ def match_sizes(plan: PlanData, model: nn.Module) -> list[ParamInfo]:
 def _or_refused(plan: PlanData, params: list[ParamInfo], faults: list[str]) -> list[ParamInfo]:
     if faults:
         raise ValueError(
-            f"this model is not the planned {plan.target.name} (plan {plan.hash}):\n  " + "\n  ".join(faults)
+            f"this model is not the planned {plan.target.name} (plan {plan.hash}):\n  " + "\n  ".join(alike(faults))
         )
     return params
 
@@ -78,10 +78,11 @@ def _shape_faults(plan: PlanData, found: Placement, declared: bool) -> list[str]
             routers.setdefault(p.layer, []).append(p)
     # a model of one block needs no star for it
     only = layers[0] if not found.layers and len(layers) == 1 else None
-    faults = [fault for p in params if (fault := _misfit(plan, layers, only, p, routers.get(p.layer, [])))]
+    # a role that is missing first: what has it lies with another role among the misfits
+    faults = _missing(plan, here)
+    faults += [fault for p in params if (fault := _misfit(plan, layers, only, p, routers.get(p.layer, [])))]
     faults += (
-        _missing(plan, here)
-        + _absent_layers(plan, found.layers)
+        _absent_layers(plan, found.layers)
         + _latent_faults(plan, params)
         + _expert_faults(layers, only, params)
         + _sharing_faults(plan, params)

@@ -50,6 +50,7 @@ class Description:
         unbuilt: dimensions that could not be varied, with the reason.
         score: ``"sigmoid"`` or ``"softmax"`` where one of them ran over as many numbers as there are experts.
         cancelled: patterns of output projections whose scale changes nothing, with no norm's gain that could take its place.
+        names: of parameters whose pattern is not their name with a star for every number → that pattern.
     """
 
     patterns: tuple[ParamPattern, ...]
@@ -57,6 +58,11 @@ class Description:
     unbuilt: Mapping[str, str] = field(default_factory=dict)
     score: str | None = None
     cancelled: frozenset[str] = frozenset()
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def pattern(self, name: str) -> str:
+        """Of which of the patterns a parameter is."""
+        return self.names.get(canonical(name)) or pattern_of(name)
 
     @property
     def undecided(self) -> list[ParamPattern]:

@@ -14,12 +14,14 @@ class Names:
     Attributes:
         branches: matrices of each branch, in the order of the forward pass. kinds: of each: attention, ffn, or both.
         experts: parameters of experts that lie apart.
+        steps: modules whose number is no expert's (:func:`mue.layouts.layout.chain_steps`).
     """
 
     names: Sequence[str]
     branches: Sequence[frozenset[str]]
     kinds: Sequence[frozenset[str]]
     experts: frozenset[str]
+    steps: frozenset[str] = frozenset()
 
     @cached_property
     def _blocks(self) -> Mapping[str, frozenset[str]]:
@@ -99,7 +101,7 @@ class Names:
 
     def _counted(self, parts: Sequence[str], at: int) -> bool:
         """Whether other experts' tensors have the same name but for this number."""
-        return any(
+        return ".".join(parts[: at + 1]) not in self.steps and any(
             len(other) == len(parts)
             and other[at] != parts[at]
             and [*other[:at], *other[at + 1 :]] == [*parts[:at], *parts[at + 1 :]]
