@@ -64,13 +64,13 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         raise
 
 
-def remove_unfinished(path: Path) -> None:
+def remove_unfinished(path: Path, *, pattern: bool = False) -> None:
     """Remove what :func:`write_atomic` had begun of a file when its process was killed; only for whoever alone writes that file.
 
     Args:
-        path: of the file, which may be there or not.
+        path: of the file, which may be there or not. pattern: its name is a pattern of names, as ``ema-*.safetensors``.
     """
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*"):
+    for left in path.parent.glob(f".{path.name if pattern else glob.escape(path.name)}.*"):
         left.unlink(missing_ok=True)
 
 

@@ -41,12 +41,12 @@ def test_files_by_the_folder_that_they_lie_in(tmp_path: Path) -> None:
     texts = sorted(bytes(read.validation).split(b"\0"))
     assert texts == sorted(path.read_bytes() for paths in held.values() for path in paths) and 0 < len(texts) < 41
     assert by_folder(source / "own.txt", cache=cache, held_out=True) == {}
-    for fraction in (0.0, 1.0, -1.0):
+    for fraction in (0.0, 1.0, -1.0, "0.1"):
         for what in (
             lambda f: load_corpus(source, cache=cache, validation_fraction=f),
             lambda f: by_folder(source, cache=cache, held_out=True, validation_fraction=f),
         ):
-            with pytest.raises(ValueError, match="validation_fraction must lie between 0 and 1"):
+            with pytest.raises(ValueError, match=r"validation_fraction must be (greater than 0 and below 1|.*'0.1')"):
                 what(fraction)
 
 

@@ -11,12 +11,20 @@ import matplotlib.image
 import pytest
 from rich.console import Console
 
-from mue.lab.demo import diffusion
+from mue.lab.demo import diffusion, diffusion_report
+from mue.lab.demo.demo import MULTIPLIERS
 from mue.lab.demo.diffusion import FILE, GRID_FILE, diffusion_demo
-from mue.lab.demo.diffusion_report import findings
+from mue.lab.demo.diffusion_report import findings, write_diffusion_report
 from mue.lab.models.draw import Way
+from mue.lab.report.grids import write_png
+from mue.lab.report.page import Section
+from mue.lab.train.run import Run, Store
+from mue.lab.train.session import train
 from mue.lab.trained.images import classifier
+from mue.lab.valley.multiplier_check import MultiplierCheck
+from mue.plan.replan import scaled
 from mue.plan.toml import read_toml
+from support.diffusion import BASE, MOE, images, run_of
 
 
 def tiny() -> dict[str, Any]:
@@ -66,6 +74,50 @@ def test_it_says_what_came_out_whatever_it_is() -> None:
     said = " ".join(findings(summary))
     assert "0.4000 at 0.5×, diverged at 1×" in said and "50.0% (40.0% to 60.0%)" in said
     assert "Fréchet" not in said and "40.0% of the samples are nearer" in said
+
+
+@pytest.mark.parametrize("diverged", ["MoE", "base", "all"])
+def test_what_diverged_is_said_and_the_rest_is_scored_and_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, diverged: str
+) -> None:
+    for module, name, value in (
+        (diffusion, "WAY", Way(steps=1)),
+        (diffusion, "OF_EACH", 2),
+        (diffusion, "SHOWN", 2),
+        (classifier, "_STEPS", 20),
+        (diffusion_report, "sweep_section", lambda *_: Section(id="sweep", title="The sweep")),
+    ):
+        monkeypatch.setattr(module, name, value)
+    data, store = images(), Store(tmp_path)
+    targets = {"dense": BASE, "MoE": MOE, "MoE × 0.5": MOE, "MoE × 2": MOE, "base": BASE}
+    named = {}
+    for seed, (name, shape) in enumerate(targets.items()):
+        run = run_of(data, shape, steps=2, seed=seed)
+        far = name.startswith(diverged) or diverged == "all"
+        named[name] = Run(scaled(run.plan, 1e30), run.settings, run.data) if far else run
+    results = {name: train(run, store, data, keep_weights=True) for name, run in named.items()}
+    lost = {name for name in ("dense", "MoE", "base") if diverged in (name, "all")}
+    assert {name for name in ("dense", "MoE", "base") if results[name]["status"] == "diverged"} == lost
+    drawn = diffusion._drawn({n: run for n, run in named.items() if results[n]["status"] == "finished"}, store, data)
+    picture = drawn.pop("grid")
+    assert set(drawn["scores"]) == {"MoE", "dense"} - lost and (picture is None) == ("MoE" in lost)
+    samples = None if picture is None else tmp_path / GRID_FILE
+    if samples is not None:
+        write_png(samples, picture)
+    losses = {m: results[diffusion._name(m)]["val_loss"] for m in MULTIPLIERS}
+    summary = {
+        "runs": results,
+        "check": MultiplierCheck.of(losses).to_dict(),
+        "sweep": {"tuned": {"lr": 0.01}},
+        "data": data.describe(),
+        **dict.fromkeys(("command", "machine", "torch", "python", "mue", "git"), "x"),
+        "seconds": 1.0,
+        **drawn,
+    }
+    page = write_diffusion_report(store, named, results, summary, [], samples)
+    said = next(sentence for sentence in findings(summary) if "Diverged" in sentence)
+    assert set(said.removesuffix(".").split(": ")[1].split(", ")) == lost
+    assert said.split(":")[0] in unescape(page.read_text(encoding="utf-8"))
 
 
 def test_the_docs_quote_a_run_that_is_there() -> None:

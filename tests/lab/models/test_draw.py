@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+import mue
 from mue.lab.models.draw import Way, draw, noise_of
 from mue.lab.models.flow import guided
-from support.diffusion import model_of, plan_of
+from support.diffusion import IMAGE, batch_of, model_of, plan_of
 
 
 def test_an_image_does_not_depend_on_what_is_drawn_beside_it() -> None:
@@ -23,6 +24,38 @@ def test_an_image_does_not_depend_on_what_is_drawn_beside_it() -> None:
         np.abs(together[0].astype(int) - together[1]).max() > 5
         and np.abs(together[0].astype(int) - together[3]).max() > 5
     )
+
+
+BY_PLACE = "draws them by the token's place in the batch: take another router"
+
+
+@pytest.mark.parametrize(
+    ("router", "settings", "says"),
+    [
+        ("expert-choice", {"evaluation": "batch"}, 'say within = "sequence", or evaluation = "threshold"'),
+        ("expert-choice", {"evaluation": "batch", "within": "sequence"}, ""),
+        ("expert-choice", {}, ""),
+        ("switch", {"evaluation_capacity": 1.0}, "evaluation_capacity of switch drops tokens.*leave it at 0"),
+        ("switch", {}, ""),
+        ("random", {}, BY_PLACE),
+        ("thor", {}, BY_PLACE),
+    ],
+)
+def test_a_router_that_looks_at_the_batch_draws_nothing(router: str, settings: dict[str, object], says: str) -> None:
+    """What is refused does depend on its batch, and what is not does not."""
+    notation = "4e1a" if router == "thor" else "8e2a"
+    target = mue.MoE.parse(
+        notation, width=32, expert=16, layers=2, head_dim=16, image=IMAGE, router=router, router_settings=settings
+    )
+    model, (x, t, c, _) = model_of(plan_of(target), awake=0.3).double().eval(), batch_of(dtype=torch.float64)
+    apart = torch.cat([model(x[i : i + 1], t[i : i + 1], c[i : i + 1]).logits for i in range(len(x))])
+    assert torch.allclose(model(x, t, c).logits, apart, rtol=0, atol=1e-12) == (not says)
+    model = model.float()
+    if not says:
+        assert len(draw(model, [0], [0], Way(steps=1))) == 1
+        return
+    with pytest.raises(ValueError, match=f"would depend on what is drawn beside it: .*{says}"):
+        draw(model, [0], [0], Way(steps=1))
 
 
 def test_one_step_of_euler_by_hand() -> None:

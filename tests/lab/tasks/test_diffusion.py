@@ -14,7 +14,7 @@ from mue.lab.data.batches import round_keys
 from mue.lab.tasks.diffusion import TIME_BINS, DiffusionTask, bin_times, pixels
 from mue.lab.train.averages import Averages, ema_file
 from mue.lab.train.run import TASK_FILE, WEIGHTS_FILE, Run, Settings, Store
-from mue.lab.train.session import train
+from mue.lab.train.session import TrainingSession, train
 from support.diffusion import BASE, IMAGE, images, run_of
 from support.small_run import Stop, stop_at
 
@@ -107,6 +107,16 @@ def test_a_run_broken_off_goes_on_exactly_with_its_averages(tmp_path: Path) -> N
     assert weights.keys() == average.keys()
     assert not torch.equal(weights["head.weight"], average["head.weight"])
     assert set(result["ema_val_loss"]) == {"0.5", "0.9"} and result["ema_val_loss"]["0.9"] != result["val_loss"]
+
+
+def test_averages_of_decays_alike_to_six_digits_are_files_of_their_own(tmp_path: Path) -> None:
+    run, store = run_of(CORPUS, ema=[0.9999999, 0.99999991, 0.9], steps=2), Store(tmp_path)
+    result = train(run, store, CORPUS, keep_weights=True)
+    found = {path.name for path in store.folder(run.key).glob("ema-*")}
+    assert found == {f"ema-{decay}.safetensors" for decay in ("0.9", "0.9999999", "0.99999991")}
+    assert set(result["ema_val_loss"]) == {"0.9", "0.9999999", "0.99999991"}
+    with TrainingSession(run, tmp_path, CORPUS) as session:
+        assert len(session.averages.tensors()) == 3 * len(session.averages.parameters)
 
 
 def test_averages_leave_other_runs_alone() -> None:

@@ -136,8 +136,9 @@ def test_a_router_that_computes_otherwise_now_has_other_keys(corpus: Corpus, mon
 def test_a_run_that_goes_on_clears_what_a_killed_write_left(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with store.locked("k") as folder:
-        left, other = folder / ".checkpoint.safetensors.abc", folder / "notes.txt"
-        left.touch()
-        other.touch()
+        left = [folder / ".checkpoint.safetensors.abc", folder / ".ema-0.9.safetensors.abc"]
+        others = [folder / "notes.txt", folder / "ema-0.9.safetensors"]
+        for path in (*left, *others):
+            path.touch()
     with store.locked("k"):
-        assert not left.exists() and other.exists()
+        assert not any(path.exists() for path in left) and all(path.exists() for path in others)

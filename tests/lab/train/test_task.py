@@ -157,3 +157,28 @@ def test_data_of_another_kind_are_refused(tmp_path: Path, corpus: Corpus) -> Non
     with pytest.raises(ValueError, match="the task copy reads text, and the data are images"):
         train(run_of(corpus), Store(tmp_path), load_images("digits"))
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_validation_without_a_loss_is_no_mean_and_a_failed_question_leaves_the_model_training(
+    tmp_path: Path, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with TrainingSession(run_of(corpus, steps=2), _made(tmp_path / "a"), corpus) as session:
+        assert math.isfinite(session.validate()) and session.model.training  # the control
+
+        def fails() -> None:
+            raise RuntimeError("no answer" if not session.model.training else "not in eval mode")
+
+        with pytest.raises(RuntimeError, match="no answer"):
+            session.asked(fails)
+        assert session.model.training
+        some = iter([1.0, None])
+
+        def now_and_then(self: Copy, model: nn.Module, batch: Batch) -> Output:
+            output = model(batch[0])
+            output.loss = None if (left := next(some, None)) is None else output.logits.new_tensor(left)
+            return output
+
+        session.validation = [*session.validation, *session.validation][:2]
+        monkeypatch.setattr(Copy, "loss", now_and_then)
+        with pytest.raises(AssertionError, match="the task copy gives no loss for a validation batch"):
+            session.validate()

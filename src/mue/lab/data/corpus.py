@@ -31,6 +31,7 @@ from mue.lab.data.sources import (
     write_compact_json,
 )
 from mue.lab.data.stored_tokens import token_chunks, token_encoder
+from mue.util.errors import positive
 from mue.util.files import write_atomic
 
 
@@ -116,7 +117,7 @@ def load_corpus(
     Raises:
         ValueError: with one line naming the thing and the fix. Nothing half-written is left behind.
     """
-    _check_fraction(validation_fraction)
+    validation_fraction = positive("validation_fraction", validation_fraction, below=1)
     files, index, skipped = _examined(source, Path(cache), suffixes, exclude, dtype)
     if any(f.kind in TOKENS for f in files):
         encoder = token_encoder(files, tokenizer, dtype, vocab)
@@ -155,11 +156,6 @@ def load_corpus(
     )
 
 
-def _check_fraction(fraction: float) -> None:
-    if not 0 < fraction < 1:
-        raise ValueError(f"validation_fraction must lie between 0 and 1, not {fraction}")
-
-
 def _examined(
     source: Path | str | list[Path], cache: Path, suffixes: frozenset[str], exclude: frozenset[str], dtype: str | None
 ) -> tuple[list[SourceFile], Index, Counter[str]]:
@@ -196,7 +192,7 @@ def by_folder(
     Raises:
         ValueError: as :func:`load_corpus`, of files and of the fraction.
     """
-    _check_fraction(validation_fraction)
+    validation_fraction = positive("validation_fraction", validation_fraction, below=1)
     files, index, _ = _examined(source, Path(cache), suffixes, exclude, dtype)
     index.save()
     out: dict[str, list[Path]] = {}

@@ -83,8 +83,10 @@ def diffusion_demo(
     results = {name: by_key[run.key] for name, run in named.items()}
 
     console.rule("[bold]5  draw digits, and have them judged")
-    drawn = _drawn(named, store, data)
-    write_png(out / GRID_FILE, drawn.pop("grid"))
+    drawn = _drawn({n: run for n, run in named.items() if results[n]["status"] == "finished"}, store, data)
+    picture = drawn.pop("grid")
+    if picture is not None:
+        write_png(out / GRID_FILE, picture)
     summary = {
         "command": "mue demo --diffusion",
         **provenance(),
@@ -97,11 +99,12 @@ def diffusion_demo(
         **drawn,
     }
     write_json(out / "demo.json", summary)
-    path = write_diffusion_report(store, named, results, summary, swept.cells, out / GRID_FILE)
+    samples = None if picture is None else out / GRID_FILE
+    path = write_diffusion_report(store, named, results, summary, swept.cells, samples)
     for sentence in findings(summary):
         console.print(f"  • {sentence}", highlight=False)
     console.print(
-        f"\n  {summary['seconds']:.0f} s in all. The digits: [bold]{out / GRID_FILE}[/]; the report: [bold]{path}[/]",
+        f"\n  {summary['seconds']:.0f} s in all. {'' if samples is None else f'The digits: [bold]{samples}[/]; '}The report: [bold]{path}[/]",
         highlight=False,
     )
     return path
@@ -124,13 +127,17 @@ def _runs(ours: Experiment, swept: SweepResult, plan: PlanData, data: dict[str, 
 
 
 def _drawn(named: Mapping[str, Run], store: Store, data: ImageSet) -> dict[str, Any]:
-    """What MoE and dense draw, scored, with the MoE's first samples as a grid."""
+    """What MoE and dense draw, scored, with the MoE's first samples as a grid, which is None where it is not among ``named``.
+
+    Args:
+        named: runs that finished.
+    """
     count = len(data.classes)
     classes, seeds = list(range(count)) * OF_EACH, [seed for seed in range(OF_EACH) for _ in range(count)]
     classifier = train_classifier(data)
     scores, picture = {}, None
-    for name in ("MoE", "dense"):
+    for name in [name for name in ("MoE", "dense") if name in named]:
         images = draw(model_of(find(store.folder(named[name].key))), classes, seeds, WAY)
         scores[name] = score(images, np.array(classes), data, classifier).to_dict()
-        picture = grid(images[: SHOWN * count], count) if picture is None else picture
+        picture = grid(images[: SHOWN * count], count) if name == "MoE" else picture
     return {"grid": picture, "way": asdict(WAY), "scores": scores}

@@ -32,7 +32,10 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
     runs, scores, way = summary["runs"], summary["scores"], summary["way"]
     moe, dense, base = (runs[name]["val_loss"] for name in ("MoE", "dense", "base"))
     out = []
-    if moe is not None and dense is not None:
+    diverged = [name for name in ("MoE", "dense", "base") if runs[name]["val_loss"] is None]
+    if diverged:
+        out.append(f"Diverged, with no held-out loss and nothing drawn: {', '.join(diverged)}.")
+    if moe is not None and dense is not None and base is not None:
         out.append(
             f"Held-out loss, squared error per pixel, nothing retuned: the MoE reaches {moe:.4f}, the dense model of equal active FLOPs {dense:.4f};"
             f" the tuned base reached {base:.4f} in {runs['base']['tokens'] / runs['MoE']['tokens']:.2g} times the tokens."
@@ -46,7 +49,9 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
             f"Of {own['count']} digits that the {name} draws at guidance {way['guidance']:g}, {share:.1%} ({low:.1%} to {high:.1%}) are of the class asked"
             f" for, by a classifier that is right on {own['accuracy']:.1%} of held-out digits."
         )
-    own = scores["MoE"]
+    own = scores.get("MoE")
+    if own is None:
+        return out
     if own["distance"] is not None:
         out.append(
             f"The Fréchet distance to the training digits, in {own['features']} (no FID), is {own['distance']:.2f} for the MoE's samples; for held-out"
@@ -66,13 +71,13 @@ def write_diffusion_report(
     results: Mapping[str, dict[str, Any]],
     summary: Mapping[str, Any],
     cells: Sequence[Cell],
-    samples: Path,
+    samples: Path | None,
 ) -> Path:
     """Write ``report.html`` and its pictures into the store's folder.
 
     Args:
         named, results: every run after the sweep, and its result, by name. summary: what ``demo.json`` holds.
-        cells: of the sweep. samples: the PNG of digits.
+        cells: of the sweep. samples: the PNG of digits; None where the MoE diverged.
     """
     moe, unit = named["MoE"], task_of(named["MoE"].settings).unit
     curves = [
@@ -93,11 +98,11 @@ def write_diffusion_report(
             id="digits",
             title="Digits that the MoE draws",
             texts=[text(sentence) for sentence in findings(summary)],
-            figure=_picture(samples),
+            figure=None if samples is None else _picture(samples),
             caption=f"A class a column, a seed a row: guidance {way['guidance']:g}, {way['steps']} steps of {way['sampler'].title()}'s method. None was picked.",
             in_page="png",
         ),
-        _scores(summary["scores"]),
+        *([_scores(summary["scores"])] if summary["scores"] else []),
         *image_sections(seen, unit),
         Section(
             id="loss",
@@ -119,12 +124,12 @@ def write_diffusion_report(
             ],
         ),
     ]  # fmt: skip
-    share = summary["scores"]["MoE"]["asked"][0]
+    share = [own["asked"][0] for name, own in summary["scores"].items() if name == "MoE"]
     held = {name: results[name]["val_loss"] for name in ("MoE", "dense")}
     cards = [
         ("learning rate tuned on the base", f"{summary['sweep']['tuned']['lr']:.2e}"),
         *((f"held-out loss, {name}", "diverged" if loss is None else f"{loss:.4f}") for name, loss in held.items()),
-        ("digits of the class asked for", f"{share:.1%}"),
+        *(("digits of the class asked for", f"{asked:.1%}") for asked in share),
     ]
     lead = f"Tuned on {results['base']['name']}, trained {results['MoE']['name']} with what follows from it, on scikit-learn's handwritten digits."
     return write_report(store.root, "Tune one dense diffusion transformer, train the MoE", lead, sections, cards)

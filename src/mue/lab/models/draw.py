@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mue.lab.models.diffusion import DiffusionModel
 from mue.lab.models.flow import SAMPLERS, follow, guided
+from mue.lab.models.parts import routers_in
 from mue.util.errors import nearest, positive, positive_int
 
 _AT_ONCE = 256  # images
@@ -54,8 +55,11 @@ def draw(
         Pixels (N, C, H, W) as bytes.
 
     Raises:
-        ValueError: the images are not finite, as of a run that diverged.
+        ValueError: the images are not finite, as of a run that diverged; or a router looks at the batch, so that an image would depend on
+            what is drawn beside it.
     """
+    if reasons := sorted({router.reads_batch for router in routers_in(model)} - {""}):
+        raise ValueError(f"an image's experts would depend on what is drawn beside it: {reasons[0]}")
     way, place = way or Way(), next(model.parameters()).device
     parts = []
     for i in range(0, len(classes), _AT_ONCE):

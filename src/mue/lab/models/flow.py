@@ -55,7 +55,7 @@ def guided(model: DiffusionModel, class_B: Tensor, guidance: float) -> Velocity:
     def field(x_BCHW: Tensor, time_B: Tensor) -> Tensor:
         if guidance == 1.0:
             return model(x_BCHW, time_B, class_B).logits  # type: ignore[no-any-return]
-        # both in one pass: an image's velocity does not depend on what else is in its batch
+        # both in one pass: of a model that `draw` accepts, a velocity does not depend on what else is in its batch
         both = model(x_BCHW.repeat(2, 1, 1, 1), time_B.repeat(2), torch.cat((class_B, none_B))).logits
         of_class, of_none = both.chunk(2)
         return torch.lerp(of_none, of_class, guidance)

@@ -93,6 +93,8 @@ def _octaves(axes: Axes, lowest: float, highest: float) -> None:
 def _loss_limits(axes: Axes, curves: Sequence[tuple[Points, str]]) -> None:
     """Show the valley, not the cliff: cut far above the lowest loss; ▲ marks what lies above the picture."""
     losses = sorted(y for points, _ in curves for _, y in points if y is not None and math.isfinite(y))
+    if not losses:  # every run diverged: crosses alone
+        return
     low = losses[0]
     # Four times the median's height, and not less than four times the noise of single runs (about 0.02 nats,
     # docs/LOG.md).

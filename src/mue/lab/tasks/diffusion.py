@@ -82,7 +82,7 @@ class DiffusionTask(Task):
         shown = range(min(SHOWN, model.image.classes))
         try:
             drawn = draw(model, shown, shown, Way(steps=SHOWN_STEPS))
-        except ValueError:  # the loss says that it diverged
+        except ValueError:  # the loss says that it diverged; mue sample says that its router looks at the batch
             return {}
         return {"drawn": {"shape": list(drawn.shape), "bytes": base64.b64encode(drawn.tobytes()).decode()}}
 

@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from mue.lab.train.checkpoint import save_weights
+from mue.lab.train.run import AVERAGE_FILES
 
 
 def ema_file(decay: float) -> str:
     """Where the average of a run's weights with this decay lies in its folder, where weights are kept."""
-    return f"ema-{decay:g}.safetensors"
+    # repr, not :g, which rounds to six digits: 0.9999999 would be 1
+    return AVERAGE_FILES.replace("*", repr(decay))
 
 
 class Averages:
@@ -50,7 +52,7 @@ class Averages:
 
     def tensors(self) -> dict[str, Tensor]:
         """All of them by name, for a checkpoint: ``0.999/blocks.0.ffn.up.weight``."""
-        return {f"{decay:g}/{name}": t for decay, average in self.of.items() for name, t in average.items()}
+        return {f"{decay!r}/{name}": t for decay, average in self.of.items() for name, t in average.items()}
 
     @contextmanager
     def in_place(self, decay: float) -> Iterator[None]:
@@ -72,7 +74,7 @@ class Averages:
         for decay in self.of:
             with self.in_place(decay):
                 loss = validate()
-            found[f"{decay:g}"] = loss if math.isfinite(loss) else None
+            found[repr(decay)] = loss if math.isfinite(loss) else None
         return {"ema_val_loss": found} if found else {}
 
     def save(self, folder: Path, metadata: dict[str, str]) -> None:

@@ -38,6 +38,7 @@ _ADDED_LATER = {
 CONFIG_FILE, RESULT_FILE, METRICS_FILE, ROUTERS_FILE = "config.json", "result.json", "metrics.jsonl", "routers.json"
 TASK_FILE = "task.json"  # what the run's task keeps of the trained model
 CHECKPOINT_FILE, WEIGHTS_FILE = "checkpoint.safetensors", "model.safetensors"  # under way; at the end, where kept
+AVERAGE_FILES = "ema-*.safetensors"  # a pattern: one for each decay, where weights are kept
 
 
 @dataclass(frozen=True)
@@ -348,4 +349,5 @@ class Store:
                 WEIGHTS_FILE,
             ):
                 remove_unfinished(folder / name)
+            remove_unfinished(folder / AVERAGE_FILES, pattern=True)
             yield folder

@@ -235,15 +235,19 @@ class TrainingSession:
         # In eval mode the lab's model leaves the kernels that only training takes: validation alone and in a stack
         # differed in the last bit with them (docs/LOG.md, "A whole step at the machine's limit").
         self.model.eval()
-        with autocast(self.device, self.settings), uncompiled(self.compiled):
-            answer = question()
-        self.model.train()
-        return answer
+        try:
+            with autocast(self.device, self.settings), uncompiled(self.compiled):
+                return question()
+        finally:
+            self.model.train()
 
     def validate(self) -> float:
         """The mean loss on the validation batches, in the task's unit."""
         found = self.asked(lambda: [self.task.loss(self.model, self.to_device(b)).loss for b in self.validation])
-        losses = [float(loss) for loss in found if loss is not None]
+        losses = []
+        for loss in found:
+            assert loss is not None, f"the task {self.settings.task} gives no loss for a validation batch"
+            losses.append(float(loss))
         return math.fsum(losses) / len(losses)  # rounded once, as a stack does it: the same losses give the same mean
 
     def record(self, norm: float | None, routings: Sequence[Routing], val_loss: float | None) -> None:

@@ -42,8 +42,8 @@ def with_average(found: TrainedRun, decay: float | None) -> tuple[TrainedRun, st
             if kept
             else "it keeps none; say [run] ema = [0.99, 0.999] before it is trained"
         )
-        raise ValueError(f"{found.folder} has no average of its weights with decay {decay:g}: {have}")
-    return replace(found, weights=found.folder / ema_file(decay)), f"the average of decay {decay:g}"
+        raise ValueError(f"{found.folder} has no average of its weights with decay {decay!r}: {have}")
+    return replace(found, weights=found.folder / ema_file(decay)), f"the average of decay {decay!r}"
 
 
 def _best(folder: Path, kept: Sequence[float]) -> float:
@@ -52,7 +52,7 @@ def _best(folder: Path, kept: Sequence[float]) -> float:
         result: Mapping[str, Any] = json.loads((folder / RESULT_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:  # under way, or weights that were exported
         return LAST
-    losses = {d: result.get("ema_val_loss", {}).get(f"{d:g}") for d in kept} | {LAST: result["val_loss"]}
+    losses = {d: result.get("ema_val_loss", {}).get(repr(d)) for d in kept} | {LAST: result["val_loss"]}
     finite = {d: loss for d, loss in losses.items() if loss is not None}
     return min(finite, key=lambda d: finite[d]) if finite else LAST
 

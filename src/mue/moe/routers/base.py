@@ -214,6 +214,12 @@ class BaseRouter(nn.Module):
         """Experts per token of a forward pass now, and the factor on what their weights sum to."""
         return (self.active, 1.0) if self.training or self._in_evaluation is None else self._in_evaluation
 
+    @property
+    def reads_batch(self) -> str:
+        """How a token's experts in evaluation depend on what else is in its batch, or on its place there, and what to say instead; empty
+        where they do not."""
+        return ""
+
     def layout(self) -> Sequence[Layout]:
         """Role and axes of every parameter, by its name in the router. A router with more than ``weight`` adds to these rows."""
         return [Layout("weight", "router", ("out", "in"))] if self.kind.matrix else []

@@ -133,6 +133,14 @@ class ExpertChoiceRouter(ThresholdRouter):
         routing.scores_TN, routing.logits_TN = score_TN, logit_TN
         return with_stats(routing)
 
+    @property
+    def reads_batch(self) -> str:
+        """Where tokens are chosen from the batch in evaluation, too."""
+        settings = self.options.settings
+        if settings["within"] == SEQUENCE or settings["evaluation"] != BY_BATCH:
+            return ""
+        return 'evaluation = "batch" of expert-choice takes them by the whole batch: say within = "sequence", or evaluation = "threshold"'
+
     def _from_batch(self, score_TN: Tensor) -> tuple[Tensor, Tensor]:
         """The pairs of each expert with the tokens it takes, one expert after the other; tells the thresholds."""
         fits_batch(self.active, self.experts, {}, len(score_TN))

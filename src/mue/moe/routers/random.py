@@ -42,6 +42,11 @@ class DrawingRouter(BaseRouter):
         step, draw = (self.step, given.draw if given else 0) if self.training else (EVALUATION, 0)
         return self.options.seed, self.options.layer, step, draw
 
+    @property
+    def reads_batch(self) -> str:
+        """Where evaluation draws by places."""
+        return f"{self.kind.name} draws them by the token's place in the batch: take another router"
+
     def drawn(self, tokens: int, keys: tuple[int | Tensor, ...], device: torch.device) -> Tensor:
         """(T, K) experts, uniformly without replacement, a/g inside each group: those with the highest of N uniform numbers."""
         place_T1 = torch.arange(tokens, device=device)[:, None]

@@ -165,6 +165,13 @@ class SwitchRouter(MatrixRouter, DrawingRouter):
         routing.stats["demand"] = counts(expert_TK.flatten(), self.experts)
         return routing
 
+    @property
+    def reads_batch(self) -> str:
+        """Where evaluation drops what finds no room. It draws nothing."""
+        if not self.options.settings["evaluation_capacity"]:
+            return ""
+        return f"evaluation_capacity of {self.kind.name} drops tokens where others were first: leave it at 0"
+
     def _used(self, expert_TK: Tensor, weight_TK: Tensor, key: Tensor | None) -> Tensor:
         """(T, K) the experts, N in place of those that are spared, where there is a ``key`` to draw by, or have no room."""
         tokens, settings = len(expert_TK), self.options.settings

@@ -70,12 +70,13 @@ def test_mnist(tmp_path: Path, end: str) -> None:
         load_images([tmp_path])
 
 
-def test_an_idx_file_that_is_cut_off(tmp_path: Path) -> None:
+@pytest.mark.parametrize("left", [-1, 16, 15, 7, 4, 2, 0])
+def test_an_idx_file_that_is_cut_off(tmp_path: Path, left: int) -> None:
     idx(tmp_path / "train-images-idx3-ubyte", noise(4, 5, 5))
     idx(tmp_path / "train-labels-idx1-ubyte", np.zeros(4, np.uint8))
     path = tmp_path / "train-images-idx3-ubyte"
-    path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(ValueError, match="cut off or no idx file"):
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(ValueError, match=r"train-images-idx3-ubyte: .*cut off or no idx file"):
         load_images([tmp_path])
 
 

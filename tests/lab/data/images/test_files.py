@@ -75,7 +75,8 @@ def broken(root: Path) -> Path:
         ({"odd": "cropp"}, "did you mean 'crop'"),
         ({"size": 0}, "size must be a whole number of at least 1"),
         ({"channels": 2}, "channels must be 1 .grey. or 3"),
-        ({"validation_fraction": 1}, "validation_fraction must lie between 0 and 1"),
+        ({"validation_fraction": 1}, "validation_fraction must be greater than 0 and below 1"),
+        ({"validation_fraction": "0.1"}, "validation_fraction must be .*'0.1'"),
     ],
 )
 def test_what_cannot_be_used_is_named(tmp_path: Path, options: dict[str, Any], says: str) -> None:
@@ -124,6 +125,25 @@ def test_colours_depths_and_turned_pictures(tmp_path: Path) -> None:
     (tmp_path / "turned.jpg").rename(tmp_path / "jpegs" / "a" / "turned.jpg")
     Image.new("L", (8, 12), 200).save(tmp_path / "jpegs" / "a" / "upright.webp")
     assert load_images([tmp_path / "jpegs"]).shape == (3, 12, 8)  # WebP has colours always
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("RGBA", (255, 0, 0)), ("LA", (0,)), ("P", None)])
+def test_what_is_transparent_lies_on_white(tmp_path: Path, mode: str, colour: tuple[int, ...] | None) -> None:
+    """Nothing is white whatever colour lies under it, half is half way there, and what is opaque stays."""
+    pictures(tmp_path, classes=("a",))
+    alpha = np.zeros((8, 8), np.uint8)
+    alpha[:2], alpha[2:4] = 255, 51
+    if colour is None:
+        palette = Image.fromarray((alpha == 0).astype(np.uint8))
+        palette.putpalette([0, 0, 0, 9, 9, 9])
+        palette.save(tmp_path / "a" / "clear.png", transparency=1)
+    else:
+        layers = [np.full((8, 8), c, np.uint8) for c in colour]
+        Image.fromarray(np.stack([*layers, alpha], -1), mode).save(tmp_path / "a" / "clear.png")
+    found = load_images([tmp_path], channels=3)
+    first = np.array(colour or (0,)) * np.ones(3, int)
+    wanted = [first, first + (255 - first) * 4 // 5 if colour else first, np.full(3, 255)]
+    assert any(np.array_equal(image[:, [0, 2, 4], 3].T, wanted) for image in (*found.train, *found.held_out))
 
 
 @pytest.mark.parametrize(

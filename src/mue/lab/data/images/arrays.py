@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import re
 import zipfile
 from collections.abc import Callable
@@ -159,9 +160,11 @@ def _idx_array(path: Path, axes: int) -> Pixels:
     """MNIST's format: two zeros, the type of the numbers (8: a byte), how many axes, their sizes in four bytes each, the numbers."""
     content = path.read_bytes()
     content = gzip.decompress(content) if path.suffix == ".gz" else content
-    sizes = tuple(int(n) for n in np.frombuffer(content[4 : 4 + 4 * axes], ">u4"))
     start = 4 + 4 * axes
-    if content[:4] != bytes((0, 0, 8, axes)) or len(content) != start + int(np.prod(sizes)):
+    # a header that is cut off itself has no whole sizes
+    whole = len(content) >= start and content[:4] == bytes((0, 0, 8, axes))
+    sizes = tuple(int(n) for n in np.frombuffer(content[4:start], ">u4")) if whole else ()
+    if not whole or len(content) != start + math.prod(sizes):
         raise ValueError(f"{path}: the file is cut off or no idx file of {axes} axes; fetch it again")
     return np.frombuffer(content, np.uint8, offset=start).reshape(sizes).copy()
 

@@ -178,6 +178,9 @@ def _decoded(path: Path, size: tuple[int, int], channels: int, odd: str) -> Pixe
             image = PIL.Image.fromarray((np.asarray(image).astype(np.uint32) // 257).astype(np.uint8))
         elif image.mode in ("I", "F"):
             raise ValueError(f"pixels of kind {image.mode}, not of 8 or 16 bits")
+        if image.has_transparency_data:  # pixels under nothing have any colour, often black
+            image = image.convert("RGBA")
+            image = PIL.Image.alpha_composite(PIL.Image.new("RGBA", image.size, "white"), image)
         image = image.convert("L" if channels == 1 else "RGB")
         rows, columns = size
         if (image.height, image.width) != size:

@@ -12,7 +12,7 @@ from mue.lab.data.images.image_set import ImageSet
 from mue.lab.data.images.part import Part
 from mue.lab.data.images.source import IMAGE_SOURCES
 from mue.lab.data.images.split import image_set
-from mue.util.errors import nearest, positive_int
+from mue.util.errors import nearest, positive, positive_int
 
 Odd = Literal["refuse", "skip", "crop", "resize"]
 ODD, CORRUPT, CHANNELS = ("refuse", "skip", "crop", "resize"), ("refuse", "skip"), (1, 3)
@@ -45,8 +45,7 @@ def load_images(
     Raises:
         ValueError: with one line naming the thing and the fix.
     """
-    if not 0 < validation_fraction < 1:
-        raise ValueError(f"validation_fraction must lie between 0 and 1, not {validation_fraction}")
+    validation_fraction = positive("validation_fraction", validation_fraction, below=1)
     size = None if size is None else positive_int("size", size)
     for key, value, known in (("odd", odd, ODD), ("corrupt", corrupt, CORRUPT)):
         if value not in known:
