@@ -91,7 +91,7 @@ class UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         out = func(*args, **(kwargs or {}))
         self._clock += 1
-        tensors = list(_tensors(args))
+        tensors = list(tensors_in(args))
         kernel = func.overloadpacket.__name__
         if kernel in _SCORES and isinstance(out, Tensor) and out.dim():
             self.scores.add((_SCORES[kernel], out.shape[-1]))
@@ -132,7 +132,7 @@ class UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
         Views and copies are followed.
         """
-        outs = [t for _, t in _tensors((out,))]
+        outs = [t for _, t in tensors_in((out,))]
         if any(self._shares(o, t) for o in outs for _, t in tensors) and not kernel.endswith("_"):
             return  # a view: the storage is known already
         if self._copied(kernel, args, tensors, outs):
@@ -189,8 +189,8 @@ class UseRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return False
 
 
-def _tensors(args: Iterable[Any]) -> Iterator[tuple[int, Tensor]]:
-    """(position of the argument, tensor) for every tensor among the arguments, lists opened."""
+def tensors_in(args: Iterable[Any]) -> Iterator[tuple[int, Tensor]]:
+    """(position of the argument, tensor) for every tensor among an operator's arguments, lists opened."""
     for position, arg in enumerate(args):
         if isinstance(arg, Tensor):
             yield position, arg

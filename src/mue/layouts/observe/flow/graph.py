@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mue.layouts.layout import canonical
+from mue.layouts.observe.param_use import tensors_in
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ class GraphRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        inputs = tuple((position, self.node_of(t)) for position, t in _tensors((*args, *(kwargs or {}).values())))
+        inputs = tuple((position, self.node_of(t)) for position, t in tensors_in((*args, *(kwargs or {}).values())))
         out = func(*args, **(kwargs or {}))
         op = func.overloadpacket.__name__
         if op.endswith("_like") or op.startswith("new_"):
@@ -88,7 +89,7 @@ class GraphRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         ]
         plain = tuple(None if isinstance(a, Tensor) else a for a in args)
         name = op.rstrip("_") if written else op
-        fresh = [t for _, t in _tensors((out,)) if not any(t is w for w in written)]
+        fresh = [t for _, t in tensors_in((out,)) if not any(t is w for w in written)]
         for number, t in enumerate(fresh):
             self._add(t, name, inputs, plain, output=number)
         for t in written:
@@ -126,17 +127,6 @@ class GraphRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 def _storage(t: Tensor) -> int:
     # what has no entries has no address: the object stands for it
     return t.untyped_storage().data_ptr() or id(t)
-
-
-def _tensors(args: Iterable[Any]) -> Iterator[tuple[int, Tensor]]:
-    """(position of the argument, tensor) for every tensor among the arguments, lists opened."""
-    for position, arg in enumerate(args):
-        if isinstance(arg, Tensor):
-            yield position, arg
-        elif isinstance(arg, list | tuple):
-            for item in arg:
-                if isinstance(item, Tensor):
-                    yield position, item
 
 
 @contextmanager
