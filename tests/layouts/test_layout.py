@@ -12,7 +12,7 @@ import mue
 from mue.lab.models.language import LanguageModel
 from mue.layouts.layout import Layout, ParamInfo, canonical, chain_steps, expert_slices, pattern_of, unwrap
 from mue.layouts.of_model import layout_of, placed
-from mue.layouts.place import place
+from mue.layouts.place import MisfitError, place
 
 SHAPES = {
     "dense": mue.Dense(width=32, ffn=48, layers=2, head_dim=16, vocab=40),
@@ -209,3 +209,15 @@ def test_a_row_that_makes_no_sense_is_refused(row: tuple[str, str, tuple[str, ..
 def test_a_model_without_layout_is_told_what_to_write() -> None:
     with pytest.raises(ValueError, match=r"Tiny declares no parameter layout: give it a method layout\(\)"):
         placed(Tiny())
+
+
+def test_a_refusal_has_every_fault_and_says_alike_ones_once() -> None:
+    faults = ["x.0.1.w is bad", "x.1.0.w is bad", "0.w is bad", "1.w is bad", "x.1.0.w is worse"]
+    error = MisfitError("the model does not fit", faults)
+    assert error.faults == tuple(faults)
+    lines = str(error).splitlines()
+    assert [line.strip() for line in lines[1:]] == [
+        "x.0.1.w is bad (and 1 more like it)",
+        "0.w is bad (and 1 more like it)",
+        "x.1.0.w is worse",
+    ]

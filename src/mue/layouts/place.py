@@ -86,7 +86,7 @@ def placement(model: nn.Module, rows: Sequence[Layout]) -> Placement:
     faults += _unknown_after(table)
     faults += [_unmatched(model, row) for i, row in enumerate(rows) if i not in used]
     if faults:
-        raise ValueError("this model's parameters do not fit its layout:\n  " + "\n  ".join(alike(faults)))
+        raise MisfitError("this model's parameters do not fit its layout", faults)
     numbers = _layer_numbers(hits)
     planned = [_info(h, numbers) for h in hits if h.row.role != UNPLANNED]
     return Placement(
@@ -129,11 +129,26 @@ def _row_of(
     return row, ""
 
 
-def alike(faults: Iterable[str]) -> list[str]:
+class MisfitError(ValueError):
+    """A model that is not what its layout, or its plan, says it is.
+
+    Args:
+        lead: what does not fit what. faults: a line each. The text has those once that differ in the number of a layer or an expert alone.
+
+    Attributes:
+        faults: every one of them.
+    """
+
+    def __init__(self, lead: str, faults: Sequence[str]) -> None:
+        super().__init__(f"{lead}:\n  " + "\n  ".join(_alike(faults)))
+        self.faults = tuple(faults)
+
+
+def _alike(faults: Iterable[str]) -> list[str]:
     """The first of the faults that are the same in several layers or experts, with how many there are."""
     groups: dict[str, list[str]] = {}
     for fault in faults:
-        groups.setdefault(re.sub(r"\.\d+\.", ".*.", fault), []).append(fault)
+        groups.setdefault(re.sub(r"(?<![^\s.])\d+(?=\.)", "*", fault), []).append(fault)
     return [one[0] + (f" (and {len(one) - 1} more like it)" if one[1:] else "") for one in groups.values()]
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from mue.layouts.layout import POSITION, HasLayout, ParamInfo, unwrap
 from mue.layouts.of_model import placement_of
-from mue.layouts.place import Placement, alike
+from mue.layouts.place import MisfitError, Placement
 from mue.plan.plan import PlanData
 from mue.plan.values import Multipliers
 from mue.rules.roles import ROLES
@@ -55,9 +55,7 @@ def match_sizes(plan: PlanData, model: nn.Module) -> list[ParamInfo]:
 
 def _or_refused(plan: PlanData, params: list[ParamInfo], faults: list[str]) -> list[ParamInfo]:
     if faults:
-        raise ValueError(
-            f"this model is not the planned {plan.target.name} (plan {plan.hash}):\n  " + "\n  ".join(alike(faults))
-        )
+        raise MisfitError(f"this model is not the planned {plan.target.name} (plan {plan.hash})", faults)
     return params
 
 

@@ -9,6 +9,7 @@ from mue.checks.context import Context
 from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, WARN, Finding, several
 from mue.layouts.layout import ParamInfo, canonical
+from mue.layouts.place import MisfitError
 from mue.rules.roles import ROLES
 
 NAME = "coverage"
@@ -21,7 +22,7 @@ def coverage(ctx: Context) -> Iterator[Finding]:
     try:
         placed, plans = ctx.placed, ctx.tensor_plans
     except ValueError as error:
-        yield from _faults(str(error))
+        yield from _faults(error)
         return
     frozen = [p.name for p in placed if ROLES[p.role].trained and not p.parameter.requires_grad]
     if frozen:
@@ -86,9 +87,11 @@ def _nothing_changes(ctx: Context) -> bool:
     return all(f in (None, 1.0) for r in plan.roles.values() if r.count for _, f in r.factor.items())
 
 
-def _faults(text: str) -> Iterator[Finding]:
-    """One finding for each line of a refusal, which names its tensor first."""
-    head, *lines = text.split("\n")
+def _faults(error: ValueError) -> Iterator[Finding]:
+    """One finding for each fault of a refusal, whose line names its tensor first."""
+    head, *lines = str(error).split("\n")
+    if isinstance(error, MisfitError):
+        lines = list(error.faults)
     for line in lines or [head]:
         # the refusals' own wording (mue.layouts.place.place, mue.model.match): the tensor first, the way out last
         name = re.match(r"\s*(\w+(?:\.[\w*]+)+|\w+(?= \(\d))", line)
