@@ -167,7 +167,7 @@ def propose(model: nn.Module, batch: Any = None) -> LayoutProposal:
     name = type(inner).__name__
     if any(p.is_meta for p in inner.parameters()):
         raise ValueError(f"{name} is on the meta device: build it with weights, for its forward pass is watched")
-    with _as_it_was(inner):
+    with _as_it_was(inner), torch.random.fork_rng(devices=[]):  # a script that goes on draws what it would have drawn
         seen = _observe(inner, batch)
     verdicts = {n: seen.verdict(n) for n in seen.shapes}
     steps = chain_steps(inner)
@@ -314,7 +314,7 @@ def _rows(verdicts: Mapping[str, ParamVerdict], names: Names) -> list[ProposedRo
         if v.role is not None:
             inside = v.role not in ("embedding", "position", "final_norm", "head")
             layers = names.layers(members[0]) if inside else ()
-            row = Layout(pattern, v.role, v.axes, v.parts, v.start, v.stacked, after, layers, v.order)
+            row = Layout(pattern, v.role, v.axes, v.parts, v.start, after=after, layers=layers, order=v.order)
         look = next((verdicts[n].look for n in members if verdicts[n].look), "")
         rows.append(ProposedRow(pattern, row, tuple(members), v.how, look))
     return rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 
 from mue.layouts.layout import Layout
 from mue.layouts.observe.axis_sizes import axis_sizes
-from mue.layouts.observe.decide import decide
+from mue.layouts.observe.decide import Facts, decide
 from mue.layouts.observe.describe import Description, describe
+from mue.layouts.observe.param_use import ParamUse
 from mue.layouts.place import place
 from support.layout_models import UP, Config, Strange
 
@@ -85,8 +87,13 @@ def test_a_dimension_that_cannot_be_doubled_is_reported() -> None:
 
 
 def test_roles_of_what_was_never_seen_are_never_guessed() -> None:
-    from mue.layouts.observe.decide import Facts
-    from mue.layouts.observe.param_use import ParamUse
-
     nothing = Facts("layers.*.mlp.up_proj.weight", (8, 4), ParamUse(), (frozenset(), frozenset()), (False, True), None)
     assert decide(nothing).role is None
+
+
+def test_a_projection_is_not_up_for_its_bare_name() -> None:
+    """GPT-like models call the *down* projection ``proj``; where hidden is as wide as the model nothing else tells."""
+    square = (frozenset({"width"}), frozenset({"width"}))
+    facts = Facts("h.*.mlp.proj.weight", (64, 64), ParamUse(summed={(1,)}, order=1), square, (True, True), None)
+    assert decide(facts).role != "ffn_up"
+    assert decide(replace(facts, pattern="h.*.mlp.up_proj.weight")).role == "ffn_up"  # the control

@@ -27,7 +27,7 @@ KEY_VALUE = r"kv\w*|wkv\w*"
 ATTENTION_OUT = r"(to_(add_)?)?out|o|o_\w*|wo|out_proj|output|dense|c_proj|linear_out|output_linear|out_linear"
 GATE = r"gate|\w*gate_proj|w1|gate_linear"
 GATE_UP = r"gate_up\w*|input_linear|wi_fused|up_gate\w*"
-UP = r"up|\w*up_proj\w*|w3|fc1|fc_in|c_fc|dense_h_to_4h|fc|wi|v1|linear_1|proj"
+UP = r"up|\w*up_proj\w*|w3|fc1|fc_in|c_fc|dense_h_to_4h|fc|wi|v1|linear_1"
 DOWN = r"down|\w*down_proj\w*|w2|fc2|fc_out|c_proj|dense_4h_to_h|output_linear|wo|linear_2"
 NORM = r"\w*norm\w*|ln|ln_\w*|\w*_ln|\w*layernorm\w*"
 NORMED_ATTENTION = "norm_att"  # a part of a block's name (DBRX), not a norm
@@ -41,7 +41,8 @@ OWN_START = (
 # Offsets of something other than a matrix product, so that no weight's fold carries over to them.
 OWN_BIAS = r"dt_bias|position_bias|\w*(gate|states|residual)_bias"
 BLOCKS = r"layers?|h|(\w*transformer_)?blocks?"
-# Of diffusion transformers.
+# Of diffusion transformers. A feed-forward of diffusers is net.0.proj and net.2; proj by itself is many models' down projection.
+UP_OF_IMAGE = r"(.*\.)?net\.(0\.)?proj"
 PATCHES = r"x_embedder|img_in|patch_embed\w*"
 CLASS = r"class_embedder|label_embedder|y_embedder"
 TIME = r"(timestep|time|t)_embedder"

@@ -47,6 +47,8 @@ def _matrix(f: Facts, axes: tuple[str, ...], inner: tuple[int, ...], out: int) -
         return Decision("final_modulation", axes, f"{seen}, width → {many} times the width, outside the blocks")
     if from_width and fixed_out and not f.layered:
         return Decision("head", axes, f"{seen}, width → pixels of a patch")
+    if f.layered and from_width and re.fullmatch(names.UP_OF_IMAGE, ".".join(f.words)):
+        return Decision("ffn_up", axes, f"{seen}, width → hidden, by name")
     if not f.layered:  # captions, pooled texts, sizes of the picture: no plan's shape has any of these
         return Decision(None, axes, f"{seen}; a condition other than time and class, which has no role in a plan")
     if fixed_in:

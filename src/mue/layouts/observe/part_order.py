@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import is_dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mue.layouts.layout import BLOCKS, HEADS, ROWS, UNKNOWN, Layout, canonical, pattern_of
+from mue.layouts.observe.flow.graph import given_tensors
 from mue.rules.roles import ROLES
 
 LOUD = 4.0  # the tensors are watched at this many times their size, or queries and keys near zero would do nothing
@@ -121,19 +120,9 @@ def _changed(
 
 def _output(model: nn.Module, run: Callable[[nn.Module], object]) -> Tensor:
     torch.manual_seed(1)  # the same tokens in every pass
-    tensors = list(_tensors(run(model)))
+    tensors = given_tensors(run(model))
     # logits, where a loss stands beside them; a pass that gives nothing shows nothing
     return max(tensors, key=Tensor.numel).float() if tensors else torch.zeros(1)
-
-
-def _tensors(out: Any) -> Iterator[Tensor]:
-    if isinstance(out, Tensor):
-        yield out
-    elif isinstance(out, Mapping | list | tuple):
-        for one in out.values() if isinstance(out, Mapping) else out:
-            yield from _tensors(one)
-    elif is_dataclass(out):
-        yield from _tensors(vars(out))
 
 
 def _apart(a: Tensor, b: Tensor) -> float:

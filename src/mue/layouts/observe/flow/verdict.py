@@ -39,7 +39,6 @@ class ParamVerdict:
     parts: tuple[str, ...] = ()
     start: float | str | None = None
     after: frozenset[str] = frozenset()
-    stacked: int = 1
     unseen: bool = False
     order: str = BLOCKS
 
