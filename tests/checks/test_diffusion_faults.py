@@ -7,6 +7,8 @@ import re
 import pytest
 import torch
 
+from mue.checks.branches import branches
+from mue.checks.subjects import samples
 from support.wiring.diffusion import FAULTS, SHAPES, case
 
 torch.set_num_threads(1)
@@ -34,6 +36,15 @@ def test_a_fault_is_named(name: str) -> None:
     fault.apply(c)
     report = c.check(only=fault.check.split(", "))
     assert any(re.search(fault.where, f.where) for f in report.failures), report
+
+
+@pytest.mark.parametrize("seen", [0, -1, None])
+def test_branches_that_are_not_seen_in_half_the_batch_are_said(
+    seen: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(samples, "branches", lambda record: branches(record)[:seen])
+    (found,) = case("hybrid").check(only=["samples"]).findings
+    assert found.status == ("pass" if seen is None else "left out") and "branches" in found.measured, found
 
 
 def test_there_are_as_many_faults_as_asked_for() -> None:

@@ -97,6 +97,47 @@ def test_low_precision_is_looked_at_through_masters_alone() -> None:
     }
 
 
+def test_what_low_precision_leaves_out_is_counted() -> None:
+    c = case("mue dense, tied", muon=True)
+    gains = [p for p in c.model.parameters() if p.dim() < 2]
+    for low in (False, True):  # the first is the control
+        for p in gains if low else ():
+            p.data = p.data.bfloat16()
+        c.optimizer, c.scheduler = own(groups_of(c.plan, c.model)), None
+        report = c.check(only=STEPS[1:])
+        text = f"; {len(gains)} in low precision not looked at"
+        assert {f.status for f in report.findings} == {"pass"} and len(report.findings) == 5, report
+        assert all(f.measured.endswith(text) is low for f in report.findings), report
+
+
+def test_what_moved_nothing_by_muon_is_left_out() -> None:
+    """By a step that does nothing, and by groups that Muon's tensors are not in."""
+    c = case("mue dense, tied", muon=True)
+    c.scheduler = None
+    groups = groups_of(c.plan, c.model)
+    idle = own(groups)
+    idle.step = lambda: None  # type: ignore[method-assign, assignment]
+    of_muon = ("orthogonalisation", "momentum", "update scale")
+    for optimizer, said in (
+        (idle, {"no tensor moved by Muon"}),
+        (own([g for g in groups if g["algorithm"] == "adamw"]), {"no tensor moved by Muon"}),
+        (own(groups), set()),
+    ):
+        c.optimizer = optimizer
+        found = c.check(only=of_muon).findings
+        assert {f.measured for f in found if f.status == "left out"} == said and len(found) == 3, found
+        assert {f.status for f in found} == ({"left out"} if said else {"pass"}), found
+
+
+def test_a_decay_behind_stale_copies_alone_is_left_out() -> None:
+    c = case("mue dense, tied")
+    c.optimizer, c.scheduler = Masters(c.plan.param_groups(c.model), own), None  # type: ignore[assignment]
+    for stale, statuses in ((False, ["pass", "pass"]), (True, ["fail", "left out"])):
+        for p, _ in c.optimizer.pairs if stale else ():  # type: ignore[attr-defined]
+            p.data = torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
+        assert [f.status for f in c.check(only=["stale copies", "weight decay"]).findings] == statuses
+
+
 def test_what_divides_by_a_gradient_of_zero_is_no_fault() -> None:
     """It has no decay that could be told, and the rest is looked at."""
 

@@ -159,6 +159,8 @@ def test_a_check_from_outside_is_one_function() -> None:
         mue.check(c.model, c.plan, only=["narrow"])
     with pytest.raises(ValueError, match="unknown need 'roels'; did you mean 'roles'"):
         check_of("narrow", needs=("roels",))
+    with pytest.raises(ValueError, match="unknown task 'imge'; did you mean 'image'"):
+        check_of("narrow", task="imge")
 
 
 class TwoArguments(LanguageModel):

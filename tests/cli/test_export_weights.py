@@ -22,6 +22,7 @@ def test_it_writes_a_checkpoint_or_nothing(
     shutil.copytree(run, bare, ignore=shutil.ignore_patterns("*.safetensors"))
     for words, arguments in {
         ("'transfomers'", "did you mean 'transformers'"): (run, "--to", "transfomers"),
+        ("--tokenizer is for --to transformers",): (run, "--to", "mue", "--tokenizer", "words.json"),
         ("keeps no weights",): (bare, "--to", "transformers"),
     }.items():
         refused(in_process(capsys, monkeypatch, "export-weights", *arguments, "-o", out), *words)

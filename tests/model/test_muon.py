@@ -21,16 +21,11 @@ from mue.model.matrices import Matrices, join, matrices_of, split
 from mue.model.muon import Muon, newton_schulz
 from mue.model.tensor_plan import TensorFold, tensor_plans_of
 from mue.shapes.update_scales import UPDATE_SCALES
+from support.stood_in_optimizers import polar
 
 BASE = mue.Dense(width=32, ffn=32, layers=2, head_dim=8, kv_heads=2, vocab=64, sequence=16)
 TARGET = mue.MoE.parse("8e2a2s", width=64, expert=24, layers=2, head_dim=8, kv_heads=2, vocab=64, sequence=16)
 TUNED = mue.HParams(lr=0.02, adamw_lr=4e-3, weight_decay=0.1, init_std=0.1, optimizer="muon", momentum=0.9)
-
-
-def polar(x: Tensor) -> Tensor:
-    """U·Vᵀ by SVD, what the iteration approaches."""
-    u, _, vh = torch.linalg.svd(x, full_matrices=False)
-    return u @ vh
 
 
 def group(p: Tensor, how: Matrices, scale: str = "spectral", lr: float = 0.1, **more: Any) -> dict[str, Any]:

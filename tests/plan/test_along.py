@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 
 import mue
 from mue.fold import fold
 from mue.plan.along import FORWARD, Along, along
-from support.plans import RUNS, make
+from support.plans import make
 
 
 def axes(plan: mue.Plan) -> dict[str, Along]:
@@ -75,4 +76,32 @@ def test_measured_moments_are_of_one_router() -> None:
         "16e4a", width=256, expert=64, layers=8, normalize=False, gates="measured", gate_moments=(2.0, 1.2)
     )
     assert list(axes(make(target=target))) == ["width", "depth", "batch", "duration"]
-    assert RUNS  # both trainings are given, hence the last two
+    without = make(target=target, base_training=None, training=None)
+    assert list(axes(without)) == ["width", "depth"]  # both trainings are given above, hence the last two
+
+
+def test_a_chain_is_along_the_run_of_its_base() -> None:
+    """A target behind a plan has no run of its own: it is the plan's, and its neighbours differ from that one."""
+    first = make()
+    chain = mue.transfer(first, replace(first.target, width=512))
+    assert chain.inputs.training is None and chain.training == first.training
+    by = axes(chain)
+    assert list(by) == list(axes(first)) and set(slopes(by["batch"], "lr").values()) == {0.35}
+    assert (by["width"].here, by["width"].base) == (512, 256) and by["batch"].base == by["batch"].here == 1 << 16
+    twice = replace(first.training, batch=1 << 17)
+    wide = mue.transfer(first, chain.target, training=twice)
+    for curve in by["batch"].curves:
+        for role in curve.roles if curve.of != FORWARD else ():
+            found = curve.factors[by["batch"].x.index(1 << 17)]
+            assert found == pytest.approx(getattr(wide.roles[role].factor, curve.of))
+
+
+def test_r_is_drawn_where_the_target_has_one_active_expert() -> None:
+    """Its own R is 1 there, and that of its neighbours is not; a model without experts has no R."""
+    assert (
+        slopes(axes(make(target=mue.MoE.parse("16e1a", width=256, expert=64, layers=8)))["active experts"], FORWARD)[
+            "R"
+        ]
+        == 1
+    )
+    assert "R" not in slopes(axes(make(target=mue.Dense(256, 256, 8)))["width"], FORWARD)

@@ -18,6 +18,7 @@ from mue.model.muon import A, B, C
 
 SMALL = 0.5  # of the largest directions' step: what the smallest one gets at least after five steps of Keller's iteration (0.65)
 PLAIN = 0.012  # what they get of a step along the gradient itself (0.004)
+NOTHING = "no tensor moved by Muon"  # why a check of its steps is left out
 ROWS = "every expert as one row of a matrix, or nothing orthogonalised"
 SURE = 0.015  # averaged gradients in the second step that are larger than this have a sign that holds
 
@@ -52,10 +53,7 @@ def as_one(d: Design) -> Iterator[tuple[str, Tensor]]:
     beside = polar(x.permute(1, 2, 0, 3).reshape(parts * r, experts * r))
     yield "all experts as one matrix, beside each other", beside.reshape(parts, r, experts, r).permute(2, 0, 1, 3)
     # with two rows alone that is a step along each expert's gradient
-    yield (
-        "every expert as one row of a matrix, or nothing orthogonalised",
-        polar(x.reshape(experts, -1)).reshape(x.shape),
-    )
+    yield ROWS, polar(x.reshape(experts, -1)).reshape(x.shape)
 
 
 def taken_as(one: Probe) -> str:

@@ -7,8 +7,9 @@ makes two steps along gradients of :mod:`mue.checks.designed`. Nothing is read f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -16,15 +17,17 @@ from torch import Tensor
 
 from mue.checks.context import Context
 from mue.checks.designed import NORM, Design, design
+from mue.checks.report import FAIL, SKIP, Finding
 from mue.checks.schedule import peak_rate
 from mue.checks.training_step import LOW, kept_weights, undone
 from mue.layouts.layout import ParamInfo
+from mue.rules.optimizers import BOTH
 from mue.rules.roles import ROLES
 from mue.shapes.update_scales import UPDATE_SCALES
 
 SCALES = {one.torch: one.factor for one in UPDATE_SCALES.values()}
-FOR = ("adamw", "muon")  # optimizers of plans whose step is known here
 Gradients = Callable[["Probe"], Tensor]
+Look = Callable[[Context, list["Probe"]], Iterator[Finding]]
 
 
 @dataclass
@@ -96,10 +99,33 @@ def probes(ctx: Context) -> list[Probe] | str:
     return found
 
 
+def probed(name: str) -> Callable[[Look], Callable[[Context], Iterator[Finding]]]:
+    """A decorator that gives a check the probes, and its findings what is the same of all such checks.
+
+    It is left out with the reason where there are no probes; what is no failure says how many tensors it did not look at.
+    """
+
+    def around(look: Look) -> Callable[[Context], Iterator[Finding]]:
+        @wraps(look)
+        def run(ctx: Context) -> Iterator[Finding]:
+            found = probes(ctx)
+            if isinstance(found, str):
+                yield Finding(name, SKIP, measured=found)
+                return
+            rounded = ctx.extra["rounded"]
+            more = f"; {rounded} in low precision not looked at" if rounded else ""
+            for one in look(ctx, found):
+                yield one if one.status == FAIL else replace(one, measured=one.measured + more)
+
+        return run
+
+    return around
+
+
 def _why_not(ctx: Context) -> str:
     if not ctx.optimizers:
         return "no optimizer was given"
-    if ctx.plan.tuned.optimizer not in FOR:
+    if ctx.plan.tuned.optimizer not in BOTH:
         return f"not known for {ctx.plan.tuned.optimizer}"
     if any(hasattr(p.parameter, "placements") for p in ctx.placed):
         return "sharded parameters: check the model before it is sharded"
@@ -117,6 +143,7 @@ def _made(ctx: Context) -> list[Probe] | str:
     if sum(one.unsteady for one in beside) > len(beside) / 2:
         return "it moves without a gradient: by a state that it has already, or a decay that joins the gradient"
     found = [one for one in every if one.exact]
+    ctx.extra["rounded"] = len(every) - len(found)
     if not found:
         return "weights in low precision alone: a step of known size is rounded in them"
     _designed(ctx, found, total)

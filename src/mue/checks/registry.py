@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from mue.checks.context import Context
 from mue.checks.report import Finding
+from mue.rules.roles import TASKS
 from mue.util.errors import nearest
 from mue.util.registry import Registry
 
@@ -53,11 +54,13 @@ def check_of(
     ``place`` is its turn: cheap ones come first, and one that cannot run the model tells those after it.
 
     Raises:
-        ValueError: a need that is none of :data:`NEEDS`; a name that is taken.
+        ValueError: a need that is none of :data:`NEEDS`; a task that no role has; a name that is taken.
     """
     for need in needs:
         if need not in NEEDS:
             raise ValueError(f"check {name!r} has the unknown need {need!r}{nearest(need, NEEDS)}")
+    if task is not None and task not in TASKS:
+        raise ValueError(f"check {name!r} has the unknown task {task!r}{nearest(task, TASKS)}")
 
     def add(run: RunCheck) -> RunCheck:
         CHECKS.register(name, place)(Check(name, run, needs, otherwise, task, f"{run.__module__}.{run.__qualname__}"))

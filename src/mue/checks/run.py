@@ -17,6 +17,7 @@ from mue.checks.optimizers import unwrapped
 from mue.checks.registry import CHECKS, Check
 from mue.checks.report import FAIL, SKIP, CheckError, Finding, Report
 from mue.plan.plan import PlanData
+from mue.rules.roles import has_task
 from mue.util.errors import explain_calls
 
 _CALLED = (
@@ -73,7 +74,7 @@ def check(
     optimizers = () if optimizer is None else tuple(unwrapped(optimizer))
     check_calls(scheduler, clip, loss)
     ctx = Context(model, plan, batch, optimizers, scheduler, checkpoint, clip, loss, tokens)
-    here = [c for c in CHECKS.values() if c.task is None or getattr(plan.target, c.task) is not None]
+    here = [c for c in CHECKS.values() if has_task(plan.target, c.task)]
     wanted = [c for c in (CHECKS.values() if only else here) if c.name not in skip and (not only or c.name in only)]
     findings: list[Finding] = []
     seconds: dict[str, float] = {}

@@ -44,6 +44,8 @@ def export_weights(
 
     if to not in FORMATS:
         raise ValueError(f"--to {to!r} is none that weights are written for{nearest(to, FORMATS)}")
+    if to == "mue" and tokenizer is not None:
+        raise ValueError("--tokenizer is for --to transformers: leave it out")
     if out.exists():
         raise ValueError(f"{out} exists already: give --out a name that is free")
     from mue.lab.trained.find import find

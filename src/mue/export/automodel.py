@@ -7,12 +7,13 @@ from typing import Any
 
 from mue.export.file_text import clipping, commonest, the_fold
 from mue.export.hf_model import transformers_model
-from mue.export.muon import BOTH, is_muon, one_rate, refuse_fused, refuse_stacked
+from mue.export.muon import DION, is_muon, one_rate, refuse_fused, refuse_stacked
 from mue.export.registry import STACKS
 from mue.export.rows import ExportRow, folded, refuse_trained_alone, rows
 from mue.export.scale import own_scale
 from mue.plan.fold import unfold
 from mue.plan.plan import PlanData
+from mue.rules.optimizers import BOTH
 from mue.util.text import yaml_number
 
 
@@ -60,7 +61,6 @@ def _adamw(plan: PlanData, found: Sequence[ExportRow], eps: float) -> str:
 # dion's Muon by way of Automodel: every parameter of two axes but embedding and lm_head to Muon, all others to AdamW. It ignores
 # param_group_overrides, and its scheduler writes the first group's lr and weight decay over those of all groups, which makes of
 # scalar_lr, embed_lr, lm_head_lr, and of no decay for embedding and head, what lr and weight_decay are.
-_SCALES = {"spectral": "spectral_norm", "match-rms": "rms_norm"}
 _ONE = "Automodel's Muon has one lr and one weight decay for all parameters, those of AdamW as well, once its schedule has begun"
 
 
@@ -74,14 +74,14 @@ def _muon(plan: PlanData, found: Sequence[ExportRow], eps: float) -> str:
                 f"{row.pattern} is a matrix, and Automodel gives every matrix but embedding and lm_head to Muon: plan with {row.roles} in"
                 ' muon_moves, or export("torch")'
             )
-    scale, lr, wd = one_rate(found, plan, list(_SCALES), _ONE)
+    scale, lr, wd = one_rate(found, plan, list(DION), _ONE)
     rate = yaml_number(lr)
     return f"""  _target_: dion.Muon
   lr: {rate}
   weight_decay: {yaml_number(wd)}
   mu: {yaml_number(plan.momentum)}
   nesterov: true
-  adjust_lr: {_SCALES[scale]}
+  adjust_lr: {DION[scale]}
   scalar_opt: adamw
   scalar_betas: [{yaml_number(plan.betas[0])}, {yaml_number(plan.betas[1])}]
   scalar_eps: {yaml_number(eps)}

@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from torch import nn
 
 from mue.export.file_text import INIT, clipping, head, matching, table
-from mue.export.muon import BOTH, is_muon, parts
+from mue.export.muon import is_muon, parts
 from mue.export.rows import ExportRow, left_alone, rows
 from mue.export.scale import own_scale
 from mue.model.matrices import unpacked
 from mue.plan.plan import PlanData
+from mue.rules.optimizers import BOTH
 from mue.shapes.update_scales import UPDATE_SCALES, update_scale
 
 _GROUPS = '''

@@ -9,7 +9,7 @@ from typing import Any
 
 from mue.export.file_text import clipping, commonest, head, matching, table
 from mue.export.megatron_config import transformer_config
-from mue.export.muon import BOTH, is_muon, moved, refuse_fused, refuse_stacked
+from mue.export.muon import is_muon, moved, refuse_fused, refuse_stacked
 from mue.export.registry import STACKS
 from mue.export.rows import ExportRow, rows
 from mue.export.skeleton import NativeStack
@@ -26,6 +26,7 @@ from mue.export.stack_model import (
 from mue.layouts.layout import HEADS
 from mue.plan.fold import fold, unfold
 from mue.plan.plan import PlanData
+from mue.rules.optimizers import BOTH
 
 # Names and axes as in Megatron-Core 0.16. linear_fc1 holds gate and up, linear_fc2 is the down projection.
 _M = "decoder.layers.*"

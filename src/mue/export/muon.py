@@ -13,7 +13,7 @@ from mue.export.rows import ExportRow
 from mue.plan.plan import PlanData
 from mue.shapes.update_scales import converted
 
-BOTH = ("adamw", "muon")  # for the argument ``optimizers`` of rows()
+DION = {"spectral": "spectral_norm", "match-rms": "rms_norm"}  # conventions that dion's Muon has, and its names of them
 
 
 def is_muon(plan: PlanData) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from mue.export.file_text import INIT, clipping, commonest, head, matching, table
-from mue.export.muon import BOTH, is_muon, moved, refuse_fused, refuse_stacked, restated
+from mue.export.muon import DION, is_muon, moved, refuse_fused, refuse_stacked, restated
 from mue.export.registry import STACKS
 from mue.export.rows import ExportRow, rows
 from mue.export.scale import Extra, query_scale
@@ -28,6 +28,7 @@ from mue.export.stack_model import (
 from mue.layouts.layout import Layout
 from mue.plan.fold import fold, unfold
 from mue.plan.plan import PlanData
+from mue.rules.optimizers import BOTH
 from mue.rules.roles import ROLES
 from mue.shapes.block import Block
 from mue.util.text import number
@@ -282,14 +283,13 @@ def _of_muon(plan: PlanData, found: list[ExportRow]) -> list[ExportRow]:
 
 
 def _scale(plan: PlanData) -> str:
-    return "match-rms" if plan.tuned.update_scale == "match-rms" else "spectral"
+    return plan.tuned.update_scale if plan.tuned.update_scale in DION else "spectral"
 
 
 def _muon_settings(plan: PlanData, found: list[ExportRow]) -> str:
     """MOMENTUM, ADJUST_LR and MUON as code."""
-    adjust = {"match-rms": "rms_norm", "spectral": "spectral_norm"}[_scale(plan)]
     names = [glob for row in moved(found) for glob in row.globs]
-    return f"MOMENTUM, ADJUST_LR = {plan.momentum!r}, {adjust!r}\nMUON = {names!r}\n"
+    return f"MOMENTUM, ADJUST_LR = {plan.momentum!r}, {DION[_scale(plan)]!r}\nMUON = {names!r}\n"
 
 
 def _blocks(model: Skeleton) -> str:

@@ -11,11 +11,13 @@ from typing import Any
 
 from mue.export.by_role import RoleRow, role_rows
 from mue.export.file_text import head
+from mue.export.muon import is_muon
 from mue.export.paths import BIASED, path_rows
 from mue.export.registry import STACKS
 from mue.export.rows import folded
 from mue.export.scale import needed_scale
 from mue.plan.plan import PlanData
+from mue.rules.optimizers import BOTH
 from mue.rules.table import SHARED_INIT
 
 _CODE = '''
@@ -284,7 +286,7 @@ def optax(plan: PlanData, model: Any) -> str:
     title = "a pytree whose paths LAYOUT names (flax, equinox, ...); for another pass your own rows as layout="
     text = head(plan, title, _USE, cannot, _IMPORTS, scale, sets=("clipping", "warmup", "final lr"))
     numbers = {"BETAS": plan.betas, "CLIP": plan.tuned.clip, "WARMUP": plan.tuned.warmup, "FLOOR": plan.tuned.floor}
-    muon = plan.tuned.optimizer == "muon"
+    muon = is_muon(plan)
     if muon:
         numbers["MOMENTUM"] = plan.momentum
     text += "\n" + "".join(f"{name} = {value!r}\n" for name, value in numbers.items())
@@ -317,7 +319,7 @@ def _refuse(plan: PlanData) -> None:
             f'the file for optax has the roles of language models, and {plan.target.name} draws images: export("torch") with the'
             " planned module, or plan.role(...) has its values"
         )
-    if plan.tuned.optimizer not in ("adamw", "muon"):
+    if plan.tuned.optimizer not in BOTH:
         raise ValueError(
             f"the file for optax speaks AdamW and Muon, and this plan is for {plan.tuned.optimizer!r}: plan.role(...) has its values"
         )

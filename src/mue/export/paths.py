@@ -41,7 +41,14 @@ STYLES = {
 
 
 def path_rows(roles: Collection[str], given: Any) -> list[PathRow]:
-    """The user's rows, checked as far as that goes without the pytree, or those of a style of path."""
+    """The user's rows, checked as far as that goes without the pytree, or those of a style of path.
+
+    Args:
+        roles: that the plan has. given: rows; or the name of one of :data:`STYLES`, None for the first of them.
+
+    Raises:
+        ValueError: an unknown style; something else than rows, or a row of another form; an unknown role or axis in one.
+    """
     if given is None or isinstance(given, str):
         style = next(iter(STYLES)) if given is None else given
         if style not in STYLES:

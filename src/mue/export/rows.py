@@ -30,6 +30,8 @@ class ExportRow:
         roles: for people.
         lr, weight_decay, eps: absolute values. std: of a normal draw; None for vectors. constant: what a vector starts at;
             None where it keeps the model's own start (or ``std`` is given).
+        matrices: how the tensor holds the matrices that Muon moves one by one (:func:`mue.model.matrices.matrices_of`), fan_in: the inputs
+            of each; None and 0 where AdamW moves it.
     """
 
     pattern: str

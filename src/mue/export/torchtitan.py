@@ -8,7 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from mue.export.file_text import clipping, head, table
-from mue.export.muon import BOTH, is_muon, moved, one_rate, refuse_fused
+from mue.export.muon import is_muon, moved, one_rate, refuse_fused
 from mue.export.registry import STACKS
 from mue.export.rows import ExportRow, rows
 from mue.export.scale import query_scale
@@ -28,6 +28,7 @@ from mue.export.stack_model import (
 from mue.layouts.layout import HEADS
 from mue.plan.fold import fold, unfold
 from mue.plan.plan import PlanData
+from mue.rules.optimizers import BOTH
 from mue.shapes.block import Block
 from mue.shapes.update_scales import UPDATE_SCALES
 from mue.util.text import number

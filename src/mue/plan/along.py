@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mue.plan.base import base_of
 from mue.plan.fold import fold
 from mue.plan.plan import Inputs, PlanData
 from mue.plan.transfer import plan_of
@@ -76,7 +77,7 @@ def along(plan: PlanData) -> list[Along]:
         The axes in the order of :data:`AXES`, each with at least the target itself on it.
     """
     found = []
-    base = plan.inputs.base if isinstance(plan.inputs.base, Transformer) else plan.inputs.base.target
+    base = base_of(plan.inputs)
     for name, axis in AXES.items():
         here = axis.at(plan.target, plan.training)
         if here is None:
@@ -88,7 +89,7 @@ def along(plan: PlanData) -> list[Along]:
                 means=axis.means,
                 x=tuple(plans),
                 here=here,
-                base=axis.at(base, plan.inputs.base_training),
+                base=axis.at(base.shape, base.training),
                 curves=tuple(_curves(plan, list(plans.values()))),
                 refused=refused,
             )
@@ -99,12 +100,15 @@ def along(plan: PlanData) -> list[Along]:
 def _neighbours(plan: PlanData, axis: _Axis, here: float) -> tuple[dict[float, PlanData], str]:
     """Plans by their place on the axis, and the first refusal of the rule."""
     plans, refused = {}, ""
+    start = replace(
+        plan.inputs, training=plan.training
+    )  # behind a base that is a plan, its run where the target has no own
     for octave in OCTAVES:
         if octave == 0:
             plans[here] = plan
             continue
         try:
-            inputs = axis.move(plan.inputs, 2.0**octave)
+            inputs = axis.move(start, 2.0**octave)
         except ValueError:  # no such model: half a head, more active experts than there are
             continue
         try:
@@ -143,7 +147,7 @@ def _numbers(plan: PlanData, other: PlanData) -> Iterator[tuple[tuple[str, str],
             for of in SHOWN:
                 yield (of, role + (where if differs else "")), getattr(there.roles[role].factor, of)
         yield (FORWARD, "A" + where), there.output_multiplier
-        if block.route_scale != 1:
+        if block.roles["expert_up"].count:
             yield (FORWARD, "R" + where), there.route_scale
     yield (FORWARD, "residual"), other.residual_multiplier
     yield (FORWARD, "head"), other.head_multiplier

@@ -37,6 +37,7 @@ from mue.shapes import OPTIMIZERS, HParams
 from mue.shapes.hparams import MATRICES
 from mue.util.errors import nearest
 
+BOTH = ("adamw", "muon")  # optimizers whose step checks know and stacks have words for
 _BATCH = {
     "batch": "{0} under another batch is not derived: the √ rule is Adam's",
     "duration": "{0} over another number of tokens is not derived: the SDE rule is Adam's",

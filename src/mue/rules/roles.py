@@ -96,7 +96,7 @@ class Role:
 
     def planned(self, shape: Transformer) -> bool:
         """Whether plans of a shape have an entry for it, be it with a count of 0."""
-        return self.task is None or getattr(shape, self.task) is not None
+        return has_task(shape, self.task)
 
 
 def _projections(kind: str, fallback: str | None = None) -> tuple[Role, ...]:
@@ -177,6 +177,15 @@ def of_kind(*kinds: str) -> tuple[str, ...]:
 def of_part(*parts: str) -> tuple[str, ...]:
     """Names of the roles that are some part of their kind, in order."""
     return tuple(name for name, role in ROLES.items() if role.part in parts)
+
+
+TASKS = tuple(dict.fromkeys(role.task for role in ROLES.values() if role.task is not None))
+"""What shapes may have beyond a language model, as their fields are called."""
+
+
+def has_task(shape: Transformer, task: str | None) -> bool:
+    """Whether a shape has what belongs to one of :data:`TASKS`; to None belongs what all shapes have."""
+    return task is None or getattr(shape, task) is not None
 
 
 def roles_of(shape: Transformer) -> Mapping[str, Role]:

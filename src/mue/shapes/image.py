@@ -9,6 +9,8 @@ from mue.util.errors import explain_calls, positive_int
 
 TIME_FEATURES = 256
 """Sines and cosines of the time that its embedding reads: DiT's number (2212.09748), the same at every width."""
+LONGEST = 10_000.0
+"""Wavelength of the slowest sine, over 2π: of times and of places, as DiT has it (2212.09748)."""
 MODULATIONS = 6
 """Vectors of width d that a block takes from the condition: shift, scale and gate of attention and of the feed-forward (adaLN-zero)."""
 
@@ -17,6 +19,9 @@ MODULATIONS = 6
 @dataclass(frozen=True)
 class Image:
     """Square images of ``size``² pixels in ``channels`` channels, cut into patches of ``patch``² pixels, each of one of ``classes``.
+
+    Raises:
+        ValueError: a number that is no whole one above 0; patches that do not divide the image.
 
     Examples:
         >>> Image(size=32, channels=3, patch=4, classes=10).tokens
@@ -49,7 +54,8 @@ class Image:
     def spread(self, width: int, patch_std: float) -> float:
         """Of what patches are normed to at init, the part (a root mean square) in which they differ from each other.
 
-        Places are sines of which most turn slowly, and so are alike for all patches; pixels vary by about 1.
+        Places are DiT's fixed sines (2212.09748), of which most turn slowly, and so are alike for all patches; pixels vary by about 1.
+        Of n places on a line a wave's mean has the square that all share, (Σ sin)²/n² + (Σ cos)²/n²; what is left of 1 differs.
 
         Args:
             width: d. patch_std: init std of the patch embedding.
@@ -57,7 +63,7 @@ class Image:
         n, waves = self.size // self.patch, max(width // 4, 1)
         alike = 0.0
         for i in range(waves):
-            angle = 10_000.0 ** (-i / waves)
+            angle = LONGEST ** (-i / waves)
             sin, cos = (sum(f(angle * j) for j in range(n)) / n for f in (math.sin, math.cos))
             alike += (sin**2 + cos**2) / waves
         pixels = patch_std**2 * self.patch_elements

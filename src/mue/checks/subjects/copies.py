@@ -5,20 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mue.checks.context import Context
-from mue.checks.probe import probes
+from mue.checks.probe import Probe, probed
 from mue.checks.registry import check_of
-from mue.checks.report import FAIL, PASS, SKIP, Finding, several
+from mue.checks.report import FAIL, PASS, Finding, several
 
 NAME = "stale copies"
 
 
 @check_of(NAME, place=11.5, needs=("roles", "plan", "values", "batch"))
-def copies(ctx: Context) -> Iterator[Finding]:
+@probed(NAME)
+def copies(ctx: Context, found: list[Probe]) -> Iterator[Finding]:
     """A step without a gradient shrinks weights and does nothing else; where other numbers come, they were the optimizer's."""
-    found = probes(ctx)
-    if isinstance(found, str):
-        yield Finding(NAME, SKIP, measured=found)
-        return
     stale = [one for one in found if one.copied]
     if not stale:
         yield Finding(NAME, PASS, measured=f"{len(found)} tensors are stepped from the model's own weights")

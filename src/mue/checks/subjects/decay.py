@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterator
 
 from mue.checks.context import Context
-from mue.checks.probe import Probe, probes
+from mue.checks.probe import Probe, probed
 from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, SKIP, Finding, several
 
@@ -16,16 +16,15 @@ MEND = "optimizer = torch.optim.AdamW(plan.param_groups(model)), or decay in one
 
 
 @check_of(NAME, place=15, needs=("roles", "plan", "values", "batch"))
-def decay(ctx: Context) -> Iterator[Finding]:
+@probed(NAME)
+def decay(ctx: Context, found: list[Probe]) -> Iterator[Finding]:
     """Measured in the weights, whoever decays them. A decay that low precision rounds away is ``moved``'s."""
-    found = probes(ctx)
-    if isinstance(found, str):
-        yield Finding(NAME, SKIP, measured=found)
-        return
     judged = [one for one in found if not one.copied and not one.unsteady and one.weight > 0]
     wrong = [one for one in judged if _off(one)]
     yield from _faults(judged, wrong)
-    if not wrong:
+    if not judged:
+        yield Finding(NAME, SKIP, measured=f"all {len(found)} tensors move without a gradient, or are 0")
+    elif not wrong:
         rest = len(found) - len(judged)
         more = f"; {rest} move without a gradient, or are 0" if rest else ""
         yield Finding(NAME, PASS, measured=f"{len(judged)} tensors shrink by lr·wd of their groups{more}")

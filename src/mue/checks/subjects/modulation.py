@@ -71,7 +71,7 @@ def _norms(ctx: Context) -> Iterator[Finding]:
             FAIL,
             several(bare),
             "norm(x) · (1 + scale) + shift",
-            "the norm's output, " + "or only one of scale and shift",
+            "the norm's output, or only one of scale and shift",
             ("a line is missing: time and class reach this place through the stream alone",),
             "modulated(norm(x), shift, scale)",
         )

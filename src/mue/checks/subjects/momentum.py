@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mue.checks.context import Context
-from mue.checks.matrix_step import counted, remembered
-from mue.checks.probe import probes
+from mue.checks.matrix_step import NOTHING, counted, remembered
+from mue.checks.probe import Probe, probed
 from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, SKIP, Finding, several
 
@@ -14,11 +14,11 @@ NAME = "momentum"
 
 
 @check_of(NAME, place=13, needs=("roles", "plan", "values", "batch"))
-def momentum(ctx: Context) -> Iterator[Finding]:
+@probed(NAME)
+def momentum(ctx: Context, found: list[Probe]) -> Iterator[Finding]:
     """The second of two steps: against what ratio of both gradients do directions turn their sign?"""
-    found = probes(ctx)
-    if isinstance(found, str) or not any(one.planned == "muon" for one in found):
-        yield Finding(NAME, SKIP, measured=found if isinstance(found, str) else "no tensor is planned for Muon")
+    if ctx.plan.tuned.optimizer != "muon":
+        yield Finding(NAME, SKIP, measured="no tensor is planned for Muon")
         return
     wrong: dict[tuple[str, str, str], list[str]] = {}
     seen = 0
@@ -43,7 +43,9 @@ def momentum(ctx: Context) -> Iterator[Finding]:
         yield Finding(
             NAME, FAIL, several(names), expected, measured, (cause,), f"momentum={planned_text}, nesterov=True"
         )
-    if not wrong:
+    if not seen:
+        yield Finding(NAME, SKIP, measured=NOTHING)
+    elif not wrong:
         yield Finding(NAME, PASS, measured=f"{ctx.plan.momentum:g} with Nesterov, in {seen} tensors")
 
 

@@ -5,8 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from mue.checks.context import Context
-from mue.checks.matrix_step import PLAIN, SMALL, alike, along, iterations, orthogonal, signs, smallest, taken_as
-from mue.checks.probe import Probe, probes
+from mue.checks.matrix_step import (
+    NOTHING,
+    PLAIN,
+    SMALL,
+    alike,
+    along,
+    iterations,
+    orthogonal,
+    signs,
+    smallest,
+    taken_as,
+)
+from mue.checks.probe import Probe, probed
 from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, SKIP, Finding, several
 
@@ -18,12 +29,9 @@ FEW = 8  # elements that say nothing
 
 
 @check_of(NAME, place=12, needs=("roles", "plan", "values", "batch"))
-def orthogonalisation(ctx: Context) -> Iterator[Finding]:
+@probed(NAME)
+def orthogonalisation(ctx: Context, found: list[Probe]) -> Iterator[Finding]:
     """Hidden matrices step in all directions alike, each for itself; whatever is planned for AdamW does not."""
-    found = probes(ctx)
-    if isinstance(found, str):
-        yield Finding(NAME, SKIP, measured=found)
-        return
     moved = [one for one in found if not one.copied and one.moved > 1e-3 * one.rms * one.info.parameter.numel() ** 0.5]
     faults: dict[str, list[tuple[str, tuple[str, str, str, str]]]] = {}
     for one in moved:
@@ -32,8 +40,12 @@ def orthogonalisation(ctx: Context) -> Iterator[Finding]:
     for cause, many in faults.items():
         expected, measured, _, mend = many[0][1]
         yield Finding(NAME, FAIL, several([name for name, _ in many]), expected, measured, (cause,), mend)
+    if faults:
+        return
     matrices = sum(one.planned == "muon" for one in moved)
-    if not faults:
+    if not matrices and (not moved or ctx.plan.tuned.optimizer == "muon"):
+        yield Finding(NAME, SKIP, measured=NOTHING)
+    else:
         text = f"{matrices} tensors by Muon, matrix by matrix" if matrices else "nothing moves as Muon moves matrices"
         yield Finding(NAME, PASS, measured=text)
 

@@ -7,8 +7,8 @@ import statistics
 from collections.abc import Callable, Iterator
 
 from mue.checks.context import Context
-from mue.checks.matrix_step import orthogonal, size, taken_as
-from mue.checks.probe import SCALES, Probe, probes, resized
+from mue.checks.matrix_step import NOTHING, orthogonal, size, taken_as
+from mue.checks.probe import SCALES, Probe, probed, resized
 from mue.checks.registry import check_of
 from mue.checks.report import FAIL, PASS, SKIP, Finding, several
 from mue.shapes.update_scales import UPDATE_SCALES
@@ -21,12 +21,12 @@ MEND = "give the optimizer plan.param_groups(model), adjust_lr_fn among them, or
 
 
 @check_of(NAME, place=14, needs=("roles", "plan", "values", "batch"))
-def update_scale(ctx: Context) -> Iterator[Finding]:
+@probed(NAME)
+def update_scale(ctx: Context, found: list[Probe]) -> Iterator[Finding]:
     """Length of each matrix's step over lr, against the planned convention; of all matrices with as many directions it is one."""
-    found = probes(ctx)
-    seen = [] if isinstance(found, str) else [one for one in found if _looked_at(one)]
+    seen = [one for one in found if _looked_at(one)]
     if not seen:
-        yield Finding(NAME, SKIP, measured=found if isinstance(found, str) else "no tensor moves by Muon")
+        yield Finding(NAME, SKIP, measured=NOTHING)
         return
     sizes = {one.info.name: size(one) for one in seen}
     if _misfit(seen, sizes) < math.inf:

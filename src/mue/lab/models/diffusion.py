@@ -29,10 +29,9 @@ from mue.moe.layer import self_changing
 from mue.moe.routers.base import Balance, RouterInput, RouterOptions, share
 from mue.plan.values import Multipliers
 from mue.shapes import Block, Image, Transformer
-from mue.shapes.image import MODULATIONS, TIME_FEATURES
+from mue.shapes.image import LONGEST, MODULATIONS, TIME_FEATURES
 
 TIME_SCALE = 1000.0  # of t in [0, 1], so that the sines see the range that DiT's steps have
-LONGEST = 10_000.0  # wavelength of the slowest sine, over 2π
 
 
 class DiffusionBlock(nn.Module):
