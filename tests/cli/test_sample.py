@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -52,6 +53,15 @@ def test_it_draws_what_is_asked_for_and_the_same_again(
     assert code == 0, err
     assert {p.name for p in (tmp_path / "weights").iterdir()} == {"config.json", "model.safetensors"}
     assert drawn(tmp_path / "weights", "--seeds", 2) == others[1]
+    plain = tmp_path / "plain"
+    shutil.copytree(tmp_path / "weights", plain)
+    config = json.loads((plain / "config.json").read_text())
+    del config["weights"]  # as it was written before
+    (plain / "config.json").write_text(json.dumps(config))
+    for weights, words in ((tmp_path / "weights", "the average of decay 0.9"), (plain, "the weights of the folder")):
+        arguments = ("-o", tmp_path / "out.png", "--steps", 1)
+        assert f", {words}\n" in in_process(capsys, monkeypatch, "sample", weights, *arguments)[1]
+        refused(in_process(capsys, monkeypatch, "sample", weights, "--ema", 0.5, *arguments), f"it has {words} alone")
 
 
 def test_the_average_of_lowest_loss_is_taken(
@@ -81,11 +91,17 @@ def test_what_cannot_be_is_one_line(
     language = moe_run_of_bytes(texts, tmp_path / "text", steps=2)
     bare = tmp_path / "bare" / "runs" / folder.name
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    under_way, none = (tmp_path / name / "runs" / folder.name for name in ("under_way", "none"))
+    shutil.copytree(folder, under_way, ignore=shutil.ignore_patterns("*.safetensors", "result.json"))
+    shutil.copyfile(folder / "model.safetensors", under_way / "checkpoint.safetensors")
+    shutil.copytree(folder, none, ignore=shutil.ignore_patterns("ema-*"))
     out = tmp_path / "new" / "a.png"
     for words, arguments in {
         ("--class 'sqare' is none", "did you mean 'square'"): (folder, "--class", "sqare"),
         ("sampler 'huen'", "'heun'"): (folder, "--sampler", "huen"),
         ("no average", "0.99", "it keeps 0.5, 0.9"): (folder, "--ema", 0.99),
+        ("no average", "its averages (0.5, 0.9) are written when it ends"): (under_way, "--ema", 0.9),
+        ("no average", "it keeps none; say [run] ema"): (none, "--ema", 0.9),
         ("guidance must be at least 0",): (folder, "--guidance", -1),
         ("keeps no weights", "mue train"): (bare,),
         ("draws no images", "mue generate"): (language,),

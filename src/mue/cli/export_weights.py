@@ -57,7 +57,7 @@ def export_weights(
     found = find(run)
     if to == "mue":
         found, weights = with_average(found, ema)
-        as_they_are(found, out)
+        as_they_are(found, weights, out)
         print(f"{out}: {found.name}, {weights}")
         return
     if ema is not None:

@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from mue.cli.app import Ema, Trained, app, say_paths
+from mue.lab.models.sampling import Sampling
 
 
 @app.command()
@@ -23,9 +24,9 @@ def sample(
     guidance: Annotated[
         float,
         typer.Option(help="1 is the model's own; more is surer of the class and less various; 0 asks for no class."),
-    ] = 1.5,
-    steps: Annotated[int, typer.Option(min=1, help="From noise to image.")] = 25,
-    sampler: Annotated[str, typer.Option(help="heun, or euler with half the passes a step.")] = "heun",
+    ] = Sampling.guidance,
+    steps: Annotated[int, typer.Option(min=1, help="From noise to image.")] = Sampling.steps,
+    sampler: Annotated[str, typer.Option(help="heun, or euler with half the passes a step.")] = Sampling.sampler,
     ema: Ema = None,
 ) -> None:
     """Draw images from a trained diffusion model, as a PNG: a column a class, a row a seed.
@@ -38,13 +39,13 @@ def sample(
       mue sample runs/train/runs/190d621c6abf3a31 --class 3 --class 5 --seeds 16 --guidance 2
       mue sample weights/ --sampler euler --steps 100     # of mue export-weights --to mue
     """
-    from mue.lab.models.draw import Way, draw
+    from mue.lab.models.draw import draw
     from mue.lab.report.grids import grid, write_png
     from mue.lab.trained.find import find
     from mue.lab.trained.images.sample import classes_named, model_of
     from mue.lab.trained.weights import with_average
 
-    way = Way(guidance, steps, sampler)
+    way = Sampling(guidance, steps, sampler)
     if out.suffix.lower() != ".png":
         raise ValueError(f"{out}: images are written as PNG, so give --out a name that ends in .png")
     found, weights = with_average(find(run), ema)

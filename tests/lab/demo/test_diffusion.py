@@ -15,7 +15,7 @@ from mue.lab.demo import diffusion, diffusion_report
 from mue.lab.demo.demo import MULTIPLIERS
 from mue.lab.demo.diffusion import FILE, GRID_FILE, diffusion_demo
 from mue.lab.demo.diffusion_report import findings, write_diffusion_report
-from mue.lab.models.draw import Way
+from mue.lab.models.sampling import Sampling
 from mue.lab.report.grids import write_png
 from mue.lab.report.page import Section
 from mue.lab.train.run import Run, Store
@@ -40,7 +40,7 @@ def tiny() -> dict[str, Any]:
 
 @pytest.mark.slow  # eight runs in processes of their own
 def test_from_the_sweep_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(diffusion, "WAY", Way(steps=1))
+    monkeypatch.setattr(diffusion, "WAY", Sampling(steps=1))
     monkeypatch.setattr(diffusion, "OF_EACH", 2)
     monkeypatch.setattr(diffusion, "SHOWN", 2)
     monkeypatch.setattr(classifier, "_STEPS", 20)
@@ -81,7 +81,7 @@ def test_what_diverged_is_said_and_the_rest_is_scored_and_shown(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, diverged: str
 ) -> None:
     for module, name, value in (
-        (diffusion, "WAY", Way(steps=1)),
+        (diffusion, "WAY", Sampling(steps=1)),
         (diffusion, "OF_EACH", 2),
         (diffusion, "SHOWN", 2),
         (classifier, "_STEPS", 20),

@@ -7,15 +7,16 @@ import pytest
 import torch
 
 import mue
-from mue.lab.models.draw import Way, draw, noise_of
+from mue.lab.models.draw import draw, noise_of
 from mue.lab.models.flow import guided
+from mue.lab.models.sampling import Sampling
 from support.diffusion import IMAGE, batch_of, model_of, plan_of
 
 
 def test_an_image_does_not_depend_on_what_is_drawn_beside_it() -> None:
     model = model_of(plan_of(), awake=0.3).eval()
-    together = draw(model, [0, 1, 2, 0], [5, 5, 6, 7], Way(steps=4))
-    alone = [draw(model, [c], [seed], Way(steps=4))[0] for c, seed in ((0, 5), (1, 5), (2, 6), (0, 7))]
+    together = draw(model, [0, 1, 2, 0], [5, 5, 6, 7], Sampling(steps=4))
+    alone = [draw(model, [c], [seed], Sampling(steps=4))[0] for c, seed in ((0, 5), (1, 5), (2, 6), (0, 7))]
     assert together.dtype == np.uint8 and together.shape == (4, 1, 8, 8)
     # to a shade: products of another number of rows are rounded otherwise
     assert np.abs(together.astype(int) - np.stack(alone)).max() <= 1
@@ -52,10 +53,10 @@ def test_a_router_that_looks_at_the_batch_draws_nothing(router: str, settings: d
     assert torch.allclose(model(x, t, c).logits, apart, rtol=0, atol=1e-12) == (not says)
     model = model.float()
     if not says:
-        assert len(draw(model, [0], [0], Way(steps=1))) == 1
+        assert len(draw(model, [0], [0], Sampling(steps=1))) == 1
         return
     with pytest.raises(ValueError, match=f"would depend on what is drawn beside it: .*{says}"):
-        draw(model, [0], [0], Way(steps=1))
+        draw(model, [0], [0], Sampling(steps=1))
 
 
 def test_one_step_of_euler_by_hand() -> None:
@@ -63,7 +64,7 @@ def test_one_step_of_euler_by_hand() -> None:
     noise, label = noise_of(model, 3)[None], torch.tensor([1])
     with torch.no_grad():
         image = noise - guided(model, label, 2.0)(noise, torch.ones(1))
-    found = draw(model, [1], [3], Way(guidance=2.0, steps=1, sampler="euler"))
+    found = draw(model, [1], [3], Sampling(guidance=2.0, steps=1, sampler="euler"))
     assert (found == ((image.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()).all()
 
 
@@ -85,4 +86,4 @@ def test_a_model_that_diverged_draws_nothing() -> None:
 )
 def test_ways_that_are_none(options: dict[str, object], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        Way(**options)  # type: ignore[arg-type]
+        Sampling(**options)  # type: ignore[arg-type]

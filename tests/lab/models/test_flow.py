@@ -24,9 +24,10 @@ def test_identities(seed: int, low: float, high: float) -> None:
     image, noise = (torch.randn(2, 3, 4, 4, generator=draw, dtype=torch.float64) for _ in range(2))
     v, t = flow.velocity(image, noise), torch.tensor([low, high], dtype=torch.float64)
     x = flow.noised(image, noise, t)
-    assert torch.allclose(flow.image_from(x, v, t), image, rtol=0, atol=1e-14)
-    assert torch.allclose(flow.noise_from(x, v, t), noise, rtol=0, atol=1e-14)
-    assert torch.allclose(x + (1 - t - 0.0)[:, None, None, None] * v, noise, rtol=0, atol=1e-14)
+    there, each = torch.rand(2, generator=draw, dtype=torch.float64), (slice(None), None, None, None)
+    assert torch.allclose(x - t[each] * v, image, rtol=0, atol=1e-14)
+    assert torch.allclose(x + (1 - t)[each] * v, noise, rtol=0, atol=1e-14)
+    assert torch.allclose(flow.noised(image, noise, there) - x, (there - t)[each] * v, rtol=0, atol=1e-14)
     ends = flow.noised(image, noise, torch.zeros(2)), flow.noised(image, noise, torch.ones(2))
     assert torch.equal(ends[0], image) and torch.equal(ends[1], noise)
 
@@ -60,4 +61,4 @@ def test_an_unknown_sampler_is_told_the_nearest() -> None:
     with pytest.raises(ValueError, match="heun"):
         flow.follow(gaussian, torch.zeros(1, 1, 2, 2), 4, "huen")
     with pytest.raises(ValueError, match="steps"):
-        flow.follow(gaussian, torch.zeros(1, 1, 2, 2), 0)
+        flow.follow(gaussian, torch.zeros(1, 1, 2, 2), 0, "heun")

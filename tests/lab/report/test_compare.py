@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 import mue
-from mue.lab.report.compare import SEED, Ended, config_of, configurations, differences, names_of
+from mue.lab.report import compare as page
+from mue.lab.report.compare import SEED, Ended, compare, config_of, configurations, differences, names_of
+from mue.lab.report.page import Section
 from mue.lab.train.run import Run, Settings
 
 BASE = mue.Dense(32, 32, 2, head_dim=16, sequence=32)
@@ -45,6 +47,50 @@ def test_seeds_are_one_configuration_and_everything_else_is_another() -> None:
 def test_a_seed_that_diverged_puts_its_configuration_last() -> None:
     first, last = configurations([run(0, None), run(1, 1.0), run(0, 3.0, rule="standard")])
     assert first.name == "rule standard" and last.mean == float("inf") and last.losses == [1.0]
+
+
+def test_runs_of_one_configuration_and_seed_all_stand() -> None:
+    """Asked for the same, and trained under another key, as by another version of mue. Without it there is one of each."""
+    one, other = run(0, 2.0), replace(run(0), result={"val_loss": 2.5, "key": "of another version"})
+    found = configurations([one, run(1, 2.2), other])
+    assert [list(c.runs) for c in found] == [[0, 1], [0]] and [c.mean for c in found] == [pytest.approx(2.1), 2.5]
+    assert found[1].name == "key of another version" != found[0].name
+    assert "Nothing but the keys" in differences(found).texts[0]["text"]
+    assert [list(c.runs) for c in configurations([one, run(1, 2.2)])] == [[0, 1]]
+
+
+def pages(ended: list[Ended], monkeypatch: pytest.MonkeyPatch) -> tuple[str, list[Section]]:
+    """The lead and the sections of the page on some runs."""
+    kept: list[Any] = []
+    monkeypatch.setattr(Ended, "rows", [{"step": 1, "tokens": 128, "loss": 2.0}])
+    monkeypatch.setattr(page, "write_report", lambda _, __, lead, sections: kept.extend((lead, sections)))
+    monkeypatch.setattr(page, "runs_section", lambda *_: Section(id="runs", title="Runs"))
+    compare(ended, [], Path("nowhere"))
+    return kept[0], kept[1]
+
+
+def test_losses_of_two_units_do_not_meet_in_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = [run(0, 2.0), run(0, 1.9, rule="standard")]
+    images = run(0, 0.4, settings={"task": "diffusion"})
+    images = replace(images, run=replace(images.run, data={"hash": "1" * 64}))
+    lead, sections = pages(
+        [replace(e, result={**e.result, "flops_per_token": 1}) for e in (*text, images)], monkeypatch
+    )
+    first, second = lead.split("; ")
+    assert first.startswith("the lowest validation loss is 1.9 nats per token (")
+    assert second.startswith("the lowest validation loss is 0.4 squared error per pixel (")
+    assert not any("several corpora" in t["text"] for s in sections for t in s.texts)
+
+
+def test_two_corpora_of_one_unit_are_warned_of_where_their_losses_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = run(0, 1.9)
+    other = replace(other, run=replace(other.run, data={"hash": "1" * 64}))
+    ended = [replace(e, result={**e.result, "flops_per_token": 1}) for e in (run(0), other)]
+    lead, sections = pages(ended, monkeypatch)
+    assert [s.id for s in sections if any("several corpora" in t["text"] for t in s.texts)] == ["loss"]
+    assert ";" not in lead
+    lost, _ = pages([replace(e, result={**e.result, "val_loss": None}) for e in ended], monkeypatch)
+    assert "every configuration has a run that diverged" in lost
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,35 @@ def test_a_row_has_the_images_that_were_drawn(store: Store) -> None:
     assert all(d.shape == (3, 1, 8, 8) for d in drawn) and (drawn[0] != drawn[-1]).any()
 
 
+def test_a_task_may_keep_what_it_likes(store: Store) -> None:
+    """Of another task's JSON nothing is said; beside it what a diffusion run kept is shown as before."""
+    kept = store.of_task(run_of(images(), eval_every=5).key)
+    assert kept
+    for own in ({"recall": 0.3}, {"losses": [1.0]}, {}):
+        assert image_sections({"own": ([], own)}, "nats") == []
+        sections = image_sections({"own": ([], own), "MoE": ([], kept)}, "squared error")
+        assert [s.id for s in sections] == ["times", "experts-by-time", "experts-by-place"]
+        assert list(sections[0].header) == ["time", "MoE"]
+    without = {name: kept[name] for name in ("times", "losses")}
+    assert [s.id for s in image_sections({"dense": ([], without)}, "squared error")] == ["times"]
+
+
+def test_a_grid_says_how_it_was_drawn_or_why_not(store: Store) -> None:
+    rows = [row for row in store.metrics(run_of(images(), eval_every=5).key) if "drawn" in row]
+    (grids,) = image_sections({"MoE": (rows, None)}, "squared error")
+    assert "guidance 1.5, 12 steps of Heun's method" in grids.caption and not grids.texts
+    before = [{**row, "drawn": {k: v for k, v in row["drawn"].items() if k != "way"}} for row in rows]
+    (old,) = image_sections({"MoE": (before, None)}, "squared error")
+    assert "Heun" not in old.caption and old.caption.endswith("with the weights of the step.")
+    lost = [{"step": 25, "not_drawn": "its run diverged"}] * 2
+    (both,) = image_sections({"MoE": ([*rows, *lost], None)}, "squared error")
+    (none,) = image_sections({"MoE": (lost, None)}, "squared error")
+    for section in (both, none):
+        (said,) = section.texts
+        assert said["warn"] and "its run diverged" in said["text"]
+    assert both.figure is not None and none.figure is None
+
+
 def test_a_grid_has_every_pixel_as_a_square() -> None:
     draw = np.random.RandomState(0)
     for channels in (1, 3):

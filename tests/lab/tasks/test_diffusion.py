@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 import mue
-from mue.lab.data.batches import round_keys
-from mue.lab.tasks.diffusion import TIME_BINS, DiffusionTask, bin_times, pixels
+from mue.lab.data.images.scale import numbers
+from mue.lab.tasks.diffusion import TIME_BINS, DiffusionTask, bin_times
 from mue.lab.train.averages import Averages, ema_file
 from mue.lab.train.run import TASK_FILE, WEIGHTS_FILE, Run, Settings, Store
 from mue.lab.train.session import TrainingSession, train
-from support.diffusion import BASE, IMAGE, images, run_of
+from support.diffusion import BASE, IMAGE, MOE, images, model_of, plan_of, run_of
 from support.small_run import Stop, stop_at
 
 CORPUS = images()
@@ -28,13 +28,12 @@ def test_a_batch_is_a_function_of_seed_and_step() -> None:
     for one, two, three in zip(batches.at(3), again.at(3), other.at(3), strict=True):
         assert torch.equal(one, two) and not torch.equal(one, three)
     assert batches.tokens_per_step == 8 * 16 and batches.at(3)[0].shape == (8, 1, 8, 8)
-    assert len(set(round_keys("images", 0, 0).tolist())) > 1
 
 
 def test_an_epoch_has_every_image_once() -> None:
     """x_0 = x_t − t·v is an image of the set, and 60 of 8 a step are each of them once, in another order in the next epoch."""
     batches, seen = TASK.batches(run_of(CORPUS), CORPUS), list[int]()
-    known = pixels(CORPUS.train).flatten(1).double()
+    known = numbers(CORPUS.train).flatten(1).double()
     for step in range(15):
         x, t, _, v = batches.at(step)
         distance = torch.cdist((x - t[:, None, None, None] * v).flatten(1).double(), known)
@@ -81,9 +80,20 @@ def test_images_that_are_not_the_models(shape: mue.Dense, message: str) -> None:
         TASK.batches(Run(plan, Settings(task="diffusion"), CORPUS.describe()), CORPUS)
 
 
+def test_what_is_watched_is_drawn_or_says_why_not() -> None:
+    model = model_of(plan_of()).eval()
+    drawn = TASK.watch(model)["drawn"]
+    assert drawn["shape"] == [3, 1, 8, 8] and drawn["way"] == {"guidance": 1.5, "steps": 12, "sampler": "heun"}
+    batched = replace(MOE, shared_experts=0, router="expert-choice", router_settings={"evaluation": "batch"})
+    assert "what is drawn beside it" in TASK.watch(model_of(plan_of(batched)).eval())["not_drawn"]
+    with torch.no_grad():
+        model.head.weight.fill_(float("nan"))
+    assert TASK.watch(model).keys() == {"not_drawn"} and "diverged" in TASK.watch(model)["not_drawn"]
+
+
 def test_it_learns_more_than_the_mean(tmp_path: Path) -> None:
     """Below the loss of predicting −E[x_0]: 1 + Var(x_0), which noise alone does not come below."""
-    known = pixels(CORPUS.train)
+    known = numbers(CORPUS.train)
     guess = 1 + (known - known.mean(0)).square().mean().item()
     result = train(run_of(CORPUS, BASE, steps=60), Store(tmp_path), CORPUS)
     assert result["status"] == "finished" and result["val_loss"] < 0.8 * guess < TASK.baseline_loss(BASE)

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
-from mue.lab.data import Corpus
+from mue.lab.data import Corpus, Data
 from mue.lab.data.spec import describe_data, open_corpus
 from mue.lab.demo.report import APPROACHES, findings, write_demo_report
 from mue.lab.models.language import LanguageModel
@@ -98,15 +98,8 @@ def demo(out: Path, console: Console, *, workers: int | None = None, tables: Map
         f" sha256 {corpus.hash[:16]}…", highlight=False,
     )  # fmt: skip
 
-    console.rule("[bold]2  one sweep of a small dense transformer")
-    with SweepDisplay(console, "sweep", spec.training.steps) as display:
-        swept = run_sweep(spec, out, corpus, workers=workers, listener=display)
-    console.print(f"  [bold]{swept.verdict}[/]", highlight=False)
-
-    console.rule("[bold]3  transfer to a MoE four times as wide")
-    plan = transferred(ours, swept, ours.target, "complete-mue")
-    console.print(plan_table(plan, width=console.width))
-    plan.save(out / "plan.json")
+    titles = ("2  one sweep of a small dense transformer", "3  transfer to a MoE four times as wide")
+    swept, plan, fresh = swept_and_planned(ours, out, corpus, console, titles, workers)
 
     console.rule("[bold]4  train it three ways, nothing retuned, and an octave to each side")
     store = Store(out)
@@ -121,13 +114,36 @@ def demo(out: Path, console: Console, *, workers: int | None = None, tables: Map
         for rule in APPROACHES
     }
 
-    seconds = total_seconds(out / "demo.json", time.monotonic() - started, fresh=progress.fresh + display.fresh)
+    seconds = total_seconds(out / "demo.json", time.monotonic() - started, fresh=progress.fresh + fresh)
     summary = _summary(swept, plan, results, checks, corpus, seconds)
     summary["samples"] = _samples(named["MoE"], store)
     write_json(out / "demo.json", summary)
     path = write_demo_report(store, named, results, summary, swept.cells, checks)
     _say(console, summary, path, seconds)
     return path
+
+
+def swept_and_planned(
+    ours: Experiment, out: Path, data: Data, console: Console, titles: tuple[str, str], workers: int | None
+) -> tuple[SweepResult, PlanData, int]:
+    """The two steps that demos share: sweep the base, then plan the target from it, which is left in ``plan.json``.
+
+    Args:
+        data: what the sweep's runs read. titles: of both steps. out, console, workers: as of :func:`demo`.
+
+    Returns:
+        What the sweep found, the plan, and how many runs were trained for it now.
+    """
+    console.rule(f"[bold]{titles[0]}")
+    with SweepDisplay(console, "sweep", ours.spec.training.steps) as display:
+        swept = run_sweep(ours.spec, out, data, workers=workers, listener=display)
+    console.print(f"  [bold]{swept.verdict}[/]", highlight=False)
+
+    console.rule(f"[bold]{titles[1]}")
+    plan = transferred(ours, swept, ours.target, "complete-mue")
+    console.print(plan_table(plan, width=console.width))
+    plan.save(out / "plan.json")
+    return swept, plan, display.fresh
 
 
 def total_seconds(path: Path, now: float, *, fresh: int) -> float:
@@ -141,6 +157,7 @@ def total_seconds(path: Path, now: float, *, fresh: int) -> float:
 
 
 def transferred(ours: Experiment, swept: SweepResult, target: Transformer, rule: str) -> PlanData:
+    """The plan of a shape by a rule, from the sweep's best values."""
     return transfer(
         ours.spec.base, target, swept.tuned, base_training=ours.spec.training, training=ours.training, rule=rule
     )
@@ -183,6 +200,7 @@ def _runs(ours: Experiment, swept: SweepResult, plan: PlanData, data: dict[str, 
 
 
 def label(run: Run) -> str:
+    """A run on one line of the progress: what differs between those of the demo."""
     return f"{run.plan.rule.name:<17} {run.plan.target.name:<15} lr {run.plan.tuned.lr:<8.3g} seed {run.settings.seed}"
 
 

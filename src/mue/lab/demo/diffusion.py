@@ -14,17 +14,25 @@ from rich.console import Console
 
 from mue.lab.data import ImageSet
 from mue.lab.data.spec import describe_data, open_data
-from mue.lab.demo.demo import KEPT, MULTIPLIERS, Experiment, equal_dense, experiment, label, total_seconds, transferred
+from mue.lab.demo.demo import (
+    KEPT,
+    MULTIPLIERS,
+    Experiment,
+    equal_dense,
+    experiment,
+    label,
+    swept_and_planned,
+    total_seconds,
+    transferred,
+)
 from mue.lab.demo.diffusion_report import findings, write_diffusion_report
-from mue.lab.models.draw import Way, draw
+from mue.lab.models.draw import draw
+from mue.lab.models.sampling import Sampling
 from mue.lab.report.grids import grid, write_png
 from mue.lab.report.progress import RunProgress
-from mue.lab.report.tables import plan_table
 from mue.lab.runners.run_all import run_all
-from mue.lab.sweep.display import SweepDisplay
 from mue.lab.sweep.result import SweepResult
 from mue.lab.sweep.spec import base_plan
-from mue.lab.sweep.sweep import run_sweep
 from mue.lab.train.provenance import provenance
 from mue.lab.train.run import Run, Store
 from mue.lab.trained.find import find
@@ -38,7 +46,7 @@ from mue.plan.toml import read_toml
 from mue.util.files import write_json
 
 FILE = Path(str(files("mue.lab.demo") / "diffusion.toml"))
-WAY = Way(guidance=1.5, steps=15, sampler="heun")
+WAY = Sampling(guidance=1.5, steps=15, sampler="heun")
 OF_EACH = 32  # samples of a class, for the scores
 SHOWN = 8  # of them in the grid
 GRID_FILE = "samples.png"
@@ -64,15 +72,8 @@ def diffusion_demo(
     assert isinstance(data, ImageSet)
     console.print(f"  {data.summary()}", highlight=False, markup=False)
 
-    console.rule("[bold]2  one sweep of a small dense diffusion transformer")
-    with SweepDisplay(console, "sweep", spec.training.steps) as display:
-        swept = run_sweep(spec, out, data, workers=workers, listener=display)
-    console.print(f"  [bold]{swept.verdict}[/]", highlight=False)
-
-    console.rule("[bold]3  transfer to a MoE of twice the width")
-    plan = transferred(ours, swept, ours.target, "complete-mue")
-    console.print(plan_table(plan, width=console.width))
-    plan.save(out / "plan.json")
+    titles = ("2  one sweep of a small dense diffusion transformer", "3  transfer to a MoE of twice the width")
+    swept, plan, fresh = swept_and_planned(ours, out, data, console, titles, workers)
 
     console.rule("[bold]4  train MoE and dense, nothing retuned, and an octave to each side")
     store = Store(out)
@@ -90,7 +91,7 @@ def diffusion_demo(
     summary = {
         "command": "mue demo --diffusion",
         **provenance(),
-        "seconds": total_seconds(out / "demo.json", time.monotonic() - started, fresh=progress.fresh + display.fresh),
+        "seconds": total_seconds(out / "demo.json", time.monotonic() - started, fresh=progress.fresh + fresh),
         "data": data.describe(),
         "sweep": swept.to_dict(data.hash),
         "plan": plan.to_dict(),

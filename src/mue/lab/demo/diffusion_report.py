@@ -11,8 +11,9 @@ import matplotlib as mpl
 import matplotlib.image
 from matplotlib.figure import Figure
 
+from mue.lab.demo.report import loss_section
 from mue.lab.report import plots
-from mue.lab.report.images import image_sections
+from mue.lab.report.images import image_sections, way_words
 from mue.lab.report.page import Section, runs_section, text, write_report
 from mue.lab.report.plan_page import plan_sections
 from mue.lab.report.routers import router_sections
@@ -80,36 +81,22 @@ def write_diffusion_report(
         cells: of the sweep. samples: the PNG of digits; None where the MoE diverged.
     """
     moe, unit = named["MoE"], task_of(named["MoE"].settings).unit
-    curves = [
-        {"label": label, "color": color, "metrics": store.metrics(named[name].key), "flops_per_token": results[name]["flops_per_token"]}
-        for name, label, color in (
-            ("base", f"tuned base, {results['base']['name']}", plots.STANDARD),
-            ("dense", f"dense, {results['dense']['name']}", plots.DENSE),
-            ("MoE", f"MoE, {results['MoE']['name']}", plots.MUE),
-        )
-    ]  # fmt: skip
     check = MultiplierCheck.from_dict(summary["check"])
     points = [(math.log2(m), loss) for m, loss in check.losses.items()]
     valley = {"label": "complete-mue", "points": points, "valley": check.valley, "color": plots.MUE}
     seen = {name: (store.metrics(named[name].key), store.of_task(named[name].key)) for name in ("dense", "base", "MoE")}
-    way = summary["way"]
     sections = [
         Section(
             id="digits",
             title="Digits that the MoE draws",
             texts=[text(sentence) for sentence in findings(summary)],
             figure=None if samples is None else _picture(samples),
-            caption=f"A class a column, a seed a row: guidance {way['guidance']:g}, {way['steps']} steps of {way['sampler'].title()}'s method. None was picked.",
+            caption=f"A class a column, a seed a row: {way_words(summary['way'])}. None was picked.",
             in_page="png",
         ),
         *([_scores(summary["scores"])] if summary["scores"] else []),
         *image_sections(seen, unit),
-        Section(
-            id="loss",
-            title="Loss over tokens and over compute",
-            texts=[text("The base that was tuned, the MoE, and a dense model that costs as much a token, both with transferred values.")],
-            figure=plots.loss_figure(curves, unit),
-        ),
+        loss_section(store, named, results, unit),
         Section(id="check", title="Around the transferred rate", figure=plots.check_figure([valley], unit)),
         sweep_section(summary["sweep"], cells),
         *plan_sections(moe.plan),

@@ -114,14 +114,6 @@ def write_demo_report(
         cells: of the sweep. checks: of each rule.
     """
     plan, unit = named["MoE"].plan, task_of(named["MoE"].settings).unit
-    curves = [
-        {"label": label, "color": color, "metrics": store.metrics(named[name].key), "flops_per_token": results[name]["flops_per_token"]}
-        for name, label, color in (
-            ("base", f"tuned base, {results['base']['name']}", plots.STANDARD),
-            ("dense", f"dense, {results['dense']['name']}", plots.DENSE),
-            ("MoE", f"MoE, {results['MoE']['name']}", plots.MUE),
-        )
-    ]  # fmt: skip
     valleys = [
         {
             "label": APPROACHES[rule],
@@ -145,12 +137,7 @@ def write_demo_report(
             caption="Left: the MoE at the values that each approach gives it, a dot a seed; dashes: a dense model of equal active FLOPs at complete-mue's values."
             " Right: the same with its rate halved and doubled (one seed); 1× is the transferred value.",
         ),
-        Section(
-            id="loss",
-            title="Loss over tokens and over compute",
-            texts=[text("The base that was tuned, the MoE, and a dense model that costs as much a token, both with transferred values.")],
-            figure=plots.loss_figure(curves, unit),
-        ),
+        loss_section(store, named, results, unit),
         _samples_section(summary),
         sweep_section(summary["sweep"], cells),
         *plan_sections(plan),
@@ -164,6 +151,31 @@ def write_demo_report(
         cards.append((f"loss, {APPROACHES[rule]}", "diverged" if mean is None else f"{mean:.3f}"))
     lead = f"Tuned on {results['base']['name']}, trained {results['MoE']['name']} with what follows from it, on {summary['data']['bytes'] / 1e6:.0f} MB of real text."
     return write_report(store.root, "Tune one dense model, train the MoE", lead, sections, cards)
+
+
+def loss_section(store: Store, named: Mapping[str, Run], results: Mapping[str, dict[str, Any]], unit: str) -> Section:
+    """Curves of the base, the dense model and the MoE, of either demo.
+
+    Args:
+        store, named, results: as of :func:`write_demo_report`. unit: of the losses.
+    """
+    curves = [
+        {"label": label, "color": color, "metrics": store.metrics(named[name].key), "flops_per_token": results[name]["flops_per_token"]}
+        for name, label, color in (
+            ("base", f"tuned base, {results['base']['name']}", plots.STANDARD),
+            ("dense", f"dense, {results['dense']['name']}", plots.DENSE),
+            ("MoE", f"MoE, {results['MoE']['name']}", plots.MUE),
+        )
+    ]  # fmt: skip
+    words = (
+        "The base that was tuned, the MoE, and a dense model that costs as much a token, both with transferred values."
+    )
+    return Section(
+        id="loss",
+        title="Loss over tokens and over compute",
+        texts=[text(words)],
+        figure=plots.loss_figure(curves, unit),
+    )
 
 
 def _samples_section(summary: Mapping[str, Any]) -> Section:

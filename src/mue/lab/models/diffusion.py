@@ -109,10 +109,8 @@ class DiffusionModel(nn.Module):
             raise ValueError(f"{shape.name} draws no images: give it image = mue.Image(size, channels, patch, classes)")
         multipliers = checked_multipliers(shape, multipliers)
         kinds = [block.router_kind for block in shape.blocks if block.experts]
-        if any(kind.needs_tokens for kind in kinds):
-            raise ValueError(
-                f"the {kinds[0].name} router reads token ids, and patches of images have none: take another"
-            )
+        if reading := [kind.name for kind in kinds if kind.needs_tokens]:
+            raise ValueError(f"the {reading[0]} router reads token ids, and patches of images have none: take another")
         self.shape, self.multipliers, self.image = shape, multipliers, shape.image
         options, D = RouterOptions(balance=balance, z_loss=z_loss, seed=seed), shape.width
         self.patch_embedding = Linear(shape.image.patch_elements, D)

@@ -6,44 +6,24 @@ Shape suffixes: N images, C channels, H and W pixels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from mue.lab.data.images.scale import to_bytes
 from mue.lab.models.diffusion import DiffusionModel
-from mue.lab.models.flow import SAMPLERS, follow, guided
+from mue.lab.models.flow import follow, guided
 from mue.lab.models.parts import routers_in
-from mue.util.errors import nearest, positive, positive_int
+from mue.lab.models.sampling import Sampling
 
 _AT_ONCE = 256  # images
 
 
-@dataclass(frozen=True)
-class Way:
-    """How noise becomes an image.
-
-    Attributes:
-        guidance: w of :func:`mue.lab.models.flow.guided`: 1 is the model's own velocity, more of it is surer of the class and less various.
-        steps: from noise to image. sampler: of :data:`mue.lab.models.flow.SAMPLERS`.
-    """
-
-    guidance: float = 1.5
-    steps: int = 25
-    sampler: str = "heun"
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "guidance", positive("guidance", self.guidance, zero=True))
-        object.__setattr__(self, "steps", positive_int("steps", self.steps))
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"sampler {self.sampler!r} is unknown{nearest(self.sampler, SAMPLERS)}")
-
-
 @torch.no_grad()
 def draw(
-    model: DiffusionModel, classes: Sequence[int], seeds: Sequence[int], way: Way | None = None
+    model: DiffusionModel, classes: Sequence[int], seeds: Sequence[int], way: Sampling | None = None
 ) -> npt.NDArray[np.uint8]:
     """Draw an image for each class and seed.
 
@@ -60,7 +40,7 @@ def draw(
     """
     if reasons := sorted({router.reads_batch for router in routers_in(model)} - {""}):
         raise ValueError(f"an image's experts would depend on what is drawn beside it: {reasons[0]}")
-    way, place = way or Way(), next(model.parameters()).device
+    way, place = way or Sampling(), next(model.parameters()).device
     parts = []
     for i in range(0, len(classes), _AT_ONCE):
         noise = torch.stack([noise_of(model, seed) for seed in seeds[i : i + _AT_ONCE]]).to(place)
@@ -69,7 +49,7 @@ def draw(
     images = torch.cat(parts)
     if not bool(torch.isfinite(images).all()):
         raise ValueError("the model's velocity is not finite, so that nothing can be drawn: its run diverged")
-    return ((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).numpy()
+    return to_bytes(images)
 
 
 def noise_of(model: DiffusionModel, seed: int) -> Tensor:

@@ -34,16 +34,6 @@ def velocity(image_BCHW: Tensor, noise_BCHW: Tensor) -> Tensor:
     return noise_BCHW - image_BCHW
 
 
-def image_from(x_BCHW: Tensor, velocity_BCHW: Tensor, time_B: Tensor) -> Tensor:
-    """The image that a velocity at x_t points away from."""
-    return x_BCHW - of_image(time_B, x_BCHW) * velocity_BCHW
-
-
-def noise_from(x_BCHW: Tensor, velocity_BCHW: Tensor, time_B: Tensor) -> Tensor:
-    """The noise that a velocity at x_t points to."""
-    return x_BCHW + (1 - of_image(time_B, x_BCHW)) * velocity_BCHW
-
-
 def guided(model: DiffusionModel, class_B: Tensor, guidance: float) -> Velocity:
     """A model's velocity towards classes, with classifier-free guidance (2207.12598): v_∅ + w · (v_c − v_∅).
 
@@ -79,7 +69,7 @@ SAMPLERS: dict[str, Callable[[Velocity, Tensor, Tensor, float], Tensor]] = {"eul
 
 
 @torch.no_grad()
-def follow(field: Velocity, noise_BCHW: Tensor, steps: int = 50, sampler: str = "euler") -> Tensor:
+def follow(field: Velocity, noise_BCHW: Tensor, steps: int, sampler: str) -> Tensor:
     """Follow a velocity from noise at t = 1 to images at t = 0, in equal steps.
 
     Args:

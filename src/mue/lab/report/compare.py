@@ -19,7 +19,7 @@ from mue.plan.plan import flatten
 from mue.util.statistics import mean_of
 from mue.util.text import number
 
-SEED = "run.seed"
+SEED, KEY = "run.seed", "key"
 # What names a configuration first, where it differs; after these, whatever else does.
 _FIRST = ("model", "rule", "tuned.lr", "tuned.weight_decay", "tuned.init_std", "training.steps", "training.batch")
 _SHORT = {"model": "", "tuned.weight_decay": "wd", "tuned.init_std": "std", "training.steps": "steps"}
@@ -121,11 +121,16 @@ def compare(ended: Sequence[Ended], open_: Sequence[str], out: Path) -> Path:
     """Write the page on runs that have ended, ``out/report.html``; ``open_`` are keys of runs that have not, to be named."""
     sections: list[Section] = []
     found = configurations(ended)
+    leads = []
     for unit in dict.fromkeys(run.unit for run in ended):  # losses of two units have no axis in common
         of_unit = [c for c in found if next(iter(c.runs.values())).unit == unit]
         tag = f"-{len(sections)}" if sections else ""
         sections.append(_curves(of_unit, unit, f"loss{tag}"))
+        if len({run.run.data["hash"] for run in ended if run.unit == unit}) > 1:
+            words = "These runs are on several corpora, and losses of two do not compare."
+            sections[-1].texts.append(text(words, warn=True))
         sections.append(_losses(of_unit, unit, f"losses{tag}"))
+        leads.append(_lead(of_unit[0], unit))
     sections.append(differences(found))
     every = [(_of_seed(c, seed), run) for c in found for seed, run in c.runs.items()]
     sections += routers_table([(name, run.run, run.rows) for name, run in every])
@@ -133,17 +138,15 @@ def compare(ended: Sequence[Ended], open_: Sequence[str], out: Path) -> Path:
     sections.append(runs_section([(name, r.run, r.result) for name, r in every], [("data", ", ".join(data))]))
     if open_:
         sections[-1].texts.append(text(f"Not ended yet, and left out: {', '.join(open_)}.", warn=True))
-    if len(data) > 1:
-        sections[0].texts.append(
-            text("These runs are on several corpora, and losses of two do not compare.", warn=True)
-        )
-    best = found[0]
-    if best.mean < float("inf"):
-        of = f"the mean of {len(best.runs)} seeds" if len(best.runs) > 1 else "one seed"
-        lead = f"the lowest validation loss is {number(best.mean)} ({best.name or 'all'}, {of})"
-    else:
-        lead = "every configuration has a run that diverged"
-    return write_report(out, f"{len(ended)} training runs", lead, sections)
+    return write_report(out, f"{len(ended)} training runs", "; ".join(leads), sections)
+
+
+def _lead(best: Configuration, unit: str) -> str:
+    """What the page says first of the runs of one unit, of which ``best`` has the lowest mean."""
+    if best.mean == float("inf"):
+        return f"in {unit}, every configuration has a run that diverged"
+    of = f"the mean of {len(best.runs)} seeds" if len(best.runs) > 1 else "one seed"
+    return f"the lowest validation loss is {number(best.mean)} {unit} ({best.name or 'all'}, {of})"
 
 
 def _of_seed(configuration: Configuration, seed: int) -> str:
@@ -151,11 +154,17 @@ def _of_seed(configuration: Configuration, seed: int) -> str:
 
 
 def configurations(ended: Sequence[Ended]) -> list[Configuration]:
-    """Runs by what they share beside the seed, the lowest mean first."""
+    """Runs by what they share beside the seed, the lowest mean first.
+
+    Of two whose configuration and seed are the same, as of two versions of mue that plan other values, the second stands alone under its key.
+    """
     groups: dict[tuple[tuple[str, Any], ...], dict[int, Ended]] = {}
     for run in ended:
         config = {k: v for k, v in config_of(run.run).items() if k != SEED}
-        groups.setdefault(tuple(config.items()), {})[run.run.settings.seed] = run
+        group, seed = tuple(config.items()), run.run.settings.seed
+        if seed in groups.get(group, {}):
+            group = (*group, (KEY, run.result["key"]))
+        groups.setdefault(group, {})[seed] = run
     names = names_of([dict(group) for group in groups])
     found = [Configuration(name, dict(sorted(runs.items()))) for name, runs in zip(names, groups.values(), strict=True)]
     return sorted(found, key=lambda c: c.mean)
@@ -256,7 +265,8 @@ def differences(found: Sequence[Configuration]) -> Section:
     keys = _differing(configs)
     section = Section(id="differs", title="What differs")
     if not keys:
-        section.texts.append(text("Nothing but the seed."))
+        but = "the seed" if len(found) == 1 else "the keys, of runs of which the same was asked"
+        section.texts.append(text(f"Nothing but {but}."))
         return section
     section.header = ["key", "value", "configurations"]
     rows: list[list[str]] = []

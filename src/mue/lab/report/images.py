@@ -33,11 +33,13 @@ def image_sections(runs: Mapping[str, Seen], unit: str) -> list[Section]:
     Args:
         runs: by name. The last of them is the one whose grids and experts are shown.
     """
-    name, (rows, found) = list(runs.items())[-1]
+    name, (rows, _) = list(runs.items())[-1]
     sections = _grids(name, rows)
-    if any(kept for _, kept in runs.values()):
-        sections.append(_times({run: kept for run, (_, kept) in runs.items() if kept}, unit))
-    return sections + (_experts(found) if found and found["by_time"] else [])
+    # any task may keep anything: what is not of at_times is not spoken of here
+    by_run = {run: kept for run, (_, kept) in runs.items() if kept and {"times", "losses"} <= kept.keys()}
+    if by_run:
+        sections.append(_times(by_run, unit))
+    return sections + (_experts(by_run[name]) if name in by_run and by_run[name].get("by_time") else [])
 
 
 def pixels_of(row: Mapping[str, Any]) -> Pixels:
@@ -46,12 +48,22 @@ def pixels_of(row: Mapping[str, Any]) -> Pixels:
     return flat.reshape(row["drawn"]["shape"])
 
 
+def way_words(way: Mapping[str, Any]) -> str:
+    """How images were drawn, from the fields of a :class:`mue.lab.models.sampling.Sampling`."""
+    return f"guidance {way['guidance']:g}, {way['steps']} steps of {way['sampler'].title()}'s method"
+
+
 def _grids(name: str, rows: Rows) -> list[Section]:
+    refused = dict.fromkeys(row["not_drawn"] for row in rows if row.get("not_drawn"))
+    texts = [text(f"{name} was not drawn from at every validation: {reason}.", warn=True) for reason in refused]
     rows = [row for row in rows if row.get("drawn")]
+    title = "What it draws, over training"
     if not rows:
-        return []
+        return [Section(id="drawn", title=title, texts=texts)] if texts else []
     shown = [rows[i] for i in sorted({round(i * (len(rows) - 1) / (_GRIDS - 1)) for i in range(_GRIDS)})]
     images = [pixels_of(row) for row in shown]
+    way = shown[-1]["drawn"].get("way")  # rows of before do not say it
+    how = f": {way_words(way)}" if way else ""
     with mpl.rc_context(BARE):
         columns = len(images[0])
         fig = Figure(figsize=(0.72 * columns + 1.2, 0.72 * len(shown) + 0.2), layout="constrained")
@@ -67,9 +79,10 @@ def _grids(name: str, rows: Rows) -> list[Section]:
     return [
         Section(
             id="drawn",
-            title="What it draws, over training",
+            title=title,
+            texts=texts,
             figure=fig,
-            caption=f"{name}: one class a column, the same noise in every row. Drawn with the weights of the step, 12 steps of Heun's method, guidance 1.5.",
+            caption=f"{name}: one class a column, the same noise in every row. Drawn with the weights of the step{how}.",
             in_page="png",
         )
     ]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from mue.lab.data import ImageSet
 from mue.lab.data.batches import round_keys, shuffled
+from mue.lab.data.images.scale import numbers
 from mue.lab.train.run import Run, Settings
 from mue.lab.train.task import TASKS, Batch, Task, TaskBatches
 from mue.plan.plan import PlanData
@@ -74,17 +75,23 @@ class DiffusionTask(Task):
         return output
 
     def watch(self, model: nn.Module) -> dict[str, Any]:
-        """A drawn image of each class, of the first :data:`SHOWN`, with the same noise at every validation."""
+        """A drawn image of each class, of the first :data:`SHOWN`, with the same noise at every validation.
+
+        Returns:
+            ``drawn``: pixels, their shape and the way; or ``not_drawn``: why there are none.
+        """
         from mue.lab.models.diffusion import DiffusionModel
-        from mue.lab.models.draw import Way, draw
+        from mue.lab.models.draw import draw
+        from mue.lab.models.sampling import Sampling
 
         assert isinstance(model, DiffusionModel)
-        shown = range(min(SHOWN, model.image.classes))
+        shown, way = range(min(SHOWN, model.image.classes)), Sampling(steps=SHOWN_STEPS)
         try:
-            drawn = draw(model, shown, shown, Way(steps=SHOWN_STEPS))
-        except ValueError:  # the loss says that it diverged; mue sample says that its router looks at the batch
-            return {}
-        return {"drawn": {"shape": list(drawn.shape), "bytes": base64.b64encode(drawn.tobytes()).decode()}}
+            drawn = draw(model, shown, shown, way)
+        except ValueError as error:  # it diverged, or its router looks at the batch: no reason to stop the run
+            return {"not_drawn": str(error)}
+        content = base64.b64encode(drawn.tobytes()).decode()
+        return {"drawn": {"shape": list(drawn.shape), "bytes": content, "way": asdict(way)}}
 
     def at_end(self, model: nn.Module, batches: TaskBatches) -> dict[str, Any]:
         from mue.lab.models.at_times import at_times
@@ -166,20 +173,13 @@ def bin_times(bins: int = TIME_BINS) -> list[float]:
     return [1 / (1 + math.exp(-NormalDist().inv_cdf((i + 0.5) / bins))) for i in range(bins)]
 
 
-def pixels(image_BCHW: npt.NDArray[np.uint8]) -> Tensor:
-    """Images of bytes as numbers in [-1, 1]."""
-    import torch
-
-    return torch.from_numpy(image_BCHW.astype(np.float32)) / 127.5 - 1
-
-
 def _on_the_way(image_BCHW: npt.NDArray[np.uint8], time_B: Tensor, class_B: Tensor, draw: torch.Generator) -> Batch:
     """x_t, t, class and velocity of images, with the noise that a generator draws next."""
     import torch
 
     from mue.lab.models import flow
 
-    image = pixels(image_BCHW)
+    image = numbers(image_BCHW)
     noise = torch.randn(image.shape, generator=draw)
     return flow.noised(image, noise, time_B), time_B, class_B, flow.velocity(image, noise)
 

@@ -35,7 +35,7 @@ from mue.util.files import write_json
 # A run has diverged when its loss is not finite, or stays this far above its first for this many steps. A spike that
 # heals is no divergence; a run that stays there is worse than guessing (its first loss is about that), and its learning
 # rate a wall.
-DIVERGED_NATS, DIVERGED_STEPS = 1.0, 20
+DIVERGED_ABOVE, DIVERGED_STEPS = 1.0, 20  # in the task's unit, whichever it is
 
 TOLD_SECONDS = 10.0  # between two words on a run, at most: ten steps of a large model take minutes
 
@@ -147,7 +147,7 @@ class TrainingSession:
         self.status: str | None = None
         self.stacked, self.compiled, self.keep_weights = 1, False, False
         self.first_loss: float | None = None
-        self.steps_above = 0  # in a row, with a loss DIVERGED_NATS above the first
+        self.steps_above = 0  # in a row, with a loss DIVERGED_ABOVE above the first
 
     def __enter__(self) -> TrainingSession:
         self._resume()
@@ -223,7 +223,7 @@ class TrainingSession:
         """A step was taken, and this was its loss: count it, and see whether the run has ended."""
         self.step, self.loss = self.step + 1, loss
         self.first_loss = loss if self.first_loss is None else self.first_loss
-        self.steps_above = self.steps_above + 1 if loss > self.first_loss + DIVERGED_NATS else 0
+        self.steps_above = self.steps_above + 1 if loss > self.first_loss + DIVERGED_ABOVE else 0
         if not math.isfinite(loss) or self.steps_above >= DIVERGED_STEPS:
             self.status = "diverged"
         elif self.step == self.steps:

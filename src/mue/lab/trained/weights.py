@@ -12,10 +12,12 @@ from typing import Any
 from mue.lab.train.averages import ema_file
 from mue.lab.train.run import CONFIG_FILE, RESULT_FILE, WEIGHTS_FILE
 from mue.lab.trained.find import TrainedRun
-from mue.util.files import write_folder
+from mue.util.files import write_folder, write_json
 
 LAST = 0.0
 """In the place of an average's decay: the weights after the last step."""
+WORDS = "weights"
+"""The key of exported weights' ``config.json`` under which it says which they are."""
 
 
 def with_average(found: TrainedRun, decay: float | None) -> tuple[TrainedRun, str]:
@@ -35,15 +37,36 @@ def with_average(found: TrainedRun, decay: float | None) -> tuple[TrainedRun, st
     if decay is None:
         decay = _best(found.folder, kept)
     if decay == LAST:
-        return found, "the weights of a checkpoint" if found.under_way else "the last weights"
+        return found, _words(found)
     if decay not in kept:
-        have = (
-            f"it keeps {', '.join(f'{d:g}' for d in kept)}"
-            if kept
-            else "it keeps none; say [run] ema = [0.99, 0.999] before it is trained"
-        )
-        raise ValueError(f"{found.folder} has no average of its weights with decay {decay!r}: {have}")
+        raise ValueError(f"{found.folder} has no average of its weights with decay {decay!r}: {_instead(found, kept)}")
     return replace(found, weights=found.folder / ema_file(decay)), f"the average of decay {decay!r}"
+
+
+def _words(found: TrainedRun) -> str:
+    """Words for the weights that a folder has without an average in their place."""
+    if found.under_way:
+        return "the weights of a checkpoint"
+    if (found.folder / RESULT_FILE).exists():
+        return "the last weights"
+    words: str = _config(found).get(WORDS, "the weights of the folder")  # exported
+    return words
+
+
+def _instead(found: TrainedRun, kept: Sequence[float]) -> str:
+    """What there is where an average is not."""
+    if kept:
+        return f"it keeps {', '.join(f'{d:g}' for d in kept)}"
+    if found.under_way and found.run.settings.ema:
+        return f"its averages ({', '.join(f'{d:g}' for d in found.run.settings.ema)}) are written when it ends"
+    if not found.under_way and not (found.folder / RESULT_FILE).exists():
+        return f"exported, it has {_words(found)} alone; leave --ema out"
+    return "it keeps none; say [run] ema = [0.99, 0.999] before it is trained"
+
+
+def _config(found: TrainedRun) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((found.folder / CONFIG_FILE).read_text(encoding="utf-8"))
+    return config
 
 
 def _best(folder: Path, kept: Sequence[float]) -> float:
@@ -57,15 +80,15 @@ def _best(folder: Path, kept: Sequence[float]) -> float:
     return min(finite, key=lambda d: finite[d]) if finite else LAST
 
 
-def export_weights(found: TrainedRun, out: Path) -> None:
+def export_weights(found: TrainedRun, words: str, out: Path) -> None:
     """Write a run's weights and what it takes to build its model, as a folder that :func:`mue.lab.trained.find.find` reads.
 
     Args:
-        found: the weights that are meant. out: must not exist, and does so in the end or not at all.
+        found, words: the weights that are meant, as :func:`with_average` gives them. out: must not exist, and does so in the end or not at all.
     """
 
     def fill(folder: Path) -> None:
-        shutil.copyfile(found.folder / CONFIG_FILE, folder / CONFIG_FILE)
+        write_json(folder / CONFIG_FILE, {**_config(found), WORDS: words})
         shutil.copyfile(found.weights, folder / WEIGHTS_FILE)
 
     write_folder(out, fill)

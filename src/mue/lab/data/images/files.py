@@ -102,6 +102,15 @@ def pillow(path: Path) -> Any:
     return PIL
 
 
+def first_picture(root: Path) -> str | None:
+    """The name below ``root`` of a picture that lies there; None where there is none."""
+    for _, inside, names in walk_folders(root, EXCLUDED_FOLDERS, lambda *_: None):
+        for name in sorted(names):
+            if Path(name).suffix.lower() in PICTURES:
+                return (inside / name).as_posix()
+    return None
+
+
 def _found(root: Path, left: dict[str, list[str]]) -> list[_Picture]:
     """The pictures below ``root`` by name; other files go to ``left``.
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from mue.lab.data.images.arrays import array_files, read_arrays
-from mue.lab.data.images.files import Wanted, pictures_of
+from mue.lab.data.images.files import Wanted, first_picture, pictures_of
 from mue.lab.data.images.image_set import ImageSet
 from mue.lab.data.images.part import Part
 from mue.lab.data.images.source import IMAGE_SOURCES
@@ -15,7 +15,8 @@ from mue.lab.data.images.split import image_set
 from mue.util.errors import nearest, positive, positive_int
 
 Odd = Literal["refuse", "skip", "crop", "resize"]
-ODD, CORRUPT, CHANNELS = ("refuse", "skip", "crop", "resize"), ("refuse", "skip"), (1, 3)
+Corrupt = Literal["refuse", "skip"]
+ODD, CORRUPT, CHANNELS = get_args(Odd), get_args(Corrupt), (1, 3)
 
 
 def load_images(
@@ -25,7 +26,7 @@ def load_images(
     size: int | None = None,
     channels: int | None = None,
     odd: Odd = "refuse",
-    corrupt: Literal["refuse", "skip"] = "refuse",
+    corrupt: Corrupt = "refuse",
 ) -> ImageSet:
     """Read images into memory.
 
@@ -64,12 +65,16 @@ def load_images(
 
 
 def _parts(path: Path, wanted: Wanted) -> list[Part]:
-    """What a path holds: arrays where it is or has files of them, else pictures."""
+    """What a path holds: arrays where it is or has files of them, else pictures; both is refused."""
     if not path.exists():
         raise ValueError(f"{path}: no such file or folder; check the path (it is relative to {Path.cwd()})")
     files = array_files(path) if path.is_dir() else [path]
     if not files:
         return pictures_of(path, wanted)
+    if path.is_dir() and (picture := first_picture(path)) is not None:
+        raise ValueError(
+            f"{path} has {files[0].name} and pictures ({picture}); name one of them, or move the other away"
+        )
     given = [name for name, value in wanted.given().items() if value]
     if given:
         raise ValueError(f"{given[0]} has no meaning with {files[0]}, whose images have one size: leave it out")

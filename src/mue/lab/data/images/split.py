@@ -16,15 +16,16 @@ FORMAT = b"mue-images-1"  # part of every hash: change it when the same images w
 def image_set(parts: list[Part], fraction: float) -> ImageSet:
     """Parts as one set.
 
-    Where parts say themselves which side they are on, and both sides are there, they are taken at their word. Otherwise the sides are drawn by
-    a hash of each image's pixels: adding an image moves no other, and two that are the same are on one side, so that none that is held out
-    was trained on.
+    Where parts say themselves which side they are on, and both sides are there, they are taken at their word. Where none
+    says it, or all say the same, the sides are drawn by a hash of each image's pixels: adding an image moves no other, and
+    two that are the same are on one side, so that none that is held out was trained on.
 
     Args:
         fraction: of images that are held out, where nobody says which.
 
     Raises:
-        ValueError: the parts have images of several shapes or classes of several names, or one side would be empty.
+        ValueError: the parts have images of several shapes or classes of several names, some say their side and others do not,
+            or one side would be empty.
     """
     shapes = {part.pixels.shape[1:]: part.name for part in parts}
     if len(shapes) > 1:
@@ -34,7 +35,12 @@ def image_set(parts: list[Part], fraction: float) -> ImageSet:
         )
     classes = _classes(parts)
     pixels, label_N = np.concatenate([p.pixels for p in parts]), np.concatenate([p.labels for p in parts])
-    if {part.held_out for part in parts} == {True, False}:
+    sides_said = {part.held_out: part.name for part in parts}
+    if None in sides_said and len(sides_said) > 1:  # drawn anew, images that somebody else tests on would be trained on
+        raise ValueError(
+            f"{sides_said[None]} says no side while others do: name it train or test (folders: put train and val into it), or leave it out"
+        )
+    if len(sides_said) == 2:
         held = np.concatenate([np.full(len(p.pixels), p.held_out) for p in parts])
     else:
         held = drawn(pixels, fraction)

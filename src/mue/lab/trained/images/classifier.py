@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mue.lab.data import ImageSet
+from mue.lab.data.images.scale import numbers
 
 FEATURES = 16
 """As many as a covariance of a few hundred held-out images can fill."""
@@ -50,14 +51,9 @@ class Classifier(nn.Module):
     @torch.no_grad()
     def judge(self, images: npt.NDArray[np.uint8]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """Class (N,) and features (N, F) of images (N, C, H, W)."""
-        parts = [self(scaled(images[i : i + _AT_ONCE])) for i in range(0, len(images), _AT_ONCE)]
+        parts = [self(numbers(images[i : i + _AT_ONCE])) for i in range(0, len(images), _AT_ONCE)]
         logits, features = (torch.cat(many) for many in zip(*parts, strict=True))
         return logits.argmax(1).numpy(), features.double().numpy()
-
-
-def scaled(images: npt.NDArray[np.uint8]) -> Tensor:
-    """Pixels of 0 to 255 as float32 in [-1, 1]."""
-    return torch.from_numpy(images).float() / 127.5 - 1
 
 
 def train_classifier(data: ImageSet, *, seed: int = 0) -> Classifier:
@@ -79,7 +75,7 @@ def train_classifier(data: ImageSet, *, seed: int = 0) -> Classifier:
         model = Classifier(data.shape, len(data.classes))
         optimizer = torch.optim.AdamW(model.parameters(), lr=_LR, weight_decay=0.05)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _LR, total_steps=_STEPS)
-        padded = F.pad(scaled(data.train), (_SHIFT,) * 4, mode="replicate")
+        padded = F.pad(numbers(data.train), (_SHIFT,) * 4, mode="replicate")
         label_N = torch.from_numpy(data.train_class)
         _, H, W = data.shape
         for _ in range(_STEPS):
