@@ -3,7 +3,8 @@
     python benchmarks/train_step.py [--quick] [--compile] [--nanogpt model.py] [--json FILE]
 
 A step is forward, backward and fused AdamW on fresh random bytes. All models of a cell alternate in random order and get
-the same share of the time; medians. `ratio` is the median over rounds of a model's time over mue-moe's of the same round.
+the same share of the time; medians. Memory that a step frees is kept for the next one, as where the lab trains, for all of them
+alike. `ratio` is the median over rounds of a model's time over mue-moe's of the same round.
 transformers' model is Qwen3-MoE with every combination of its experts and attention implementations, so that its best is
 among them. nanoGPT is read from a checkout of github.com/karpathy/nanoGPT; mue-gpt is our dense model in its shape (no
 gate, 4 d wide), with RMSNorm, RoPE and QK-norm where it has LayerNorm and learned positions.
@@ -31,6 +32,7 @@ from mue.lab.models.language import LanguageModel
 from mue.lab.train.provenance import provenance
 from mue.moe import MoELayer
 from mue.util.files import write_json
+from mue.util.memory import keep_freed_memory
 
 SHAPES = {  # notation, width, expert width, layers, tokens per step
     "small": ("16e4a", 128, 128, 4, 2048),
@@ -195,6 +197,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="for each cell")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the machine here")
     options = parser.parse_args()
+    keep_freed_memory()
     torch.manual_seed(0)
     random.seed(0)
     dtypes = [torch.float32, torch.bfloat16] if options.dtype is None else [getattr(torch, options.dtype)]

@@ -69,9 +69,12 @@ def why_engine() -> str:
     }
     there = offered(kernel)
     better = build.ENGINES[build.ENGINES.index(taken) + 1 :]
-    return "; ".join(
-        [words[taken], *(f"no {name}: {'failed its trial' if name in there else missing[name]}" for name in better)]
-    )
+    reasons = [f"no {name}: {'failed its trial' if name in there else missing[name]}" for name in better]
+    if taken != "dot products" and bf16_instructions():  # mue.lab.models.ops
+        reasons.append(
+            "bf16 attention and dense feed-forward networks are torch's: the kernel has them by dot products only"
+        )
+    return "; ".join([words[taken], *reasons])
 
 
 def forget() -> None:

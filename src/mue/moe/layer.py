@@ -183,8 +183,8 @@ class MoELayer(nn.Module):
 def self_changing(model: nn.Module) -> list[MoELayer | Common]:
     """What of a model changes itself after an optimizer step (each by its ``end_step_``), in that order: its blocks with experts, then
     what their routers share, which may look at all of them."""
-    layers = [module for module in model.modules() if isinstance(module, MoELayer)]
-    return [*layers, *(module for module in model.modules() if isinstance(module, Common))]
+    found = [module for module in model.modules() if isinstance(module, (MoELayer, Common))]
+    return sorted(found, key=lambda module: isinstance(module, Common))  # stable: layers stay in their order
 
 
 def _check_pool(pool: ExpertPool, experts: int, width: int, expert_width: int, gated: bool) -> None:

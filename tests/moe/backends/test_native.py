@@ -220,7 +220,7 @@ def test_the_engine_that_was_taken_has_a_reason(kernel: Path, monkeypatch: pytes
     loaded = library.loaded()
     assert loaded is not None
     for unit, dot, passed, taken, reasons in (
-        (library._GIVEN, True, build.ENGINES, "matrix unit", []),
+        (library._GIVEN, True, build.ENGINES, "matrix unit", ["bf16 attention and dense feed-forward networks are torch's"]),
         (library._REFUSED, True, build.ENGINES, "dot products", ["no matrix unit: the system refused"]),
         (library._GIVEN, True, build.ENGINES[:2], "dot products", ["no matrix unit: failed its trial"]),
         (library._NO_UNIT, False, build.ENGINES, "plain", ["no dot products: this processor", "no matrix unit: this processor"]),
@@ -228,6 +228,7 @@ def test_the_engine_that_was_taken_has_a_reason(kernel: Path, monkeypatch: pytes
         given = SimpleNamespace(mue_matrix_unit=lambda unit=unit: unit, mue_has_dot=lambda dot=dot: dot)
         monkeypatch.setattr(library, "loaded", lambda given=given: given)
         monkeypatch.setattr(build, "engines", lambda _, passed=passed: list(passed))
+        monkeypatch.setattr(library, "bf16_instructions", lambda dot=dot: dot)
         library.engine.cache_clear()
         try:
             assert library.engine() == taken

@@ -63,9 +63,9 @@ template <class E, class S> struct Worker {
   static S* saved(void* base, const Unit& unit, int64_t m) {
     return base == nullptr ? nullptr : static_cast<S*>(base) + m * unit.ffn->inner;
   }
+  int64_t matrix_bytes() const { return call.matrix_type == kDouble ? 8 : call.matrix_type == kFloat ? 4 : 2; }
   const void* matrix(const void* base, const Unit& unit) const {
-    int64_t size = call.matrix_type == kDouble ? 8 : call.matrix_type == kFloat ? 4 : 2;
-    return static_cast<const char*>(base) + unit.expert * unit.ffn->inner * D * size;
+    return static_cast<const char*>(base) + unit.expert * unit.ffn->inner * D * matrix_bytes();
   }
   template <class T> static void clear_rows(T* buffer, int64_t ld, int64_t from) {
     for (int64_t r = from; r < up_to(from, E::kRows); r++)
@@ -93,6 +93,39 @@ template <class E, class S> struct Worker {
     return E::finish_right(right, paired, count, ldd, D);
   }
 
+  // The weights of the next part, taken from memory into the cache a few lines at a time while this part's are multiplied: an expert
+  // of few rows would otherwise wait for its weights longer than it takes to pack them.
+  struct Ahead { const char* at[3]; int64_t left, lines; } ahead{};
+
+  void look_ahead(const Part& part, const Part* next) {
+    ahead.left = 0;
+    if (next == nullptr || next->unit == part.unit) return;
+    const Unit& unit = plan.units[next->unit];
+    const Ffn& ffn = *unit.ffn;
+    const void* matrices[3] = {ffn.gate, ffn.up, ffn.down};
+    for (int i = 0; i < 3; i++) ahead.at[i] = matrices[i] ? static_cast<const char*>(matrix(matrices[i], unit)) : nullptr;
+    const Ffn& mine = *plan.units[part.unit].ffn;
+    int64_t H = up_to(mine.inner, E::kPanel), W = up_to(D, E::kPanel), columns = H + W + (mine.gate ? smaller(H, W) : 0);
+    int64_t steps = columns / E::kPanel * ((part.last - part.first + E::kStep - 1) / E::kStep);
+    ahead.left = ffn.inner * D * matrix_bytes() / 64;
+    ahead.lines = (ahead.left + steps - 1) / steps;
+  }
+
+  void fetch() {
+    for (int64_t i = 0; i < ahead.lines && ahead.left > 0; i++, ahead.left--)
+      for (const char*& at : ahead.at)
+        if (at) __builtin_prefetch(at, 0, 2), at += 64;
+  }
+
+  // C[M, N] (+)= A B, a tile's rows and a panel's columns at a time.
+  void multiply(int64_t M, int64_t N, int64_t K, const In* a, int64_t lda, const In* b, Out* c, int64_t ldc, bool add) {
+    for (int64_t n = 0; n < N; n += E::kPanel)
+      for (int64_t m = 0; m < M; m += E::kStep) {
+        fetch();
+        E::multiply(smaller(E::kStep, M - m), smaller(E::kPanel, N - n), K, a + m * lda, lda, b + n * K, c + m * ldc + n, ldc, add);
+      }
+  }
+
   template <class F> void blocks(const Part& part, F&& f) {
     int64_t rows = part.last - part.first, count = (rows + E::kBlock - 1) / E::kBlock;
     int64_t size = count ? up_to((rows + count - 1) / count, E::kStep) : 0;
@@ -114,8 +147,8 @@ template <class E, class S> struct Worker {
       if constexpr (kSame) {
         if (keep_up) gate = keep_gate, up = keep_up, ld = H;
       }
-      if (ffn.gate) E::multiply(rows, H, D, in_MD, ldd, packed_gate, gate, ld, false);
-      E::multiply(rows, H, D, in_MD, ldd, packed_up, up, ld, false);
+      if (ffn.gate) multiply(rows, H, D, in_MD, ldd, packed_gate, gate, ld, false);
+      multiply(rows, H, D, in_MD, ldd, packed_up, up, ld, false);
       for (int64_t r = 0; r < rows; r++) {
         Out weight = unit.routed ? plan.weight_M[first + r] : 1;
         for (int64_t h = 0; h < H; h += L) {
@@ -135,9 +168,9 @@ template <class E, class S> struct Worker {
       clear_rows(gate_in, ldh, rows);
       S* result = row(unit, first);
       if constexpr (kSame) {
-        E::multiply(rows, D, H, gate_in, ldh, packed_down, result, D, false);
+        multiply(rows, D, H, gate_in, ldh, packed_down, result, D, false);
       } else {
-        E::multiply(rows, D, H, gate_in, ldh, packed_down, out_MD, ldd, false);
+        multiply(rows, D, H, gate_in, ldh, packed_down, out_MD, ldd, false);
         for (int64_t r = 0; r < rows; r++) E::convert(result + r * D, out_MD + r * ldd, D);
       }
     });
@@ -172,7 +205,7 @@ template <class E, class S> struct Worker {
     blocks(part, [&](int64_t first, int64_t rows) {
       bool add = first != part.first;
       gather(in_MD, call.dy_TD, call.row_type, unit, first, rows);
-      E::multiply(rows, H, D, in_MD, ldd, packed_down, up_out, ldh, false);
+      multiply(rows, H, D, in_MD, ldd, packed_down, up_out, ldh, false);
       for (int64_t r = 0; r < rows; r++) activation_backward(unit, first, r, rows);
       for (In* buffer : {gate_in, up_in, right}) clear_rows(buffer, ldh, rows);
       if (into.to[2]) outer(D, H, rows, in_MD, ldd, E::finish_right(right, paired, rows, ldh, H), into.to[2], add);
@@ -224,8 +257,8 @@ template <class E, class S> struct Worker {
     Out* to = out_MD;
     int64_t ld = ldd;
     if constexpr (kSame) to = result, ld = D;
-    E::multiply(rows, D, H, up_in, ldh, packed_up, to, ld, false);
-    if (unit.ffn->gate) E::multiply(rows, D, H, gate_in, ldh, packed_gate, to, ld, true);
+    multiply(rows, D, H, up_in, ldh, packed_up, to, ld, false);
+    if (unit.ffn->gate) multiply(rows, D, H, gate_in, ldh, packed_gate, to, ld, true);
     if constexpr (!kSame)
       for (int64_t r = 0; r < rows; r++) E::convert(result + r * D, out_MD + r * ldd, D);
   }
@@ -255,7 +288,10 @@ template <class F> void work(const Call& call, const Plan& plan, int64_t thread,
     W worker(call, plan);
     if (!worker.prepare()) return;
     W::Engine::begin();
-    for (int64_t i = plan.part_begin[thread]; i < plan.part_begin[thread + 1]; i++) f(worker, plan.parts[i]);
+    for (int64_t i = plan.part_begin[thread], end = plan.part_begin[thread + 1]; i < end; i++) {
+      worker.look_ahead(plan.parts[i], i + 1 < end ? &plan.parts[i + 1] : nullptr);
+      f(worker, plan.parts[i]);
+    }
     W::Engine::end();
   });
 }

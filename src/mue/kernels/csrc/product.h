@@ -59,14 +59,14 @@ void tile(int64_t K, const T* a, int64_t stride, const T* b, Sum<T>* c, int64_t 
     for (int64_t j = 0; j < columns; j++) c[i * ldc + j] = (add ? c[i * ldc + j] : 0) + edge[i * ld + j];
 }
 
-// Rows from m to M in tiles of `rows`, then in halves of it.
+// Rows from m to M in tiles of `rows`, then the rest in one tile: several smaller ones would each wait for their own sums.
 template <class T, int rows, bool unit_column>
 void tiles(int64_t m, int64_t M, int64_t K, const T* a, int64_t stride, const T* b, Sum<T>* c, int64_t ldc, int64_t columns,
            bool add) {
   for (; m + rows <= M; m += rows)
     tile<T, rows, unit_column>(K, a + m * (unit_column ? stride : 1), stride, b, c + m * ldc, ldc, columns, add);
   if constexpr (rows > 1)
-    if (m < M) tiles<T, rows / 2, unit_column>(m, M, K, a, stride, b, c, ldc, columns, add);
+    if (m < M) tiles<T, rows - 1, unit_column>(m, M, K, a, stride, b, c, ldc, columns, add);
 }
 
 // C[M, N] (+)= A B, A as in `tile`, B in panels.

@@ -197,10 +197,6 @@ class Pool:
         environment = {
             **os.environ,
             "OMP_NUM_THREADS": str(self.layout.threads),
-            # glibc hands tensors above 128 KiB back to the kernel after each use, and page faults cost a third of a
-            # step (docs/LOG.md, "Speed on two cores"). It reads these once, at the start, as OpenMP does its threads.
-            "MALLOC_MMAP_THRESHOLD_": "1073741824",
-            "MALLOC_TRIM_THRESHOLD_": "2147483647",
         }
         if self.layout.devices:
             environment["CUDA_VISIBLE_DEVICES"] = self.layout.devices[index % len(self.layout.devices)]

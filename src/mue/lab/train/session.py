@@ -31,6 +31,7 @@ from mue.model.apply import init_
 from mue.moe import Routing
 from mue.moe.layer import self_changing
 from mue.util.files import write_json
+from mue.util.memory import keep_freed_memory
 
 # A run has diverged when its loss is not finite, or stays this far above its first for this many steps. A spike that
 # heals is no divergence; a run that stays there is worse than guessing (its first loss is about that), and its learning
@@ -110,6 +111,7 @@ def open_session(
     if done is not None:
         return done
     task_of(run.settings).batches_of(run, corpus)  # what does not suit the run is said before its folder is made
+    keep_freed_memory()
     folder = opened.enter_context(store.locked(run.key))
     done = store.result(run.key)  # another process may have finished it while we waited
     return done if done is not None else opened.enter_context(TrainingSession(run, folder, corpus, device))
