@@ -30,9 +30,10 @@ def test_every_fence_is_of_a_kind_that_is_tested_here() -> None:
 @pytest.mark.parametrize("page", having("python", "pycon"))
 def test_code_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "".join(code for _, code in fences(TEXTS[page], "python"))
-    for word, package in (("transformers", "transformers"), ("TrainingArguments", "accelerate")):
+    extras = {"transformers": ("transformers", "hf"), "TrainingArguments": ("accelerate", "hf")}
+    for word, (package, extra) in {**extras, "from diffusers": ("diffusers", "diffusers")}.items():
         if word in code:
-            pytest.importorskip(package, reason="model families need the hf extra")
+            pytest.importorskip(package, reason=f"this page needs the {extra} extra")
     monkeypatch.chdir(tmp_path)
     run_python(TEXTS[page], page)
 

@@ -15,6 +15,7 @@ pytest.importorskip("transformers", reason="model families need the hf extra")
 import torch
 
 import mue
+from mue.layouts import inspect as inspection
 from mue.layouts.inspect import inspect, lines, walk
 from mue.layouts.transformers.configs import build, default_config, read_config
 from mue.layouts.transformers.tiny import shrink
@@ -140,6 +141,23 @@ def test_the_walk_reports_every_family_and_survives_each() -> None:
     assert "could not be built and run" in found["dots3_note_text"]["reason"]
     assert "unknown model family" in found["not_a_family"]["reason"]
     assert all(set(r) == {"family", "passed", "parameters", "undecided", "reason"} for r in found.values())
+
+
+def test_the_walk_goes_on_to_the_models_that_draw_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("diffusers")
+    every = inspection.image_classes()
+    asked = [
+        "diffusers.SD3Transformer2DModel",
+        "diffusers.FluxTransformer2DModel",
+        "diffusers.ErnieImageTransformer2DModel",
+    ]
+    assert set(every) >= {*asked, "diffusers.PixArtTransformer2DModel", "diffusers.HiDreamImageTransformer2DModel"}
+    monkeypatch.setattr(inspection, "families_with_experts", lambda: ["mixtral"])
+    monkeypatch.setattr(inspection, "image_classes", lambda: asked)
+    mixtral, sd3, flux, ernie = walk()
+    assert mixtral["family"] == "mixtral" and mixtral["passed"] and sd3["passed"]
+    assert flux["undecided"] == ["single_transformer_blocks.*.proj_out.weight"] and "down projection" in flux["reason"]
+    assert not ernie["passed"] and "needs text_bth, text_lens" in ernie["reason"]
 
 
 MODEL = '''

@@ -48,7 +48,11 @@ def inspect_(
         bool, typer.Option("--json", help="Print as JSON; one line per family with --all-families.")
     ] = False,
     all_families: Annotated[
-        bool, typer.Option("--all-families", help="Walk every family with experts in the installed transformers.")
+        bool,
+        typer.Option(
+            "--all-families",
+            help="Walk every family with experts in the installed transformers, and every transformer of diffusers that draws images.",
+        ),
     ] = False,
 ) -> None:
     """Show every parameter of a model with its role, layout and fan-in, and how each was decided.
@@ -104,7 +108,7 @@ def _propose(source: str, json_: bool) -> None:
 
 
 def _walk(json_: bool) -> None:
-    """Walk every family with experts, a line as soon as each is known."""
+    """Walk every family, a line as soon as each is known."""
     from mue.layouts.inspect import walk
 
     results = []

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
+from mue.layouts.diffusers.config import image_classes
 from mue.layouts.layout import UNPLANNED, Layout, ParamInfo
 from mue.layouts.observe.describe import Description
 from mue.layouts.read_shape import look_at
 from mue.layouts.sources import source_of
 from mue.layouts.transformers import gate_moments as measure
-from mue.layouts.transformers.configs import default_config, families_with_experts
-from mue.layouts.transformers.describe import describe_config
+from mue.layouts.transformers.configs import families_with_experts
 from mue.layouts.transformers.disk import StoredTensors, compare_stored
 from mue.layouts.transformers.gate_moments import Moments
 from mue.layouts.transformers.scalings import Scaling, scalings
@@ -166,19 +166,20 @@ def _rows(model: torch.nn.Module, description: Description) -> tuple[InspectionR
 
 
 def walk(families: Sequence[str] | None = None) -> Iterator[dict[str, Any]]:
-    """Describe every family with experts at a tiny size, one at a time.
+    """Describe every family with experts, and every class that draws images, at a tiny size, one at a time.
 
     Args:
-        families: by ``model_type``; None: all of the installed transformers.
+        families: by ``model_type``, or ``diffusers.`` and a class; None: all of the installed ``transformers`` with experts, and all of
+            the installed ``diffusers`` that draw images.
 
     Yields:
         ``{family, passed, parameters, undecided, reason}``: ``parameters`` counts the kinds of parameters of the
         family's default config, ``undecided`` lists those without a role.
     """
-    for family in families_with_experts() if families is None else families:
+    for family in [*families_with_experts(), *image_classes()] if families is None else families:
         result: dict[str, Any] = {"family": family, "passed": False, "parameters": 0, "undecided": [], "reason": ""}
         try:
-            found = describe_config(default_config(family))
+            found = source_of(family).describe()
         except Exception as error:  # one family's own failure must not end the walk
             yield {
                 **result,

@@ -23,10 +23,13 @@ _WRAPPERS = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrap
 # The words for an axis. Which one is summed over only a declaration knows: stacks hold experts as (N, out, in),
 # (N, in, out) and (N·in, out) under like names, and code that went by position scaled them wrongly.
 AXES = ("in", "out", "expert", "vector", "expert*in", "expert*out")
-# Words for a row's role beside those of a plan. A table of positions is looked up and added like the embedding, and a plan has the
-# embedding's values for it; it has rows for positions, not for tokens. What is not planned is left alone by everything here.
-POSITION, UNPLANNED = "position", "unplanned"
-LAYOUT_ROLES = (*ROLES, POSITION, UNPLANNED)
+# Words for a row's role beside those of a plan. What is not planned is left alone by everything here.
+POSITION, CONDITION_IN, CONDITION_OUT, UNPLANNED = "position", "condition_in", "condition_out", "unplanned"
+# A word that is no plan's own → the role whose values a plan has for it. A table of positions is looked up and added like the
+# embedding; it has rows for positions, not for tokens. Captions, pooled texts, sizes and guidance are read as the time is: by a
+# matrix whose fan-in no width changes, an input weight (2203.03466, Table 8), and perhaps by one from width to width after it.
+PLANNED_AS = {POSITION: "embedding", CONDITION_IN: "time_embedding_in", CONDITION_OUT: "time_embedding_out"}
+LAYOUT_ROLES = (*ROLES, *PLANNED_AS, UNPLANNED)
 # How the parts of a fused tensor lie along its out axis (Layout.order).
 ORDERS = BLOCKS, ROWS, HEADS, UNKNOWN = ("blocks", "rows", "heads", "unknown")
 # One dotted part of a name each, but for ** (any number of them).
@@ -44,7 +47,8 @@ class Layout:
             layer and the second the expert, unless a marked one says so: ``{layer}``, ``{expert}``, and ``{stage}`` where blocks
             lie in groups, each counted from 0 (``stages.{stage}.blocks.{layer}.up``): layers are then counted through all stages.
             A number where other rows have the layer's star is the layer (``blocks.0.up`` beside ``blocks.*.norm``).
-        role: from :data:`mue.rules.roles.ROLES`; or ``"position"``, a learned table of positions; or ``"unplanned"``, to leave
+        role: from :data:`mue.rules.roles.ROLES`; or ``"position"``, a learned table of positions; ``"condition_in"`` and
+            ``"condition_out"``, what reads a caption or another condition than time and class; or ``"unplanned"``, to leave
             adapters, teachers and placeholders alone: no role, no init, no group (``**`` in such a pattern is any number of parts).
         axes: one word per axis of the tensor: ``in``, ``out``, ``expert`` or ``vector``; ``expert*in`` and
             ``expert*out`` where ``stacked`` experts lie one after another along an axis.
@@ -144,7 +148,7 @@ class Layout:
     @property
     def planned(self) -> str:
         """The role whose values a plan has for it."""
-        return "embedding" if self.role == POSITION else self.role
+        return PLANNED_AS.get(self.role, self.role)
 
     @cached_property
     def regex(self) -> re.Pattern[str]:

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from mue.layouts.diffusers.stock import is_diffusers, observe_diffusers
+from mue.layouts.diffusers.config import is_diffusers
+from mue.layouts.diffusers.stock import observe_diffusers
 from mue.layouts.layout import HasLayout, Layout, ParamInfo, unwrap
 from mue.layouts.place import Placement, placement
 from mue.layouts.transformers.stock import observe_stock

@@ -15,7 +15,8 @@ from typing import Any, get_type_hints
 import torch
 from torch import nn
 
-from mue.layouts.diffusers.stock import build_image, describe_images, image_config, is_diffusers
+from mue.layouts.diffusers.config import build_image, image_config, is_diffusers
+from mue.layouts.diffusers.stock import describe_images
 from mue.layouts.layout import HasLayout, Layout, canonical, chain_steps, pattern_of, unwrap
 from mue.layouts.observe.axis_sizes import Build
 from mue.layouts.observe.describe import Description, ParamPattern

@@ -64,8 +64,8 @@ def axis_sizes(build: Build, config: Any) -> AxisSizes:
         if not named:
             continue
         other, reason = _doubled(build, config, named)
-        # a dimension that decides which parameters exist says nothing about the axes of those there are
-        if other is None or set(other) != set(first):
+        # one that takes parameters away says nothing about the axes of the others; more experts, each with its own, take none
+        if other is None or not set(first) <= set(other):
             unbuilt[dimension] = reason or "doubling it changes which parameters there are"
             continue
         for n, shape in first.items():

@@ -6,8 +6,11 @@ import re
 from dataclasses import dataclass
 
 from mue.layouts.observe import names
+from mue.layouts.observe.module_flow import UNWATCHED, ModuleFlow
 from mue.layouts.observe.param_use import ParamUse
 from mue.rules.roles import ROLES
+
+UNNAMED = "its name does not say whether it is the gate or the up projection"
 
 
 @dataclass(frozen=True)
@@ -19,6 +22,7 @@ class Facts:
         follows: dimensions that each axis follows. is_width: whether each axis *is* the residual width.
         constant: the value a stock model starts this tensor at, where it is one value; None otherwise.
         last_gain: nothing that came after it in the forward pass but the head has parameters.
+        flow: what its module was given and what became of that, where somebody watched.
     """
 
     pattern: str
@@ -28,6 +32,7 @@ class Facts:
     is_width: tuple[bool, ...]
     constant: float | None
     last_gain: bool = False
+    flow: ModuleFlow = UNWATCHED
 
     @property
     def tokens(self) -> list[str]:
@@ -200,7 +205,7 @@ def _feed_forward(
         return Decision(f"{kind}_gate", axes, how)
     if f.named(names.UP, 1):
         return Decision(f"{kind}_up", axes, how)
-    return Decision(None, axes, f"{how}; its name does not say whether it is the gate or the up projection")
+    return Decision(None, axes, f"{how}; {UNNAMED}")
 
 
 def _attention(f: Facts, axes: tuple[str, ...], seen: str, direction: int) -> Decision:

@@ -12,13 +12,15 @@ from torch import Tensor, nn
 from mue.layouts.layout import UNPLANNED, Layout, canonical, pattern_of
 from mue.layouts.observe.axis_sizes import Build, axis_sizes
 from mue.layouts.observe.config import find_integer, size_of
-from mue.layouts.observe.decide import Decision, Facts, decide
+from mue.layouts.observe.decide import UNNAMED, Decision, Facts, decide
 from mue.layouts.observe.gates import Gates, record_gates
+from mue.layouts.observe.module_flow import UNWATCHED, ModuleFlow
 from mue.layouts.observe.names import ACTIVE_EXPERTS, KV_HEADS
 from mue.layouts.observe.param_use import ParamUse, param_use
 from mue.layouts.observe.part_order import part_orders
 from mue.layouts.observe.post_norms import post_norms
 from mue.layouts.observe.run import perturb, run_tokens
+from mue.rules.roles import of_part
 
 TINY_BATCH = (2, 24)  # of the tiny forward pass: sequences, tokens
 
@@ -90,6 +92,7 @@ def describe(
     forward: Callable[[nn.Module], object] | None = None,
     known: Sequence[Layout] = (),
     decide: Callable[[Facts], Decision] = decide,
+    watch: Callable[[nn.Module], Mapping[str, ModuleFlow]] | None = None,
 ) -> Description:
     """Observe the family of ``tiny``, a small config, and give every pattern of parameters a role.
 
@@ -99,7 +102,8 @@ def describe(
         rows: the user's own rows; they win, and one that matches nothing is an error.
         forward: runs the model once; default: :func:`mue.layouts.observe.run.run_tokens` on random tokens.
         known: rows that are known of the family, for what cannot be decided; those that match nothing here do nothing.
-        decide: from what was observed to a role.
+        decide: from what was observed to a role. watch: what each module is given (:func:`mue.layouts.observe.module_flow.module_flows`),
+            for models whose inputs are of several kinds.
 
     Raises:
         ValueError: a user's row that matches no parameter or does not fit its axes; a config without a width.
@@ -117,16 +121,27 @@ def describe(
     top = min((size_of(tiny, "vocabulary") or 90, 90))
     # no ids below 3: families give them to padding and the like, whose rows their code may leave out
     run = forward or (lambda m: run_tokens(m, torch.randint(min(3, top - 1), top, TINY_BATCH)))
+    flows = {} if watch is None else watch(model)
     with record_gates(model, gates):
         uses = {canonical(n): u for n, u in param_use(model, lambda: run(model), scores).items()}
     last_gain = _last_gain(uses, shapes)
     patterns = []
     for pattern, names in _by_pattern(shapes).items():
         facts = [
-            Facts(pattern, shapes[n], uses[n], sizes.axes[n], sizes.is_width[n], constants[n], pattern == last_gain)
+            Facts(
+                pattern,
+                shapes[n],
+                uses[n],
+                sizes.axes[n],
+                sizes.is_width[n],
+                constants[n],
+                pattern == last_gain,
+                _of_module(flows, n),
+            )
             for n in _distinct(names, shapes, uses)
         ]
         patterns.append(_given(pattern, facts[0].shape, rows, known) or _decided(pattern, facts, decide))
+    patterns = _doubted(patterns, [*rows, *known])
     _check_rows(rows, shapes)
     measured = {p.pattern: p.row for p in patterns if p.row is not None}
     orders = part_orders(model, run, measured, size_of(tiny, "heads"), find_integer(tiny, KV_HEADS))
@@ -141,6 +156,10 @@ def describe(
     score = {kernel for kernel, size in scores if size == experts} or {k for k, size in scores if size == active}
     # two kernels over as many numbers as there are experts (a gate beside the router): which one scores is not known
     return Description(tuple(patterns), gates, sizes.unbuilt, score.pop() if len(score) == 1 else None, cancelled)
+
+
+def _of_module(flows: Mapping[str, ModuleFlow], parameter: str) -> ModuleFlow:
+    return flows.get(parameter.rpartition(".")[0], UNWATCHED)
 
 
 def _constant(p: Tensor) -> float | None:
@@ -195,6 +214,27 @@ def _decided(pattern: str, facts: list[Facts], decide: Callable[[Facts], Decisio
     d = decisions[0]
     row = None if d.role is None else Layout(pattern, d.role, d.axes, d.parts, d.start)
     return ParamPattern(pattern, shape, row, d.how, d.axes if row is None else ())
+
+
+def _doubted(patterns: list[ParamPattern], given: Sequence[Layout]) -> list[ParamPattern]:
+    """An up projection by name is none where another matrix beside it goes up as well, and says neither: one is the gate (AuraFlow)."""
+    unnamed = {_beside(p.pattern): p.pattern for p in patterns if p.row is None and p.how.endswith(UNNAMED)}
+    return [
+        ParamPattern(
+            p.pattern, p.shape, None, f"{unnamed[beside]} beside it goes up as well: which is the gate?", p.row.axes
+        )
+        if p.row is not None
+        and p.row not in given
+        and p.row.role in of_part("up")
+        and (beside := _beside(p.pattern)) in unnamed
+        else p
+        for p in patterns
+    ]
+
+
+def _beside(pattern: str) -> str:
+    """The module that a matrix's module lies in."""
+    return pattern.removesuffix(".weight").rpartition(".")[0]
 
 
 def _ordered(p: ParamPattern, orders: Mapping[str, str], given: Sequence[Layout]) -> ParamPattern:

@@ -12,26 +12,26 @@ from __future__ import annotations
 ATTENTION = (
     r"(self_?)?(attn|attention)\w*|\w*_attn|temporal_block|mixer|mamba|mamba_decoder|ssm|conv|short_conv|linear_attn"
 )
-FEED_FORWARD = r"\w*mlps?|mlp\w*|ffn|feed_?forward|ff|\w*_moe|moe|block_sparse_moe"
+FEED_FORWARD = r"\w*mlps?|mlp\w*|ffn|feed_?forward|ff(_[it]|_context)?|\w*_moe|moe|block_sparse_moe"
 SHARED = r"shared_experts?|shared_mlp|shared_expert_mlp"
 ROUTER = r"\w*router\w*"
 SHARED_GATE = r"shared_expert_gate"  # one number per token on the shared experts: a router of one
 POSITION = r"wpe|\w*position\w*|\w*pos_emb\w*|token_type_embeddings"
 HYPER_CONNECTION = r"\w*_hc|hc_\w*|\w*hyper_connection\w*"
-QUERY = r"(to_)?q|add_q_proj|q_\w*|wq\w*|query|\w*_q_proj"
-KEY = r"(to_)?k|add_k_proj|k_\w*|wk\w*|key"
-VALUE = r"(to_)?v|add_v_proj|v_\w*|wv\w*|value"
+QUERY = r"(to_)?q(_t)?|add_q_proj|q_\w*|wq\w*|query|\w*_q_proj"
+KEY = r"(to_)?k(_t)?|add_k_proj|k_\w*|wk\w*|key"
+VALUE = r"(to_)?v(_t)?|add_v_proj|v_\w*|wv\w*|value"
 FUSED_QKV = r"w?qkv\w*|c_attn|query_key_value|in_proj_qkv\w*|fused_qkv\w*"
 MIXER_GATE = r"output_gate|g_proj|gate_proj|gate"
 KEY_VALUE = r"kv\w*|wkv\w*"
-ATTENTION_OUT = r"(to_(add_)?)?out|o|o_\w*|wo|out_proj|output|dense|c_proj|linear_out|output_linear|out_linear"
+ATTENTION_OUT = r"(to_(add_)?)?out(_t)?|o|o_\w*|wo|out_proj|output|dense|c_proj|linear_out|output_linear|out_linear"
 GATE = r"gate|\w*gate_proj|w1|gate_linear"
 GATE_UP = r"gate_up\w*|input_linear|wi_fused|up_gate\w*"
 UP = r"up|\w*up_proj\w*|w3|fc1|fc_in|c_fc|dense_h_to_4h|fc|wi|v1|linear_1"
 DOWN = r"down|\w*down_proj\w*|w2|fc2|fc_out|c_proj|dense_4h_to_h|output_linear|wo|linear_2"
 NORM = r"\w*norm\w*|ln|ln_\w*|\w*_ln|\w*layernorm\w*"
 NORMED_ATTENTION = "norm_att"  # a part of a block's name (DBRX), not a norm
-QK_NORM = r"(q|k|query|key|qk)_?(layer)?_?(norm|ln|layernorm)|ln_[qk]|qk_norm|norm_(added_)?[qk]"
+QK_NORM = r"(q|k|query|key|qk)_?(layer)?_?(norm|ln|layernorm)|ln_[qk]|qk_norm|norm_(added_)?[qk]|[qk]_rms_norm(_t)?"
 SELECTION_BIAS = r"e_score_correction_bias|expert_bias|expert_biases|score_bias|routing_bias|correction_bias"
 # Vectors that rules treat like gains and biases, but which start as the model's own code starts them.
 OWN_START = (
@@ -40,25 +40,23 @@ OWN_START = (
 )
 # Offsets of something other than a matrix product, so that no weight's fold carries over to them.
 OWN_BIAS = r"dt_bias|position_bias|\w*(gate|states|residual)_bias"
-BLOCKS = r"layers?|h|(\w*transformer_)?blocks?"
+BLOCKS = r"layers?|h|(\w*_)?blocks?"
 # Of diffusion transformers. A feed-forward of diffusers is net.0.proj and net.2; proj by itself is many models' down projection.
-UP_OF_IMAGE = r"(.*\.)?net\.(0\.)?proj"
-PATCHES = r"x_embedder|img_in|patch_embed\w*"
-CLASS = r"class_embedder|label_embedder|y_embedder"
-TIME = r"(timestep|time|t)_embedder"
-MODULATION = r"norm\w*|ada\w*|\w*modulation\w*|proj_out_1"
+UP_OF_IMAGE = r"(.*\.)?(net\.(0\.)?proj|proj_mlp)"
 MODULATION_TABLE = r"scale_shift_table"  # what a block adds to a modulation that all blocks share
 
 # ---- configs: an attribute ---------------------------------------------------------------------------------------------
 
-LAYERS = r"num_hidden_layers|n_layers?|num_layers|decoder_layers"
+LAYERS = r"num_hidden_layers|n_layers?|num_(single_)?layers|decoder_layers"
 WIDTH = r"hidden_size|n_embd|d_model|model_dim"
 VOCABULARY = r"(padded_)?vocab_size"
 EXPERTS = r"(num_|n_|moe_)(local_|routed_|num_)?experts"
-ACTIVE_EXPERTS = r"num_experts_per_tok(en)?|moe_top_?k|moe_k|top_k_experts|top_k|experts_per_token"
+ACTIVE_EXPERTS = (
+    r"num_experts_per_tok(en)?|num_activated_experts|moe_top_?k|moe_k|top_k_experts|top_k|experts_per_token"
+)
 EXPERT_GROUPS = r"(moe_)?(num_|n_)?expert_groups?|n_group|num_expert_group"
 ACTIVE_GROUPS = r"topk_group|limited_groups"
-EXPERT_WIDTH = r"(moe|expert)_(intermediate|ffn_hidden)_size|moe_ffn_hidden_size"
+EXPERT_WIDTH = r"(moe|expert)_(intermediate|ffn_hidden)_size|moe_intermediate_dim|moe_ffn_hidden_size"
 SHARED_EXPERTS = r"(num_|n_|moe_num_)?shared_experts?"
 SHARED_WIDTH = r"(moe_)?shared_experts?_(intermediate|ffn_hidden)_size|shared_intermediate_size"
 FFN_WIDTH = r"intermediate_size(_mlp)?|ffn_dim|n_inner|ffn_hidden_size|d_ff"

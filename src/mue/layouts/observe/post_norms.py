@@ -112,7 +112,9 @@ def _ends(
 def _idle(model: nn.Module, run: Callable[[nn.Module], object], layer: _Layer, here: Sequence[str]) -> bool:
     """Whether doubling all the projections leaves the layer's output as it is."""
     with _scaled(layer, here, LOUD):
-        before = _norm_inputs(model, run, layer)[""]
+        before = _norm_inputs(model, run, layer).get("")
+        if before is None:  # what it gives on is no tensor that can be compared
+            return False
         with _scaled(layer, here, 2.0):
             return _apart(before, _norm_inputs(model, run, layer)[""]) < TOLERANCE
 
@@ -151,7 +153,8 @@ def _norm_inputs(model: nn.Module, run: Callable[[nn.Module], object], layer: _L
         return hook
 
     def left(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
-        first = out[0] if isinstance(out, tuple) else out
+        # of two streams the last block may give on one only, and None for the other
+        first = next((t for t in out if isinstance(t, Tensor)), None) if isinstance(out, tuple) else out
         if isinstance(first, Tensor):
             seen.setdefault("", first.detach().clone())
 

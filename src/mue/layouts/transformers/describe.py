@@ -13,8 +13,9 @@ from mue.layouts.observe.axis_sizes import Build, parameter_shapes
 from mue.layouts.observe.config import size_of
 from mue.layouts.observe.decide import Decision, Facts, decide
 from mue.layouts.observe.describe import Description, ParamPattern, describe
+from mue.layouts.observe.module_flow import ModuleFlow
 from mue.layouts.transformers.configs import build
-from mue.layouts.transformers.family import family_of
+from mue.layouts.transformers.family import Family, family_of
 from mue.layouts.transformers.tiny import shrunk_enough
 
 
@@ -24,26 +25,28 @@ def describe_config(
     build: Build = build,
     forward: Callable[[nn.Module], object] | None = None,
     decide: Callable[[Facts], Decision] = decide,
-    sizes: Mapping[str, int] | None = None,
+    watch: Callable[[nn.Module], Mapping[str, ModuleFlow]] | None = None,
+    special: Family | None = None,
 ) -> Description:
     """Roles for every parameter of a transformers config of any size, observed on a tiny model of its family.
 
-    The rows hold for the config's own size. A parameter that only the full model has is undecided. ``forward`` and ``decide`` are
-    those of :func:`mue.layouts.observe.describe.describe`; ``sizes`` are what the tiny model has to have.
+    The rows hold for the config's own size. A parameter that only the full model has is undecided. ``forward``, ``decide`` and
+    ``watch`` are those of :func:`mue.layouts.observe.describe.describe`; ``special`` is what is special about the family, where that is
+    not known by its ``model_type``.
 
     Raises:
         ValueError: the family cannot be built or run at a tiny size (with its own error); a user's row that fits nothing.
     """
     full = parameter_shapes(build, config)
     wanted = {pattern_of(n) for n in full}
-    family = family_of(getattr(config, "model_type", ""))
+    family = special or family_of(getattr(config, "model_type", ""))
     try:
         tiny = shrunk_enough(
             config,
             lambda c: {pattern_of(n) for n in parameter_shapes(build, c)} if c is not config else wanted,
-            {**family.tiny, **(sizes or {})},
+            family.tiny,
         )
-        seen = describe(build, tiny, rows, forward, family.rows, decide)
+        seen = describe(build, tiny, rows, forward, family.rows, decide, watch)
     except (ValueError, KeyboardInterrupt):
         raise
     except Exception as error:  # a family's own code failed on our tiny config

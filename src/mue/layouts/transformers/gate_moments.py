@@ -79,6 +79,11 @@ def measure_gates(
     """
     if draws < 2:
         raise ValueError(f"draws must be at least 2, to know the error: got {draws}")
+    if not attributes(config, "vocabulary"):
+        raise ValueError(
+            f"{type(config).__name__} reads no tokens, and its routers are measured on such here: call"
+            " mue.layouts.transformers.gate_moments.moments_of on a model and inputs of your own"
+        )
     small = _small(config, build)
     routers = {f.pattern for f in description.patterns if f.row is not None and f.row.role == "router"}
     sums: list[tuple[float, float]] = []

@@ -125,14 +125,16 @@ def shape_of(
             layers.setdefault(p.layer, {}).setdefault(p.role, []).append(p)
     missing: dict[str, str] = {}
     facts = _Facts(config, routing, said, missing)
+    roles = {p.role for p in placed}
+    # before the blocks: of a model that draws by captions the first thing to know is that it has no shape
+    image = _of_image(config, placed) if "patch_embedding" in roles else None
     heads = facts.heads(layers)
     blocks = [_block(i, layers[i], facts) for i in sorted(layers)]
     if missing:
         raise UnreadShapeError(missing)
-    roles = {p.role for p in placed}
     common: dict[str, Any] = {
         **heads,
-        **(_of_image(config, placed) if "patch_embedding" in roles else _of_text(config, placed)),
+        **(_of_text(config, placed) if image is None else image),
         **{name: said[name] for name in ("sequence", "output_multiplier") if name in said},
         "gated": any(part.endswith("_gate") for p in placed for part in (p.role, *p.layout.parts)),
     }

@@ -1,0 +1,1 @@
+"""What is special about single classes of ``diffusers``: one file each, under the class's name."""
