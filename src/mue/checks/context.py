@@ -145,8 +145,8 @@ def loss_of(model: nn.Module, batch: Any, loss: Loss | None) -> Tensor:
 
 
 def logits_of(out: Any) -> Tensor | None:
-    """The logits in what a model returned."""
-    found = out.get("logits") if isinstance(out, Mapping) else getattr(out, "logits", out)
+    """The logits in what a model returned; what it drew, where nothing is called so."""
+    found = out.get("logits", out) if isinstance(out, Mapping) else getattr(out, "logits", out)
     return next((t for t in returned(found) if t.dim() >= 2 and t.is_floating_point()), None)
 
 

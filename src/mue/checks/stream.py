@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from mue.checks.known import Known, key_of
@@ -36,6 +38,20 @@ class Stream(Known):  # type: ignore[no-untyped-call]
         self._alive.append(stream)
         self._origins[key] = Origin(stream=True)
         self._scores = None
+
+    def _patched(self, kernel: str, args: tuple[Any, ...], out: Tensor) -> bool:
+        """Patches that a filter reads, one for each step of its own size (``diffusers``): its result becomes the stream."""
+        held = self._parameter(args[1]) if kernel == "convolution" else None
+        if held is None or held[0].role != "patch_embedding" or self.record.stream is not None:
+            return False
+        self._move(out)
+        self._chains[key_of(out)] = held
+        return True
+
+    def _of_patches(self, t: Tensor) -> bool:
+        """Whether a tensor is what a filter made of patches, but for a factor: there the width is not its last axis."""
+        source, _ = self._chains.get(key_of(t), (None, 1.0))
+        return isinstance(source, ParamInfo) and source.role == "patch_embedding"
 
     def _looked_up(self, p: ParamInfo, factor: float, out: Tensor) -> None:
         if p.role != "embedding" or not self._wide(out):

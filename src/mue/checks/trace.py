@@ -177,7 +177,11 @@ class Trace(Gated):  # type: ignore[no-untyped-call]
             if key_of(out) != key_of(first):
                 self._hold(out, held[0], held[1] * (factor_of(kernel, args) or 1.0))
             return
-        if self._modulated(kernel, args, out) or self._normed(kernel, args, given, out):
+        if (
+            self._patched(kernel, args, out)
+            or self._modulated(kernel, args, out)
+            or self._normed(kernel, args, given, out)
+        ):
             return
         if self._product(kernel, args, kwargs, out):
             return
@@ -202,7 +206,8 @@ class Trace(Gated):  # type: ignore[no-untyped-call]
             self._gated[key_of(out)] = gate, branch, before * factor
         if key_of(wide) in self._sums and out.numel() == wide.numel():
             self._sums[key_of(out)] = [t.times(factor) for t in self._sums[key_of(wide)]]
-        if self._wide(out) and out.numel() == wide.numel() and self._order(wide) >= 0 and kernel != "cat":
+        rows = self._wide(out) or self._of_patches(out)
+        if rows and out.numel() == wide.numel() and self._order(wide) >= 0 and kernel != "cat":
             self._roots[key_of(out)] = out
             self._alive.append(out)
 

@@ -160,7 +160,10 @@ MODELS: dict[str, tuple[Any, dict[str, Any], dict[str, str | None]]] = {
         QwenImageTransformer2DModel,
         {
             **HEADS,
-            **{"in_channels": 16, "out_channels": 4, "joint_attention_dim": 24, "axes_dims_rope": (4, 6, 6)},
+            "in_channels": 16,
+            "out_channels": 4,
+            "joint_attention_dim": 24,
+            "axes_dims_rope": (4, 6, 6),
         },
         {
             **under("time_text_embed", TIME),
