@@ -117,6 +117,117 @@ def test_the_kernels_feed_forward_is_torchs(shape: tuple[int, int, int], gated: 
     assert 5e-4 < max(rounded) < 2e-2
 
 
+# ---- as a diffusion transformer has them: over all tokens, shifted, scaled and gated ---------------------------------------------
+
+
+def diffusion_leaves(name: str, B: int, T: int, D: int) -> Leaves:
+    """(x, modulation (B, 3 D), weights …); heads of 6 share keys in pairs, inner width 40."""
+    rows: list[tuple[int, ...] | None] = [(D,), (24, D), (12, D), (12, D), (6,), (6,), (D, 24)]
+    if name != "attention":
+        rows = [(D,), None if name == "no gate" else (40, D), (40, D), (D, 40)]
+    torch.manual_seed(12)
+    weights = [None if row is None else torch.randn(row) / row[-1] ** 0.5 + (len(row) == 1) for row in rows]
+    return [torch.randn(B, T, D), torch.randn(B, 3 * D), *weights]
+
+
+def plain_diffusion(name: str, x: Tensor, modulation: Tensor, gain: Tensor, *weights: Tensor | None) -> Tensor:
+    """x + 0.7 · gate · branch(norm x · (1 + scale) + shift) by torch's operators."""
+    shift, scale, gate = modulation.unsqueeze(-2).chunk(3, -1)
+    n = normed(x, gain) * (1 + scale) + shift
+    if name == "attention":
+        q, k, v, q_gain, k_gain, o = (w for w in weights if w is not None)
+        q, k, v = ((n @ m.mT).unflatten(-1, (-1, 6)) for m in (q, k, v))
+        heads = (t.transpose(1, 2) for t in (normed(q, q_gain), normed(k, k_gain), v))
+        y = F.scaled_dot_product_attention(*heads, scale=0.3, enable_gqa=True).transpose(1, 2).flatten(-2) @ o.mT
+    else:
+        first, up, down = weights
+        assert up is not None and down is not None
+        y = (F.gelu(n @ up.mT) if first is None else F.silu(n @ first.mT) * (n @ up.mT)) @ down.mT
+    return x + 0.7 * gate * y
+
+
+def kernels_diffusion(name: str, x: Tensor, modulation: Tensor, *weights: Tensor | None, half: bool = False) -> Tensor:
+    if name == "attention":
+        whole = [w for w in weights if w is not None]
+        return sublayer.attention(x, whole, None, scale=0.3, residual=0.7, eps=1e-3, half=half, modulation=modulation)
+    return sublayer.feed_forward(x, weights, residual=0.7, eps=1e-3, half=half, modulation=modulation)
+
+
+@pytest.mark.usefixtures("kernel", "threads")
+@pytest.mark.parametrize("name", ["attention", "feed forward", "no gate"])
+# a sequence, several in a piece of the feed-forward, one in several parts, one token
+@pytest.mark.parametrize("shape", [(1, 40, 24), (9, 16, 32), (4, 7, 10), (3, 200, 16), (5, 1, 8)])
+def test_the_kernels_modulated_sublayers_are_torchs(name: str, shape: tuple[int, int, int]) -> None:
+    """Results and all gradients, the modulation's by sequence; each of its vectors is seen, and whose it is."""
+    leaves, D = diffusion_leaves(name, *shape), shape[-1]
+    # one token attends to itself: the gradients of q and k, and of their gains, are zero
+    zero = (4, 5, 7, 8) if name == "attention" and shape[1] == 1 else ()
+    ours, exact = (functools.partial(f, name) for f in (kernels_diffusion, plain_diffusion))
+    assert max(e for i, e in enumerate(both(ours, exact, leaves)) if i not in zero) < 4e-6
+
+    def wrong(change: Callable[[Tensor], Tensor]) -> float:
+        return both(lambda x, by, *weights: ours(x, change(by), *weights), exact, leaves)[0]
+
+    for i in range(3):  # negative controls: the shift, the scale, the gate of 0; another sequence's
+        assert wrong(lambda by, i=i: by * (torch.arange(3 * D) // D != i)) > 1e-3
+    assert shape[0] == 1 or wrong(lambda by: by.roll(1, 0)) > 1e-3
+    if name == "attention" and shape[1] > 1:  # and every token sees the last
+        x, *rest = leaves
+        later = x + (torch.arange(shape[1]) == shape[1] - 1)[:, None]
+        assert not close(ours(later, *rest)[:, 0], ours(x, *rest)[:, 0], operations=1000)
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.filterwarnings(
+    "ignore:Input #:UserWarning"
+)  # that it is not in double precision, which the kernel has none of
+@pytest.mark.parametrize("name", ["attention", "feed forward", "no gate"])
+def test_the_modulated_gradients_are_those_of_the_kernels_own_result(name: str) -> None:
+    leaves = [None if x is None else x.requires_grad_() for x in diffusion_leaves(name, 2, 3, 8)]
+    check = functools.partial(torch.autograd.gradcheck, inputs=leaves, eps=1e-2, atol=5e-3, rtol=5e-3)
+    assert check(functools.partial(kernels_diffusion, name))
+
+    def off(*leaves: Tensor | None) -> Tensor:
+        return Bent.apply(kernels_diffusion(name, *leaves))
+
+    assert not check(off, raise_exception=False)  # negative control
+
+
+class Bent(torch.autograd.Function):
+    """The identity with a gradient that is 5 % too large."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, dx: Tensor) -> Tensor:
+        return 1.05 * dx
+
+
+@pytest.mark.usefixtures("kernel", "threads")
+@pytest.mark.parametrize("engine", ["plain", "dot products"])
+@pytest.mark.parametrize("name", ["attention", "feed forward", "no gate"])
+def test_modulated_in_bf16_the_kernels_are_as_exact_as_torchs_operators(
+    name: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loaded = library.loaded()
+    assert loaded is not None
+    if engine not in library.offered(loaded):
+        pytest.skip(f"this processor has no {engine}")
+    monkeypatch.setattr(library, "engine", lambda: engine)
+    leaves, exact = diffusion_leaves(name, 8, 24, 48), functools.partial(plain_diffusion, name)
+
+    def torchs(*leaves: Tensor | None) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return exact(*leaves)
+
+    ours = both(functools.partial(kernels_diffusion, name, half=True), exact, leaves)
+    assert max(ours) > 1e-4  # negative control: it rounds
+    # a gain of six numbers is a draw: all tensors together
+    assert sum(e**2 for e in ours) <= 1.2**2 * sum(e**2 for e in both(torchs, exact, leaves))
+
+
 @pytest.mark.usefixtures("kernel", "threads")
 @pytest.mark.parametrize("engine", ["plain", "dot products"])
 def test_in_bf16_the_kernels_are_as_exact_as_torchs_operators(engine: str) -> None:
@@ -180,26 +291,30 @@ def in_bf16(
 
 
 @pytest.mark.usefixtures("kernel", "threads")
+@pytest.mark.parametrize("modulated", [False, True])
 @pytest.mark.parametrize("name", ["attention", "feed forward", "no gate"])
 @pytest.mark.parametrize("variants", [1, 2, 3, 6, 7])
-def test_the_kernels_variants_are_themselves(name: str, variants: int) -> None:
+def test_the_kernels_variants_are_themselves(name: str, variants: int, modulated: bool) -> None:
     """Stacked, each has the result and the gradients that it has alone: whether threads share it or it has one to itself."""
     torch.manual_seed(11)
     B, T, D, E = 4, 17, 24, 8
     rows = [(D,), (D, D), (E, D), (E, D), (E,), (E,), (D, D)]
     if name != "attention":
         rows = [(D,), (40, D), (40, D), (D, 40)]
+    if modulated:
+        rows = [*rows, (B, 3 * D)]
     weights: list[Tensor] = [torch.randn(variants, *row, requires_grad=True) for row in rows]
     x = torch.randn(variants, B, T, D, requires_grad=True)
-    rope = rotary_table(T, E)
+    rope = None if modulated else rotary_table(T, E)
 
-    def run(x: Tensor, weights: list[Tensor]) -> list[Tensor]:
+    def run(x: Tensor, leaves: list[Tensor]) -> list[Tensor]:
+        weights, modulation = (leaves[:-1], leaves[-1]) if modulated else (leaves, None)
         if name == "attention":
-            y = sublayer.attention(x, weights, rope, scale=0.3, residual=0.7, eps=1e-3)
+            y = sublayer.attention(x, weights, rope, scale=0.3, residual=0.7, eps=1e-3, modulation=modulation)
         else:
             given = [weights[0], None if name == "no gate" else weights[1], *weights[2:]]
-            y = sublayer.feed_forward(x, given, residual=0.7, eps=1e-3)
-        return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *weights], allow_unused=True)]
+            y = sublayer.feed_forward(x, given, residual=0.7, eps=1e-3, modulation=modulation)
+        return [y.detach(), *torch.autograd.grad(y.square().sum(), [x, *leaves], allow_unused=True)]
 
     together = run(x, weights)
     for v in range(variants):

@@ -1,5 +1,8 @@
 """Sublayers of a transformer block, x + c·f(norm x), by the native kernel: attention, and the dense feed-forward network.
 
+Both also as a diffusion transformer has them (adaLN, 2212.09748), x + c·gate·f(norm x · (1 + scale) + shift), each sequence with a
+shift, a scale and a gate of its own.
+
 One call forward and one backward. At small widths much of what torch's way costs is not arithmetic: norms, RoPE, activations,
 multipliers and sums are passes over memory, every operator is a launch, and its fused attention on a CPU reaches a tenth of
 the processor's speed.
@@ -29,17 +32,22 @@ class _Attention(ctypes.Structure):
         *((name, ctypes.c_int64) for name in ("variants", "batch", "length", "width", "heads", "kv_heads")),
         *((name, ctypes.c_int64) for name in ("head_dim", "products", "threads")),
         *((name, ctypes.c_double) for name in ("scale", "residual", "eps")),
-        *((name, ctypes.c_void_p) for name in ("gain", "q", "k", "v", "q_gain", "k_gain", "o", "turn", "x")),
-        *((name, ctypes.c_void_p) for name in ("out", "qkv", "y", "log_sum", "dout", "dx", "gradients")),
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("gain", "q", "k", "v", "q_gain", "k_gain", "o", "turn", "modulation", "x")
+        ),
+        *((name, ctypes.c_void_p) for name in ("out", "qkv", "y", "log_sum", "branch")),
+        *((name, ctypes.c_void_p) for name in ("dout", "dx", "dmodulation", "gradients")),
     ]
 
 
 class _FeedForward(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("variants", "rows", "width", "inner", "products", "threads")),
+        *((name, ctypes.c_int64) for name in ("variants", "rows", "length", "width", "inner", "products", "threads")),
         *((name, ctypes.c_double) for name in ("residual", "eps")),
-        *((name, ctypes.c_void_p) for name in ("gain", "gate", "up", "down", "x")),
-        *((name, ctypes.c_void_p) for name in ("out", "gate_rows", "up_rows", "dout", "dx", "gradients")),
+        *((name, ctypes.c_void_p) for name in ("gain", "gate", "up", "down", "modulation", "x")),
+        *((name, ctypes.c_void_p) for name in ("out", "gate_rows", "up_rows", "branch")),
+        *((name, ctypes.c_void_p) for name in ("dout", "dx", "dmodulation", "gradients")),
     ]
 
 
@@ -56,8 +64,8 @@ class _Kernel:
     """One sublayer's C interface.
 
     Attributes:
-        structure: its call. given: the fields of the tensors it is given after x. kept: of those that forward leaves for
-            backward. numbers: of its floats.
+        structure: its call. given: the fields of the tensors it is given after x, of which the last is the modulation. kept: of
+            those that forward leaves for backward. numbers: of its floats.
         sizes: its integers, from x and what is given.
         shapes: of what is kept.
     """
@@ -91,12 +99,21 @@ class _Kernel:
 
     def differentiated(
         self, dout: Tensor, x: Tensor, given: Sequence[Tensor], kept: Sequence[Tensor], numbers: Sequence[float], half: bool
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The gradients of x and of all weights, these one after the other (of each variant)."""
-        dx, gradients = torch.empty_like(x), x.new_empty(self.gradients(given))
-        saved = dict(zip(self.kept, kept, strict=True))
-        self.run("backward", x, given, numbers, half, **saved, dout=dout.contiguous(), dx=dx, gradients=gradients)
-        return dx, gradients
+    ) -> list[Tensor]:  # fmt: skip
+        """The gradients: of x, of the modulation, and of all weights, these one after the other (of each variant)."""
+        found = self.gradients(x, given)
+        more = dict(zip(("dx", "dmodulation", "gradients"), found, strict=True))
+        self.run(
+            "backward",
+            x,
+            given,
+            numbers,
+            half,
+            **dict(zip(self.kept, kept, strict=True)),
+            dout=dout.contiguous(),
+            **more,
+        )
+        return found
 
     def split(self, tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """x, what is given and what is kept: the order in which both forms save for the backward."""
@@ -104,21 +121,22 @@ class _Kernel:
         return tensors[0], list(tensors[1:count]), list(tensors[count:])
 
     def weights(self, given: Sequence[Tensor]) -> list[Tensor]:
-        """What has a gradient: all but the table of RoPE."""
-        return [tensor for name, tensor in zip(self.given, given, strict=True) if name != "turn"]
+        """What is trained: all but the table of RoPE and the modulation."""
+        return [t for name, t in zip(self.given, given, strict=True) if name not in ("turn", "modulation")]
 
-    def gradients(self, given: Sequence[Tensor]) -> tuple[int, ...]:
-        """Shape of the gradients of all weights."""
+    def gradients(self, x: Tensor, given: Sequence[Tensor]) -> list[Tensor]:
+        """Memory for the gradients of x, of the modulation and of all weights."""
         lead = _lead(given)
         # one buffer, one weight after the other, as the threads' own sums lie (csrc/attention.cpp)
-        return *lead, sum(w.numel() for w in self.weights(given)) // math.prod(lead)
+        size = sum(w.numel() for w in self.weights(given)) // math.prod(lead)
+        return [torch.empty_like(x), torch.empty_like(given[-1]), x.new_empty((*lead, size))]
 
-    def apart(self, gradients: Tensor, given: Sequence[Tensor]) -> list[Tensor | None]:
+    def apart(self, dmodulation: Tensor, gradients: Tensor, given: Sequence[Tensor]) -> list[Tensor | None]:
         """A gradient for each of what is given."""
         weights, variants = self.weights(given), math.prod(_lead(given))
         parts = gradients.split_with_sizes([w.numel() // variants for w in weights], -1)
         found: list[Tensor | None] = [part.view(w.shape) for part, w in zip(parts, weights, strict=True)]
-        return found + [None] * (len(given) - len(found))
+        return [*found, *[None] * (len(given) - 1 - len(found)), dmodulation]
 
 
 def _operator(kernel: _Kernel) -> Callable[[Tensor, list[Tensor], list[float], bool], Tensor]:
@@ -141,8 +159,8 @@ def _operator(kernel: _Kernel) -> Callable[[Tensor, list[Tensor], list[float], b
         @once_differentiable
         def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
             x, given, kept = kernel.split(ctx.saved_tensors)
-            dx, gradients = kernel.differentiated(dout, x, given, kept, ctx.numbers, ctx.half)
-            return None, None, dx, *kernel.apart(gradients, given)
+            dx, *more = kernel.differentiated(dout, x, given, kept, ctx.numbers, ctx.half)
+            return None, None, dx, *kernel.apart(*more, given)
 
     @torch.library.custom_op(f"mue::{kernel.name}", mutates_args=())
     def compiled(x: Tensor, given: list[Tensor], numbers: list[float], half: bool) -> list[Tensor]:
@@ -153,7 +171,7 @@ def _operator(kernel: _Kernel) -> Callable[[Tensor, list[Tensor], list[float], b
     @torch.library.custom_op(f"mue::{kernel.name}_backward", mutates_args=())
     def backward(
         dout: Tensor, x: Tensor, given: list[Tensor], kept: list[Tensor], numbers: list[float], half: bool
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    ) -> list[Tensor]:  # fmt: skip
         return kernel.differentiated(dout, x, given, kept, numbers, half)
 
     def keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
@@ -162,11 +180,11 @@ def _operator(kernel: _Kernel) -> Callable[[Tensor, list[Tensor], list[float], b
 
     def differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
         x, given, kept = kernel.split(ctx.saved_tensors)
-        dx, gradients = backward(grads[0], x, given, kept, ctx.numbers, ctx.half)
-        return dx, kernel.apart(gradients, given), None, None
+        dx, *more = backward(grads[0], x, given, kept, ctx.numbers, ctx.half)
+        return dx, kernel.apart(*more, given), None, None
 
     compiled.register_fake(lambda x, given, *_: kernel.results(x, given))
-    backward.register_fake(lambda dout, x, given, *_: (torch.empty_like(x), x.new_empty(kernel.gradients(given))))
+    backward.register_fake(lambda dout, x, given, *_: kernel.gradients(x, given))
     compiled.register_autograd(differentiate, setup_context=keep)
     named: Any = type(f"native_{kernel.name}", (Eager,), {})  # what a profile shows
 
@@ -199,30 +217,39 @@ def _attention_sizes(x: Tensor, given: Sequence[Tensor]) -> dict[str, int]:
 
 def _attention_kept(x: Tensor, given: Sequence[Tensor]) -> list[tuple[int, ...]]:
     (*lead, T, _), heads, each = x.shape, given[1].shape[-2], given[2].shape[-2]
-    return [(*lead, T, heads + 2 * each), (*lead, T, heads), (*lead, heads // given[4].shape[-1], T)]
+    sums = *lead, heads // given[4].shape[-1], T
+    return [(*lead, T, heads + 2 * each), (*lead, T, heads), sums, _branch(x, given)]
 
 
 def _feed_forward_sizes(x: Tensor, given: Sequence[Tensor]) -> dict[str, int]:
     variants, inner, rows = math.prod(_lead(given)), given[2].shape[-2], math.prod(x.shape[:-1])
     threads = max(1, min(torch.get_num_threads(), rows // _ROWS_PER_THREAD))
-    return {"variants": variants, "rows": rows // variants, "width": x.shape[-1], "inner": inner, "threads": threads}
+    return {
+        "variants": variants, "rows": rows // variants, "length": x.shape[-2] if x.dim() > 1 else 1, "width": x.shape[-1], "inner": inner,
+        "threads": threads,
+    }  # fmt: skip
 
 
 def _feed_forward_kept(x: Tensor, given: Sequence[Tensor]) -> list[tuple[int, ...]]:
-    return [(*x.shape[:-1], w.shape[-2]) if w.numel() else (0,) for w in given[1:3]]
+    return [*((*x.shape[:-1], w.shape[-2]) if w.numel() else (0,) for w in given[1:3]), _branch(x, given)]
+
+
+def _branch(x: Tensor, given: Sequence[Tensor]) -> tuple[int, ...]:
+    """What a gate multiplies, where there is one."""
+    return tuple(x.shape) if given[-1].numel() else (0,)
 
 
 _ROWS_PER_THREAD = 32  # of the feed-forward, below which another thread costs more than it saves
 _attention = _operator(
     _Kernel(
-        "attention", _Attention, ("gain", "q", "k", "v", "q_gain", "k_gain", "o", "turn"), ("qkv", "y", "log_sum"),
-        ("scale", "residual", "eps"), _attention_sizes, _attention_kept,
+        "attention", _Attention, ("gain", "q", "k", "v", "q_gain", "k_gain", "o", "turn", "modulation"),
+        ("qkv", "y", "log_sum", "branch"), ("scale", "residual", "eps"), _attention_sizes, _attention_kept,
     )
 )  # fmt: skip
 _feed_forward = _operator(
     _Kernel(
-        "feed_forward", _FeedForward, ("gain", "gate", "up", "down"), ("gate_rows", "up_rows"), ("residual", "eps"),
-        _feed_forward_sizes, _feed_forward_kept,
+        "feed_forward", _FeedForward, ("gain", "gate", "up", "down", "modulation"), ("gate_rows", "up_rows", "branch"),
+        ("residual", "eps"), _feed_forward_sizes, _feed_forward_kept,
     )
 )  # fmt: skip
 
@@ -230,35 +257,47 @@ _feed_forward = _operator(
 def attention(
     x_BTD: Tensor,
     weights: Sequence[Tensor],
-    rope: Tensor,
+    rope: Tensor | None,
     *,
     scale: float,
     residual: float,
     eps: float,
     half: bool = False,
+    modulation: Tensor | None = None,
 ) -> Tensor:
-    """x + residual · o(softmax attention over the past of norm x), with RMSNorm and RoPE of every head's q and k.
+    """x + residual · o(softmax attention of norm x), with RMSNorm of every head's q and k: over the past with RoPE, or over all tokens.
 
     Args:
         x_BTD: in float32 on the CPU, as everything else.
         weights: the norm's gain (D,), q (H·E, D), k and v (K·E, D), the gains of q and k (E,), o (D, H·E).
-        rope: (T, 1, E/2, 2), cos and sin of the angle by which neighbouring pairs are turned. (Of all variants.)
+        rope: (T, 1, E/2, 2), cos and sin of the angle by which neighbouring pairs are turned. (Of all variants.) None: tokens have no
+            order, and each attends to all.
         scale: of the logits.
         half: products in bf16 (where there are no instructions for it, in float32 with what they take and give rounded).
+        modulation: (B, 3 D), of each sequence the shift and the scale of norm x, and the gate of what is added.
     """
-    return _attention(x_BTD, [*weights, rope], [scale, residual, eps], half)
+    return _attention(x_BTD, _filled(x_BTD, *weights, rope, modulation), [scale, residual, eps], half)
 
 
 def feed_forward(
-    x: Tensor, weights: Sequence[Tensor | None], *, residual: float, eps: float, half: bool = False
+    x: Tensor,
+    weights: Sequence[Tensor | None],
+    *,
+    residual: float,
+    eps: float,
+    half: bool = False,
+    modulation: Tensor | None = None,
 ) -> Tensor:
     """x + residual · down(silu(gate n) · up n) of n = norm x; without a gate gelu(up n).
 
     Args:
-        x: (..., D), in float32 on the CPU, as everything else.
+        x: (..., D), with a modulation (B, T, D), in float32 on the CPU, as everything else.
         weights: the norm's gain (D,), gate (F, D) or None, up (F, D), down (D, F).
-        half: see `attention`.
+        half, modulation: see `attention`.
     """
-    # an operator takes tensors only: an empty one stands for no gate
-    given = [x.new_empty(0) if weight is None else weight for weight in weights]
-    return _feed_forward(x, given, [residual, eps], half)
+    return _feed_forward(x, _filled(x, *weights, modulation), [residual, eps], half)
+
+
+def _filled(x: Tensor, *given: Tensor | None) -> list[Tensor]:
+    """An operator takes tensors only: an empty one stands for None."""
+    return [x.new_empty(0) if tensor is None else tensor for tensor in given]

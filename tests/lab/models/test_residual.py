@@ -6,29 +6,34 @@ import contextlib
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import mue
-from mue.kernels import sublayer
+from mue.kernels import library, sublayer
 from mue.lab.models import ops as paths
+from mue.lab.models.diffusion import DiffusionModel
 from mue.lab.models.language import LanguageModel
 from mue.plan.values import Multipliers
+from support.diffusion import BASE as DIT
+from support.diffusion import MOE as DIT_MOE
+from support.diffusion import batch_of
 from support.precision import close, norm_off
 
 
-def gradients(model: LanguageModel, tokens: Tensor, **context: bool) -> dict[str, Tensor]:
+def gradients(model: nn.Module, *batch: Tensor, **context: bool) -> dict[str, Tensor]:
     """The loss, and by name the gradients; `plain`: by torch's operators, `half`: in bf16, `compiled`."""
     call = torch.compile(model, backend="aot_eager", fullgraph=True) if context.get("compiled") else model
     with (
         FlopCounterMode(display=False) if context.get("plain") else contextlib.nullcontext(),
         torch.autocast("cpu", torch.bfloat16, enabled=context.get("half", False)),
     ):
-        loss = call(tokens, tokens).loss
+        loss = call(*batch).loss
     names, parameters = zip(*model.named_parameters(), strict=True)
     found = torch.autograd.grad(loss, parameters)
     return {"loss": loss.detach(), **dict(zip(names, found, strict=True))}
@@ -58,9 +63,9 @@ def test_a_model_by_the_kernel_is_the_model(shape: mue.Dense | mue.MoE, monkeypa
     for name in ("attention", "feed_forward"):
         kernel = getattr(sublayer, name)
         monkeypatch.setattr(sublayer, name, lambda *a, n=name, k=kernel, **b: calls.append(n) or k(*a, **b))
-    plain = gradients(model, tokens, plain=True)
+    plain = gradients(model, tokens, tokens, plain=True)
     assert not calls
-    ours = gradients(model, tokens)
+    ours = gradients(model, tokens, tokens)
     dense = isinstance(shape, mue.Dense)
     assert calls == ["attention", "feed_forward"] * shape.layers if dense else ["attention"] * shape.layers
     assert max(norm_off(ours[name], plain[name].double()) for name in plain) < 1e-5
@@ -73,15 +78,64 @@ def test_a_model_by_the_kernel_is_the_model(shape: mue.Dense | mue.MoE, monkeypa
     assert close(again, straight, operations=operations)
     assert not close(1.01 * again, straight, operations=operations)  # negative control
     if dense:
-        compiled = gradients(model, tokens, compiled=True)
+        compiled = gradients(model, tokens, tokens, compiled=True)
         assert max(norm_off(compiled[name], plain[name].double()) for name in plain) < 1e-5
         monkeypatch.setattr(paths, "bf16_instructions", lambda: False)
-        rounded, torchs = (gradients(model, tokens, half=True, plain=p) for p in (False, True))
+        rounded, torchs = (gradients(model, tokens, tokens, half=True, plain=p) for p in (False, True))
         errors = [
             statistics.mean(norm_off(found[name], plain[name].double()) for name in plain)
             for found in (rounded, torchs)
         ]
         assert 1e-3 < errors[0] < 1.2 * errors[1]
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("shape", [DIT, DIT_MOE], ids=["dense", "moe"])
+def test_a_diffusion_model_by_the_kernel_is_the_model(
+    shape: mue.Dense | mue.MoE, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modulated, over all patches: the same watched, compiled, in bf16 and where no kernel was built."""
+    multipliers = Multipliers(residual=0.6, output=(1.3,) * shape.layers, route=(2.0,) * shape.layers)
+    torch.manual_seed(8)
+    model, batch = DiffusionModel(shape, multipliers), batch_of()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" in name:
+                parameter.mul_(torch.rand_like(parameter) + 0.5)
+            elif "modulation" in name:
+                parameter.normal_(std=0.1)
+    calls: list[str] = []
+    for name in ("attention", "feed_forward"):
+        kernel = getattr(sublayer, name)
+        monkeypatch.setattr(sublayer, name, lambda *a, n=name, k=kernel, **b: calls.append(n) or k(*a, **b))
+    plain = gradients(model, *batch, plain=True)
+    assert not calls
+    ours = gradients(model, *batch)
+    dense = isinstance(shape, mue.Dense)
+    assert calls == (["attention", "feed_forward"] if dense else ["attention"]) * shape.layers
+    assert max(norm_off(ours[name], plain[name].double()) for name in plain) < 1e-5
+    model.multipliers = replace(multipliers, head=1.001)
+    assert norm_off(gradients(model, *batch)["head.weight"], plain["head.weight"].double()) > 1e-4  # negative control
+    model.multipliers = multipliers
+    if dense:
+        compiled = gradients(model, *batch, compiled=True)
+        assert max(norm_off(compiled[name], plain[name].double()) for name in plain) < 1e-5
+        monkeypatch.setattr(paths, "bf16_instructions", lambda: False)
+        rounded, torchs = (gradients(model, *batch, half=True, plain=p) for p in (False, True))
+        errors = [
+            statistics.mean(norm_off(found[name], plain[name].double()) for name in plain)
+            for found in (rounded, torchs)
+        ]
+        assert 1e-3 < errors[0] < 1.2 * errors[1]
+    calls.clear()
+    model.blocks[0].attention.causal = True  # somebody's change: no kernel masks without RoPE
+    model(*batch)
+    assert calls.count("attention") == shape.layers - 1
+    calls.clear()
+    monkeypatch.setattr(library, "built", lambda: False)
+    model.blocks[0].attention.causal = False
+    without = gradients(model, *batch)
+    assert not calls and max(norm_off(without[name], plain[name].double()) for name in plain) < 1e-5
 
 
 @pytest.mark.usefixtures("kernel")

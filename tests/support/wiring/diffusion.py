@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 import mue
 from mue.checks import Report
-from mue.lab.models.diffusion import DiffusionBlock, DiffusionModel, modulated
+from mue.lab.models.diffusion import DiffusionBlock, DiffusionModel
+from mue.lab.models.residual import modulated
 from support.wiring.fault import around, times
 
 IMAGE = mue.Image(size=8, channels=1, patch=2, classes=3)

@@ -45,28 +45,31 @@ struct Norm {
   float* dgain;
 };
 
-// x + residual o(attention(norm x)): causal softmax attention with RMSNorm before it, and RMSNorm and RoPE of every head's q and k.
-// In float. Of several variants, every array but `turn` is one's after the
-// other's.
+// x + residual o(attention(norm x)): softmax attention with RMSNorm before it, and RMSNorm of every head's q and k; with a turn RoPE
+// after that and each token attends to the past, without one to all of its sequence. In float. Of several variants, every array but
+// `turn` is one's after the other's.
+//
+// A modulation (B, 3, D) has a shift, a scale and a gate for each sequence (adaLN, 2212.09748): norm x becomes norm x (1 + scale) +
+// shift, and what is added is multiplied by the gate; null: 0, 0 and 1. For the backward the branch before its gate is kept.
 struct Attention {
   int64_t variants, batch, length, width, heads, kv_heads, head_dim, products, threads;  // B, T, D, H, K, E
   double scale, residual, eps;                                             // scale: of the logits
   const float *gain, *q, *k, *v, *q_gain, *k_gain, *o;                     // (D), (HE, D), (KE, D), (KE, D), (E), (E), (D, HE)
-  const float *turn, *x;                                                   // (T, E / 2, 2) as in Norm; (B, T, D)
-  float *out, *qkv, *y, *log_sum;  // (B, T, D); (B, T, (H + 2 K) E), (B, T, HE), (B, H, T): read by backward
+  const float *turn, *modulation, *x;       // (T, E / 2, 2) as in Norm; see above; (B, T, D)
+  float *out, *qkv, *y, *log_sum, *branch;  // (B, T, D); (B, T, (H + 2 K) E), (B, T, HE), (B, H, T), (B, T, D): read by backward
   const float* dout;
-  float *dx, *gradients;           // gradients: of gain to o, one after the other
+  float *dx, *dmodulation, *gradients;      // gradients: of gain to o, one after the other
 };
 
-// x + residual down(silu(gate n) * up n), n = norm x; no gate: gelu(up n). Variants as above.
+// x + residual down(silu(gate n) * up n), n = norm x; no gate: gelu(up n). Variants and modulations, of `length` rows each, as above.
 struct FeedForward {
-  int64_t variants, rows, width, inner, products, threads;  // M, D, H
+  int64_t variants, rows, length, width, inner, products, threads;  // M, T, D, H
   double residual, eps;
   const float *gain, *gate, *up, *down;       // (D), (H, D), (H, D), (D, H)
-  const float* x;                             // (M, D)
-  float *out, *gate_rows, *up_rows;           // (M, D); (M, H): read by backward
+  const float *modulation, *x;                // (M / T, 3, D); (M, D)
+  float *out, *gate_rows, *up_rows, *branch;  // (M, D); (M, H), (M, H), (M, D): read by backward
   const float* dout;
-  float *dx, *gradients;                      // gradients: of gain to down, one after the other
+  float *dx, *dmodulation, *gradients;        // gradients: of gain to down, one after the other
 };
 
 // The `active` largest of each row of score (T, N), active / groups within each group of neighbours, falling; best (T, active).

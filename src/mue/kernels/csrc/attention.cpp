@@ -1,4 +1,4 @@
-// Causal softmax attention between norm and sum, with QK-norm and RoPE, forward and backward, in float (products: see sublayer.h).
+// Softmax attention between norm and sum, with QK-norm, causal with RoPE or over all tokens, forward and backward, in float (products: see sublayer.h).
 //
 // Logits exist for kQueries queries of one head at a time, and only for keys that those may see. Kept for the backward: q, k
 // and v before their norms, attention's result and the logarithm of each softmax's sum; the rest is cheaper to compute again.
@@ -72,7 +72,8 @@ template <class P> struct Heads {
     advance(own.gain, v * D), advance(own.q, v * all * D), advance(own.k, v * each * D), advance(own.v, v * each * D);
     advance(own.q_gain, v * E), advance(own.k_gain, v * E), advance(own.o, v * D * all);
     for (auto rows : {&own.x, &own.dout}) advance(*rows, v * tokens * D);
-    for (auto rows : {&own.out, &own.dx}) advance(*rows, v * tokens * D);
+    for (auto rows : {&own.out, &own.dx, &own.branch}) advance(*rows, v * tokens * D);
+    advance(own.modulation, v * call.batch * 3 * D), advance(own.dmodulation, v * call.batch * 3 * D);
     advance(own.qkv, v * tokens * (all + 2 * each)), advance(own.y, v * tokens * all), advance(own.log_sum, v * tokens * call.heads);
     return own;
   }
@@ -111,14 +112,17 @@ template <class P> struct Heads {
   }
 
   void norm(int64_t b) {
-    for (int64_t t = 0; t < T; t++)
-      inverse[t] = norm_row(call.x + (b * T + t) * D, call.gain, nullptr, D, call.eps, normed + t * D);
+    norm_rows(call, b * T, T, inverse, normed);
     round(normed, T * D);
   }
 
+  const float* turn(int64_t t) const { return call.turn ? call.turn + t * E : nullptr; }
+  // How many tokens t attends to.
+  int64_t seen(int64_t t) const { return call.turn ? t + 1 : T; }
+
   // A head's part of rows, normed and turned.
   void turn_head(float* to, const float* from, const float* gain) {
-    for (int64_t t = 0; t < T; t++) norm_row(from + t * row, gain, call.turn + t * E, E, call.eps, to + t * E);
+    for (int64_t t = 0; t < T; t++) norm_row(from + t * row, gain, turn(t), E, call.eps, to + t * E);
   }
 
   void keys_and_values(const float* qkv, int64_t kv) {
@@ -131,7 +135,7 @@ template <class P> struct Heads {
   template <class F> void blocks(F&& f) {
     for (int64_t t = 0; t < T; t += kQueries) {
       int64_t rows = T - t < kQueries ? T - t : kQueries;
-      f(t, rows, up_to(t + rows, kPanel));
+      f(t, rows, up_to(seen(t + rows - 1), kPanel));
     }
   }
 
@@ -158,7 +162,7 @@ template <class P> struct Heads {
     round(y, T * H * E);
     products.rows(T, D, H * E, y, H * E, packed_o, H * E, branch, D, false);
     round(branch, T * D);
-    add_scaled(call.out + b * T * D, call.x + b * T * D, call.residual, branch, T * D);
+    add_branch(call, b * T, T, branch);
   }
 
   void attend(const float* qkv, float* y, int64_t h, float* log_sum) {
@@ -167,11 +171,11 @@ template <class P> struct Heads {
       float share[kQueries];
       products.rows(rows, keys, E, query + first * E, E, key_columns, E, p, ldp, false);
       for (int64_t r = 0; r < rows; r++) {
-        auto [sum, largest] = exponentials(p + r * ldp, first + r + 1, keys);
+        auto [sum, largest] = exponentials(p + r * ldp, seen(first + r), keys);
         log_sum[first + r] = largest + std::log(sum);
         share[r] = 1 / sum;
       }
-      products.rows(rows, E, first + rows, p, ldp, value_rows, T, block, E, false);
+      products.rows(rows, E, seen(first + rows - 1), p, ldp, value_rows, T, block, E, false);
       for (int64_t r = 0; r < rows; r++)
         for (int64_t c = 0; c < E; c += L) {
           int64_t n = lanes_left(E, c);
@@ -191,8 +195,8 @@ template <class P> struct Heads {
   }
 
   void backward(int64_t b) {
-    const float *qkv = call.qkv + b * T * row, *dout = call.dout + b * T * D, *x = call.x + b * T * D;
-    add_scaled(branch, nullptr, call.residual, dout, T * D);
+    const float* qkv = call.qkv + b * T * row;
+    add_branch_backward(call, b * T, T, branch);
     round(branch, T * D);
     P::pack(right, call.y + b * T * H * E, T, H * E);
     products.outer(D, H * E, T, branch, D, right, T, sum_o, H * E, true);
@@ -208,10 +212,7 @@ template <class P> struct Heads {
       products.outer(wide[i], D, T, dqkv + begin[i], row, right, T, sum_qkv[i], D, true);
       products.rows(T, D, wide[i], dqkv + begin[i], row, packed[i], wide[i], branch, D, i > 0);
     }
-    float* dx = call.dx + b * T * D;
-    for (int64_t t = 0; t < T; t++)
-      norm_row_backward(x + t * D, call.gain, nullptr, D, inverse[t], branch + t * D, dx + t * D, sum_gain);
-    add_scaled(dx, dx, 1, dout, T * D);
+    norm_rows_backward(call, b * T, T, inverse, branch, sum_gain);
   }
 
   void head_backward(int64_t b, const float* qkv, int64_t kv) {
@@ -224,16 +225,16 @@ template <class P> struct Heads {
       const float* log_sum = call.log_sum + (b * H + h) * T;
       blocks([&](int64_t first, int64_t rows, int64_t keys) {
         const float *q = query + first * E, *dy_rows = dy + first * H * E + h * E;
-        int64_t seen = first + rows;
+        int64_t visible = seen(first + rows - 1);
         products.rows(rows, keys, E, q, E, key_columns, E, p, ldp, false);
         products.rows(rows, keys, E, dy_rows, H * E, value_columns, E, dp, ldp, false);
-        for (int64_t r = 0; r < rows; r++) softmax_backward(p + r * ldp, dp + r * ldp, log_sum[first + r], first + r + 1, keys);
+        for (int64_t r = 0; r < rows; r++) softmax_backward(p + r * ldp, dp + r * ldp, log_sum[first + r], seen(first + r), keys);
         for (int64_t r = 0; r < rows; r++) convert(dblock + r * E, dy_rows + r * H * E, E);
         P::pack(block, dblock, rows, E);
-        products.outer(seen, E, rows, p, ldp, block, rows, dvalue, E, true);
+        products.outer(visible, E, rows, p, ldp, block, rows, dvalue, E, true);
         P::pack(block, q, rows, E);
-        products.outer(seen, E, rows, dp, ldp, block, rows, dkey, E, true);
-        products.rows(rows, E, seen, dp, ldp, key_rows, T, dblock, E, false);
+        products.outer(visible, E, rows, dp, ldp, block, rows, dkey, E, true);
+        products.rows(rows, E, visible, dp, ldp, key_rows, T, dblock, E, false);
         for (int64_t r = 0; r < rows; r++) unturn(qkv, h * E, first + r, scaled_gain, dblock + r * E, dscaled_gain);
       });
     }
@@ -246,7 +247,7 @@ template <class P> struct Heads {
   // The gradient of what lies at `column` of token t's row, of which `gradient` is that after norm and turn.
   void unturn(const float* qkv, int64_t column, int64_t t, const float* gain, const float* gradient, float* dgain) {
     const float* from = qkv + t * row + column;
-    norm_row_backward(from, gain, call.turn + t * E, E, inverse_rms(from, E, call.eps), gradient, dqkv + t * row + column, dgain);
+    norm_row_backward(from, gain, turn(t), E, inverse_rms(from, E, call.eps), gradient, dqkv + t * row + column, dgain);
   }
 };
 

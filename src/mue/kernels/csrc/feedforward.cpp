@@ -7,7 +7,8 @@
 namespace mue {
 namespace {
 
-// One thread's work; a piece is `size` tokens, at most kRows, chosen so that all threads get as many.
+// One thread's work; a piece is `size` tokens, at most kRows, chosen so that all threads get as many. Of modulated sequences it is whole
+// ones, whose sums no other thread then touches: as many as `size` holds, or one, and that in parts.
 template <class P> struct Rows {
   P products;
   const FeedForward& call;
@@ -16,6 +17,7 @@ template <class P> struct Rows {
   static constexpr int64_t kRows = 96;
   const int64_t share = (call.rows + call.threads - 1) / call.threads, parts = (share + kRows - 1) / kRows;
   const int64_t size = up_to((share + parts - 1) / parts, 8);
+  const int64_t span = call.modulation ? call.length * std::max<int64_t>(1, size / call.length) : size;
 
   float *packed_gate, *packed_up, *packed_down, *normed, *branch, *hidden, *dgate, *dup, *right, *inverse;
   float *sum_gain, *sum_gate, *sum_up, *sum_down;
@@ -29,13 +31,19 @@ template <class P> struct Rows {
     advance(own.gain, v * D);
     for (auto matrix : {&own.gate, &own.up, &own.down}) advance(*matrix, v * H * D);
     for (auto rows : {&own.x, &own.dout}) advance(*rows, v * call.rows * D);
-    for (auto rows : {&own.out, &own.dx}) advance(*rows, v * call.rows * D);
+    for (auto rows : {&own.out, &own.dx, &own.branch}) advance(*rows, v * call.rows * D);
+    advance(own.modulation, v * call.rows / call.length * 3 * D), advance(own.dmodulation, v * call.rows / call.length * 3 * D);
     for (auto rows : {&own.gate_rows, &own.up_rows}) advance(*rows, v * call.rows * H);
     return own;
   }
 
-  int64_t pieces() const { return (call.rows + size - 1) / size; }
-  int64_t count(int64_t piece) const { return std::min(size, call.rows - piece * size); }
+  int64_t pieces() const { return (call.rows + span - 1) / span; }
+
+  // f(first, rows) for the parts of a piece.
+  template <class F> void parts_of(int64_t piece, F&& f) {
+    for (int64_t first = piece * span, end = std::min(first + span, call.rows); first < end; first += size)
+      f(first, std::min(size, end - first));
+  }
 
   int64_t lay_out(char* base) {
     Memory memory{base};
@@ -58,8 +66,8 @@ template <class P> struct Rows {
     if (call.products == kRounded) round_to_half(values, count);
   }
 
-  void norm(const float* x, int64_t rows) {
-    for (int64_t r = 0; r < rows; r++) inverse[r] = norm_row(x + r * D, call.gain, nullptr, D, call.eps, normed + r * D);
+  void norm(int64_t first, int64_t rows) {
+    norm_rows(call, first, rows, inverse, normed);
     round(normed, rows * D);
   }
 
@@ -74,10 +82,12 @@ template <class P> struct Rows {
   }
 
   void forward(int64_t piece) {
-    int64_t first = piece * size, rows = count(piece);
+    parts_of(piece, [&](int64_t first, int64_t rows) { forward(first, rows); });
+  }
+
+  void forward(int64_t first, int64_t rows) {
     float *gate = gated ? call.gate_rows + first * H : nullptr, *up = call.up_rows + first * H;
-    const float* x = call.x + first * D;
-    norm(x, rows);
+    norm(first, rows);
     if (gated) products.rows(rows, H, D, normed, D, packed_gate, D, gate, H, false), round(gate, rows * H);
     products.rows(rows, H, D, normed, D, packed_up, D, up, H, false), round(up, rows * H);
     for (int64_t r = 0; r < rows; r++)
@@ -88,7 +98,7 @@ template <class P> struct Rows {
     round(hidden, rows * ldh);
     products.rows(rows, D, H, hidden, ldh, packed_down, H, branch, D, false);
     round(branch, rows * D);
-    add_scaled(call.out + first * D, x, call.residual, branch, rows * D);
+    add_branch(call, first, rows, branch);
   }
 
   void prepare_backward() {
@@ -102,15 +112,17 @@ template <class P> struct Rows {
   }
 
   void backward(int64_t piece) {
-    int64_t first = piece * size, rows = count(piece);
-    const float *x = call.x + first * D, *dout = call.dout + first * D;
-    add_scaled(branch, nullptr, call.residual, dout, rows * D);
+    parts_of(piece, [&](int64_t first, int64_t rows) { backward(first, rows); });
+  }
+
+  void backward(int64_t first, int64_t rows) {
+    add_branch_backward(call, first, rows, branch);
     round(branch, rows * D);
     products.rows(rows, H, D, branch, D, packed_down, D, hidden, ldh, false);
     round(hidden, rows * ldh);
     activation_backward(first, rows);
     products.outer(D, H, rows, branch, D, right, rows, sum_down, H, true);
-    norm(x, rows);
+    norm(first, rows);
     P::pack(right, normed, rows, D);
     if (gated) {
       products.outer(H, D, rows, dgate, ldh, right, rows, sum_gate, D, true);
@@ -118,10 +130,7 @@ template <class P> struct Rows {
     }
     products.outer(H, D, rows, dup, ldh, right, rows, sum_up, D, true);
     products.rows(rows, D, H, dup, ldh, packed_up, H, branch, D, gated);
-    float* dx = call.dx + first * D;
-    for (int64_t r = 0; r < rows; r++)
-      norm_row_backward(x + r * D, call.gain, nullptr, D, inverse[r], branch + r * D, dx + r * D, sum_gain);
-    add_scaled(dx, dx, 1, dout, rows * D);
+    norm_rows_backward(call, first, rows, inverse, branch, sum_gain);
   }
 
   // The gradient of the activation lies in `hidden`. Leaves the activation itself in `right`.

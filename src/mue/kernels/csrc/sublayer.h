@@ -126,6 +126,79 @@ inline void add_scaled(float* to, const float* x, float factor, const float* y, 
   });
 }
 
+// Shift, scale and gate of a row's sequence, or their gradients.
+template <class T> struct Modulation {
+  T *shift, *scale, *gate;
+  template <class Call> Modulation(const Call& call, T* all, int64_t row)
+      : shift(all + row / call.length * 3 * call.width), scale(shift + call.width), gate(scale + call.width) {}
+};
+
+// Rows of the call from `first` on -> normed, and modulated where the call says so.
+template <class Call> void norm_rows(const Call& call, int64_t first, int64_t rows, float* inverse, float* normed) {
+  for (int64_t r = 0, D = call.width; r < rows; r++) {
+    float* n = normed + r * D;
+    inverse[r] = norm_row(call.x + (first + r) * D, call.gain, nullptr, D, call.eps, n);
+    if (!call.modulation) continue;
+    Modulation<const float> by(call, call.modulation, first + r);
+    vectors(D, [&](int64_t c, int64_t k) {
+      RowVector scaled = load_some<float>(n + c, k) * (1.0f + load_some<float>(by.scale + c, k));
+      store_some<float>(n + c, scaled + load_some<float>(by.shift + c, k), k);
+    });
+  }
+}
+
+// The gradient of norm_rows' result, which it changes -> dx, beside that of the sum; adds to those of gain, shift and scale.
+template <class Call> void norm_rows_backward(const Call& call, int64_t first, int64_t rows, const float* inverse, float* gradient, float* dgain) {
+  int64_t D = call.width;
+  float* dx = call.dx + first * D;
+  for (int64_t r = 0; r < rows; r++) {
+    const float* x = call.x + (first + r) * D;
+    float* d = gradient + r * D;
+    if (call.modulation) {
+      Modulation<const float> by(call, call.modulation, first + r);
+      Modulation<float> sum(call, call.dmodulation, first + r);
+      vectors(D, [&](int64_t c, int64_t k) {
+        RowVector value = load_some<float>(d + c, k), n = load_some<float>(x + c, k) * inverse[r] * load_some<float>(call.gain + c, k);
+        store_some<float>(sum.shift + c, load_some<float>(sum.shift + c, k) + value, k);
+        store_some<float>(sum.scale + c, load_some<float>(sum.scale + c, k) + value * n, k);
+        store_some<float>(d + c, value * (1.0f + load_some<float>(by.scale + c, k)), k);
+      });
+    }
+    norm_row_backward(x, call.gain, nullptr, D, inverse[r], d, dx + r * D, dgain);
+  }
+  add_scaled(dx, dx, 1, call.dout + first * D, rows * D);
+}
+
+// out = x + residual gate branch for rows from `first` on.
+template <class Call> void add_branch(const Call& call, int64_t first, int64_t rows, const float* branch) {
+  int64_t D = call.width;
+  if (!call.modulation) return add_scaled(call.out + first * D, call.x + first * D, call.residual, branch, rows * D);
+  std::copy_n(branch, rows * D, call.branch + first * D);
+  for (int64_t r = first; r < first + rows; r++) {
+    Modulation<const float> by(call, call.modulation, r);
+    vectors(D, [&](int64_t c, int64_t k) {
+      RowVector gated = float(call.residual) * load_some<float>(by.gate + c, k) * load_some<float>(call.branch + r * D + c, k);
+      store_some<float>(call.out + r * D + c, load_some<float>(call.x + r * D + c, k) + gated, k);
+    });
+  }
+}
+
+// gradient = that of the branch for rows from `first` on; adds to that of the gate. A sequence's first row begins the sums of its modulation.
+template <class Call> void add_branch_backward(const Call& call, int64_t first, int64_t rows, float* gradient) {
+  int64_t D = call.width;
+  if (!call.modulation) return add_scaled(gradient, nullptr, call.residual, call.dout + first * D, rows * D);
+  for (int64_t r = first; r < first + rows; r++) {
+    Modulation<const float> by(call, call.modulation, r);
+    Modulation<float> sum(call, call.dmodulation, r);
+    if (r % call.length == 0) std::fill_n(sum.shift, 3 * D, 0.0f);
+    vectors(D, [&](int64_t c, int64_t k) {
+      RowVector value = float(call.residual) * load_some<float>(call.dout + r * D + c, k);
+      store_some<float>(gradient + (r - first) * D + c, value * load_some<float>(by.gate + c, k), k);
+      store_some<float>(sum.gate + c, load_some<float>(sum.gate + c, k) + value * load_some<float>(call.branch + r * D + c, k), k);
+    });
+  }
+}
+
 // What bf16 would leave of values.
 inline void round_to_half(float* values, int64_t count) {
   vectors(count, [&](int64_t c, int64_t n) {

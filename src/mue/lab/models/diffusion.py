@@ -22,7 +22,7 @@ from mue.lab.models.layers import Attention, Embedding, Linear, RMSNorm
 from mue.lab.models.ops import scaled
 from mue.lab.models.output import Output
 from mue.lab.models.parts import auxiliary, block_rows, checked_multipliers, feed_forward_of, pools_of, routers_in
-from mue.lab.models.residual import of_feed_forward
+from mue.lab.models.residual import add_attention, add_experts, add_feed_forward, modulated
 from mue.layouts.layout import Layout
 from mue.moe import ExpertPool, Routing
 from mue.moe.layer import self_changing
@@ -62,22 +62,12 @@ class DiffusionBlock(nn.Module):
 
     def forward(self, x_BTD: Tensor, c_BD: Tensor, given: RouterInput | None = None) -> tuple[Tensor, Routing | None]:
         """One block; c_BD is the condition after its activation."""
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self.modulation(c_BD).unsqueeze(-2).chunk(MODULATIONS, -1)
-        y_BTD = self.attention(modulated(self.attention_norm(x_BTD), shift, scale))
-        x_BTD = torch.addcmul(x_BTD, gate, y_BTD, value=self.residual)
-        n_BTD = modulated(self.ffn_norm(x_BTD), ffn_shift, ffn_scale)
-        routing = None
+        first, second = self.modulation(c_BD).chunk(2, -1)  # each a shift, a scale and a gate
+        x_BTD = add_attention(x_BTD, self.attention_norm, self.attention, self.residual, modulation=first)
         if self.moe is not None:
-            y_BTD, routing = self.moe(n_BTD) if given is None else self.moe(n_BTD, given=given)
-        else:
-            assert self.ffn is not None
-            y_BTD = of_feed_forward(n_BTD, self.ffn)
-        return torch.addcmul(x_BTD, ffn_gate, y_BTD, value=self.residual), routing
-
-
-def modulated(n_BTD: Tensor, shift_B1D: Tensor, scale_B1D: Tensor) -> Tensor:
-    """n · (1 + scale) + shift (adaLN, 2212.09748)."""
-    return torch.addcmul(shift_B1D, n_BTD, 1 + scale_B1D)
+            return add_experts(x_BTD, self.ffn_norm, self.moe, self.residual, given, second)
+        assert self.ffn is not None
+        return add_feed_forward(x_BTD, self.ffn_norm, self.ffn, self.residual, second), None
 
 
 class DiffusionModel(nn.Module):

@@ -21,8 +21,7 @@ from torch.nn import Parameter
 from mue.kernels import library, norm
 from mue.kernels.library import bf16_instructions
 from mue.kernels.operator import thread_count
-from mue.moe.expert_weights import ExpertWeights
-from mue.moe.experts import choose, compute_dtype
+from mue.moe.experts import compute_dtype
 
 # With bf16 instructions the fused kernel's backward is several times slower than plain products up to this length
 # (measured on a machine with AMX before this was written; none was at hand to repeat it).
@@ -175,12 +174,6 @@ def feed_forward_by_kernel(x: Tensor, weights: Sequence[Tensor | None]) -> bool:
     if not _sublayer(x, present):
         return False
     return in_bf16(x) or max(weight.shape[-2:].numel() for weight in present) <= _KERNEL_MATRIX
-
-
-def experts_by_kernel(x: Tensor, weights: ExpertWeights) -> bool:
-    """Whether a dense feed-forward network is computed by the native kernel of the experts: in training, of one model, as that can."""
-    plain = all(type(matrix) in (Tensor, Parameter) for matrix in weights.matrices if matrix is not None)
-    return plain and one_multiplier(x) and choose(x, weights, compute_dtype(x)) == "native"
 
 
 def _sublayer(x: Tensor, weights: Sequence[Tensor]) -> bool:
