@@ -159,8 +159,8 @@ def _operator(kernel: _Kernel) -> Callable[[Tensor, list[Tensor], list[float], b
         @once_differentiable
         def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
             x, given, kept = kernel.split(ctx.saved_tensors)
-            dx, *more = kernel.differentiated(dout, x, given, kept, ctx.numbers, ctx.half)
-            return None, None, dx, *kernel.apart(*more, given)
+            dx, dmodulation, gradients = kernel.differentiated(dout, x, given, kept, ctx.numbers, ctx.half)
+            return None, None, dx, *kernel.apart(dmodulation, gradients, given)
 
     @torch.library.custom_op(f"mue::{kernel.name}", mutates_args=())
     def compiled(x: Tensor, given: list[Tensor], numbers: list[float], half: bool) -> list[Tensor]:
@@ -180,8 +180,8 @@ def _operator(kernel: _Kernel) -> Callable[[Tensor, list[Tensor], list[float], b
 
     def differentiate(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
         x, given, kept = kernel.split(ctx.saved_tensors)
-        dx, *more = backward(grads[0], x, given, kept, ctx.numbers, ctx.half)
-        return dx, kernel.apart(*more, given), None, None
+        dx, dmodulation, gradients = backward(grads[0], x, given, kept, ctx.numbers, ctx.half)
+        return dx, kernel.apart(dmodulation, gradients, given), None, None
 
     compiled.register_fake(lambda x, given, *_: kernel.results(x, given))
     backward.register_fake(lambda dout, x, given, *_: kernel.gradients(x, given))
