@@ -1,9 +1,10 @@
-"""Do runs in bf16 end where those in fp32 end? The demo's base and its MoE, paired by seed, with their time.
+"""Do runs in bf16 end where those in fp32 end, and whose doing is a difference? The demo's base and its MoE, paired by seed.
 
-    python benchmarks/precision.py [--seeds 3] [--out FOLDER] [--json docs/results/precision.json]
+    python benchmarks/precision.py [--seeds 6] [--way bf16 --way nudged ...] [--out FOLDER] [--json docs/results/precision.json]
 
-One process of one thread at a time. Finished runs in FOLDER are not trained again. A pair has the same init and batches, so what is left
-is rounding, and what rounding does to a training; beside it stands how far two seeds of fp32 lie apart.
+One process of one thread. Finished runs in FOLDER are not trained again, and rows are written as they come. A pair has the same init and
+batches, so what is left is rounding, and what rounding does to a training. How much that is, fp32 says itself: "nudged" is fp32 whose init
+is larger by one part in a million. Beside the kernel's bf16 stand portable experts, and torch's operators alone.
 """
 
 from __future__ import annotations
@@ -12,34 +13,61 @@ import argparse
 import json
 import statistics
 from collections.abc import Mapping
-from dataclasses import replace
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import torch
 from rich.console import Console
 
+from mue.kernels import library
 from mue.lab.data.spec import describe_data, open_data
 from mue.lab.demo.demo import experiment
 from mue.lab.report.progress import RunProgress
-from mue.lab.runners.run_all import run_all
 from mue.lab.sweep.spec import base_plan
 from mue.lab.train.provenance import provenance
-from mue.lab.train.run import PRECISIONS, Run, Store
+from mue.lab.train.run import Run, Store
+from mue.lab.train.session import TrainingSession, open_session
 from mue.plan.transfer import transfer
 from mue.shapes import HParams
 from mue.util.files import write_json
 
 ROOT = Path(__file__).parents[1]
+NUDGE = 1e-6  # of every weight at init: as small as float32 allows, far below what any seed changes
 
 
+@dataclass(frozen=True)
+class Way:
+    """How a run is computed.
+
+    Attributes:
+        precision: of the run. nudge: the init is larger by so much. portable: experts by the portable backend. torch: without the kernel.
+    """
+
+    precision: str
+    nudge: float = 0.0
+    portable: bool = False
+    torch: bool = False
+
+
+WAYS = {
+    "fp32": Way("fp32"),
+    "nudged": Way("fp32", nudge=NUDGE),
+    "bf16": Way("bf16"),
+    "bf16, portable experts": Way("bf16", portable=True),
+    "bf16, torch": Way("bf16", torch=True),
+}
 Cell = tuple[str, str, int]
-"""Model, precision, seed."""
+"""Model, way, seed."""
 
 
-def planned(out: Path, seeds: int) -> dict[Cell, Run]:
-    """The demo's base and MoE with the values that docs/results/demo.json was tuned to, in each precision and with each seed."""
+def planned(out: Path, seeds: int, ways: list[str]) -> tuple[dict[Cell, Run], Any]:
+    """The demo's base and MoE with the values that docs/results/demo.json was tuned to, in each way and with each seed; and their data."""
     ours = experiment(out)
-    data = describe_data(ours.spec.source, open_data(ours.spec.source))
+    corpus = open_data(ours.spec.source)
+    data = describe_data(ours.spec.source, corpus)
     measured = json.loads((ROOT / "docs" / "results" / "demo.json").read_text(encoding="utf-8"))
     tuned = HParams.from_dict(measured["sweep"]["tuned"])
     base, training = ours.spec.base, ours.spec.training
@@ -47,53 +75,90 @@ def planned(out: Path, seeds: int) -> dict[Cell, Run]:
         "base": base_plan(base, training, tuned),
         "MoE": transfer(base, ours.target, tuned, base_training=training, training=ours.training),
     }
-    return {
-        (name, precision, seed): Run(plan, replace(ours.spec.settings, precision=precision, seed=seed), data)
-        for name, plan in plans.items()
+    runs = {
+        (name, way, seed): Run(plan, replace(ours.spec.settings, precision=WAYS[way].precision, seed=seed), data)
         for seed in range(seeds)
-        for precision in PRECISIONS
+        for name, plan in plans.items()
+        for way in ways
+        if name == "MoE" or not WAYS[way].portable  # the base has no experts
     }
+    return runs, corpus
+
+
+def trained(run: Run, way: Way, store: Store, corpus: Any, progress: RunProgress) -> dict[str, Any]:
+    """The result of a run that is computed in this way, found or trained now."""
+    with ExitStack() as opened:
+        if way.torch:
+            opened.enter_context(mock.patch.object(library, "loaded", return_value=None))
+            opened.enter_context(mock.patch.object(library, "built", return_value=False))
+        session = open_session(run, store, corpus, opened)
+        if not isinstance(session, TrainingSession):
+            progress.ended(run, session, fresh=False)
+            return session
+        if session.step == 0 and way.nudge:
+            with torch.no_grad():
+                for weight in session.model.parameters():
+                    weight.mul_(1 + way.nudge)
+        for layer in session.moe_layers if way.portable else ():
+            layer.backend = "portable"
+        while session.status is None:
+            session.train_step()
+            progress.moved(run, session.step, session.loss)
+            session.maybe_checkpoint(10.0, stop=False)
+        result = session.end()
+        progress.ended(run, result, fresh=True)
+        return result
 
 
 def rows(results: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each model: losses by precision, the paired difference of bf16 with its standard error, the spread of fp32's seeds, the time."""
+    """For each model and way: losses by seed, and what they differ by from fp32's of the same seeds, with a standard error and the time."""
     found = []
-    for name in dict.fromkeys(cell[0] for cell in results):
-        seeds = sorted({cell[2] for cell in results if cell[0] == name})
-        losses = {p: [results[name, p, seed]["val_loss"] for seed in seeds] for p in PRECISIONS}
-        differences = [b - a for a, b in zip(losses["fp32"], losses["bf16"], strict=True)]
-        took = [results[name, "bf16", s]["seconds"] / results[name, "fp32", s]["seconds"] for s in seeds]
-        found.append(
-            {
-                "model": name,
-                "losses": {p: [round(loss, 4) for loss in of] for p, of in losses.items()},
-                "bf16 - fp32": round(statistics.mean(differences), 4),
-                "standard error": round(statistics.stdev(differences) / len(differences) ** 0.5, 4),
-                "spread of fp32 seeds": round(statistics.stdev(losses["fp32"]), 4),
-                "time bf16 / fp32": round(statistics.median(took), 3),
-            }
-        )
+    for name, way in dict.fromkeys(cell[:2] for cell in results):
+        seeds = [
+            s for s in sorted({cell[2] for cell in results}) if {(name, way, s), (name, "fp32", s)} <= set(results)
+        ]
+        of = {w: [results[name, w, seed]["val_loss"] for seed in seeds] for w in (way, "fp32")}
+        row: dict[str, Any] = {"model": name, "way": way, "losses": [round(loss, 4) for loss in of[way]]}
+        if way == "fp32":
+            row["spread of seeds"] = round(statistics.stdev(of[way]), 4) if len(seeds) > 1 else None
+        elif len(seeds) > 1:
+            differences = [a - b for a, b in zip(of[way], of["fp32"], strict=True)]
+            row["minus fp32"] = round(statistics.mean(differences), 4)
+            row["standard error"] = round(statistics.stdev(differences) / len(differences) ** 0.5, 4)
+            took = [results[name, way, s]["seconds"] / results[name, "fp32", s]["seconds"] for s in seeds]
+            row["time / fp32"] = round(statistics.median(took), 3)
+        found.append(row)
     return found
 
 
 def main() -> None:
-    """Train what is missing and print a row for each model."""
+    """Train what is missing and print a row for each model and way."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--seeds", type=int, default=3, help="at least 2")
+    parser.add_argument("--seeds", type=int, default=6, help="at least 2")
+    parser.add_argument("--way", action="append", choices=list(WAYS), help="beside fp32; all if none is said")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/precision"), help="folder of the runs; finished ones are kept"
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the machine here")
     options = parser.parse_args()
-    runs = planned(options.out, options.seeds)
-    name = {run.key: " ".join(map(str, cell)) for cell, run in runs.items()}
-    with RunProgress(Console(), "precision", list(runs.values()), lambda run: name[run.key]) as progress:
-        results = run_all(list(runs.values()), Store(options.out), workers=1, listener=progress)
-    table = rows({cell: results[run.key] for cell, run in runs.items()})
-    for row in table:
+    torch.set_num_threads(1)
+    ways = [way for way in WAYS if way == "fp32" or way in (options.way or WAYS)]
+    runs, corpus = planned(options.out, options.seeds, ways)
+    results: dict[Cell, Mapping[str, Any]] = {}
+    for way in ways:
+        here = {cell: run for cell, run in runs.items() if cell[1] == way}
+        name = {run.key: f"{cell[0]}, seed {cell[2]}" for cell, run in here.items()}
+        store = Store(options.out / way)  # ways of one precision share a run's key
+        with RunProgress(Console(), way, list(here.values()), lambda run, name=name: name[run.key]) as progress:
+            for cell, run in here.items():
+                results[cell] = trained(run, WAYS[way], store, corpus, progress)
+                if options.json:
+                    table = rows(results)
+                    write_json(
+                        options.json, {"command": "python benchmarks/precision.py", **provenance(), "rows": table}
+                    )
+    for row in rows(results):
         print(json.dumps(row))
-    if options.json:
-        write_json(options.json, {"command": "python benchmarks/precision.py", **provenance(), "rows": table})
 
 
 if __name__ == "__main__":
