@@ -1,6 +1,6 @@
 """Do runs in bf16 end where those in fp32 end, and whose doing is a difference? The demo's base and its MoE, paired by seed.
 
-    python benchmarks/precision.py [--seeds 6] [--way bf16 --way nudged ...] [--out FOLDER] [--json docs/results/precision.json]
+    python benchmarks/precision.py [--seeds 6] [--model MoE] [--way bf16 --way nudged ...] [--out FOLDER] [--json docs/results/precision.json]
 
 One process of one thread. Finished runs in FOLDER are not trained again, and rows are written as they come. A pair has the same init and
 batches, so what is left is rounding, and what rounding does to a training. How much that is, fp32 says itself: "nudged" is fp32 whose init
@@ -63,7 +63,7 @@ Cell = tuple[str, str, int]
 """Model, way, seed."""
 
 
-def planned(out: Path, seeds: int, ways: list[str]) -> tuple[dict[Cell, Run], Any]:
+def planned(out: Path, seeds: int, models: list[str], ways: list[str]) -> tuple[dict[Cell, Run], Any]:
     """The demo's base and MoE with the values that docs/results/demo.json was tuned to, in each way and with each seed; and their data."""
     ours = experiment(out)
     corpus = open_data(ours.spec.source)
@@ -79,6 +79,7 @@ def planned(out: Path, seeds: int, ways: list[str]) -> tuple[dict[Cell, Run], An
         (name, way, seed): Run(plan, replace(ours.spec.settings, precision=WAYS[way].precision, seed=seed), data)
         for seed in range(seeds)
         for name, plan in plans.items()
+        if name in models
         for way in ways
         if name == "MoE" or not WAYS[way].portable  # the base has no experts
     }
@@ -135,6 +136,7 @@ def main() -> None:
     """Train what is missing and print a row for each model and way."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--seeds", type=int, default=6, help="at least 2")
+    parser.add_argument("--model", action="append", choices=["base", "MoE"], help="both if none is said")
     parser.add_argument("--way", action="append", choices=list(WAYS), help="beside fp32; all if none is said")
     parser.add_argument(
         "--out", type=Path, default=Path("runs/precision"), help="folder of the runs; finished ones are kept"
@@ -143,7 +145,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     ways = [way for way in WAYS if way == "fp32" or way in (options.way or WAYS)]
-    runs, corpus = planned(options.out, options.seeds, ways)
+    runs, corpus = planned(options.out, options.seeds, options.model or ["base", "MoE"], ways)
     results: dict[Cell, Mapping[str, Any]] = {}
     for way in ways:
         here = {cell: run for cell, run in runs.items() if cell[1] == way}
