@@ -4,7 +4,8 @@
 
 One process of one thread. Finished runs in FOLDER are not trained again, and rows are written as they come. A pair has the same init and
 batches, so what is left is rounding, and what rounding does to a training. How much that is, fp32 says itself: "nudged" is fp32 whose init
-is larger by one part in a million. Beside the kernel's bf16 stand portable experts, and torch's operators alone.
+is larger by one part in a million. Beside the kernel's bf16 stand portable experts, and torch's operators alone. With ``--gradients`` nothing is
+trained: the gradients of a trained fp32 MoE (of FOLDER) are compared with fp32's, way by way.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Mapping
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from unittest import mock
 
 import torch
 from rich.console import Console
+from safetensors.torch import load_file
 
 from mue.kernels import library
 from mue.lab.data.spec import describe_data, open_data
@@ -28,13 +30,15 @@ from mue.lab.demo.demo import experiment
 from mue.lab.report.progress import RunProgress
 from mue.lab.sweep.spec import base_plan
 from mue.lab.train.provenance import provenance
-from mue.lab.train.run import Run, Store
+from mue.lab.train.run import WEIGHTS_FILE, Run, Store
 from mue.lab.train.session import TrainingSession, open_session
+from mue.lab.train.step import autocast, objective
 from mue.plan.transfer import transfer
 from mue.shapes import HParams
 from mue.util.files import write_json
 
 ROOT = Path(__file__).parents[1]
+BATCHES = 5  # of the gradients
 NUDGE = 1e-6  # of every weight at init: as small as float32 allows, far below what any seed changes
 
 
@@ -86,22 +90,35 @@ def planned(out: Path, seeds: int, models: list[str], ways: list[str]) -> tuple[
     return runs, corpus
 
 
-def trained(run: Run, way: Way, store: Store, corpus: Any, progress: RunProgress) -> dict[str, Any]:
-    """The result of a run that is computed in this way, found or trained now."""
+@contextmanager
+def kernel_of(way: Way) -> Iterator[None]:
+    """Inside of it there is no kernel where the way is torch's."""
     with ExitStack() as opened:
         if way.torch:
             opened.enter_context(mock.patch.object(library, "loaded", return_value=None))
             opened.enter_context(mock.patch.object(library, "built", return_value=False))
+        yield
+
+
+def set_experts(session: TrainingSession, way: Way) -> None:
+    """Has its experts computed as the way asks."""
+    for layer in session.moe_layers if way.portable else ():
+        layer.backend = "portable"
+
+
+def trained(run: Run, way: Way, store: Store, corpus: Any, progress: RunProgress) -> dict[str, Any]:
+    """The result of a run that is computed in this way, found or trained now."""
+    with kernel_of(way), ExitStack() as opened:
         session = open_session(run, store, corpus, opened)
         if not isinstance(session, TrainingSession):
             progress.ended(run, session, fresh=False)
             return session
+        session.keep_weights = True
         if session.step == 0 and way.nudge:
             with torch.no_grad():
                 for weight in session.model.parameters():
                     weight.mul_(1 + way.nudge)
-        for layer in session.moe_layers if way.portable else ():
-            layer.backend = "portable"
+        set_experts(session, way)
         while session.status is None:
             session.train_step()
             progress.moved(run, session.step, session.loss)
@@ -132,6 +149,52 @@ def rows(results: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
+def gradients(
+    run: Run, way: Way, weights: Mapping[str, torch.Tensor], corpus: Any, folder: Path
+) -> list[dict[str, torch.Tensor]]:
+    """Those of all parameters at these weights, by name, in float64: one dict for each of BATCHES batches."""
+    found = []
+    with kernel_of(way):
+        session = TrainingSession(run, folder, corpus)
+        session.model.load_state_dict(dict(weights))
+        set_experts(session, way)
+        for step in range(BATCHES):
+            session.model.zero_grad()
+            with autocast(session.device, session.settings):
+                output = session.task.loss(session.model, session.to_device(session.batches.at(step)))
+            objective(output, session.coefficients).backward()  # type: ignore[no-untyped-call]
+            found.append({n: p.grad.double() for n, p in session.model.named_parameters() if p.grad is not None})
+    return found
+
+
+def gradient_rows(out: Path) -> list[dict[str, Any]]:
+    """For each way in bf16: of each weight (all layers together) the error against fp32's gradient and by how much it is too long, in parts of it.
+
+    Raises:
+        SystemExit: the first seed's fp32 MoE has not been trained into ``out``.
+    """
+    runs, corpus = planned(out, 1, ["MoE"], list(WAYS))
+    trained_fp32 = Store(out / "fp32").folder(runs["MoE", "fp32", 0].key) / WEIGHTS_FILE
+    if not trained_fp32.exists():
+        raise SystemExit(f"{trained_fp32} is not there: run this without --gradients first")
+    weights = load_file(trained_fp32)
+    of = {way: gradients(runs["MoE", way, 0], WAYS[way], weights, corpus, out) for way in WAYS if WAYS[way].nudge == 0}
+    found = []
+    for way in [way for way in of if WAYS[way].precision == "bf16"]:
+        parts: dict[str, list[float]] = {}
+        for own, exact in zip(of[way], of["fp32"], strict=True):
+            for name, true in exact.items():
+                sums = parts.setdefault(
+                    ".".join(word for word in name.split(".") if not word.isdigit()), [0.0, 0.0, 0.0]
+                )
+                for i, value in enumerate(((own[name] - true).square(), own[name] * true, true.square())):
+                    sums[i] += value.sum().item()
+        errors = {name: round((error / true) ** 0.5, 4) for name, (error, _, true) in parts.items()}
+        longer = {name: round(along / true - 1, 4) for name, (_, along, true) in parts.items()}
+        found.append({"way": way, "error": errors, "longer": longer})
+    return found
+
+
 def main() -> None:
     """Train what is missing and print a row for each model and way."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
@@ -141,9 +204,19 @@ def main() -> None:
     parser.add_argument(
         "--out", type=Path, default=Path("runs/precision"), help="folder of the runs; finished ones are kept"
     )
+    parser.add_argument("--gradients", action="store_true", help="compare gradients; nothing is trained")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows and the machine here")
     options = parser.parse_args()
     torch.set_num_threads(1)
+    if options.gradients:
+        table = gradient_rows(options.out)
+        for row in table:
+            print(json.dumps(row))
+        if options.json:
+            write_json(
+                options.json, {"command": "python benchmarks/precision.py --gradients", **provenance(), "rows": table}
+            )
+        return
     ways = [way for way in WAYS if way == "fp32" or way in (options.way or WAYS)]
     runs, corpus = planned(options.out, options.seeds, options.model or ["base", "MoE"], ways)
     results: dict[Cell, Mapping[str, Any]] = {}

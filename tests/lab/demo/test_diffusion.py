@@ -38,7 +38,7 @@ def tiny() -> dict[str, Any]:
     return data
 
 
-@pytest.mark.slow  # eight runs in processes of their own
+@pytest.mark.slow  # twelve runs in processes of their own
 def test_from_the_sweep_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(diffusion, "WAY", Sampling(steps=1))
     monkeypatch.setattr(diffusion, "OF_EACH", 2)
@@ -47,7 +47,11 @@ def test_from_the_sweep_to_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     out = tmp_path / "demo"
     page = diffusion_demo(out, Console(quiet=True), workers=1, tables=tiny())
     summary = json.loads((out / "demo.json").read_text())
-    assert set(summary["runs"]) == {"base", "dense", "MoE", "MoE × 0.5", "MoE × 2"}
+    assert set(summary["runs"]) == {
+        *("base", "dense", "MoE", "MoE × 0.5", "MoE × 2"),
+        *(f"{name}, seed {seed}" for name in ("MoE", "dense") for seed in (1, 2)),
+    }
+    assert [len(losses) for losses in summary["transferred"].values()] == [3, 3]
     moe, dense = (summary["runs"][name] for name in ("MoE", "dense"))
     assert dense["flops_per_token"] == pytest.approx(moe["flops_per_token"], rel=0.05)  # but for the router
     assert set(summary["check"]["losses"]) == {"0.5", "1", "2"} and summary["check"]["loss_at_1"] == moe["val_loss"]
@@ -67,6 +71,7 @@ def test_it_says_what_came_out_whatever_it_is() -> None:
     run = {"val_loss": None, "tokens": 10}
     summary = {
         "runs": {"MoE": run, "dense": run, "base": {"val_loss": 0.5, "tokens": 5}},
+        "transferred": {"MoE": [None, 0.4], "dense": [None, 0.4]},
         "scores": {"MoE": own},
         "way": {"guidance": 1.5},
         "check": {"losses": {"0.5": 0.4, "1": None, "2": None}},
@@ -74,6 +79,21 @@ def test_it_says_what_came_out_whatever_it_is() -> None:
     said = " ".join(findings(summary))
     assert "0.4000 at 0.5×, diverged at 1×" in said and "50.0% (40.0% to 60.0%)" in said
     assert "Fréchet" not in said and "40.0% of the samples are nearer" in said
+    assert "equal active FLOPs" not in said  # a mean over seeds of which one has no loss is none
+
+
+def test_moe_and_dense_are_compared_seed_by_seed() -> None:
+    run = {"val_loss": 0.4, "tokens": 10}
+    summary = {
+        "runs": {"MoE": run, "dense": run, "base": {"val_loss": 0.5, "tokens": 5}},
+        # 1 % and 3 % below, of dense losses that differ by far more: 2 ± 1
+        "transferred": {"MoE": [0.396, 0.776], "dense": [0.4, 0.8]},
+        "scores": {},
+        "way": {"guidance": 1.5},
+        "check": {"losses": {"0.5": 0.4, "1": 0.4, "2": 0.4}},
+    }
+    said = findings(summary)[0]
+    assert "means of 2 seeds" in said and "MoE reaches 0.5860" in said and "(-2.0 % ± 1.0, one standard error)" in said
 
 
 @pytest.mark.parametrize("diverged", ["MoE", "base", "all"])
@@ -107,6 +127,7 @@ def test_what_diverged_is_said_and_the_rest_is_scored_and_shown(
     losses = {m: results[diffusion._name(m)]["val_loss"] for m in MULTIPLIERS}
     summary = {
         "runs": results,
+        "transferred": {name: [results[name]["val_loss"]] * 2 for name in ("MoE", "dense")},
         "check": MultiplierCheck.of(losses).to_dict(),
         "sweep": {"tuned": {"lr": 0.01}},
         "data": data.describe(),
@@ -116,7 +137,7 @@ def test_what_diverged_is_said_and_the_rest_is_scored_and_shown(
     }
     page = write_diffusion_report(store, named, results, summary, [], samples)
     said = next(sentence for sentence in findings(summary) if "Diverged" in sentence)
-    assert set(said.removesuffix(".").split(": ")[1].split(", ")) == lost
+    assert set(said.removesuffix(".").split(": ")[1].split("; ")) == lost
     assert said.split(":")[0] in unescape(page.read_text(encoding="utf-8"))
 
 

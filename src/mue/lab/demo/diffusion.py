@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,11 @@ from mue.util.files import write_json
 
 FILE = Path(str(files("mue.lab.demo") / "diffusion.toml"))
 WAY = Sampling(guidance=1.5, steps=15, sampler="heun")
+SEEDS = (
+    0,
+    1,
+    2,
+)  # of MoE and dense at transferred values, whose difference is smaller than that of two seeds; the rest is of the first
 OF_EACH = 32  # samples of a class, for the scores
 SHOWN = 8  # of them in the grid
 GRID_FILE = "samples.png"
@@ -96,6 +101,10 @@ def diffusion_demo(
         "sweep": swept.to_dict(data.hash),
         "plan": plan.to_dict(),
         "runs": {name: {k: result[k] for k in KEPT} for name, result in results.items()},
+        "transferred": {
+            name: [results[name]["val_loss"]] + [results[f"{name}, seed {s}"]["val_loss"] for s in SEEDS[1:]]
+            for name in ("MoE", "dense")
+        },
         "check": MultiplierCheck.of({m: results[_name(m)]["val_loss"] for m in MULTIPLIERS}).to_dict(),
         **drawn,
     }
@@ -118,13 +127,12 @@ def _name(multiplier: float) -> str:
 def _runs(ours: Experiment, swept: SweepResult, plan: PlanData, data: dict[str, Any]) -> dict[str, Run]:
     """Every run after the sweep by name, the longest first: an interrupted demo has its headline, and no core waits at the end."""
     settings, dense = ours.spec.settings, equal_dense(ours.target, plan)
-    moe = {_name(m): Run(scaled(plan, m), settings, data) for m in sorted(MULTIPLIERS, key=lambda m: m != 1)}
-    return {
-        "MoE": moe.pop("MoE"),
-        "dense": Run(transferred(ours, swept, dense, "complete-mue"), settings, data),
-        **moe,
-        "base": Run(base_plan(ours.spec.base, ours.spec.training, swept.tuned), settings, data),
-    }
+    plans = {"MoE": plan, "dense": transferred(ours, swept, dense, "complete-mue")}
+    named = {name: Run(own, settings, data) for name, own in plans.items()}
+    for seed in SEEDS[1:]:
+        named |= {f"{name}, seed {seed}": Run(own, replace(settings, seed=seed), data) for name, own in plans.items()}
+    named |= {_name(m): Run(scaled(plan, m), settings, data) for m in MULTIPLIERS if m != 1}
+    return {**named, "base": Run(base_plan(ours.spec.base, ours.spec.training, swept.tuned), settings, data)}
 
 
 def _drawn(named: Mapping[str, Run], store: Store, data: ImageSet) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import matplotlib as mpl
 import matplotlib.image
 from matplotlib.figure import Figure
 
-from mue.lab.demo.report import loss_section
+from mue.lab.demo.report import loss_section, mean_of_seeds
 from mue.lab.report import plots
 from mue.lab.report.images import image_sections, way_words
 from mue.lab.report.page import Section, runs_section, text, write_report
@@ -31,15 +32,19 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
         summary: what ``demo.json`` holds.
     """
     runs, scores, way = summary["runs"], summary["scores"], summary["way"]
-    moe, dense, base = (runs[name]["val_loss"] for name in ("MoE", "dense", "base"))
+    of_seeds = summary["transferred"]
+    moe, dense, base = mean_of_seeds(of_seeds["MoE"]), mean_of_seeds(of_seeds["dense"]), runs["base"]["val_loss"]
     out = []
-    diverged = [name for name in ("MoE", "dense", "base") if runs[name]["val_loss"] is None]
+    diverged = [name for name, run in runs.items() if run["val_loss"] is None and "×" not in name]
     if diverged:
-        out.append(f"Diverged, with no held-out loss and nothing drawn: {', '.join(diverged)}.")
+        out.append(f"Diverged, with no held-out loss and nothing drawn: {'; '.join(diverged)}.")
     if moe is not None and dense is not None and base is not None:
+        pairs = [100 * (a / b - 1) for a, b in zip(of_seeds["MoE"], of_seeds["dense"], strict=True)]
+        apart = f"{statistics.mean(pairs):+.1f} % ± {statistics.stdev(pairs) / len(pairs) ** 0.5:.1f}"
         out.append(
-            f"Held-out loss, squared error per pixel, nothing retuned: the MoE reaches {moe:.4f}, the dense model of equal active FLOPs {dense:.4f};"
-            f" the tuned base reached {base:.4f} in {runs['base']['tokens'] / runs['MoE']['tokens']:.2g} times the tokens."
+            f"Held-out loss, squared error per pixel, means of {len(pairs)} seeds, nothing retuned: the MoE reaches {moe:.4f}, the dense model of equal"
+            f" active FLOPs {dense:.4f} ({apart}, one standard error); the tuned base reached {base:.4f} in"
+            f" {runs['base']['tokens'] / runs['MoE']['tokens']:.2g} times the tokens."
         )
     losses = {float(m): loss for m, loss in summary["check"]["losses"].items()}
     around = ", ".join(f"{'diverged' if losses[m] is None else f'{losses[m]:.4f}'} at {m:g}×" for m in sorted(losses))

@@ -35,7 +35,7 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
         summary: what ``demo.json`` holds.
     """
     runs, check = summary["runs"], summary["check"]
-    means = {rule: _mean(losses) for rule, losses in summary["transferred"].items()}
+    means = {rule: mean_of_seeds(losses) for rule, losses in summary["transferred"].items()}
     seeds = len(summary["transferred"]["complete-mue"])
     out = []
     listed = ", ".join(f"{APPROACHES[rule]} {'diverged' if y is None else f'{y:.3f}'}" for rule, y in means.items())
@@ -74,7 +74,7 @@ def findings(summary: Mapping[str, Any]) -> list[str]:
     return out
 
 
-def _mean(losses: Sequence[float | None]) -> float | None:
+def mean_of_seeds(losses: Sequence[float | None]) -> float | None:
     """Of all seeds; None where one diverged."""
     finite = [y for y in losses if y is not None]
     return sum(finite) / len(finite) if finite and len(finite) == len(losses) else None
@@ -147,7 +147,7 @@ def write_demo_report(
     ]  # fmt: skip
     cards = [("learning rate tuned on the base", f"{summary['sweep']['tuned']['lr']:.2e}")]
     for rule, losses in summary["transferred"].items():
-        mean = _mean(losses)
+        mean = mean_of_seeds(losses)
         cards.append((f"loss, {APPROACHES[rule]}", "diverged" if mean is None else f"{mean:.3f}"))
     lead = f"Tuned on {results['base']['name']}, trained {results['MoE']['name']} with what follows from it, on {summary['data']['bytes'] / 1e6:.0f} MB of real text."
     return write_report(store.root, "Tune one dense model, train the MoE", lead, sections, cards)
