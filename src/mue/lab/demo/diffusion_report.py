@@ -117,7 +117,7 @@ def write_diffusion_report(
         ),
     ]  # fmt: skip
     share = [own["asked"][0] for name, own in summary["scores"].items() if name == "MoE"]
-    held = {name: results[name]["val_loss"] for name in ("MoE", "dense")}
+    held = {name: mean_of_seeds(losses) for name, losses in summary["transferred"].items()}
     cards = [
         ("learning rate tuned on the base", f"{summary['sweep']['tuned']['lr']:.2e}"),
         *((f"held-out loss, {name}", "diverged" if loss is None else f"{loss:.4f}") for name, loss in held.items()),
