@@ -43,3 +43,13 @@ def test_gradients_are_quoted_and_the_kernels_are_the_nearest() -> None:
     for other in ("bf16, portable experts", "bf16, torch"):
         assert all(kernel[name] < errors[other][name] for name in kernel), other
     assert all(abs(longer) < 0.004 for row in results("precision_gradients.json") for longer in row["longer"].values())
+
+
+def test_steps_are_quoted_in_milliseconds() -> None:
+    tables = PAGE.split("**The whole step**")[1].split("**A sweep's runs**")[0].split("Without them:")
+    for table, name in zip(tables, ("train_step.json", "train_step_without_bf16.json"), strict=True):
+        rows = {(r["impl"], r["dtype"], r["compiled"]): r["ms"] for r in results(name) if r["shape"] == "small"}
+        columns = [(dtype, compiled) for compiled in (False, True) for dtype in ("float32", "bfloat16")]
+        for impl in dict.fromkeys(impl for impl, *_ in rows):
+            cells = ["–" if (ms := rows.get((impl, *column))) is None else f"{ms:.0f}" for column in columns]
+            assert f"| {impl} | {' | '.join(cells)} |" in table, (name, impl)
