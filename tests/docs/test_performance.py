@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
 WORDS = {"nudged": "fp32, init × (1 + 10⁻⁶)", "bf16, torch": "bf16, torch's operators"}
@@ -53,3 +55,17 @@ def test_steps_are_quoted_in_milliseconds() -> None:
         for impl in dict.fromkeys(impl for impl, *_ in rows):
             cells = ["–" if (ms := rows.get((impl, *column))) is None else f"{ms:.0f}" for column in columns]
             assert f"| {impl} | {' | '.join(cells)} |" in table, (name, impl)
+
+
+@pytest.mark.parametrize("routing", ["fresh", "zipf"])
+def test_the_layers_ratios_are_quoted(routing: str) -> None:
+    rows = {
+        (r["impl"], r["shape"], r["dtype"]): r["ratio"] for r in results("moe_layer.json") if r["routing"] == routing
+    }
+    columns = [
+        (shape, dtype) for shape in dict.fromkeys(shape for _, shape, _ in rows) for dtype in ("float32", "bfloat16")
+    ]
+    table = PAGE.split("With bf16 instructions, balanced routing:")[1].split("Zipf routing:")[routing == "zipf"]
+    for impl in dict.fromkeys(impl for impl, *_ in rows if impl != "dense-eager"):
+        cells = ["–" if (ratio := rows.get((impl, *column))) is None else f"{ratio:.2f}" for column in columns]
+        assert f"| {impl} | {' | '.join(cells)} |" in table.replace("**", ""), impl
