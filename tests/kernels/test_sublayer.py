@@ -322,3 +322,23 @@ def test_the_kernels_variants_are_themselves(name: str, variants: int, modulated
             assert (ours is alone is None) or norm_off(ours[v], alone.double()) < 2e-6
     if variants > 1:  # negative control: another variant's is another
         assert norm_off(together[1][0], together[1][1].double()) > 0.1
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_modulation_that_is_not_each_sequences_is_refused() -> None:
+    """The kernel would read past its end, and write its gradient there."""
+    x, weights = torch.randn(3, 5, 16), [torch.ones(16), None, torch.randn(24, 16), torch.randn(16, 24)]
+    for shape in ((1, 48), (48,), (3, 32), (3, 1, 48)):
+        with pytest.raises(ValueError, match=r"give \(3, 48\)"):
+            sublayer.feed_forward(x, weights, residual=1.0, eps=1e-6, modulation=torch.randn(shape))
+    attention = [
+        torch.ones(16),
+        *(torch.randn(16, 16) for _ in "qkv"),
+        torch.ones(8),
+        torch.ones(8),
+        torch.randn(16, 16),
+    ]
+    with pytest.raises(ValueError, match=r"give \(3, 48\)"):
+        sublayer.attention(x, attention, None, scale=1.0, residual=1.0, eps=1e-6, modulation=torch.randn(1, 48))
+    still = sublayer.feed_forward(x, weights, residual=1.0, eps=1e-6, modulation=torch.zeros(3, 48))
+    assert torch.equal(still, x)  # a gate of 0

@@ -274,8 +274,12 @@ def attention(
             order, and each attends to all.
         scale: of the logits.
         half: products in bf16 (where there are no instructions for it, in float32 with what they take and give rounded).
-        modulation: (B, 3 D), of each sequence the shift and the scale of norm x, and the gate of what is added.
+        modulation: (B, 3 D), of variants (V, B, 3 D): of each sequence the shift and the scale of norm x, and the gate of what is added.
+
+    Raises:
+        ValueError: a modulation of another shape; none is broadcast, since the kernel would read and write past its end.
     """
+    _check(x_BTD, modulation)
     return _attention(x_BTD, _filled(x_BTD, *weights, rope, modulation), [scale, residual, eps], half)
 
 
@@ -293,9 +297,22 @@ def feed_forward(
     Args:
         x: (..., D), with a modulation (B, T, D), in float32 on the CPU, as everything else.
         weights: the norm's gain (D,), gate (F, D) or None, up (F, D), down (D, F).
-        half, modulation: see `attention`.
+        half, modulation: see `attention`, which raises the same.
     """
+    _check(x, modulation)
     return _feed_forward(x, _filled(x, *weights, modulation), [residual, eps], half)
+
+
+def _check(x: Tensor, modulation: Tensor | None) -> None:
+    """Refuses a modulation that has not three rows of D for each sequence of x."""
+    if modulation is None:
+        return
+    wanted = (*x.shape[:-2], 3 * x.shape[-1])
+    if x.dim() < 3 or tuple(modulation.shape) != wanted:
+        raise ValueError(
+            f"a modulation of shape {tuple(modulation.shape)} beside x of shape {tuple(x.shape)}: give {wanted}, a shift, a scale and a gate"
+            " for each sequence (expand one that is for all)"
+        )
 
 
 def _filled(x: Tensor, *given: Tensor | None) -> list[Tensor]:

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +20,8 @@ from mue.kernels import library, sublayer
 from mue.lab.models import ops as paths
 from mue.lab.models.diffusion import DiffusionModel
 from mue.lab.models.language import LanguageModel
+from mue.lab.models.layers import FeedForward, RMSNorm
+from mue.lab.models.residual import add_feed_forward
 from mue.plan.values import Multipliers
 from support.diffusion import BASE as DIT
 from support.diffusion import MOE as DIT_MOE
@@ -193,3 +196,37 @@ def test_the_lab_starts_without_the_compiler() -> None:
     command = "import sys, mue.lab.runners.worker, mue.lab.models.language; print('torch' in sys.modules, 'torch._dynamo' in sys.modules)"
     said = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True).stdout
     assert said.split() == ["True", "False"]
+
+
+@pytest.mark.usefixtures("kernel")
+@pytest.mark.parametrize("leading", [(1,), ()], ids=["one for all", "no axis of sequences"])
+def test_a_condition_for_all_images_is_one_for_each(leading: tuple[int, ...]) -> None:
+    """Torch's operators broadcast one time and class over the images; the kernel, which reads one for each, gets as many."""
+    torch.manual_seed(9)
+    model, (x, time, classes, velocity) = DiffusionModel(DIT), batch_of()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "modulation" in name:
+                parameter.normal_(std=0.1)
+    one = time[0].expand(leading), classes[0].expand(leading)
+    same = x, time[:1].expand_as(time), classes[:1].expand_as(classes), velocity
+    ours, theirs, each = (
+        gradients(model, x, *one, velocity),
+        gradients(model, x, *one, velocity, plain=True),
+        gradients(model, *same),
+    )
+    for expected in (theirs, each):
+        assert max(norm_off(ours[name], expected[name].double()) for name in ours) < 1e-5
+    other = gradients(model, x, time, classes, velocity)  # negative control
+    assert norm_off(other["loss"], ours["loss"].double()) > 1e-4
+
+
+@pytest.mark.usefixtures("kernel")
+def test_a_modulation_that_is_more_than_a_tensor_is_not_passed_over() -> None:
+    """A wrapper has no memory of its own, which the kernel would read as no modulation at all."""
+    norm, ffn = RMSNorm(16), FeedForward(16, 24, True, 1.0)
+    x, modulation = torch.randn(2, 9, 16), torch.randn(2, 48)
+    plain = add_feed_forward(x, norm, ffn, 0.5, modulation)
+    wrapped: Tensor = add_feed_forward(x, norm, ffn, 0.5, TwoTensor(modulation, modulation))
+    assert norm_off(wrapped.a.detach(), plain.detach().double()) < 1e-5  # type: ignore[attr-defined]
+    assert norm_off(add_feed_forward(x, norm, ffn, 0.5).detach(), plain.detach().double()) > 1e-2  # negative control

@@ -154,39 +154,47 @@ def feed_forward(x: Tensor, gate: Tensor | None, up: Tensor, down: Tensor) -> Te
     return project(hidden, down)
 
 
-def attention_by_kernel(x: Tensor, weights: Sequence[Tensor]) -> bool:
+def attention_by_kernel(x: Tensor, weights: Sequence[Tensor], modulation: Tensor | None = None) -> bool:
     """Whether a block's attention, from norm to sum, is one call of the native kernel: where that is faster.
 
     It needs a sequence for every thread, and one that stays in the cache.
     """
-    if not _sublayer(x, weights) or x.shape[:-2].numel() < thread_count() or x.shape[-2:].numel() > _KERNEL_SEQUENCE:
+    if not _sublayer(x, weights, modulation) or x.shape[:-2].numel() < thread_count():
+        return False
+    if x.shape[-2:].numel() > _KERNEL_SEQUENCE:
         return False
     most = 2 * _KERNEL_HEADS if in_bf16(x) else _KERNEL_HEADS
     return max(weight.shape[-2:].numel() for weight in weights) <= most
 
 
-def feed_forward_by_kernel(x: Tensor, weights: Sequence[Tensor | None]) -> bool:
+def feed_forward_by_kernel(x: Tensor, weights: Sequence[Tensor | None], modulation: Tensor | None = None) -> bool:
     """Whether a block's dense feed-forward network, from norm to sum, is one call of the native kernel.
 
-    Its products are torch's equals only while a matrix stays in the cache, but it makes no passes over memory in between.
+    Its products are torch's equals only while a matrix stays in the cache, but it makes no passes over memory in between. A modulated
+    sequence stays with one thread, so that it needs one for every thread.
     """
     present = [weight for weight in weights if weight is not None]
-    if not _sublayer(x, present):
+    if not _sublayer(x, present, modulation):
+        return False
+    if modulation is not None and x.shape[:-2].numel() < thread_count():
         return False
     return in_bf16(x) or max(weight.shape[-2:].numel() for weight in present) <= _KERNEL_MATRIX
 
 
-def _sublayer(x: Tensor, weights: Sequence[Tensor]) -> bool:
+def _sublayer(x: Tensor, weights: Sequence[Tensor], modulation: Tensor | None) -> bool:
     """Whether the kernel can, and has products as fast as torch's: in training, of one model or of variants.
 
     In bf16 it has none for the matrix unit, which is torch's then.
 
-    Weights that are more than tensors (DTensors) are for their own modules.
+    Weights and modulations that are more than tensors (DTensors) are for torch: they have no memory that the kernel could read.
     """
     if (
         not library.serves_training(x)
         or weights[0].shape[:-1] != x.shape[:-3]
-        or any(type(weight) not in (Tensor, Parameter) for weight in weights)
+        or any(
+            type(tensor) not in (Tensor, Parameter)
+            for tensor in (*weights, *([] if modulation is None else [modulation]))
+        )
     ):
         return False
     if any(tensor.dtype != torch.float32 for tensor in (x, *weights)):

@@ -39,12 +39,12 @@ def add_attention(
         past is None
         and own.causal == (own.rope is not None)
         and untouched(own, *parts)
-        and ops.attention_by_kernel(x_BTD, weights := [m.weight for m in parts])
+        and ops.attention_by_kernel(x_BTD, weights := [m.weight for m in parts], modulation)
     ):
         rope = None if own.rope is None else own.rope[: x_BTD.shape[-2]]
         numbers = {"scale": own.scale, "residual": residual, "eps": EPS}
         return sublayer.attention(
-            x_BTD, weights, rope, **numbers, half=ops.in_bf16(x_BTD), modulation=_in_float(modulation)
+            x_BTD, weights, rope, **numbers, half=ops.in_bf16(x_BTD), modulation=_of_each(x_BTD, modulation)
         )
     n_BTD = _modulated_norm(norm, x_BTD, modulation)
     return _sum(x_BTD, own(n_BTD) if past is None else own(n_BTD, past), residual, modulation)
@@ -55,11 +55,13 @@ def add_feed_forward(
 ) -> Tensor:
     """x + residual · ffn(norm x)."""
     weights = norm.weight, None if ffn.gate is None else ffn.gate.weight, ffn.up.weight, ffn.down.weight
-    if untouched(norm, ffn) and ops.feed_forward_by_kernel(x_BTD, weights):
+    if untouched(norm, ffn) and ops.feed_forward_by_kernel(x_BTD, weights, modulation):
         # the kernel has one multiplier: l^-α · A, which act on the same branch one after the other
         c = residual * ffn.output_multiplier
         half = ops.in_bf16(x_BTD)
-        return sublayer.feed_forward(x_BTD, weights, residual=c, eps=EPS, half=half, modulation=_in_float(modulation))
+        return sublayer.feed_forward(
+            x_BTD, weights, residual=c, eps=EPS, half=half, modulation=_of_each(x_BTD, modulation)
+        )
     return _sum(x_BTD, ffn(_modulated_norm(norm, x_BTD, modulation)), residual, modulation)
 
 
@@ -97,9 +99,9 @@ def _sum(x_BTD: Tensor, y_BTD: Tensor, residual: float, modulation: Tensor | Non
     return torch.addcmul(x_BTD, modulation.unsqueeze(-2).chunk(3, -1)[2], y_BTD, value=residual)
 
 
-def _in_float(modulation: Tensor | None) -> Tensor | None:
-    """For the kernel: under autocast a modulation comes in bf16."""
-    return None if modulation is None else modulation.float()
+def _of_each(x_BTD: Tensor, modulation: Tensor | None) -> Tensor | None:
+    """For the kernel, which reads one for each sequence: torch's operators broadcast one for all. In float, though autocast makes bf16."""
+    return None if modulation is None else modulation.float().expand(*x_BTD.shape[:-2], 3 * x_BTD.shape[-1])
 
 
 def untouched(*modules: nn.Module) -> bool:
