@@ -1,6 +1,6 @@
 """Do runs in bf16 end where those in fp32 end, and whose doing is a difference? The demo's base and its MoE, paired by seed.
 
-    python benchmarks/precision.py [--seeds 6] [--model MoE] [--way bf16 --way nudged ...] [--out FOLDER] [--json docs/results/precision.json]
+    python benchmarks/precision.py [--seeds 12] [--model MoE] [--way bf16 --way nudged ...] [--out FOLDER] [--json docs/results/precision.json]
 
 One process of one thread. Finished runs in FOLDER are not trained again, and rows are written as they come. A pair has the same init and
 batches, so what is left is rounding, and what rounding does to a training. How much that is, fp32 says itself: "nudged" is fp32 whose init
@@ -132,11 +132,15 @@ def rows(results: Mapping[Cell, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """For each model and way: losses by seed, and what they differ by from fp32's of the same seeds, with a standard error and the time."""
     found = []
     for name, way in dict.fromkeys(cell[:2] for cell in results):
-        seeds = [
-            s for s in sorted({cell[2] for cell in results}) if {(name, way, s), (name, "fp32", s)} <= set(results)
-        ]
+        pairs = {
+            s: [results.get((name, w, s), {}).get("val_loss") for w in (way, "fp32")]
+            for s in {cell[2] for cell in results}
+        }
+        seeds = sorted(seed for seed, losses in pairs.items() if None not in losses)  # both trained, none diverged
         of = {w: [results[name, w, seed]["val_loss"] for seed in seeds] for w in (way, "fp32")}
         row: dict[str, Any] = {"model": name, "way": way, "losses": [round(loss, 4) for loss in of[way]]}
+        if gone := [s for s in pairs if results.get((name, way, s), {}).get("status") == "diverged"]:
+            row["diverged seeds"] = gone
         if way == "fp32":
             row["spread of seeds"] = round(statistics.stdev(of[way]), 4) if len(seeds) > 1 else None
         elif len(seeds) > 1:
@@ -198,7 +202,7 @@ def gradient_rows(out: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Train what is missing and print a row for each model and way."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("--seeds", type=int, default=6, help="at least 2")
+    parser.add_argument("--seeds", type=int, default=12, help="at least 2")
     parser.add_argument("--model", action="append", choices=["base", "MoE"], help="both if none is said")
     parser.add_argument("--way", action="append", choices=list(WAYS), help="beside fp32; all if none is said")
     parser.add_argument(
@@ -219,6 +223,8 @@ def main() -> None:
         return
     ways = [way for way in WAYS if way == "fp32" or way in (options.way or WAYS)]
     runs, corpus = planned(options.out, options.seeds, options.model or ["base", "MoE"], ways)
+    asked = [f"--model {name}" for name in options.model or ()] + [f'--way "{way}"' for way in options.way or ()]
+    command = " ".join(["python benchmarks/precision.py --seeds", str(options.seeds), *asked])
     results: dict[Cell, Mapping[str, Any]] = {}
     for way in ways:
         here = {cell: run for cell, run in runs.items() if cell[1] == way}
@@ -229,9 +235,7 @@ def main() -> None:
                 results[cell] = trained(run, WAYS[way], store, corpus, progress)
                 if options.json:
                     table = rows(results)
-                    write_json(
-                        options.json, {"command": "python benchmarks/precision.py", **provenance(), "rows": table}
-                    )
+                    write_json(options.json, {"command": command, **provenance(), "rows": table})
     for row in rows(results):
         print(json.dumps(row))
 

@@ -49,10 +49,7 @@ def inspect_(
     ] = False,
     all_families: Annotated[
         bool,
-        typer.Option(
-            "--all-families",
-            help="Walk every family with experts in the installed transformers, and every transformer of diffusers that draws images.",
-        ),
+        typer.Option("--all-families", help="Walk the families with experts, and all of diffusers that draw images."),
     ] = False,
 ) -> None:
     """Show every parameter of a model with its role, layout and fan-in, and how each was decided.

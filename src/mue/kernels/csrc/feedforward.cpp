@@ -7,8 +7,9 @@
 namespace mue {
 namespace {
 
-// One thread's work; a piece is `size` tokens, at most kRows, chosen so that all threads get as many. Of modulated sequences it is whole
-// ones, whose sums no other thread then touches: as many as `size` holds, or one, and that in parts.
+// One thread's work, in pieces of `span` tokens, each computed in parts of at most `size`, which is at most kRows and chosen so that all
+// threads get as many. A piece is one part, but of modulated sequences: it is whole ones then, as many as a part holds or one, so that
+// no other thread touches their sums.
 template <class P> struct Rows {
   P products;
   const FeedForward& call;

@@ -32,7 +32,7 @@ def add_attention(
     past: PastTokens | None = None,
     modulation: Tensor | None = None,
 ) -> Tensor:
-    """x + residual · attention(norm x), after the tokens of ``past``."""
+    """x + residual · attention(norm x), after the tokens of ``past``; with a ``modulation`` as above."""
     own = attention
     parts = norm, own.q, own.k, own.v, own.q_norm, own.k_norm, own.o
     if (
@@ -53,7 +53,7 @@ def add_attention(
 def add_feed_forward(
     x_BTD: Tensor, norm: RMSNorm, ffn: FeedForward, residual: float, modulation: Tensor | None = None
 ) -> Tensor:
-    """x + residual · ffn(norm x)."""
+    """x + residual · ffn(norm x), with a ``modulation`` as above."""
     weights = norm.weight, None if ffn.gate is None else ffn.gate.weight, ffn.up.weight, ffn.down.weight
     if untouched(norm, ffn) and ops.feed_forward_by_kernel(x_BTD, weights, modulation):
         # the kernel has one multiplier: l^-α · A, which act on the same branch one after the other
@@ -73,7 +73,10 @@ def add_experts(
     given: RouterInput | None,
     modulation: Tensor | None = None,
 ) -> tuple[Tensor, Routing]:
-    """x + residual · moe(norm x), and the routing. The layer takes ``residual`` into its own multiplier where nobody watches."""
+    """x + residual · moe(norm x), with a ``modulation`` as above, and the routing.
+
+    Without one the layer takes ``residual`` into its own multiplier where nobody watches.
+    """
     also = {} if given is None else {"given": given}
     if modulation is None and untouched(moe) and ops.one_multiplier(x_BTD):
         y_BTD, routing = moe(norm(x_BTD), residual, **also)

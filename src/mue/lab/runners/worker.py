@@ -20,8 +20,6 @@ from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
-from mue.util.memory import keep_freed_memory
-
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>; the "parent" is the thread that started us, which lives as long as its process
 
 
@@ -30,7 +28,6 @@ def main() -> None:
     with suppress(OSError, AttributeError):
         # Without it a stopped worker outlived its parent (docs/LOG.md, "Many workers on one storage").
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    keep_freed_memory()
     out = os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8")
     os.dup2(2, 1)  # whatever a library prints must not end up between our lines
     queue: SimpleQueue[dict[str, Any]] = SimpleQueue()

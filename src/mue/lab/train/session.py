@@ -111,7 +111,6 @@ def open_session(
     if done is not None:
         return done
     task_of(run.settings).batches_of(run, corpus)  # what does not suit the run is said before its folder is made
-    keep_freed_memory()
     folder = opened.enter_context(store.locked(run.key))
     done = store.result(run.key)  # another process may have finished it while we waited
     return done if done is not None else opened.enter_context(TrainingSession(run, folder, corpus, device))
@@ -132,6 +131,7 @@ class TrainingSession:
 
     def __init__(self, run: Run, folder: Path, corpus: Data, device: torch.device | None = None) -> None:
         assert run.plan.training is not None
+        keep_freed_memory()  # of everybody who trains, those who only measure how fast among them
         self.run, self.folder, self.settings, self.plan = run, folder, run.settings, run.plan
         self.key, self.steps, self.tuned = run.key, run.plan.training.steps, run.plan.tuned
         self.task = task_of(run.settings)

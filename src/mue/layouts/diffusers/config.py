@@ -76,9 +76,8 @@ def _take_width(kind: type, values: dict[str, Any]) -> int:
     if own is None and type(heads) is int and type(size) is int:
         del values[_HEAD_SIZE]
         return heads * size
-    if (
-        own is None or _HEAD_SIZE in values
-    ):  # a width beside heads of a size of their own: which follows which is not said
+    # a width beside heads of a size of their own: which follows which is not said
+    if own is None or _HEAD_SIZE in values:
         raise ValueError(
             f"{kind.__name__} says its width neither as {_HEADS} times {_HEAD_SIZE} nor as {' or '.join(_WIDTHS)}: give the model"
             " a method layout() that says what its parameters are (mue inspect --propose)"
